@@ -1,0 +1,38 @@
+# make setup | demo | test | lint | clean.  PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.12).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+
+.PHONY: setup demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+# Done again only when the package's requirements or the list of system packages change.
+$(VENV)/.installed: setup.py pyproject.toml .ci/system-packages
+	@sh .ci/system-packages $(PYTHON)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "Installing vitlocal and what it needs (PyTorch is large: some minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python write_dataset.py --source sample --split train --sides 96 --format raw --out data/sample
+	$(BIN)/python write_dataset.py --source sample --split val --sides 96 --format raw --out data/sample
+	$(BIN)/python train_imagenet.py --config-file rcfg/demo.yaml --run.folder=$(DEMO)
+	@echo "The curve is in $(DEMO)/curve.png, the report in $(DEMO)/report.html."
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
