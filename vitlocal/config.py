@@ -1,0 +1,529 @@
+"""Options: yaml recipes, the environment and the command line, read by fastargs into frozen dataclasses.
+
+The dataclasses are the truth: their fields declare name, kind, default and meaning once. fastargs layers the
+sources; what it leaves open (unknown keys, strict kinds, the order of precedence, exit statuses) is closed here.
+Every problem of a configuration is reported at once, as one :class:`~vitlocal.errors.ConfigError`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import fastargs
+import yaml
+from fastargs.exceptions import MissingValueError, ValidationError
+from fastargs.validation import Checker
+
+from vitlocal.errors import ConfigError
+from vitlocal.plan import Length
+
+PATCH_SIZES = (4, 8, 16)
+
+
+# --- kinds of values --------------------------------------------------------------------------------------
+
+
+class Text(Checker):
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError
+        return value
+
+    def help(self) -> str:
+        return "text"
+
+
+@dataclass(frozen=True)
+class Number(Checker):
+    """A number in [low, high]; whole ones stay ``int``, and no fraction is cut off in silence."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    whole: bool = False
+
+    def check(self, value: Any) -> float | int:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if self.whole:
+            if number != int(number):
+                raise ValueError
+            number = int(number)
+        if not self.low <= number <= self.high:
+            raise ValueError
+        return number
+
+    def help(self) -> str:
+        bounds = {
+            (False, False): "",
+            (True, False): f" of at least {self.low:g}",
+            (False, True): f" of at most {self.high:g}",
+            (True, True): f" from {self.low:g} to {self.high:g}",
+        }[self.low > float("-inf"), self.high < float("inf")]
+        return ("a whole number" if self.whole else "a number") + bounds
+
+
+class Flag(Checker):
+    words = {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "off": False,
+        "0": False,
+    }
+
+    def check(self, value: Any) -> bool:
+        return self.words[str(value).lower()]
+
+    def help(self) -> str:
+        return "true or false"
+
+
+class Choice(Checker):
+    def __init__(self, *names: str):
+        self.names = names
+
+    def check(self, value: Any) -> str:
+        if value not in self.names:
+            raise ValueError
+        return value
+
+    def help(self) -> str:
+        return "one of " + ", ".join(self.names)
+
+
+class Duration(Checker):
+    def check(self, value: Any) -> Length:
+        return value if isinstance(value, Length) else Length.parse(str(value))
+
+    def help(self) -> str:
+        return "a length: 90ep, 5000steps, 45s, 30m or 24h"
+
+
+class Series(Checker):
+    """Several values: a yaml list, or text with commas. ``none`` is the empty series."""
+
+    def __init__(self, kind: Checker, count: int | None = None):
+        self.kind, self.count = kind, count
+
+    def check(self, value: Any) -> tuple:
+        if isinstance(value, str):
+            value = [] if value == "none" else [part.strip() for part in value.split(",")]
+        values = tuple(self.kind.check(part) for part in value)
+        if self.count is not None and len(values) != self.count:
+            raise ValueError
+        return values
+
+    def help(self) -> str:
+        return f"{self.count or 'a list'} of: {self.kind.help()}"
+
+
+class Maybe(Checker):
+    """The kind, or ``none``."""
+
+    def __init__(self, kind: Checker):
+        self.kind = kind
+
+    def check(self, value: Any) -> Any:
+        return None if value is None or value == "none" else self.kind.check(value)
+
+    def help(self) -> str:
+        return f"{self.kind.help()}, or none"
+
+
+COUNT = Number(low=1, whole=True)
+SHARE = Number(low=0, high=1)
+
+
+def option(default: Any, kind: Checker, meaning: str) -> Any:
+    """A dataclass field that is also an option of the command line and of recipes."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+
+
+# --- the configuration ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = option("data/imagenet", Text(), "the data folder that write_dataset.py filled")
+    loader: str = option("ffcv", Choice("ffcv", "torchvision"), "who reads the images")
+    source: str | None = option(None, Maybe(Text()), "original images, for torchvision; none: what the manifest says")
+    workers: int = option(0, Number(low=0, whole=True), "decoding threads (processes for torchvision); 0: one a core")
+    side_ratio: float = option(1.5, Number(low=0), "serve a size from the smallest file with side >= ratio x size")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = option("vitlocal_small_patch16_224", Text(), "any timm model name; ours begin with vitlocal_")
+    size: int = option(224, COUNT, "the largest image side, px: the position table covers this grid")
+    patch_size: int | None = option(None, Maybe(COUNT), "patch side, px; none: as the name says (so below)")
+    width: int | None = option(None, Maybe(COUNT), "embedding width D")
+    depth: int | None = option(None, Maybe(COUNT), "number of blocks")
+    heads: int | None = option(None, Maybe(COUNT), "attention heads a block")
+    pool: str | None = option(None, Maybe(Choice("token", "avg")), "class token, or mean of the tokens")
+    qkv_bias: bool | None = option(None, Maybe(Flag()), "biases in the query, key and value layers")
+    activation: str | None = option(None, Maybe(Choice("h_swish", "gelu")), "ablation: the FFN's activation")
+    norm: str | None = option(None, Maybe(Choice("layer", "batch")), "ablation: the FFN's normalisation")
+    convolution: bool | None = option(None, Maybe(Flag()), "ablation: the FFN's depth-wise convolution")
+    train_position: bool | None = option(None, Maybe(Flag()), "false: position embeddings stay as they start")
+    init: str | None = option(None, Maybe(Choice("trunc_normal", "xavier")), "how weights start")
+    drop_path: float = option(0.1, Number(low=0, high=0.9), "stochastic depth: rate at the last block")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments for ``timm.create_model`` that this configuration sets."""
+        names = {
+            "width": "embed_dim",
+            "heads": "num_heads",
+            "drop_path": "drop_path_rate",
+            "size": "img_size",
+        }
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {names.get(name, name): value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: int = option(256, COUNT, "images a step")
+    lr: float = option(1e-3, Number(low=0), "peak learning rate, for lr_batch images a step")
+    lr_batch: int = option(512, Number(low=0, whole=True), "lr is scaled by batch_size / lr_batch; 0: not scaled")
+    schedule: str = option("cosine", Choice("cosine", "linear", "constant"), "how the learning rate falls")
+    schedule_length: Length | None = option(None, Maybe(Duration()), "over which length; none: the budget")
+    schedule_by: str = option("step", Choice("step", "epoch"), "when the learning rate moves")
+    end_lr: float = option(1e-5, Number(low=0), "learning rate at the schedule's end (not scaled)")
+    warmup: Length = option(Length.parse("0ep"), Duration(), "linear warm-up from zero")
+    weight_decay: float = option(0.05, Number(low=0), "AdamW; none on norms, biases, embeddings and tokens")
+    betas: tuple[float, float] = option((0.9, 0.999), Series(SHARE, 2), "AdamW")
+    eps: float = option(1e-8, Number(low=0), "AdamW")
+    clip_norm: float | None = option(None, Maybe(Number(low=0)), "largest gradient norm")
+    label_smoothing: float = option(0.1, SHARE, "in the cross-entropy")
+    ema: float | None = option(None, Maybe(SHARE), "decay of an exponential moving average of the weights")
+    precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: bf16, else fp16; fp32 on a CPU")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    crop_scale: tuple[float, float] = option((0.08, 1.0), Series(SHARE, 2), "area of the random crop")
+    crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(low=0.01), 2), "width / height of the crop")
+    flip: float = option(0.5, SHARE, "chance of a horizontal flip")
+    repeats: int = option(1, COUNT, "repeated augmentation: times that an image follows itself in an epoch")
+    randaugment: float = option(0.0, Number(low=0, high=10), "RandAugment magnitude, 2 operations; 0: off")
+    mixup: float = option(0.0, Number(low=0), "mixup's alpha; 0: off")
+    cutmix: float = option(0.0, Number(low=0), "cutmix's alpha; 0: off")
+    mix_chance: float = option(1.0, SHARE, "chance that a batch is mixed")
+    cutmix_chance: float = option(0.5, SHARE, "chance of cutmix where both are on")
+    erase: float = option(0.0, SHARE, "chance of random erasing (pixel noise)")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    size: int | None = option(None, Maybe(COUNT), "crop side, px; none: model.size, whatever the training size")
+    every: float = option(1.0, Number(low=0), "epochs between evaluations; 0: at the end alone")
+    batch_size: int = option(256, COUNT, "images a batch")
+    crop_ratio: float = option(0.875, Number(low=0.01, high=1), "centre crop's part of the short edge (224 / 256)")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    length: Length = option(Length.parse("24h"), Duration(), "24h, 30m, 45s, 90ep or 5000steps")
+    counts: str = option("train", Choice("train", "wall"), "train: evaluation and saving are free; wall: all counts")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str | None = option(None, Maybe(Text()), "where the run is kept; none: runs/<recipe and overrides>")
+    seed: int = option(0, Number(low=0, high=2**31 - 1, whole=True), "of weights, order, crops and augmentation")
+    resume: str = option("auto", Choice("auto", "must", "never"), "auto: go on where the folder holds a run")
+    device: str = option("auto", Text(), "auto, cpu, cuda or cuda:1")
+    threads: int = option(0, Number(low=0, whole=True), "PyTorch's CPU threads; 0: as PyTorch decides")
+    save_every: Length = option(Length.parse("10m"), Duration(), "between checkpoints (ep, s, m, h or steps)")
+    progress: bool = option(True, Flag(), "draw a progress bar")
+
+
+@dataclass(frozen=True)
+class ImageSizeConfig:
+    init: int = option(32, COUNT, "training crop side at the start, px")
+    step_pixels: int = option(32, COUNT, "growth at a time, px")
+    final: int | None = option(None, Maybe(COUNT), "last training size, px; none: model.size")
+    growth: str = option("linear", Choice("linear", "exponential"), "every step_epochs, or at switch_epochs")
+    step_epochs: float = option(5.0, Number(low=1e-3), "epochs between growths (linear)")
+    switch_epochs: tuple[float, ...] = option(
+        (0, 2, 4, 8, 12, 20, 36), Series(Number(low=0)), "epoch at which each size starts (exponential)"
+    )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        assert self.final is not None, "read_config fills it in"
+        return (*range(self.init, self.final, self.step_pixels), self.final)
+
+    @property
+    def starts(self) -> tuple[float, ...]:
+        if self.growth == "exponential":
+            return self.switch_epochs[: len(self.sizes)]
+        return tuple(stage * self.step_epochs for stage in range(len(self.sizes)))
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    image_size: ImageSizeConfig = field(default_factory=ImageSizeConfig)
+    methods: tuple[str, ...] = option((), Series(Choice("image_size")), "training methods, in order")
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its dotted name, as plain yaml values."""
+        values: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if part.name == "methods":
+                values["methods"] = list(value)
+            else:
+                values |= {f"{part.name}.{f.name}": _plain(getattr(value, f.name)) for f in fields(value)}
+        return values
+
+    def yaml(self) -> str:
+        """A recipe that repeats this run."""
+        nested: dict[str, Any] = {}
+        for name, value in self.flat().items():
+            section, _, key = name.partition(".")
+            if key:
+                nested.setdefault(section, {})[key] = value
+            else:
+                nested[section] = value
+        return yaml.safe_dump(nested, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What ``write_dataset.py`` is asked for; its flags are these names with dashes."""
+
+    split: str = option("train", Choice("train", "val"), "which split of the source to write")
+    source: str | None = option(
+        None, Maybe(Text()), "class folders, the ILSVRC2012 tars or parquet shards; torchvision:NAME; "
+        "sample, the built-in set; none: $IMAGENET_DIR, else data/source"
+    )  # fmt: skip
+    out: str = option("data/imagenet", Text(), "the data folder to fill")
+    sides: str = option("auto", Text(), "long edges, px: 64,160,256 or 64:raw,256:jpg; auto: the split's own")
+    format: str = option("auto", Choice("auto", "raw", "jpg"), "of the sides without one; auto: raw up to 160")
+    quality: int = option(90, Number(low=1, high=100, whole=True), "of JPEG")
+    workers: int = option(0, Number(low=0, whole=True), "processes; 0: one a core")
+    on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image")
+
+
+SECTIONS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "augment": AugmentConfig,
+    "evaluate": EvaluateConfig,
+    "budget": BudgetConfig,
+    "run": RunConfig,
+    "image_size": ImageSizeConfig,
+}
+
+# What may differ when a run goes on: where and how it runs, not what it computes.
+IMMATERIAL = frozenset(
+    {"data.root", "data.workers", "data.source", "evaluate.batch_size"}
+    | {f"run.{name}" for name in ("folder", "resume", "device", "threads", "save_every", "progress")}
+)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Length):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # argparse would print the whole usage before it
+        raise ConfigError(f"{message}; see --help")
+
+
+class Reader:
+    """Reads one set of options, given as ``{dotted name: dataclass field}``, from all their sources."""
+
+    def __init__(self, options: Mapping[str, Any], flags: Mapping[str, str], about: str):
+        self.options = options
+        self.fastargs = fastargs.Config()
+        self.problems: list[str] = []
+        self.origin: dict[str, str] = {}
+        self.overrides: dict[str, str] = {}  # what the command line set
+        self.files: list[str] = []
+        self.parser = _Parser(
+            description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.parser.add_argument("--config-file", "-C", action="append", default=[], metavar="YAML",
+                                 help="a recipe; may be repeated, later ones win")  # fmt: skip
+        groups: dict[str, Any] = {}
+        for name, spec in options.items():
+            section = name.rpartition(".")[0]
+            if section not in groups:
+                groups[section] = self.parser.add_argument_group(section or "top level")
+                fastargs_section = fastargs.Section(section, config_descriptor=self.fastargs)
+            # Empty sections cannot be named in fastargs: `methods` stands at the root.
+            param = fastargs.Param(spec.metadata["kind"], spec.metadata["meaning"], default=spec.default)
+            param.section = fastargs_section
+            self.fastargs.add_entry((), name, param)
+            meaning = f"{spec.metadata['meaning']} ({_plain(spec.default)})"
+            named = [flag for flag, target in flags.items() if target == name]
+            groups[section].add_argument(f"--{name}", *named, dest=name, help=meaning.replace("%", "%%"),
+                                         metavar="", default=argparse.SUPPRESS)  # fmt: skip
+
+    def read(self, argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+        """The value of every option; later sources win: environment, recipes, command line."""
+        known, unknown = self.parser.parse_known_args(list(argv))
+        given = vars(known)
+        self.files = given.pop("config_file")
+        for text in unknown:
+            self._unknown(text.lstrip("-").split("=")[0], f"command line: {text}")
+        self._layer({name: environment[name] for name in self.options if name in environment}, "environment")
+        for file in self.files:
+            self._layer(self._recipe(file), file)
+        self._layer(given, "command line")
+        self.overrides = given
+        self._validate()
+        return {} if self.problems else {name: self.fastargs[name] for name in self.options}
+
+    def _unknown(self, name: str, where: str) -> None:
+        near = difflib.get_close_matches(name, self.options, n=1, cutoff=0.5)
+        near = near or [known for known in self.options if known.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+        self.problems.append(f"{where}: there is no option '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def _recipe(self, file: str) -> dict[str, Any]:
+        """The options that a yaml file states, over those of its ``base``."""
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            self.problems.append(f"{file}: cannot be read as a recipe ({error.strerror}); rcfg/ holds ours")
+            return {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.problems.append(f"{file}: is not yaml: {' '.join(str(error).split())}")
+            return {}
+        if not isinstance(content or {}, dict):
+            self.problems.append(f"{file}: expected sections with options, got {type(content).__name__}")
+            return {}
+        content = dict(content or {})
+        base = content.pop("base", None)  # a recipe that this one changes, beside it
+        flat = self._recipe(str(Path(file).parent / base)) if isinstance(base, str) else {}
+        for section, value in content.items():
+            inner = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{section}.{key}".rstrip("."): part for key, part in inner.items()}
+        for name in sorted(flat.keys() - self.options.keys()):
+            self._unknown(name, file)
+            del flat[name]
+        return flat
+
+    def _layer(self, values: Mapping[str, Any], origin: str) -> None:
+        # fastargs skips None, so that yaml's null could not undo what an earlier recipe set.
+        stated = {name: "none" if value is None else value for name, value in values.items()}
+        self.fastargs.collect(stated)
+        self.origin |= dict.fromkeys(stated, origin)
+
+    def _validate(self) -> None:
+        for name, spec in self.options.items():
+            try:
+                self.fastargs[name]
+            except (MissingValueError, ValidationError):
+                got = self.fastargs.content[tuple(name.split("."))]
+                self.problems.append(
+                    f"{name}: got {got!r} ({self.origin[name]}), expected {spec.metadata['kind'].help()}"
+                )
+
+    def check(self) -> None:
+        """Raises ConfigError with every problem found so far."""
+        if self.problems:
+            raise ConfigError("\n       ".join(self.problems))
+
+
+def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> Config:
+    """The trainer's configuration from its command line, its recipes and the environment.
+
+    Raises :class:`ConfigError` that lists every problem; ``--help`` prints the options and leaves.
+    """
+    options = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
+    options["methods"] = next(f for f in fields(Config) if f.name == "methods")
+    argv = ["--run.resume=must" if word == "--resume" else word for word in argv]
+    reader = Reader(options, {}, "Trains a Vision Transformer within a budget.")
+    values = reader.read(argv, os.environ if environment is None else environment)
+    reader.check()
+    if values["run.folder"] is None:
+        values["run.folder"] = default_folder(reader.files, reader.overrides)
+    if values["image_size.final"] is None:
+        values["image_size.final"] = values["model.size"]
+    if values["evaluate.size"] is None:
+        values["evaluate.size"] = values["model.size"]
+    sections = {
+        name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section)})
+        for name, section in SECTIONS.items()
+    }
+    config = Config(**sections, methods=values["methods"])
+    reader.problems += _contradictions(config)
+    reader.check()
+    return config
+
+
+def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> WriteOptions:
+    """``write_dataset.py``'s options; every one has a dotted name too (``--write.split``), for yaml files."""
+    options = {f"write.{f.name}": f for f in fields(WriteOptions)}
+    flags = {f"--{f.name.replace('_', '-')}": f"write.{f.name}" for f in fields(WriteOptions)}
+    reader = Reader(options, flags, "Encodes a split of a data set into .beton files, each image decoded once.")
+    values = reader.read(argv, os.environ if environment is None else environment)
+    reader.check()
+    return WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
+
+
+def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
+    """``runs/<recipe>``, with what the command line changed, so that variants of a recipe do not collide."""
+    parts = [Path(files[-1]).stem if files else "run"]
+    parts += [f"{name}={value}" for name, value in sorted(overrides.items()) if name not in IMMATERIAL]
+    return "runs/" + re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
+
+
+def _contradictions(config: Config) -> list[str]:
+    """What each option allows by itself but not together with another."""
+    found = []
+    curriculum, augment = config.image_size, config.augment
+    if "image_size" in config.methods:
+        if curriculum.init > curriculum.final:
+            found.append(f"image_size.init: {curriculum.init} is larger than image_size.final ({curriculum.final})")
+        if curriculum.final > config.model.size:
+            found.append(
+                f"image_size.final: {curriculum.final} is larger than model.size ({config.model.size}), the grid of "
+                f"the position table; set model.size={curriculum.final}"
+            )
+        if curriculum.growth == "exponential":
+            switches = curriculum.switch_epochs
+            if len(switches) < len(curriculum.sizes):
+                found.append(
+                    f"image_size.switch_epochs: {len(switches)} epochs for the {len(curriculum.sizes)} sizes "
+                    f"{', '.join(map(str, curriculum.sizes))}; give one for each"
+                )
+            if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
+                found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
+        if patch := config.model.patch_size:
+            if odd := [size for size in curriculum.sizes if size % patch]:
+                found.append(f"image_size: sizes {odd} are not multiples of model.patch_size ({patch})")
+    for name in ("crop_scale", "crop_ratio"):
+        low, high = getattr(augment, name)
+        if not 0 < low <= high:
+            found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
+    if config.budget.length.value == 0:
+        found.append("budget.length: nothing can be trained in a budget of 0")
+    return found

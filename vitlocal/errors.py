@@ -1,0 +1,33 @@
+"""The errors that a user can mend, and how the commands report them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class ConfigError(ValueError):
+    """A wrong option, file name or value: the commands print it and exit with status 2."""
+
+
+class DataError(RuntimeError):
+    """Data that cannot be read or written as asked: the commands print it and exit with status 1."""
+
+
+def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Runs ``main(argv)`` and turns what a user can mend into one clear message and an exit status.
+
+    Returns 0 on success, 2 for a :class:`ConfigError`, 1 for a :class:`DataError` or an ``OSError``
+    (a full disk, say), 130 after Ctrl-C. Anything else is our own mistake and keeps its traceback.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,142 @@
+"""What a run does next: methods propose a plan, the trainer acts on it.
+
+A *method* (image-size curriculum, budgeted growth, …) is a pure function from where the run stands
+(:class:`Progress`) to what it should do (:class:`Plan`). :func:`fold` applies a recipe's methods in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+UNITS = {"ep": ("epochs", 1.0), "steps": ("steps", 1.0), "s": ("seconds", 1.0), "m": ("seconds", 60.0),
+         "h": ("seconds", 3600.0)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Length:
+    """A length of training: ``90ep``, ``5000steps``, ``45s``, ``30m`` or ``24h``."""
+
+    value: float
+    kind: str  # "epochs", "steps" or "seconds"
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Length:
+        """Raises ValueError where ``text`` is not a non-negative number and one of the units."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*(ep|steps|s|m|h)", text.strip())
+        if match is None:
+            raise ValueError("a number and a unit: 90ep, 5000steps, 45s, 30m or 24h")
+        kind, scale = UNITS[match[2]]
+        return cls(float(match[1]) * scale, kind, f"{match[1]}{match[2]}")
+
+    def done(self, at: Progress) -> float:
+        """The part of this length that lies behind ``at``: 0 at the start, 1 and more once it is over."""
+        spent = {"epochs": at.epoch, "steps": at.step, "seconds": at.seconds}[self.kind]
+        return spent / self.value if self.value else 1.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next batch begins: ``images`` of epoch ``epoch`` are done."""
+
+    epoch: int = 0
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. ``seconds`` is the budget's clock, ``fraction`` the part of the budget spent."""
+
+    epoch: float = 0.0  # with its fraction: 2.5 is the middle of the third epoch
+    step: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
+    fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What the loader cuts: crops of ``size`` × ``size`` pixels, ``batch_size`` at a time."""
+
+    size: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Dials:
+    """Scalars that change at no cost, from step to step."""
+
+    lr_scale: float = 1.0  # on top of the schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a method may decide. A change of ``feed`` starts a new pass of the loader."""
+
+    feed: Feed
+    dials: Dials = Dials()
+
+    def changed(self, before: Plan | None) -> dict[str, Any]:
+        """The fields in which this plan differs from ``before`` (all of them where there is none)."""
+        found = {}
+        for part in ("feed", "dials"):
+            new, old = getattr(self, part), before and getattr(before, part)
+            for field in fields(new):
+                value = getattr(new, field.name)
+                if old is None or value != getattr(old, field.name):
+                    found[f"{part}.{field.name}"] = value
+        return found
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells the methods; ``loss`` is a 0-D tensor on the device, not yet read."""
+
+    loss: Any
+    ids: Any  # (B,) int64, the rows that were trained on
+    plan: Plan
+
+
+class Method(Protocol):
+    """A way to train cheaply. ``plan`` is pure: the same progress gives the same plan."""
+
+    name: str
+    writes: frozenset[str]  # the plan's fields it may set, such as "feed.size"
+
+    def plan(self, plan: Plan, at: Progress) -> Plan: ...
+
+    def observe(self, seen: StepResult) -> None: ...  # must not wait for the device
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def conflicts(methods: Sequence[Method]) -> list[str]:
+    """Names every pair of methods that would write one field of the plan."""
+    return [
+        f"methods: {first.name} and {second.name} both set {', '.join(sorted(both))}; keep one of the two"
+        for place, first in enumerate(methods)
+        for second in methods[place + 1 :]
+        if (both := first.writes & second.writes)
+    ]
+
+
+def fold(methods: Sequence[Method], start: Plan, at: Progress) -> Plan:
+    """The plan for ``at``: ``start`` with every method's wishes, in the recipe's order."""
+    plan = start
+    for method in methods:
+        proposed = method.plan(plan, at)
+        assert proposed.changed(plan).keys() <= method.writes, f"{method.name} sets fields it does not own"
+        plan = proposed
+    return plan
+
+
+def with_size(plan: Plan, size: int) -> Plan:
+    return replace(plan, feed=replace(plan.feed, size=size))
