@@ -1,0 +1,5 @@
+"""The model families, registered with timm: ``timm.create_model("vitlocal_small_patch16_224")``."""
+
+from vitlocal.models import deit as deit
+from vitlocal.models import lffn as lffn
+from vitlocal.models import localvit as localvit
