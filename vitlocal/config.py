@@ -524,6 +524,9 @@ def _contradictions(config: Config) -> list[str]:
         low, high = getattr(augment, name)
         if not 0 < low <= high:
             found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
+    train = config.train
+    if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):
+        found.append("train.schedule_by: epoch needs a train.schedule_length in epochs, as in 300ep")
     if config.budget.length.value == 0:
         found.append("budget.length: nothing can be trained in a budget of 0")
     return found

@@ -1,0 +1,57 @@
+"""What the tests share: a small data folder written once, and FFCV's compiled pipeline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitlocal.config import Config, read_config
+from vitlocal.data.write import WriteConfig, parse_files, write
+
+torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
+
+TRAIN_PER_CLASS = 6
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of the built-in sample: 120 training images in three files, and the validation split."""
+    out = tmp_path_factory.mktemp("data")
+    for split, sides in (("train", "48:raw,96:raw,128:jpg"), ("val", "96:raw")):
+        config = WriteConfig(split, f"sample:{TRAIN_PER_CLASS}", str(out), parse_files(sides), workers=1)
+        write(config, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """One FFCV pipeline for all tests of this process: each would compile it for seconds."""
+    from vitlocal.data.ffcv import Decoder
+
+    return Decoder(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
+
+
+@pytest.fixture
+def decoder(compiled, monkeypatch: pytest.MonkeyPatch):
+    """Sources opened in this test use the compiled pipeline, whatever number of workers they ask for."""
+    monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers: compiled)
+    return compiled
+
+
+@pytest.fixture
+def configure(folder: Path, tmp_path: Path):
+    """Builds a configuration of a very small model on the sample; takes options as the command line does."""
+
+    def build(*options: str) -> Config:
+        small = {
+            "data.root": folder, "model.name": "vitlocal_tiny_patch8_64", "model.size": 48, "model.depth": 2,
+            "model.width": 32, "model.heads": 2, "train.batch_size": 32, "train.lr_batch": 0, "methods": "image_size",
+            "image_size.init": 16, "image_size.step_pixels": 16, "image_size.step_epochs": 1, "budget.length": "3ep",
+            "run.folder": tmp_path / "run", "run.device": "cpu", "run.progress": "no",
+        }  # fmt: skip
+        return read_config([*(f"--{name}={value}" for name, value in small.items()), *options], {})
+
+    return build

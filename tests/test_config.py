@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitlocal.config import read_config, read_write_options
+from vitlocal.errors import ConfigError
+from vitlocal.methods import build_methods
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "rcfg").glob("*.yaml"))
+
+
+def recipe(folder: Path, text: str, name: str = "recipe.yaml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_later_sources_win(tmp_path: Path):
+    first = recipe(tmp_path, "train: {lr: 0.2, batch_size: 8}", "first.yaml")
+    second = recipe(tmp_path, "train: {lr: 0.3}", "second.yaml")
+    environment = {"train.lr": "0.1", "train.batch_size": "4", "train.eps": "1e-6", "PATH": "/bin"}
+    config = read_config(["--config-file", first, "--config-file", second, "--train.clip_norm", "2"], environment)
+    assert (config.train.lr, config.train.batch_size) == (0.3, 8)
+    assert (config.train.eps, config.train.clip_norm) == (1e-6, 2.0)
+    assert read_config(["-C", first, "--train.lr=0.4"], environment).train.lr == 0.4
+
+
+def test_null_unsets(tmp_path: Path):
+    first = recipe(tmp_path, "train: {clip_norm: 1.0}", "first.yaml")
+    second = recipe(tmp_path, "train: {clip_norm: null}", "second.yaml")
+    assert read_config(["-C", first, "-C", second], {}).train.clip_norm is None
+
+
+def test_base_recipe_is_changed_by_the_one_that_names_it(tmp_path: Path):
+    recipe(tmp_path, "train: {lr: 0.2, batch_size: 8}", "base.yaml")
+    config = read_config(["-C", recipe(tmp_path, "base: base.yaml\ntrain: {lr: 0.5}")], {})
+    assert (config.train.lr, config.train.batch_size) == (0.5, 8)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path):
+    text = "train: {batchsize: 4, betas: [0.9], warmup: 5, lr: null}\nmethods: [image_sise]\nmodle: {depth: 2}"
+    arguments = ["-C", recipe(tmp_path, text), "--run.sead=1", "--train.batch_size=0.5", "--run.progress=maybe"]
+    with pytest.raises(ConfigError) as caught:
+        read_config(arguments, {})
+    message = str(caught.value)
+    for part in (
+        "no option 'train.batchsize'; did you mean train.batch_size?",
+        "no option 'modle.depth'; did you mean model.depth?",
+        "no option 'run.sead'; did you mean run.seed?",
+        "train.betas: got [0.9]",
+        "train.warmup: got 5",
+        "train.lr: got 'none'",
+        "train.batch_size: got '0.5' (command line), expected a whole number of at least 1",
+        "run.progress: got 'maybe' (command line), expected true or false",
+        "methods: got ['image_sise']",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", False), ("no", False), ("true", True), ("1", True)])
+def test_flags_mean_what_they_say(text: str, value: bool):
+    assert read_config([f"--run.progress={text}"], {}).run.progress is value
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--methods=image_size", "--image_size.init=256"], "image_size.init: 256 is larger"),
+        (["--methods=image_size", "--image_size.final=256"], "set model.size=256"),
+        (["--methods=image_size", "--image_size.step_pixels=20", "--model.patch_size=16"], "not multiples"),
+        (["--methods=image_size", "--image_size.growth=exponential", "--image_size.switch_epochs=0,1"], "7 sizes"),
+        (["--augment.crop_scale=1,0.5"], "augment.crop_scale"),
+        (["--budget.length=0s"], "budget.length"),
+        (["--train.schedule_by=epoch"], "train.schedule_by"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(options: list[str], part: str):
+    with pytest.raises(ConfigError, match=part):
+        read_config(options, {})
+
+
+def test_abbreviations_and_missing_values_are_refused():
+    with pytest.raises(ConfigError, match="no option 'train.batch'"):
+        read_config(["--train.batch=4"], {})
+    with pytest.raises(ConfigError, match="expected one argument"):
+        read_config(["--train.lr"], {})
+
+
+def test_an_unreadable_recipe_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        read_config(["-C", str(tmp_path / "nowhere.yaml")], {})
+    with pytest.raises(ConfigError, match="is not yaml"):
+        read_config(["-C", recipe(tmp_path, "a: [")], {})
+    with pytest.raises(ConfigError, match="expected sections"):
+        read_config(["-C", recipe(tmp_path, "- a")], {})
+
+
+def test_the_stored_configuration_repeats_the_run(tmp_path: Path):
+    config = read_config(["--methods=image_size", "--train.ema=0.99", "--budget.length=45s", "--model.pool=avg"], {})
+    again = read_config(["-C", recipe(tmp_path, config.yaml())], {})
+    assert again == config
+
+
+def test_the_default_folder_tells_variants_apart():
+    ours = str(ROOT / "rcfg" / "ours.yaml")
+    assert read_config(["-C", ours], {}).run.folder == "runs/ours"
+    assert read_config(["-C", ours, "--data.loader=torchvision"], {}).run.folder == "runs/ours-data.loader=torchvision"
+    assert read_config(["-C", ours, "--data.workers=3", "--run.threads=1"], {}).run.folder == "runs/ours"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid_and_open_with_their_facts(path: Path):
+    config = read_config(["-C", str(path)], {})
+    build_methods(config)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert f"--config-file rcfg/{path.name}" in "\n".join(head) or path.name == "demo.yaml"
+    for fact in ("Hardware:", "easured"):
+        assert any(fact in line for line in head), f"{path.name} does not say: {fact}"
+
+
+def test_recipes_are_the_papers():
+    sizes = {}
+    for name in ("ours", "curriculum_128_3_16", "curriculum_64_5_32", "curriculum_exponential", "ours_no_curriculum"):
+        config = read_config(["-C", str(ROOT / "rcfg" / f"{name}.yaml")], {})
+        sizes[name] = list(zip(config.image_size.starts, config.image_size.sizes, strict=True)) if config.methods else []
+    assert sizes["ours"] == [(0, 32), (5, 64), (10, 96), (15, 128), (20, 160), (25, 192), (30, 224)]
+    assert sizes["curriculum_128_3_16"] == [(3 * i, 128 + 16 * i) for i in range(7)]
+    assert sizes["curriculum_64_5_32"] == [(5 * i, 64 + 32 * i) for i in range(6)]
+    assert [start for start, _ in sizes["curriculum_exponential"]] == [0, 2, 4, 8, 12, 20, 36]
+    assert sizes["ours_no_curriculum"] == []
+
+
+def test_writer_options_have_plain_flags():
+    options = read_write_options(["--split", "val", "--source=sample", "--on-error", "skip", "--sides=64:raw"], {})
+    assert (options.split, options.source, options.on_error, options.sides) == ("val", "sample", "skip", "64:raw")
+    with pytest.raises(ConfigError, match="did you mean write.quality"):
+        read_write_options(["--qualty=3"], {})
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        (["train_imagenet.py", "--data.root=/nowhere"], "python write_dataset.py --split train"),
+        (["train_imagenet.py", "--trian.lr=1"], "did you mean train.lr?"),
+        (["write_dataset.py", "--split=tset"], "expected one of train, val"),
+    ],
+)
+def test_commands_leave_with_status_2(command: list[str], part: str, tmp_path: Path):
+    script = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []  # nothing half-written

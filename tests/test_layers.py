@@ -1,0 +1,35 @@
+"""Imports go one way: train_imagenet → train → methods, models, data → plan, config, errors → nothing of ours."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LEVELS = {"errors": 0, "plan": 1, "config": 2, "data": 3, "models": 3, "methods": 3, "train": 4, "predict": 4, "bench": 5}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_imports_go_one_way():
+    checked = 0
+    for path in (ROOT / "vitlocal").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if module == "vitlocal.__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if not name.startswith("vitlocal.") or room(name) == room(module):
+                    continue
+                checked += 1
+                assert LEVELS[room(name)] < LEVELS[room(module)], f"{module} imports {name}"
+    assert checked > 30
+
+
+def test_commands_stay_short():
+    for name in ("write_dataset.py", "train_imagenet.py"):
+        assert len((ROOT / name).read_text().splitlines()) <= 40

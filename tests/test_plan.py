@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+
+from vitlocal.config import BudgetConfig, ImageSizeConfig, TrainConfig
+from vitlocal.methods.image_size import ImageSize
+from vitlocal.plan import Feed, Length, Plan, Progress, conflicts, fold
+from vitlocal.train.clock import Clock
+from vitlocal.train.optim import Schedule
+
+START = Plan(Feed(224, 64))
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "kind"),
+    [("90ep", 90, "epochs"), ("24h", 86400, "seconds"), ("30m", 1800, "seconds"), ("45s", 45, "seconds"),
+     ("5000steps", 5000, "steps"), ("1.5h", 5400, "seconds")],
+)  # fmt: skip
+def test_lengths(text: str, value: float, kind: str):
+    assert Length.parse(text) == Length(value, kind, text)
+
+
+@pytest.mark.parametrize("text", ["", "90", "ep", "-3ep", "3 weeks", "3epochs"])
+def test_wrong_lengths(text: str):
+    with pytest.raises(ValueError, match="a number and a unit"):
+        Length.parse(text)
+
+
+def test_the_papers_curriculum():
+    method = ImageSize(ImageSizeConfig(final=224))
+    at = {epoch: fold([method], START, Progress(epoch=epoch)).feed.size for epoch in (0, 4.999, 5, 12, 29.9, 30, 300)}
+    assert at == {0: 32, 4.999: 32, 5: 64, 12: 96, 29.9: 192, 30: 224, 300: 224}
+
+
+def test_a_last_step_that_does_not_fit_ends_at_the_final_size():
+    assert ImageSizeConfig(init=32, step_pixels=48, final=96).sizes == (32, 80, 96)
+
+
+def test_planning_is_pure_and_conflicts_are_named():
+    method = ImageSize(ImageSizeConfig(final=224))
+    at = Progress(epoch=7.0)
+    assert fold([method], START, at) == fold([method], START, at)
+    (problem,) = conflicts([method, ImageSize(ImageSizeConfig(final=96))])
+    assert "feed.size" in problem
+
+
+def test_what_changed():
+    small = Plan(Feed(32, 64))
+    assert small.changed(START) == {"feed.size": 32}
+    assert small.changed(small) == {}
+    assert small.changed(None) == {"feed.size": 32, "feed.batch_size": 64, "dials.lr_scale": 1.0}
+
+
+class Hands:
+    """A clock's time, moved by hand."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def clock(length: str, counts: str = "train") -> tuple[Clock, Hands]:
+    hands = Hands()
+    return Clock(BudgetConfig(Length.parse(length), counts), images_per_epoch=100, now=hands), hands
+
+
+def test_training_time_stands_still_in_pauses():
+    it, hands = clock("60s")
+    hands.time += 5  # set-up
+    it.start()
+    hands.time += 30
+    with it.paused():
+        hands.time += 1000
+    assert it.progress.fraction == 0.5 and not it.spent
+    hands.time += 30
+    assert it.spent and it.train_seconds == 60 and it.wall_seconds == 1065
+
+
+def test_wall_time_counts_everything():
+    it, hands = clock("60s", "wall")
+    hands.time += 15
+    it.start()
+    with it.paused():
+        hands.time += 15
+    assert it.progress.fraction == 0.5
+
+
+def test_time_survives_a_restart():
+    it, hands = clock("10h")
+    it.start()
+    hands.time += 3600
+    state = it.state_dict()
+    again, hands = clock("10h")
+    again.load_state_dict(state)
+    hands.time += 999  # not training
+    assert again.progress.fraction == pytest.approx(0.1)
+    again.start()
+    hands.time += 3600
+    assert again.progress.fraction == pytest.approx(0.2)
+
+
+def test_epochs_and_steps():
+    it, _ = clock("2ep")
+    for images in (40, 40, 20):
+        it.tick(images)
+    assert (it.position.epoch, it.position.images, it.step) == (1, 0, 3)
+    assert it.progress.fraction == 0.5
+    it, _ = clock("4steps")
+    it.tick(32)
+    assert it.progress.fraction == 0.25
+
+
+def test_the_learning_rate_ends_with_the_budget():
+    schedule = Schedule(TrainConfig(batch_size=256, lr=1e-3, lr_batch=512, end_lr=1e-5))
+    assert schedule(Progress()) == pytest.approx(5e-4)
+    assert schedule(Progress(fraction=0.5)) == pytest.approx((5e-4 + 1e-5) / 2)
+    assert schedule(Progress(fraction=1.0)) == pytest.approx(1e-5)
+
+
+def test_linear_constant_and_warm_up():
+    linear = Schedule(TrainConfig(schedule="linear", lr=1.0, lr_batch=0, end_lr=0.0, warmup=Length.parse("2ep")))
+    assert linear(Progress(epoch=1, fraction=0.25)) == pytest.approx(0.375)
+    assert linear(Progress(epoch=3, fraction=0.75)) == pytest.approx(0.25)
+    assert Schedule(TrainConfig(schedule="constant", lr=1.0, lr_batch=0))(Progress(fraction=0.9)) == 1.0
+
+
+def test_the_released_schedule_lags_by_an_epoch():
+    import math
+
+    config = TrainConfig(batch_size=64, schedule_length=Length.parse("300ep"), schedule_by="epoch")
+    for epoch in (0, 1, 2, 30):
+        stated = 1e-5 + 0.5 * (1.25e-4 - 1e-5) * (1 + math.cos(math.pi * max(epoch - 1, 0) / 300))
+        assert Schedule(config)(Progress(epoch=epoch + 0.5)) == pytest.approx(stated)

@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitlocal.data.ffcv import FFCVSource
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.plan import Plan, StepResult
+from vitlocal.predict import Predictor
+from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
+from vitlocal.train.ema import Average
+from vitlocal.train.log import read_log
+from vitlocal.train.loop import fit, train
+from vitlocal.train.optim import build_optimizer
+from vitlocal.train.run import CHECKPOINT, Run, open_run
+from vitlocal.train.step import choose_precision
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {
+    "epoch", "step", "images_seen", "image_size", "loss", "top1", "top5", "lr", "train_seconds", "wall_seconds",
+    "images_per_second", "data_wait_fraction",
+}  # fmt: skip
+VARIANTS = {
+    "plain": [],
+    "everything": [
+        "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.erase=0.25",
+        "--model.drop_path=0.2", "--train.ema=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
+        "--image_size.step_epochs=0.7",
+    ],
+}  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / CHECKPOINT)["model"]
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_its_folder(configure, decoder, tmp_path: Path, capsys):
+    assert train(configure()) == 0
+    folder = tmp_path / "run"
+    for name in ("config.yaml", "log.jsonl", "checkpoints/last.pt", "model.safetensors", "config.json", "curve.png",
+                 "report.html"):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    records = read_log(folder)
+    assert [record["image_size"] for record in records] == [16, 32, 48]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert all(FIELDS <= record.keys() for record in records)
+    assert records[1]["feed.size"] == 32 and "feed.batch_size" not in records[1]
+    assert records[-1]["lr"] < records[0]["lr"]
+    assert records[-1]["images_seen"] == 360 and records[-1]["step"] == 12
+    assert "top-1" in capsys.readouterr().out
+    page = (folder / "report.html").read_text()
+    assert "http" not in page and "data:image/png;base64," in page
+
+
+def test_the_same_command_on_a_finished_run_does_nothing_again(configure, decoder, tmp_path: Path):
+    assert train(configure()) == 0
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    assert train(configure()) == 0
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_log(folder)]
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_the_same_seed_gives_the_same_losses(configure, decoder, tmp_path: Path, options: list[str]):
+    for name in ("a", "b"):
+        train(configure(*options, f"--run.folder={tmp_path}/{name}"))
+    train(configure(*options, f"--run.folder={tmp_path}/c", "--run.seed=1"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The process 'dies' in the middle of a step, as with kill -9: nothing more is saved."""
+    original, count = Run.train_on, [0]
+
+    def train_on(self, batch, plan):
+        count[0] += 1
+        if count[0] > steps:
+            raise Killed
+        original(self, batch, plan)
+
+    monkeypatch.setattr(Run, "train_on", train_on)
+
+
+@pytest.mark.parametrize("save_every", ["3steps", "100ep"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
+    configure, decoder, tmp_path: Path, options: list[str], save_every: str
+):
+    train(configure(*options, f"--run.folder={tmp_path}/whole"))
+    config = configure(*options, f"--run.folder={tmp_path}/killed", f"--run.save_every={save_every}")
+    for steps in (5, 4, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, steps)
+            with pytest.raises(Killed):
+                train(config)
+    assert train(config) == 0
+    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    kept = ("epoch", "step", "image_size", "top1", "lr", "images_seen")
+    for one, other in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "killed"), strict=True):
+        assert {name: one[name] for name in kept} == {name: other[name] for name in kept}
+    exports = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert exports[0] == exports[1]
+
+
+def test_a_signal_saves_and_the_run_goes_on(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train(configure(f"--run.folder={tmp_path}/whole"))
+    original, count = Run.train_on, [0]
+
+    def train_on(self, batch, plan):
+        original(self, batch, plan)
+        count[0] += 1
+        if count[0] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "train_on", train_on)
+    assert train(configure()) == 143
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["clock"]["step"] == 6
+    assert train(configure("--run.resume=must")) == 0
+    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+
+
+def test_every_image_is_trained_on_once_an_epoch(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    original = Run.train_on
+
+    def train_on(self, batch, plan):
+        seen.extend(batch.ids.tolist())
+        original(self, batch, plan)
+
+    monkeypatch.setattr(Run, "train_on", train_on)
+    train(configure("--image_size.step_epochs=0.4", "--budget.length=2ep"))  # sizes change in mid-epoch
+    assert sorted(seen) == sorted([*range(120), *range(120)])
+    assert sorted(seen[:120]) == list(range(120))
+
+
+@pytest.mark.parametrize("methods", ["none", "image_size"])
+def test_methods_plan_purely_train_and_keep_their_state(configure, decoder, methods: str, tmp_path: Path):
+    with open_run(configure(f"--methods={methods}", "--budget.length=4steps")) as run:
+        assert run.plan() == run.plan()
+        fit(run)
+        assert run.clock.step == 4
+        for method in run.methods:
+            method.observe(StepResult(torch.zeros(()), torch.arange(3), run.plan()))
+            state = method.state_dict()
+            method.load_state_dict(state)
+            assert method.state_dict() == state
+
+
+def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
+    began = time.monotonic()
+    assert train(configure("--budget.length=3s", "--evaluate.every=0")) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert 3 <= last["train_seconds"] < 4  # a step of this model takes some hundredths of a second
+    assert last["lr"] == pytest.approx(1e-5, rel=0.2)
+    assert last["top1"] is not None
+    assert time.monotonic() - began < 60
+
+
+def test_a_run_of_another_configuration_is_refused(configure, decoder):
+    train(configure("--budget.length=1ep"))
+    with pytest.raises(ConfigError, match=r"train.lr was 0.001 and is now 0.5"):
+        train(configure("--budget.length=1ep", "--train.lr=0.5"))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(configure("--budget.length=1ep", "--run.resume=never"))
+
+
+def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no run to go on with"):
+        train(configure("--run.resume=must"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--model.name=vitlocal_smal_patch16_224"], "timm knows no model"),
+        (["--model.name=resnet18", "--model.convolution=no", "--methods=none"], "model options convolution"),
+        (["--model.patch_size=7", "--methods=none"], "patch_size"),
+        (["--model.heads=3"], "heads"),
+        (["--train.precision=fp16"], "fp16 needs a CUDA device"),
+        (["--run.device=cuda:99"], "run.device"),
+        (["--run.device=gpu"], "run.device"),
+        (["--data.workers=4096"], "data.workers"),
+    ],
+)
+def test_what_cannot_be_built_is_told_and_leaves_nothing(
+    configure, tmp_path: Path, options: list[str], part: str, monkeypatch, compiled
+):
+    if "workers" not in options[0]:
+        monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers: compiled)
+    with pytest.raises(ConfigError, match=part):
+        train(configure(*options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_cannot_train_in_one_folder(configure, decoder):
+    with open_run(configure()):
+        with pytest.raises(ConfigError, match="another process is training"):
+            train(configure())
+
+
+def test_a_damaged_checkpoint_is_named(configure, decoder, tmp_path: Path):
+    train(configure("--budget.length=1ep"))
+    path = tmp_path / "run" / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match="last.pt is not a readable checkpoint"):
+        train(configure("--budget.length=1ep"))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    save_checkpoint(path, {"a": torch.zeros(10)})
+    before = path.read_bytes()
+    script = (
+        "import resource, torch; from pathlib import Path; from vitlocal.train.checkpoint import save_checkpoint\n"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"save_checkpoint(Path({str(path)!r}), {{'a': torch.zeros(1_000_000)}})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "last.pt" in done.stderr
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(configure, decoder):
+    with pytest.raises(DataError, match="training has diverged"):
+        train(configure("--train.lr=1e30", "--train.end_lr=1e30"))
+
+
+def test_checkpoints_hold_no_code(tmp_path: Path):
+    torch.save({"a": Plan}, tmp_path / "bad.pt")
+    with pytest.raises(DataError, match="bad.pt"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_the_export_gives_the_same_logits_through_timm_and_predicts(configure, decoder, tmp_path: Path):
+    from vitlocal.data.images import open_images
+
+    config = configure("--model.pool=avg", "--train.ema=0.5", "--model.drop_path=0.3")
+    train(config)
+    with open_run(config) as run:
+        model = run.average.model
+        x = torch.randn(2, 3, 48, 48)
+        loaded = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
+        assert torch.equal(loaded(x), model(x))
+        classes = run.sources.train.classes
+    guesses = Predictor(tmp_path / "run")(open_images("sample:6", "val").load(0))
+    assert len(guesses) == 5 and {guess.name for guess in guesses} <= set(classes)
+    assert guesses[0].probability >= guesses[-1].probability
+    with pytest.raises(ConfigError, match="expected the folder of a finished run"):
+        Predictor(tmp_path)
+
+
+def test_timms_own_models_train(configure, decoder, tmp_path: Path):
+    for name in ("test_vit", "test_resnet"):
+        options = [f"--model.{option}=none" for option in ("depth", "width", "heads")]
+        train(configure(f"--model.name={name}", *options, "--budget.length=1ep", f"--run.folder={tmp_path}/{name}",
+                        "--image_size.init=32"))  # fmt: skip
+        assert (tmp_path / name / "model.safetensors").exists()
+
+
+def test_no_decay_on_norms_biases_embeddings_and_tokens(configure):
+    config = configure()
+    model = timm.create_model("vitlocal_tiny_patch8_64", depth=2)
+    decayed = {id(p) for group in build_optimizer(model, config.train).param_groups if group["weight_decay"]
+               for p in group["params"]}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim == 1 or name in ("pos_embed", "cls_token")
+        assert (id(parameter) in decayed) is not exempt, name
+
+
+def test_the_average_follows():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    average = Average(model, 0.9)
+    before = average.model[0].weight.clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    model[1].running_mean.fill_(3)
+    average.update(model)
+    torch.testing.assert_close(average.model[0].weight, before + 0.1)
+    assert (average.model[1].running_mean == 3).all()
+
+
+def test_precision_on_a_cpu():
+    assert choose_precision("auto", torch.device("cpu")) is torch.float32
+    assert choose_precision("bf16", torch.device("cpu")) is torch.bfloat16
+
+
+def test_the_torchvision_source_trains_the_same_loop(configure, tmp_path: Path):
+    config = configure("--data.loader=torchvision", "--data.workers=1", "--budget.length=1ep")
+    assert train(config) == 0
+    assert read_log(tmp_path / "run")[0]["images_seen"] == 120
+
+
+def test_the_position_table_stays_one_trained_parameter(configure, decoder):
+    with open_run(configure()) as run:
+        table, before = run.model.pos_embed, run.model.pos_embed.detach().clone()
+        fit(run)
+        assert run.model.pos_embed is table
+        assert any(table is p for group in run.optimizer.param_groups for p in group["params"])
+        assert (run.optimizer.state[table]["exp_avg"] != 0).any()
+        assert not torch.equal(table, before)
+
+
+def test_a_frozen_position_table_stays(configure, decoder):
+    with open_run(configure("--model.train_position=no")) as run:
+        before = run.model.pos_embed.detach().clone()
+        fit(run)
+        assert torch.equal(run.model.pos_embed, before)
+
+
+def test_kill_9_of_the_command_then_the_same_command(configure, folder: Path, tmp_path: Path):
+    """The whole command as a user runs it, killed once it has logged a pass."""
+    config = configure("--run.save_every=2steps", "--data.workers=1", "--budget.length=4ep")
+    (tmp_path / "recipe.yaml").write_text(config.yaml())
+    command = [sys.executable, "train_imagenet.py", "--config-file", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert log.read_text(), "no pass was logged in time"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records] == [4, 8, 12, 16]
+
+
+def test_sources_are_the_ones_configured(configure, decoder):
+    with open_run(configure()) as run:
+        assert isinstance(run.sources.train, FFCVSource)

@@ -1,0 +1,20 @@
+"""Trains a Vision Transformer within a budget: python train_imagenet.py --config-file rcfg/ours.yaml
+
+Any option may be overridden, as in --data.loader=torchvision; --help lists them. The same command goes on
+with a run that was stopped.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from vitlocal.config import read_config
+from vitlocal.errors import run_command
+from vitlocal.train.loop import train
+
+
+def main(argv: Sequence[str]) -> int:
+    return train(read_config(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,1 @@
+"""The trainer: spends a budget on a model, a source and a list of methods."""

@@ -1,0 +1,42 @@
+"""Accuracy on the validation split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vitlocal.data.source import Source
+from vitlocal.plan import Feed, Position
+from vitlocal.train.step import Step
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """In percent of all images of the split."""
+
+    top1: float
+    top5: float
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, source: Source, feed: Feed, step: Step) -> Accuracy:
+    """Runs the model over the whole split, each image once, in the step's precision and normalisation."""
+    training = model.training
+    model.eval()
+    try:
+        hits = torch.zeros(2, dtype=torch.int64, device=step.device)
+        count = 0
+        with source.open(feed, Position()) as batches:
+            for batch in batches:
+                with step.autocast():
+                    logits = model(step.augment.normalize(batch.images))
+                best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+                right = best == batch.labels[:, None]
+                hits += torch.stack([right[:, 0].sum(), right.sum()])
+                count += len(batch)
+        top1, top5 = (100 * hits.double() / count).tolist()  # device sync, once a pass
+        return Accuracy(top1, top5)
+    finally:
+        model.train(training)

@@ -1,0 +1,94 @@
+"""What a run tells: ``log.jsonl`` (a line a pass), TensorBoard, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vitlocal.plan import Length, Progress
+
+REFRESH_SECONDS = 1.0
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, oldest first; a last line cut short by a kill is left out."""
+    path = folder / "log.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Log:
+    """Appends records, and draws where the run stands about once a second."""
+
+    def __init__(self, folder: Path, length: Length, progress: bool):
+        self.folder, self.path = folder, folder / "log.jsonl"
+        self.length = length
+        # A bar that redraws itself is for a terminal; in a file, the line at the end of each pass tells enough.
+        self.bar = tqdm(
+            total=100.0, disable=not (progress and sys.stderr.isatty()), leave=False, dynamic_ncols=True,
+            bar_format="{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}",
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer_type = SummaryWriter
+        self.board: Any = None
+        self._next = 0.0
+
+    def begin(self, step: int) -> None:
+        """Drops what was logged after ``step``: it will be done again."""
+        kept = [record for record in read_log(self.folder) if record["step"] <= step]
+        temporary = self.path.with_name(".log.jsonl.writing")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.board = self._writer_type(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def due(self) -> bool:
+        """Whether a second has passed since the last :meth:`show`: what it shows must be read from the device."""
+        return time.monotonic() >= self._next
+
+    def show(self, at: Progress, loss: float, lr: float, size: int, rate: float) -> None:
+        self._next = time.monotonic() + REFRESH_SECONDS
+        self.bar.set_postfix_str(
+            f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s", refresh=False
+        )
+        self.bar.n = 100 * at.fraction
+        self.bar.refresh()
+        for name, value in (("loss", loss), ("lr", lr), ("image_size", size), ("images_per_second", rate)):
+            self.board.add_scalar(f"train/{name}", value, at.step)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Closes a pass: one line in the log, one on the screen."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name in ("top1", "top5"):
+            if values[name] is not None:
+                self.board.add_scalar(f"val/{name}", values[name], values["step"])
+        accuracy = "" if values["top1"] is None else f"  top-1 {values['top1']:5.2f} %  top-5 {values['top5']:5.2f} %"
+        self.say(
+            f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px  loss {values['loss']:.4f}{accuracy}  "
+            f"{values['images_per_second']:,.0f} images/s  waited for data {100 * values['data_wait_fraction']:.1f} %"
+        )
+
+    def say(self, text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()

@@ -1,0 +1,55 @@
+"""The training loop: methods plan, the source is opened for the plan's feed, steps are taken until the plan moves."""
+
+from __future__ import annotations
+
+import signal
+
+from vitlocal.config import Config
+from vitlocal.train.report import write_report
+from vitlocal.train.run import Run, open_run
+
+
+def fit(run: Run) -> None:
+    """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
+    while not run.over:
+        plan = run.plan()
+        run.begin_pass()
+        with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed
+            for batch in run.waited_for(batches):
+                run.train_on(batch, plan)
+                ahead = run.plan()
+                if run.over or ahead.feed != plan.feed:
+                    break
+                if run.save_due:
+                    run.save()
+                plan = ahead
+        if run.interrupted and not run.clock.spent:
+            run.save()
+        else:
+            run.end_pass(plan)
+    run.clock.stop()
+
+
+def train(config: Config) -> int:
+    """Builds or resumes the run, trains, exports and reports; returns the command's exit status."""
+    with open_run(config) as run, run.stopping_on_signals():
+        say, folder = run.log.say, run.folder
+        parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+        say(
+            f"{config.model.name}: {parameters:.2f} M parameters, {run.sources.train.count:,} images of "
+            f"{len(run.sources.train.classes)} classes, {config.budget.length} on {run.device}, "
+            f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
+        )
+        if run.clock.step:
+            spent = run.clock.progress
+            say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")
+        if not run.over:
+            run.warm_up()
+            fit(run)
+        if run.interrupted and not run.clock.spent:
+            say(f"stopped by {run.interrupted.name} at step {run.clock.step}, all saved; the same command goes on")
+            return 130 if run.interrupted is signal.SIGINT else 143
+        run.export()
+        best = write_report(folder)
+        say(f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {folder}/report.html")
+    return 0

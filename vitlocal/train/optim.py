@@ -1,0 +1,41 @@
+"""AdamW and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from vitlocal.config import TrainConfig
+from vitlocal.plan import Progress
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, fused; no weight decay on norms, biases, position embeddings and class tokens."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+class Schedule:
+    """The learning rate at any progress: warm-up, then cosine, linear or constant, down to ``end_lr``."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.peak = config.lr * (config.batch_size / config.lr_batch if config.lr_batch else 1.0)
+
+    def __call__(self, at: Progress) -> float:
+        config = self.config
+        if config.schedule_by == "epoch":
+            # As timm's scheduler in the paper's code: moved after an epoch, with the number of that epoch.
+            at = replace(at, epoch=max(0.0, math.floor(at.epoch) - 1.0))
+        part = at.fraction if config.schedule_length is None else min(1.0, config.schedule_length.done(at))
+        left = {"cosine": (1 + math.cos(math.pi * part)) / 2, "linear": 1 - part, "constant": 1.0}[config.schedule]
+        end = min(config.end_lr, self.peak)
+        rate = end + (self.peak - end) * left
+        if config.warmup.value:
+            rate *= min(1.0, max(config.warmup.done(at), 1e-3))
+        return rate

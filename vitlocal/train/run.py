@@ -1,0 +1,340 @@
+"""A run: model, sources, methods, optimizer and clock, built from a configuration, in a folder that it can resume."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from vitlocal.config import IMMATERIAL, Config
+from vitlocal.data.source import Batch, Sources, open_sources
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.methods import build_methods
+from vitlocal.models.factory import build_model, export_model
+from vitlocal.plan import Feed, Plan, Position, StepResult, fold
+from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
+from vitlocal.train.clock import Clock
+from vitlocal.train.ema import Average
+from vitlocal.train.evaluate import Accuracy, evaluate
+from vitlocal.train.log import Log
+from vitlocal.train.optim import Schedule, build_optimizer
+from vitlocal.train.step import Step
+
+CHECKPOINT = Path("checkpoints") / "last.pt"
+
+
+@dataclass
+class PassMeter:
+    """Sums over the pass that is running; saved with the run, so that a pass that was cut in two logs as one."""
+
+    loss: float = 0.0  # summed over images
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # for the source
+
+
+class Run:
+    """Everything that training needs. Built by :func:`open_run`, driven by :func:`vitlocal.train.loop.fit`."""
+
+    def __init__(self, config: Config, folder: Path, sources: Sources, device: torch.device):
+        self.config, self.folder, self.sources, self.device = config, folder, sources, device
+        torch.manual_seed(config.run.seed)  # the weights' start
+        model, self.model_arguments = build_model(config.model, len(sources.train.classes))
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.average = Average(self.model, config.train.ema) if config.train.ema is not None else None
+        self.schedule = Schedule(config.train)
+        self.methods = build_methods(config)
+        self.clock = Clock(config.budget, sources.train.count)
+        self.step = Step(self.model, self.optimizer, self.average, config, device)
+        self.log = Log(folder, config.budget.length, config.run.progress)
+        self.meter = PassMeter()
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.pass_began = 0.0  # training seconds at the pass's start, in this process
+        self.logged_plan: Plan | None = None  # the plan of the last logged pass
+        self.evaluated_epoch = 0.0
+        self.saved_at = self.clock.progress
+        self.interrupted: signal.Signals | None = None
+
+    # --- plans ---
+
+    def plan(self) -> Plan:
+        start = Plan(Feed(self.config.model.size, self.config.train.batch_size))
+        return fold(self.methods, start, self.clock.progress)
+
+    @property
+    def over(self) -> bool:
+        return self.clock.spent or self.interrupted is not None
+
+    # --- training ---
+
+    def warm_up(self) -> None:
+        """Has the source make ready (compile, start workers) before the clock runs."""
+        feed = self.plan().feed
+        with self.sources.train.open(Feed(feed.size, min(feed.batch_size, 8)), Position()) as batches:
+            next(iter(batches))
+
+    def begin_pass(self) -> None:
+        self.clock.start()
+        self.pass_began = self.clock.train_seconds - self.meter.seconds
+        self.loss_sum.fill_(self.meter.loss)
+
+    def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for each on the pass's meter."""
+        while True:
+            before = perf_counter()
+            batch = next(batches, None)
+            self.meter.waited += perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def train_on(self, batch: Batch, plan: Plan) -> None:
+        """One step, its effect on clock, meter and methods, and about once a second a look at the loss."""
+        before = self.clock.progress
+        lr = self.schedule(before) * plan.dials.lr_scale
+        loss = self.step(batch, before.step, lr)
+        self.loss_sum += loss.double() * len(batch)
+        self.meter.images += len(batch)
+        seen = StepResult(loss, batch.ids, plan)
+        for method in self.methods:
+            method.observe(seen)
+        self.clock.tick(len(batch))
+        if self.log.due():
+            rate = self.meter.images / max(self.clock.train_seconds - self.pass_began, 1e-9)
+            self.log.show(self.clock.progress, self._finite(loss), lr, plan.feed.size, rate)  # device sync, 1 Hz
+
+    def _finite(self, loss: torch.Tensor) -> float:
+        value = float(loss)
+        if value - value != 0:  # inf and nan
+            raise DataError(
+                f"the loss is {value} at step {self.clock.step}: training has diverged. Lower train.lr, lengthen "
+                f"train.warmup or set train.clip_norm=1; {self.folder} keeps the last checkpoint before it"
+            )
+        return value
+
+    def _read_meter(self) -> None:
+        """Brings the meter up to date; waits for the device."""
+        self.meter.loss = self._finite(self.loss_sum)
+        self.meter.seconds = self.clock.train_seconds - self.pass_began
+
+    @property
+    def save_due(self) -> bool:
+        every, now, then = self.config.run.save_every, self.clock.progress, self.saved_at
+        spent = {
+            "epochs": now.epoch - then.epoch,
+            "steps": now.step - then.step,
+            "seconds": now.seconds - then.seconds,
+        }[every.kind]
+        return spent >= every.value
+
+    def end_pass(self, plan: Plan) -> None:
+        """Evaluates if it is time, writes the pass's line, saves. The budget's training clock stands meanwhile."""
+        self._read_meter()
+        with self.clock.paused():
+            at = self.clock.progress
+            every = self.config.evaluate.every
+            accuracy = None
+            if self.clock.spent or (every and at.epoch - self.evaluated_epoch >= every - 1e-9):
+                accuracy = self.evaluate()
+                self.evaluated_epoch = at.epoch
+            self.log.record(self._record(plan, accuracy))
+            self.logged_plan, self.meter = plan, PassMeter()
+            self.save()
+
+    def evaluate(self) -> Accuracy:
+        """Accuracy at ``evaluate.size``, of the averaged weights where there are some."""
+        config = self.config.evaluate
+        model = self.model if self.average is None else self.average.model
+        return evaluate(model, self.sources.val, Feed(config.size, config.batch_size), self.step)
+
+    def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
+        at, meter = self.clock.progress, self.meter
+        return {
+            "epoch": round(at.epoch, 6),
+            "step": at.step,
+            "images_seen": at.images_seen,
+            "image_size": plan.feed.size,
+            "loss": meter.loss / max(meter.images, 1),
+            "top1": None if accuracy is None else round(accuracy.top1, 4),
+            "top5": None if accuracy is None else round(accuracy.top5, 4),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_seconds": round(self.clock.train_seconds, 3),
+            "wall_seconds": round(self.clock.wall_seconds, 3),
+            "images_per_second": round(meter.images / max(meter.seconds, 1e-9), 2),
+            "data_wait_fraction": round(min(1.0, meter.waited / max(meter.seconds, 1e-9)), 5),
+            **plan.changed(self.logged_plan),
+        }
+
+    # --- state ---
+
+    def save(self) -> None:
+        """Writes the checkpoint that a run killed from now on goes on from."""
+        if self.meter.images:
+            self._read_meter()
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average and self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "clock": self.clock.state_dict(),
+            "meter": vars(self.meter),
+            "methods": {method.name: method.state_dict() for method in self.methods},
+            "logged_plan": self.logged_plan and self.logged_plan.changed(None),
+            "evaluated_epoch": self.evaluated_epoch,
+        }
+        with self.clock.paused():
+            save_checkpoint(self.folder / CHECKPOINT, state)
+        self.saved_at = self.clock.progress
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.clock.load_state_dict(state["clock"])
+        self.meter = PassMeter(**state["meter"])
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
+        if (logged := state["logged_plan"]) is not None:
+            self.logged_plan = Plan(Feed(logged["feed.size"], logged["feed.batch_size"]))
+        self.evaluated_epoch = state["evaluated_epoch"]
+        self.saved_at = self.clock.progress
+
+    def export(self) -> None:
+        model = self.model if self.average is None else self.average.model
+        export_model(self.folder, model, self.config.model, self.model_arguments, self.sources.train.classes,
+                     self.config.evaluate)  # fmt: skip
+
+    @contextmanager
+    def stopping_on_signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM lets the step end and saves; a second one is obeyed at once."""
+
+        def note(number: int, frame: object) -> None:
+            if self.interrupted is not None:
+                raise KeyboardInterrupt
+            self.interrupted = signal.Signals(number)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        self.log.close()
+        self.sources.close()
+
+
+# --- opening ----------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device: '{name}' cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    """Raises ConfigError where ``folder`` holds a run of another configuration."""
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    before = {
+        f"{section}.{key}" if key else section: value
+        for section, inner in stored.items()
+        for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
+    }
+    now = config.flat()
+    changed = [
+        f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in now.items()
+        if name not in IMMATERIAL and before.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"run.folder: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options "
+            "to go on with it, or another --run.folder"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run.folder: another process is training in {folder}; use another --run.folder"
+            ) from error
+        yield
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Builds the run, or goes on with the one that its folder holds (``run.resume``).
+
+    Everything is checked before the folder is made: a wrong configuration leaves nothing behind.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training on several GPUs (torchrun) is not supported yet; start one process")
+    folder = Path(config.run.folder)
+    checkpoint = folder / CHECKPOINT
+    resumes = checkpoint.exists() and config.run.resume != "never"
+    if config.run.resume == "must" and not resumes:
+        raise ConfigError(f"run.resume: there is no run to go on with in {folder} ({checkpoint} is not there)")
+    if config.run.resume == "never" and checkpoint.exists():
+        raise ConfigError(f"run.resume: {folder} holds a run already; remove it, or use another --run.folder")
+    if resumes:
+        _check_same(folder, config)
+    device = choose_device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    sources = open_sources(config, device, config.data.workers or cores())
+    try:
+        folder_is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(folder):
+                run = Run(config, folder, sources, device)
+                if resumes:
+                    run.load(load_checkpoint(checkpoint))
+                else:
+                    (folder / "config.yaml").write_text(_header() + config.yaml(), encoding="utf-8")
+                run.log.begin(run.clock.step)
+                try:
+                    yield run
+                finally:
+                    run.log.close()
+        except ConfigError:
+            if folder_is_new:
+                for leftover in (folder / ".lock", folder):
+                    leftover.unlink() if leftover.is_file() else leftover.rmdir()
+            raise
+    finally:
+        sources.close()
+
+
+def _header() -> str:
+    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {' '.join(sys.argv)}\n"
