@@ -1,0 +1,702 @@
+"""Every kind of source, built small and real, and the decoding of every kind of pixel."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import multiprocessing.pool
+import os
+import pickle
+import struct
+import tarfile
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from vitlocal.data import images
+from vitlocal.data.images import (
+    FolderImages,
+    ImageSet,
+    ParquetImages,
+    TarImages,
+    decode_rgb,
+    open_images,
+    resolve_source,
+)
+from vitlocal.errors import ConfigError, DataError
+
+WNIDS = ("n01440764", "n01443537", "n02084071")
+
+
+def encoded(colour: object = (200, 30, 60), mode: str = "RGB", format: str = "PNG", size=(12, 8), **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def photo(k: int) -> bytes:
+    """A JPEG that tells by its colour which row it is."""
+    return encoded((k * 7 % 256, k * 31 % 256, k * 3 % 256), format="JPEG", quality=95)
+
+
+def colour_of(image: Image.Image) -> tuple[int, ...]:
+    return image.getpixel((0, 0))
+
+
+def _read_in_child(source: ImageSet, index: int) -> bytes:
+    return source.read(index)
+
+
+def check_set(source: ImageSet, spec: str) -> None:
+    """What every image set promises."""
+    assert isinstance(source, ImageSet)
+    assert source.spec == spec
+    assert source.labels.dtype == np.int64 and source.labels.shape == (len(source),)
+    assert 0 <= source.labels.min() and source.labels.max() < len(source.classes)
+    assert len({source.entry(i) for i in range(len(source))}) == len(source)
+    for i in (0, len(source) - 1):
+        loaded = source.load(i)
+        assert loaded.mode == "RGB"
+        assert np.array_equal(loaded, decode_rgb(source.read(i), source.entry(i)))
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(1) == source.read(1) and copy.entry(1) == source.entry(1)
+    with pytest.raises(IndexError):
+        source.read(len(source))
+
+
+# Folders
+
+
+def make_folder(root: Path, split: str = "train", per_class: int = 3, classes=WNIDS) -> None:
+    for label, wnid in enumerate(classes):
+        folder = root / split / wnid
+        folder.mkdir(parents=True)
+        for k in range(per_class):
+            (folder / f"{wnid}_{k}.JPEG").write_bytes(photo(label * per_class + k))
+
+
+def test_folder(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    make_folder(tmp_path, "val", per_class=1)
+    deep = tmp_path / "train" / WNIDS[1] / "more"
+    deep.mkdir()
+    (deep / "a.PNG").write_bytes(encoded())
+    (deep / "._a.png").write_bytes(b"left by a file manager")
+    (tmp_path / "train" / "notes.txt").write_text("not an image")
+    source = open_images(str(tmp_path), "train")
+    check_set(source, str(tmp_path))
+    assert source.classes == WNIDS
+    assert source.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 3
+    assert source.entry(0) == f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG"
+    assert source.entry(3) == f"{WNIDS[1]}/more/a.PNG"
+    assert source.read(4) == photo(3)
+    assert len(open_images(str(tmp_path), "val")) == 3
+
+
+@pytest.mark.parametrize("folder", ["val", "validation", "valid"])
+@pytest.mark.parametrize("asked", ["val", "validation", "valid"])
+def test_folder_split_alias(tmp_path: Path, folder: str, asked: str) -> None:
+    make_folder(tmp_path, folder)
+    assert len(open_images(str(tmp_path), asked)) == 9
+
+
+def test_folder_without_splits_is_the_training_split(tmp_path: Path) -> None:
+    make_folder(tmp_path, ".")
+    source = open_images(str(tmp_path), "train")
+    assert source.classes == WNIDS and len(source) == 9
+    with pytest.raises(ConfigError, match=r"no split 'val'.*found 'n01440764/'"):
+        open_images(str(tmp_path), "val")
+
+
+def test_a_folder_one_level_too_high(tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", ".")
+    with pytest.raises(ConfigError, match=r"one folder, 'photos'.*Did you mean '.*/photos'"):
+        open_images(str(tmp_path), "train")
+
+
+def test_spec_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    assert open_images("photos", "train").spec == str(tmp_path / "photos")
+
+
+def test_folder_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"does not exist.*'sample'"):
+        open_images(str(tmp_path / "nowhere"), "train")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"is a file; give the folder"):
+        open_images(str(tmp_path / "file"), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty folder"):
+        open_images(str(tmp_path / "empty"), "train")
+
+    make_folder(tmp_path / "a", "train")
+    with pytest.raises(ConfigError, match=r"no split 'val'.*found 'train/'"):
+        open_images(str(tmp_path / "a"), "val")
+    make_folder(tmp_path / "a", "val", classes=(*WNIDS[:2], "n09999999"))
+    for split in ("train", "val"):
+        with pytest.raises(ConfigError, match=r"same classes.*n09999999"):
+            open_images(str(tmp_path / "a"), split)
+
+    make_folder(tmp_path / "b", "train")
+    (tmp_path / "b" / "train" / "n0_bare").mkdir()
+    with pytest.raises(ConfigError, match=r"n0_bare' has no images"):
+        open_images(str(tmp_path / "b"), "train")
+
+    flat = tmp_path / "c" / "val"
+    flat.mkdir(parents=True)
+    (flat / "ILSVRC2012_val_00000001.JPEG").write_bytes(photo(1))
+    with pytest.raises(ConfigError, match=r"1 images without a class folder"):
+        open_images(str(tmp_path / "c"), "val")
+
+
+def test_a_file_that_vanishes(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    source = open_images(str(tmp_path), "train")
+    (tmp_path / "train" / source.entry(2)).unlink()
+    with pytest.raises(DataError, match=r"n01440764_2.JPEG cannot be read"):
+        source.read(2)
+
+
+# The ILSVRC2012 tars
+
+
+def tar_of(files: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def make_tars(root: Path, per_class: int = 3, val: int = 6) -> list[str]:
+    """Writes both tars and the devkit as image-net.org gives them, small; returns the val images' wnids."""
+    scipy_io = pytest.importorskip("scipy.io")
+    root.mkdir(exist_ok=True)
+    inner = {
+        # neither classes nor images in order, as in the real one
+        f"{wnid}.tar": tar_of({f"{wnid}_{k}.JPEG": photo(label * per_class + k) for k in reversed(range(per_class))})
+        for label, wnid in reversed(list(enumerate(WNIDS)))
+    }
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    names = [f"ILSVRC2012_val_{k + 1:08}.JPEG" for k in range(val)]
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar_of({name: photo(100 + k) for k, name in enumerate(names)}))
+
+    identities = {1: WNIDS[2], 2: WNIDS[0], 3: WNIDS[1]}  # the devkit's numbers are not in the order of wnids
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(number, wnid, f"word {number}", "gloss", 0) for number, wnid in identities.items()]
+    rows.append((4, "n00001740", "entity", "gloss", 3))  # an inner node
+    meta = io.BytesIO()
+    scipy_io.savemat(meta, {"synsets": np.array(rows, kind).reshape(-1, 1)})
+    truth = [1 + k % 3 for k in range(val)]
+    devkit = {
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{k}\n" for k in truth).encode(),
+        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+        "ILSVRC2012_devkit_t12/readme.txt": b"read me",
+    }
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar_of(devkit)))
+    return [identities[number] for number in truth]
+
+
+def test_tars(tmp_path: Path) -> None:
+    wnids = make_tars(tmp_path)
+    train = open_images(str(tmp_path), "train")
+    assert isinstance(train, TarImages)
+    check_set(train, str(tmp_path))
+    assert train.classes == WNIDS
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [train.read(i) for i in range(9)] == [photo(i) for i in range(9)]
+
+    val = open_images(str(tmp_path), "val")
+    check_set(val, str(tmp_path))
+    assert val.classes == WNIDS
+    for i in range(len(val)):
+        number = int(val.entry(i).split("_")[-1].split(".")[0])
+        wnid = wnids[number - 1]
+        assert val.entry(i) == f"{wnid}/ILSVRC2012_val_{number:08}.JPEG"
+        assert val.classes[val.labels[i]] == wnid
+        assert val.read(i) == photo(100 + number - 1)
+
+
+def test_tars_have_the_rows_of_the_same_images_unpacked(tmp_path: Path) -> None:
+    make_tars(tmp_path / "tars")
+    make_folder(tmp_path / "folder")
+    packed = open_images(str(tmp_path / "tars"), "train")
+    unpacked = open_images(str(tmp_path / "folder"), "train")
+    assert isinstance(unpacked, FolderImages)
+    assert packed.labels.tolist() == unpacked.labels.tolist()
+    for i in range(len(packed)):
+        assert packed.entry(i) == unpacked.entry(i) and packed.read(i) == unpacked.read(i)
+
+
+def test_an_unpacked_devkit(tmp_path: Path) -> None:
+    wnids = make_tars(tmp_path)
+    packed = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
+    with tarfile.open(packed) as tar:
+        for member in tar:
+            target = tmp_path / member.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(tar.extractfile(member).read())
+    packed.unlink()
+    assert len(open_images(str(tmp_path), "val")) == len(wnids)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_tars_in_other_processes(tmp_path: Path, context: str) -> None:
+    make_tars(tmp_path)
+    source = open_images(str(tmp_path), "train")
+    source.read(0)
+    if context == "spawn":  # what a spawned worker gets
+        assert pickle.loads(pickle.dumps(source)).read(5) == photo(5)
+        return
+    with fork_pool() as pool:
+        assert pool.starmap(_read_in_child, [(source, i) for i in range(9)]) == [photo(i) for i in range(9)]
+
+
+def fork_pool() -> multiprocessing.pool.Pool:
+    with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads, such as torch's
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return multiprocessing.get_context("fork").Pool(2)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_headers(tmp_path: Path, format: int) -> None:
+    files = {
+        "plain.jpg": b"p" * 511,
+        "d" * 60 + "/" + "e" * 60 + "/long.jpg": b"l" * 513,
+        "empty.jpg": b"",
+        "bloß-ä.jpg": b"u" * 512,
+    }
+    if format != tarfile.USTAR_FORMAT:
+        files["f" * 300 + ".jpg"] = b"very long"
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of(files, format))
+    with open(path, "rb") as file:
+        found = {
+            member.name: os.pread(file.fileno(), member.size, member.offset)
+            for member in images._members(file.fileno(), 0, path.stat().st_size, "a.tar")
+        }
+    assert found == files
+
+
+def test_tar_errors(tmp_path: Path) -> None:
+    make_tars(tmp_path)
+    spec = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"no split 'test'.*found.*ILSVRC2012_img_train.tar"):
+        open_images(spec, "test")
+
+    devkit = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
+    kept = devkit.read_bytes()
+    devkit.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ConfigError, match=r"devkit_t12.tar.gz.*download"):
+        open_images(spec, "val")
+    devkit.unlink()
+    with pytest.raises(ConfigError, match=r"lacks ILSVRC2012_devkit_t12.tar.gz"):
+        open_images(spec, "val")
+    devkit.write_bytes(gzip.compress(tar_of({"data/meta.mat": b"x"})))
+    with pytest.raises(ConfigError, match=r"lacks data/ILSVRC2012_validation_ground_truth.txt"):
+        open_images(spec, "val")
+    devkit.write_bytes(
+        gzip.compress(tar_of({"data/meta.mat": b"x" * 200, "data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}))
+    )
+    with pytest.raises(ConfigError, match=r"ground truth and meta.mat"):
+        open_images(spec, "val")
+
+    train = tmp_path / "ILSVRC2012_img_train.tar"
+    whole = train.read_bytes()
+    train.write_bytes(whole[: len(whole) * 2 // 5])
+    with pytest.raises(ConfigError, match=r"cut short.*download"):
+        open_images(spec, "train")
+    train.write_bytes(b"not a tar at all " * 100)
+    with pytest.raises(ConfigError, match=r"no tar header at byte 0"):
+        open_images(spec, "train")
+    train.write_bytes(tar_of({"n01440764_1.JPEG": photo(1)}))
+    with pytest.raises(ConfigError, match=r"one tar a class"):
+        open_images(spec, "train")
+    train.write_bytes(tar_of({"n01440764.tar": tar_of({})}))
+    with pytest.raises(ConfigError, match=r"n01440764.tar: no images"):
+        open_images(spec, "train")
+    train.unlink()
+    with pytest.raises(ConfigError, match=r"no split 'train'"):
+        open_images(spec, "train")
+
+
+def test_tar_classes_and_counts_must_fit(tmp_path: Path) -> None:
+    make_tars(tmp_path)
+    train = tmp_path / "ILSVRC2012_img_train.tar"
+    train.write_bytes(tar_of({f"{wnid}.tar": tar_of({"a.JPEG": photo(0)}) for wnid in (*WNIDS, "n03000000")}))
+    with pytest.raises(ConfigError, match=r"same classes.*n03000000"):
+        open_images(str(tmp_path), "val")
+    val = tmp_path / "ILSVRC2012_img_val.tar"
+    val.write_bytes(tar_of({"ILSVRC2012_val_00000001.JPEG": photo(0)}))
+    with pytest.raises(ConfigError, match=r"has 1 images, but.*6 lines"):
+        open_images(str(tmp_path), "val")
+
+
+def test_a_tar_cut_short_later(tmp_path: Path) -> None:
+    make_tars(tmp_path)
+    source = open_images(str(tmp_path), "train")
+    with open(tmp_path / "ILSVRC2012_img_train.tar", "r+b") as file:
+        file.truncate(1024)
+    with pytest.raises(DataError, match=r"n01440764_0.JPEG.*cut short"):
+        source.read(0)
+
+
+# Parquet shards
+
+
+def write_shard(
+    path: Path,
+    rows: range,
+    labels: list[int],
+    names: list[str] | None,
+    *,
+    group: int = 2,
+    struct: bool = True,
+    **columns,
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    cells = [{"bytes": photo(k), "path": f"{k}.jpg"} for k in rows] if struct else [photo(k) for k in rows]
+    table = pyarrow.table({columns.get("image", "image"): cells, columns.get("label", "label"): labels})
+    if names is not None:
+        features = {
+            columns.get("image", "image"): {"_type": "Image"},
+            columns.get("label", "label"): {"_type": "ClassLabel", "names": names},
+        }
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=group)
+
+
+@pytest.mark.parametrize("where", ["", "data/", "own/"])
+@pytest.mark.parametrize("names", [["tench", "shark", "dog"], None])
+def test_parquet(tmp_path: Path, where: str, names: list[str] | None) -> None:
+    if where == "own/":
+        shards = ["train/0000.parquet", "train/0001.parquet", "validation/0000.parquet"]
+    else:
+        shards = [
+            f"{where}{n}.parquet" for n in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001")
+        ]
+    write_shard(tmp_path / shards[0], range(0, 5), [0, 1, 2, 0, 1], names)
+    write_shard(tmp_path / shards[1], range(5, 8), [2, 2, 0], names)
+    write_shard(tmp_path / shards[2], range(8, 11), [1, 0, 1], names)
+    train = open_images(str(tmp_path), "train")
+    assert isinstance(train, ParquetImages)
+    check_set(train, str(tmp_path))
+    assert train.classes == (tuple(names) if names else ("0", "1", "2"))
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 2, 2, 0]
+    assert [train.read(i) for i in (7, 0, 4, 5, 3)] == [photo(i) for i in (7, 0, 4, 5, 3)]
+    assert train.entry(0) == f"{shards[0]}/0" and train.entry(6) == f"{shards[1]}/1"
+    val = open_images(str(tmp_path), "val")
+    assert val.classes == train.classes and val.labels.tolist() == [1, 0, 1]
+    assert val.read(2) == photo(10)
+
+
+def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "train-0.parquet", range(20), [0, 1] * 10, None)
+    source = open_images(str(tmp_path), "train")
+    monkeypatch.setattr(images, "CACHED_BYTES", 3 * 2 * len(photo(0)))
+    for i in range(20):
+        assert source.read(i) == photo(i)
+    assert 1 <= len(source._groups) <= 3
+    first = source._groups[9]
+    source.read(18)
+    assert source._groups[9] is first
+
+
+def test_parquet_other_columns(tmp_path: Path) -> None:
+    write_shard(
+        tmp_path / "train.parquet",
+        range(3),
+        [0, 1, 1],
+        ["a", "b"],
+        struct=False,
+        image="img",
+        label="fine_label",
+    )
+    source = open_images(str(tmp_path), "train")
+    assert source.read(2) == photo(2) and source.classes == ("a", "b")
+
+
+def test_parquet_in_forked_processes(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-0.parquet", range(6), [0, 1] * 3, None)
+    source = open_images(str(tmp_path), "train")
+    source.read(0)
+    with fork_pool() as pool:
+        assert pool.starmap(_read_in_child, [(source, i) for i in range(6)]) == [photo(i) for i in range(6)]
+
+
+def test_parquet_errors(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a" / "train-0.parquet", range(2), [0, 1], ["x", "y"])
+    with pytest.raises(ConfigError, match=r"no split 'val'.*found 'train'"):
+        open_images(str(tmp_path / "a"), "val")
+    write_shard(tmp_path / "a" / "val-0.parquet", range(2), [0, 1], ["x", "z"])
+    with pytest.raises(ConfigError, match=r"same classes.*'z'.*'y'"):
+        open_images(str(tmp_path / "a"), "val")
+    write_shard(tmp_path / "a" / "val-0.parquet", range(2), [0, 1], ["y", "x"])
+    with pytest.raises(ConfigError, match=r"order their classes differently"):
+        open_images(str(tmp_path / "a"), "val")
+    write_shard(tmp_path / "b" / "train-0.parquet", range(2), [-1, -1], ["x", "y"])
+    with pytest.raises(ConfigError, match=r"labels -1..-1, expected 0..1"):
+        open_images(str(tmp_path / "b"), "train")
+    write_shard(tmp_path / "c" / "train-0.parquet", range(2), [0, 1], None, label="caption")
+    with pytest.raises(ConfigError, match=r"column label.*found 'image', 'caption'"):
+        open_images(str(tmp_path / "c"), "train")
+    (tmp_path / "d").mkdir()
+    whole = (tmp_path / "a" / "train-0.parquet").read_bytes()
+    (tmp_path / "d" / "train-0.parquet").write_bytes(whole[:-20])
+    with pytest.raises(ConfigError, match=r"not a whole parquet file.*download"):
+        open_images(str(tmp_path / "d"), "train")
+    write_shard(tmp_path / "e" / "train-0.parquet", range(2), [0, 1], None)
+    write_shard(tmp_path / "e" / "val-0.parquet", range(2), [0, 2], None)
+    with pytest.raises(ConfigError, match=r"labels up to 2, but 'train' only up to 1"):
+        open_images(str(tmp_path / "e"), "val")
+
+
+# torchvision
+
+
+def test_torchvision_fake_data() -> None:
+    train, val = open_images("torchvision:FakeData", "train"), open_images("torchvision:FakeData", "val")
+    check_set(train, "torchvision:FakeData")
+    assert len(train) == 1000 and train.classes == tuple("0123456789")
+    assert train.read(0).startswith(b"\x89PNG") and train.read(0) != val.read(0)
+
+
+def test_torchvision_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 3072), dtype=np.uint8)
+    for name in ("data_batch_1", "test_batch"):
+        batch = {"data": pixels, "labels": [3, 1, 4, 1, 5, 9, 2]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [("data_batch_1", None)])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [("test_batch", None)])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    spec = f"torchvision:CIFAR10:{tmp_path}"
+    source = open_images(spec, "val")
+    check_set(source, spec)
+    assert source.classes == tuple("abcdefghij") and source.labels.tolist() == [3, 1, 4, 1, 5, 9, 2]
+    assert np.array_equal(source.load(2), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert len(pickle.dumps(source)) < 3072 * 3  # the pixels do not travel
+
+
+def test_torchvision_split_by_signature(tmp_path: Path) -> None:
+    """Imagenette takes split='train' or 'val', and finds its folder by itself."""
+    for split in ("train", "val"):
+        make_folder(tmp_path / "imagenette2", split, per_class=2, classes=("n01440764", "n02102040"))
+    train = open_images(f"torchvision:Imagenette:{tmp_path}", "train")
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    assert len(open_images(f"torchvision:Imagenette:{tmp_path}", "validation")) == 4
+
+
+def test_torchvision_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import datasets
+
+    with pytest.raises(ConfigError, match=r"torchvision.datasets has no 'Cifar10'"):
+        open_images("torchvision:Cifar10", "train")
+    monkeypatch.setattr(datasets.CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ConfigError, match=r"could not be opened from.*no network.*torchvision:CIFAR10:FOLDER"):
+        open_images(f"torchvision:CIFAR10:{tmp_path}", "train")
+
+
+# The source's name
+
+
+def test_resolve_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    with pytest.raises(ConfigError, match=r"--source.*IMAGENET_DIR.*data/source.*--source sample"):
+        resolve_source(None)
+    (tmp_path / "data" / "source").mkdir(parents=True)
+    assert resolve_source(None) == "data/source"
+    monkeypatch.setenv("IMAGENET_DIR", "/elsewhere")
+    assert resolve_source(None) == "/elsewhere"
+    assert resolve_source("sample") == "sample"
+    with pytest.raises(ConfigError, match=r"'/elsewhere' does not exist"):
+        open_images(None, "train")
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF"])
+def test_decode_formats(format: str) -> None:
+    if format == "WEBP" and not features.check("webp"):
+        pytest.skip("Pillow without WebP")
+    image = decode_rgb(encoded(format=format), "a")
+    assert image.mode == "RGB" and image.size == (12, 8)
+    assert np.abs(np.subtract(colour_of(image), (200, 30, 60))).max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (77, 255), (77, 77, 77)),
+        ("LA", (77, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 100, 200, 51), (204, 224, 244)),
+    ],
+)
+def test_decode_modes(mode: str, colour: object, expected: tuple[int, ...]) -> None:
+    image = decode_rgb(encoded(colour, mode), "a")
+    assert image.mode == "RGB" and colour_of(image) == expected
+
+
+@pytest.mark.parametrize("transparency", [None, 1, b"\x00\xff\x80"])
+def test_decode_palette(transparency: object) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
+    image.putdata([0, 1, 2])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **({} if transparency is None else {"transparency": transparency}))
+    decoded = decode_rgb(buffer.getvalue(), "a")
+    white = (255, 255, 255)
+    expected = {
+        None: [(10, 20, 30), (200, 100, 50), (0, 0, 0)],
+        1: [(10, 20, 30), white, (0, 0, 0)],
+        b"\x00\xff\x80": [white, (200, 100, 50), (127, 127, 127)],
+    }[transparency]
+    assert decoded.mode == "RGB" and [decoded.getpixel((x, 0)) for x in range(3)] == expected
+
+
+def without_segment(jpeg: bytes, marker: int) -> bytes:
+    """The JPEG without its segments of one kind."""
+    out, at = [jpeg[:2]], 2
+    while jpeg[at + 1] != 0xDA:
+        length = 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if jpeg[at + 1] != marker:
+            out.append(jpeg[at : at + length])
+        at += length
+    return b"".join([*out, jpeg[at:]])
+
+
+@pytest.mark.parametrize("adobe", [True, False])
+def test_decode_cmyk(adobe: bool) -> None:
+    """CMYK JPEGs hold inverted inks by Adobe's habit, which all decoders presume, marked or not."""
+    data = encoded((0, 200, 150, 30), "CMYK", "JPEG", quality=100)  # a red; Pillow writes it inverted
+    assert b"Adobe" in data
+    if not adobe:
+        data = without_segment(data, 0xEE)
+        assert b"Adobe" not in data
+    red, green, blue = colour_of(decode_rgb(data, "a"))
+    assert abs(red - 225) < 6 and abs(green - 49) < 6 and abs(blue - 93) < 6
+
+
+def png(width: int, height: int, depth: int, colour_type: int, rows: bytes) -> bytes:
+    """A PNG of raw rows; Pillow does not write 16-bit colour."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    stride = len(rows) // height
+    filtered = b"".join(b"\0" + rows[y * stride : (y + 1) * stride] for y in range(height))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def test_decode_16_bit() -> None:
+    values = np.array([[0, 257, 32768, 65535]], ">u2")
+    gray = decode_rgb(png(4, 1, 16, 0, values.tobytes()), "a")
+    assert gray.mode == "RGB" and np.asarray(gray)[0, :, 0].tolist() == [0, 1, 128, 255]
+    colours = np.array([[[0, 32768, 65535], [257 * 9, 257 * 99, 257 * 199]]], ">u2")
+    colour = np.asarray(decode_rgb(png(2, 1, 16, 2, colours.tobytes()), "a"))
+    assert colour[0].tolist() == [[0, 128, 255], [9, 99, 199]]
+
+
+def test_decode_float() -> None:
+    for values, expected in (([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 99.6, 300.0], [0, 100, 255])):
+        buffer = io.BytesIO()
+        Image.fromarray(np.array([values], np.float32)).save(buffer, "TIFF")
+        assert np.asarray(decode_rgb(buffer.getvalue(), "a"))[0, :, 1].tolist() == expected
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decode_orientation(orientation: int, format: str) -> None:
+    """A white mark in the upper left corner of an upright 32 × 16 image comes back there."""
+    if format == "WEBP" and not features.check("webp"):
+        pytest.skip("Pillow without WebP")
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :8] = 255
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    options = {"lossless": True} if format == "WEBP" else {}
+    Image.fromarray(np.ascontiguousarray(stored)).save(buffer, format, exif=exif, **options)
+    decoded = np.asarray(decode_rgb(buffer.getvalue(), "a")).astype(int)
+    assert decoded.shape == upright.shape
+    assert np.abs(decoded - upright).max() <= 8
+
+
+def test_decode_broken_exif_keeps_the_pixels() -> None:
+    data = encoded(format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
+    assert decode_rgb(data, "a").size == (12, 8)
+
+
+def test_decode_animation_takes_the_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    assert colour_of(decode_rgb(buffer.getvalue(), "a")) == (255, 0, 0)
+
+
+def noisy(format: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no image at all",
+        noisy()[:1500],
+        noisy()[:30],
+        noisy("PNG")[:1500],
+        encoded(format="BMP")[:100],
+    ],
+    ids=["empty", "text", "half a JPEG", "JPEG header", "half a PNG", "half a BMP"],
+)
+def test_decode_refuses_what_is_not_whole(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"n01/a\.JPEG: expected a whole image.*--on-error skip"):
+        decode_rgb(data, "n01/a.JPEG")
+
+
+def test_decode_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(DataError, match=r"bomb.png.*too large to decode safely"):
+        decode_rgb(encoded(), "bomb.png")
+
+
+def test_decode_does_not_copy_plain_rgb() -> None:
+    image = Image.new("RGB", (4, 4))
+    assert images.to_rgb(image) is image

@@ -1,0 +1,1 @@
+"""From photos to batches: reading, writing, decoding and augmenting images."""

@@ -1,0 +1,120 @@
+"""Sources: what hands the trainer its batches. One interface over FFCV and torchvision.
+
+Shape letters: B batch, S size (the crop side fed to the model, px).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from vitlocal.config import Config
+from vitlocal.data.manifest import Manifest
+from vitlocal.errors import ConfigError
+from vitlocal.plan import Feed, Position
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images, on the device. On a CPU the pixels stand until the next batch is asked for."""
+
+    images: torch.Tensor  # (B, 3, S, S) uint8, RGB, channels-last
+    labels: torch.Tensor  # (B,) int64
+    ids: torch.Tensor  # (B,) int64, rows of the split, on the CPU
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """How a source cuts: at random and in random order for training, else the centre and in order."""
+
+    random: bool
+    seed: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.5
+    repeats: int = 1
+    centre: float = 0.875  # part of the short edge
+
+
+class Source(Protocol):
+    """A split of a data set, read one pass at a time."""
+
+    classes: tuple[str, ...]
+    count: int
+
+    def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
+        """One pass: from ``at`` to the end of its epoch, in the epoch's order.
+
+        Leaving the context early stops the readers. Raises in the consumer what went wrong in them.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    train: Source
+    val: Source
+
+    def close(self) -> None:
+        self.train.close()
+        self.val.close()
+
+
+def load_manifest(root: str, split: str) -> Manifest:
+    path = Path(root) / f"{split}.json"
+    if not path.exists():
+        raise ConfigError(
+            f"data.root: {path} is not there. Write it: python write_dataset.py --split {split} --out {root}"
+        )
+    return Manifest.load(path)
+
+
+def open_sources(config: Config, device: torch.device, workers: int) -> Sources:
+    """The training and validation sources that ``data.loader`` names; both splits must have one set of classes.
+
+    Raises ConfigError where the data folder or the original images are not there, DataError where files are
+    damaged.
+    """
+    augment = config.augment
+    train = Cropping(
+        random=True, seed=config.run.seed, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip,
+        repeats=augment.repeats,
+    )  # fmt: skip
+    val = Cropping(random=False, centre=config.evaluate.crop_ratio)
+    if config.data.loader == "ffcv":
+        from vitlocal.data.ffcv import Decoder, FFCVSource  # importing ffcv takes seconds
+
+        decoder = Decoder(workers)
+        manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
+        sources = Sources(
+            *(
+                FFCVSource(config.data.root, manifest, cropping, config.data.side_ratio, device, decoder)
+                for manifest, cropping in zip(manifests, (train, val), strict=True)
+            )
+        )
+    else:
+        from vitlocal.data.torchvision import TorchvisionSource
+
+        sources = Sources(
+            *(
+                TorchvisionSource(config.data.root, config.data.source, split, cropping, device, workers)
+                for split, cropping in (("train", train), ("val", val))
+            )
+        )
+    if sources.train.classes != sources.val.classes:
+        odd = sorted(set(sources.train.classes) ^ set(sources.val.classes))
+        raise ConfigError(
+            f"data.root: the classes of train ({len(sources.train.classes)}) and val ({len(sources.val.classes)}) "
+            f"in {config.data.root} differ, in {', '.join(odd[:5]) or 'their order'}; write both splits from one source"
+        )
+    return sources

@@ -1,0 +1,140 @@
+"""The torchvision source: the original images, through a plain DataLoader with the same crops.
+
+The comparison that users know, and the slow twin that the FFCV source is tested with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from vitlocal.data.crops import ROW_MASK, centre_box, epoch_order, random_box
+from vitlocal.data.images import ImageSet, open_images, resolve_source
+from vitlocal.data.manifest import Manifest
+from vitlocal.data.source import Batch, Cropping
+from vitlocal.errors import ConfigError
+from vitlocal.plan import Feed, Position
+
+# What is asked of a worker process: all that a crop depends on, so that workers live on from pass to pass.
+Request = tuple[int, int, int]  # draw, epoch, size
+
+
+class CropDataset(Dataset):
+    """Crops by :data:`Request`: ``((S, S, 3) uint8, label, row)``."""
+
+    def __init__(self, images: ImageSet, rows: np.ndarray, cropping: Cropping):
+        self.images, self.rows, self.cropping = images, rows, cropping
+
+    def __getitem__(self, request: Request) -> tuple[np.ndarray, int, int]:
+        draw, epoch, size = request
+        row, cropping = draw & ROW_MASK, self.cropping
+        index = int(self.rows[row])
+        image = self.images.load(index)
+        flipped = False
+        if cropping.random:
+            *box, flipped = random_box(
+                cropping.seed, epoch, draw, image.height, image.width, *cropping.scale, *cropping.ratio, cropping.flip
+            )
+        else:
+            box = centre_box(image.height, image.width, cropping.centre)
+        crop = transforms.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
+        if flipped:
+            crop = transforms.horizontal_flip(crop)
+        return np.asarray(crop), int(self.images.labels[index]), row
+
+
+def collate(items: list[tuple[np.ndarray, int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    crops, labels, rows = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
+
+
+class Batches:
+    """A batch sampler whose content is set before each pass."""
+
+    def __init__(self) -> None:
+        self.requests: list[list[Request]] = []
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        return iter(self.requests)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+class TorchvisionSource:
+    """A split read from its original images; rows are those of the manifest, where the data folder has one."""
+
+    def __init__(self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int):
+        path = Path(root) / f"{split}.json"
+        manifest = Manifest.load(path) if path.exists() else None
+        if spec is None and manifest is None:
+            try:
+                spec = resolve_source(None)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"data.source: {path}, which would name the original images, is not there, and no other source is "
+                    f"given. Set --data.source=FOLDER, or write the data folder. ({error})"
+                ) from error
+        images = open_images(spec or manifest.source.spec, split)
+        rows = np.arange(len(images))
+        if manifest is not None:
+            rows = _rows(images, manifest, spec)
+        self.classes, self.count = tuple(images.classes), len(rows)
+        self.cropping, self.device = cropping, device
+        self.batches = Batches()
+        self.loader = DataLoader(
+            CropDataset(images, rows, cropping),
+            batch_sampler=self.batches,
+            collate_fn=collate,
+            num_workers=workers,
+            # Workers start once; forking a process that runs threads of PyTorch and numba is not safe.
+            persistent_workers=True,
+            multiprocessing_context="forkserver",
+            pin_memory=device.type == "cuda",
+        )
+
+    @contextmanager
+    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+        cropping = self.cropping
+        if cropping.random:
+            draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)[at.images :]
+        else:
+            draws = np.arange(at.images, self.count)
+        self.batches.requests = [
+            [(int(draw), at.epoch, feed.size) for draw in draws[start : start + feed.batch_size]]
+            for start in range(0, len(draws), feed.batch_size)
+        ]
+        yield self._read()
+
+    def _read(self) -> Iterator[Batch]:
+        for crops, labels, rows in self.loader:
+            pixels = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
+            yield Batch(
+                pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), rows
+            )  # host-to-device copies, from pinned memory
+
+    def close(self) -> None:
+        self.loader._iterator = None  # ends the worker processes
+
+
+def _rows(images: ImageSet, manifest: Manifest, spec: str | None) -> np.ndarray:
+    """The source's index of each row of the manifest, ``(n,)`` int64."""
+    if not manifest.skipped and len(images) == manifest.count:
+        first_and_last = {0, manifest.count - 1}
+        if all(images.entry(i) == manifest.entries[i] for i in first_and_last):
+            return np.arange(manifest.count)
+    place = {images.entry(i): i for i in range(len(images))}
+    missing = [entry for entry in manifest.entries if entry not in place]
+    if missing:
+        raise ConfigError(
+            f"data.source: {spec or manifest.source.spec} lacks {len(missing)} of the {manifest.count} images that "
+            f"the {manifest.split} manifest lists, {missing[0]} for one; name the source of the files"
+        )
+    return np.array([place[entry] for entry in manifest.entries])
