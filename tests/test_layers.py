@@ -6,7 +6,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LEVELS = {"errors": 0, "plan": 1, "config": 2, "data": 3, "models": 3, "methods": 3, "train": 4, "predict": 4, "bench": 5}
+LEVELS = {"errors": 0, "plan": 1, "config": 2, "data": 3, "models": 3, "methods": 3, "train": 4, "predict": 4,
+          "bench": 5}  # fmt: skip
 
 
 def room(module: str) -> str:

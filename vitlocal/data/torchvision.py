@@ -5,6 +5,7 @@ The comparison that users know, and the slow twin that the FFCV source is tested
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,11 @@ class CropDataset(Dataset):
         return np.asarray(crop), int(self.images.labels[index]), row
 
 
+def start_worker(number: int) -> None:
+    # Ctrl-C reaches every process of the terminal: it is the trainer that ends the workers, after the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def collate(items: list[tuple[np.ndarray, int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     crops, labels, rows = zip(*items, strict=True)
     return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
@@ -93,6 +99,7 @@ class TorchvisionSource:
             CropDataset(images, rows, cropping),
             batch_sampler=self.batches,
             collate_fn=collate,
+            worker_init_fn=start_worker,
             num_workers=workers,
             # Workers start once; forking a process that runs threads of PyTorch and numba is not safe.
             persistent_workers=True,

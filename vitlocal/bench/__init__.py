@@ -1,0 +1,1 @@
+"""Measurements: each writes one JSON that says what was measured, where, with what, and by which command."""

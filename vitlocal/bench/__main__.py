@@ -1,0 +1,21 @@
+"""python -m vitlocal.bench NAME …: the measurements, by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from vitlocal.bench import runs
+from vitlocal.errors import ConfigError, run_command
+
+BENCHES = {"runs": runs.main}
+
+
+def main(argv: Sequence[str]) -> None:
+    if not argv or argv[0] not in BENCHES:
+        raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {argv[0] if argv else 'none'}")
+    BENCHES[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,81 @@
+"""Finished runs side by side: python -m vitlocal.bench runs RUN [RUN …] [--json FILE] [--plot FILE]"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.errors import ConfigError
+from vitlocal.train.log import read_log
+from vitlocal.train.report import duration
+
+matplotlib.use("Agg")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """One row: where the run ended, and its curve. ConfigError where ``folder`` holds no evaluated run."""
+    records = read_log(folder) if folder.is_dir() else []
+    scored = [record for record in records if record["top1"] is not None]
+    if not scored:
+        raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
+    last = scored[-1]
+    ends = [0.0, *(record["train_seconds"] for record in records)]
+    waited = sum(
+        record["data_wait_fraction"] * (end - start)
+        for record, start, end in zip(records, ends, ends[1:], strict=False)
+    )
+    return {
+        "run": folder.name,
+        "top1": last["top1"],
+        "top5": last["top5"],
+        "epochs": last["epoch"],
+        "images_seen": last["images_seen"],
+        "train_seconds": last["train_seconds"],
+        "wall_seconds": last["wall_seconds"],
+        "images_per_second": round(last["images_seen"] / last["train_seconds"], 1),
+        "data_wait_fraction": round(waited / ends[-1], 5),
+    }
+
+
+def draw(folders: Sequence[Path], path: str) -> None:
+    """Top-1 against training time, a mark an evaluation, a line a run."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for folder in folders:
+        scored = [record for record in read_log(folder) if record["top1"] is not None]
+        minutes, top1 = ([r["train_seconds"] / 60 for r in scored], [r["top1"] for r in scored])
+        axes.plot(minutes, top1, marker="o", markersize=4, label=f"{folder.name}: {top1[-1]:.1f} %")
+    axes.set_xlabel("training time, minutes")
+    axes.set_ylabel("validation top-1, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vitlocal.bench runs", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--json", metavar="FILE", help="write the rows and the curves")
+    parser.add_argument("--plot", metavar="FILE", help="draw top-1 against training time (png, svg or pdf)")
+    options = parser.parse_args(argv)
+    folders = [Path(run) for run in options.runs]
+    rows = [summary(folder) for folder in folders]
+    print(f"{'run':32} {'top-1 %':>8} {'top-5 %':>8} {'epochs':>7} {'trained':>9} {'in all':>9} {'images/s':>9}")
+    for row in rows:
+        print(
+            f"{row['run']:32} {row['top1']:8.2f} {row['top5']:8.2f} {row['epochs']:7.1f} "
+            f"{duration(row['train_seconds']):>9} {duration(row['wall_seconds']):>9} {row['images_per_second']:9,.0f}"
+        )
+    if options.json:
+        curves = {folder.name: read_log(folder) for folder in folders}
+        what = "training runs: the accuracy that each reached, and the log of its passes"
+        write_json(options.json, measurement(what, rows, curves=curves))
+    if options.plot:
+        draw(folders, options.plot)
