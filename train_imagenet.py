@@ -4,8 +4,12 @@ Any option may be overridden, as in --data.loader=torchvision; --help lists them
 with a run that was stopped.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+
+# PyTorch's and FFCV's threads share the cores; while they wait, they must not spin. Read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vitlocal.config import read_config
 from vitlocal.errors import run_command

@@ -124,22 +124,43 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
     assert exports[0] == exports[1]
 
 
-def test_a_signal_saves_and_the_run_goes_on(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("step", [4, 6], ids=["at the end of a pass", "in the middle of one"])
+def test_a_signal_saves_and_the_run_goes_on(configure, decoder, tmp_path: Path, monkeypatch, step: int):
     train(configure(f"--run.folder={tmp_path}/whole"))
     original, count = Run.train_on, [0]
 
     def train_on(self, batch, plan):
         original(self, batch, plan)
         count[0] += 1
-        if count[0] == 6:
+        if count[0] == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Run, "train_on", train_on)
     assert train(configure()) == 143
-    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["clock"]["step"] == 6
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["clock"]["step"] == step
     assert train(configure("--run.resume=must")) == 0
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "run"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize("evaluation", [1, 3], ids=["in the middle", "the last"])
+def test_a_signal_while_evaluating(configure, decoder, tmp_path: Path, monkeypatch, evaluation: int):
+    train(configure(f"--run.folder={tmp_path}/whole"))
+    original, count = Run.evaluate, [0]
+
+    def evaluate(self):
+        count[0] += 1
+        if count[0] == evaluation:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    assert train(configure()) == 130
+    assert len(read_log(tmp_path / "run")) == evaluation - 1
+    assert train(configure()) == 0
+    assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    whole, resumed = read_log(tmp_path / "whole"), read_log(tmp_path / "run")
+    assert [(r["step"], r["loss"], r["top1"]) for r in whole] == [(r["step"], r["loss"], r["top1"]) for r in resumed]
 
 
 def test_every_image_is_trained_on_once_an_epoch(configure, decoder, monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 UNITS = {"ep": ("epochs", 1.0), "steps": ("steps", 1.0), "s": ("seconds", 1.0), "m": ("seconds", 60.0),
@@ -92,6 +92,14 @@ class Plan:
                 if old is None or value != getattr(old, field.name):
                     found[f"{part}.{field.name}"] = value
         return found
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, dict[str, Any]]) -> Plan:
+        """The plan whose :meth:`state_dict` is given."""
+        return cls(Feed(**state["feed"]), Dials(**state["dials"]))
 
 
 @dataclass(frozen=True)

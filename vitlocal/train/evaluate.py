@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,13 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, source: Source, feed: Feed, step: Step) -> Accuracy:
-    """Runs the model over the whole split, each image once, in the step's precision and normalisation."""
+def evaluate(
+    model: nn.Module, source: Source, feed: Feed, step: Step, stop: Callable[[], bool] = lambda: False
+) -> Accuracy | None:
+    """Runs the model over the whole split, each image once, in the step's precision and normalisation.
+
+    None where ``stop``, asked before each batch, said so.
+    """
     training = model.training
     model.eval()
     try:
@@ -30,6 +36,8 @@ def evaluate(model: nn.Module, source: Source, feed: Feed, step: Step) -> Accura
         count = 0
         with source.open(feed, Position()) as batches:
             for batch in batches:
+                if stop():
+                    return None
                 with step.autocast():
                     logits = model(step.augment.normalize(batch.images))
                 best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)

@@ -11,6 +11,8 @@ from vitlocal.train.run import Run, open_run
 
 def fit(run: Run) -> None:
     """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
+    if run.unclosed is not None:
+        run.end_pass(run.unclosed)
     while not run.over:
         plan = run.plan()
         run.begin_pass()
@@ -20,13 +22,13 @@ def fit(run: Run) -> None:
                 ahead = run.plan()
                 if run.over or ahead.feed != plan.feed:
                     break
-                if run.save_due:
+                if run.save_due and not run.ended(plan):
                     run.save()
                 plan = ahead
-        if run.interrupted and not run.clock.spent:
-            run.save()
-        else:
+        if run.ended(plan):
             run.end_pass(plan)
+        else:
+            run.save()  # interrupted
     run.clock.stop()
 
 
@@ -43,10 +45,10 @@ def train(config: Config) -> int:
         if run.clock.step:
             spent = run.clock.progress
             say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")
-        if not run.over:
+        if not run.clock.spent:
             run.warm_up()
-            fit(run)
-        if run.interrupted and not run.clock.spent:
+        fit(run)
+        if run.interrupted and not (run.clock.spent and run.unclosed is None):
             say(f"stopped by {run.interrupted.name} at step {run.clock.step}, all saved; the same command goes on")
             return 130 if run.interrupted is signal.SIGINT else 143
         run.export()

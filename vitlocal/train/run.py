@@ -63,6 +63,7 @@ class Run:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.pass_began = 0.0  # training seconds at the pass's start, in this process
         self.logged_plan: Plan | None = None  # the plan of the last logged pass
+        self.unclosed: Plan | None = None  # the plan of a pass that is trained and not yet evaluated and logged
         self.evaluated_epoch = 0.0
         self.saved_at = self.clock.progress
         self.interrupted: signal.Signals | None = None
@@ -87,6 +88,9 @@ class Run:
 
     def begin_pass(self) -> None:
         self.clock.start()
+        self._start_meter()
+
+    def _start_meter(self) -> None:
         self.pass_began = self.clock.train_seconds - self.meter.seconds
         self.loss_sum.fill_(self.meter.loss)
 
@@ -139,25 +143,37 @@ class Run:
         }[every.kind]
         return spent >= every.value
 
+    def ended(self, plan: Plan) -> bool:
+        """Whether the pass under ``plan`` is over: by the budget, the epoch or another feed, not by a signal."""
+        return self.clock.spent or self.clock.position.images == 0 or self.plan().feed != plan.feed
+
     def end_pass(self, plan: Plan) -> None:
-        """Evaluates if it is time, writes the pass's line, saves. The budget's training clock stands meanwhile."""
+        """Evaluates if it is time, writes the pass's line, saves. The budget's training clock stands meanwhile.
+
+        Interrupted while it evaluates, it saves the pass as unclosed, for the next process to close.
+        """
         self._read_meter()
+        self.unclosed = plan
         with self.clock.paused():
             at = self.clock.progress
             every = self.config.evaluate.every
             accuracy = None
             if self.clock.spent or (every and at.epoch - self.evaluated_epoch >= every - 1e-9):
                 accuracy = self.evaluate()
+                if accuracy is None:
+                    self.save()
+                    return
                 self.evaluated_epoch = at.epoch
             self.log.record(self._record(plan, accuracy))
-            self.logged_plan, self.meter = plan, PassMeter()
+            self.logged_plan, self.unclosed, self.meter = plan, None, PassMeter()
             self.save()
 
-    def evaluate(self) -> Accuracy:
-        """Accuracy at ``evaluate.size``, of the averaged weights where there are some."""
+    def evaluate(self) -> Accuracy | None:
+        """Accuracy at ``evaluate.size``, of the averaged weights where there are some; None when interrupted."""
         config = self.config.evaluate
         model = self.model if self.average is None else self.average.model
-        return evaluate(model, self.sources.val, Feed(config.size, config.batch_size), self.step)
+        feed = Feed(config.size, config.batch_size)
+        return evaluate(model, self.sources.val, feed, self.step, lambda: self.interrupted is not None)
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         at, meter = self.clock.progress, self.meter
@@ -191,7 +207,8 @@ class Run:
             "clock": self.clock.state_dict(),
             "meter": vars(self.meter),
             "methods": {method.name: method.state_dict() for method in self.methods},
-            "logged_plan": self.logged_plan and self.logged_plan.changed(None),
+            "logged_plan": self.logged_plan and self.logged_plan.state_dict(),
+            "unclosed": self.unclosed and self.unclosed.state_dict(),
             "evaluated_epoch": self.evaluated_epoch,
         }
         with self.clock.paused():
@@ -208,8 +225,9 @@ class Run:
         self.meter = PassMeter(**state["meter"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
-        if (logged := state["logged_plan"]) is not None:
-            self.logged_plan = Plan(Feed(logged["feed.size"], logged["feed.batch_size"]))
+        self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
+        self.unclosed = state["unclosed"] and Plan.from_state(state["unclosed"])
+        self._start_meter()
         self.evaluated_epoch = state["evaluated_epoch"]
         self.saved_at = self.clock.progress
 
@@ -226,6 +244,7 @@ class Run:
             if self.interrupted is not None:
                 raise KeyboardInterrupt
             self.interrupted = signal.Signals(number)
+            print("\nstopping: the step is finished and all is saved; once more to leave at once", file=sys.stderr)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
