@@ -129,9 +129,7 @@ def _camouflage(u: Field, v: Field, rng: Generator) -> Field:
     for k, phase in enumerate(rng.uniform(0, 2 * math.pi, 5)):
         angle = math.pi * k / 5 + rng.uniform(-0.25, 0.25)
         pace = 2 * math.pi * rng.uniform(0.6, 1.1)
-        sum_of_waves += np.cos(
-            u * (pace * math.cos(angle)) + v * (pace * math.sin(angle)) + np.float32(phase)
-        )
+        sum_of_waves += np.cos(u * (pace * math.cos(angle)) + v * (pace * math.sin(angle)) + np.float32(phase))
     return sum_of_waves / 8  # the slope at the border of a patch is about 1
 
 
@@ -254,9 +252,7 @@ def _clutter(image: Image.Image, rng: Generator, count: int, smallest: float, la
             draw.polygon([(x + size * math.cos(t), y + size * math.sin(t)) for t in turns], fill)
 
 
-def _cloth(
-    rng: Generator, size: tuple[int, int], colour: np.ndarray, spread: float, cells: int
-) -> Image.Image:
+def _cloth(rng: Generator, size: tuple[int, int], colour: np.ndarray, spread: float, cells: int) -> Image.Image:
     """An image of about one colour, with soft hills, about `cells` of them across."""
     hills = rng.standard_normal((cells, cells, 1)) * rng.uniform(-spread, spread, 3)
     grid = np.clip(colour + hills, 0, 255).astype(np.uint8)
@@ -334,9 +330,7 @@ class SampleImages:
         if split not in ("train", "val"):
             raise ConfigError(f"the built-in sample has no split '{split}'; expected 'train' or 'val'")
         if per_class < 1:
-            raise ConfigError(
-                f"sample:{per_class}: expected at least 1 training image a class, say sample:50"
-            )
+            raise ConfigError(f"sample:{per_class}: expected at least 1 training image a class, say sample:50")
         if seed < 0:
             raise ConfigError(f"the sample's seed is {seed}; expected a whole number from 0 up")
         self.spec = "sample" if per_class == IMAGES_PER_CLASS else f"sample:{per_class}"

@@ -1,0 +1,359 @@
+"""The hidden folder of a write under way: the growing files, and the journal of what is safely in them.
+
+The journal is a line of JSON that says what is written, and then a block for each commit: a line of JSON, and
+the rows, (F, K) of ROW. A block is written after the images that it describes have reached the disk, so what
+follows the last whole block was never promised, and is cut off. The last line says that the files are whole.
+
+Letters: F files, K rows of a chunk that could be read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vitlocal.data.beton import ALLOCATION, METADATA, data_start, head_bytes
+from vitlocal.data.encode import ROW, Chunk
+from vitlocal.data.manifest import BetonFile, Manifest, PlannedFile, flush_folder, joined_crc32
+from vitlocal.errors import ConfigError, DataError
+
+VERSION = "2"
+COMMIT_SECONDS = 5.0  # at most so much work is lost by a kill -9 or a power cut
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far the files have come."""
+
+    next: int  # row of the source
+    ends: tuple[int, ...]  # (F,) length of each file
+    checksums: tuple[int, ...]  # (F,) CRC-32 of each file from data_start on
+
+
+class Store:
+    """The files of a split: ``append`` until all rows are in, ``seal``, ``publish``.
+
+    Opening it takes up what an earlier write left in the folder ``work``, beside which the files are published.
+    ``length`` is that of the source; writes of an equal ``identity`` give the same files.
+    """
+
+    def __init__(self, work: Path, files: tuple[PlannedFile, ...], length: int, identity: dict[str, str]) -> None:
+        self.work, self.files, self.length = work, files, length
+        self.out, self.journal = work.parent, work / "journal"
+        self.identity = {"journal version": VERSION, **identity}
+        self.start = data_start(length)
+        self.mark = _Mark(0, (self.start,) * len(files), (0,) * len(files))
+        self.skipped: dict[int, str] = {}  # source rows, and why
+        self.sealed: tuple[BetonFile, ...] = ()
+        self._rows: list[np.ndarray] = []
+        self._new: list[Chunk] = []  # since the last commit
+        self._committed = time.monotonic()
+        self._committer = ThreadPoolExecutor(1)
+        self._commit: Future[None] | None = None
+        self._journal = -1
+        self._descriptors: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """The images in each file."""
+        return self.mark.next - len(self.skipped)
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(end - self.start for end in self.mark.ends)
+
+    @property
+    def needed(self) -> int | None:
+        """The bytes that the rest will take, going by the rows so far."""
+        done = self.mark.next
+        return self.data_bytes * (self.length - done) // done if done else None
+
+    def __enter__(self) -> Store:
+        with ExitStack() as opened:
+            self._open(opened)
+            opened.callback(self._committer.shutdown)  # comes before the files are closed
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._opened:
+            if kind is not None and not self.sealed:
+                with suppress(OSError, DataError):  # the error under way says more
+                    self.commit(wait=True)  # what is there need not be made again
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            print(
+                f"\nInterrupted after {self.mark.next} of {self.length} images. The same command "
+                f"goes on from there; to give it up, remove {self.work}",
+                file=sys.stderr,
+            )
+
+    # --- taking up ----------------------------------------------------------------------------------------------------
+
+    def _open(self, opened: ExitStack) -> None:
+        def descriptor(path: Path) -> int:
+            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            opened.callback(os.close, number)
+            return number
+
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._journal = descriptor(self.journal)
+        except OSError as error:
+            if _full(error):
+                raise self._no_room(self.journal, error) from error
+            raise ConfigError(
+                f"cannot write to the data folder {self.out}: {error.strerror} ({error.filename}). Get the "
+                "rights to it, or give another folder by --out."
+            ) from error
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # others: a file system without locks
+                raise ConfigError(
+                    f"{self.work} is being written by another process; wait for it, or give another --out"
+                ) from None
+        self._replay()
+        if self.sealed:
+            return
+        for file, end in zip(self.files, self.mark.ends, strict=True):
+            path, final = self.work / file.file, self.out / file.file
+            if final.exists():
+                raise ConfigError(f"{final} exists, but no manifest describes it. Remove it, or choose another --out.")
+            self._descriptors.append(descriptor(path))
+            length = os.fstat(self._descriptors[-1]).st_size
+            if length < end and end > self.start:
+                raise DataError(
+                    f"{path} has {length} bytes, but its journal promises {end}: someone else changed it. "
+                    f"Remove the folder {self.work} to begin anew."
+                )
+            os.ftruncate(self._descriptors[-1], end)
+
+    def _replay(self) -> None:
+        """Takes up what the journal promises; begins a new journal where there is none."""
+        good = 0
+        with open(self.journal, "rb") as file:
+            head = _line(file)
+            if head is not None:
+                if what := difference(head.get("identity", {}), self.identity):
+                    raise ConfigError(
+                        f"{self.work} is an interrupted write of another configuration ({what}). "
+                        "Repeat that command, remove the folder to begin anew, or choose another --out."
+                    )
+                good = file.tell()
+            while head is not None and (block := _line(file)) is not None and self._take(block, file):
+                good = file.tell()
+        os.ftruncate(self._journal, good)
+        os.lseek(self._journal, good, os.SEEK_SET)
+        if head is None:
+            self._note(_dump({"identity": self.identity}))
+
+    def _take(self, block: dict[str, Any], file: BinaryIO) -> bool:
+        """Takes up a block whose rows ``file`` holds next; False where it is not whole."""
+        if "sealed" in block:
+            self.sealed = tuple(BetonFile(**sealed) for sealed in block["sealed"])
+            return True
+        count = block["next"] - block["start"] - len(block["skipped"])
+        payload = file.read(len(self.files) * count * ROW.itemsize)
+        # A write that goes wrong may leave out a block, which those behind it cannot replace.
+        if block["start"] != self.mark.next or zlib.crc32(payload) != block["crc32"]:
+            return False
+        self._rows.append(np.frombuffer(payload, ROW).reshape(len(self.files), count))
+        self.skipped.update(block["skipped"])
+        self.mark = _Mark(block["next"], tuple(block["ends"]), tuple(block["checksums"]))
+        return True
+
+    # --- growing ------------------------------------------------------------------------------------------------------
+
+    def append(self, chunk: Chunk) -> None:
+        """Lays out the chunk's rows behind those before, and commits if it is time."""
+        assert chunk.start == self.mark.next, (chunk.start, self.mark)
+        ends, checksums = [], []
+        for file, descriptor, rows, blob, begin, checksum in zip(
+            self.files, self._descriptors, chunk.rows, chunk.blobs, self.mark.ends, self.mark.checksums, strict=True
+        ):
+            end, at, parts = begin, 0, []
+            for row in rows:
+                size = int(row["size"])
+                if end % file.page_size + size > file.page_size:
+                    parts.append(bytes(-end % file.page_size))  # an image starts a page that it would cross into
+                    end += len(parts[-1])
+                parts.append(memoryview(blob)[at : at + size])
+                row["ptr"] = end
+                end, at = end + size, at + size
+            data = b"".join(parts)
+            with self._guarded(self.work / file.file):
+                _write_all(descriptor, data, begin)
+            ends.append(end)
+            checksums.append(zlib.crc32(data, checksum))
+        chunk.blobs = []
+        self.mark = _Mark(chunk.next, tuple(ends), tuple(checksums))
+        self.skipped.update(chunk.skipped)
+        self._rows.append(chunk.rows)
+        self._new.append(chunk)
+        if time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self, wait: bool = False) -> None:
+        """Has the rows appended so far flushed and then journaled, in a thread; waits for the commit before."""
+        self._join()
+        self._committed = time.monotonic()
+        if self._new:
+            payload = np.concatenate([chunk.rows for chunk in self._new], axis=1).tobytes()
+            block = {
+                "start": self._new[0].start,
+                **asdict(self.mark),
+                "skipped": [skip for chunk in self._new for skip in chunk.skipped.items()],
+                "crc32": zlib.crc32(payload),
+            }
+            self._new = []
+            self._commit = self._committer.submit(self._flush, _dump(block) + payload)
+        if wait:
+            self._join()
+
+    def _flush(self, block: bytes) -> None:
+        for file, descriptor in zip(self.files, self._descriptors, strict=True):
+            with self._guarded(self.work / file.file):
+                os.fsync(descriptor)
+        self._note(block)
+
+    def _note(self, block: bytes) -> None:
+        with self._guarded(self.journal):
+            _write_all(self._journal, block)
+            os.fsync(self._journal)
+
+    def _join(self) -> None:
+        commit, self._commit = self._commit, None
+        if commit is not None:
+            commit.result()
+
+    # --- finishing ----------------------------------------------------------------------------------------------------
+
+    def seal(self, labels: np.ndarray) -> None:
+        """Makes the files whole: metadata and header in front, the table of allocations behind.
+
+        ``labels`` (length,) are those of all the source's rows.
+        """
+        self.commit(wait=True)
+        labels = np.delete(labels, list(self.skipped))
+        rows = np.concatenate(self._rows, axis=1)
+        sealed = tuple(self._seal_file(index, file_rows, labels) for index, file_rows in enumerate(rows))
+        self._note(_dump({"sealed": [asdict(file) for file in sealed]}))
+        self.sealed = sealed
+
+    def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:
+        file, descriptor, end = self.files[index], self._descriptors[index], self.mark.ends[index]
+        metadata, table = np.zeros(len(rows), METADATA), np.zeros(len(rows), ALLOCATION)
+        metadata["f0"], metadata["f1"] = rows[["mode", "width", "height", "ptr"]], labels
+        table["sample_id"], table["ptr"], table["size"] = np.arange(len(rows)), rows["ptr"], rows["size"]
+        tail = bytes(-end % 8) + table.tobytes()
+        length = end + len(tail)
+        head = head_bytes(metadata, file.page_size, length - table.nbytes).ljust(self.start, b"\0")
+        with self._guarded(self.work / file.file):
+            _write_all(descriptor, tail, end)
+            _write_all(descriptor, head, 0)
+            os.fsync(descriptor)
+        checksum = joined_crc32(zlib.crc32(head), zlib.crc32(tail, self.mark.checksums[index]), length - self.start)
+        return BetonFile(
+            **asdict(file),
+            bytes=length,
+            checksum=f"crc32:{checksum:08x}",
+            max_width=int(rows["width"].max()),
+            max_height=int(rows["height"].max()),
+        )
+
+    def publish(self, manifest: Manifest, path: Path) -> None:
+        """Gives the whole files their names, then saves the manifest at ``path``; may be repeated after a kill."""
+        for file in self.sealed:
+            final = self.out / file.file
+            with suppress(FileNotFoundError):  # has its name already
+                os.replace(self.work / file.file, final)
+            if not final.exists() or final.stat().st_size != file.bytes:
+                raise DataError(
+                    f"{final} is missing or not of {file.bytes} bytes, though finished: someone else changed it. "
+                    f"Remove {self.work} and the split's .beton files."
+                )
+        flush_folder(self.out)
+        with self._guarded(path):
+            manifest.save(path)
+
+    # --- errors -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guarded(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if _full(error):
+                raise self._no_room(path, error) from error
+            raise DataError(
+                f"cannot write {path}: {error.strerror or error}. The same command goes on from there."
+            ) from error
+
+    def _no_room(self, path: Path, error: OSError) -> DataError:
+        needed = "the need is not yet known" if self.needed is None else f"about {byte_words(self.needed)} more needed"
+        return DataError(
+            f"no room to write {path}: {error.strerror}; {byte_words(free_bytes(self.out))} free, {needed}. "
+            "Make room there, and the same command goes on where this stopped; or choose another --out."
+        )
+
+
+def difference(was: dict[str, str], wanted: dict[str, str]) -> str:
+    """In words, how the write that ``was`` begun differs from the one that is ``wanted``; empty where it does not."""
+    return "; ".join(
+        f"{name}: {was.get(name)!r} there, {value!r} asked for"
+        for name, value in wanted.items()
+        if was.get(name) != value
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def byte_words(count: int) -> str:
+    """``count`` bytes in words: 0.3 MB, 58 MB, 1.3 GB."""
+    value, unit = (count / 1e9, "GB") if count >= 1e9 else (count / 1e6, "MB")
+    return f"{value:.{0 if value >= 10 else 1}f} {unit}"
+
+
+def _full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:
+    view = memoryview(data)
+    while len(view):  # a write may be partial, at a full disk first of all
+        if offset is None:
+            done = os.write(descriptor, view)
+        else:
+            done = os.pwrite(descriptor, view, offset)
+            offset += done
+        view = view[done:]
+
+
+def _dump(block: dict[str, Any]) -> bytes:
+    return json.dumps(block).encode() + b"\n"
+
+
+def _line(file: BinaryIO) -> dict[str, Any] | None:
+    """The object on the next line of a journal; None where it ends or was not written whole."""
+    line = file.readline()
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
