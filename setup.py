@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.16",
         "torchvision>=0.26,<0.30",
-        "timm>=1.0.22,<1.1",
+        "timm>=1.0.26,<1.1",  # older ones read a local folder's safetensors as a pickle
         "ffcv>=1.0.2,<1.1",
         "fastargs>=1.2.0,<1.3",
         "terminaltables>=3.1,<4",  # fastargs imports both and declares neither
