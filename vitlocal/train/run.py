@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import signal
@@ -306,6 +307,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step, where it would hand each large tensor's pages back.
+
+    On a CPU every step frees and takes the same activations; faulting their pages in again took a fifth of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc; others have their own ways
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -328,6 +341,8 @@ def open_run(config: Config) -> Iterator[Run]:
     if resumes:
         _check_same(folder, config)
     device = choose_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     sources = open_sources(config, device, config.data.workers or cores())
