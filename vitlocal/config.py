@@ -242,7 +242,9 @@ class BudgetConfig:
 class RunConfig:
     folder: str | None = option(None, Maybe(Text()), "where the run is kept; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(low=0, high=2**31 - 1, whole=True), "of weights, order, crops and augmentation")
-    resume: str = option("auto", Choice("auto", "must", "never"), "auto: go on where the folder holds a run")
+    resume: str = option(
+        "auto", Choice("auto", "must", "never"), "auto: go on where the folder holds a run; --resume is must"
+    )
     device: str = option("auto", Text(), "auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(low=0, whole=True), "PyTorch's CPU threads; 0: as PyTorch decides")
     save_every: Length = option(Length.parse("10m"), Duration(), "between checkpoints (ep, s, m, h or steps)")
@@ -367,7 +369,10 @@ class Reader:
         self.overrides: dict[str, str] = {}  # what the command line set
         self.files: list[str] = []
         self.parser = _Parser(
-            description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            usage="%(prog)s [--config-file YAML] [--option VALUE ...]",
+            description=about,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.parser.add_argument("--config-file", "-C", action="append", default=[], metavar="YAML",
                                  help="a recipe; may be repeated, later ones win")  # fmt: skip
@@ -381,7 +386,8 @@ class Reader:
             param = fastargs.Param(spec.metadata["kind"], spec.metadata["meaning"], default=spec.default)
             param.section = fastargs_section
             self.fastargs.add_entry((), name, param)
-            meaning = f"{spec.metadata['meaning']} ({_plain(spec.default)})"
+            default = "none" if spec.default is None else _plain(spec.default)
+            meaning = f"{spec.metadata['meaning']}; {spec.metadata['kind'].help()} (default: {default})"
             named = [flag for flag, target in flags.items() if target == name]
             groups[section].add_argument(f"--{name}", *named, dest=name, help=meaning.replace("%", "%%"),
                                          metavar="", default=argparse.SUPPRESS)  # fmt: skip

@@ -84,7 +84,10 @@ def position_matrix(full: tuple[int, int], grid: tuple[int, int], device: torch.
         count = full[0] * full[1]
         units = torch.eye(count, dtype=torch.float64, device="cpu").view(1, count, *full)
         resampled = F.interpolate(units, size=grid, mode="bicubic", antialias=True, align_corners=False)
-        return resampled.view(count, -1).t().contiguous().to(device, dtype)
+        matrix = resampled.view(count, -1).t().contiguous().to(device, dtype)
+        # Up to PyTorch 2.14, compiling for a second image size takes a constant's shape for a symbol, and stops.
+        matrix._dynamo_static_indices = {0, 1}
+        return matrix
 
 
 class PatchEmbed(nn.Module):
