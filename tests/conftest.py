@@ -37,7 +37,7 @@ def compiled():
 @pytest.fixture
 def decoder(compiled, monkeypatch: pytest.MonkeyPatch):
     """Sources opened in this test use the compiled pipeline, whatever number of workers they ask for."""
-    monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers: compiled)
+    monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: compiled)
     return compiled
 
 

@@ -6,7 +6,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlocal.config import AugmentConfig
-from vitlocal.data.augment import RANDAUGMENT, Augment, Normalize, erase, randaugment, step_generator
+from vitlocal.data.augment import COLOURS, MOVES, Augment, Normalize, erase, move, randaugment, step_generator
 
 
 def images(count: int = 12, size: int = 24) -> torch.Tensor:
@@ -78,15 +78,58 @@ def test_erasing_replaces_boxes_by_noise():
     assert torch.equal(erase(plain, 0.0, step_generator(0, 0)), plain)
 
 
-@pytest.mark.parametrize("name", RANDAUGMENT)
+def apply(name: str, x: torch.Tensor, level: float, sign: int) -> torch.Tensor:
+    if name in COLOURS:
+        return COLOURS[name](x, level, sign)
+    return move(x, np.array([MOVES[name](sign * level)] * len(x)))
+
+
+@pytest.mark.parametrize("name", [*COLOURS, *MOVES])
 def test_operations_keep_type_and_grow_with_the_level(name: str):
     ramp = torch.linspace(30, 200, 24).expand(24, 24)  # pure noise would be as far from itself at any shift
     x = (torch.stack([ramp, ramp.T, (ramp + ramp.T) / 2]) + images(4) / 10).to(torch.uint8)
     for sign in (-1, 1):
-        weak, strong = (RANDAUGMENT[name](x, level, sign) for level in (0.1, 0.9))
+        weak, strong = (apply(name, x, level, sign) for level in (0.1, 0.9))
         assert strong.shape == x.shape and strong.dtype == torch.uint8
         if name not in ("autocontrast", "equalize", "invert"):
             assert (strong.float() - x.float()).abs().mean() > (weak.float() - x.float()).abs().mean()
+
+
+def test_sharpness_is_torchvisions():
+    from torchvision.transforms.v2.functional import adjust_sharpness
+
+    x = images(4)
+    for level, sign in ((0.5, 1), (0.9, -1)):
+        theirs = adjust_sharpness(x, 1 + sign * 0.9 * level).int()
+        assert (COLOURS["sharpness"](x, level, sign).int() - theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_are_pillows(name: str):
+    from PIL import Image
+
+    size, level = 24, 0.6
+    ramp = torch.linspace(30, 200, size).expand(size, size)
+    x = torch.stack([ramp, ramp.T, (ramp + ramp.T) / 2]).to(torch.uint8)
+    shift, shear = 0.45 * level * size, 0.3 * level
+    affine = {
+        "shear_x": (1, shear, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, shear, 1, 0),
+        "translate_x": (1, 0, shift, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, shift),
+    }
+    image = Image.fromarray(x.permute(1, 2, 0).numpy())
+    if name == "rotate":
+        theirs = image.rotate(30 * level, Image.BILINEAR)
+    else:
+        theirs = image.transform(image.size, Image.AFFINE, affine[name], Image.BILINEAR)
+    theirs = np.asarray(theirs).astype(int)
+    mine = move(x[None], np.array([MOVES[name](level)]))[0].permute(1, 2, 0).numpy().astype(int)
+    inside = theirs.min(2) > 0  # Pillow fills with black, and does not blend with it
+    inside[[0, -1]] = inside[:, [0, -1]] = False
+    inside &= np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1)
+    assert inside.mean() > 0.3
+    assert np.abs(mine - theirs)[inside].max() <= 4
 
 
 def test_randaugment_changes_most_images_and_not_all():

@@ -41,6 +41,12 @@ def test_base_recipe_is_changed_by_the_one_that_names_it(tmp_path: Path):
     assert (config.train.lr, config.train.batch_size) == (0.5, 8)
 
 
+@pytest.mark.parametrize("base", ["recipe.yaml", "[a.yaml, b.yaml]", "nowhere.yaml"])
+def test_a_base_that_cannot_be_is_named(tmp_path: Path, base: str):
+    with pytest.raises(ConfigError, match="base is|nowhere.yaml: cannot be read"):
+        read_config(["-C", recipe(tmp_path, f"base: {base}")], {})
+
+
 def test_all_problems_are_reported_at_once(tmp_path: Path):
     text = "train: {batchsize: 4, betas: [0.9], warmup: 5, lr: null}\nmethods: [image_sise]\nmodle: {depth: 2}"
     arguments = ["-C", recipe(tmp_path, text), "--run.sead=1", "--train.batch_size=0.5", "--run.progress=maybe"]
@@ -71,7 +77,6 @@ def test_flags_mean_what_they_say(text: str, value: bool):
     [
         (["--methods=image_size", "--image_size.init=256"], "image_size.init: 256 is larger"),
         (["--methods=image_size", "--image_size.final=256"], "set model.size=256"),
-        (["--methods=image_size", "--image_size.step_pixels=20", "--model.patch_size=16"], "not multiples"),
         (["--methods=image_size", "--image_size.growth=exponential", "--image_size.switch_epochs=0,1"], "7 sizes"),
         (["--augment.crop_scale=1,0.5"], "augment.crop_scale"),
         (["--budget.length=0s"], "budget.length"),

@@ -6,8 +6,18 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LEVELS = {"errors": 0, "plan": 1, "config": 2, "data": 3, "models": 3, "methods": 3, "train": 4, "predict": 4,
-          "bench": 5}  # fmt: skip
+LEVELS = {
+    "errors": 0,
+    "machine": 0,
+    "plan": 1,
+    "config": 2,
+    "data": 3,
+    "models": 3,
+    "methods": 3,
+    "train": 4,
+    "predict": 4,
+    "bench": 5,
+}
 
 
 def room(module: str) -> str:

@@ -105,7 +105,7 @@ def test_validation_is_in_order_and_central(folder: Path, compiled):
     batches = read(it, Feed(96, 64))
     assert torch.cat([ids for _, _, ids in batches]).tolist() == list(range(it.count))
     row = next(i for i, name in enumerate(it.manifest.entries) if name)
-    file = it.decoder.file(it.root / it.choose(96).file)
+    file = it.decoder.file(it.root / it.choose(96).file, 20)
     field = file.reader.metadata["f0"][row]
     height, width = int(field["height"]), int(field["width"])
     stored = file.manager.context.mmap[int(field["data_ptr"]) :][: height * width * 3].reshape(height, width, 3)
@@ -122,7 +122,7 @@ def test_a_corrupt_jpeg_is_raised_in_the_consumer(folder: Path, tmp_path: Path, 
     it = source(tmp_path / "data", compiled, ratio=3)
     path = it.root / it.choose(40).file
     assert path.name.endswith("jpg.beton")
-    pointer = int(it.decoder.file(path).reader.metadata["f0"]["data_ptr"][7])
+    pointer = int(it.decoder.file(path, 20).reader.metadata["f0"]["data_ptr"][7])
     with open(path, "r+b") as file:
         file.seek(pointer)
         file.write(b"\x00" * 64)
@@ -215,7 +215,7 @@ def test_a_missing_split_says_how_to_write_it(folder: Path, tmp_path: Path, conf
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "val.json").unlink()
     with pytest.raises(ConfigError, match="write_dataset.py --split val"):
-        open_sources(configure(f"--data.root={tmp_path}/data"), CPU, 1)
+        open_sources(configure(f"--data.root={tmp_path}/data"), CPU)
 
 
 def test_splits_of_different_classes_are_refused(folder: Path, tmp_path: Path, configure, decoder):
@@ -223,4 +223,4 @@ def test_splits_of_different_classes_are_refused(folder: Path, tmp_path: Path, c
     path = tmp_path / "data" / "val.json"
     path.write_text(path.read_text().replace('"arrow"', '"pfeil"', 1))
     with pytest.raises(ConfigError, match="arrow, pfeil"):
-        open_sources(configure(f"--data.root={tmp_path}/data"), CPU, 1)
+        open_sources(configure(f"--data.root={tmp_path}/data"), CPU)

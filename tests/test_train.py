@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,17 @@ def test_a_run_of_another_configuration_is_refused(configure, decoder):
         train(configure("--budget.length=1ep", "--run.resume=never"))
 
 
+def test_other_data_are_refused(configure, decoder, folder: Path, tmp_path: Path):
+    train(configure("--budget.length=1ep"))
+    shutil.copytree(folder, tmp_path / "data")
+    path = tmp_path / "data" / "train.json"
+    for split in ("train", "val"):
+        path = tmp_path / "data" / f"{split}.json"
+        path.write_text(path.read_text().replace('"arrow"', '"aim"', 1))
+    with pytest.raises(ConfigError, match="has 120 training images of 20 classes, and the run"):
+        train(configure("--budget.length=1ep", f"--data.root={tmp_path}/data"))
+
+
 def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_path: Path):
     with pytest.raises(ConfigError, match="there is no run to go on with"):
         train(configure("--run.resume=must"))
@@ -221,6 +233,8 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--model.name=resnet18", "--model.convolution=no", "--methods=none"], "model options convolution"),
         (["--model.patch_size=7", "--methods=none"], "patch_size"),
         (["--model.heads=3"], "heads"),
+        (["--image_size.step_pixels=20"], "image_size: sizes 36: expected multiples of 8"),
+        (["--evaluate.size=50"], "evaluate.size 50: expected multiples of 8"),
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
@@ -231,7 +245,7 @@ def test_what_cannot_be_built_is_told_and_leaves_nothing(
     configure, tmp_path: Path, options: list[str], part: str, monkeypatch, compiled
 ):
     if "workers" not in options[0]:
-        monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers: compiled)
+        monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: compiled)
     with pytest.raises(ConfigError, match=part):
         train(configure(*options))
     assert not (tmp_path / "run").exists()

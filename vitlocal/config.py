@@ -24,9 +24,6 @@ from fastargs.validation import Checker
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Length
 
-PATCH_SIZES = (4, 8, 16)
-
-
 # --- kinds of values --------------------------------------------------------------------------------------
 
 
@@ -412,7 +409,7 @@ class Reader:
         near = near or [known for known in self.options if known.rpartition(".")[2] == name.rpartition(".")[2]][:1]
         self.problems.append(f"{where}: there is no option '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
 
-    def _recipe(self, file: str) -> dict[str, Any]:
+    def _recipe(self, file: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
         """The options that a yaml file states, over those of its ``base``."""
         try:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -426,8 +423,13 @@ class Reader:
             self.problems.append(f"{file}: expected sections with options, got {type(content).__name__}")
             return {}
         content = dict(content or {})
-        base = content.pop("base", None)  # a recipe that this one changes, beside it
-        flat = self._recipe(str(Path(file).parent / base)) if isinstance(base, str) else {}
+        flat: dict[str, Any] = {}
+        if (base := content.pop("base", None)) is not None:  # a recipe that this one changes, beside it
+            path = str(Path(file).parent / str(base))
+            if not isinstance(base, str) or path in (*within, file):
+                self.problems.append(f"{file}: base is {base!r}, expected the name of one other recipe, in no circle")
+            else:
+                flat = self._recipe(path, (*within, file))
         for section, value in content.items():
             inner = value if isinstance(value, dict) else {"": value}
             flat |= {f"{section}.{key}".rstrip("."): part for key, part in inner.items()}
@@ -523,9 +525,6 @@ def _contradictions(config: Config) -> list[str]:
                 )
             if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
-        if patch := config.model.patch_size:
-            if odd := [size for size in curriculum.sizes if size % patch]:
-                found.append(f"image_size: sizes {odd} are not multiples of model.patch_size ({patch})")
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(augment, name)
         if not 0 < low <= high:

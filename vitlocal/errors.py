@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,11 +15,20 @@ class DataError(RuntimeError):
     """Data that cannot be read or written as asked: the commands print it and exit with status 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks the command to leave; ``number`` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs ``main(argv)`` and turns what a user can mend into one clear message and an exit status.
 
     Returns 0 on success, 2 for a :class:`ConfigError`, 1 for a :class:`DataError` or an ``OSError``
-    (a full disk, say), 130 after Ctrl-C. Anything else is our own mistake and keeps its traceback.
+    (a full disk, say), 130 after Ctrl-C and 143 after SIGTERM. Anything else is our own mistake and keeps its
+    traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
@@ -28,6 +38,6 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(error, "number", signal.SIGINT)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
+from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.config import AugmentConfig
@@ -94,11 +94,14 @@ class Augment(torch.nn.Module):
 
 
 def erase(pixels: Tensor, chance: float, draw: np.random.Generator) -> Tensor:
-    """Random erasing with pixel noise (Zhong et al. 2020; timm's areas 2–33 %, ratios 0.3–3.3)."""
+    """Random erasing with pixel noise (Zhong et al. 2020; timm's areas 2–33 %, ratios 0.3–3.33).
+
+    A box that would be longer than the image is cut to it, where timm draws again.
+    """
     count, size = len(pixels), pixels.shape[-1]
     chosen = draw.random(count) < chance
     area = draw.uniform(0.02, 1 / 3, count) * size**2
-    ratio = np.exp(draw.uniform(math.log(0.3), math.log(3.3), count))
+    ratio = np.exp(draw.uniform(math.log(0.3), -math.log(0.3), count))
     height = np.clip(np.sqrt(area * ratio), 1, size - 1).round()
     width = np.clip(np.sqrt(area / ratio), 1, size - 1).round()
     top = np.floor(draw.random(count) * (size - height + 1))
@@ -115,57 +118,94 @@ def erase(pixels: Tensor, chance: float, draw: np.random.Generator) -> Tensor:
     return torch.where(inside, noise, pixels)
 
 
-# --- RandAugment ------------------------------------------------------------------------------------------
+# --- RandAugment ------------------------------------------------------------------------------------------------------
 
-_AFFINE = {"interpolation": InterpolationMode.BILINEAR, "fill": [128.0]}
-
-
-def _affine(images: Tensor, angle: float = 0.0, shift: tuple[int, int] = (0, 0), shear: tuple = (0.0, 0.0)) -> Tensor:
-    return ops.affine(images, angle, list(shift), 1.0, list(shear), **_AFFINE)
+# Every operation is of the "increasing" set of RandAugment (Cubuk et al. 2020), with timm's ranges: a larger level in
+# [0, 1] always means a larger change. ``sign`` is ±1 and, where it means nothing, ignored.
 
 
-# Name → (images uint8, level in [0, 1] of the largest magnitude, sign ±1) → images. The "increasing" set of
-# RandAugment (Cubuk et al. 2020), with timm's ranges: a larger level always means a larger change.
-RANDAUGMENT = {
+def _solarize_add(x: Tensor, level: float) -> Tensor:
+    return torch.where(x < 128, (x.int() + int(110 * level)).clamp(0, 255).to(x.dtype), x)
+
+
+def _sharpness(x: Tensor, factor: float) -> Tensor:
+    # Pillow's: away from, or towards, a 3×3 blur with weight 5 in the middle; borders stay. (torchvision's makes its
+    # kernel on the host at each call, and so waits for the device.)
+    blurred = x.float()
+    inner = blurred[..., 1:-1, 1:-1]
+    inner.copy_((9 * F.avg_pool2d(x.float(), 3, 1) + 4 * inner) / 13)
+    return torch.lerp(blurred, x.float(), factor).round().clamp(0, 255).to(x.dtype)
+
+
+def _enhancement(level: float, sign: int) -> float:
+    return max(0.1, 1 + sign * 0.9 * level)
+
+
+# Name → (images (n, 3, S, S) uint8, level, sign) → images.
+COLOURS = {
     "autocontrast": lambda x, level, sign: ops.autocontrast(x),
     "equalize": lambda x, level, sign: ops.equalize(x),
     "invert": lambda x, level, sign: ops.invert(x),
-    "rotate": lambda x, level, sign: _affine(x, angle=sign * 30 * level),
-    "posterize": lambda x, level, sign: ops.posterize(x, max(1, 4 - int(4 * level))),
+    "posterize": lambda x, level, sign: ops.posterize(x, 4 - int(4 * level)),
     "solarize": lambda x, level, sign: ops.solarize(x, 255 - int(255 * level)),
-    "solarize_add": lambda x, level, sign: torch.where(
-        x < 128, (x.int() + int(110 * level)).clamp(0, 255).to(x.dtype), x
-    ),
-    "saturation": lambda x, level, sign: ops.adjust_saturation(x, max(0.1, 1 + sign * 0.9 * level)),
-    "contrast": lambda x, level, sign: ops.adjust_contrast(x, max(0.1, 1 + sign * 0.9 * level)),
-    "brightness": lambda x, level, sign: ops.adjust_brightness(x, max(0.1, 1 + sign * 0.9 * level)),
-    "sharpness": lambda x, level, sign: ops.adjust_sharpness(x, max(0.1, 1 + sign * 0.9 * level)),
-    "shear_x": lambda x, level, sign: _affine(x, shear=(math.degrees(math.atan(sign * 0.3 * level)), 0.0)),
-    "shear_y": lambda x, level, sign: _affine(x, shear=(0.0, math.degrees(math.atan(sign * 0.3 * level)))),
-    "translate_x": lambda x, level, sign: _affine(x, shift=(round(sign * 0.45 * level * x.shape[-1]), 0)),
-    "translate_y": lambda x, level, sign: _affine(x, shift=(0, round(sign * 0.45 * level * x.shape[-1]))),
+    "solarize_add": lambda x, level, sign: _solarize_add(x, level),
+    "saturation": lambda x, level, sign: ops.adjust_saturation(x, _enhancement(level, sign)),
+    "contrast": lambda x, level, sign: ops.adjust_contrast(x, _enhancement(level, sign)),
+    "brightness": lambda x, level, sign: ops.adjust_brightness(x, _enhancement(level, sign)),
+    "sharpness": lambda x, level, sign: _sharpness(x, _enhancement(level, sign)),
 }
+
+
+def _rotation(level: float) -> list[list[float]]:
+    angle = math.radians(30 * level)
+    return [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
+
+
+# Name → signed level → where an output pixel is read from: rows of a 2×3 matrix, in coordinates from -1 to 1. Shears
+# keep the first row or column in place, as Pillow's do.
+MOVES = {
+    "rotate": _rotation,
+    "shear_x": lambda level: [[1, 0.3 * level, 0.3 * level], [0, 1, 0]],
+    "shear_y": lambda level: [[1, 0, 0], [0.3 * level, 1, 0.3 * level]],
+    "translate_x": lambda level: [[1, 0, 0.9 * level], [0, 1, 0]],  # 0.45 of the width, which is 2
+    "translate_y": lambda level: [[1, 0, 0], [0, 1, 0.9 * level]],
+}
+
+
+def move(images: Tensor, matrices: np.ndarray) -> Tensor:
+    """Images (n, 3, S, S) uint8 moved by matrices (n, 2, 3), bilinear; what comes from outside is ImageNet's mean."""
+    theta = torch.from_numpy(matrices.astype(np.float32)).to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    fill = torch.stack([torch.full((), 255 * mean, device=images.device) for mean in IMAGENET_DEFAULT_MEAN])
+    fill = fill.view(1, 3, 1, 1)
+    moved = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill  # zeros outside: the fill
+    return moved.round().clamp(0, 255).to(images.dtype)
 
 
 def randaugment(images: Tensor, magnitude: float, draw: np.random.Generator) -> Tensor:
     """Two random operations an image, each done half of the time, as timm's ``rand-m{magnitude}-mstd0.5-inc1``.
 
-    Images that drew one operation and sign go through it together, at one magnitude drawn for the group
-    (timm draws it for each image; with a deviation of 0.5 in 10 the difference is slight). ``images``
-    (B, 3, S, S) uint8; returns the same, a new tensor.
+    Images that drew one operation on colours and one sign go through it together, at one magnitude drawn for the group
+    (timm draws it for each image; with a deviation of 0.5 in 10 the difference is slight), and all that move are
+    moved in one call. timm runs before the crop is an array and with bicubic filters, this bilinear on the crop.
+    ``images`` (B, 3, S, S) uint8; returns the same, a new tensor.
     """
-    names = list(RANDAUGMENT)
+    names = [*COLOURS, *MOVES]
     images = images.clone(memory_format=torch.channels_last)
     for _ in range(OPERATIONS):
         choice = draw.integers(len(names), size=len(images))
         sign = draw.integers(2, size=len(images)) * 2 - 1
         applied = draw.random(len(images)) < 0.5
         levels = np.clip(draw.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
-        for number, name in enumerate(names):
+        for number, name in enumerate(COLOURS):
             for side in (-1, 1):
                 members = np.flatnonzero(applied & (choice == number) & (sign == side))
                 if len(members):
                     places = torch.from_numpy(members).to(images.device, non_blocking=True)
-                    changed = RANDAUGMENT[name](images[places], float(levels[number, max(side, 0)]), side)
-                    images[places] = changed
+                    images[places] = COLOURS[name](images[places], float(levels[number, max(side, 0)]), side)
+        members = np.flatnonzero(applied & (choice >= len(COLOURS)))
+        if len(members):
+            matrices = [MOVES[names[choice[i]]](float(sign[i] * levels[choice[i], max(sign[i], 0)])) for i in members]
+            places = torch.from_numpy(members).to(images.device, non_blocking=True)
+            images[places] = move(images[places], np.array(matrices))
     return images

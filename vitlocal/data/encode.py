@@ -26,7 +26,7 @@ from PIL import Image
 from vitlocal.data.beton import MAX_EDGE, MODES
 from vitlocal.data.images import ImageSet
 from vitlocal.data.manifest import PlannedFile
-from vitlocal.errors import DataError
+from vitlocal.errors import DataError, Interrupted
 
 FEW_IMAGES = 400  # fewer are written sooner without workers, whose start takes about 4 s
 CHUNK_BYTES = 4 << 20  # of encoded images in a message from a worker, about
@@ -57,10 +57,11 @@ class Chunk:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt, at once or, while ``deferring``, where ``check`` is called."""
+    """Ctrl-C and SIGTERM as Interrupted, at once or, while ``deferring``, where ``check`` is called."""
 
     def __enter__(self) -> Interrupts:
-        self.deferring = self.requested = False
+        self.deferring = False
+        self.requested = 0  # the signal's number
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -74,12 +75,12 @@ class Interrupts:
 
     def _handle(self, number: int, frame: object) -> None:
         if not self.deferring or self.requested:  # the second Ctrl-C does not wait
-            raise KeyboardInterrupt
-        self.requested = True
+            raise Interrupted(number)
+        self.requested = number
 
     def check(self) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise Interrupted(self.requested)
 
 
 def encoded(images: ImageSet, job: Job, start: int, workers: int, interrupts: Interrupts) -> Iterator[Chunk]:

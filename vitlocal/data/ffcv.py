@@ -26,6 +26,7 @@ from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, centre_box, epoch_order,
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.source import Batch, Cropping
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.machine import cores
 from vitlocal.plan import Feed, Position
 
 
@@ -84,12 +85,6 @@ class KeyedManager(OSCacheManager):
         # Pages are touched, and so taken, only by the threads that decode JPEGs.
         self.scratch = np.empty((numba.config.NUMBA_NUM_THREADS, largest), np.uint8)
         self.context = KeyedContext(self)
-
-    @property
-    def state_type(self) -> numba.types.Type:
-        file = numba.types.Array(numba.uint8, 1, "C", readonly=True)
-        return numba.types.Tuple([file, numba.uint64[::1], numba.uint64[::1], numba.int64[::1], numba.float64[::1],
-                                  numba.uint8[:, ::1]])  # fmt: skip
 
     def compile_reader(self) -> Callable:
         def read(address, state):
@@ -166,7 +161,8 @@ class OpenFile:
 class Decoder:
     """FFCV's compiled pipeline, moved from file to file (compiling takes about 6 s, moving about 3 ms)."""
 
-    def __init__(self, workers: int):
+    def __init__(self, workers: int = 0):
+        workers = workers or min(cores(), numba.config.NUMBA_NUM_THREADS)
         if workers > numba.config.NUMBA_NUM_THREADS:
             raise ConfigError(
                 f"data.workers: got {workers}, expected at most {numba.config.NUMBA_NUM_THREADS}, the number of cores "
@@ -176,12 +172,17 @@ class Decoder:
         self.loader: Loader | None = None
         self.operation = CropDecoder()
         self.files: dict[Path, OpenFile] = {}
+        self.copy_stream: torch.cuda.Stream | None = None  # one for all passes: memory is pooled by stream
 
-    def file(self, path: Path) -> OpenFile:
-        """Opens and checks a file once; DataError names it where it is damaged or foreign."""
+    def file(self, path: Path, classes: int) -> OpenFile:
+        """Opens and checks a file once; DataError names it where it is damaged, foreign or of other classes."""
         if path not in self.files:
-            check_beton(path)
+            check_beton(path, classes)
             reader = Reader(str(path))
+            if list(reader.handlers) != ["image", "label"]:
+                raise DataError(
+                    f"{path}: expected the fields image, label in this order; write it with write_dataset.py"
+                )
             self.files[path] = OpenFile(path, reader, KeyedManager(reader))
         return self.files[path]
 
@@ -197,8 +198,10 @@ class Decoder:
         )
         loader.batch_size = feed.batch_size
         self.operation.size = feed.size
+        if device.type == "cuda" and self.copy_stream is None:
+            self.copy_stream = torch.cuda.Stream(device)
         with _torch_threads_kept():
-            return Pass(loader, draws, file, device)
+            return Pass(loader, draws, file, device, self.copy_stream)
 
     def _compile(self, file: OpenFile) -> Loader:
         class KeyedLoader(Loader):
@@ -224,16 +227,24 @@ class Pass(EpochIterator):
     FFCV's own thread hangs its consumer when it fails, and outlives a pass that ends early.
     """
 
-    def __init__(self, loader: Loader, draws: np.ndarray, file: OpenFile, device: torch.device):
-        self.file, self.device = file, device
+    def __init__(
+        self,
+        loader: Loader,
+        draws: np.ndarray,
+        file: OpenFile,
+        device: torch.device,
+        copy_stream: torch.cuda.Stream | None,
+    ):
+        self.file, self.device, self.copy_stream = file, device, copy_stream
         self.labels = file.reader.metadata["f1"]
         self.copies: list[torch.cuda.Event | None] = [None] * SLOTS
-        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         super().__init__(loader, draws)
 
     def run(self) -> None:
         try:
-            numba.set_num_threads(self.loader.num_workers)  # numba's count is a thread's own
+            numba.set_num_threads(self.loader.num_workers)  # numba's count is a thread's own, and so is CUDA's device
+            if self.copy_stream is not None:
+                torch.cuda.set_device(self.copy_stream.device)
             for number, draws in enumerate(self.iter_ixes):
                 slot = number % SLOTS
                 if (copy := self.copies[slot]) is not None:
@@ -329,7 +340,7 @@ class FFCVSource:
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        file = self.decoder.file(self.root / self.choose(feed.size).file)
+        file = self.decoder.file(self.root / self.choose(feed.size).file, len(self.classes))
         if len(file.reader.metadata) != self.count:
             raise DataError(
                 f"{file.path} has {len(file.reader.metadata)} rows, its manifest says {self.count}; write both again"

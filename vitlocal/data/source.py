@@ -16,6 +16,7 @@ import torch
 from vitlocal.config import Config
 from vitlocal.data.manifest import Manifest
 from vitlocal.errors import ConfigError
+from vitlocal.machine import cores
 from vitlocal.plan import Feed, Position
 
 
@@ -53,7 +54,7 @@ class Source(Protocol):
     def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
         """One pass: from ``at`` to the end of its epoch, in the epoch's order.
 
-        Leaving the context early stops the readers. Raises in the consumer what went wrong in them.
+        Leaving the context early gives up what was read ahead. Raises in the consumer what went wrong in the readers.
         """
         ...
 
@@ -79,7 +80,7 @@ def load_manifest(root: str, split: str) -> Manifest:
     return Manifest.load(path)
 
 
-def open_sources(config: Config, device: torch.device, workers: int) -> Sources:
+def open_sources(config: Config, device: torch.device) -> Sources:
     """The training and validation sources that ``data.loader`` names; both splits must have one set of classes.
 
     Raises ConfigError where the data folder or the original images are not there, DataError where files are
@@ -94,7 +95,7 @@ def open_sources(config: Config, device: torch.device, workers: int) -> Sources:
     if config.data.loader == "ffcv":
         from vitlocal.data.ffcv import Decoder, FFCVSource  # importing ffcv takes seconds
 
-        decoder = Decoder(workers)
+        decoder = Decoder(config.data.workers)
         manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
         sources = Sources(
             *(
@@ -104,6 +105,8 @@ def open_sources(config: Config, device: torch.device, workers: int) -> Sources:
         )
     else:
         from vitlocal.data.torchvision import TorchvisionSource
+
+        workers = config.data.workers or cores()
 
         sources = Sources(
             *(

@@ -5,7 +5,7 @@ The comparison that users know, and the slow twin that the FFCV source is tested
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +52,8 @@ class CropDataset(Dataset):
 
 
 def start_worker(number: int) -> None:
-    # Ctrl-C reaches every process of the terminal: it is the trainer that ends the workers, after the step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and schedulers signal the whole process group: it is the trainer that ends the workers, after the step.
+    os.setsid()
 
 
 def collate(items: list[tuple[np.ndarray, int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,13 +65,15 @@ class Batches:
     """A batch sampler whose content is set before each pass."""
 
     def __init__(self) -> None:
-        self.requests: list[list[Request]] = []
+        self.draws, self.epoch, self.feed = np.empty(0, np.int64), 0, Feed(0, 1)
 
     def __iter__(self) -> Iterator[list[Request]]:
-        return iter(self.requests)
+        size = self.feed.batch_size
+        for start in range(0, len(self.draws), size):
+            yield [(draw, self.epoch, self.feed.size) for draw in self.draws[start : start + size].tolist()]
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return -(-len(self.draws) // self.feed.batch_size)
 
 
 class TorchvisionSource:
@@ -114,10 +116,7 @@ class TorchvisionSource:
             draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)[at.images :]
         else:
             draws = np.arange(at.images, self.count)
-        self.batches.requests = [
-            [(int(draw), at.epoch, feed.size) for draw in draws[start : start + feed.batch_size]]
-            for start in range(0, len(draws), feed.batch_size)
-        ]
+        self.batches.draws, self.batches.epoch, self.batches.feed = draws, at.epoch, feed
         yield self._read()
 
     def _read(self) -> Iterator[Batch]:
@@ -128,7 +127,9 @@ class TorchvisionSource:
             )  # host-to-device copies, from pinned memory
 
     def close(self) -> None:
-        self.loader._iterator = None  # ends the worker processes
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()  # DataLoader has no public way; a reader left open keeps them
+            self.loader._iterator = None
 
 
 def _rows(images: ImageSet, manifest: Manifest, spec: str | None) -> np.ndarray:

@@ -8,7 +8,6 @@ from which the same command goes on after whatever stopped it. A file gets its f
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 import time
@@ -26,6 +25,7 @@ from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.journal import Store, byte_words, difference, free_bytes
 from vitlocal.data.manifest import Manifest, PlannedFile, Skipped, SourceInfo
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.machine import cores
 
 __all__ = ["DEFAULT_FILES", "StoredFile", "WriteConfig", "parse_files", "stored_size", "write"]
 
@@ -123,7 +123,7 @@ def write(config: WriteConfig, images: ImageSet | None = None, progress: bool = 
 
 def _fill(store: Store, plan: _Plan, images: ImageSet, interrupts: Interrupts, progress: bool) -> None:
     """Encodes and appends all rows that the store lacks."""
-    workers = plan.config.workers or _cores()
+    workers = plan.config.workers or cores()
     forecast_at = store.mark.next + FORECAST_IMAGES
     with (
         _Progress(plan.config.split, store, progress) as shown,
@@ -239,10 +239,6 @@ def _checked(config: WriteConfig) -> WriteConfig:
 
 def _short_edge(split: str) -> int:
     return VAL_SHORT_EDGE if split == "val" else 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _digest(names: Sequence[str], length: int, more: bytes = b"") -> str:

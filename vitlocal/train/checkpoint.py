@@ -22,7 +22,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except RuntimeError as error:  # PyTorch's zip writer does not pass on why a write failed
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise  # the device's, say
+            # PyTorch's zip writer does not pass on why a write failed.
             raise DataError(
                 f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}). Is the disk full? "
                 "The checkpoint before it stands; make room and run the same command again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -20,7 +19,8 @@ from torch import nn
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.data.source import Batch, Sources, open_sources
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, Interrupted
+from vitlocal.machine import keep_freed_memory
 from vitlocal.methods import build_methods
 from vitlocal.models.factory import build_model, export_model
 from vitlocal.plan import Feed, Plan, Position, StepResult, fold
@@ -52,6 +52,7 @@ class Run:
         self.config, self.folder, self.sources, self.device = config, folder, sources, device
         torch.manual_seed(config.run.seed)  # the weights' start
         model, self.model_arguments = build_model(config.model, len(sources.train.classes))
+        _check_sizes(config, model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(self.model, config.train)
         self.average = Average(self.model, config.train.ema) if config.train.ema is not None else None
@@ -201,6 +202,7 @@ class Run:
         if self.meter.images:
             self._read_meter()
         state = {
+            "data": {"count": self.sources.train.count, "classes": list(self.sources.train.classes)},
             "model": self.model.state_dict(),
             "average": self.average and self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -217,6 +219,14 @@ class Run:
         self.saved_at = self.clock.progress
 
     def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`save` wrote; ConfigError where the training data are not the same any more."""
+        before, now = state["data"], self.sources.train
+        if (before["count"], tuple(before["classes"])) != (now.count, now.classes):
+            raise ConfigError(
+                f"data.root: {self.config.data.root} has {now.count} training images of {len(now.classes)} classes, "
+                f"and the run in {self.folder} was started on {before['count']} of {len(before['classes'])}, perhaps "
+                "of other names. Point data.root to those, or use another --run.folder"
+            )
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])
@@ -243,7 +253,7 @@ class Run:
 
         def note(number: int, frame: object) -> None:
             if self.interrupted is not None:
-                raise KeyboardInterrupt
+                raise Interrupted(number)
             self.interrupted = signal.Signals(number)
             print("\nstopping: the step is finished and all is saved; once more to leave at once", file=sys.stderr)
 
@@ -254,12 +264,20 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def close(self) -> None:
-        self.log.close()
-        self.sources.close()
-
 
 # --- opening ----------------------------------------------------------------------------------------------
+
+
+def _check_sizes(config: Config, model: nn.Module) -> None:
+    """Raises ConfigError where the patch does not divide a size that the run would come to, hours later perhaps."""
+    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = max(patch) if isinstance(patch, (tuple, list)) else patch
+    sizes = {"model.size": [config.model.size], "evaluate.size": [config.evaluate.size]}
+    if "image_size" in config.methods:
+        sizes["image_size: sizes"] = list(config.image_size.sizes)
+    odd = [f"{name} {size}" for name, those in sizes.items() for size in those if size % patch]
+    if odd:
+        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -307,22 +325,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next step, where it would hand each large tensor's pages back.
-
-    On a CPU every step frees and takes the same activations; faulting their pages in again took a fifth of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc; others have their own ways
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 @contextmanager
 def open_run(config: Config) -> Iterator[Run]:
     """Builds the run, or goes on with the one that its folder holds (``run.resume``).
@@ -343,9 +345,11 @@ def open_run(config: Config) -> Iterator[Run]:
     device = choose_device(config.run.device)
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # streams and events are made on the current device
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    sources = open_sources(config, device, config.data.workers or cores())
+    sources = open_sources(config, device)
     try:
         folder_is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -356,7 +360,8 @@ def open_run(config: Config) -> Iterator[Run]:
                     run.load(load_checkpoint(checkpoint))
                 else:
                     (folder / "config.yaml").write_text(_header() + config.yaml(), encoding="utf-8")
-                run.log.begin(run.clock.step)
+                # The line of a pass that is not closed yet will be written again.
+                run.log.begin(run.clock.step - (run.unclosed is not None))
                 try:
                     yield run
                 finally:

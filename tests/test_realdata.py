@@ -1,0 +1,66 @@
+"""Real photos, where there are some: VITLOCAL_REALDATA, or the folder shared/data beside the checkout."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vitlocal.data.ffcv import FFCVSource
+from vitlocal.data.source import Cropping, load_manifest
+from vitlocal.data.torchvision import TorchvisionSource
+from vitlocal.data.write import WriteConfig, write
+from vitlocal.plan import Feed, Position
+
+DATA = Path(os.environ.get("VITLOCAL_REALDATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+PHOTOS = DATA / "imagenet-photos-500.tar"
+COUNT = 24
+
+pytestmark = [
+    pytest.mark.realdata,
+    pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is not there: set VITLOCAL_REALDATA to its folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the default files of some photos, one a class, as training and validation split."""
+    root = tmp_path_factory.mktemp("photos")
+    with tarfile.open(PHOTOS) as archive:
+        members = [member for member in archive if member.isfile() and member.name.lower().endswith((".jpeg", ".jpg"))]
+        for member in members[:: max(1, len(members) // COUNT)][:COUNT]:
+            for split in ("train", "val"):
+                path = root / "source" / split / Path(member.name).parent.name / Path(member.name).name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
+    for split in ("train", "val"):
+        write(WriteConfig(split, str(root / "source"), str(root / "data"), workers=1), progress=False)
+    return root / "data"
+
+
+def test_the_default_files(photos: Path):
+    train, val = load_manifest(str(photos), "train"), load_manifest(str(photos), "val")
+    assert [(file.side, file.format) for file in train.files] == [(64, "raw"), (160, "raw"), (256, "jpg"), (400, "jpg")]
+    assert [(file.side, file.format) for file in val.files] == [(256, "jpg")]
+    assert train.count == val.count == COUNT
+
+
+@pytest.mark.parametrize("size", [32, 96, 160, 224])
+def test_both_sources_cut_the_same_crops(photos: Path, compiled, size: int):
+    cpu, cropping = torch.device("cpu"), Cropping(random=True, seed=1)
+    mine = FFCVSource(str(photos), load_manifest(str(photos), "train"), cropping, 1.5, cpu, compiled)
+    theirs = TorchvisionSource(str(photos), None, "train", cropping, cpu, workers=1)
+    try:
+        with mine.open(Feed(size, COUNT), Position()) as a, theirs.open(Feed(size, COUNT), Position()) as b:
+            one, other = next(a), next(iter(b))
+            assert torch.equal(one.ids, other.ids) and torch.equal(one.labels, other.labels)
+            difference = (one.images.float() - other.images.float()).abs().mean((1, 2, 3))
+    finally:
+        theirs.close()
+    # Mean levels of 255: stored at another size, as a JPEG or not, and resized by other filters (area here, bilinear
+    # there, which differ most where a small crop is enlarged). Crops of another part or photo differ by 50 and more.
+    assert np.median(difference) < 9 and difference.max() < 25, difference
