@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from vitlocal.data import images
 from vitlocal.data.images import (
     FolderImages,
     ImageSet,
@@ -26,7 +25,10 @@ from vitlocal.data.images import (
     TarImages,
     decode_rgb,
     open_images,
+    parquet,
     resolve_source,
+    tars,
+    to_rgb,
 )
 from vitlocal.errors import ConfigError, DataError
 
@@ -281,7 +283,7 @@ def test_tar_headers(tmp_path: Path, format: int) -> None:
     with open(path, "rb") as file:
         found = {
             member.name: os.pread(file.fileno(), member.size, member.offset)
-            for member in images._members(file.fileno(), 0, path.stat().st_size, "a.tar")
+            for member in tars._members(file.fileno(), 0, path.stat().st_size, "a.tar")
         }
     assert found == files
 
@@ -404,7 +406,7 @@ def test_parquet(tmp_path: Path, where: str, names: list[str] | None) -> None:
 def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "train-0.parquet", range(20), [0, 1] * 10, None)
     source = open_images(str(tmp_path), "train")
-    monkeypatch.setattr(images, "CACHED_BYTES", 3 * 2 * len(photo(0)))
+    monkeypatch.setattr(parquet, "CACHED_BYTES", 3 * 2 * len(photo(0)))
     for i in range(20):
         assert source.read(i) == photo(i)
     assert 1 <= len(source._groups) <= 3
@@ -699,4 +701,4 @@ def test_decode_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_decode_does_not_copy_plain_rgb() -> None:
     image = Image.new("RGB", (4, 4))
-    assert images.to_rgb(image) is image
+    assert to_rgb(image) is image

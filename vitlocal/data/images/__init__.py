@@ -1,0 +1,25 @@
+"""Where images come from: folders, the ILSVRC2012 tars, parquet shards, torchvision's sets, the sample.
+
+`open_images` finds out what a source is. Each kind is an `ImageSet`: it knows all labels without decoding an
+image, reads any row at random, and may be pickled into worker processes, where it opens its files anew.
+"""
+
+from vitlocal.data.images.find import open_images, resolve_source
+from vitlocal.data.images.folder import FolderImages
+from vitlocal.data.images.image_set import ImageSet
+from vitlocal.data.images.parquet import ParquetImages
+from vitlocal.data.images.pixels import decode_rgb, to_rgb
+from vitlocal.data.images.tars import TarImages
+from vitlocal.data.images.torchvision import TorchvisionImages
+
+__all__ = [
+    "FolderImages",
+    "ImageSet",
+    "ParquetImages",
+    "TarImages",
+    "TorchvisionImages",
+    "decode_rgb",
+    "open_images",
+    "resolve_source",
+    "to_rgb",
+]

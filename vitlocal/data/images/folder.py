@@ -1,0 +1,105 @@
+"""Images in folders of classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vitlocal.data.images.image_set import (
+    KINDS,
+    SPLIT_NAMES,
+    SUFFIXES,
+    known_split,
+    listed,
+    require_same_classes,
+    split_folder,
+)
+from vitlocal.data.images.pixels import decode_rgb
+from vitlocal.errors import ConfigError, DataError
+
+
+class FolderImages:
+    """Images in root/<split>/<class>/, at any depth below the class; rows go by class, then by path."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.spec = str(root)
+        folder = split_folder(root, split)
+        if folder is None:
+            folders = class_folders(root)
+            named = [name for name in folders if known_split(name)]
+            if split != "train" or named or not folders:
+                found = [f"{name}/" for name in folders] or sorted(os.listdir(root))
+                raise ConfigError(
+                    f"source '{root}' has no split '{split}': expected a folder "
+                    f"{' or '.join(SPLIT_NAMES.get(split, (split,)))} in it, or {KINDS.split(', ', 1)[1]}; "
+                    f"found {listed(found)}. Move the images there, or name another --source or --split"
+                )
+            if len(folders) == 1 and class_folders(root / folders[0]):
+                raise ConfigError(
+                    f"source '{root}' has but one folder, '{folders[0]}', with folders in it; expected folders "
+                    f"of classes or splits. Did you mean '{root / folders[0]}'?"
+                )
+            folder = root  # root/<class>/ without splits
+        self.classes = tuple(class_folders(folder))
+        if not self.classes:
+            loose = sum(name.lower().endswith(SUFFIXES) for name in os.listdir(folder))
+            found = f"{loose} images without a class folder" if loose else "no folders"
+            raise ConfigError(f"'{folder}': expected one folder a class with its images, found {found}; sort them so")
+        for other in ("train", "val"):
+            sibling = split_folder(root, other)
+            if other != split and folder != root and sibling is not None:
+                others = class_folders(sibling)
+                if others:
+                    require_same_classes(str(folder), self.classes, str(sibling), others)
+        self.folder = str(folder)
+        self._paths: list[str] = []
+        counts = []
+        for name in self.classes:
+            paths = sorted(_image_paths(self.folder, name))
+            if not paths:
+                raise ConfigError(
+                    f"class folder '{folder / name}' has no images ({', '.join(SUFFIXES)}); "
+                    "add some, or remove the folder from every split"
+                )
+            self._paths += paths
+            counts.append(len(paths))
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def entry(self, index: int) -> str:
+        return self._paths[index]
+
+    def read(self, index: int) -> bytes:
+        path = os.path.join(self.folder, self._paths[index])
+        try:
+            with open(path, "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+
+    def load(self, index: int) -> Image.Image:
+        return decode_rgb(self.read(index), self.entry(index))
+
+
+def class_folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _image_paths(folder: str, below: str) -> Iterator[str]:
+    """Paths relative to `folder` of the images under its subfolder `below`; links are followed."""
+    with os.scandir(os.path.join(folder, below)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):  # such as ._name.jpg, which macOS leaves behind
+                continue
+            path = f"{below}/{entry.name}"
+            if entry.name.lower().endswith(SUFFIXES):
+                yield path
+            elif entry.is_dir():
+                yield from _image_paths(folder, path)

@@ -1,0 +1,227 @@
+"""Parquet shards in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitlocal.data.images.image_set import SPLIT_NAMES, known_split, listed, require_same_classes, split_folder
+from vitlocal.data.images.pixels import decode_rgb
+from vitlocal.errors import ConfigError, DataError
+
+CACHED_BYTES = 256 << 20  # of row groups, at least one
+
+
+class ParquetImages:
+    """Hugging Face's layout: parquet shards with a column of images ({bytes, path} or bytes), one of labels.
+
+    Row groups are read whole and the last ones kept (up to `CACHED_BYTES`): quick in the order of the rows,
+    slow at random, so write such a source to .beton files before training on it.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        parquet = _parquet()
+        shards = shards_by_split(root)
+        if not shards.get(split):
+            raise ConfigError(
+                f"source '{root}' has no split '{split}': expected shards named {split}-00000-of-….parquet, "
+                f"found {listed(sorted(shards))}; rename or download them"
+            )
+        self.spec = str(root)
+        self._root = root
+        self._paths = [str(path) for path in shards[split]]
+        self._names = [path.relative_to(root).as_posix() for path in shards[split]]
+        first = _open_shard(parquet, self._paths[0])
+        self._image, label, names = _columns(first.schema_arrow, self._paths[0])
+
+        labels, shard_of, group_of, rows = [], [], [], []
+        for shard, path in enumerate(self._paths):
+            file = first if shard == 0 else _open_shard(parquet, path)
+            try:
+                column = file.read([label], use_threads=False).column(0)
+            except Exception as error:
+                raise ConfigError(
+                    f"{path}: its column '{label}' cannot be read ({error}); download it again"
+                ) from error
+            if column.null_count or not _is_integer(column.type):
+                raise ConfigError(
+                    f"{path}: expected whole numbers in column '{label}', got {column.type} with "
+                    f"{column.null_count} empty; name a source whose split '{split}' has labels"
+                )
+            labels.append(column.to_numpy().astype(np.int64))
+            for group in range(file.metadata.num_row_groups):
+                shard_of.append(shard)
+                group_of.append(group)
+                rows.append(file.metadata.row_group(group).num_rows)
+            file.close()
+        self.labels = np.concatenate(labels)
+        if not len(self.labels):
+            raise ConfigError(f"source '{root}': the shards of split '{split}' have no rows; download them again")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or (names and high >= len(names)):
+            raise ConfigError(
+                f"source '{root}': split '{split}' has labels {low}..{high}, expected "
+                f"0..{len(names) - 1 if names else 'K-1'}; name a source whose split has labels (a test "
+                "split often has none)"
+            )
+        self.classes = tuple(names) if names else tuple(str(k) for k in range(high + 1))
+        self._check_train(parquet, shards, split)
+        self._shard_of = np.array(shard_of, np.int64)  # of each row group
+        self._group_of = np.array(group_of, np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)  # first row of each row group
+        self._shard_rows = np.array([self._starts[np.searchsorted(shard_of, s)] for s in range(len(self._paths))])
+        self._forget()
+
+    def _check_train(self, parquet: Any, shards: dict[str, list[Path]], split: str) -> None:
+        """Compares with the training split's class names, or where none are stored, takes their number."""
+        if split == "train" or not shards.get("train"):
+            return
+        first = _open_shard(parquet, str(shards["train"][0]))
+        _, label, names = _columns(first.schema_arrow, str(shards["train"][0]))
+        first.close()
+        if names:
+            if list(self.classes) != list(names):
+                require_same_classes(f"split '{split}'", self.classes, "split 'train'", names)
+                raise ConfigError(f"source '{self.spec}': splits '{split}' and 'train' order their classes differently")
+            return
+        most = 0
+        for path in shards["train"]:
+            file = _open_shard(parquet, str(path))
+            most = max(most, int(file.read([label], use_threads=False).column(0).to_numpy().max(initial=0)) + 1)
+            file.close()
+        if len(self.classes) > most:
+            raise ConfigError(
+                f"source '{self.spec}': split '{split}' has labels up to {len(self.classes) - 1}, "
+                f"but 'train' only up to {most - 1}; expected the same classes in both"
+            )
+        self.classes = tuple(str(k) for k in range(most))
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._files: dict[int, Any] = {}
+        self._groups: OrderedDict[int, Any] = OrderedDict()  # row group -> Arrow array of its images' bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_groups": OrderedDict(), "_process": -1}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def entry(self, index: int) -> str:
+        index = range(len(self))[index]
+        shard = int(np.searchsorted(self._shard_rows, index, side="right")) - 1
+        return f"{self._names[shard]}/{index - int(self._shard_rows[shard])}"
+
+    def read(self, index: int) -> bytes:
+        index = range(len(self))[index]
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        data = self._bytes_of(group)[index - int(self._starts[group])].as_py()
+        if data is None:
+            raise DataError(
+                f"{self.entry(index)}: its row stores no image, only a path to one; download shards that "
+                "embed the images, or leave such rows out with --on-error skip"
+            )
+        return data
+
+    def _bytes_of(self, group: int) -> Any:
+        if self._process != os.getpid():  # after a fork: Arrow's handles are the parent's
+            self._forget()
+        if group in self._groups:
+            self._groups.move_to_end(group)
+            return self._groups[group]
+        shard = int(self._shard_of[group])
+        try:
+            if shard not in self._files:
+                for file in self._files.values():
+                    file.close()
+                self._files = {shard: _open_shard(_parquet(), self._paths[shard])}
+            file = self._files[shard]
+            table = file.read_row_group(int(self._group_of[group]), columns=[self._image], use_threads=False)
+            column = table.column(0).combine_chunks()
+        except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on corrupt data
+            raise DataError(f"{self._paths[shard]} cannot be read: {error}; download it again") from error
+        if hasattr(column.type, "num_fields") and column.type.num_fields:
+            column = column.field("bytes")
+        self._groups[group] = column
+        while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > CACHED_BYTES:
+            self._groups.popitem(last=False)
+        return column
+
+    def load(self, index: int) -> Image.Image:
+        return decode_rgb(self.read(index), self.entry(index))
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"reading parquet shards needs pyarrow ({error}); pip install pyarrow") from error
+    return pyarrow.parquet
+
+
+def shards_by_split(root: Path) -> dict[str, list[Path]]:
+    """The shards by split: <split>-….parquet or <split>/….parquet in `root`, else in root/data."""
+    shards: dict[str, list[Path]] = {}
+    for folder in (root, root / "data"):
+        for path in sorted(folder.glob("*.parquet")):
+            word = re.split(r"[-_.]", path.stem)[0]
+            shards.setdefault(known_split(word) or word, []).append(path)
+        for split in (*SPLIT_NAMES, "test"):
+            inner = split_folder(folder, split)
+            if inner is not None and split not in shards:
+                paths = sorted(inner.glob("*.parquet"))
+                if paths:
+                    shards[split] = paths
+        if shards:
+            break
+    return shards
+
+
+def _open_shard(parquet: Any, path: str) -> Any:
+    try:
+        return parquet.ParquetFile(path)
+    except Exception as error:
+        raise ConfigError(f"{path} is not a whole parquet file ({error}); download it again") from error
+
+
+def _is_integer(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_integer(kind)
+
+
+def _columns(schema: Any, path: str) -> tuple[str, str, list[str]]:
+    """The column of the images' bytes, that of the labels, and the class names if the schema tells them."""
+    from pyarrow import types
+
+    features: dict[str, Any] = {}
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        pass  # written by something else
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+
+    def pick(kind: str, *usual: str) -> str:
+        named = [name for name in schema.names if kinds.get(name) == kind]
+        columns = [name for name in usual if name in schema.names and (not named or name in named)] or named
+        if not columns:
+            raise ConfigError(
+                f"{path}: expected a column {' or '.join(usual)}, found {listed(schema.names)}; rename it"
+            )
+        return columns[0]
+
+    image, label = pick("Image", "image", "img"), pick("ClassLabel", "label", "labels", "fine_label")
+    kind = schema.field(image).type
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        image = f"{image}.bytes"
+    elif not (types.is_binary(kind) or types.is_large_binary(kind)):
+        raise ConfigError(f"{path}: expected encoded images in column '{image}', got {kind}; name another source")
+    names = features.get(label, {}).get("names") if label in features else None
+    return image, label, [str(name) for name in names or []]

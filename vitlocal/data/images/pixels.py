@@ -1,0 +1,84 @@
+"""From the bytes of an image file to upright RGB."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from vitlocal.errors import DataError
+
+
+def decode_rgb(data: bytes, name: str) -> Image.Image:
+    """Decodes an image of any format that Pillow reads to RGB, turned upright by its EXIF orientation.
+
+    16-bit values are scaled, not clipped; transparent parts are laid on white; an animation gives its
+    first frame. Raises a DataError that names `name` if the bytes are no image, or not a whole one.
+    """
+    try:
+        try:
+            return _decode(data)
+        except UserWarning:  # where warnings are errors: a broken EXIF block does not spoil the pixels
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                return _decode(data)
+    except Exception as error:  # the decoders raise nearly anything on corrupt data
+        if not data:
+            problem = "it is empty"
+        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+            problem = f"too large to decode safely: {error}"
+        else:
+            problem = str(error) or type(error).__name__
+        raise DataError(
+            f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); "
+            "restore the file, or leave such images out with --on-error skip"
+        ) from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turns a loaded image upright and converts it to RGB; returns an upright RGB image itself, uncopied."""
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16 bits; Pillow's convert would clip at 255
+        deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":  # of 0..1 or of 0..255
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+        image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+    return image.convert("RGB")  # Pillow's reader has inverted the inks of a CMYK JPEG, as Adobe writes them
+
+
+_TURNS = {  # what brings an image of each EXIF orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    if "exif" not in image.info and image.format != "TIFF":
+        return 1
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # a broken EXIF block does not spoil the pixels
+        return 1

@@ -1,0 +1,152 @@
+"""Any set of torchvision.datasets by its name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitlocal.data.images.image_set import SPLIT_NAMES, ImageSet
+from vitlocal.data.images.pixels import to_rgb
+from vitlocal.errors import ConfigError, DataError
+
+TORCHVISION_ROOT = "data/torchvision"
+
+
+def open_torchvision(rest: str, split: str) -> ImageSet:
+    """'NAME' or 'NAME:ROOT'; the split becomes torchvision's train=…, split=… by the set's signature."""
+    name, _, given = rest.partition(":")
+    root = str(Path(given).expanduser().absolute()) if given else TORCHVISION_ROOT
+    spec = f"torchvision:{name}:{root}" if given else f"torchvision:{name}"
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ConfigError(f"source '{spec}' needs torchvision ({error}); pip install torchvision") from error
+    kind = getattr(datasets, name, None)
+    if not (inspect.isclass(kind) and name in datasets.__all__):
+        raise ConfigError(
+            f"source '{spec}': torchvision.datasets has no '{name}'; expected a name such as CIFAR10, "
+            "Flowers102, Food101 or Imagenette, in this spelling"
+        )
+    if split not in SPLIT_NAMES:
+        raise ConfigError(f"source '{spec}' has no split '{split}'; expected 'train' or 'val'")
+    takes = inspect.signature(kind.__init__).parameters
+    base: dict[str, Any] = {"root": root} if "root" in takes else {}
+    if "train" in takes:
+        choices = [{"train": split == "train"}]
+    elif "split" in takes:
+        words = ("train", "trainval") if split == "train" else ("val", "valid", "validation", "test")
+        choices = [{"split": word} for word in words]
+    elif "random_offset" in takes:  # FakeData: other seeds, other images
+        size = int(takes["size"].default)
+        base |= {"image_size": (3, 32, 32)}  # all are made once for their labels
+        choices = [{"random_offset": 0 if split == "train" else size}]
+    elif split == "train":
+        choices = [{}]
+    else:
+        raise ConfigError(f"source '{spec}' is one set without splits, so it has no '{split}'; name another source")
+    downloads = [{"download": False}, {"download": True}] if "download" in takes else [{}]
+    refusals: list[str] = []
+    for download in downloads:
+        if download.get("download"):
+            os.makedirs(root, exist_ok=True)
+        for choice in choices:
+            arguments = {**base, **choice, **download}
+            try:
+                images = TorchvisionImages(spec, name, root, split, arguments)
+            except ConfigError:
+                raise
+            except Exception as error:  # RuntimeError: not there; ValueError: no such split; URLError: no network …
+                if not (isinstance(error, ValueError) and "split" in str(error)):
+                    refusals.append(f"{type(error).__name__}: {error}")
+                continue
+            images._arguments.pop("download", None)  # it is there now; workers only read
+            return images
+    problem = refusals[-1] if refusals else "no such split"
+    raise ConfigError(
+        f"source '{spec}', split '{split}' could not be opened from '{root}': {problem}. Download it there "
+        f"with torchvision on a machine with a network, or name its folder: torchvision:{name}:FOLDER"
+    )
+
+
+class TorchvisionImages:
+    """A set of torchvision.datasets by its name; the dataset is built anew in each process that reads."""
+
+    def __init__(self, spec: str, name: str, root: str, split: str, arguments: dict[str, Any]) -> None:
+        self.spec = spec
+        self._name, self._root, self._split, self._arguments = name, root, split, arguments
+        dataset = self._dataset
+        self.labels = _dataset_labels(dataset, spec)
+        if not len(self.labels):
+            raise ConfigError(f"source '{spec}', split '{split}' is empty; name another source")
+        self.classes = _dataset_classes(dataset, int(self.labels.max()) + 1)
+
+    @functools.cached_property
+    def _dataset(self) -> Any:
+        from torchvision import datasets
+
+        return getattr(datasets, self._name)(**self._arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_dataset"}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def entry(self, index: int) -> str:
+        return f"{self._split}/{range(len(self))[index]}"
+
+    def read(self, index: int) -> bytes:
+        buffer = io.BytesIO()
+        self.load(index).save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+    def load(self, index: int) -> Image.Image:
+        index = range(len(self))[index]
+        try:
+            return to_rgb(self._dataset[index][0])
+        except Exception as error:
+            raise DataError(
+                f"{self.entry(index)} of {self.spec} cannot be read ({error}); "
+                f"remove '{self._root}' to download it anew"
+            ) from error
+
+
+def _dataset_labels(dataset: Any, spec: str) -> np.ndarray:
+    """(n,) int64 labels from wherever the set keeps them, else by reading every item once."""
+    count = len(dataset)
+    for name in ("targets", "labels", "_labels", "_samples", "samples"):
+        kept = getattr(dataset, name, None)
+        if kept is None or not hasattr(kept, "__len__") or len(kept) != count or not count:
+            continue
+        if name.endswith("samples"):
+            kept = [item[1] for item in kept]
+        try:
+            labels = np.asarray(kept)
+        except ValueError:
+            continue
+        if labels.ndim == 1 and labels.dtype.kind in "iu":
+            return labels.astype(np.int64)
+    labels = [dataset[index][1] for index in range(count)]
+    try:
+        flat = np.array([int(label) for label in labels], np.int64)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"source '{spec}': expected one class an image, got {labels[0]!r}; name another set"
+        ) from None
+    return flat
+
+
+def _dataset_classes(dataset: Any, least: int) -> tuple[str, ...]:
+    names = getattr(dataset, "classes", None)
+    if names is None and isinstance(getattr(dataset, "class_to_idx", None), dict):
+        names = sorted(dataset.class_to_idx, key=dataset.class_to_idx.get)
+    if names is None or len(names) < least:
+        return tuple(str(k) for k in range(least))
+    return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
