@@ -1,16 +1,18 @@
-# make setup | demo | test | lint | clean.  PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.12).
+# make setup | demo | test | fuzz | lint | clean.  PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.12).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
+COUNT ?= 100000
+SEED ?= 0
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow fuzz lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
 
-# Done again only when the package's requirements or the list of system packages change.
-$(VENV)/.installed: setup.py pyproject.toml .ci/system-packages
+# Done again only when the package's requirements, its C sources or the list of system packages change.
+$(VENV)/.installed: setup.py pyproject.toml .ci/system-packages $(wildcard vitlocal/data/native/*.[ch])
 	@sh .ci/system-packages $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -29,6 +31,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup
+	$(BIN)/python tests/fuzz/fuzz.py $(COUNT) $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,128 @@
+/* Sends mutated images through the decoder: fuzz COUNT SEED FILE.jpg ...  Built with sanitizers by fuzz.py.
+ *
+ * Every image lies in memory of exactly its size, so that a read beyond it is seen, and so does every crop.
+ */
+#include "native.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+struct seed_image {
+    uint8_t *data;
+    size_t bytes;
+    uint32_t width, height;
+};
+
+static uint64_t state;
+
+static uint64_t random_number(uint64_t below) {
+    state += 0x9E3779B97F4A7C15u;
+    uint64_t word = state;
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
+    return (word ^ (word >> 31)) % below;
+}
+
+static struct seed_image load(const char *path) {
+    struct seed_image image = {0};
+    FILE *file = fopen(path, "rb");
+    if (!file || fseek(file, 0, SEEK_END)) exit(2);
+    image.bytes = (size_t)ftell(file);
+    image.data = malloc(image.bytes);
+    rewind(file);
+    if (!image.data || fread(image.data, 1, image.bytes, file) != image.bytes) exit(2);
+    fclose(file);
+    struct jpeg_decompress_struct decoder;
+    struct jpeg_error_mgr errors;
+    decoder.err = jpeg_std_error(&errors);
+    jpeg_create_decompress(&decoder);
+    jpeg_mem_src(&decoder, image.data, (unsigned long)image.bytes);
+    jpeg_read_header(&decoder, TRUE);
+    image.width = decoder.image_width;
+    image.height = decoder.image_height;
+    jpeg_destroy_decompress(&decoder);
+    return image;
+}
+
+/* A changed copy: some bytes set, bits flipped, a run moved, zeroed or cut out, or the end cut off. */
+static uint8_t *mutate(const struct seed_image *image, size_t *bytes) {
+    uint8_t *data = malloc(image->bytes);
+    if (!data) exit(2);
+    memcpy(data, image->data, image->bytes);
+    size_t length = image->bytes;
+    for (uint64_t change = random_number(8); change > 0 && length > 1; change--) {
+        /* Half of the changes fall into the headers, which are but a small part of the file. */
+        const size_t reach = random_number(2) && length > 700 ? 700 : length;
+        const size_t at = random_number(reach);
+        size_t run = 1 + random_number(64);
+        if (run > length - at) run = length - at;
+        switch (random_number(6)) {
+        case 0: data[at] = (uint8_t)random_number(256); break;
+        case 1: data[at] ^= (uint8_t)(1u << random_number(8)); break;
+        case 2: memset(data + at, (int)(random_number(2) * 255), run); break;
+        case 3: memmove(data + at, data + random_number(length - run + 1), run); break;
+        case 4:
+            memmove(data + at, data + at + run, length - at - run);
+            length -= run;
+            break;
+        default:
+            if (random_number(4) == 0) length = at + 1;
+        }
+    }
+    uint8_t *exact = malloc(length);
+    if (!exact) exit(2);
+    memcpy(exact, data, length);
+    free(data);
+    *bytes = length;
+    return exact;
+}
+
+int main(int count, char **arguments) {
+    if (count < 4) return 2;
+    const long total = atol(arguments[1]);
+    state = (uint64_t)atoll(arguments[2]);
+    const int images = count - 3;
+    struct seed_image *seeds = calloc((size_t)images, sizeof *seeds);
+    for (int i = 0; i < images; i++) seeds[i] = load(arguments[3 + i]);
+    struct decoder *decoder = decoder_new();
+    long outcomes[5] = {0};
+    static const int sizes[] = {1, 16, 32, 50, 96, 160, 224};
+    for (long number = 0; number < total; number++) {
+        const struct seed_image *image = &seeds[random_number((uint64_t)images)];
+        size_t bytes;
+        uint8_t *data = mutate(image, &bytes);
+        struct row row = {0, bytes, image->width, image->height, 0, 0};
+        if (random_number(8) == 0) { /* the table is wrong, or calls it raw */
+            row.width = (uint32_t)random_number(70000);
+            row.height = (uint32_t)random_number(70000);
+            row.raw = (uint32_t)random_number(2);
+            if (random_number(2)) row.bytes = random_number(2 * bytes);
+            if (random_number(4) == 0) row.offset = random_number(2 * bytes);
+        } else if (random_number(16) == 0) { /* a raw image of what pixels there are */
+            row.width = 1 + (uint32_t)random_number(100);
+            row.height = (uint32_t)(bytes / 3 / row.width);
+            row.raw = 1;
+        }
+        const struct policy policy = {
+            .kind = (int64_t)random_number(3), .seed = (int64_t)random_number(1000), .scale_low = 0.01,
+            .scale_high = 1, .ratio_low = 0.5, .ratio_high = 2, .flip = 0.5, .centre = 1,
+        };
+        const int size = sizes[random_number(sizeof sizes / sizeof *sizes)];
+        vitlocal_instructions((int)random_number(3));
+        uint8_t *crop = malloc((size_t)size * (size_t)size * 3);
+        char message[MESSAGE_BYTES];
+        outcomes[decode(decoder, data, bytes, &row, &policy, number, size, 1 << random_number(4), crop, message)]++;
+        free(crop);
+        free(data);
+        if ((number + 1) % 10000 == 0) fprintf(stderr, "%ld of %ld\n", number + 1, total);
+    }
+    decoder_free(decoder);
+    for (int i = 0; i < images; i++) free(seeds[i].data);
+    free(seeds);
+    printf("%ld images: %ld decoded, %ld corrupt, %ld of another size, %ld without memory, %ld outside\n", total,
+           outcomes[OK], outcomes[CORRUPT], outcomes[WRONG_SIZE], outcomes[NO_MEMORY], outcomes[OUTSIDE]);
+    return outcomes[OK] == 0 || outcomes[CORRUPT] == 0;
+}

@@ -1,0 +1,133 @@
+"""The fused decoder: from stored bytes to finished crops in one native call a batch, without Python's lock.
+
+For each image it draws the box, decodes the part of the JPEG that the box needs at the largest useful reduction
+(1/2, 1/4 or 1/8, within libjpeg-turbo), resizes with antialiasing and flips while writing. Raw images skip the
+second. The same draw gives the same bytes for any number of threads and with any instruction set.
+
+Shape letters: B batch, S size, n rows of a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitlocal.data.crops import Box
+from vitlocal.data.native import _native
+from vitlocal.errors import ConfigError
+from vitlocal.machine import cores
+
+if TYPE_CHECKING:
+    from vitlocal.data.source import Cropping
+
+CENTRE, RANDOM, WHOLE = 0, 1, 2  # kinds of box: the central square, a random resized crop, all of the image
+FULL, EIGHTH = 1, 8  # the most that a JPEG may be reduced by while it is decoded
+
+# Both as in native.h.
+ROW = np.dtype([("offset", "u8"), ("bytes", "u8"), ("width", "u4"), ("height", "u4"), ("raw", "u4"), ("padding", "u4")])
+POLICY = np.dtype(
+    [("kind", "i8"), ("seed", "i8"), ("epoch", "i8"), ("scale", "f8", 2), ("ratio", "f8", 2), ("flip", "f8"),
+     ("centre", "f8")]
+)  # fmt: skip
+_BOX = np.dtype([("top", "f8"), ("left", "f8"), ("height", "f8"), ("width", "f8"), ("flipped", "i4")], align=True)
+_MESSAGE_BYTES = 200
+_PROBLEMS = {
+    1: "is a damaged JPEG ({message})",
+    2: "has another size than the file's table says: {message}",
+    3: "needs more memory than there is to decode",
+    4: "lies outside of the file",
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The native functions, with their arguments declared. Calls through it release Python's lock."""
+    functions = ctypes.CDLL(_native.__file__)
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    functions.vitlocal_pool_new.restype = address
+    functions.vitlocal_pool_new.argtypes = [number]
+    functions.vitlocal_pool_free.restype = None
+    functions.vitlocal_pool_free.argtypes = [address]
+    functions.vitlocal_decode.restype = number
+    functions.vitlocal_decode.argtypes = [
+        address, address, number, address, number, address, number, address, number, number, address, address, address,
+        address,
+    ]  # fmt: skip
+    functions.vitlocal_box.restype = None
+    functions.vitlocal_box.argtypes = [address, number, number, number, address]
+    functions.vitlocal_instructions.restype = ctypes.c_int
+    functions.vitlocal_instructions.argtypes = [ctypes.c_int]
+    return functions
+
+
+def policy_of(cropping: Cropping, epoch: int) -> np.ndarray:
+    """What the native code draws its boxes from in one pass: (1,) of POLICY."""
+    policy = np.zeros(1, POLICY)
+    policy[0] = (
+        RANDOM if cropping.random else CENTRE, cropping.seed, epoch, cropping.scale, cropping.ratio, cropping.flip,
+        cropping.centre,
+    )  # fmt: skip
+    return policy
+
+
+def whole_policy() -> np.ndarray:
+    """The policy that cuts nothing off, so that every byte of an image counts."""
+    policy = np.zeros(1, POLICY)
+    policy["kind"] = WHOLE
+    return policy
+
+
+def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
+    """The box that the native code cuts: the twin of crops.random_box and crops.centre_box."""
+    box = np.zeros(1, _BOX)
+    library().vitlocal_box(policy.ctypes.data, draw, height, width, box.ctypes.data)
+    return Box(*(float(box[0][name]) for name in ("top", "left", "height", "width")), bool(box[0]["flipped"]))
+
+
+class Threads:
+    """The decoder's own threads: their number may exceed the cores, and passes may share them."""
+
+    def __init__(self, count: int = 0):
+        self.count = count or cores()
+        self.pool = library().vitlocal_pool_new(self.count)
+        if not self.pool:
+            raise ConfigError(f"data.workers: the system gives no {self.count} threads; set fewer")
+
+    def decode(
+        self, file: np.ndarray, rows: np.ndarray, draws: np.ndarray, policy: np.ndarray, crops: np.ndarray,
+        most_reduction: int = EIGHTH,
+    ) -> dict[int, str]:  # fmt: skip
+        """Fills ``crops`` (B, S, S, 3) uint8 with the boxes of ``draws`` (B,) int64.
+
+        ``file`` (bytes,) uint8 holds the images, ``rows`` (n,) of ROW tells where, ``policy`` is policy_of's.
+        Returns what is wrong with the images that could not be decoded, by their place in the batch.
+        """
+        assert self.pool, "closed"
+        assert crops.dtype == np.uint8 and crops.flags.c_contiguous and crops.shape[1] == crops.shape[2]
+        assert draws.dtype == np.int64 and draws.flags.c_contiguous and len(draws) == len(crops)
+        assert rows.dtype == ROW and rows.flags.c_contiguous and len(rows)
+        statuses = np.zeros(len(draws), np.int32)
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        first = library().vitlocal_decode(
+            self.pool, file.ctypes.data, file.size, rows.ctypes.data, len(rows), draws.ctypes.data, len(draws),
+            policy.ctypes.data, crops.shape[1], most_reduction, crops.ctypes.data, statuses.ctypes.data, message, None,
+        )  # fmt: skip
+        if first < 0:
+            return {}
+        told = {first: message.value.decode("latin-1")}
+        return {
+            int(place): _PROBLEMS[int(statuses[place])].format(message=told.get(int(place), "libjpeg-turbo refuses it"))
+            for place in np.flatnonzero(statuses)
+        }
+
+    def close(self) -> None:
+        if self.pool:
+            library().vitlocal_pool_free(self.pool)
+            self.pool = None
+
+    def __del__(self) -> None:
+        if getattr(self, "pool", None):
+            self.close()

@@ -1,0 +1,154 @@
+/* Threads that decode batches, any number of batches at once and any number of threads. */
+#include "native.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+/* One call: images `draws` (count,) of a file, to `crops`. Lives on the caller's stack. */
+struct batch {
+    const uint8_t *file;
+    uint64_t file_bytes;
+    const struct row *rows;
+    int64_t row_count; /* 0: `rows` are those of the draws, in their order */
+    const int64_t *draws;
+    int64_t count;
+    const struct policy *policy;
+    int size, most_reduction;
+    uint8_t *crops;
+    int32_t *statuses;
+    char *message; /* of the first bad image in the batch's order */
+
+    int64_t next, done, worst; /* guarded by the pool */
+    struct batch *after;
+};
+
+struct pool {
+    pthread_mutex_t lock;
+    pthread_cond_t work, finished;
+    struct batch *first; /* those with images that nobody has taken */
+    int closing, threads;
+    pthread_t *ids;
+};
+
+/* Images that a thread takes at once: small ones are too quick to fetch one by one. */
+enum { TAKEN = 4, REPEAT_SHIFT = 40 /* of crops.py */ };
+
+static size_t crop_bytes(const struct batch *b) { return (size_t)b->size * (size_t)b->size * 3; }
+
+static enum status decode_place(struct decoder *decoder, const struct batch *b, int64_t place, char *message) {
+    message[0] = 0;
+    const int64_t draw = b->draws[place];
+    const int64_t index = b->row_count ? draw & (((int64_t)1 << REPEAT_SHIFT) - 1) : place;
+    if (!decoder) return NO_MEMORY;
+    if (draw < 0 || (b->row_count && index >= b->row_count)) return OUTSIDE;
+    return decode(decoder, b->file, b->file_bytes, &b->rows[index], b->policy, draw, b->size, b->most_reduction,
+                  b->crops + (size_t)place * crop_bytes(b), message);
+}
+
+static void *serve(void *argument) {
+    struct pool *pool = argument;
+    struct decoder *decoder = decoder_new();
+    char message[MESSAGE_BYTES];
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (!pool->first && !pool->closing) pthread_cond_wait(&pool->work, &pool->lock);
+        if (pool->closing) break;
+        struct batch *b = pool->first;
+        const int64_t start = b->next, end = start + TAKEN < b->count ? start + TAKEN : b->count;
+        b->next = end;
+        if (end == b->count) pool->first = b->after;
+        pthread_mutex_unlock(&pool->lock);
+
+        for (int64_t place = start; place < end; place++) {
+            const enum status status = decode_place(decoder, b, place, message);
+            b->statuses[place] = (int32_t)status;
+            if (status == OK) continue;
+            memset(b->crops + (size_t)place * crop_bytes(b), 0, crop_bytes(b)); /* not what was there before */
+            pthread_mutex_lock(&pool->lock);
+            if (b->worst < 0 || place < b->worst) {
+                b->worst = place;
+                memcpy(b->message, message, MESSAGE_BYTES);
+            }
+            pthread_mutex_unlock(&pool->lock);
+        }
+
+        pthread_mutex_lock(&pool->lock);
+        b->done += end - start;
+        if (b->done == b->count) pthread_cond_broadcast(&pool->finished);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    decoder_free(decoder);
+    return NULL;
+}
+
+EXPORT void vitlocal_pool_free(struct pool *pool) {
+    if (!pool) return;
+    pthread_mutex_lock(&pool->lock);
+    pool->closing = 1;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < pool->threads; i++) pthread_join(pool->ids[i], NULL);
+    pthread_mutex_destroy(&pool->lock);
+    pthread_cond_destroy(&pool->work);
+    pthread_cond_destroy(&pool->finished);
+    free(pool->ids);
+    free(pool);
+}
+
+/* NULL where the system gives no memory or no threads. */
+EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
+    struct pool *pool = calloc(1, sizeof *pool);
+    if (!pool) return NULL;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->finished, NULL);
+    pool->ids = calloc((size_t)threads, sizeof *pool->ids);
+    for (; pool->ids && pool->threads < threads; pool->threads++) {
+        if (pthread_create(&pool->ids[pool->threads], NULL, serve, pool)) break;
+    }
+    if (pool->threads < threads) {
+        vitlocal_pool_free(pool);
+        return NULL;
+    }
+    return pool;
+}
+
+/* Decodes `draws` (count,) of the `rows` (row_count,) of a file, or `rows` (count,) where row_count is 0, to `crops` (count, S, S, 3) and fills `statuses` (count,).
+ *
+ * Returns the place of the first image that could not be decoded, of which `message` (MESSAGE_BYTES) may then tell
+ * more, or -1; such crops are black, and added to *damaged unless that is NULL. May be called from several threads at once; the caller must not hold the interpreter's lock. */
+EXPORT int64_t vitlocal_decode(struct pool *pool, const uint8_t *file, int64_t file_bytes, const struct row *rows,
+                               int64_t row_count, const int64_t *draws, int64_t count, const struct policy *policy,
+                               int64_t size, int64_t most_reduction, uint8_t *crops, int32_t *statuses,
+                               char *message, int64_t *damaged) {
+    if (count <= 0) return -1;
+    struct batch batch = {
+        .file = file, .file_bytes = (uint64_t)file_bytes, .rows = rows, .row_count = row_count, .draws = draws,
+        .count = count, .policy = policy, .size = (int)size, .most_reduction = (int)most_reduction, .crops = crops,
+        .statuses = statuses, .message = message, .worst = -1,
+    };
+    pthread_mutex_lock(&pool->lock);
+    struct batch **end = &pool->first;
+    while (*end) end = &(*end)->after;
+    *end = &batch;
+    pthread_cond_broadcast(&pool->work);
+    while (batch.done < batch.count) pthread_cond_wait(&pool->finished, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+    if (batch.worst >= 0 && damaged) {
+        int64_t bad = 0;
+        for (int64_t place = 0; place < count; place++) bad += statuses[place] != OK;
+        __atomic_fetch_add(damaged, bad, __ATOMIC_RELAXED);
+    }
+    return batch.worst;
+}
+
+/* Python finds the library by importing it; the functions above are called through ctypes. */
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "The fused decoder, for ctypes.", -1,
+                                    NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,61 @@
+/* Where crops are cut: SplitMix64 (Steele et al. 2014) keyed by (seed, epoch, draw), in relative coordinates.
+ *
+ * vitlocal/data/crops.py says the same in Python; a test holds the two together.
+ */
+#include "native.h"
+
+#include <math.h>
+
+enum { ATTEMPTS = 10 }; /* as torchvision's RandomResizedCrop, before it falls back to a centre crop */
+
+static const uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+
+static uint64_t scramble(uint64_t word) {
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
+    return word ^ (word >> 31);
+}
+
+static double uniform(uint64_t key, uint64_t counter) { /* in [0, 1) */
+    return (double)(scramble(key + (counter + 1) * GOLDEN) >> 11) * 0x1p-53;
+}
+
+static void random_box(const struct policy *p, int64_t draw, double height, double width, struct box *box) {
+    uint64_t key = scramble((uint64_t)p->seed + GOLDEN);
+    key = scramble((key ^ (uint64_t)p->epoch) + GOLDEN);
+    key = scramble((key ^ (uint64_t)draw) + GOLDEN);
+    const double shape = width / height;
+    const double log_low = log(p->ratio_low), log_high = log(p->ratio_high);
+    box->flipped = uniform(key, 0) < p->flip;
+    for (uint64_t attempt = 0; attempt < ATTEMPTS; attempt++) {
+        const double area = p->scale_low + (p->scale_high - p->scale_low) * uniform(key, 4 * attempt + 1);
+        const double ratio = exp(log_low + (log_high - log_low) * uniform(key, 4 * attempt + 2));
+        const double part_w = sqrt(area * ratio / shape), part_h = sqrt(area / ratio * shape);
+        if (part_w <= 1 && part_h <= 1) {
+            box->left = uniform(key, 4 * attempt + 3) * (1 - part_w) * width;
+            box->top = uniform(key, 4 * attempt + 4) * (1 - part_h) * height;
+            box->width = part_w * width;
+            box->height = part_h * height;
+            return;
+        }
+    }
+    const double part_w = fmin(1, p->ratio_high / shape), part_h = fmin(1, shape / p->ratio_low);
+    box->width = part_w * width;
+    box->height = part_h * height;
+    box->left = (width - box->width) / 2;
+    box->top = (height - box->height) / 2;
+}
+
+void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, struct box *box) {
+    if (policy->kind == RANDOM) {
+        random_box(policy, draw, (double)height, (double)width, box);
+    } else if (policy->kind == WHOLE) {
+        *box = (struct box){0, 0, (double)height, (double)width, 0};
+    } else {
+        const double side = policy->centre * (double)(height < width ? height : width);
+        box->top = ((double)height - side) / 2;
+        box->left = ((double)width - side) / 2;
+        box->height = box->width = side;
+        box->flipped = 0;
+    }
+}

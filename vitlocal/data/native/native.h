@@ -1,0 +1,88 @@
+/* The fused decoder: stored bytes -> finished crop, one call for a batch, on threads of its own.
+ *
+ * Shapes: an image is H x W x 3 bytes, a crop S x S x 3. A box is in pixels of the image and need not be whole.
+ * Errors are codes, never exits: a corrupt image costs its own crop alone.
+ */
+#ifndef VITLOCAL_NATIVE_H
+#define VITLOCAL_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum status {
+    OK = 0,
+    CORRUPT = 1,     /* libjpeg's message tells how */
+    WRONG_SIZE = 2,  /* not of the width and height that the file's table gives */
+    NO_MEMORY = 3,
+    OUTSIDE = 4,     /* its bytes lie outside the file, or it is no image at all */
+};
+
+enum { MESSAGE_BYTES = 200 };
+
+enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, all of the image */
+
+/* What a pass draws its boxes from. The layout is known to __init__.py. */
+struct policy {
+    int64_t kind;
+    int64_t seed, epoch;
+    double scale_low, scale_high; /* area of the box as a part of the image's */
+    double ratio_low, ratio_high; /* width : height */
+    double flip;                  /* chance */
+    double centre;                /* side of the central square as a part of the short edge */
+};
+
+struct box {
+    double top, left, height, width;
+    int32_t flipped;
+};
+
+/* A row of a .beton file. The layout is known to __init__.py. */
+struct row {
+    uint64_t offset, bytes;
+    uint32_t width, height;
+    uint32_t raw;
+    uint32_t padding;
+};
+
+/* crops.c */
+EXPORT void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, struct box *box);
+
+/* resize.c */
+struct resizer; /* scratch of one thread, grown as needed and kept */
+struct resizer *resizer_new(void);
+void resizer_free(struct resizer *resizer);
+/* Resamples `box` (in pixels of `image`, whose rows are `stride` bytes apart) to S x S with a triangle filter that
+ * widens as it shrinks: what Pillow and torchvision call bilinear with antialiasing. Reads no pixel outside of the
+ * image. OK or NO_MEMORY. */
+enum status resize(struct resizer *resizer, const uint8_t *image, size_t stride, int height, int width,
+                   const struct box *box, int size, uint8_t *crop);
+EXPORT int vitlocal_instructions(int wanted); /* 0 plain, 1 SSE2, 2 AVX2; < 0: the best here. Returns what is used. */
+
+/* jpeg.c */
+struct jpeg; /* a decompressor and its scratch, of one thread */
+struct region { /* part of an image that was decoded at 1/reduction */
+    const uint8_t *pixels;
+    size_t stride;
+    int top, left, height, width; /* in pixels of the reduced image */
+    int reduction;
+};
+struct jpeg *jpeg_new(void);
+void jpeg_free(struct jpeg *jpeg);
+/* Decodes what `box` needs, at the largest of 1, 2, 4, 8 that keeps the box at least `size` px. `message` may be
+ * written where the result is CORRUPT. The pixels stand until the next call. */
+enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
+                        const struct box *box, int size, int most_reduction, struct region *region, char *message);
+
+/* image.c */
+struct decoder; /* what one thread needs */
+struct decoder *decoder_new(void);
+void decoder_free(struct decoder *decoder);
+/* The crop (S, S, 3) that `policy` draws for `draw` from the image that `row` tells of in a file. `message`
+ * (MESSAGE_BYTES) tells more of a CORRUPT one. */
+enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_bytes, const struct row *row,
+                   const struct policy *policy, int64_t draw, int size, int most_reduction, uint8_t *crop,
+                   char *message);
+
+#endif

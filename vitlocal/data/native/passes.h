@@ -1,0 +1,136 @@
+/* The two passes for TARGET; AVX2 says whether a vector of 16 numbers is one register or two. */
+
+#if AVX2
+#define VECTOR __m256i
+#define LOAD(p) _mm256_load_si256((const __m256i *)(p))
+#define LOAD_BYTES(p) _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p)))
+#define ZERO _mm256_setzero_si256()
+#define FILL(number) _mm256_set1_epi16((short)(number))
+#define ADD(a, b) _mm256_add_epi16(a, b)
+#define ADD_CLIPPED(a, b) _mm256_adds_epu16(a, b)
+#define LOW(a, b) _mm256_mullo_epi16(a, b)
+#define HIGH(a, b) _mm256_mulhi_epu16(a, b)
+#else
+typedef struct { __m128i low, high; } NAME(pair);
+#define VECTOR NAME(pair)
+#define BOTH(operation, a, b) ((VECTOR){operation((a).low, (b).low), operation((a).high, (b).high)})
+#define LOAD(p) ((VECTOR){_mm_load_si128((const __m128i *)(p)), _mm_load_si128((const __m128i *)(p) + 1)})
+#define LOAD_BYTES(p) NAME(widened)(_mm_loadu_si128((const __m128i *)(p)))
+#define ZERO ((VECTOR){_mm_setzero_si128(), _mm_setzero_si128()})
+#define FILL(number) ((VECTOR){_mm_set1_epi16((short)(number)), _mm_set1_epi16((short)(number))})
+#define ADD(a, b) BOTH(_mm_add_epi16, a, b)
+#define ADD_CLIPPED(a, b) BOTH(_mm_adds_epu16, a, b)
+#define LOW(a, b) BOTH(_mm_mullo_epi16, a, b)
+#define HIGH(a, b) BOTH(_mm_mulhi_epu16, a, b)
+
+static inline VECTOR NAME(widened)(__m128i bytes) {
+    const __m128i zero = _mm_setzero_si128();
+    return (VECTOR){_mm_unpacklo_epi8(bytes, zero), _mm_unpackhi_epi8(bytes, zero)};
+}
+#endif
+
+TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
+    const uint8_t *image, size_t stride, int columns, const int32_t *first, const int taps, const uint16_t *wide,
+    uint16_t *turned) {
+    for (int column = 0; column < columns; column += ROWS) {
+        if (column > columns - ROWS) column = columns - ROWS; /* the last ones are done twice, to stay inside */
+        __m128i lower[ROWS], upper[ROWS]; /* columns 0-7 and 8-15 of each row */
+        for (int row = 0; row < ROWS; row++) {
+            const uint8_t *pixel = image + (size_t)first[row] * stride + column;
+            const uint16_t *weight = wide + (size_t)row * taps * ROWS;
+            VECTOR sum = LOW(LOAD_BYTES(pixel), LOAD(weight));
+            for (int tap = 1; tap < taps; tap++) {
+                sum = ADD(sum, LOW(LOAD_BYTES(pixel + (size_t)tap * stride), LOAD(weight + tap * ROWS)));
+            }
+#if AVX2
+            lower[row] = _mm256_castsi256_si128(sum);
+            upper[row] = _mm256_extracti128_si256(sum, 1);
+#else
+            lower[row] = sum.low;
+            upper[row] = sum.high;
+#endif
+        }
+        for (int half = 0; half < ROWS; half += 8) {
+            __m128i *a = lower + half, *b = upper + half;
+            TURN_WORDS(a);
+            TURN_WORDS(b);
+            for (int i = 0; i < 8; i++) {
+                _mm_store_si128((__m128i *)(turned + (size_t)(column + i) * ROWS + half), a[i]);
+                _mm_store_si128((__m128i *)(turned + (size_t)(column + 8 + i) * ROWS + half), b[i]);
+            }
+        }
+    }
+}
+
+TARGET static void NAME(first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
+                               const uint16_t *wide, uint16_t *turned) {
+    switch (taps) { /* constants, so that the loop over the taps is unrolled */
+    case 3: NAME(first_of_taps)(image, stride, columns, first, 3, wide, turned); break;
+    case 4: NAME(first_of_taps)(image, stride, columns, first, 4, wide, turned); break;
+    case 5: NAME(first_of_taps)(image, stride, columns, first, 5, wide, turned); break;
+    default: NAME(first_of_taps)(image, stride, columns, first, taps, wide, turned);
+    }
+}
+
+TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
+    const uint16_t *turned, const struct weights *weights, int size, int rows, const int taps, uint8_t *crop) {
+    const VECTOR half = FILL(rounding(taps));
+    const int total = size * 3;
+    int x = 0, channel = 0;
+    for (int column = 0; column < total; column += ROWS) {
+        __m128i bytes[ROWS];
+        const int count = total - column < ROWS ? total - column : ROWS;
+        for (int i = 0; i < count; i++) {
+            const uint16_t *from = turned + (size_t)(weights->first[x] * 3 + channel) * ROWS;
+            const uint16_t *weight = weights->of + (size_t)x * taps;
+            VECTOR sum = half;
+            for (int tap = 0; tap < taps; tap++) {
+                sum = ADD_CLIPPED(sum, HIGH(LOAD(from + (size_t)tap * 3 * ROWS), FILL(weight[tap])));
+            }
+#if AVX2
+            const __m256i shifted = _mm256_srli_epi16(sum, 8);
+            bytes[i] = _mm_packus_epi16(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+#else
+            bytes[i] = _mm_packus_epi16(_mm_srli_epi16(sum.low, 8), _mm_srli_epi16(sum.high, 8));
+#endif
+            if (++channel == 3) {
+                channel = 0;
+                x++;
+            }
+        }
+        for (int i = count; i < ROWS; i++) bytes[i] = _mm_setzero_si128();
+        TURN_BYTES(bytes);
+        if (count == ROWS) {
+            for (int row = 0; row < rows; row++) {
+                _mm_storeu_si128((__m128i *)(crop + (size_t)row * total + column), bytes[row]);
+            }
+        } else {
+            for (int row = 0; row < rows; row++) {
+                uint8_t part[ROWS];
+                _mm_storeu_si128((__m128i *)part, bytes[row]);
+                memcpy(crop + (size_t)row * total + column, part, (size_t)count);
+            }
+        }
+    }
+}
+
+TARGET static void NAME(second)(const uint16_t *turned, const struct weights *weights, int size, int rows,
+                                uint8_t *crop) {
+    switch (weights->taps) {
+    case 3: NAME(second_of_taps)(turned, weights, size, rows, 3, crop); break;
+    case 4: NAME(second_of_taps)(turned, weights, size, rows, 4, crop); break;
+    case 5: NAME(second_of_taps)(turned, weights, size, rows, 5, crop); break;
+    default: NAME(second_of_taps)(turned, weights, size, rows, weights->taps, crop);
+    }
+}
+
+#undef VECTOR
+#undef BOTH
+#undef LOAD
+#undef LOAD_BYTES
+#undef ZERO
+#undef FILL
+#undef ADD
+#undef ADD_CLIPPED
+#undef LOW
+#undef HIGH
