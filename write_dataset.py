@@ -13,6 +13,11 @@ from vitlocal.errors import run_command
 
 def main(argv: Sequence[str]) -> None:
     options = read_write_options(argv)
+    if options.verify:
+        from vitlocal.data.verify import verify  # imports ffcv, which takes seconds
+
+        verify(options.out, options.split, options.workers)
+        return
     files = parse_files("" if options.sides == "auto" else options.sides, options.format)
     write(
         WriteConfig(

@@ -1,4 +1,4 @@
-"""What the tests share: a small data folder written once, and FFCV's compiled pipeline."""
+"""What the tests share: a small data folder written once, and the decoder's threads."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compiled():
-    """One FFCV pipeline for all tests of this process: each would compile it for seconds."""
+def shared():
+    """One decoder for all tests of this process."""
     from vitlocal.data.ffcv import Decoder
 
     return Decoder(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
 
 
 @pytest.fixture
-def decoder(compiled, monkeypatch: pytest.MonkeyPatch):
-    """Sources opened in this test use the compiled pipeline, whatever number of workers they ask for."""
-    monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: compiled)
-    return compiled
+def decoder(shared, monkeypatch: pytest.MonkeyPatch):
+    """Sources opened in this test use the shared decoder, whatever number of workers they ask for."""
+    monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: shared)
+    return shared
 
 
 @pytest.fixture

@@ -2,27 +2,42 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, centre_box, crop_key, epoch_order, random_box
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, centre_box, crop_key, cut, epoch_order, random_box
+from vitlocal.data.native import native_box, policy_of
+from vitlocal.data.source import Cropping
 
-POLICY = (0.08, 1.0, 0.75, 4 / 3, 0.5)
+POLICY = ((0.08, 1.0), (0.75, 4 / 3), 0.5)
 
 
-def boxes(height: int, width: int, count: int, policy=POLICY) -> np.ndarray:
-    return np.array([random_box(0, 0, draw, height, width, *policy) for draw in range(count)], float)
+def boxes(height: int, width: int, count: int) -> np.ndarray:
+    drawn = [random_box(0, 0, draw, height, width, *POLICY) for draw in range(count)]
+    return np.array([(box.top, box.left, box.height, box.width, box.flipped) for box in drawn])
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (375, 500), (500, 333), (40, 400), (1, 1), (3, 2)])
 def test_boxes_lie_inside(height: int, width: int):
-    top, left, rows, columns, _ = boxes(height, width, 500).T
-    assert (rows >= 1).all() and (columns >= 1).all() and (top >= 0).all() and (left >= 0).all()
-    assert (top + rows <= height).all() and (left + columns <= width).all()
+    top, left, tall, across, _ = boxes(height, width, 500).T
+    assert (tall > 0).all() and (across > 0).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + tall <= height + 1e-9).all() and (left + across <= width + 1e-9).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (375, 500), (500, 333), (40, 400), (1, 1), (3, 2)])
+def test_the_native_boxes_are_the_same_to_the_bit(height: int, width: int):
+    cropping = Cropping(random=True, seed=5, scale=(0.2, 0.9), ratio=(0.6, 1.5), flip=0.3)
+    policy = policy_of(cropping, 7)
+    for draw in [*range(300), 12 | 3 << REPEAT_SHIFT]:
+        mine = random_box(5, 7, draw, height, width, cropping.scale, cropping.ratio, cropping.flip)
+        assert native_box(policy, draw, height, width) == mine
+    central = policy_of(Cropping(random=False, centre=0.875), 0)
+    assert native_box(central, 0, height, width) == centre_box(height, width, 0.875)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 250)])
 def test_boxes_follow_torchvisions_law(height: int, width: int):
-    top, left, rows, columns, flipped = boxes(height, width, 4000).T
+    top, left, tall, across, flipped = boxes(height, width, 4000).T
     theirs = RandomResizedCrop(8)
     image = np.zeros((3, height, width), np.uint8)
     import torch
@@ -30,7 +45,7 @@ def test_boxes_follow_torchvisions_law(height: int, width: int):
     torch.manual_seed(0)
     drawn = [theirs.make_params([torch.from_numpy(image)]) for _ in range(4000)]
     their = {name: np.array([params[name] for params in drawn]) for name in ("top", "left", "height", "width")}
-    for mine, other in ((top, "top"), (left, "left"), (rows, "height"), (columns, "width")):
+    for mine, other in ((top, "top"), (left, "left"), (tall, "height"), (across, "width")):
         for quantile in (0.1, 0.5, 0.9):
             expected = np.quantile(their[other], quantile)
             assert np.quantile(mine, quantile) == pytest.approx(expected, abs=0.04 * max(height, width))
@@ -39,10 +54,12 @@ def test_boxes_follow_torchvisions_law(height: int, width: int):
 
 def test_a_crop_is_the_same_part_of_every_stored_size():
     for draw in range(300):
-        big = np.array(random_box(5, 2, draw, 1200, 1600, *POLICY), float)
-        small = np.array(random_box(5, 2, draw, 300, 400, *POLICY), float)
-        assert np.abs(big[:4] / 4 - small[:4]).max() <= 1
-        assert big[4] == small[4]
+        big = random_box(5, 2, draw, 1200, 1600, *POLICY)
+        small = random_box(5, 2, draw, 300, 400, *POLICY)
+        assert (big.top, big.left, big.height, big.width) == pytest.approx(
+            (4 * small.top, 4 * small.left, 4 * small.height, 4 * small.width), abs=1e-9
+        )
+        assert big.flipped == small.flipped
 
 
 def test_keys_tell_seed_epoch_and_draw_apart():
@@ -51,9 +68,17 @@ def test_keys_tell_seed_epoch_and_draw_apart():
 
 
 def test_the_centre_crop():
-    assert centre_box(256, 256, 0.875) == (16, 16, 224, 224)
-    assert centre_box(256, 341, 0.875) == (16, 58, 224, 224)
-    assert centre_box(64, 64, 1.0) == (0, 0, 64, 64)
+    assert centre_box(256, 256, 0.875) == Box(16, 16, 224, 224)
+    assert centre_box(256, 341, 0.875) == Box(16, 58.5, 224, 224)
+    assert centre_box(64, 64, 1.0) == Box(0, 0, 64, 64)
+
+
+def test_cutting_takes_the_box_and_flips_it():
+    ramp = Image.fromarray(np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2))
+    assert np.asarray(cut(ramp, Box(8, 16, 32, 32), 32))[0, :, 0].tolist() == list(range(16, 48))
+    assert np.asarray(cut(ramp, Box(8, 16, 32, 32, flipped=True), 32))[0, :, 0].tolist() == list(range(47, 15, -1))
+    halves = np.asarray(cut(ramp, Box(8.5, 16.5, 32, 32), 32))[3, 1:-1, 0]  # between two pixels: their mean
+    assert np.abs(halves - (np.arange(17, 47) + 0.5)).max() <= 0.5
 
 
 def test_orders_are_permutations_with_keys_of_their_own():

@@ -50,9 +50,9 @@ def test_the_default_files(photos: Path):
 
 
 @pytest.mark.parametrize("size", [32, 96, 160, 224])
-def test_both_sources_cut_the_same_crops(photos: Path, compiled, size: int):
+def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
     cpu, cropping = torch.device("cpu"), Cropping(random=True, seed=1)
-    mine = FFCVSource(str(photos), load_manifest(str(photos), "train"), cropping, 1.5, cpu, compiled)
+    mine = FFCVSource(str(photos), load_manifest(str(photos), "train"), cropping, 1.5, cpu, shared)
     theirs = TorchvisionSource(str(photos), None, "train", cropping, cpu, workers=1)
     try:
         with mine.open(Feed(size, COUNT), Position()) as a, theirs.open(Feed(size, COUNT), Position()) as b:

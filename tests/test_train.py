@@ -242,10 +242,10 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
     ],
 )
 def test_what_cannot_be_built_is_told_and_leaves_nothing(
-    configure, tmp_path: Path, options: list[str], part: str, monkeypatch, compiled
+    configure, tmp_path: Path, options: list[str], part: str, monkeypatch, shared
 ):
     if "workers" not in options[0]:
-        monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: compiled)
+        monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: shared)
     with pytest.raises(ConfigError, match=part):
         train(configure(*options))
     assert not (tmp_path / "run").exists()

@@ -155,7 +155,10 @@ class DataConfig:
     root: str = option("data/imagenet", Text(), "the data folder that write_dataset.py filled")
     loader: str = option("ffcv", Choice("ffcv", "torchvision"), "who reads the images")
     source: str | None = option(None, Maybe(Text()), "original images, for torchvision; none: what the manifest says")
-    workers: int = option(0, Number(low=0, whole=True), "decoding threads (processes for torchvision); 0: one a core")
+    workers: int = option(
+        0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one a core"
+    )
+    on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: another is drawn in its place")
     side_ratio: float = option(1.5, Number(low=0), "serve a size from the smallest file with side >= ratio x size")
 
 
@@ -321,6 +324,7 @@ class WriteOptions:
     quality: int = option(90, Number(low=1, high=100, whole=True), "of JPEG")
     workers: int = option(0, Number(low=0, whole=True), "processes; 0: one a core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image")
+    verify: bool = option(False, Flag(), "read what is written, every image of every file, and write nothing")
 
 
 SECTIONS = {
@@ -386,8 +390,11 @@ class Reader:
             default = "none" if spec.default is None else _plain(spec.default)
             meaning = f"{spec.metadata['meaning']}; {spec.metadata['kind'].help()} (default: {default})"
             named = [flag for flag, target in flags.items() if target == name]
+            kind = spec.metadata["kind"]
             groups[section].add_argument(f"--{name}", *named, dest=name, help=meaning.replace("%", "%%"),
-                                         metavar="", default=argparse.SUPPRESS)  # fmt: skip
+                                         metavar="", default=argparse.SUPPRESS,
+                                         **({"nargs": "?", "const": "true"} if isinstance(kind, Flag) else {})
+                                         )  # fmt: skip
 
     def read(self, argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
         """The value of every option; later sources win: environment, recipes, command line."""
@@ -525,6 +532,10 @@ def _contradictions(config: Config) -> list[str]:
                 )
             if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
+    if config.data.loader != "ffcv" and config.data.on_error != "stop":
+        found.append(
+            "data.on_error: skip is for data.loader=ffcv; with torchvision, write the files with --on-error skip"
+        )
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(augment, name)
         if not 0 < low <= high:

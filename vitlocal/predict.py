@@ -13,11 +13,10 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vitlocal.data.augment import Normalize
-from vitlocal.data.crops import centre_box
+from vitlocal.data.crops import centre_box, cut
 from vitlocal.data.images import decode_rgb
 from vitlocal.errors import ConfigError, run_command
 
@@ -51,11 +50,7 @@ class Predictor:
 
     def crop(self, image: Image.Image) -> torch.Tensor:
         """The (3, S, S) uint8 centre crop of an RGB image, at the run's evaluation size."""
-        box = centre_box(image.height, image.width, self.part)
-        size = [self.size, self.size]
-        return transforms.pil_to_tensor(
-            transforms.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)
-        )
+        return pil_to_tensor(cut(image, centre_box(image.height, image.width, self.part), self.size))
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, count: int = 5) -> list[Guess]:

@@ -1,86 +1,110 @@
-"""Where crops are cut: one function for every source, keyed by what is cropped and not by who asks when.
+"""Where crops are cut: one law for every source, keyed by what is cropped and not by who asks when.
 
 A crop is drawn from a counter-based generator (SplitMix64, Steele et al. 2014) keyed by (seed, epoch, draw), in
 coordinates relative to the image. So it is the same part of the photo in every stored size of it, for any number
 of workers, and after a restart. A *draw* is a row's id and, above bit 40, which of its repeats in the epoch it is.
+
+The fused decoder says the same in C (``native/crops.c``), to the bit; here it serves the sources that read the
+original images, and as its twin in the tests.
 """
 
 from __future__ import annotations
 
-import numba
+import math
+from dataclasses import dataclass
+
 import numpy as np
+from PIL import Image
 
 REPEAT_SHIFT = 40
 ROW_MASK = (1 << REPEAT_SHIFT) - 1
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_jit = numba.njit(nogil=True, error_model="numpy")
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-@_jit
-def _scramble(word):
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+@dataclass(frozen=True)
+class Box:
+    """What is cut from an image, in its pixels and not rounded to them."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    flipped: bool = False
 
 
-@_jit
-def crop_key(seed, epoch, draw):
-    """The generator's key (uint64) for one presentation of one image; all three are non-negative integers."""
-    key = _scramble(np.uint64(seed) + _GOLDEN)
-    key = _scramble((key ^ np.uint64(epoch)) + _GOLDEN)
-    return _scramble((key ^ np.uint64(draw)) + _GOLDEN)
+def _scramble(word: int) -> int:
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD
+    return word ^ (word >> 31)
 
 
-@_jit
-def _uniform(key, counter):
-    bits = _scramble(key + np.uint64(counter + 1) * _GOLDEN)
-    return np.float64(bits >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+def crop_key(seed: int, epoch: int, draw: int) -> int:
+    """The generator's key (64 bits) for one presentation of one image; all three are non-negative integers."""
+    key = _scramble((seed + _GOLDEN) & _WORD)
+    key = _scramble(((key ^ epoch) + _GOLDEN) & _WORD)
+    return _scramble(((key ^ draw) + _GOLDEN) & _WORD)
 
 
-@_jit
-def random_box(seed, epoch, draw, height, width, scale_low, scale_high, ratio_low, ratio_high, flip_chance):
-    """The pixels of a random resized crop: (top, left, rows, columns, flipped).
+def _uniform(key: int, counter: int) -> float:
+    return (_scramble((key + (counter + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53  # in [0, 1)
 
-    As torchvision's RandomResizedCrop: an area in [scale_low, scale_high] of the image's, a ratio of width to
-    height log-uniform in [ratio_low, ratio_high], ten attempts, then the largest centre crop of a legal ratio.
+
+def random_box(
+    seed: int, epoch: int, draw: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
+    flip: float,
+) -> Box:  # fmt: skip
+    """A random resized crop of an image of ``height`` x ``width`` px.
+
+    As torchvision's RandomResizedCrop: an area in ``scale`` as a part of the image's, a ratio of width to height
+    log-uniform in ``ratio``, ten attempts, then the largest centre crop of a legal ratio; but not rounded to whole
+    pixels, which would cut another part of the photo from each stored size.
     """
-    key = crop_key(seed, epoch, draw)  # a uint64 past 2**63 would not come back from Python
+    key = crop_key(seed, epoch, draw)
     shape = width / height
-    flipped = _uniform(key, 0) < flip_chance
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    flipped = _uniform(key, 0) < flip
     for attempt in range(ATTEMPTS):
-        area = scale_low + (scale_high - scale_low) * _uniform(key, 4 * attempt + 1)
-        log_ratio = np.log(ratio_low) + (np.log(ratio_high) - np.log(ratio_low)) * _uniform(key, 4 * attempt + 2)
-        ratio = np.exp(log_ratio)
-        part_w, part_h = np.sqrt(area * ratio / shape), np.sqrt(area / ratio * shape)
+        area = scale[0] + (scale[1] - scale[0]) * _uniform(key, 4 * attempt + 1)
+        wide = math.exp(log_low + (log_high - log_low) * _uniform(key, 4 * attempt + 2))
+        part_w, part_h = math.sqrt(area * wide / shape), math.sqrt(area / wide * shape)
         if part_w <= 1 and part_h <= 1:
             left = _uniform(key, 4 * attempt + 3) * (1 - part_w)
             top = _uniform(key, 4 * attempt + 4) * (1 - part_h)
-            return (*pixel_box(height, width, top, left, part_h, part_w), flipped)
-    part_w = min(1.0, ratio_high / shape)
-    part_h = min(1.0, shape / ratio_low)
-    return (*pixel_box(height, width, (1 - part_h) / 2, (1 - part_w) / 2, part_h, part_w), flipped)
+            return Box(top * height, left * width, part_h * height, part_w * width, flipped)
+    tall, across = min(1.0, shape / ratio[0]) * height, min(1.0, ratio[1] / shape) * width
+    return Box((height - tall) / 2, (width - across) / 2, tall, across, flipped)
 
 
-@_jit
-def pixel_box(height, width, top, left, part_h, part_w):
-    """Rounds a relative box to pixels inside an image of height × width: (top, left, rows, columns)."""
-    rows = max(1, min(height, int(np.rint(part_h * height))))
-    columns = max(1, min(width, int(np.rint(part_w * width))))
-    return (
-        min(int(np.rint(top * height)), height - rows),
-        min(int(np.rint(left * width)), width - columns),
-        rows,
-        columns,
+def replacement(seed: int, epoch: int, draw: int, attempt: int, count: int) -> int:
+    """The draw (a row of ``count``) that takes the place of one whose image does not decode."""
+    return _scramble((crop_key(seed, epoch, draw) + (1 << 32) + attempt) & _WORD) % count
+
+
+def centre_box(height: int, width: int, part: float) -> Box:
+    """The central square whose side is ``part`` of the short edge."""
+    side = part * min(height, width)
+    return Box((height - side) / 2, (width - side) / 2, side, side)
+
+
+def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """The box of an RGB image at ``size`` x ``size`` px, by Pillow: bilinear, antialiased, from pixels it covers."""
+    left, top = math.floor(box.left), math.floor(box.top)
+    right, bottom = (
+        min(math.ceil(box.left + box.width), image.width),
+        min(math.ceil(box.top + box.height), image.height),
     )
-
-
-@_jit
-def centre_box(height, width, part):
-    """The central square whose side is ``part`` of the short edge: (top, left, rows, columns)."""
-    side = max(1, int(np.rint(part * min(height, width))))
-    return (height - side) // 2, (width - side) // 2, side, side
+    part = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    inside = (
+        box.left - left,
+        box.top - top,
+        min(box.left - left + box.width, part.width),
+        min(box.top - top + box.height, part.height),
+    )
+    part = part.resize((size, size), Image.Resampling.BILINEAR, box=inside)
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if box.flipped else part
 
 
 def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:

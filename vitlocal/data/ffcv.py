@@ -1,224 +1,168 @@
-"""The FFCV source: ``.beton`` files through FFCV's loader, with crops that are keyed and passes that end cleanly.
+"""The FFCV source: ``.beton`` files through FFCV's loader, with the fused decoder and passes that end cleanly.
 
-FFCV compiles its pipeline once per :class:`Decoder`, for both splits, all files and all sizes: file, seed, epoch
-and crop policy travel in the memory manager's ``storage_state`` and the size in the shape of the destination.
+Nothing is compiled: FFCV's compiled pipeline is replaced by one call of the fused decoder a batch. So a file opens
+in milliseconds, passes may overlap, and file, size, seed and crop policy are a pass's own.
 
-Shape letters: B batch, S size, H × W a stored image.
+Shape letters: B batch, S size, n rows of a file.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, Full
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from vitlocal.data.beton import check_beton
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, centre_box, epoch_order, random_box
+from vitlocal.data.beton import RAW, check_beton
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, epoch_order, replacement
+from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
+from vitlocal.data.native import RANDOM, ROW, Threads, policy_of
 from vitlocal.data.source import Batch, Cropping
-from vitlocal.errors import ConfigError, DataError
-from vitlocal.machine import cores
+from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
 
-
-@contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """Importing ffcv, and each loader of it, sets PyTorch's threads; the trainer wants its own number."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-with _torch_threads_kept(), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # distutils and invalid escapes, inside ffcv
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.libffcv import imdecode, resize_crop
-    from ffcv.loader import Loader
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.state import State
-    from ffcv.reader import Reader
+from ffcv.loader import Loader  # isort: skip  (decode.py imports ffcv first, quietly)
+from ffcv.loader.epoch_iterator import EpochIterator  # isort: skip
+from ffcv.memory_managers.os_cache import OSCacheManager  # isort: skip
+from ffcv.reader import Reader  # isort: skip
 
 BATCHES_AHEAD = 3
 SLOTS = BATCHES_AHEAD + 2  # one being filled, three waiting, one with the consumer
-JPG = 0  # FFCV's mode byte
-# storage_state[3], int64: what varies from pass to pass. Written by the decoder: BAD, a row it could not decode, + 1.
-RANDOM, SEED, EPOCH, BAD = range(4)
-# storage_state[4], float64
-SCALE_LOW, SCALE_HIGH, RATIO_LOW, RATIO_HIGH, FLIP, CENTRE = range(6)
+SHOWN = 5  # damaged images that are named one by one at the end of a pass
+ATTEMPTS = 20  # at replacing an image that does not decode, before the file is given up
 
 
-class KeyedContext(OSCacheContext):
-    @property
-    def state(self) -> tuple:
-        manager = self.manager
-        return (self.mmap, manager.ptrs, manager.sizes, manager.control, manager.policy, manager.scratch)
+class MappedFile(OSCacheManager):
+    """A checked .beton file: FFCV's page-cache manager, less what it prepares for caches that we do not use.
+
+    (It would build dictionaries of all samples: seconds for ImageNet, at each file.)
+    """
+
+    def __init__(self, path: Path, classes: int):
+        check_beton(path, classes)
+        self.path, self.reader = path, Reader(str(path))
+        if list(self.reader.handlers) != ["image", "label"]:
+            raise DataError(f"{path}: expected the fields image, label in this order; write it with write_dataset.py")
+        images, table = self.reader.metadata["f0"], self.reader.alloc_table
+        order = np.argsort(table["ptr"])
+        place = order[np.searchsorted(table["ptr"], images["data_ptr"], sorter=order)]
+        self.rows = np.zeros(len(images), ROW)
+        self.rows["offset"], self.rows["bytes"] = images["data_ptr"], table["size"][place]
+        self.rows["width"], self.rows["height"] = images["width"], images["height"]
+        self.rows["raw"] = images["mode"] == RAW
+        self.labels = self.reader.metadata["f1"]
+        self.bytes = np.memmap(path, np.uint8, mode="r")
+
+    def schedule_epoch(self, schedule: Any) -> MappedFile:
+        return self
+
+    def compile_reader(self) -> None:
+        return None  # the fused decoder reads the map itself
+
+    state = None  # FFCV's storage state, which only compiled pipelines ask for
+
+    def __enter__(self) -> MappedFile:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        pass
 
 
-class KeyedManager(OSCacheManager):
-    """FFCV's page-cache manager, whose state also carries the crop policy and one scratch image a thread."""
+class Buffers:
+    """Host memory for batches, pinned for a GPU, that passes take and give back: it grows to the largest and stays.
 
-    def __init__(self, reader: Reader):
-        # OSCacheManager's own __init__ builds dictionaries of all samples for caches that we do not use:
-        # seconds for ImageNet, at each file.
-        self.reader = reader
-        order = np.argsort(reader.alloc_table["ptr"])
-        self.ptrs = np.ascontiguousarray(reader.alloc_table["ptr"][order])
-        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
-        self.control = np.zeros(4, np.int64)
-        self.policy = np.zeros(6, np.float64)
-        images = reader.metadata["f0"]
-        largest = int(images["width"].max()) * int(images["height"].max()) * 3
-        # Pages are touched, and so taken, only by the threads that decode JPEGs.
-        self.scratch = np.empty((numba.config.NUMBA_NUM_THREADS, largest), np.uint8)
-        self.context = KeyedContext(self)
+    Stands where FFCV's loader has its graph of operations, of which its passes ask nothing but memory.
+    """
 
-    def compile_reader(self) -> Callable:
-        def read(address, state):
-            size = state[2][np.searchsorted(state[1], address)]
-            return state[0][address : address + size]
+    def __init__(self) -> None:
+        self.free: list[torch.Tensor] = []
+        self.size, self.pinned = 0, False
+        self.lock = threading.Lock()
 
-        # Not FFCV's declared result (a mutable array): the file is mapped read-only, and says so.
-        return Compiler.compile(read)
+    def allocate_memory(self, batch_size: int, slots: int) -> list[torch.Tensor]:
+        """One (batch_size, S, S, 3) uint8 tensor a slot."""
+        shape = (batch_size, self.size, self.size, 3)
+        count = batch_size * self.size * self.size * 3
+        with self.lock:
+            return [self._take(count)[:count].view(shape) for _ in range(slots)]
 
+    def _take(self, count: int) -> torch.Tensor:
+        fits = [buffer for buffer in self.free if len(buffer) >= count and buffer.is_pinned() == self.pinned]
+        if fits:
+            buffer = min(fits, key=len)
+            self.free = [other for other in self.free if other is not buffer]
+            return buffer
+        if self.free:  # too small for this pass, and so for those to come, whose sizes grow
+            self.free.remove(self.free[0])
+        return torch.empty(count, dtype=torch.uint8, pin_memory=self.pinned)
 
-class CropDecoder(SimpleRGBImageDecoder):
-    """Stored image → (S, S, 3) uint8 crop, with FFCV's own decoding and resizing (OpenCV's INTER_AREA)."""
-
-    size = 32
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        shape, dtype = (self.size, self.size, 3), np.dtype("u1")
-        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
-
-    def generate_code(self) -> Callable:
-        read = self.memory_read
-        images_of = Compiler.get_iterator()
-        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        threads = Compiler.num_threads
-        thread_of = numba.np.ufunc.parallel.get_thread_id
-
-        def decode(draws, destination, metadata, state):
-            control, policy, scratch = state[3], state[4], state[5]
-            for place in images_of(len(draws)):
-                row = np.int64(draws[place]) & ROW_MASK
-                field = metadata[row]
-                stored = read(field["data_ptr"], state)
-                height, width = np.int64(field["height"]), np.int64(field["width"])
-                if field["mode"] == JPG:
-                    thread = thread_of() if threads > 1 else 0
-                    image = scratch[thread, : height * width * 3].reshape(height, width, 3)
-                    h, w = np.uint32(height), np.uint32(width)
-                    if decode_jpeg(stored, image, h, w, h, w, 0, 0, 1, 1, False, False) != 0:
-                        control[BAD] = row + 1  # threads may race for it: any bad row will do
-                        continue
-                else:
-                    image = stored.reshape(height, width, 3)
-                flipped = False
-                if control[RANDOM]:
-                    top, left, rows, columns, flipped = random_box(
-                        control[SEED], control[EPOCH], draws[place], height, width, policy[SCALE_LOW],
-                        policy[SCALE_HIGH], policy[RATIO_LOW], policy[RATIO_HIGH], policy[FLIP],
-                    )  # fmt: skip
-                else:
-                    top, left, rows, columns = centre_box(height, width, policy[CENTRE])
-                crop = destination[place]
-                resize(image, top, top + rows, left, left + columns, crop)
-                if flipped:
-                    last = crop.shape[1] - 1
-                    for y in range(crop.shape[0]):
-                        for x in range((last + 1) // 2):
-                            for channel in range(3):
-                                swap = crop[y, x, channel]
-                                crop[y, x, channel] = crop[y, last - x, channel]
-                                crop[y, last - x, channel] = swap
-            return destination[: len(draws)]
-
-        decode.is_parallel = True
-        return decode
+    def give_back(self, batches: list[torch.Tensor]) -> None:
+        with self.lock:
+            self.free += [batch._base if batch._base is not None else batch for batch in batches]
 
 
-@dataclass
-class OpenFile:
-    path: Path
-    reader: Reader
-    manager: KeyedManager
+class FusedLoader(Loader):
+    """FFCV's loader with nothing to compile; which file and size it serves is set before each pass."""
+
+    def generate_code(self) -> None:
+        self.code = ()
+
+    def next_traversal_order(self) -> list[int]:
+        return []  # the order comes from outside, per pass
 
 
 class Decoder:
-    """FFCV's compiled pipeline, moved from file to file (compiling takes about 6 s, moving about 3 ms)."""
+    """What all sources of a run share: threads, memory and the copy stream."""
 
     def __init__(self, workers: int = 0):
-        workers = workers or min(cores(), numba.config.NUMBA_NUM_THREADS)
-        if workers > numba.config.NUMBA_NUM_THREADS:
-            raise ConfigError(
-                f"data.workers: got {workers}, expected at most {numba.config.NUMBA_NUM_THREADS}, the number of cores "
-                "that FFCV's threads can use here"
-            )
-        self.workers = workers
-        self.loader: Loader | None = None
-        self.operation = CropDecoder()
-        self.files: dict[Path, OpenFile] = {}
+        self.threads = Threads(workers)
+        self.buffers = Buffers()
+        self.files: dict[Path, MappedFile] = {}
+        self.loader: FusedLoader | None = None
         self.copy_stream: torch.cuda.Stream | None = None  # one for all passes: memory is pooled by stream
 
-    def file(self, path: Path, classes: int) -> OpenFile:
+    def file(self, path: Path, classes: int) -> MappedFile:
         """Opens and checks a file once; DataError names it where it is damaged, foreign or of other classes."""
         if path not in self.files:
-            check_beton(path, classes)
-            reader = Reader(str(path))
-            if list(reader.handlers) != ["image", "label"]:
-                raise DataError(
-                    f"{path}: expected the fields image, label in this order; write it with write_dataset.py"
-                )
-            self.files[path] = OpenFile(path, reader, KeyedManager(reader))
+            self.files[path] = MappedFile(path, classes)
         return self.files[path]
 
-    def start(self, file: OpenFile, draws: np.ndarray, feed: Feed, device: torch.device) -> Pass:
-        """Begins to decode ``draws`` (int64) of the file, ``feed.batch_size`` at a time."""
-        if self.loader is None:
-            self.loader = self._compile(file)
-        loader = self.loader
-        loader.reader, loader.memory_manager, loader.graph.metadata = (
-            file.reader,
-            file.manager,
-            file.reader.metadata,
-        )
-        loader.batch_size = feed.batch_size
-        self.operation.size = feed.size
+    def start(self, file: MappedFile, draws: np.ndarray, policy: np.ndarray, feed: Feed, device: torch.device,
+              stop: bool) -> Pass:  # fmt: skip
+        """Begins to decode ``draws`` (int64) of the file, ``feed.batch_size`` at a time.
+
+        A damaged image is an error where ``stop`` is set, else another is drawn in its place.
+        """
+        loader = self.loader or self._load(file)
+        self.loader = loader
+        loader.reader, loader.memory_manager, loader.batch_size = file.reader, file, feed.batch_size
+        self.buffers.size, self.buffers.pinned = feed.size, device.type == "cuda"
         if device.type == "cuda" and self.copy_stream is None:
             self.copy_stream = torch.cuda.Stream(device)
-        with _torch_threads_kept():
-            return Pass(loader, draws, file, device, self.copy_stream)
+        with torch_threads_kept():
+            return Pass(self, file, draws, policy, device, stop)
 
-    def _compile(self, file: OpenFile) -> Loader:
-        class KeyedLoader(Loader):
-            def next_traversal_order(self) -> Sequence[int]:
-                return []  # the order comes from outside, per pass
-
+    def _load(self, file: MappedFile) -> FusedLoader:
         import ffcv.loader.loader as module
 
-        manager, module.OSCacheManager = module.OSCacheManager, lambda reader: file.manager
+        manager, module.OSCacheManager = module.OSCacheManager, lambda reader: file
         try:
-            with _torch_threads_kept():
-                return KeyedLoader(
-                    str(file.path), batch_size=1, num_workers=self.workers, os_cache=True,
-                    pipelines={"image": [self.operation], "label": None}, batches_ahead=BATCHES_AHEAD,
+            with torch_threads_kept():
+                loader = FusedLoader(
+                    str(file.path), batch_size=1, num_workers=1, os_cache=True, batches_ahead=BATCHES_AHEAD,
+                    pipelines={"image": [CropDecoder(1)], "label": None},
                 )  # fmt: skip
         finally:
             module.OSCacheManager = manager
+        loader.graph = self.buffers
+        return loader
 
 
 class Pass(EpochIterator):
@@ -227,48 +171,74 @@ class Pass(EpochIterator):
     FFCV's own thread hangs its consumer when it fails, and outlives a pass that ends early.
     """
 
-    def __init__(
-        self,
-        loader: Loader,
-        draws: np.ndarray,
-        file: OpenFile,
-        device: torch.device,
-        copy_stream: torch.cuda.Stream | None,
-    ):
-        self.file, self.device, self.copy_stream = file, device, copy_stream
-        self.labels = file.reader.metadata["f1"]
+    def __init__(self, decoder: Decoder, file: MappedFile, draws: np.ndarray, policy: np.ndarray,
+                 device: torch.device, stop: bool):  # fmt: skip
+        self.threads, self.buffers, self.copy_stream = decoder.threads, decoder.buffers, decoder.copy_stream
+        self.file, self.policy, self.device, self.stop = file, policy, device, stop
         self.copies: list[torch.cuda.Event | None] = [None] * SLOTS
-        super().__init__(loader, draws)
+        self.damaged: dict[int, str] = {}  # row → what is wrong with it
+        super().__init__(decoder.loader, draws)
 
     def run(self) -> None:
         try:
-            numba.set_num_threads(self.loader.num_workers)  # numba's count is a thread's own, and so is CUDA's device
             if self.copy_stream is not None:
                 torch.cuda.set_device(self.copy_stream.device)
             for number, draws in enumerate(self.iter_ixes):
                 slot = number % SLOTS
                 if (copy := self.copies[slot]) is not None:
                     copy.synchronize()  # the host buffer is still being read by the copy of SLOTS batches ago
-                (images,) = self.run_pipeline(number, draws, slot, None)
-                if bad := int(self.storage_state[3][BAD]):
-                    raise DataError(
-                        f"{self.file.path}: row {bad - 1} is not a readable JPEG; the file is damaged: write it again"
-                    )
-                if not self._put(self._batch(images, draws, slot)):
+                pixels, rows = self.run_pipeline(number, draws, slot, None)
+                if not self._put(self._batch(pixels, rows, slot)):
                     return
             self._put(None)
         except BaseException as error:  # to be raised in the consumer, whatever it is
             self._put(error)
 
-    def _batch(self, images: np.ndarray, draws: np.ndarray, slot: int) -> Any:
-        ids = torch.from_numpy(draws & ROW_MASK)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        labels = torch.from_numpy(self.labels[ids.numpy()].astype(np.int64))
+    def run_pipeline(self, number: int, draws: np.ndarray, slot: int, event: None) -> tuple[torch.Tensor, np.ndarray]:
+        """Decodes a batch: (B, S, S, 3) uint8 and its rows (B,) int64; B is smaller where images were left out."""
+        crops = self.memory_allocations[slot][: len(draws)]
+        problems = self.threads.decode(self.file.bytes, self.file.rows, draws, self.policy, crops.numpy())
+        if not problems:
+            return crops, draws & ROW_MASK
+        if self.stop:
+            place, problem = min(problems.items())
+            raise DataError(
+                f"{self.file.path}: row {draws[place] & ROW_MASK} {problem}. Write the file again, or train without "
+                "such images: --data.on_error=skip"
+            )
+        self._note(draws, problems)
+        if self.policy["kind"][0] != RANDOM:  # an evaluation counts no image twice
+            kept = np.setdiff1d(np.arange(len(draws)), list(problems))
+            return crops[torch.from_numpy(kept)], draws[kept] & ROW_MASK
+        draws = draws.copy()
+        seed, epoch = int(self.policy["seed"][0]), int(self.policy["epoch"][0])
+        for attempt in range(ATTEMPTS):
+            places = np.array(sorted(problems))
+            others = np.array(
+                [replacement(seed, epoch, int(draws[place]), attempt, len(self.file.rows)) for place in places]
+            )
+            drawn = np.empty((len(others), *crops.shape[1:]), np.uint8)
+            again = self.threads.decode(self.file.bytes, self.file.rows, others, self.policy, drawn)
+            self._note(others, again)
+            crops[torch.from_numpy(places)] = torch.from_numpy(drawn)
+            draws[places] = others
+            problems = {int(places[place]): problem for place, problem in again.items()}
+            if not problems:
+                return crops, draws & ROW_MASK
+        raise DataError(f"{self.file.path}: {ATTEMPTS} images in a row do not decode; write the file again")
+
+    def _note(self, draws: np.ndarray, problems: dict[int, str]) -> None:
+        self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
+
+    def _batch(self, pixels: torch.Tensor, rows: np.ndarray, slot: int) -> Any:
+        ids = torch.from_numpy(rows)
+        images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
+        labels = torch.from_numpy(self.file.labels[rows].astype(np.int64))
         if self.copy_stream is None:
-            return Batch(pixels, labels, ids), None
+            return Batch(images, labels, ids), None
         with torch.cuda.stream(self.copy_stream):  # host-to-device copies, beside the training step
             batch = Batch(
-                pixels.to(self.device, non_blocking=True),
+                images.to(self.device, non_blocking=True),
                 labels.pin_memory().to(self.device, non_blocking=True),
                 ids,
             )
@@ -310,7 +280,11 @@ class Pass(EpochIterator):
                 break
         if self.is_alive() and threading.current_thread() is not self:
             self.join()
-        self.memory_allocations = None
+        if self.memory_allocations is not None:
+            for copy in filter(None, self.copies):
+                copy.synchronize()  # it may still be reading
+            self.buffers.give_back(self.memory_allocations)
+            self.memory_allocations = None
 
     def __del__(self) -> None:
         if hasattr(self, "terminate_event"):
@@ -322,10 +296,11 @@ class FFCVSource:
 
     def __init__(
         self, root: str, manifest: Manifest, cropping: Cropping, side_ratio: float, device: torch.device,
-        decoder: Decoder,
+        decoder: Decoder, on_error: str = "stop",
     ):  # fmt: skip
         self.root, self.manifest, self.cropping, self.side_ratio = Path(root), manifest, cropping, side_ratio
-        self.device, self.decoder = device, decoder
+        self.device, self.decoder, self.stop = device, decoder, on_error == "stop"
+        self.damaged: set[int] = set()  # rows that were left out so far, where that is asked for
         self.classes, self.count = manifest.classes, manifest.count
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
 
@@ -350,13 +325,21 @@ class FFCVSource:
             draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)
         else:
             draws = np.arange(self.count)
-        file.manager.control[:] = (cropping.random, cropping.seed, at.epoch, 0)
-        file.manager.policy[:] = (*cropping.scale, *cropping.ratio, cropping.flip, cropping.centre)
-        batches = self.decoder.start(file, draws[at.images :].astype(np.int64), feed, self.device)
+        draws = draws[at.images :].astype(np.int64)
+        batches = self.decoder.start(file, draws, policy_of(cropping, at.epoch), feed, self.device, self.stop)
         try:
             yield batches
         finally:
             batches.close()
+            self._report(file, batches.damaged)
+
+    def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
+        new = sorted(set(damaged) - self.damaged)
+        self.damaged.update(new)
+        for row in new[:SHOWN]:
+            print(f"{file.path}: row {row} ({self.manifest.entries[row]}) {damaged[row]}; left out", file=sys.stderr)
+        if len(new) > SHOWN:
+            print(f"{file.path}: {len(new) - SHOWN} more damaged images left out", file=sys.stderr)
 
     def close(self) -> None:
         self.decoder.files.clear()

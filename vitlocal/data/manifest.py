@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vitlocal.data.beton import check_beton
 from vitlocal.errors import ConfigError, DataError
 
 VERSION = 1
+FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_(?P<format>raw|jpg)\.beton")
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,39 @@ class Manifest:
             if file.format not in ("raw", "jpg") or Path(file.file).name != file.file:
                 raise ValueError(f"it lists the file {file.file!r} of format {file.format!r}")
         return manifest
+
+
+def work_name(split: str) -> str:
+    """The folder, within the data folder, in which a split lies while it is being written."""
+    return f".{split}.writing"
+
+
+def described(folder: str | os.PathLike[str], split: str) -> Manifest | None:
+    """The manifest of a split whose files were written by FFCV itself, from what they say; None where there are none.
+
+    Files are known by their names, ``{split}_{side}_{raw|jpg}.beton``; classes are called by their numbers, of
+    which all splits in the folder have one set. Raises DataError where files are damaged or differ in rows.
+    """
+    found = {path: match for path in sorted(Path(folder).glob("*.beton")) if (match := FILE_NAME.fullmatch(path.name))}
+    if not any(match["split"] == split for match in found.values()):
+        return None
+    heads = {path: check_beton(path) for path in found}
+    classes = tuple(str(label) for label in range(max(head.max_label for head in heads.values()) + 1))
+    mine = {path: head for path, head in heads.items() if found[path]["split"] == split}
+    counts = {head.count for head in mine.values()}
+    if len(counts) > 1:
+        told = ", ".join(f"{path.name}: {head.count}" for path, head in mine.items())
+        raise DataError(f"{folder}: the files of split {split!r} differ in rows ({told}); write them from one data set")
+    count = counts.pop()
+    files = tuple(
+        BetonFile(
+            path.name, int(found[path]["side"]), "jpg" if "jpg" in head.modes else "raw", None, head.page_size,
+            head.bytes, "", head.max_width, head.max_height,
+        )
+        for path, head in mine.items()
+    )  # fmt: skip
+    entries = tuple(f"row {row}" for row in range(count))
+    return Manifest(split, count, classes, files, SourceInfo("", count, ""), (), entries)
 
 
 def checksum(path: str | os.PathLike[str]) -> str:

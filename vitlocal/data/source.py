@@ -5,7 +5,7 @@ Shape letters: B batch, S size (the crop side fed to the model, px).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from vitlocal.config import Config
-from vitlocal.data.manifest import Manifest
+from vitlocal.data.manifest import Manifest, described, work_name
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 from vitlocal.plan import Feed, Position
@@ -50,6 +50,7 @@ class Source(Protocol):
 
     classes: tuple[str, ...]
     count: int
+    damaged: Collection[int]  # rows that were left out so far, where that is asked for
 
     def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
         """One pass: from ``at`` to the end of its epoch, in the epoch's order.
@@ -72,12 +73,20 @@ class Sources:
 
 
 def load_manifest(root: str, split: str) -> Manifest:
+    """The split's manifest, or one made up for files that FFCV wrote.
+
+    Raises ConfigError where there is neither, or the split is still being written.
+    """
     path = Path(root) / f"{split}.json"
-    if not path.exists():
+    if path.exists():
+        return Manifest.load(path)
+    ours = (Path(root) / work_name(split)).exists() or any(Path(root).glob("*.json"))  # but not, or no longer, whole
+    manifest = None if ours else described(root, split)
+    if manifest is None:
         raise ConfigError(
             f"data.root: {path} is not there. Write it: python write_dataset.py --split {split} --out {root}"
         )
-    return Manifest.load(path)
+    return manifest
 
 
 def open_sources(config: Config, device: torch.device) -> Sources:
@@ -99,7 +108,9 @@ def open_sources(config: Config, device: torch.device) -> Sources:
         manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
         sources = Sources(
             *(
-                FFCVSource(config.data.root, manifest, cropping, config.data.side_ratio, device, decoder)
+                FFCVSource(
+                    config.data.root, manifest, cropping, config.data.side_ratio, device, decoder, config.data.on_error
+                )
                 for manifest, cropping in zip(manifests, (train, val), strict=True)
             )
         )

@@ -1,4 +1,4 @@
-"""The torchvision source: the original images, through a plain DataLoader with the same crops.
+"""The torchvision source: the original images, through PyTorch's DataLoader and Pillow, with the same crops.
 
 The comparison that users know, and the slow twin that the FFCV source is tested with.
 """
@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
-from vitlocal.data.crops import ROW_MASK, centre_box, epoch_order, random_box
+from vitlocal.data.crops import ROW_MASK, centre_box, cut, epoch_order, random_box
 from vitlocal.data.images import ImageSet, open_images, resolve_source
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.source import Batch, Cropping
@@ -38,16 +36,13 @@ class CropDataset(Dataset):
         row, cropping = draw & ROW_MASK, self.cropping
         index = int(self.rows[row])
         image = self.images.load(index)
-        flipped = False
         if cropping.random:
-            *box, flipped = random_box(
-                cropping.seed, epoch, draw, image.height, image.width, *cropping.scale, *cropping.ratio, cropping.flip
+            box = random_box(
+                cropping.seed, epoch, draw, image.height, image.width, cropping.scale, cropping.ratio, cropping.flip
             )
         else:
             box = centre_box(image.height, image.width, cropping.centre)
-        crop = transforms.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
-        if flipped:
-            crop = transforms.horizontal_flip(crop)
+        crop = cut(image, box, size)
         return np.asarray(crop), int(self.images.labels[index]), row
 
 
@@ -95,7 +90,7 @@ class TorchvisionSource:
         if manifest is not None:
             rows = _rows(images, manifest, spec)
         self.classes, self.count = tuple(images.classes), len(rows)
-        self.cropping, self.device = cropping, device
+        self.cropping, self.device, self.damaged = cropping, device, ()
         self.batches = Batches()
         self.loader = DataLoader(
             CropDataset(images, rows, cropping),

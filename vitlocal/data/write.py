@@ -23,7 +23,7 @@ from vitlocal.data.beton import MODES, check_beton, page_size_for
 from vitlocal.data.encode import Interrupts, Job, encoded, stored_size
 from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.journal import Store, byte_words, difference, free_bytes
-from vitlocal.data.manifest import Manifest, PlannedFile, Skipped, SourceInfo
+from vitlocal.data.manifest import Manifest, PlannedFile, Skipped, SourceInfo, work_name
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 
@@ -193,7 +193,7 @@ class _Plan:
 
     @property
     def work(self) -> Path:
-        return self.out / f".{self.config.split}.writing"
+        return self.out / work_name(self.config.split)
 
     @property
     def manifest_path(self) -> Path:

@@ -192,6 +192,7 @@ class Run:
             "wall_seconds": round(self.clock.wall_seconds, 3),
             "images_per_second": round(meter.images / max(meter.seconds, 1e-9), 2),
             "data_wait_fraction": round(min(1.0, meter.waited / max(meter.seconds, 1e-9)), 5),
+            **({"damaged_images": len(damaged)} if (damaged := self.sources.train.damaged) else {}),
             **plan.changed(self.logged_plan),
         }
 

@@ -1,0 +1,219 @@
+"""The fused decoder against Pillow, with every instruction set and number of threads, on sound and damaged images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitlocal.data.crops import Box, centre_box, cut, random_box
+from vitlocal.data.native import EIGHTH, FULL, ROW, Threads, library, policy_of
+from vitlocal.data.source import Cropping
+
+SHAPES = [(117, 160), (48, 64), (5, 3), (1, 1), (375, 500), (170, 256), (200, 17), (31, 33)]  # height, width
+TRAIN = Cropping(random=True, seed=3)
+REPEATS = 4
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    """Smooth shapes with edges and some noise, as a photo has."""
+    generator = np.random.default_rng(0)
+    made = []
+    for height, width in SHAPES:
+        y, x = np.mgrid[:height, :width] / max(height, width)
+        waves = [128 + 90 * np.sin(9 * x * k + 7 * y + k) * np.cos(5 * y * k) for k in (1, 2, 3)]
+        pixels = np.stack(waves, -1) + 40 * (((x * 6).astype(int) + (y * 4).astype(int)) % 2)[..., None]
+        made.append(Image.fromarray(np.clip(pixels + generator.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8)))
+    return made
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+class Stored:
+    """Images as they lie in a file."""
+
+    def __init__(self, images: list[Image.Image], blobs: list[bytes], raw: bool):
+        self.images = images
+        self.bytes = np.frombuffer(b"".join(blobs), np.uint8)
+        self.rows = np.zeros(len(blobs), ROW)
+        self.rows["bytes"] = [len(blob) for blob in blobs]
+        self.rows["offset"] = np.cumsum(self.rows["bytes"]) - self.rows["bytes"]
+        self.rows["width"], self.rows["height"] = zip(*(image.size for image in images), strict=True)
+        self.rows["raw"] = raw
+
+    def decode(self, size: int, threads: Threads, cropping: Cropping = TRAIN, most: int = EIGHTH, draws=None):
+        draws = self.draws() if draws is None else np.array(draws, np.int64)
+        crops = np.full((len(draws), size, size, 3), 77, np.uint8)
+        problems = threads.decode(self.bytes, self.rows, draws, policy_of(cropping, 0), crops, most)
+        return crops, problems
+
+    def draws(self) -> np.ndarray:
+        return np.array([row | k << 40 for row in range(len(self.images)) for k in range(REPEATS)])
+
+    def twins(self, size: int) -> np.ndarray:
+        twins = []
+        for draw in self.draws().tolist():
+            image = self.images[draw & 0xFF]
+            box = random_box(TRAIN.seed, 0, draw, image.height, image.width, TRAIN.scale, TRAIN.ratio, TRAIN.flip)
+            twins.append(np.asarray(cut(image, box, size)))
+        return np.stack(twins)
+
+
+def raw(photos: list[Image.Image]) -> Stored:
+    return Stored(photos, [image.tobytes() for image in photos], raw=True)
+
+
+def as_jpeg(photos: list[Image.Image], **options) -> Stored:
+    blobs = [jpeg(image, **options) for image in photos]
+    return Stored([Image.open(io.BytesIO(blob)).convert("RGB") for blob in blobs], blobs, raw=False)
+
+
+@pytest.fixture(scope="module")
+def threads():
+    made = Threads(2)
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["plain", "SSE2", "AVX2"])
+def instructions(request: pytest.FixtureRequest):
+    number = ["plain", "SSE2", "AVX2"].index(request.param)
+    if library().vitlocal_instructions(number) != number:
+        library().vitlocal_instructions(-1)
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    library().vitlocal_instructions(-1)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one.astype(int) - other)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 32, 40, 96, 224])
+def test_raw_crops_are_pillows(photos, threads, instructions: str, size: int):
+    stored = raw(photos)
+    crops, problems = stored.decode(size, threads)
+    assert not problems
+    assert difference(crops, stored.twins(size)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [16, 32, 96, 224])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_jpeg_crops_at_full_scale_are_pillows(photos, threads, size: int, subsampling: int):
+    stored = as_jpeg(photos, subsampling=subsampling)
+    crops, problems = stored.decode(size, threads, most=FULL)
+    assert not problems
+    assert difference(crops, stored.twins(size)).max() <= 1
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}, {"quality": 30}])
+def test_other_jpegs(photos, threads, options):
+    stored = as_jpeg(photos, **options)
+    crops, problems = stored.decode(64, threads, most=FULL)
+    assert not problems
+    assert difference(crops, stored.twins(64)).max() <= 1
+
+
+def test_grey_jpegs_come_out_grey(photos, threads):
+    grey = [image.convert("L") for image in photos]
+    blobs = [jpeg(image) for image in grey]
+    crops, problems = Stored(grey, blobs, raw=False).decode(32, threads)
+    assert not problems
+    assert (crops == crops[..., :1]).all() and crops.std() > 20
+
+
+def test_reduced_decoding_stays_close(photos, threads):
+    large = [photo.resize((640, 480)) for photo in photos]
+    stored = as_jpeg(large)
+    for size in (32, 64, 128):
+        crops, _ = stored.decode(size, threads)
+        full, _ = stored.decode(size, threads, most=FULL)
+        assert 0 < difference(crops, full).mean() < 4
+        assert difference(crops, full[:, :, ::-1]).mean() > 2 * difference(crops, full).mean()  # it could be told
+
+
+def test_every_number_of_threads_gives_the_same_bytes(photos):
+    stored = as_jpeg(photos)
+    results = []
+    for count in (1, 2, 16):
+        threads = Threads(count)
+        results.append(stored.decode(48, threads)[0])
+        threads.close()
+    assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
+
+
+def test_the_centre(photos, threads):
+    stored = raw(photos)
+    crops, _ = stored.decode(48, threads, Cropping(random=False, centre=0.75), draws=range(len(photos)))
+    twins = [np.asarray(cut(image, centre_box(image.height, image.width, 0.75), 48)) for image in photos]
+    assert difference(crops, np.stack(twins)).max() <= 1
+
+
+def test_a_whole_image_at_its_own_size_is_untouched(threads):
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    stored = raw([Image.fromarray(pixels)])
+    crops, _ = stored.decode(64, threads, Cropping(random=False, centre=1.0), draws=[0])
+    assert (crops[0] == pixels).all()
+    assert (np.asarray(cut(stored.images[0], Box(0, 0, 64, 64), 64)) == pixels).all()
+
+
+def test_damaged_images_are_told_apart_and_come_out_black(photos, threads):
+    blobs = [jpeg(image) for image in photos]
+    blobs[0] = blobs[0][: len(blobs[0]) // 2]
+    blobs[1] = b"\0\0" + blobs[1]
+    stored = Stored(photos, blobs, raw=False)
+    stored.rows["width"][2] += 1
+    stored.rows["offset"][3] = stored.bytes.size
+    stored.rows["bytes"][4] = 1 << 62
+    stored.rows["width"][5] = 0
+    stored.rows["raw"][6], stored.rows["width"][6] = 1, 60000
+    crops, problems = stored.decode(32, threads, Cropping(random=False), draws=[*range(len(photos)), 99])
+    assert set(problems) == {0, 1, 2, 3, 4, 5, 6, 8}
+    assert "is a damaged JPEG (Premature end of JPEG file)" == problems[0]
+    assert "damaged JPEG" in problems[1] and "another size" in problems[2]
+    assert all("outside" in problems[place] for place in (3, 4, 5, 6, 8))
+    assert (crops[list(problems)] == 0).all()
+    sound, _ = as_jpeg(photos).decode(32, threads, Cropping(random=False), draws=[7])
+    assert (crops[7] == sound[0]).all()
+
+
+def test_threads_survive_damaged_images(photos, threads):
+    sound = as_jpeg(photos)
+    expected, _ = sound.decode(32, threads)
+    blobs = [jpeg(image)[:-300] if image.width > 100 else jpeg(image)[:40] for image in photos]
+    for _ in range(20):
+        assert len(Stored(photos, blobs, raw=False).decode(32, threads)[1]) >= len(blobs)
+    again, problems = sound.decode(32, threads)
+    assert not problems and (again == expected).all()
+
+
+def test_a_stock_loader_takes_the_decoder(folder: Path):
+    from vitlocal.data.decode import CropDecoder, torch_threads_kept
+
+    from ffcv.loader import Loader, OrderOption  # isort: skip  (after decode.py, which imports ffcv quietly)
+
+    for name in ("train_128_jpg.beton", "train_48_raw.beton"):
+        with torch_threads_kept():
+            loader = Loader(
+                str(folder / name), batch_size=50, num_workers=1, os_cache=True, order=OrderOption.SEQUENTIAL,
+                pipelines={"image": [CropDecoder(32, TRAIN)]}, drop_last=False,
+            )  # fmt: skip
+            first = [images.copy() for images, _ in loader]
+            second = [images.copy() for images, _ in loader]
+        assert [len(images) for images in first] == [50, 50, 20]
+        assert difference(first[0], second[0]).mean() > 5  # another epoch, other boxes
+        from vitlocal.data.ffcv import MappedFile
+
+        file, draws = MappedFile(folder / name, 20), np.arange(50)
+        threads, crops = Threads(1), np.empty((50, 32, 32, 3), np.uint8)
+        threads.decode(file.bytes, file.rows, draws, policy_of(TRAIN, 1), crops)
+        threads.close()
+        assert (first[0] == crops).all()
