@@ -17,7 +17,8 @@ $(VENV)/.installed: setup.py pyproject.toml .ci/system-packages $(wildcard vitlo
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "Installing vitlocal and what it needs (PyTorch is large: some minutes the first time) ..."
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@# setuptools warns that an editable package lies in the working directory, which is what is meant.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
 demo: setup
