@@ -99,8 +99,8 @@ int main(int count, char **arguments) {
             row.width = (uint32_t)random_number(70000);
             row.height = (uint32_t)random_number(70000);
             row.raw = (uint32_t)random_number(2);
-            if (random_number(2)) row.bytes = random_number(2 * bytes);
-            if (random_number(4) == 0) row.offset = random_number(2 * bytes);
+            if (random_number(2)) row.bytes = random_number(2 * bytes + 1);
+            if (random_number(4) == 0) row.offset = random_number(2 * bytes + 1);
         } else if (random_number(16) == 0) { /* a raw image of what pixels there are */
             row.width = 1 + (uint32_t)random_number(100);
             row.height = (uint32_t)(bytes / 3 / row.width);
