@@ -61,6 +61,6 @@ def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
             difference = (one.images.float() - other.images.float()).abs().mean((1, 2, 3))
     finally:
         theirs.close()
-    # Mean levels of 255: stored at another size, as a JPEG or not, and resized by other filters (area here, bilinear
-    # there, which differ most where a small crop is enlarged). Crops of another part or photo differ by 50 and more.
+    # Mean levels of 255: stored at another size by OpenCV's area filter, as a JPEG or not, and resized again, which
+    # differs most where a small crop is enlarged. Crops of another part or photo differ by 50 and more.
     assert np.median(difference) < 9 and difference.max() < 25, difference

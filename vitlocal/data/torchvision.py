@@ -98,7 +98,7 @@ class TorchvisionSource:
             collate_fn=collate,
             worker_init_fn=start_worker,
             num_workers=workers,
-            # Workers start once; forking a process that runs threads of PyTorch and numba is not safe.
+            # Workers start once; forking a process that runs threads is not safe.
             persistent_workers=True,
             multiprocessing_context="forkserver",
             pin_memory=device.type == "cuda",
