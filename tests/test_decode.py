@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitlocal.data.beton import ALLOCATION
 from vitlocal.data.crops import Box, centre_box, cut, random_box
 from vitlocal.data.native import EIGHTH, FULL, ROW, Threads, library, policy_of
 from vitlocal.data.source import Cropping
+from vitlocal.errors import DataError
 
 SHAPES = [(117, 160), (48, 64), (5, 3), (1, 1), (375, 500), (170, 256), (200, 17), (31, 33)]  # height, width
 TRAIN = Cropping(random=True, seed=3)
@@ -217,3 +219,47 @@ def test_a_stock_loader_takes_the_decoder(folder: Path):
         threads.decode(file.bytes, file.rows, draws, policy_of(TRAIN, 1), crops)
         threads.close()
         assert (first[0] == crops).all()
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "train_128_jpg.beton"
+    path.write_bytes((folder / path.name).read_bytes())
+    return path
+
+
+def test_a_file_cut_at_any_page_is_named(copied: Path):
+    from vitlocal.data.ffcv import MappedFile
+
+    MappedFile(copied, 20)
+    whole = copied.read_bytes()
+    for length in range(0, len(whole), 4096):
+        copied.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=copied.name):
+            MappedFile(copied, 20)
+
+
+def test_flipped_bytes_in_header_and_tables_are_found_or_harmless(copied: Path, threads):
+    from vitlocal.data.ffcv import MappedFile
+
+    whole = copied.read_bytes()
+    generator = np.random.default_rng(0)
+    start = int(MappedFile(copied, 20).rows["offset"].min())
+    table = len(whole) - 120 * ALLOCATION.itemsize
+    places = np.concatenate(
+        [np.arange(24), generator.integers(24, start, 150), generator.integers(table, len(whole), 80)]
+    )
+    refused = 0
+    for place in places.tolist():
+        content = bytearray(whole)
+        content[place] ^= 1 << int(generator.integers(8))
+        copied.write_bytes(content)
+        try:
+            file = MappedFile(copied, 20)
+        except DataError as error:
+            assert copied.name in str(error)
+            refused += 1
+            continue
+        crops = np.empty((len(file.rows), 16, 16, 3), np.uint8)
+        threads.decode(file.bytes, file.rows, np.arange(len(file.rows)), policy_of(TRAIN, 0), crops)
+    assert refused > 80
