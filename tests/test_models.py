@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import vitlocal
+import vitlocal.models
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFFNViT, image_as_tokens, local_mix, tokens_as_image

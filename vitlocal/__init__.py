@@ -1,8 +1,7 @@
 """vitlocal: Vision Transformers trained from scratch on a small budget.
 
-Importing the package registers its models with timm, and does nothing else.
+``import vitlocal.models`` registers its models with timm. This package itself imports nothing, so that commands
+which need no PyTorch start at once.
 """
-
-from vitlocal import models as models
 
 __version__ = "0.1.0"

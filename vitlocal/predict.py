@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+import vitlocal.models  # noqa: F401 (registers ours with timm)
 from vitlocal.data.augment import Normalize
 from vitlocal.data.crops import centre_box, cut
 from vitlocal.data.images import decode_rgb
