@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     write(
         WriteConfig(
             split=options.split, source=options.source, out=options.out, files=files, quality=options.quality,
-            workers=options.workers, on_error=options.on_error,
+            sampling=int(options.sampling), workers=options.workers, on_error=options.on_error,
         )
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -23,9 +25,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitlocal.data import beton, encode, journal
+from vitlocal.data import beton, encode, journal, native
 from vitlocal.data import write as write_module
 from vitlocal.data.beton import check_beton
+from vitlocal.data.images import decode_rgb
 from vitlocal.data.manifest import Manifest, checksum, joined_crc32
 from vitlocal.data.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, stored_size, write
 from vitlocal.errors import ConfigError, DataError
@@ -40,8 +43,8 @@ class FakeImages:
     count: int
     size: tuple[int, int] | None = None  # width, height; None: vary
     acts: dict[int, str] = dataclasses.field(default_factory=dict)
-    pids: str | None = None  # a folder that notes the processes which loaded an image
     spec: str = "fake"
+    holds_files: bool = False
     classes: tuple[str, ...] = ("ant", "bee", "cow")
 
     def __post_init__(self) -> None:
@@ -54,8 +57,6 @@ class FakeImages:
         return f"{self.classes[index % 3]}/{index}.png"
 
     def load(self, index: int) -> Image.Image:
-        if self.pids:
-            Path(self.pids, str(os.getpid())).touch()
         act = self.acts.get(index)
         if act == "unreadable":
             raise DataError(f"{self.entry(index)}: cut off after 12 bytes; restore it")
@@ -86,7 +87,7 @@ def finished_names(folder: Path) -> list[str]:
 
 @pytest.fixture(autouse=True, scope="module")
 def often() -> Iterator[None]:
-    """Commits after every chunk, of a few rows, on pages of 2 MiB; meanwhile the workers' server starts."""
+    """Commits after every chunk, of a few rows, on pages of 2 MiB; meanwhile the server of children starts."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["vitlocal.data.write"])
     multiprocessing.forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +98,6 @@ def often() -> Iterator[None]:
 def make_frequent(setattr=setattr) -> None:
     setattr(journal, "COMMIT_SECONDS", 0.0)
     setattr(encode, "CHUNK_BYTES", 60_000)
-    setattr(encode, "FEW_IMAGES", 0)
     setattr(write_module, "page_size_for", lambda largest: beton.page_size_for(largest, 1 << 21))
 
 
@@ -107,6 +107,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("reference")
     write(config(out), FakeImages(60), progress=False)
     return contents(out)
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def rows_of(path: Path) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
@@ -226,11 +230,13 @@ def test_every_file_holds_the_same_photos(tmp_path: Path) -> None:
             if size != pixels.shape[1::-1]:
                 pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
             assert (row["width"], row["height"]) == size and max(size) <= stored.side
-            if stored.format == "jpg":
-                expected = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+            if stored.format == "jpg":  # as OpenCV would write it, whose libjpeg-turbo is another
+                again = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+                pixels, data = rgb(again), rgb(data)
+                assert np.abs(data.astype(int) - pixels).mean() < 0.5
             else:
-                expected = pixels.tobytes()
-            assert data == expected
+                data = np.frombuffer(data, np.uint8).reshape(pixels.shape)
+                assert np.abs(data.astype(int) - pixels).max() <= 1  # FFCV's filter
 
 
 def test_the_stock_loader_reads_them(tmp_path: Path) -> None:
@@ -258,7 +264,7 @@ def test_the_stock_loader_reads_them(tmp_path: Path) -> None:
                 full = np.asarray(images.load(seen))
                 expected = cv2.resize(full, (64, 48), interpolation=cv2.INTER_AREA)
                 worst = np.abs(pixels.astype(int) - expected).max()
-                assert worst == 0 if path == paths[0] else worst < 40
+                assert worst <= 1 if path == paths[0] else worst < 40
                 assert label == seen % 3
                 seen += 1
         assert seen == 60
@@ -314,7 +320,140 @@ def test_the_built_in_sample(tmp_path: Path) -> None:
     assert labels.tolist() == np.asarray(images.labels).tolist()
     pixels = np.asarray(images.load(5))
     size = stored_size(pixels.shape[1], pixels.shape[0], 32)
-    assert encoded[5] == cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).tobytes()
+    expected = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(int).reshape(-1)
+    assert np.abs(np.frombuffer(encoded[5], np.uint8) - expected).mean() < 2  # large enough to be read at 1/2
+
+
+class FileImages:
+    """Encoded images, as they are given."""
+
+    spec, classes, holds_files = "files", ("ant",), True
+
+    def __init__(self, files: dict[str, bytes]):
+        self.names, self.files = list(files), list(files.values())
+        self.labels = np.zeros(len(files), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def entry(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        return self.files[index]
+
+    def load(self, index: int) -> Image.Image:
+        return decode_rgb(self.read(index), self.entry(index))
+
+
+def a_photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(width * height).integers(0, 256, (9, 9, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def as_jpeg(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 95, **options})
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+PHOTO = a_photo(120, 90)
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation='6'/>"
+KINDS_OF_FILES = {  # and whether a file of a large enough side keeps the bytes that hold the image
+    "plain": (as_jpeg(PHOTO), True),
+    "full chroma": (as_jpeg(PHOTO, subsampling=0), True),
+    "chroma halved across": (as_jpeg(PHOTO, subsampling=1), True),
+    "gray": (as_jpeg(PHOTO.convert("L")), True),
+    "optimised": (as_jpeg(PHOTO, optimize=True, comment=b"a comment", icc_profile=b"x" * 3000), True),
+    "restart markers": (as_jpeg(PHOTO, restart_marker_blocks=3), True),
+    "upright by EXIF": (as_jpeg(PHOTO, exif=turned(1)), True),
+    "another turn in XMP, EXIF first": (as_jpeg(PHOTO, exif=turned(1), xmp=XMP), True),
+    "followed by more": (as_jpeg(PHOTO) + b"a second image" * 90, True),
+    "turned by EXIF": (as_jpeg(PHOTO, exif=turned(6)), False),
+    "turned by XMP beside EXIF": (as_jpeg(PHOTO, exif=Image.Exif().tobytes(), xmp=XMP), False),
+    "progressive": (as_jpeg(PHOTO, progressive=True), False),
+    "CMYK": (as_jpeg(PHOTO.convert("CMYK")), False),
+    "RGB inside": (as_jpeg(PHOTO, keep_rgb=True), False),
+    "too large": (as_jpeg(a_photo(300, 200)), False),
+}
+
+
+def test_jpegs_pass_through(tmp_path: Path) -> None:
+    images = FileImages({name: data for name, (data, _) in KINDS_OF_FILES.items()})
+    write(config(tmp_path, files=(StoredFile(64, "raw"), StoredFile(160, "jpg"))), images, progress=False)
+    metadata, _, stored = rows_of(tmp_path / "train_160_jpg.beton")
+    small, _, raw = rows_of(tmp_path / "train_64_raw.beton")
+    for row, (name, (data, kept)) in enumerate(KINDS_OF_FILES.items()):
+        original = np.asarray(images.load(row)).astype(int)
+        if kept:
+            assert len(stored[row]) <= len(data) and stored[row][-600:] in data, name
+            assert b"a comment" not in stored[row] and b"Exif" not in stored[row], name
+            assert (rgb(stored[row]) == original).all(), name
+        else:
+            assert stored[row] not in data, name
+            size = stored_size(original.shape[1], original.shape[0], 160)
+            assert (metadata[row]["width"], metadata[row]["height"]) == size, name
+            area = cv2.resize(original.astype(np.uint8), size, interpolation=cv2.INTER_AREA).astype(int)
+            assert np.abs(rgb(stored[row]) - area).mean() < 2, name
+        size = int(small[row]["width"]), int(small[row]["height"])
+        area = cv2.resize(original.astype(np.uint8), size, interpolation=cv2.INTER_AREA).astype(int)
+        assert np.abs(np.frombuffer(raw[row], np.uint8).reshape(area.shape) - area).max() <= 2, name
+
+
+def test_kept_jpegs_are_cut_as_pillow_would(tmp_path: Path) -> None:
+    from vitlocal.data.crops import cut, random_box
+    from vitlocal.data.ffcv import Decoder
+    from vitlocal.data.native import FULL, policy_of
+    from vitlocal.data.source import Cropping
+
+    images = FileImages({name: data for name, (data, kept) in KINDS_OF_FILES.items() if kept})
+    write(config(tmp_path, files=(StoredFile(160, "jpg"),)), images, progress=False)
+    decoder, cropping = Decoder(1), Cropping(random=True)
+    file, draws = decoder.file(tmp_path / "train_160_jpg.beton", 1), np.arange(len(images))
+    crops = np.empty((len(images), 48, 48, 3), np.uint8)
+    assert not decoder.threads.decode(file.bytes, file.rows, draws, policy_of(cropping, 0), crops, FULL)
+    for row in range(len(images)):
+        image = images.load(row)
+        box = random_box(0, 0, row, image.height, image.width, cropping.scale, cropping.ratio, cropping.flip)
+        assert np.abs(np.asarray(cut(image, box, 48)).astype(int) - crops[row]).mean() < 0.6, images.entry(row)
+
+
+def test_a_large_jpeg_is_decoded_in_part(tmp_path: Path) -> None:
+    photo = a_photo(1200, 800)
+    images = FileImages({"large": as_jpeg(photo)})
+    write(config(tmp_path, files=(StoredFile(100, "raw"),)), images, progress=False)
+    _, _, raw = rows_of(tmp_path / "train_100_raw.beton")
+    area = cv2.resize(np.asarray(images.load(0)), (100, 66), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(np.frombuffer(raw[0], np.uint8).reshape(area.shape) - area).mean() < 1
+
+
+def test_damaged_jpegs_are_for_pillow_to_judge(tmp_path: Path) -> None:
+    whole = as_jpeg(PHOTO)
+    odd = whole[:-2] + b"\0" * 40 + whole[-2:]  # libjpeg warns of it, and every viewer shows it
+    images = FileImages({"odd": odd, "cut": whole[:-300], "none": b"", "text": b"no image", "whole": whole})
+    manifest = write(config(tmp_path, files=(StoredFile(160, "jpg"),), on_error="skip"), images, progress=False)
+    assert manifest.entries == ("odd", "whole")
+    assert [skip.entry for skip in manifest.skipped] == ["cut", "none", "text"]
+    assert native.Encoder().inspect(b"no image") is None
+
+
+def test_the_chroma_can_be_kept_whole(tmp_path: Path) -> None:
+    images = FakeImages(4, size=(200, 150))
+    sizes = []
+    for sampling, layers in ((420, (2, 2)), (444, (1, 1))):
+        out = tmp_path / str(sampling)
+        manifest = write(config(out, files=(StoredFile(96, "jpg"),), sampling=sampling), images, progress=False)
+        assert manifest.files[0].sampling == sampling
+        _, _, encoded = rows_of(out / "train_96_jpg.beton")
+        assert Image.open(io.BytesIO(encoded[0])).layer[0][1:3] == layers
+        sizes.append(sum(map(len, encoded)))
+    assert sizes[0] < sizes[1]
 
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path, reference: dict[str, bytes]) -> None:
@@ -367,12 +506,22 @@ def test_an_error_of_ours_names_the_image(tmp_path: Path, workers: int) -> None:
         write(config(tmp_path, workers=workers, on_error="skip"), images, progress=False)
 
 
-def test_a_killed_worker_is_an_error_and_no_hang(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    with pytest.raises(DataError, match=r"worker process died .killed by SIGKILL.*fewer --workers"):
-        write(config(tmp_path, workers=2), FakeImages(60, acts={30: "SIGKILL"}), progress=False)
-    assert finished_names(tmp_path) == []
-    write(config(tmp_path), FakeImages(60), progress=False)
-    assert contents(tmp_path) == reference
+def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(DataError, match=r"cannot start 2 threads.*fewer --workers"):
+        write(config(tmp_path, workers=2), FakeImages(60), progress=False)
+
+
+def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode_none(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(native.Encoder, "encode", encode_none)
+    with pytest.raises(DataError, match=r"memory ran out at 'ant/0.png'.*fewer --workers"):
+        write(config(tmp_path), FakeImages(6), progress=False)
 
 
 # --- interruptions ----------------------------------------------------------------------------------------
@@ -425,10 +574,8 @@ def test_killed_while_the_files_get_their_names(tmp_path: Path, reference: dict[
 
 
 def test_killed_with_workers(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    out, pids = tmp_path / "out", tmp_path / "pids"
-    pids.mkdir()
-    images = FakeImages(60, acts={50: "slow"}, pids=str(pids))
-    child = in_child(config(out, workers=2), images)
+    out = tmp_path / "out"
+    child = in_child(config(out, workers=2), FakeImages(60, acts={50: "slow"}))
     journal, deadline = out / ".train.writing" / "journal", time.monotonic() + 40
     while not (journal.exists() and b"start" in journal.read_bytes()):
         assert child.is_alive() and time.monotonic() < deadline
@@ -436,14 +583,6 @@ def test_killed_with_workers(tmp_path: Path, reference: dict[str, bytes]) -> Non
     child.kill()
     child.join(30)
     assert finished_names(out) == []
-    deadline = time.monotonic() + 10
-    sleeper = 1  # the process that sleeps notices only afterwards
-    while sum(Path("/proc", path.name).exists() for path in pids.iterdir()) > sleeper:
-        assert time.monotonic() < deadline, "workers outlive the process that they work for"
-        time.sleep(0.05)
-    for path in pids.iterdir():
-        if Path("/proc", path.name).exists():
-            os.kill(int(path.name), signal.SIGKILL)
     write(config(out), FakeImages(60), progress=False)
     assert contents(out) == reference
 
@@ -458,7 +597,7 @@ def test_interrupted_and_continued(
     assert "The same command goes on from there" in capsys.readouterr().err
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert finished_names(tmp_path) == []
-    rest = FakeImages(60, acts=dict.fromkeys(range(34), "bug"))  # the interrupted chunk was finished and kept
+    rest = FakeImages(60, acts=dict.fromkeys(range(16), "bug"))  # what came before was kept
     write(config(tmp_path), rest, progress=False)
     assert contents(tmp_path) == reference
 
@@ -598,6 +737,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         {"split": "test"},
         {"quality": 0},
         {"workers": -1},
+        {"sampling": 422},
         {"on_error": "ignore"},
         {"files": (StoredFile(64, "png"),)},
         {"files": FILES + FILES},
@@ -672,7 +812,9 @@ def test_files_of_ffcv_itself_pass(tmp_path: Path) -> None:
     assert (info.count, info.modes, info.max_label) == (30, {"raw"}, 2)
     write(config(tmp_path, files=FILES[:1]), images, progress=False)
     theirs, ours = rows_of(tmp_path / "stock.beton"), rows_of(tmp_path / "train_64_raw.beton")
-    assert theirs[2] == ours[2] and theirs[1].tolist() == ours[1].tolist()
+    assert theirs[1].tolist() == ours[1].tolist()
+    for stock, mine in zip(theirs[2], ours[2], strict=True):
+        assert np.abs(np.frombuffer(stock, np.uint8).astype(int) - np.frombuffer(mine, np.uint8)).max() <= 1
 
 
 def test_checking_a_million_rows_is_quick(tmp_path: Path) -> None:

@@ -91,9 +91,9 @@ class Choice(Checker):
         self.names = names
 
     def check(self, value: Any) -> str:
-        if value not in self.names:
+        if str(value) not in self.names:
             raise ValueError
-        return value
+        return str(value)
 
     def help(self) -> str:
         return "one of " + ", ".join(self.names)
@@ -322,7 +322,8 @@ class WriteOptions:
     sides: str = option("auto", Text(), "long edges, px: 64,160,256 or 64:raw,256:jpg; auto: the split's own")
     format: str = option("auto", Choice("auto", "raw", "jpg"), "of the sides without one; auto: raw up to 160")
     quality: int = option(90, Number(low=1, high=100, whole=True), "of JPEG")
-    workers: int = option(0, Number(low=0, whole=True), "processes; 0: one a core")
+    sampling: str = option("420", Choice("420", "444"), "of JPEG's chroma: a quarter of the pixels, or all")
+    workers: int = option(0, Number(low=0, whole=True), "threads; 0: one a core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image")
     verify: bool = option(False, Flag(), "read what is written, every image of every file, and write nothing")
 

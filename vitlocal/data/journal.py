@@ -182,24 +182,24 @@ class Store:
         """Lays out the chunk's rows behind those before, and commits if it is time."""
         assert chunk.start == self.mark.next, (chunk.start, self.mark)
         ends, checksums = [], []
-        for file, descriptor, rows, blob, begin, checksum in zip(
-            self.files, self._descriptors, chunk.rows, chunk.blobs, self.mark.ends, self.mark.checksums, strict=True
+        for file, descriptor, rows, images, begin, checksum in zip(
+            self.files, self._descriptors, chunk.rows, chunk.images, self.mark.ends, self.mark.checksums, strict=True
         ):
-            end, at, parts = begin, 0, []
-            for row in rows:
-                size = int(row["size"])
-                if end % file.page_size + size > file.page_size:
+            end, parts, places = begin, [], []
+            for image in images:
+                if end % file.page_size + len(image) > file.page_size:
                     parts.append(bytes(-end % file.page_size))  # an image starts a page that it would cross into
                     end += len(parts[-1])
-                parts.append(memoryview(blob)[at : at + size])
-                row["ptr"] = end
-                end, at = end + size, at + size
+                parts.append(image)
+                places.append(end)
+                end += len(image)
+            rows["ptr"] = places
             data = b"".join(parts)
             with self._guarded(self.work / file.file):
                 _write_all(descriptor, data, begin)
             ends.append(end)
             checksums.append(zlib.crc32(data, checksum))
-        chunk.blobs = []
+        chunk.images = []
         self.mark = _Mark(chunk.next, tuple(ends), tuple(checksums))
         self.skipped.update(chunk.skipped)
         self._rows.append(chunk.rows)

@@ -26,6 +26,7 @@ class PlannedFile:
     side: int  # the stored long edge
     format: str  # "raw" | "jpg"
     quality: int | None  # of JPEG; None for raw
+    sampling: int | None  # of a JPEG's chroma, 420 or 444; None for raw, and where it is not known
     page_size: int
 
 
@@ -172,7 +173,7 @@ def described(folder: str | os.PathLike[str], split: str) -> Manifest | None:
     count = counts.pop()
     files = tuple(
         BetonFile(
-            path.name, int(found[path]["side"]), "jpg" if "jpg" in head.modes else "raw", None, head.page_size,
+            path.name, int(found[path]["side"]), "jpg" if "jpg" in head.modes else "raw", None, None, head.page_size,
             head.bytes, "", head.max_width, head.max_height,
         )
         for path, head in mine.items()
@@ -256,7 +257,7 @@ def _record(kind: type, content: Any) -> Any:
     values = {}
     for field in fields(kind):
         optional = str(field.type).endswith(" | None")
-        if optional and isinstance(content, dict) and content.get(field.name, 0) is None:
+        if optional and isinstance(content, dict) and content.get(field.name) is None:  # or missing, in old ones
             values[field.name] = None
         else:
             values[field.name] = _member(content, field.name, types[str(field.type).removesuffix(" | None")])

@@ -325,6 +325,8 @@ def render(name: str, rng: Generator) -> Image.Image:
 class SampleImages:
     """The built-in sample as an image set; row `i` is of class `i % 20`."""
 
+    holds_files = True
+
     def __init__(self, split: str, per_class: int = IMAGES_PER_CLASS, seed: int = 0) -> None:
         """`per_class` counts training images; the validation split has a fifth as many, at least 4."""
         if split not in ("train", "val"):

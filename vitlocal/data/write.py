@@ -1,6 +1,6 @@
 """Images -> the .beton files of a split, in one pass over the source, with a manifest.
 
-Each image is decoded once, by one of several processes, and encoded for every file. The parent lays the
+Each image is decoded once, by one of several threads, and encoded for every file. The main thread lays the
 rows out in the order of the source in files of a hidden folder, beside a journal of what is safely there,
 from which the same command goes on after whatever stopped it. A file gets its final name when all are whole.
 """
@@ -59,7 +59,8 @@ class WriteConfig:
     out: str = "data/imagenet"  # data folder
     files: tuple[StoredFile, ...] = ()  # empty: DEFAULT_FILES of the split
     quality: int = 90  # of JPEG, 1 to 100
-    workers: int = 0  # processes, 0: one per core
+    sampling: int = 420  # of JPEG's chroma: 420 (a quarter of the pixels) or 444 (all)
+    workers: int = 0  # threads, 0: one per core
     on_error: str = "stop"  # "stop" | "skip"
 
 
@@ -100,7 +101,7 @@ def write(config: WriteConfig, images: ImageSet | None = None, progress: bool = 
     Returns the manifest; a finished split of the same configuration is left as it is. The bytes written do
     not depend on the number of workers, nor on interruptions. Raises ConfigError for a wrong option or an
     ``out`` that holds something else, DataError for an unreadable image (unless ``on_error`` is "skip"), a
-    full disk, and a worker that died; after a DataError the same command goes on where it stopped.
+    full disk; after a DataError the same command goes on where it stopped.
     """
     config = _checked(config)
     with Interrupts() as interrupts:
@@ -179,6 +180,7 @@ class _Plan:
                 side=file.side,
                 format=file.format,
                 quality=config.quality if file.format == "jpg" else None,
+                sampling=config.sampling if file.format == "jpg" else None,
                 # A JPEG of noise at full quality can be a little larger than the pixels, hence the spare 64 KiB.
                 page_size=page_size_for(3 * max(file.side, _short_edge(config.split)) ** 2 + (1 << 16)),
             )
@@ -224,6 +226,8 @@ def _checked(config: WriteConfig) -> WriteConfig:
         raise ConfigError(f"--split is {config.split!r}, expected train or val")
     if not 1 <= config.quality <= 100:
         raise ConfigError(f"the JPEG quality is {config.quality}, expected 1 to 100")
+    if config.sampling not in (420, 444):
+        raise ConfigError(f"the JPEG sampling is {config.sampling}, expected 420 or 444")
     if config.workers < 0:
         raise ConfigError(f"--workers is {config.workers}, expected 0 (one per core) or more")
     if config.on_error not in ("stop", "skip"):
@@ -250,7 +254,10 @@ def _identity(files: Sequence[PlannedFile], source: SourceInfo, classes: Sequenc
     """What must be equal for two writes to give the same files, in words."""
     return {
         "files": ", ".join(
-            f"{file.side} {file.format}" + (f" of quality {file.quality}" if file.quality else "") for file in files
+            f"{file.side} {file.format}"
+            + (f" of quality {file.quality}" if file.quality else "")
+            + (" and sampling 444" if file.sampling == 444 else "")
+            for file in files
         ),
         "source": source.spec,
         "images in the source": str(source.length),

@@ -25,6 +25,8 @@ from vitlocal.errors import ConfigError, DataError
 class FolderImages:
     """Images in root/<split>/<class>/, at any depth below the class; rows go by class, then by path."""
 
+    holds_files = True
+
     def __init__(self, root: Path, split: str) -> None:
         self.spec = str(root)
         folder = split_folder(root, split)

@@ -22,11 +22,12 @@ KINDS = (
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """Encoded images with labels. Picklable; files are opened in the process that reads, on first use."""
+    """Images with labels. Picklable and copyable; files are opened where they are read, on first use."""
 
     spec: str  # what `open_images(spec, split)` takes to open it again
     classes: tuple[str, ...]  # names; a label is an index into them
     labels: np.ndarray  # (n,) int64
+    holds_files: bool  # images are read() as the files that they came in; else they are arrays, and load() is direct
 
     def __len__(self) -> int: ...
 

@@ -26,6 +26,8 @@ class ParquetImages:
     slow at random, so write such a source to .beton files before training on it.
     """
 
+    holds_files = True
+
     def __init__(self, root: Path, split: str) -> None:
         parquet = _parquet()
         shards = shards_by_split(root)

@@ -78,6 +78,8 @@ class TarImages:
     entries are those of the same images unpacked: by class, then by name.
     """
 
+    holds_files = True
+
     def __init__(self, root: Path, split: str) -> None:
         path = root / f"ILSVRC2012_img_{split}.tar"
         if not path.is_file():

@@ -78,6 +78,8 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
 class TorchvisionImages:
     """A set of torchvision.datasets by its name; the dataset is built anew in each process that reads."""
 
+    holds_files = False
+
     def __init__(self, spec: str, name: str, root: str, split: str, arguments: dict[str, Any]) -> None:
         self.spec = spec
         self._name, self._root, self._split, self._arguments = name, root, split, arguments

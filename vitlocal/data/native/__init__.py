@@ -1,10 +1,14 @@
-"""The fused decoder: from stored bytes to finished crops in one native call a batch, without Python's lock.
+"""The native code: the fused decoder, and the encoder that fills its files. Both run without Python's lock.
+
+The decoder makes finished crops from stored bytes, in one call a batch.
 
 For each image it draws the box, decodes the part of the JPEG that the box needs at the largest useful reduction
 (1/2, 1/4 or 1/8, within libjpeg-turbo), resizes with antialiasing and flips while writing. Raw images skip the
 second. The same draw gives the same bytes for any number of threads and with any instruction set.
 
-Shape letters: B batch, S size, n rows of a file.
+The encoder decodes a photo once, and from it makes what each file stores.
+
+Shape letters: B batch, S size, n rows of a file, F forms of a photo.
 """
 
 from __future__ import annotations
@@ -33,11 +37,18 @@ POLICY = np.dtype(
      ("centre", "f8")]
 )  # fmt: skip
 _BOX = np.dtype([("top", "f8"), ("left", "f8"), ("height", "f8"), ("width", "f8"), ("flipped", "i4")], align=True)
+PHOTO = np.dtype([("width", "u4"), ("height", "u4"), ("upright", "u4"), ("plain", "u4"), ("baseline", "u4")])
+FORM = np.dtype(
+    [("width", "u4"), ("height", "u4"), ("kind", "u4"), ("quality", "u4"), ("sampling", "u4"), ("padding", "u4"),
+     ("offset", "u8"), ("bytes", "u8")]
+)  # fmt: skip
+AS_JPEG, AS_RAW, AS_IT_CAME = 0, 1, 2  # how a photo is stored; the last: its own JPEG, less what is no image
 _MESSAGE_BYTES = 200
+_NO_MEMORY = 3
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
     2: "has another size than the file's table says: {message}",
-    3: "needs more memory than there is to decode",
+    _NO_MEMORY: "needs more memory than there is to decode",
     4: "lies outside of the file",
 }
 
@@ -55,6 +66,16 @@ def library() -> ctypes.CDLL:
     functions.vitlocal_decode.argtypes = [
         address, address, number, address, number, address, number, address, number, number, address, address, address,
         address,
+    ]  # fmt: skip
+    functions.vitlocal_encoder_new.restype = address
+    functions.vitlocal_encoder_new.argtypes = []
+    functions.vitlocal_encoder_free.restype = None
+    functions.vitlocal_encoder_free.argtypes = [address]
+    functions.vitlocal_inspect.restype = ctypes.c_int
+    functions.vitlocal_inspect.argtypes = [address, ctypes.c_char_p, number, address]
+    functions.vitlocal_encode.restype = ctypes.c_int
+    functions.vitlocal_encode.argtypes = [
+        address, ctypes.c_char_p, number, address, number, number, address, number, address, address,
     ]  # fmt: skip
     functions.vitlocal_box.restype = None
     functions.vitlocal_box.argtypes = [address, number, number, number, address]
@@ -131,3 +152,45 @@ class Threads:
     def __del__(self) -> None:
         if getattr(self, "pool", None):
             self.close()
+
+
+class Encoder:
+    """Makes what files store of photos, one at a time; for one thread."""
+
+    def __init__(self) -> None:
+        self._encoder = library().vitlocal_encoder_new()
+        if not self._encoder:
+            raise MemoryError("no memory for an encoder")
+        self._photo = np.zeros(1, PHOTO)
+        self._output = ctypes.c_void_p()
+        self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+
+    def inspect(self, data: bytes) -> np.void | None:
+        """What a JPEG's header says, of PHOTO; None for what is no JPEG."""
+        status = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
+        return None if status else self._photo[0]
+
+    def encode(self, photo: bytes | np.ndarray, height: int, width: int, forms: np.ndarray) -> list[bytes] | None:
+        """The photo in every one of ``forms`` (F,) of FORM, none larger than it is; FFCV's filter shrinks it.
+
+        ``photo`` is a JPEG, or pixels (height, width, 3) uint8. Where a JPEG cannot stay as it came, ``kind`` is
+        changed to AS_JPEG. None for a JPEG that does not decode without a warning.
+        """
+        assert forms.dtype == FORM and forms.flags.c_contiguous
+        data, pixels = (photo, None) if isinstance(photo, bytes) else (None, photo.ctypes.data)
+        assert pixels is None or (photo.flags.c_contiguous and photo.shape == (height, width, 3))
+        status = library().vitlocal_encode(
+            self._encoder, data, len(data or b""), pixels, height, width, forms.ctypes.data, len(forms),
+            ctypes.byref(self._output), self._message,
+        )  # fmt: skip
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory to encode {width} x {height} px")
+        if status:
+            return None
+        start = self._output.value
+        return [ctypes.string_at(start + offset, count) for offset, count in forms[["offset", "bytes"]].tolist()]
+
+    def __del__(self) -> None:
+        if getattr(self, "_encoder", None):
+            library().vitlocal_encoder_free(self._encoder)
+            self._encoder = None

@@ -38,7 +38,8 @@ enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_b
     vitlocal_box(policy, draw, height, width, &box);
     if (row->raw) {
         if (row->bytes < (uint64_t)row->width * row->height * 3) return OUTSIDE;
-        return resize(decoder->resizer, data, (size_t)width * 3, height, width, &box, size, crop);
+        return resize(decoder->resizer, data, (size_t)width * 3, height, width, &box, TRIANGLE, size, size,
+                      crop);
     }
     struct region region;
     const enum status status = jpeg_decode(decoder->jpeg, data, row->bytes, height, width, &box, size,
@@ -48,5 +49,6 @@ enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_b
     box.left = box.left / region.reduction - region.left;
     box.height /= region.reduction;
     box.width /= region.reduction;
-    return resize(decoder->resizer, region.pixels, region.stride, region.height, region.width, &box, size, crop);
+    return resize(decoder->resizer, region.pixels, region.stride, region.height, region.width, &box, TRIANGLE, size, size,
+                      crop);
 }

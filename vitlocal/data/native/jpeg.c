@@ -14,7 +14,7 @@
 
 #include <jpeglib.h>
 
-enum { MARGIN = 2 };
+enum { MARGIN = 2, EXIF_MARKER = JPEG_APP0 + 1, LONGEST_MARKER = 65533 };
 
 struct jpeg {
     struct jpeg_decompress_struct decoder;
@@ -117,5 +117,100 @@ enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, in
     }
     jpeg_abort_decompress(d);
     *region = (struct region){jpeg->pixels, stride, top, (int)first, bottom - top, (int)columns, reduction};
+    return OK;
+}
+
+/* --- what a file is, before it is decoded ------------------------------------------------------------------ */
+
+static uint32_t number_at(const uint8_t *data, size_t bytes, int big_endian) {
+    uint32_t number = 0;
+    for (size_t i = 0; i < bytes; i++) number = number << 8 | data[big_endian ? i : bytes - 1 - i];
+    return number;
+}
+
+static int contains(const uint8_t *data, size_t bytes, const char *word) {
+    const size_t length = strlen(word);
+    for (size_t at = 0; at + length <= bytes; at++) {
+        if (memcmp(data + at, word, length) == 0) return 1;
+    }
+    return 0;
+}
+
+/* Whether all that APP1 segments say of it is that the image is upright; 0 also where they are not understood. */
+static int says_upright(jpeg_saved_marker_ptr segment) {
+    static const uint32_t ORIENTATION = 0x0112, SHORT = 3;
+    int exifs = 0, told = 0, elsewhere = 0;
+    for (; segment; segment = segment->next) {
+        const uint8_t *tiff = segment->data + 6;
+        if (segment->data_length < 6 || memcmp(segment->data, "Exif\0", 6) != 0) {
+            elsewhere |= contains(segment->data, segment->data_length, "rientation"); /* XMP */
+            continue;
+        }
+        const size_t bytes = segment->data_length - 6;
+        if (++exifs > 1 || bytes < 8) return 0;
+        const int big_endian = tiff[0] == 'M';
+        if (memcmp(tiff, big_endian ? "MM\0*" : "II*\0", 4) != 0) return 0;
+        const size_t directory = number_at(tiff + 4, 4, big_endian);
+        if (directory > bytes - 2) return 0;
+        const size_t entries = number_at(tiff + directory, 2, big_endian);
+        if (entries * 12 > bytes - directory - 2) return 0;
+        for (const uint8_t *entry = tiff + directory + 2; entry < tiff + directory + 2 + entries * 12; entry += 12) {
+            if (number_at(entry, 2, big_endian) != ORIENTATION) continue;
+            if (number_at(entry + 2, 2, big_endian) != SHORT || number_at(entry + 8, 2, big_endian) != 1) return 0;
+            told = 1;
+        }
+    }
+    return told || !exifs || !elsewhere;
+}
+
+size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept) {
+    enum { TEM = 0x01, RST0 = 0xD0, SOI = 0xD8, EOI = 0xD9, SOS = 0xDA, APP0 = 0xE0, APP14 = 0xEE, APP15 = 0xEF, COM = 0xFE };
+    size_t at = 2, length = 2;
+    if (bytes < 4 || data[0] != 0xFF || data[1] != SOI) return 0;
+    memcpy(kept, data, 2);
+    for (;;) {
+        while (at + 1 < bytes && data[at] == 0xFF && data[at + 1] == 0xFF) at++; /* padding */
+        if (at + 4 > bytes || data[at] != 0xFF) return 0;
+        const int marker = data[at + 1];
+        const size_t segment = 2 + number_at(data + at + 2, 2, 1);
+        if (marker == TEM || (marker >= RST0 && marker <= EOI) || segment < 4 || segment > bytes - at) return 0;
+        /* JFIF's and Adobe's tell what the colours are */
+        const int needed = (marker < APP0 || marker > APP15 || marker == APP0 || marker == APP14) && marker != COM;
+        if (needed) memcpy(kept + length, data + at, segment);
+        length += needed ? segment : 0;
+        at += segment;
+        if (marker == SOS) break;
+    }
+    size_t end = at;
+    for (;; end++) {
+        const uint8_t *next = end < bytes ? memchr(data + end, 0xFF, bytes - end) : NULL;
+        if (!next || next + 1 >= data + bytes) return 0;
+        end = (size_t)(next - data);
+        const int marker = data[end + 1];
+        if (marker == EOI) break;
+        if (marker != 0 && marker != 0xFF && (marker < RST0 || marker > RST0 + 7)) return 0; /* another scan */
+    }
+    memcpy(kept + length, data + at, end + 2 - at);
+    return length + end + 2 - at;
+}
+
+enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message) {
+    struct jpeg_decompress_struct *d = &jpeg->decoder;
+    *photo = (struct photo){0};
+    jpeg->message = message;
+    if (setjmp(jpeg->escape)) {
+        jpeg_abort_decompress(d);
+        return CORRUPT;
+    }
+    jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes);
+    jpeg_save_markers(d, EXIF_MARKER, LONGEST_MARKER);
+    jpeg_read_header(d, TRUE);
+    photo->width = d->image_width;
+    photo->height = d->image_height;
+    photo->upright = (uint32_t)says_upright(d->marker_list);
+    photo->plain = d->data_precision == 8 && (d->jpeg_color_space == JCS_GRAYSCALE || d->jpeg_color_space == JCS_YCbCr);
+    photo->baseline = !d->progressive_mode && !d->arith_code;
+    jpeg_abort_decompress(d);
+    jpeg_save_markers(d, EXIF_MARKER, 0);
     return OK;
 }

@@ -53,11 +53,13 @@ EXPORT void vitlocal_box(const struct policy *policy, int64_t draw, int64_t heig
 struct resizer; /* scratch of one thread, grown as needed and kept */
 struct resizer *resizer_new(void);
 void resizer_free(struct resizer *resizer);
-/* Resamples `box` (in pixels of `image`, whose rows are `stride` bytes apart) to S x S with a triangle filter that
- * widens as it shrinks: what Pillow and torchvision call bilinear with antialiasing. Reads no pixel outside of the
- * image. OK or NO_MEMORY. */
+/* TRIANGLE widens as it shrinks: what Pillow and torchvision call bilinear with antialiasing. AREA, for shrinking
+ * alone, is the mean of what an output pixel covers: OpenCV's INTER_AREA, with which FFCV stores images. */
+enum filter { TRIANGLE, AREA };
+/* Resamples `box` (in pixels of `image`, whose rows are `stride` bytes apart) to `out` (rows, columns, 3). Reads no
+ * pixel outside of the image. OK or NO_MEMORY. */
 enum status resize(struct resizer *resizer, const uint8_t *image, size_t stride, int height, int width,
-                   const struct box *box, int size, uint8_t *crop);
+                   const struct box *box, enum filter filter, int rows, int columns, uint8_t *out);
 EXPORT int vitlocal_instructions(int wanted); /* 0 plain, 1 SSE2, 2 AVX2; < 0: the best here. Returns what is used. */
 
 /* jpeg.c */
@@ -74,6 +76,18 @@ void jpeg_free(struct jpeg *jpeg);
  * written where the result is CORRUPT. The pixels stand until the next call. */
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
                         const struct box *box, int size, int most_reduction, struct region *region, char *message);
+
+/* What a file says it is. The layout is known to __init__.py. */
+struct photo {
+    uint32_t width, height;
+    uint32_t upright;  /* no EXIF or XMP tells of a turn */
+    uint32_t plain;    /* 8 bits, gray or YCbCr */
+    uint32_t baseline; /* neither progressive nor arithmetic */
+};
+enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message);
+/* Copies to `kept` (bytes,) what a decoder needs of a file, without comments, previews and what applications add,
+ * and without what follows the end. Returns its length; 0 where there is more than one scan, or no end. */
+size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept);
 
 /* image.c */
 struct decoder; /* what one thread needs */

@@ -65,6 +65,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
 TARGET static void NAME(first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                                const uint16_t *wide, uint16_t *turned) {
     switch (taps) { /* constants, so that the loop over the taps is unrolled */
+    case 2: NAME(first_of_taps)(image, stride, columns, first, 2, wide, turned); break;
     case 3: NAME(first_of_taps)(image, stride, columns, first, 3, wide, turned); break;
     case 4: NAME(first_of_taps)(image, stride, columns, first, 4, wide, turned); break;
     case 5: NAME(first_of_taps)(image, stride, columns, first, 5, wide, turned); break;
@@ -73,54 +74,62 @@ TARGET static void NAME(first)(const uint8_t *image, size_t stride, int columns,
 }
 
 TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
-    const uint16_t *turned, const struct weights *weights, int size, int rows, const int taps, uint8_t *crop) {
+    const uint16_t *turned, const struct weights *weights, const struct strip *strip, const int taps, uint8_t *out,
+    size_t stride) {
     const VECTOR half = FILL(rounding(taps));
-    const int total = size * 3;
-    int x = 0, channel = 0;
-    for (int column = 0; column < total; column += ROWS) {
-        __m128i bytes[ROWS];
-        const int count = total - column < ROWS ? total - column : ROWS;
+    for (int start = strip->start; start < strip->end; start += ROWS) {
+        const int count = strip->end - start < ROWS ? strip->end - start : ROWS;
+        __m128i bytes[3 * ROWS]; /* of 16 pixels, three channels each; a row's byte in each lane */
         for (int i = 0; i < count; i++) {
-            const uint16_t *from = turned + (size_t)(weights->first[x] * 3 + channel) * ROWS;
-            const uint16_t *weight = weights->of + (size_t)x * taps;
-            VECTOR sum = half;
-            for (int tap = 0; tap < taps; tap++) {
-                sum = ADD_CLIPPED(sum, HIGH(LOAD(from + (size_t)tap * 3 * ROWS), FILL(weight[tap])));
+            const uint16_t *from = turned + (size_t)(weights->first[start + i] - strip->from) * 3 * ROWS;
+            const uint16_t *weight = weights->of + (size_t)(start + i) * taps;
+            VECTOR sums[3] = {half, half, half};
+            for (int tap = 0; tap < taps; tap++, from += 3 * ROWS) {
+                const VECTOR filled = FILL(weight[tap]);
+                sums[0] = ADD_CLIPPED(sums[0], HIGH(LOAD(from), filled));
+                sums[1] = ADD_CLIPPED(sums[1], HIGH(LOAD(from + ROWS), filled));
+                sums[2] = ADD_CLIPPED(sums[2], HIGH(LOAD(from + 2 * ROWS), filled));
             }
+            for (int channel = 0; channel < 3; channel++) {
 #if AVX2
-            const __m256i shifted = _mm256_srli_epi16(sum, 8);
-            bytes[i] = _mm_packus_epi16(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+                const __m256i shifted = _mm256_srli_epi16(sums[channel], 8);
+                bytes[3 * i + channel] =
+                    _mm_packus_epi16(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
 #else
-            bytes[i] = _mm_packus_epi16(_mm_srli_epi16(sum.low, 8), _mm_srli_epi16(sum.high, 8));
+                bytes[3 * i + channel] =
+                    _mm_packus_epi16(_mm_srli_epi16(sums[channel].low, 8), _mm_srli_epi16(sums[channel].high, 8));
 #endif
-            if (++channel == 3) {
-                channel = 0;
-                x++;
             }
         }
-        for (int i = count; i < ROWS; i++) bytes[i] = _mm_setzero_si128();
-        TURN_BYTES(bytes);
-        if (count == ROWS) {
-            for (int row = 0; row < rows; row++) {
-                _mm_storeu_si128((__m128i *)(crop + (size_t)row * total + column), bytes[row]);
-            }
-        } else {
-            for (int row = 0; row < rows; row++) {
-                uint8_t part[ROWS];
-                _mm_storeu_si128((__m128i *)part, bytes[row]);
-                memcpy(crop + (size_t)row * total + column, part, (size_t)count);
+        for (int i = 3 * count; i < 3 * ROWS; i++) bytes[i] = _mm_setzero_si128();
+        uint8_t *place = out + (size_t)(start - strip->start) * 3;
+        for (int part = 0; part < 3; part++) {
+            __m128i *turning = bytes + part * ROWS;
+            const int there = 3 * count - part * ROWS; /* bytes of this part that are in the strip */
+            if (there <= 0) break;
+            TURN_BYTES(turning);
+            for (int row = 0; row < strip->rows; row++) {
+                uint8_t *to = place + (size_t)row * stride + part * ROWS;
+                if (there >= ROWS) {
+                    _mm_storeu_si128((__m128i *)to, turning[row]);
+                } else {
+                    uint8_t whole[ROWS];
+                    _mm_storeu_si128((__m128i *)whole, turning[row]);
+                    memcpy(to, whole, (size_t)there);
+                }
             }
         }
     }
 }
 
-TARGET static void NAME(second)(const uint16_t *turned, const struct weights *weights, int size, int rows,
-                                uint8_t *crop) {
+TARGET static void NAME(second)(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
+                                uint8_t *out, size_t stride) {
     switch (weights->taps) {
-    case 3: NAME(second_of_taps)(turned, weights, size, rows, 3, crop); break;
-    case 4: NAME(second_of_taps)(turned, weights, size, rows, 4, crop); break;
-    case 5: NAME(second_of_taps)(turned, weights, size, rows, 5, crop); break;
-    default: NAME(second_of_taps)(turned, weights, size, rows, weights->taps, crop);
+    case 2: NAME(second_of_taps)(turned, weights, strip, 2, out, stride); break;
+    case 3: NAME(second_of_taps)(turned, weights, strip, 3, out, stride); break;
+    case 4: NAME(second_of_taps)(turned, weights, strip, 4, out, stride); break;
+    case 5: NAME(second_of_taps)(turned, weights, strip, 5, out, stride); break;
+    default: NAME(second_of_taps)(turned, weights, strip, weights->taps, out, stride);
     }
 }
 

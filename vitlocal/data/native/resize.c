@@ -15,28 +15,41 @@
 #define HAVE_X86 1
 #endif
 
-enum { ROWS = 16, ALIGNMENT = 64 };
+enum {
+    ROWS = 16,
+    ALIGNMENT = 64,
+    STRIP = 160, /* pixels of the image that are turned at a time: 15 KiB, which stay in the first cache */
+};
 
 /* Which `taps` pixels from `first` on give an output pixel. Each has all its taps inside of the image. */
 struct weights {
     int taps;
-    int32_t *first; /* (S,) */
-    uint16_t *of;   /* (S, taps), summing to `total` */
+    int32_t *first; /* (length of the output,) */
+    uint16_t *of;   /* (length, taps), each row summing to `total` */
+};
+
+struct capacity {
+    size_t places, numbers; /* bytes */
 };
 
 struct resizer {
-    size_t places, numbers, columns; /* capacities */
     struct weights vertical, horizontal;
+    struct capacity vertical_capacity, horizontal_capacity;
     uint16_t *wide;   /* (ROWS, taps, ROWS): a block's vertical weights, each filling a vector */
-    size_t wide_numbers;
     uint16_t *turned; /* (columns, ROWS): a block of rows after the first pass, values x 256 */
     uint8_t *narrow;  /* a copy of an image too narrow for a vector */
-    size_t narrow_bytes;
+    size_t wide_bytes, turned_bytes, narrow_bytes;
 };
 
 typedef void first_pass(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                         const uint16_t *wide, uint16_t *turned);
-typedef void second_pass(const uint16_t *turned, const struct weights *weights, int size, int rows, uint8_t *crop);
+/* Output pixels start..end of some rows, made while what they need is at hand: pixels `from` on, turned. */
+struct strip {
+    int start, end, rows, from;
+};
+
+typedef void second_pass(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
+                         uint8_t *out, size_t stride);
 
 /* --- plain C, the twin that the others are tested against ------------------------------------------------- */
 
@@ -58,17 +71,19 @@ static uint16_t rounding(int taps) { /* half a level, and what cutting each prod
     return (uint16_t)(128 + taps / 2);
 }
 
-static void second_plain(const uint16_t *turned, const struct weights *weights, int size, int rows, uint8_t *crop) {
+static void second_plain(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
+                         uint8_t *out, size_t stride) {
     const int taps = weights->taps;
-    for (int x = 0; x < size; x++) {
+    for (int x = strip->start; x < strip->end; x++) {
         for (int channel = 0; channel < 3; channel++) {
-            const uint16_t *column = turned + (weights->first[x] * 3 + channel) * ROWS;
-            for (int row = 0; row < rows; row++) {
+            const uint16_t *column = turned + ((weights->first[x] - strip->from) * 3 + channel) * ROWS;
+            for (int row = 0; row < strip->rows; row++) {
                 uint32_t sum = rounding(taps);
                 for (int tap = 0; tap < taps; tap++) {
                     sum += ((uint32_t)column[tap * 3 * ROWS + row] * weights->of[x * taps + tap]) >> 16;
                 }
-                crop[((size_t)row * size + x) * 3 + channel] = (uint8_t)((sum > 65535 ? 65535 : sum) >> 8);
+                out[(size_t)row * stride + (size_t)(x - strip->start) * 3 + channel] =
+                    (uint8_t)((sum > 65535 ? 65535 : sum) >> 8);
             }
         }
     }
@@ -159,22 +174,43 @@ static second_pass *second_of(int kind) {
 #endif
 }
 
+static const double TINY = 1e-6; /* of a pixel: rounding errors must not cover another one */
+
 /* --- weights --------------------------------------------------------------------------------------------- */
 
-static int taps_for(double extent, int size, int length) {
-    const double support = fmax(extent / size, 1);
-    const int taps = (int)ceil(2 * support) + 1;
+static int taps_for(enum filter filter, double start, double extent, int size, int length) {
+    const double scale = extent / size;
+    int taps = (int)ceil(2 * fmax(scale, 1)) + 1;
+    if (filter == AREA) { /* as many as are covered in part: at 5 to 4 never more than two */
+        taps = 1;
+        for (int i = 0; i < size; i++) {
+            const int covered = (int)(ceil(start + (i + 1) * scale - TINY) - floor(start + i * scale + TINY));
+            taps = covered > taps ? covered : taps;
+        }
+    }
     return taps < length ? taps : length;
 }
 
-/* The triangle filter over [start, start + extent) of `length` pixels, as Pillow's. Each weight is the difference
- * of two rounded running sums, so that they sum to `total` and rounding errors cancel between neighbours. */
-static void fill(struct weights *weights, double start, double extent, int length, int size, double total, int flip) {
-    const double scale = extent / size, wide = fmax(scale, 1);
+/* What pixel `k` counts in an output pixel that covers [from, to): how much of it is covered, or the triangle around
+ * the middle, which is as wide as two output pixels, or two pixels where the image is enlarged. */
+static double weight_of(enum filter filter, int k, double from, double to) {
+    if (filter == AREA) return fmax(0, fmin(to, k + 1) - fmax(from, k));
+    return fmax(0, 1 - fabs(k + 0.5 - (from + to) / 2) / fmax(to - from, 1));
+}
+
+/* The filter over [start, start + extent) of `length` pixels. Each weight is the difference of two rounded running
+ * sums, so that they sum to `total` and rounding errors cancel between neighbours. */
+static void fill(struct weights *weights, enum filter filter, double start, double extent, int length, int size,
+                 double total, int flip) {
+    const double scale = extent / size, reach = fmax(scale, 1);
     const int taps = weights->taps;
     for (int i = 0; i < size; i++) {
-        const double centre = start + (i + 0.5) * scale;
-        int low = (int)(centre - wide + 0.5), high = (int)(centre + wide + 0.5);
+        const double from = start + i * scale, to = start + (i + 1) * scale, centre = start + (i + 0.5) * scale;
+        int low = (int)(centre - reach + 0.5), high = (int)(centre + reach + 0.5);
+        if (filter == AREA) {
+            low = (int)floor(from + TINY);
+            high = (int)ceil(to - TINY);
+        }
         low = low < 0 ? 0 : low;
         high = high > length ? length : high;
         if (low > length - 1) low = length - 1;
@@ -184,12 +220,12 @@ static void fill(struct weights *weights, double start, double extent, int lengt
         const int place = flip ? size - 1 - i : i;
         uint16_t *of = weights->of + (size_t)place * taps;
         double sum = 0;
-        for (int k = low; k < high; k++) sum += fmax(0, 1 - fabs(k + 0.5 - centre) / wide);
+        for (int k = low; k < high; k++) sum += weight_of(filter, k, from, to);
         double running = 0;
         int before = 0;
         for (int tap = 0; tap < taps; tap++) {
             const int k = first + tap;
-            if (k >= low && k < high) running += sum > 0 ? fmax(0, 1 - fabs(k + 0.5 - centre) / wide) / sum : k == low;
+            if (k >= low && k < high) running += sum > 0 ? weight_of(filter, k, from, to) / sum : k == low;
             const int now = (int)(fmin(running, 1) * total + 0.5);
             of[tap] = (uint16_t)(now - before);
             before = now;
@@ -226,25 +262,13 @@ static int hold(void *pointer, size_t *capacity, size_t bytes) {
     return *memory != NULL;
 }
 
-static int prepare(struct resizer *r, int columns, int size) {
-    const size_t numbers = (size_t)size * (size_t)(r->vertical.taps > r->horizontal.taps ? r->vertical.taps
-                                                                                          : r->horizontal.taps);
-    size_t places = r->places, of = r->numbers;
-    int enough = hold(&r->vertical.first, &places, (size_t)size * sizeof(int32_t));
-    places = r->places;
-    enough = enough && hold(&r->horizontal.first, &places, (size_t)size * sizeof(int32_t));
-    r->places = enough ? places : 0;
-    enough = enough && hold(&r->vertical.of, &of, numbers * sizeof(uint16_t));
-    of = r->numbers;
-    enough = enough && hold(&r->horizontal.of, &of, numbers * sizeof(uint16_t));
-    r->numbers = enough ? of : 0;
-    return enough
-           && hold(&r->wide, &r->wide_numbers, (size_t)ROWS * ROWS * (size_t)r->vertical.taps * sizeof(uint16_t))
-           && hold(&r->turned, &r->columns, (size_t)columns * ROWS * sizeof(uint16_t));
+static int prepare_weights(struct weights *weights, struct capacity *capacity, int length) {
+    return hold(&weights->first, &capacity->places, (size_t)length * sizeof(int32_t))
+           && hold(&weights->of, &capacity->numbers, (size_t)length * (size_t)weights->taps * sizeof(uint16_t));
 }
 
 enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int height, int width,
-                   const struct box *box, int size, uint8_t *crop) {
+                   const struct box *box, enum filter filter, int rows, int columns, uint8_t *out) {
     /* Only what the box covers is looked at, be it in part. */
     int top = (int)floor(box->top), left = (int)floor(box->left);
     int bottom = (int)ceil(box->top + box->height), right = (int)ceil(box->left + box->width);
@@ -255,32 +279,37 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
     const int tall = bottom - top, across = right - left;
     image += (size_t)top * stride + (size_t)left * 3;
 
-    int columns = across * 3;
-    if (columns < ROWS) { /* a vector would read past the end of the image */
+    int bytes_across = across * 3;
+    if (bytes_across < ROWS) { /* a vector would read past the end of the image */
         if (!hold(&r->narrow, &r->narrow_bytes, (size_t)tall * ROWS)) return NO_MEMORY;
         for (int row = 0; row < tall; row++) {
             memset(r->narrow + row * ROWS, 0, ROWS);
-            memcpy(r->narrow + row * ROWS, image + (size_t)row * stride, (size_t)columns);
+            memcpy(r->narrow + row * ROWS, image + (size_t)row * stride, (size_t)bytes_across);
         }
         image = r->narrow;
         stride = ROWS;
-        columns = ROWS;
+        bytes_across = ROWS;
     }
-    r->vertical.taps = taps_for(box->height, size, tall);
-    r->horizontal.taps = taps_for(box->width, size, across);
-    if (!prepare(r, columns, size)) return NO_MEMORY;
-    fill(&r->vertical, box->top - top, box->height, tall, size, 256, 0);
-    fill(&r->horizontal, box->left - left, box->width, across, size, 65535, box->flipped);
+    const int taps = taps_for(filter, box->top - top, box->height, rows, tall);
+    r->vertical.taps = taps;
+    r->horizontal.taps = taps_for(filter, box->left - left, box->width, columns, across);
+    if (!prepare_weights(&r->vertical, &r->vertical_capacity, rows)
+        || !prepare_weights(&r->horizontal, &r->horizontal_capacity, columns)
+        || !hold(&r->wide, &r->wide_bytes, (size_t)ROWS * ROWS * (size_t)taps * sizeof(uint16_t))
+        || !hold(&r->turned, &r->turned_bytes, (size_t)bytes_across * ROWS * sizeof(uint16_t))) return NO_MEMORY;
+    fill(&r->vertical, filter, box->top - top, box->height, tall, rows, 256, 0);
+    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped);
 
     const int kind = instructions < 0 ? vitlocal_instructions(-1) : instructions;
     first_pass *first = first_of(kind);
     second_pass *second = second_of(kind);
-    const int taps = r->vertical.taps;
-    for (int y = 0; y < size; y += ROWS) {
-        const int rows = size - y < ROWS ? size - y : ROWS;
+    /* In whole vectors of three channels. */
+    const int fitting = (int)(STRIP * columns / box->width) / ROWS * ROWS, strip_columns = fitting ? fitting : ROWS;
+    for (int y = 0; y < rows; y += ROWS) {
+        const int some = rows - y < ROWS ? rows - y : ROWS;
         int32_t from[ROWS];
         for (int row = 0; row < ROWS; row++) { /* the last block's missing rows repeat the last one */
-            const int place = y + (row < rows ? row : rows - 1);
+            const int place = y + (row < some ? row : some - 1);
             from[row] = r->vertical.first[place];
             for (int tap = 0; tap < taps; tap++) {
                 const uint16_t weight = r->vertical.of[(size_t)place * taps + tap];
@@ -288,8 +317,18 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
                 for (int lane = 0; lane < ROWS; lane++) wide[lane] = weight;
             }
         }
-        first(image, stride, columns, from, taps, r->wide, r->turned);
-        second(r->turned, &r->horizontal, size, rows, crop + (size_t)y * size * 3);
+        for (int x = 0; x < columns; x += strip_columns) {
+            const int end = columns - x < strip_columns ? columns : x + strip_columns;
+            const int a = r->horizontal.first[x], b = r->horizontal.first[end - 1]; /* a > b where it is flipped */
+            int low = a < b ? a : b, bytes = ((a < b ? b : a) + r->horizontal.taps - low) * 3;
+            if (bytes < ROWS) { /* less than a vector: all of the row is not */
+                low = 0;
+                bytes = bytes_across;
+            }
+            const struct strip strip = {x, end, some, low};
+            first(image + (size_t)low * 3, stride, bytes, from, taps, r->wide, r->turned);
+            second(r->turned, &r->horizontal, &strip, out + ((size_t)y * columns + x) * 3, (size_t)columns * 3);
+        }
     }
     return OK;
 }
