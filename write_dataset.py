@@ -1,30 +1,30 @@
 """Encodes a split into .beton files: python write_dataset.py --split train [--source FOLDER] [--out FOLDER]
 
---help lists the options. Interrupted or killed, the same command goes on from where it was.
+--plan measures and proposes which files to write. --help lists the options. Interrupted or killed, the same command
+goes on from where it was.
 """
 
 import sys
 from collections.abc import Sequence
 
 from vitlocal.config import read_write_options
-from vitlocal.data.write import WriteConfig, parse_files, write
 from vitlocal.errors import run_command
 
 
 def main(argv: Sequence[str]) -> None:
     options = read_write_options(argv)
-    if options.verify:
-        from vitlocal.data.verify import verify  # imports ffcv, which takes seconds
+    if options.plan:
+        from vitlocal.train.planning import plan_files  # PyTorch takes seconds to import, here and with ffcv
+
+        plan_files(options)
+    elif options.verify:
+        from vitlocal.data.verify import verify
 
         verify(options.out, options.split, options.workers)
-        return
-    files = parse_files("" if options.sides == "auto" else options.sides, options.format)
-    write(
-        WriteConfig(
-            split=options.split, source=options.source, out=options.out, files=files, quality=options.quality,
-            sampling=int(options.sampling), workers=options.workers, on_error=options.on_error,
-        )
-    )  # fmt: skip
+    else:
+        from vitlocal.data.write import write_as_asked
+
+        write_as_asked(options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,22 @@ class Duration(Checker):
         return "a length: 90ep, 5000steps, 45s, 30m or 24h"
 
 
+class Bytes(Checker):
+    """A number of bytes; decimal units as disks are sold in, or binary ones."""
+
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+    def check(self, value: Any) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
+        if match is None or match[2].upper() not in self.units:
+            raise ValueError
+        return int(float(match[1]) * self.units[match[2].upper()])
+
+    def help(self) -> str:
+        return "bytes with a unit: 150GB, 64GiB"
+
+
 class Series(Checker):
     """Several values: a yaml list, or text with commas. ``none`` is the empty series."""
 
@@ -159,7 +175,7 @@ class DataConfig:
         0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one a core"
     )
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: another is drawn in its place")
-    side_ratio: float = option(1.5, Number(low=0), "serve a size from the smallest file with side >= ratio x size")
+    side_ratio: float = option(1.5, Number(low=0), "a file is good enough for a size if its side >= ratio x size")
 
 
 @dataclass(frozen=True)
@@ -326,6 +342,19 @@ class WriteOptions:
     workers: int = option(0, Number(low=0, whole=True), "threads; 0: one a core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image")
     verify: bool = option(False, Flag(), "read what is written, every image of every file, and write nothing")
+    plan: bool = option(
+        False, Flag(), "measure, propose which files to write, keep that in the data folder, write nothing"
+    )
+    recipe: str | None = option(None, Maybe(Text()), "for --plan: what will be trained; none: rcfg/ours.yaml")
+    rates: str | None = option(
+        None, Maybe(Text()), "for --plan: images/s that the trainer takes, as 224:2500 or 32:20000,224:2500 (other "
+        "sizes by FLOPs); none: measured here"
+    )  # fmt: skip
+    cores: int | None = option(None, Maybe(COUNT), "for --plan: of the machine that will train; none: this one's")
+    disk_limit: int | None = option(None, Maybe(Bytes()), "for --plan: 150GB; none: what is free")
+    memory_limit: int | None = option(
+        None, Maybe(Bytes()), "for --plan: for the page cache; none: this machine's less 8 GB"
+    )
 
 
 SECTIONS = {
@@ -338,6 +367,8 @@ SECTIONS = {
     "run": RunConfig,
     "image_size": ImageSizeConfig,
 }
+
+PLAN_NAME = "plan.yaml"  # what --plan leaves in a data folder: a recipe of WriteOptions
 
 # What may differ when a run goes on: where and how it runs, not what it computes.
 IMMATERIAL = frozenset(
@@ -502,7 +533,27 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
     reader = Reader(options, flags, "Encodes a split of a data set into .beton files, each image decoded once.")
     values = reader.read(argv, os.environ if environment is None else environment)
     reader.check()
-    return WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
+    options = WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
+    if options.plan and options.verify:
+        reader.problems.append("--plan and --verify: one thing at a time")
+    if options.plan and (options.sides, options.format) != ("auto", "auto"):
+        reader.problems.append("--plan: it is what chooses sides and formats; leave out --sides and --format")
+    if options.plan and options.split != "train":
+        reader.problems.append("--plan: the files of the split train are planned; val needs but one")
+    for name in ("recipe", "rates", "cores", "disk_limit", "memory_limit"):
+        if not options.plan and getattr(options, name) is not None:
+            reader.problems.append(f"--{name.replace('_', '-')}: it is for --plan")
+    reader.check()
+    return options
+
+
+def read_plan(path: str | os.PathLike[str], options: WriteOptions) -> WriteOptions:
+    """The options with the files that ``--plan`` chose. Raises ConfigError where its file is no such plan."""
+    planned = read_write_options(["--config-file", str(path)], {})
+    chosen = {name: getattr(planned, name) for name in ("sides", "quality", "sampling")}
+    if chosen["sides"] == "auto":
+        raise ConfigError(f"{path}: write.sides is not there; remove the file, or make it anew by --plan")
+    return replace(options, **chosen)
 
 
 def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:

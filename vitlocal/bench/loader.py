@@ -175,13 +175,12 @@ class Process:
         self.process.kill()
 
 
-def chosen_file(manifest: Manifest, size: int) -> str:
-    import torch
+def chosen_file(data: str, manifest: Manifest, size: int) -> str:
+    from vitlocal.data.costs import Costs
+    from vitlocal.data.crops import Cropping
+    from vitlocal.data.ffcv import choose_file
 
-    from vitlocal.data.ffcv import FFCVSource
-    from vitlocal.data.source import Cropping
-
-    return FFCVSource("", manifest, Cropping(random=True), 1.5, torch.device("cpu"), None).choose(size).file
+    return choose_file(manifest, Costs.load(data, manifest), Cropping(random=True), 1.5, size).file
 
 
 def sample_folder() -> str:
@@ -229,7 +228,7 @@ def compare(
                         "per_core": round(statistics.median(measured) / count, 1),
                         "spread": round((max(measured) - min(measured)) / statistics.median(measured), 3),
                         "n": len(measured), "rss_mib": round(memory[contestant]),
-                        "chosen": contestant.name == "ours" and contestant.stored == chosen_file(manifest, size),
+                        "chosen": contestant.name == "ours" and contestant.stored == chosen_file(data, manifest, size),
                     })  # fmt: skip
         finally:
             for process in processes:

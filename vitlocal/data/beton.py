@@ -8,11 +8,14 @@ page size, counted from the start of the file, for FFCV's cache reads whole page
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from vitlocal.data.native import ROW
 from vitlocal.errors import DataError
 
 VERSION = 2
@@ -90,8 +93,14 @@ class BetonInfo:
 
 
 def check_beton(path: str | os.PathLike[str], classes: int | None = None) -> BetonInfo:
+    """Checks all of a .beton file but its pixels; raises as :func:`read_beton` does."""
+    return read_beton(path, classes)[0]
+
+
+def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
     """Checks all of a .beton file but its pixels, written by us or by FFCV itself.
 
+    Returns what its head says, where its images lie, (n,) of the decoder's ROW, and their labels, (n,) int64.
     ``classes`` bounds the labels where it is given. Raises DataError naming the file, what is wrong and the
     remedy; a file cut off at any byte is found out, for the table of allocations ends the file.
     """
@@ -110,7 +119,9 @@ def check_beton(path: str | os.PathLike[str], classes: int | None = None) -> Bet
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its rights.") from error
 
 
-def _check(file, path: Path, length: int, classes: int | None, wrong) -> BetonInfo:
+def _check(
+    file: BinaryIO, path: Path, length: int, classes: int | None, wrong: Callable[[str], DataError]
+) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
     def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
         if count > (length - file.tell()) // dtype.itemsize:
             raise wrong(f"cut off: its {length} bytes end within its {what}")
@@ -136,8 +147,8 @@ def _check(file, path: Path, length: int, classes: int | None, wrong) -> BetonIn
         raise wrong("was never finished: it has no table of allocations")
 
     columns = np.dtype([("", {"image": IMAGE, "label": LABEL}[name]) for name in names], align=True)
-    rows = read(columns, count, f"metadata of {count} rows")
-    image, label = rows[f"f{names.index('image')}"], rows[f"f{names.index('label')}"]
+    metadata = read(columns, count, f"metadata of {count} rows")
+    image, label = metadata[f"f{names.index('image')}"], metadata[f"f{names.index('label')}"]
     start = file.tell()
     expected = table_at + count * ALLOCATION.itemsize
     if length < expected:
@@ -170,7 +181,10 @@ def _check(file, path: Path, length: int, classes: int | None, wrong) -> BetonIn
     low, high = int(label.min()), int(label.max())
     if classes is not None and (low < 0 or high >= classes):
         raise wrong(f"has labels {low}..{high}, expected 0..{classes - 1}")
-    return BetonInfo(
+    rows = np.zeros(count, ROW)
+    rows["offset"], rows["bytes"], rows["raw"] = wanted, size, mode == RAW
+    rows["width"], rows["height"] = width, height
+    info = BetonInfo(
         path=path,
         count=count,
         bytes=length,
@@ -181,3 +195,4 @@ def _check(file, path: Path, length: int, classes: int | None, wrong) -> BetonIn
         min_label=low,
         max_label=high,
     )
+    return info, rows, label

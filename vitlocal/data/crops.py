@@ -25,6 +25,19 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
+class Cropping:
+    """How a source cuts: at random and in random order for training, else the centre and in order."""
+
+    random: bool
+    seed: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.5
+    repeats: int = 1
+    centre: float = 0.875  # part of the short edge
+
+
+@dataclass(frozen=True)
 class Box:
     """What is cut from an image, in its pixels and not rounded to them."""
 

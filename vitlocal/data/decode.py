@@ -9,15 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vitlocal.data.crops import Cropping
 from vitlocal.data.native import EIGHTH, ROW, Threads, library, policy_of
-
-if TYPE_CHECKING:
-    from vitlocal.data.source import Cropping
 
 
 @contextmanager
@@ -47,8 +44,6 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV tells by this base that it is 
     """
 
     def __init__(self, size: int, cropping: Cropping | None = None, most_reduction: int = EIGHTH):
-        from vitlocal.data.source import Cropping
-
         super().__init__()
         self.size, self.cropping, self.most_reduction = size, cropping or Cropping(random=True), most_reduction
         # The compiled code knows these by address: numba would freeze their values.

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlocal.data.beton import RAW, check_beton
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, epoch_order, replacement
+from vitlocal.data.beton import read_beton
+from vitlocal.data.costs import Costs
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, epoch_order, replacement
 from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
-from vitlocal.data.native import RANDOM, ROW, Threads, policy_of
-from vitlocal.data.source import Batch, Cropping
+from vitlocal.data.native import RANDOM, Threads, policy_of
+from vitlocal.data.source import Batch
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
 
@@ -46,18 +47,8 @@ class MappedFile(OSCacheManager):
     """
 
     def __init__(self, path: Path, classes: int):
-        check_beton(path, classes)
+        _, self.rows, self.labels = read_beton(path, classes)
         self.path, self.reader = path, Reader(str(path))
-        if list(self.reader.handlers) != ["image", "label"]:
-            raise DataError(f"{path}: expected the fields image, label in this order; write it with write_dataset.py")
-        images, table = self.reader.metadata["f0"], self.reader.alloc_table
-        order = np.argsort(table["ptr"])
-        place = order[np.searchsorted(table["ptr"], images["data_ptr"], sorter=order)]
-        self.rows = np.zeros(len(images), ROW)
-        self.rows["offset"], self.rows["bytes"] = images["data_ptr"], table["size"][place]
-        self.rows["width"], self.rows["height"] = images["width"], images["height"]
-        self.rows["raw"] = images["mode"] == RAW
-        self.labels = self.reader.metadata["f1"]
         self.bytes = np.memmap(path, np.uint8, mode="r")
 
     def schedule_epoch(self, schedule: Any) -> MappedFile:
@@ -291,8 +282,25 @@ class Pass(EpochIterator):
             self.terminate_event.set()
 
 
+def choose_file(manifest: Manifest, costs: Costs, cropping: Cropping, side_ratio: float, size: int) -> BetonFile:
+    """The file that serves crops of ``size`` px: of those good enough, the one whose crops cost least.
+
+    Good enough for random crops is a side of at least ``side_ratio`` x size, for the centre crop one that covers it;
+    where no file is, it is the largest. Where costs were not measured for all of these, the smallest side is taken to
+    cost least, and raw less than JPEG.
+    """
+    need = size * side_ratio if cropping.random else size / cropping.centre
+    files = sorted(manifest.files, key=lambda file: (file.side, file.format != "raw"))
+    good = [file for file in files if file.side >= need - 1e-6]
+    good = good or [file for file in files if file.side == files[-1].side]
+    measured = [costs.of(file, size) for file in good]
+    if None in measured:
+        return good[0]
+    return good[int(np.argmin(measured))]
+
+
 class FFCVSource:
-    """A split stored in ``.beton`` files. Serves a size from the smallest file that is good enough for it."""
+    """A split stored in ``.beton`` files. Serves a size from the file that is good enough for it at the least cost."""
 
     def __init__(
         self, root: str, manifest: Manifest, cropping: Cropping, side_ratio: float, device: torch.device,
@@ -301,17 +309,12 @@ class FFCVSource:
         self.root, self.manifest, self.cropping, self.side_ratio = Path(root), manifest, cropping, side_ratio
         self.device, self.decoder, self.stop = device, decoder, on_error == "stop"
         self.damaged: set[int] = set()  # rows that were left out so far, where that is asked for
-        self.classes, self.count = manifest.classes, manifest.count
+        self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
 
     def choose(self, size: int) -> BetonFile:
-        """The smallest file whose side is at least ``side_ratio`` × size; where none is, the largest.
-
-        Raw wins over JPEG of the same side. For the centre crop the side must only cover the crop.
-        """
-        need = size * self.side_ratio if self.cropping.random else size / self.cropping.centre
-        files = sorted(self.manifest.files, key=lambda file: (file.side, file.format != "raw"))
-        return next((file for file in files if file.side >= need - 1e-6), files[-1])
+        """The file for crops of ``size`` px, by :func:`choose_file`."""
+        return choose_file(self.manifest, self.costs, self.cropping, self.side_ratio, size)
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:

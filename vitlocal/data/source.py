@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from vitlocal.config import Config
+from vitlocal.data.crops import Cropping
 from vitlocal.data.manifest import Manifest, described, work_name
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
@@ -30,19 +31,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Cropping:
-    """How a source cuts: at random and in random order for training, else the centre and in order."""
-
-    random: bool
-    seed: int = 0
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip: float = 0.5
-    repeats: int = 1
-    centre: float = 0.875  # part of the short edge
 
 
 class Source(Protocol):
@@ -80,7 +68,8 @@ def load_manifest(root: str, split: str) -> Manifest:
     path = Path(root) / f"{split}.json"
     if path.exists():
         return Manifest.load(path)
-    ours = (Path(root) / work_name(split)).exists() or any(Path(root).glob("*.json"))  # but not, or no longer, whole
+    # Ours, but not, or no longer, whole?
+    ours = (Path(root) / work_name(split)).exists() or any("." not in file.stem for file in Path(root).glob("*.json"))
     manifest = None if ours else described(root, split)
     if manifest is None:
         raise ConfigError(

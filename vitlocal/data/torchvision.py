@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitlocal.data.crops import ROW_MASK, centre_box, cut, epoch_order, random_box
+from vitlocal.data.crops import ROW_MASK, Cropping, centre_box, cut, epoch_order, random_box
 from vitlocal.data.images import ImageSet, open_images, resolve_source
 from vitlocal.data.manifest import Manifest
-from vitlocal.data.source import Batch, Cropping
+from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Position
 

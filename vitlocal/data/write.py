@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vitlocal.config import PLAN_NAME, WriteOptions, read_plan
 from vitlocal.data.beton import MODES, check_beton, page_size_for
+from vitlocal.data.costs import keep_costs
 from vitlocal.data.encode import Interrupts, Job, encoded, stored_size
 from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.journal import Store, byte_words, difference, free_bytes
@@ -27,7 +29,7 @@ from vitlocal.data.manifest import Manifest, PlannedFile, Skipped, SourceInfo, w
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 
-__all__ = ["DEFAULT_FILES", "StoredFile", "WriteConfig", "parse_files", "stored_size", "write"]
+__all__ = ["DEFAULT_FILES", "StoredFile", "WriteConfig", "parse_files", "stored_size", "write", "write_as_asked"]
 
 LARGEST_RAW = 160  # the largest side that `auto` stores raw
 LARGEST_SIDE = 16384
@@ -119,6 +121,24 @@ def write(config: WriteConfig, images: ImageSet | None = None, progress: bool = 
         shutil.rmtree(plan.work, ignore_errors=True)  # also what a kill left of a finished write
     if progress:
         print(_summary(plan.manifest_path, manifest) + (" (already finished)" if finished else ""))
+    return manifest
+
+
+def write_as_asked(options: WriteOptions) -> Manifest:
+    """``write_dataset.py``: writes the split by its options, or those that ``--plan`` left in the data folder, and
+    measures what the files cost to read."""
+    planned = Path(options.out) / PLAN_NAME
+    if options.split == "train" and (options.sides, options.format) == ("auto", "auto") and planned.exists():
+        options = read_plan(planned, options)
+        print(f"{planned}: {options.sides}, quality {options.quality}, chroma {options.sampling}")
+    manifest = write(
+        WriteConfig(
+            split=options.split, source=options.source, out=options.out,
+            files=parse_files("" if options.sides == "auto" else options.sides, options.format),
+            quality=options.quality, sampling=int(options.sampling), workers=options.workers, on_error=options.on_error,
+        )
+    )  # fmt: skip
+    keep_costs(options.out, manifest)
     return manifest
 
 

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitlocal.data.crops import Box
+from vitlocal.data.crops import Box, Cropping
 from vitlocal.data.native import _native
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
-
-if TYPE_CHECKING:
-    from vitlocal.data.source import Cropping
 
 CENTRE, RANDOM, WHOLE = 0, 1, 2  # kinds of box: the central square, a random resized crop, all of the image
 FULL, EIGHTH = 1, 8  # the most that a JPEG may be reduced by while it is decoded

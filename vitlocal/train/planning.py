@@ -1,0 +1,58 @@
+"""``write_dataset.py --plan``: a recipe, a source and a machine -> the files to write."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from vitlocal.config import WriteOptions, read_config
+from vitlocal.data.crops import Cropping
+from vitlocal.data.images import open_images
+from vitlocal.data.journal import free_bytes
+from vitlocal.data.planner import Choice, Limits, described, propose, save_plan
+from vitlocal.errors import ConfigError
+from vitlocal.machine import cores
+from vitlocal.train.rates import rates_for, stages_of
+
+RECIPE = "rcfg/ours.yaml"
+RESERVED = 8 * 10**9  # bytes of memory that are not for the page cache
+
+
+def plan_files(options: WriteOptions) -> Choice:
+    """Measures, prints the choice and keeps it in the data folder, where the next write of the split takes it up.
+
+    Raises ConfigError for a wrong option, a recipe that is not there, and where nothing fits the disk.
+    """
+    recipe = options.recipe or RECIPE
+    if not Path(recipe).exists():
+        raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that the files are for")
+    config = read_config(["--config-file", recipe], {})
+    images = open_images(options.source, "train")
+    stages = stages_of(config, len(images), rates_for(config, options.rates))
+    augment = config.augment
+    cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
+    limits = Limits(
+        cores=options.cores or cores(),
+        disk=options.disk_limit or free_bytes(_existing(Path(options.out))),
+        memory=options.memory_limit or _memory_for_files(),
+    )
+    print(f"encoding and cutting some of {len(images):,} images ...", file=sys.stderr)
+    choice = propose(images, stages, cropping, config.data.side_ratio, limits, options.quality, int(options.sampling))
+    lines = described(choice, limits, len(images))
+    print("\n".join(lines))
+    source = f" --source {shlex.quote(options.source)}" if options.source else ""
+    command = f"python write_dataset.py --split train{source} --out {shlex.quote(options.out)}"
+    path = save_plan(options.out, choice, lines, f"--plan, for {recipe}")
+    print(f"{path} keeps this. Write these files: {command}")
+    return choice
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _memory_for_files() -> int:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(there - RESERVED, there // 2)

@@ -1,0 +1,105 @@
+"""How fast a recipe's trainer takes images, size by size: given, told by its FLOPs, or measured on this machine."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from vitlocal.config import Config
+from vitlocal.data.planner import Stage
+from vitlocal.data.source import Batch
+from vitlocal.errors import ConfigError
+from vitlocal.models.factory import build_model
+from vitlocal.models.flops import count_macs
+from vitlocal.train.ema import Average
+from vitlocal.train.optim import build_optimizer
+from vitlocal.train.run import choose_device
+from vitlocal.train.step import Step
+
+MEASURE_SECONDS = 1.0  # of steps, a size
+CPU_BATCH = 4  # images a measured step on a CPU, where a full batch would take a minute
+CLASSES = 1000
+
+
+def curriculum(config: Config) -> dict[int, tuple[float, float]]:
+    """The recipe's image sizes with the epochs at which each begins and ends; the last may go on for ever."""
+    if "image_size" not in config.methods:
+        return {config.model.size: (0.0, float("inf"))}
+    starts = config.image_size.starts
+    return dict(zip(config.image_size.sizes, zip(starts, (*starts[1:], float("inf")), strict=True), strict=True))
+
+
+def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[Stage, ...]:
+    """What the recipe's budget is spent on, for a training set of ``images`` and ``rates`` (images/s) by size.
+
+    Stages that the budget does not reach are left in with one image: their files are wanted all the same, should the
+    trainer be quicker than thought.
+    """
+    length, left = config.budget.length, config.budget.length.value
+    stages = []
+    for size, (start, end) in curriculum(config).items():
+        a_unit = {"epochs": images, "steps": config.train.batch_size, "seconds": rates[size]}[length.kind]
+        trained = min((end - start) * images, left * a_unit)
+        left -= trained / a_unit
+        stages.append(Stage(size, max(trained, 1.0), rates[size]))
+    return tuple(stages)
+
+
+def rates_for(config: Config, given: str | None) -> dict[int, float]:
+    """Images/s by size: as ``given`` ("224:2500", "32:20000,224:2500"), else measured on this machine.
+
+    A size that is not given follows from the next larger one that is (or the largest), by the FLOPs of the model: at
+    small sizes that is more than a GPU reaches. Raises ConfigError for what is no rate.
+    """
+    sizes = list(curriculum(config))
+    if given is None:
+        return measured_rates(config, sizes)
+    stated: dict[int, float] = {}
+    for item in given.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\.\d+)?)\s*", item)
+        if match is None or not int(match[1]) or not float(match[2]):
+            raise ConfigError(f"--rates: got {item.strip()!r}, expected SIZE:IMAGES_A_SECOND, as in 32:20000,224:2500")
+        stated[int(match[1])] = float(match[2])
+    model, _ = build_model(config.model, CLASSES)
+    macs = {size: count_macs(model, size) for size in {*sizes, *stated}}
+    rates = {}
+    for size in sizes:
+        base = min((one for one in stated if one >= size), default=max(stated))
+        rates[size] = stated[base] * macs[base] / macs[size]
+    return rates
+
+
+def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
+    """Images/s of the recipe's training step on this machine, on pixels of noise that lie on the device."""
+    device = choose_device(config.run.device)
+    model, _ = build_model(config.model, CLASSES)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    average = Average(model, config.train.ema) if config.train.ema is not None else None
+    step = Step(model, build_optimizer(model, config.train), average, config, device)
+    count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
+    rates = {}
+    for size in sizes:
+        print(f"\rmeasuring the trainer: {size} px ", end="", file=sys.stderr, flush=True)
+        noise = np.random.default_rng(size).integers(0, 256, (count, 3, size, size), np.uint8)
+        images = torch.from_numpy(noise).to(device).contiguous(memory_format=torch.channels_last)
+        batch = Batch(images, torch.arange(count, device=device) % CLASSES, torch.arange(count))
+        step(batch, 0, 1e-6)  # the first is slow: kernels are loaded, memory is taken
+        _wait(device)
+        done, began = 0, time.perf_counter()
+        while not done or time.perf_counter() - began < MEASURE_SECONDS:
+            done += 1
+            step(batch, done, 1e-6)
+        _wait(device)
+        rates[size] = done * count / (time.perf_counter() - began)
+    print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)
+    return rates
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
