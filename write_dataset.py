@@ -4,8 +4,12 @@
 goes on from where it was.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+
+# PyTorch's threads share the cores with others, and must not spin while they wait. Read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vitlocal.config import read_write_options
 from vitlocal.errors import run_command

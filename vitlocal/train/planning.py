@@ -14,7 +14,7 @@ from vitlocal.data.journal import free_bytes
 from vitlocal.data.planner import Choice, Limits, described, propose, save_plan
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
-from vitlocal.train.rates import rates_for, stages_of
+from vitlocal.train.rates import parse_rates, rates_for, stages_of
 
 RECIPE = "rcfg/ours.yaml"
 RESERVED = 8 * 10**9  # bytes of memory that are not for the page cache
@@ -28,9 +28,9 @@ def plan_files(options: WriteOptions) -> Choice:
     recipe = options.recipe or RECIPE
     if not Path(recipe).exists():
         raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that the files are for")
-    config = read_config(["--config-file", recipe], {})
+    config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
     images = open_images(options.source, "train")
-    stages = stages_of(config, len(images), rates_for(config, options.rates))
+    stages = stages_of(config, len(images), rates_for(config, stated))
     augment = config.augment
     cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
     limits = Limits(

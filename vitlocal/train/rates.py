@@ -50,21 +50,26 @@ def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[
     return tuple(stages)
 
 
-def rates_for(config: Config, given: str | None) -> dict[int, float]:
-    """Images/s by size: as ``given`` ("224:2500", "32:20000,224:2500"), else measured on this machine.
-
-    A size that is not given follows from the next larger one that is (or the largest), by the FLOPs of the model: at
-    small sizes that is more than a GPU reaches. Raises ConfigError for what is no rate.
-    """
-    sizes = list(curriculum(config))
-    if given is None:
-        return measured_rates(config, sizes)
+def parse_rates(text: str | None) -> dict[int, float]:
+    """Images/s by size from "224:2500" or "32:20000,224:2500". Raises ConfigError for what is no such list."""
     stated: dict[int, float] = {}
-    for item in given.split(","):
+    for item in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\.\d+)?)\s*", item)
         if match is None or not int(match[1]) or not float(match[2]):
             raise ConfigError(f"--rates: got {item.strip()!r}, expected SIZE:IMAGES_A_SECOND, as in 32:20000,224:2500")
         stated[int(match[1])] = float(match[2])
+    return stated
+
+
+def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
+    """Images/s by size of the recipe: as ``stated``; where nothing is, measured on this machine.
+
+    A size that is not stated follows from the next larger one that is (or the largest), by the FLOPs of the model: at
+    small sizes that is more than a GPU reaches.
+    """
+    sizes = list(curriculum(config))
+    if not stated:
+        return measured_rates(config, sizes)
     model, _ = build_model(config.model, CLASSES)
     macs = {size: count_macs(model, size) for size in {*sizes, *stated}}
     rates = {}

@@ -1,0 +1,279 @@
+"""The planner of files: is its choice the best one, are its predictions true, and is it taken up?"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import write_dataset
+from vitlocal.config import read_config, read_plan, read_write_options
+from vitlocal.data.costs import Costs, costs_path, keep_costs
+from vitlocal.data.crops import Cropping
+from vitlocal.data.ffcv import choose_file
+from vitlocal.data.images import open_images
+from vitlocal.data.manifest import BetonFile, Manifest
+from vitlocal.data.planner import (
+    MARGIN,
+    WAIT_STEP,
+    Candidate,
+    Choice,
+    Limits,
+    Stage,
+    cheapest,
+    described,
+    measured,
+    serving,
+)
+from vitlocal.data.write import StoredFile, WriteConfig, write
+from vitlocal.errors import ConfigError, run_command
+from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
+
+LIMITS = Limits(cores=4, disk=10**9, memory=10**9)
+TRAIN = Cropping(random=True)
+
+
+def lacking(stages: list[Stage], files: tuple[Candidate, ...], limits: Limits, all_files: list[Candidate]) -> float:
+    """What a set lacks, by the rules; infinite where a stage has no file."""
+    total = 0.0
+    for stage in stages:
+        good = [file for file in all_files if stage.size in file.rates and file.bytes <= limits.disk]
+        fit = [file for file in good if file.bytes <= limits.memory]
+        allowed = fit or sorted(good, key=lambda file: file.bytes)[:1]
+        total += min(
+            (max(0.0, 1 - file.rates[stage.size] / (MARGIN * stage.rate)) for file in files if file in allowed),
+            default=float("inf"),
+        )
+    return total
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_set_of_files_is_better(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = [32, 64, 96, 128][: rng.integers(1, 5)]
+    stages = [Stage(size, 1e6, float(rng.uniform(500, 20000))) for size in sizes]
+    files = []
+    for number in range(rng.integers(1, 8)):
+        least = int(rng.integers(0, len(sizes)))
+        rates = {size: float(rng.uniform(300, 30000)) for size in sizes[: least + 1]}
+        files.append(Candidate(100 + number, "raw", int(rng.integers(10, 100)), rates))
+    limits = Limits(4, int(rng.integers(50, 250)), int(rng.integers(30, 100)))
+    found = cheapest(stages, files, limits)
+    sets = [
+        subset
+        for count in range(1, len(files) + 1)
+        for subset in itertools.combinations(files, count)
+        if sum(file.bytes for file in subset) <= limits.disk and np.isfinite(lacking(stages, subset, limits, files))
+    ]
+    if not sets:
+        assert found is None
+        return
+
+    def value(subset: tuple[Candidate, ...]) -> tuple[int, int, int]:
+        return (
+            round(lacking(stages, subset, limits, files) / WAIT_STEP),
+            sum(file.bytes for file in subset),
+            len(subset),
+        )
+
+    assert value(found) == min(map(value, sets))
+
+
+def test_the_smallest_set_that_keeps_up() -> None:
+    stages = [Stage(32, 1e6, 9000), Stage(224, 1e6, 1000)]
+    small = Candidate(48, "raw", 100, {32: 90_000})
+    quick = Candidate(336, "raw", 5000, {32: 20_000, 224: 9000})
+    slow = Candidate(336, "jpg", 900, {32: 2000, 224: 1300})
+    assert cheapest(stages, [small, quick, slow], LIMITS) == (small, slow)
+    assert cheapest([Stage(224, 1e6, 2000)], [small, quick, slow], LIMITS) == (quick,)
+    assert cheapest([Stage(32, 1e6, 1000), Stage(224, 1e6, 1000)], [small, quick, slow], LIMITS) == (slow,)
+    # The fast file is too large for the page cache, or for the disk.
+    for limits in (replace(LIMITS, memory=4000), replace(LIMITS, disk=4000)):
+        assert cheapest([Stage(224, 1e6, 2000)], [small, quick, slow], limits) == (slow,)
+    assert cheapest(stages, [quick], replace(LIMITS, memory=4000)) == (quick,)  # there is no other
+    assert cheapest(stages, [small, quick, slow], replace(LIMITS, disk=800)) is None
+
+
+def test_it_says_which_stage_waits() -> None:
+    stages = (Stage(32, 5e6, 9000), Stage(224, 5e6, 2600))
+    small, slow = Candidate(48, "raw", 10**8, {32: 90_000}), Candidate(336, "jpg", 10**10, {32: 2000, 224: 1300})
+    choice = Choice(stages, (small, slow), tuple(serving(stage, (small, slow), LIMITS) for stage in stages), 90, 420)
+    assert choice.serving == (small, slow) and not choice.keeps_up
+    assert choice.waits == (0.0, 0.5)
+    text = "\n".join(described(choice, LIMITS, 10**6))
+    for words in (
+        "224     5.0     2,600/s     1,300/s    0.5 x  336:jpg  waits 50 % of its time", "10 GB on disk, of 1.0 GB",
+        "more cores (--cores)", "48:raw (100 MB)", "does not fit in memory (1.0 GB)", "quality 90 and chroma 420",
+    ):  # fmt: skip
+        assert words in text, text
+    spare = replace(choice, stages=(stages[0], Stage(224, 5e6, 1200)))
+    assert "little to spare" in "\n".join(described(spare, LIMITS, 10**6)) and spare.waits == (0.0, 0.0)
+
+
+def test_predicted_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    images = open_images("sample:10", "train")
+    found = measured(images, [16, 32], TRAIN, 1.5, 2, 80, 420)
+    assert [(file.side, file.format, sorted(file.rates)) for file in found] == [
+        (32, "raw", [16]), (32, "jpg", [16]), (48, "raw", [16, 32]), (48, "jpg", [16, 32]),
+    ]  # fmt: skip
+    files = tuple(StoredFile(file.side, file.format) for file in found)
+    manifest = write(WriteConfig("train", "sample:10", str(tmp_path), files, quality=80), progress=False)
+    written = {(file.side, file.format): file.bytes for file in manifest.files}
+    for file in found:
+        assert file.bytes == pytest.approx(written[file.side, file.format], rel=0.03)
+        assert all(rate > 100 for rate in file.rates.values())
+
+
+# --- what the trainer needs ---------------------------------------------------------------------------------
+
+
+def a_recipe(**options: object) -> list[str]:
+    options = {"model.name": "vitlocal_tiny_patch8_64", "model.size": 48, "model.depth": 2, "methods": "image_size",
+               "image_size.init": 16, "image_size.step_pixels": 16, "image_size.step_epochs": 2,
+               "train.batch_size": 8, **options}  # fmt: skip
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def test_stages_spend_the_budget() -> None:
+    rates = {16: 1000.0, 32: 500.0, 48: 100.0}
+    for length, last in (("10ep", 600), ("5ep", 100), ("3ep", 1), ("100steps", 400), ("9s", 780)):
+        stages = stages_of(read_config(a_recipe(**{"budget.length": length}), {}), 100, rates)
+        assert [stage.size for stage in stages] == [16, 32, 48]
+        assert [stage.rate for stage in stages] == [1000, 500, 100]
+        assert stages[0].images == 200 and stages[2].images == pytest.approx(last, abs=0.1 + last * 0.1)
+    alone = stages_of(read_config(a_recipe(methods="none", **{"budget.length": "10ep"}), {}), 100, rates)
+    assert [(stage.size, stage.images) for stage in alone] == [(48, 1000)]
+
+
+def test_rates_follow_from_flops() -> None:
+    config = read_config(a_recipe(), {})
+    rates = rates_for(config, {48: 100.0})
+    assert rates[48] == 100 and rates[32] > 200 and rates[16] > 2.5 * rates[32]
+    assert rates_for(config, {16: 7.0, 48: 100.0}) == {**rates, 16: 7.0}
+    assert parse_rates(" 32:20000, 224:2500.5") == {32: 20000, 224: 2500.5} and parse_rates(None) == {}
+    for wrong in ("224", "224:x", "0:5", "5:0", "32:1,", "224=5"):
+        with pytest.raises(ConfigError, match=r"--rates.*SIZE:IMAGES_A_SECOND"):
+            parse_rates(wrong)
+
+
+def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitlocal.train.rates.MEASURE_SECONDS", 0.0)
+    found = measured_rates(read_config(a_recipe(**{"run.device": "cpu"}), {}), [16, 48])
+    assert found.keys() == {16, 48} and min(found.values()) > 0
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_planned_files_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(threads: object, file: object, rows: np.ndarray, *more: object) -> float:
+        return 1e-5 if rows["raw"][0] else 1e-3
+
+    monkeypatch.setattr("vitlocal.data.planner.crop_seconds", seconds)
+    recipe, out = tmp_path / "recipe.yaml", str(tmp_path / "data")
+    recipe.write_text("model: {name: vitlocal_tiny_patch8_64, size: 32, depth: 2}\nbudget: {length: 3ep}\n")
+    common = ["--source", "sample:5", "--out", out]
+    plan = [*common, "--plan", "--recipe", str(recipe), "--disk-limit", "1GB", "--memory-limit", "1GB", "--cores", "3"]
+    assert run_command(write_dataset.main, [*plan, "--rates", "32:10"]) == 0
+    shown = capsys.readouterr().out
+    assert "100 images; 3 cores" in shown and "48:jpg" in shown and "write_dataset.py --split train" in shown
+    # Too much for JPEG.
+    assert run_command(write_dataset.main, [*plan, "--rates", "32:30000", "--quality", "75"]) == 0
+    shown = capsys.readouterr().out
+    assert "48:raw" in shown
+    chosen = read_plan(tmp_path / "data" / "plan.yaml", read_write_options([], {}))
+    assert (chosen.sides, chosen.sampling) == ("48:raw", "420")
+    assert run_command(write_dataset.main, common) == 0
+    assert "plan.yaml: 48:raw" in capsys.readouterr().out
+    manifest = Manifest.load(Path(out) / "train.json")
+    assert [file.file for file in manifest.files] == ["train_48_raw.beton"]
+    assert run_command(write_dataset.main, [*common, "--sides", "24"]) == 2  # asked for otherwise: another split
+    assert "another configuration" in capsys.readouterr().err
+    (tmp_path / "data" / "plan.yaml").write_text("write: {quality: 80}\n")
+    assert run_command(write_dataset.main, common) == 2
+    assert "write.sides is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rates", "32:5"], "--rates: it is for --plan"),
+        (["--disk-limit", "5GB"], "--disk-limit: it is for --plan"),
+        (["--plan", "--disk-limit", "5 parsecs"], "bytes with a unit: 150GB"),
+        (["--plan", "--verify"], "one thing at a time"),
+        (["--plan", "--sides", "64"], "leave out --sides"),
+        (["--plan", "--split", "val"], "split train"),
+        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml is not there"),
+        (["--plan", "--source", "sample:1", "--rates", "5"], "SIZE:IMAGES_A_SECOND"),
+    ],
+)
+def test_wrong_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data"
+    assert run_command(write_dataset.main, ["--out", str(out), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: vitlocal_tiny_patch8_64, size: 32, depth: 2}\nbudget: {length: 3ep}\n")
+    plan = ["--plan", "--source", "sample:2", "--out", str(tmp_path / "data"), "--recipe", str(recipe)]
+    assert run_command(write_dataset.main, [*plan, "--rates", "32:10", "--disk-limit", "10KB"]) == 2
+    error = capsys.readouterr().err
+    assert "--disk-limit" in error and "side 48" in error and "Raise the limit" in error
+    assert not (tmp_path / "data").exists()
+
+
+# --- which file a source takes ------------------------------------------------------------------------------
+
+
+def files_of(*names: str) -> Manifest:
+    files = []
+    for name in names:
+        side, format = name.split(":")
+        files.append(BetonFile(f"train_{side}_{format}.beton", int(side), format, 90, 420, 1 << 21, 1, name, 9, 9))
+    return Manifest("train", 1, ("ant",), tuple(files), None, (), ("x",))
+
+
+def test_the_cheapest_good_file_is_taken() -> None:
+    manifest = files_of("64:raw", "160:jpg", "256:raw", "256:jpg")
+    costs = Costs({
+        "train_64_raw.beton": {32: 8.0, 64: 14.0}, "train_160_jpg.beton": {64: 100.0, 128: 140.0},
+        "train_256_raw.beton": {64: 40.0, 128: 70.0}, "train_256_jpg.beton": {64: 200.0, 128: 300.0},
+    })  # fmt: skip
+    picked = [choose_file(manifest, costs, TRAIN, 1.5, size).file for size in (32, 64, 96, 160, 224)]
+    assert picked == ["train_64_raw.beton", *["train_256_raw.beton"] * 4]
+    centre = Cropping(random=False, centre=1.0)
+    assert choose_file(manifest, costs, centre, 1.5, 160).file == "train_256_raw.beton"
+    # Where not all were measured, the smallest side is taken, and raw before JPEG.
+    some = Costs({name: cost for name, cost in costs.microseconds.items() if "256_raw" not in name})
+    picked = [choose_file(manifest, some, TRAIN, 1.5, size).file for size in (32, 64, 96, 160)]
+    assert picked == ["train_64_raw.beton", "train_160_jpg.beton", "train_160_jpg.beton", "train_256_raw.beton"]
+
+
+def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = (StoredFile(24, "raw"), StoredFile(32, "raw"), StoredFile(32, "jpg"))
+    manifest = write(WriteConfig("train", "sample:3", str(tmp_path), files), progress=False)
+    monkeypatch.setattr("vitlocal.data.costs.SECONDS", 0.01)
+    assert Costs.load(tmp_path, manifest).microseconds == {}
+    keep_costs(tmp_path, manifest)
+    costs = Costs.load(tmp_path, manifest)
+    assert {name: list(by_size) for name, by_size in costs.microseconds.items()} == {
+        "train_24_raw.beton": [16], "train_32_jpg.beton": [16, 32], "train_32_raw.beton": [16, 32],
+    }  # fmt: skip
+    stored = {file.file: file for file in manifest.files}
+    assert 0 < costs.of(stored["train_32_raw.beton"], 24) < costs.of(stored["train_32_jpg.beton"], 24)
+    before = costs_path(tmp_path, "train").read_text()
+    keep_costs(tmp_path, manifest)
+    assert costs_path(tmp_path, "train").read_text() == before
+    other = replace(manifest, files=tuple(replace(file, checksum="crc32:0") for file in manifest.files))
+    assert Costs.load(tmp_path, other).microseconds == {}  # these files are not those that were measured
+    for damaged in ("", "[]", "{}", json.dumps({"files": [3]}), '{"files": [{"file": "x"}]}'):
+        costs_path(tmp_path, "train").write_text(damaged)
+        assert Costs.load(tmp_path, manifest).microseconds == {}
