@@ -54,5 +54,8 @@ setup(
         "tqdm>=4.66,<5",
         "setuptools>=70,<85",  # ffcv imports distutils, which left the standard library in 3.12
     ],
-    extras_require={"dev": ["pytest>=8,<10", "ruff>=0.12,<0.18"]},
+    extras_require={
+        "dev": ["pytest>=8,<10", "ruff>=0.12,<0.18"],
+        "dali": ["nvidia-dali-cuda120>=1.50,<3"],  # works without a GPU, too
+    },
 )

@@ -169,8 +169,10 @@ def option(default: Any, kind: Checker, meaning: str) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     root: str = option("data/imagenet", Text(), "the data folder that write_dataset.py filled")
-    loader: str = option("ffcv", Choice("ffcv", "torchvision"), "who reads the images")
-    source: str | None = option(None, Maybe(Text()), "original images, for torchvision; none: what the manifest says")
+    loader: str = option("ffcv", Choice("ffcv", "torchvision", "dali"), "who reads the images")
+    source: str | None = option(
+        None, Maybe(Text()), "original images, for torchvision and dali; none: what the manifest says"
+    )
     workers: int = option(
         0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one a core"
     )
@@ -586,7 +588,8 @@ def _contradictions(config: Config) -> list[str]:
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
     if config.data.loader != "ffcv" and config.data.on_error != "stop":
         found.append(
-            "data.on_error: skip is for data.loader=ffcv; with torchvision, write the files with --on-error skip"
+            f"data.on_error: skip is for data.loader=ffcv; with {config.data.loader}, name a data folder that was "
+            "written with --on-error skip"
         )
     for name in ("crop_scale", "crop_ratio"):
         low, high = getattr(augment, name)

@@ -1,4 +1,4 @@
-"""Sources: what hands the trainer its batches. One interface over FFCV and torchvision.
+"""Sources: what hands the trainer its batches. One interface over FFCV, torchvision and DALI.
 
 Shape letters: B batch, S size (the crop side fed to the model, px).
 """
@@ -104,13 +104,15 @@ def open_sources(config: Config, device: torch.device) -> Sources:
             )
         )
     else:
-        from vitlocal.data.torchvision import TorchvisionSource
+        if config.data.loader == "dali":
+            from vitlocal.data.dali import DALISource as Originals  # an extra, not installed everywhere
+        else:
+            from vitlocal.data.torchvision import TorchvisionSource as Originals
 
         workers = config.data.workers or cores()
-
         sources = Sources(
             *(
-                TorchvisionSource(config.data.root, config.data.source, split, cropping, device, workers)
+                Originals(config.data.root, config.data.source, split, cropping, device, workers)
                 for split, cropping in (("train", train), ("val", val))
             )
         )

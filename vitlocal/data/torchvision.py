@@ -8,17 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vitlocal.data.crops import ROW_MASK, Cropping, centre_box, cut, epoch_order, random_box
-from vitlocal.data.images import ImageSet, open_images, resolve_source
-from vitlocal.data.manifest import Manifest
+from vitlocal.data.images import ImageSet
+from vitlocal.data.originals import open_originals
 from vitlocal.data.source import Batch
-from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Position
 
 # What is asked of a worker process: all that a crop depends on, so that workers live on from pass to pass.
@@ -75,20 +73,7 @@ class TorchvisionSource:
     """A split read from its original images; rows are those of the manifest, where the data folder has one."""
 
     def __init__(self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int):
-        path = Path(root) / f"{split}.json"
-        manifest = Manifest.load(path) if path.exists() else None
-        if spec is None and manifest is None:
-            try:
-                spec = resolve_source(None)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"data.source: {path}, which would name the original images, is not there, and no other source is "
-                    f"given. Set --data.source=FOLDER, or write the data folder. ({error})"
-                ) from error
-        images = open_images(spec or manifest.source.spec, split)
-        rows = np.arange(len(images))
-        if manifest is not None:
-            rows = _rows(images, manifest, spec)
+        images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
         self.cropping, self.device, self.damaged = cropping, device, ()
         self.batches = Batches()
@@ -125,19 +110,3 @@ class TorchvisionSource:
         if self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()  # DataLoader has no public way; a reader left open keeps them
             self.loader._iterator = None
-
-
-def _rows(images: ImageSet, manifest: Manifest, spec: str | None) -> np.ndarray:
-    """The source's index of each row of the manifest, ``(n,)`` int64."""
-    if not manifest.skipped and len(images) == manifest.count:
-        first_and_last = {0, manifest.count - 1}
-        if all(images.entry(i) == manifest.entries[i] for i in first_and_last):
-            return np.arange(manifest.count)
-    place = {images.entry(i): i for i in range(len(images))}
-    missing = [entry for entry in manifest.entries if entry not in place]
-    if missing:
-        raise ConfigError(
-            f"data.source: {spec or manifest.source.spec} lacks {len(missing)} of the {manifest.count} images that "
-            f"the {manifest.split} manifest lists, {missing[0]} for one; name the source of the files"
-        )
-    return np.array([place[entry] for entry in manifest.entries])

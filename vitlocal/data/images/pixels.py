@@ -75,6 +75,11 @@ _TURNS = {  # what brings an image of each EXIF orientation upright
 }
 
 
+def is_upright(image: Image.Image) -> bool:
+    """Whether an opened image needs no turn; reads no pixels."""
+    return _TURNS.get(_orientation(image)) is None
+
+
 def _orientation(image: Image.Image) -> int:
     if "exif" not in image.info and image.format != "TIFF":
         return 1

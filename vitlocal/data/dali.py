@@ -1,0 +1,215 @@
+"""The DALI source: the original images, decoded by NVIDIA DALI on the CPU, or on the GPU where there is one.
+
+Order and boxes are the other sources' own: DALI decodes the part of the image that a box needs, resizes and flips.
+``pip install vitlocal[dali]``.
+
+Shape letters: B batch, S size (px).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box, epoch_order, random_box
+from vitlocal.data.images import ImageSet
+from vitlocal.data.images.pixels import decode_rgb, is_upright
+from vitlocal.data.originals import open_originals
+from vitlocal.data.source import Batch
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.plan import Feed, Position
+
+try:
+    from nvidia.dali import fn, pipeline_def, types
+except ImportError as error:
+    raise ConfigError(
+        f"data.loader: dali needs NVIDIA DALI ({error}); pip install 'vitlocal[dali]', or use data.loader=ffcv"
+    ) from error
+
+AHEAD = 2  # batches that DALI works on while one is trained on; also the depth of its queue
+# Formats and modes that DALI is handed as they are; the others go through Pillow.
+PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
+
+Sample = dict[str, np.ndarray]
+
+
+@pipeline_def
+def crops(gpu: bool) -> Any:
+    """Encoded images with their boxes -> (S, S, 3) crops. Boxes are given per image, so that any pass fits."""
+
+    def given(name: str, dtype: Any, dimensions: int = 1) -> Any:
+        return fn.external_source(name=name, dtype=dtype, ndim=dimensions)
+
+    images = fn.decoders.image_slice(
+        given("data", types.UINT8), start=given("start", types.INT32), shape=given("shape", types.INT32), axes=[0, 1],
+        output_type=types.RGB, device="mixed" if gpu else "cpu",
+    )  # fmt: skip
+    images = fn.resize(
+        images, size=given("size", types.FLOAT), roi_start=given("top_left", types.FLOAT),
+        roi_end=given("bottom_right", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True,
+    )  # fmt: skip
+    return fn.flip(images, horizontal=given("flipped", types.INT32, 0), vertical=0)
+
+
+def plain(images: ImageSet, index: int) -> tuple[bytes, int, int]:
+    """The image's bytes as DALI reads them without question, with height and width."""
+    if images.holds_files:
+        data = images.read(index)
+        try:
+            head = Image.open(io.BytesIO(data))  # reads no pixels
+            if (head.format, head.mode) in PLAIN and is_upright(head):
+                return data, head.height, head.width
+        except Exception:  # what is wrong with it, decode_rgb says
+            pass
+        image = decode_rgb(data, images.entry(index))
+    else:
+        image = images.load(index)
+    return b"P6 %d %d 255\n" % image.size + image.tobytes(), image.height, image.width
+
+
+def sample_of(data: bytes, height: int, width: int, box: Box, size: int) -> Sample:
+    """The inputs of :func:`crops` for one image: whole pixels around the box, and the box within them."""
+    top, left = math.floor(box.top), math.floor(box.left)
+    bottom = min(max(math.ceil(box.top + box.height), top + 1), height)
+    right = min(max(math.ceil(box.left + box.width), left + 1), width)
+    return {
+        "data": np.frombuffer(data, np.uint8),
+        "start": np.array([top, left], np.int32),
+        "shape": np.array([bottom - top, right - left], np.int32),
+        "top_left": np.array([box.top - top, box.left - left], np.float32),
+        "bottom_right": np.array([box.top - top + box.height, box.left - left + box.width], np.float32),
+        "size": np.array([size, size], np.float32),
+        "flipped": np.array(box.flipped, np.int32),
+    }
+
+
+class DALISource:
+    """A split read from its original images; rows are those of the manifest, where the data folder has one."""
+
+    def __init__(self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int):
+        self.images, self.rows = open_originals(root, spec, split)
+        self.classes, self.count = tuple(self.images.classes), len(self.rows)
+        self.cropping, self.device, self.workers, self.damaged = cropping, device, workers, ()
+        self.readers = ThreadPoolExecutor(workers)  # they wait for the disk, and read headers
+        self.own = threading.local()  # each reader's copy of the images, for reading may move what they hold
+        self.pipeline: Any = None
+
+    @contextmanager
+    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+        cropping = self.cropping
+        if cropping.random:
+            draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)[at.images :]
+        else:
+            draws = np.arange(at.images, self.count)
+        batches = self._read(draws, at.epoch, feed)
+        try:
+            yield batches
+        finally:
+            batches.close()
+
+    def _sample(self, draw: int, epoch: int, size: int) -> Sample:
+        if not hasattr(self.own, "images"):
+            self.own.images = copy.copy(self.images)
+        data, height, width = plain(self.own.images, int(self.rows[draw & ROW_MASK]))
+        cropping = self.cropping
+        if cropping.random:
+            box = random_box(cropping.seed, epoch, draw, height, width, cropping.scale, cropping.ratio, cropping.flip)
+        else:
+            box = centre_box(height, width, cropping.centre)
+        return sample_of(data, height, width, box, size)
+
+    def _read(self, draws: np.ndarray, epoch: int, feed: Feed) -> Iterator[Batch]:
+        self._make_room(feed.batch_size)
+        spans = [draws[start : start + feed.batch_size] for start in range(0, len(draws), feed.batch_size)]
+        reading: deque[Any] = deque()
+        decoding: deque[np.ndarray] = deque()
+        try:
+            for number in range(len(spans) + AHEAD):
+                if number < len(spans):
+                    asked = spans[number].tolist()
+                    reading.append([self.readers.submit(self._sample, draw, epoch, feed.size) for draw in asked])
+                if number >= 1 and reading:
+                    samples = [future.result() for future in reading.popleft()]
+                    self._schedule(samples)
+                    decoding.append(spans[number - 1])
+                if number >= AHEAD:
+                    yield self._batch(decoding.popleft(), feed.size)
+        finally:
+            for future in (future for futures in reading for future in futures):
+                future.cancel()
+            if self.pipeline is not None:
+                for _ in decoding:  # what DALI has begun, it finishes
+                    self.pipeline.share_outputs()
+                    self.pipeline.release_outputs()
+
+    def _make_room(self, batch_size: int) -> None:
+        """Builds the pipeline, anew where batches have grown; its queue is filled by empty work at first."""
+        if self.pipeline is not None and self.pipeline.max_batch_size >= batch_size:
+            return
+        gpu = self.device.type == "cuda"
+        self.pipeline = crops(
+            gpu=gpu, batch_size=batch_size, num_threads=self.workers, prefetch_queue_depth=AHEAD,
+            device_id=(self.device.index or 0) if gpu else None,
+        )  # fmt: skip
+        self.pipeline.build()
+        dot = b"P6 1 1 255\n" + bytes(3)
+        for _ in range(AHEAD):
+            self._feed([sample_of(dot, 1, 1, centre_box(1, 1, 1.0), 1)])
+        self.pipeline.schedule_run()  # the first one runs as many as the queue is deep
+        for _ in range(AHEAD):
+            self.pipeline.share_outputs()
+            self.pipeline.release_outputs()
+
+    def _feed(self, samples: list[Sample]) -> None:
+        for name in samples[0]:
+            self.pipeline.feed_input(name, [sample[name] for sample in samples])
+
+    def _schedule(self, samples: list[Sample]) -> None:
+        self._feed(samples)
+        self.pipeline.schedule_run()
+
+    def _batch(self, draws: np.ndarray, size: int) -> Batch:
+        rows = draws & ROW_MASK
+        try:
+            (output,) = self.pipeline.share_outputs()
+        except Exception as error:
+            self.pipeline = None  # it is of no more use
+            raise self._explained(rows, error) from error
+        shape = (len(draws), size, size, 3)
+        if self.device.type == "cuda":
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
+            pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            stream = torch.cuda.current_stream(self.device)
+            feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
+            stream.synchronize()  # device sync: DALI may write there again once its output is released
+        else:
+            pixels = torch.from_numpy(np.array(output.as_tensor()))
+        self.pipeline.release_outputs()
+        labels = torch.from_numpy(np.asarray(self.images.labels)[self.rows[rows]])
+        images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
+        return Batch(images, labels.to(self.device), torch.from_numpy(rows))
+
+    def _explained(self, rows: np.ndarray, error: Exception) -> DataError:
+        """DALI does not say which image it was: Pillow finds it."""
+        for row in rows.tolist():
+            try:
+                self.images.load(int(self.rows[row]))
+            except DataError as found:
+                return found
+        return DataError(f"DALI does not decode a batch in which Pillow finds no damage: {error}")
+
+    def close(self) -> None:
+        self.readers.shutdown(cancel_futures=True)
+        self.pipeline = None
