@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vitlocal.bench import loader, runs
+from vitlocal.bench import loader, runs, write
 from vitlocal.errors import ConfigError, run_command
 
-BENCHES = {"loader": loader.main, "runs": runs.main}
+BENCHES = {"loader": loader.main, "runs": runs.main, "write": write.main}
 
 
 def main(argv: Sequence[str]) -> None:

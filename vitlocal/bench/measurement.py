@@ -16,6 +16,7 @@ import torch
 from vitlocal.machine import cores
 
 LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-python", "pillow")
+EXTRAS = ("nvidia-dali-cuda120",)
 
 
 def machine() -> dict[str, Any]:
@@ -36,7 +37,9 @@ def _lines(path: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}}
+    there = {distribution.name for distribution in metadata.distributions()}
+    names = (*LIBRARIES, *(name for name in EXTRAS if name in there))
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def commit() -> str | None:
