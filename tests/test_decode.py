@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from vitlocal.data.beton import ALLOCATION
 from vitlocal.data.crops import Box, centre_box, cut, random_box
-from vitlocal.data.native import EIGHTH, FULL, ROW, Threads, library, policy_of
+from vitlocal.data.native import AS_RAW, EIGHTH, FORM, FULL, ROW, Encoder, Threads, library, policy_of
 from vitlocal.data.source import Cropping
 from vitlocal.errors import DataError
 
@@ -263,3 +265,101 @@ def test_flipped_bytes_in_header_and_tables_are_found_or_harmless(copied: Path, 
         crops = np.empty((len(file.rows), 16, 16, 3), np.uint8)
         threads.decode(file.bytes, file.rows, np.arange(len(file.rows)), policy_of(TRAIN, 0), crops)
     assert refused > 80
+
+
+# --- files made to deceive ----------------------------------------------------------------------------------
+
+DQT, DHT, SOS = 0xDB, 0xC4, 0xDA
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def without(data: bytes, marker: int) -> bytes:
+    """The JPEG less its segments of that kind before the scan."""
+    kept, at = data[:2], 2
+    while True:
+        length = 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
+        kept += b"" if data[at + 1] == marker else data[at : at + length]
+        at += length
+        if data[at - length + 1] == SOS:
+            return kept + data[at:]
+
+
+def many_scans(side: int, count: int) -> bytes:
+    """A progressive gray JPEG that repeats an empty scan ``count`` times, without anything to warn of."""
+    blocks = (side // 8) ** 2
+    frame = segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0]))
+    tables = segment(DQT, bytes(1) + bytes([1] * 64))
+    tables += segment(DHT, bytes([0x00]) + bytes([1] + [0] * 15) + bytes([0]))  # DC: one code, of 0
+    tables += segment(DHT, bytes([0x10]) + bytes([1] + [0] * 15) + bytes([0]))  # AC: one code, the block's end
+    zeros = bytes(blocks // 8)
+    first = segment(SOS, bytes([1, 1, 0x00, 0, 0, 0x00])) + zeros
+    again = segment(SOS, bytes([1, 1, 0x00, 1, 63, 0x00])) + zeros
+    return b"\xff\xd8" + frame + tables + first + again * count + b"\xff\xd9"
+
+
+def raw_form(width: int, height: int) -> np.ndarray:
+    return np.array([(width, height, AS_RAW, 0, 0, 0, 0, 0)], FORM)
+
+
+def test_an_image_does_not_inherit_the_tables_of_the_one_before(photos) -> None:
+    photo = photos[4]
+    sound, others = jpeg(photo), [jpeg(photo, quality=10), jpeg(photos[0], quality=20, optimize=True)]
+    no_quantisation, no_codes = without(sound, DQT), without(sound, DHT)
+    threads, encoder = Threads(1), Encoder()
+    stored = Stored(
+        [photo, photos[0], photo, photo, photo], [others[0], others[1], no_quantisation, no_codes, sound], False
+    )
+    crops, problems = stored.decode(48, threads, draws=[0, 2, 1, 2, 1, 3, 4])
+    assert problems.keys() == {1, 3} and "table" in problems[1]
+    assert not crops[1].any()
+    whole = Stored([photo] * 2, [no_codes, sound], False)  # as a camera's video has them: the standard's own codes
+    crops, problems = whole.decode(48, threads, Cropping(random=False))
+    assert not problems and (crops[0] == crops[1]).all()
+    width, height = photo.size
+    expected = encoder.encode(sound, height, width, raw_form(width, height))
+    for other in others:
+        size = Image.open(io.BytesIO(other)).size
+        assert encoder.encode(other, size[1], size[0], raw_form(*size))
+        assert encoder.encode(no_quantisation, height, width, raw_form(width, height)) is None
+        assert encoder.encode(no_codes, height, width, raw_form(width, height)) == expected
+
+
+def test_a_file_of_endless_scans_is_refused() -> None:
+    side = 1024
+    few, many = many_scans(side, 90), many_scans(side, 5000)
+    gray = Image.new("RGB", (side, side))
+    _, problems = Stored([gray, gray], [few, many], False).decode(32, Threads(1), draws=[0, 1])
+    assert problems == {1: "would take unduly long to decode (has more than 100 scans)"}
+    encoder = Encoder()
+    assert encoder.inspect(many)["keepable"] == 0
+    assert encoder.encode(few, side, side, raw_form(8, 8)) == [bytes([128] * 192)]
+    with pytest.raises(ValueError, match="more than 100 scans"):
+        encoder.encode(many, side, side, raw_form(8, 8))
+
+
+def test_unusual_sampling_is_decoded_by_whole_rows(photos) -> None:
+    photo = photos[4]
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411]
+    data = cv2.imencode(".jpg", np.asarray(photo)[..., ::-1], options)[1].tobytes()
+    decoded = Image.open(io.BytesIO(data))
+    assert decoded.layer[0][1:3] == (4, 1) and not Encoder().inspect(data)["keepable"]
+    stored = Stored([photo], [data], False)
+    draws = np.arange(8) << 40
+    crops, _ = stored.decode(64, Threads(1), most=FULL, draws=draws)
+    for draw, crop in zip(draws.tolist(), crops, strict=True):
+        box = random_box(3, 0, draw, photo.height, photo.width, TRAIN.scale, TRAIN.ratio, TRAIN.flip)
+        assert np.abs(np.asarray(cut(decoded.convert("RGB"), box, 64)).astype(int) - crop).max() <= 2
+
+
+def test_shrinking_a_thousandfold_keeps_the_brightness() -> None:
+    white = np.full((1, 65535, 3), 255, np.uint8)
+    for width in (16, 64, 500):
+        (raw,) = Encoder().encode(white, 1, 65535, raw_form(width, 1))
+        assert set(raw) == {255}
+    ramp = np.repeat(np.linspace(0, 255, 40000).astype(np.uint8)[None, :, None], 3, axis=2)
+    (raw,) = Encoder().encode(ramp, 1, 40000, raw_form(50, 1))
+    expected = cv2.resize(ramp, (50, 1), interpolation=cv2.INTER_AREA).reshape(-1).astype(int)
+    assert np.abs(np.frombuffer(raw, np.uint8) - expected).max() <= 1

@@ -515,6 +515,19 @@ def test_threads_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write(config(tmp_path, workers=2), FakeImages(60), progress=False)
 
 
+@pytest.mark.parametrize("error", [MemoryError("no memory for an encoder"), TypeError("an error of ours")])
+def test_a_thread_that_dies_is_an_error_and_no_hang(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(encoder: native.Encoder) -> None:
+        raise error
+
+    monkeypatch.setattr(native.Encoder, "__init__", fail)
+    expected = DataError if isinstance(error, MemoryError) else TypeError
+    with pytest.raises(expected, match="give fewer --workers" if expected is DataError else "an error of ours"):
+        write(config(tmp_path, workers=2), FakeImages(60), progress=False)
+
+
 def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def encode_none(*arguments: object) -> None:
         raise MemoryError

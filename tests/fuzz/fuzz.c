@@ -1,4 +1,4 @@
-/* Sends mutated images through the decoder: fuzz COUNT SEED FILE.jpg ...  Built with sanitizers by fuzz.py.
+/* Sends mutated images through decoder and encoder: fuzz COUNT SEED FILE.jpg ...  Built with sanitizers by fuzz.py.
  *
  * Every image lies in memory of exactly its size, so that a read beyond it is seen, and so does every crop.
  */
@@ -80,6 +80,50 @@ static uint8_t *mutate(const struct seed_image *image, size_t *bytes) {
     return exact;
 }
 
+/* Encodes it, if it can be; a JPEG that is kept as it came must decode to the same pixels, without help of others. */
+static int encode_and_compare(struct encoder *encoder, const uint8_t *data, size_t bytes) {
+    struct photo photo;
+    if (vitlocal_inspect(encoder, data, (int64_t)bytes, &photo) != OK) return CORRUPT;
+    if ((uint64_t)photo.width * photo.height > 400000) return OUTSIDE;
+    struct form forms[3];
+    const int count = 1 + (int)random_number(3);
+    for (int i = 0; i < count; i++) {
+        forms[i] = (struct form){
+            .width = 1 + (uint32_t)random_number(photo.width), .height = 1 + (uint32_t)random_number(photo.height),
+            .kind = (uint32_t)random_number(3), .quality = 1 + (uint32_t)random_number(100),
+            .sampling = random_number(2) ? 420 : 444,
+        };
+        if (forms[i].kind == AS_IT_CAME) {
+            forms[i].width = photo.width;
+            forms[i].height = photo.height;
+        }
+    }
+    char message[MESSAGE_BYTES];
+    const uint8_t *output;
+    const int status = vitlocal_encode(encoder, data, (int64_t)bytes, NULL, photo.height, photo.width, forms, count,
+                                       &output, message);
+    for (int i = 0; status == OK && i < count; i++) {
+        if (forms[i].kind != AS_IT_CAME) continue;
+        uint8_t *kept = malloc(forms[i].bytes);
+        if (!kept) exit(2);
+        memcpy(kept, output + forms[i].offset, forms[i].bytes);
+        const struct box whole = {0, 0, photo.height, photo.width, 0};
+        struct jpeg *first = jpeg_new(), *second = jpeg_new();
+        struct region a, b;
+        const int height = (int)photo.height, width = (int)photo.width;
+        if (jpeg_decode(first, data, bytes, height, width, &whole, 1, 1, &a, message) != OK
+            || jpeg_decode(second, kept, forms[i].bytes, height, width, &whole, 1, 1, &b, message) != OK
+            || memcmp(a.pixels, b.pixels, (size_t)height * (size_t)width * 3) != 0) {
+            fprintf(stderr, "what was kept of a JPEG decodes to something else: %s\n", message);
+            exit(1);
+        }
+        jpeg_free(first);
+        jpeg_free(second);
+        free(kept);
+    }
+    return status;
+}
+
 int main(int count, char **arguments) {
     if (count < 4) return 2;
     const long total = atol(arguments[1]);
@@ -88,7 +132,8 @@ int main(int count, char **arguments) {
     struct seed_image *seeds = calloc((size_t)images, sizeof *seeds);
     for (int i = 0; i < images; i++) seeds[i] = load(arguments[3 + i]);
     struct decoder *decoder = decoder_new();
-    long outcomes[5] = {0};
+    struct encoder *encoder = vitlocal_encoder_new();
+    long outcomes[6] = {0}, encoded = 0;
     static const int sizes[] = {1, 16, 32, 50, 96, 160, 224};
     for (long number = 0; number < total; number++) {
         const struct seed_image *image = &seeds[random_number((uint64_t)images)];
@@ -116,13 +161,17 @@ int main(int count, char **arguments) {
         char message[MESSAGE_BYTES];
         outcomes[decode(decoder, data, bytes, &row, &policy, number, size, 1 << random_number(4), crop, message)]++;
         free(crop);
+        encoded += encode_and_compare(encoder, data, bytes) == OK;
         free(data);
         if ((number + 1) % 10000 == 0) fprintf(stderr, "%ld of %ld\n", number + 1, total);
     }
     decoder_free(decoder);
+    vitlocal_encoder_free(encoder);
     for (int i = 0; i < images; i++) free(seeds[i].data);
     free(seeds);
-    printf("%ld images: %ld decoded, %ld corrupt, %ld of another size, %ld without memory, %ld outside\n", total,
-           outcomes[OK], outcomes[CORRUPT], outcomes[WRONG_SIZE], outcomes[NO_MEMORY], outcomes[OUTSIDE]);
-    return outcomes[OK] == 0 || outcomes[CORRUPT] == 0;
+    printf("%ld images: %ld decoded, %ld corrupt, %ld of another size, %ld without memory, %ld outside, %ld refused; "
+           "%ld encoded\n",
+           total, outcomes[OK], outcomes[CORRUPT], outcomes[WRONG_SIZE], outcomes[NO_MEMORY], outcomes[OUTSIDE],
+           outcomes[REFUSED], encoded);
+    return outcomes[OK] == 0 || outcomes[CORRUPT] == 0 || encoded == 0;
 }

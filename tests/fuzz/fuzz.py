@@ -1,4 +1,4 @@
-"""Builds the decoder with sanitizers and sends mutated JPEGs through it: make fuzz [COUNT=100000] [SEED=0]
+"""Builds decoder and encoder with sanitizers and sends mutated JPEGs through them: make fuzz [COUNT=100000] [SEED=0]
 
 Any read or write out of bounds, leak or undefined behaviour stops it with a trace and a status that is not 0.
 """
@@ -24,7 +24,7 @@ FORMS = [
 def main(count: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "fuzz"
-        sources = [NATIVE / f"{name}.c" for name in ("crops", "resize", "jpeg", "image")]
+        sources = [NATIVE / f"{name}.c" for name in ("crops", "resize", "jpeg", "image", "encode")]
         subprocess.run(
             [os.environ.get("CC", "cc"), "-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
              "-fno-sanitize-recover=all", f"-I{NATIVE}", Path(__file__).with_name("fuzz.c"), *sources, "-o", program,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from vitlocal.errors import DataError, Interrupted
 
 CHUNK_BYTES = 4 << 20  # of encoded images that a thread hands over, about
 AHEAD = 3  # chunks a thread that may wait for those before them
-LEAVE_SECONDS = 5.0  # that a thread has to finish its image in
+LEAVE_SECONDS = 5.0  # that the threads have to finish their images in
 
 ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
 _UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
@@ -91,7 +92,7 @@ def encoded(images: ImageSet, job: Job, start: int, workers: int, interrupts: In
     count = rows_per_chunk(job)
     spans = deque(range(first, min(first + count, len(images))) for first in range(start, len(images), count))
     asked: Queue[range | None] = Queue()
-    made: Queue[Chunk] = Queue()
+    made: Queue[Chunk | BaseException] = Queue()
     stopping = threading.Event()
     threads = [  # that end with the process: one may wait for a disk that does not answer
         threading.Thread(target=_work, args=(copy.copy(images), job, asked, made, stopping), daemon=True)
@@ -115,6 +116,12 @@ def encoded(images: ImageSet, job: Job, start: int, workers: int, interrupts: In
             except Empty:
                 interrupts.check()
                 continue
+            if isinstance(chunk, MemoryError):
+                raise DataError(
+                    "memory ran out; give fewer --workers. The same command goes on where this one stopped."
+                ) from chunk
+            if isinstance(chunk, BaseException):
+                raise chunk
             ready[chunk.start] = chunk
             while given in ready:
                 chunk = ready.pop(given)
@@ -127,16 +134,20 @@ def encoded(images: ImageSet, job: Job, start: int, workers: int, interrupts: In
         stopping.set()
         for _ in threads:
             asked.put(None)
+        deadline = time.monotonic() + LEAVE_SECONDS
         for thread in threads[:started]:
-            thread.join(LEAVE_SECONDS)
+            thread.join(max(0.0, deadline - time.monotonic()))
         interrupts.deferring = False
 
 
 def _work(images: ImageSet, job: Job, asked: Queue, made: Queue, stopping: threading.Event) -> None:
     """A thread: turns spans of rows into chunks. Its image set is a copy, since reading may move what it holds."""
-    encoder = Encoder()
-    while (span := asked.get()) is not None and not stopping.is_set():
-        made.put(_encode_rows(images, span, job, encoder, stopping))
+    try:
+        encoder = Encoder()
+        while (span := asked.get()) is not None and not stopping.is_set():
+            made.put(_encode_rows(images, span, job, encoder, stopping))
+    except BaseException as error:  # to be raised in the main thread, whatever it is
+        made.put(error)
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------
@@ -208,7 +219,7 @@ def encode_image(images: ImageSet, index: int, job: Job, encoder: Encoder) -> li
         if photo is not None and photo["plain"] and photo["upright"]:
             width, height = int(photo["width"]), int(photo["height"])
             if width * height <= (Image.MAX_IMAGE_PIXELS or np.inf):  # more is for Pillow to judge
-                stored = _stored(data, width, height, bool(photo["baseline"]), job, encoder)
+                stored = _stored(data, width, height, bool(photo["keepable"]), job, encoder)
                 if stored is not None:
                     return stored
         image = decode_rgb(data, images.entry(index))

@@ -24,6 +24,8 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 return _decode(data)
+    except MemoryError:
+        raise
     except Exception as error:  # the decoders raise nearly anything on corrupt data
         if not data:
             problem = "it is empty"

@@ -33,19 +33,20 @@ POLICY = np.dtype(
      ("centre", "f8")]
 )  # fmt: skip
 _BOX = np.dtype([("top", "f8"), ("left", "f8"), ("height", "f8"), ("width", "f8"), ("flipped", "i4")], align=True)
-PHOTO = np.dtype([("width", "u4"), ("height", "u4"), ("upright", "u4"), ("plain", "u4"), ("baseline", "u4")])
+PHOTO = np.dtype([("width", "u4"), ("height", "u4"), ("upright", "u4"), ("plain", "u4"), ("keepable", "u4")])
 FORM = np.dtype(
     [("width", "u4"), ("height", "u4"), ("kind", "u4"), ("quality", "u4"), ("sampling", "u4"), ("padding", "u4"),
      ("offset", "u8"), ("bytes", "u8")]
 )  # fmt: skip
 AS_JPEG, AS_RAW, AS_IT_CAME = 0, 1, 2  # how a photo is stored; the last: its own JPEG, less what is no image
 _MESSAGE_BYTES = 200
-_NO_MEMORY = 3
+_NO_MEMORY, _REFUSED = 3, 5
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
     2: "has another size than the file's table says: {message}",
     _NO_MEMORY: "needs more memory than there is to decode",
     4: "lies outside of the file",
+    _REFUSED: "would take unduly long to decode ({message})",
 }
 
 
@@ -123,7 +124,9 @@ class Threads:
         Returns what is wrong with the images that could not be decoded, by their place in the batch.
         """
         assert self.pool, "closed"
-        assert crops.dtype == np.uint8 and crops.flags.c_contiguous and crops.shape[1] == crops.shape[2]
+        assert crops.dtype == np.uint8 and crops.flags.c_contiguous
+        assert crops.ndim == 4 and crops.shape[1] == crops.shape[2] and crops.shape[3] == 3
+        assert file.dtype == np.uint8 and file.flags.c_contiguous and policy.dtype == POLICY
         assert draws.dtype == np.int64 and draws.flags.c_contiguous and len(draws) == len(crops)
         assert rows.dtype == ROW and rows.flags.c_contiguous and len(rows)
         statuses = np.zeros(len(draws), np.int32)
@@ -164,13 +167,16 @@ class Encoder:
     def inspect(self, data: bytes) -> np.void | None:
         """What a JPEG's header says, of PHOTO; None for what is no JPEG."""
         status = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
+        if status == _NO_MEMORY:
+            raise MemoryError("no memory to read a JPEG's header")
         return None if status else self._photo[0]
 
     def encode(self, photo: bytes | np.ndarray, height: int, width: int, forms: np.ndarray) -> list[bytes] | None:
         """The photo in every one of ``forms`` (F,) of FORM, none larger than it is; FFCV's filter shrinks it.
 
         ``photo`` is a JPEG, or pixels (height, width, 3) uint8. Where a JPEG cannot stay as it came, ``kind`` is
-        changed to AS_JPEG. None for a JPEG that does not decode without a warning.
+        changed to AS_JPEG. None for a JPEG that does not decode without a warning; ValueError for one that would
+        take minutes.
         """
         assert forms.dtype == FORM and forms.flags.c_contiguous
         data, pixels = (photo, None) if isinstance(photo, bytes) else (None, photo.ctypes.data)
@@ -181,6 +187,8 @@ class Encoder:
         )  # fmt: skip
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory to encode {width} x {height} px")
+        if status == _REFUSED:
+            raise ValueError(_PROBLEMS[status].format(message=self._message.value.decode("latin-1")))
         if status:
             return None
         start = self._output.value

@@ -8,17 +8,7 @@
 
 #include <jpeglib.h>
 
-/* How a photo is to be stored; `offset` and `bytes` tell where it is in the encoder's output. Known to __init__.py. */
-struct form {
-    uint32_t width, height;
-    uint32_t kind;    /* of enum storing */
-    uint32_t quality; /* of JPEG */
-    uint32_t sampling; /* 420 or 444 */
-    uint32_t padding;
-    uint64_t offset, bytes;
-};
-
-enum storing { AS_JPEG = 0, AS_RAW = 1, AS_IT_CAME = 2 }; /* the last: the JPEG itself, stripped */
+#include <jerror.h>
 
 struct encoder {
     struct jpeg *jpeg;
@@ -27,6 +17,7 @@ struct encoder {
     struct jpeg_error_mgr errors;
     struct jpeg_destination_mgr destination;
     jmp_buf escape;
+    enum status failure; /* why compressing was left */
     char *message;
     uint8_t *output, *small; /* all forms, one behind the other; one form's pixels */
     size_t capacity, length, small_bytes;
@@ -37,6 +28,7 @@ static void fail(j_common_ptr compressor) {
     char text[JMSG_LENGTH_MAX];
     compressor->err->format_message(compressor, text);
     snprintf(encoder->message, MESSAGE_BYTES, "%s", text);
+    encoder->failure = compressor->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT;
     longjmp(encoder->escape, 1);
 }
 
@@ -61,7 +53,7 @@ static boolean more_output(j_compress_ptr compressor) { /* called when all of th
     struct encoder *encoder = compressor->client_data;
     encoder->length = encoder->capacity;
     if (!reserve(encoder, encoder->capacity)) {
-        snprintf(encoder->message, MESSAGE_BYTES, "out of memory");
+        encoder->failure = NO_MEMORY;
         longjmp(encoder->escape, 1);
     }
     begin_output(compressor);
@@ -83,7 +75,6 @@ EXPORT void vitlocal_encoder_free(struct encoder *encoder) {
     free(encoder);
 }
 
-/* NULL where there is no memory. An encoder is for one thread at a time. */
 EXPORT struct encoder *vitlocal_encoder_new(void) {
     char message[MESSAGE_BYTES];
     struct encoder *volatile encoder = calloc(1, sizeof *encoder);
@@ -112,7 +103,7 @@ static enum status compress(struct encoder *encoder, const struct region *pixels
     if (setjmp(encoder->escape)) {
         jpeg_abort_compress(c);
         encoder->length = before;
-        return CORRUPT;
+        return encoder->failure;
     }
     c->image_width = (JDIMENSION)pixels->width;
     c->image_height = (JDIMENSION)pixels->height;
@@ -155,15 +146,11 @@ static enum status store(struct encoder *encoder, const struct region *full, con
     return OK;
 }
 
-/* What `data` says it is; CORRUPT where it is no JPEG. */
 EXPORT int vitlocal_inspect(struct encoder *encoder, const uint8_t *data, int64_t bytes, struct photo *photo) {
     char message[MESSAGE_BYTES];
     return (int)jpeg_inspect(encoder->jpeg, data, (size_t)bytes, photo, message);
 }
 
-/* Encodes a photo in all `forms` (count,), none of them larger than it: the JPEG `data`, or `pixels` (height, width, 3)
- * where they are not NULL. Returns OK and sets *output, which stands until the next call; CORRUPT for a JPEG that does
- * not decode without a warning, of which `message` (MESSAGE_BYTES) then tells. */
 EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t bytes, const uint8_t *pixels,
                            int64_t height, int64_t width, struct form *forms, int64_t count, const uint8_t **output,
                            char *message) {

@@ -14,23 +14,37 @@
 
 #include <jpeglib.h>
 
-enum { MARGIN = 2, EXIF_MARKER = JPEG_APP0 + 1, LONGEST_MARKER = 65533 };
+#include <jerror.h>
+
+enum {
+    MARGIN = 2,
+    MOST_SCANS = 100, /* progressive photos have about ten; thousands would hold a thread for many minutes */
+    EXIF_MARKER = JPEG_APP0 + 1,
+    LONGEST_MARKER = 65533,
+};
 
 struct jpeg {
     struct jpeg_decompress_struct decoder;
     struct jpeg_error_mgr errors;
+    struct jpeg_progress_mgr progress;
     jmp_buf escape;
+    enum status failure; /* why it was left */
     char *message;
     uint8_t *pixels;
     size_t capacity;
 };
+
+static void leave(struct jpeg *jpeg, enum status failure) {
+    jpeg->failure = failure;
+    longjmp(jpeg->escape, 1);
+}
 
 static void fail(j_common_ptr decoder) {
     struct jpeg *jpeg = decoder->client_data;
     char text[JMSG_LENGTH_MAX];
     decoder->err->format_message(decoder, text);
     snprintf(jpeg->message, MESSAGE_BYTES, "%s", text);
-    longjmp(jpeg->escape, 1);
+    leave(jpeg, decoder->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT);
 }
 
 /* libjpeg goes on after a warning with pixels that it made up; to us the image is corrupt. */
@@ -38,20 +52,17 @@ static void warn(j_common_ptr decoder, int level) {
     if (level < 0) fail(decoder);
 }
 
+static void watch(j_common_ptr decoder) {
+    struct jpeg *jpeg = decoder->client_data;
+    if (((j_decompress_ptr)decoder)->input_scan_number <= MOST_SCANS) return;
+    snprintf(jpeg->message, MESSAGE_BYTES, "has more than %d scans", MOST_SCANS);
+    leave(jpeg, REFUSED);
+}
+
 struct jpeg *jpeg_new(void) {
-    char message[MESSAGE_BYTES];
-    struct jpeg *volatile jpeg = calloc(1, sizeof *jpeg);
+    struct jpeg *jpeg = calloc(1, sizeof *jpeg);
     if (!jpeg) return NULL;
-    jpeg->message = message;
-    jpeg->decoder.err = jpeg_std_error(&jpeg->errors);
-    jpeg->errors.error_exit = fail;
-    jpeg->errors.emit_message = warn;
-    jpeg->decoder.client_data = jpeg; /* jpeg_create_decompress keeps it and err */
-    if (setjmp(jpeg->escape)) { /* out of memory */
-        free(jpeg);
-        return NULL;
-    }
-    jpeg_create_decompress(&jpeg->decoder);
+    jpeg->progress.progress_monitor = watch;
     return jpeg;
 }
 
@@ -62,19 +73,40 @@ void jpeg_free(struct jpeg *jpeg) {
     free(jpeg);
 }
 
+/* A new decompressor for each image: libjpeg keeps the tables of the last one, with which an image that lacks its own
+ * would decode to nonsense without an error. To be called where failures are caught. */
+static void begin(struct jpeg *jpeg, const uint8_t *data, size_t bytes) {
+    struct jpeg_decompress_struct *d = &jpeg->decoder;
+    jpeg_destroy_decompress(d); /* nothing, the first time */
+    d->err = jpeg_std_error(&jpeg->errors);
+    jpeg->errors.error_exit = fail;
+    jpeg->errors.emit_message = warn;
+    d->client_data = jpeg; /* jpeg_create_decompress keeps it and err */
+    jpeg_create_decompress(d);
+    d->progress = &jpeg->progress;
+    jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes); /* not const in old headers */
+}
+
+/* Whether parts of the image may be decoded. libjpeg-turbo 2.1 leaves columns of chroma undefined where luma has four
+ * samples by two for each (and such files are as good as never met). */
+static int usual_sampling(const struct jpeg_decompress_struct *d) {
+    if (d->num_components == 1) return 1;
+    for (int i = 1; i < d->num_components; i++) {
+        if (d->comp_info[i].h_samp_factor != 1 || d->comp_info[i].v_samp_factor != 1) return 0;
+    }
+    const int across = d->comp_info[0].h_samp_factor, down = d->comp_info[0].v_samp_factor;
+    return across <= 2 && down <= 2;
+}
+
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
                         const struct box *box, int size, int most_reduction, struct region *region, char *message) {
     struct jpeg_decompress_struct *d = &jpeg->decoder;
     jpeg->message = message;
-    if (setjmp(jpeg->escape)) {
-        jpeg_abort_decompress(d);
-        return CORRUPT;
-    }
-    jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes); /* not const in old headers */
+    if (setjmp(jpeg->escape)) return jpeg->failure;
+    begin(jpeg, data, bytes);
     jpeg_read_header(d, TRUE);
     if ((int)d->image_width != width || (int)d->image_height != height) {
         snprintf(message, MESSAGE_BYTES, "is %u x %u", d->image_width, d->image_height);
-        jpeg_abort_decompress(d);
         return WRONG_SIZE;
     }
 
@@ -99,23 +131,24 @@ enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, in
     left = left < MARGIN ? 0 : left - MARGIN;
     right = right + MARGIN > all_columns ? all_columns : right + MARGIN;
     JDIMENSION first = (JDIMENSION)left, columns = (JDIMENSION)(right - left);
-    if (columns < d->output_width) jpeg_crop_scanline(d, &first, &columns); /* widened to whole blocks */
+    if (!usual_sampling(d)) {
+        first = 0;
+        columns = d->output_width;
+    } else if (columns < d->output_width) {
+        jpeg_crop_scanline(d, &first, &columns); /* widened to whole blocks */
+    }
     const size_t stride = (size_t)columns * 3, needed = stride * (size_t)(bottom - top);
     if (needed > jpeg->capacity) {
         free(jpeg->pixels);
         jpeg->pixels = malloc(needed);
         jpeg->capacity = jpeg->pixels ? needed : 0;
     }
-    if (!jpeg->pixels) {
-        jpeg_abort_decompress(d);
-        return NO_MEMORY;
-    }
+    if (!jpeg->pixels) return NO_MEMORY;
     if (top > 0) jpeg_skip_scanlines(d, (JDIMENSION)top);
     while ((int)d->output_scanline < bottom) {
         JSAMPROW row = jpeg->pixels + (d->output_scanline - (JDIMENSION)top) * stride;
         jpeg_read_scanlines(d, &row, 1);
     }
-    jpeg_abort_decompress(d);
     *region = (struct region){jpeg->pixels, stride, top, (int)first, bottom - top, (int)columns, reduction};
     return OK;
 }
@@ -156,7 +189,8 @@ static int says_upright(jpeg_saved_marker_ptr segment) {
         if (entries * 12 > bytes - directory - 2) return 0;
         for (const uint8_t *entry = tiff + directory + 2; entry < tiff + directory + 2 + entries * 12; entry += 12) {
             if (number_at(entry, 2, big_endian) != ORIENTATION) continue;
-            if (number_at(entry + 2, 2, big_endian) != SHORT || number_at(entry + 8, 2, big_endian) != 1) return 0;
+            if (number_at(entry + 2, 2, big_endian) != SHORT || number_at(entry + 4, 4, big_endian) != 1
+                || number_at(entry + 8, 2, big_endian) != 1) return 0;
             told = 1;
         }
     }
@@ -198,19 +232,14 @@ enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, s
     struct jpeg_decompress_struct *d = &jpeg->decoder;
     *photo = (struct photo){0};
     jpeg->message = message;
-    if (setjmp(jpeg->escape)) {
-        jpeg_abort_decompress(d);
-        return CORRUPT;
-    }
-    jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes);
+    if (setjmp(jpeg->escape)) return jpeg->failure;
+    begin(jpeg, data, bytes);
     jpeg_save_markers(d, EXIF_MARKER, LONGEST_MARKER);
     jpeg_read_header(d, TRUE);
     photo->width = d->image_width;
     photo->height = d->image_height;
     photo->upright = (uint32_t)says_upright(d->marker_list);
     photo->plain = d->data_precision == 8 && (d->jpeg_color_space == JCS_GRAYSCALE || d->jpeg_color_space == JCS_YCbCr);
-    photo->baseline = !d->progressive_mode && !d->arith_code;
-    jpeg_abort_decompress(d);
-    jpeg_save_markers(d, EXIF_MARKER, 0);
+    photo->keepable = !d->progressive_mode && !d->arith_code && usual_sampling(d);
     return OK;
 }

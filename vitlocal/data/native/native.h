@@ -17,6 +17,7 @@ enum status {
     WRONG_SIZE = 2,  /* not of the width and height that the file's table gives */
     NO_MEMORY = 3,
     OUTSIDE = 4,     /* its bytes lie outside the file, or it is no image at all */
+    REFUSED = 5,     /* it would take unduly long; the message tells why */
 };
 
 enum { MESSAGE_BYTES = 200 };
@@ -77,12 +78,38 @@ void jpeg_free(struct jpeg *jpeg);
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
                         const struct box *box, int size, int most_reduction, struct region *region, char *message);
 
+/* How a photo is to be stored; `offset` and `bytes` tell where it is in the encoder's output. Known to __init__.py. */
+struct form {
+    uint32_t width, height;
+    uint32_t kind;     /* of enum storing */
+    uint32_t quality;  /* of JPEG */
+    uint32_t sampling; /* 420 or 444 */
+    uint32_t padding;
+    uint64_t offset, bytes;
+};
+
+enum storing { AS_JPEG = 0, AS_RAW = 1, AS_IT_CAME = 2 }; /* the last: the JPEG itself, stripped */
+
+/* encode.c */
+struct encoder; /* what one thread needs */
+EXPORT struct encoder *vitlocal_encoder_new(void); /* NULL where there is no memory */
+EXPORT void vitlocal_encoder_free(struct encoder *encoder);
+/* What `data` says it is; CORRUPT where it is no JPEG. */
+struct photo;
+EXPORT int vitlocal_inspect(struct encoder *encoder, const uint8_t *data, int64_t bytes, struct photo *photo);
+/* Encodes a photo in all `forms` (count,), none of them larger than it: the JPEG `data`, or `pixels` (height, width, 3)
+ * where they are not NULL. Returns OK and sets *output, which stands until the next call; else a status of which
+ * `message` (MESSAGE_BYTES) tells more. */
+EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t bytes, const uint8_t *pixels,
+                           int64_t height, int64_t width, struct form *forms, int64_t count, const uint8_t **output,
+                           char *message);
+
 /* What a file says it is. The layout is known to __init__.py. */
 struct photo {
     uint32_t width, height;
-    uint32_t upright;  /* no EXIF or XMP tells of a turn */
+    uint32_t upright;  /* EXIF tells of no turn, nor does XMP beside it */
     uint32_t plain;    /* 8 bits, gray or YCbCr */
-    uint32_t baseline; /* neither progressive nor arithmetic */
+    uint32_t keepable; /* quick to read: neither progressive nor arithmetic, and of usual sampling */
 };
 enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message);
 /* Copies to `kept` (bytes,) what a decoder needs of a file, without comments, previews and what applications add,
