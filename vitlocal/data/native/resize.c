@@ -39,7 +39,8 @@ struct resizer {
     uint16_t *wide;   /* (ROWS, taps, ROWS): a block's vertical weights, each filling a vector */
     uint16_t *turned; /* (columns, ROWS): a block of rows after the first pass, values x 256 */
     uint8_t *narrow;  /* a copy of an image too narrow for a vector */
-    size_t wide_bytes, turned_bytes, narrow_bytes;
+    double *shares;   /* (taps,): of the pixels in one output pixel */
+    size_t wide_bytes, turned_bytes, narrow_bytes, shares_bytes;
 };
 
 typedef void first_pass(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
@@ -195,63 +196,73 @@ static second_pass *second_of(int kind) {
 #endif
 }
 
+/* --- weights --------------------------------------------------------------------------------------------- */
+
 static const double TINY = 1e-6; /* of a pixel: rounding errors must not cover another one */
 
-/* --- weights --------------------------------------------------------------------------------------------- */
+/* Written out, for without them calls of libm are half of the time that a small crop takes. */
+static inline double larger(double a, double b) { return a > b ? a : b; }
+static inline double smaller(double a, double b) { return a < b ? a : b; }
+static inline int rounded_up(double a) { /* of what is not negative */
+    const int down = (int)a;
+    return down + (down < a);
+}
 
 static int taps_for(enum filter filter, double start, double extent, int size, int length) {
     const double scale = extent / size;
-    int taps = (int)ceil(2 * fmax(scale, 1)) + 1;
+    int taps = rounded_up(2 * larger(scale, 1)) + 1;
     if (filter == AREA) { /* as many as are covered in part: at 5 to 4 never more than two */
         taps = 1;
         for (int i = 0; i < size; i++) {
-            const int covered = (int)(ceil(start + (i + 1) * scale - TINY) - floor(start + i * scale + TINY));
+            const int covered = rounded_up(start + (i + 1) * scale - TINY) - (int)(start + i * scale + TINY);
             taps = covered > taps ? covered : taps;
         }
     }
     return taps < length ? taps : length;
 }
 
-/* What pixel `k` counts in an output pixel that covers [from, to): how much of it is covered, or the triangle around
- * the middle, which is as wide as two output pixels, or two pixels where the image is enlarged. */
-static double weight_of(enum filter filter, int k, double from, double to) {
-    if (filter == AREA) return fmax(0, fmin(to, k + 1) - fmax(from, k));
-    return fmax(0, 1 - fabs(k + 0.5 - (from + to) / 2) / fmax(to - from, 1));
+/* How much each of the pixels low..high counts in the output pixel that covers [from, to), and the sum of that: as much
+ * as is covered, or a triangle around the middle that reaches `reach` pixels to either side. */
+static double shares_of(enum filter filter, int low, int high, double from, double to, double reach, double *shares) {
+    const double centre = (from + to) / 2, slope = 1 / reach;
+    double sum = 0;
+    for (int k = low; k < high; k++) {
+        const double share = filter == AREA ? smaller(to, k + 1) - larger(from, k) : 1 - fabs(k + 0.5 - centre) * slope;
+        shares[k - low] = larger(share, 0);
+        sum += shares[k - low];
+    }
+    return sum;
 }
 
 /* The filter over [start, start + extent) of `length` pixels. Each weight is the difference of two rounded running
- * sums, so that they sum to `total` and rounding errors cancel between neighbours. */
+ * sums, so that they sum to `total` and rounding errors cancel between neighbours. `shares` is scratch, (taps,). */
 static void fill(struct weights *weights, enum filter filter, double start, double extent, int length, int size,
-                 double total, int flip) {
-    const double scale = extent / size, reach = fmax(scale, 1);
+                 int total, int flip, double *shares) {
+    const double scale = extent / size, reach = larger(scale, 1);
     const int taps = weights->taps;
     for (int i = 0; i < size; i++) {
-        const double from = start + i * scale, to = start + (i + 1) * scale, centre = start + (i + 0.5) * scale;
-        int low = (int)(centre - reach + 0.5), high = (int)(centre + reach + 0.5);
-        if (filter == AREA) {
-            low = (int)floor(from + TINY);
-            high = (int)ceil(to - TINY);
-        }
-        low = low < 0 ? 0 : low;
-        high = high > length ? length : high;
-        if (low > length - 1) low = length - 1;
-        if (high <= low) high = low + 1;
-        if (high - low > taps) high = low + taps;
+        const double from = start + i * scale, to = start + (i + 1) * scale, centre = (from + to) / 2;
+        int low = filter == AREA ? (int)(from + TINY) : (int)(centre - reach + 0.5);
+        int high = filter == AREA ? rounded_up(to - TINY) : (int)(centre + reach + 0.5);
+        low = low < 0 ? 0 : low > length - 1 ? length - 1 : low;
+        high = high > length ? length : high <= low ? low + 1 : high;
+        high = high - low > taps ? low + taps : high;
+        const double sum = shares_of(filter, low, high, from, to, reach, shares);
+        const double each = sum > 0 ? total / sum : 0;
+
         const int first = low < length - taps ? low : length - taps;
         const int place = flip ? size - 1 - i : i;
         uint16_t *of = weights->of + (size_t)place * taps;
-        double sum = 0;
-        for (int k = low; k < high; k++) sum += weight_of(filter, k, from, to);
+        for (int tap = 0; tap < taps; tap++) of[tap] = 0;
         double running = 0;
         int before = 0;
-        for (int tap = 0; tap < taps; tap++) {
-            const int k = first + tap;
-            if (k >= low && k < high) running += sum > 0 ? weight_of(filter, k, from, to) / sum : k == low;
-            const int now = (int)(fmin(running, 1) * total + 0.5);
-            of[tap] = (uint16_t)(now - before);
+        for (int k = low; k < high; k++) {
+            running += shares[k - low];
+            const int now = (int)smaller(running * each + 0.5, total);
+            of[k - first] = (uint16_t)(now - before);
             before = now;
         }
-        of[taps - 1] = (uint16_t)(of[taps - 1] + (int)total - before);
+        of[high - 1 - first] = (uint16_t)(of[high - 1 - first] + total - before);
         weights->first[place] = first;
     }
 }
@@ -269,6 +280,7 @@ void resizer_free(struct resizer *r) {
     free(r->wide);
     free(r->turned);
     free(r->narrow);
+    free(r->shares);
     free(r);
 }
 
@@ -316,10 +328,12 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
     r->horizontal.taps = taps_for(filter, box->left - left, box->width, columns, across);
     if (!prepare_weights(&r->vertical, &r->vertical_capacity, rows)
         || !prepare_weights(&r->horizontal, &r->horizontal_capacity, columns)
+        || !hold(&r->shares, &r->shares_bytes, (size_t)(taps > r->horizontal.taps ? taps : r->horizontal.taps) * sizeof(double))
         || !hold(&r->wide, &r->wide_bytes, (size_t)ROWS * ROWS * (size_t)taps * sizeof(uint16_t))
         || !hold(&r->turned, &r->turned_bytes, (size_t)bytes_across * ROWS * sizeof(uint16_t))) return NO_MEMORY;
-    fill(&r->vertical, filter, box->top - top, box->height, tall, rows, 256, 0);
-    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped);
+    fill(&r->vertical, filter, box->top - top, box->height, tall, rows, 256, 0, r->shares);
+    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped,
+         r->shares);
 
     int kind = __atomic_load_n(&instructions, __ATOMIC_RELAXED);
     if (kind < 0) kind = vitlocal_instructions(-1);
