@@ -32,11 +32,13 @@ static inline VECTOR NAME(widened)(__m128i bytes) {
 TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
     const uint8_t *image, size_t stride, int columns, const int32_t *first, const int taps, const uint16_t *wide,
     uint16_t *turned) {
+    const uint8_t *rows[ROWS];
+    for (int row = 0; row < ROWS; row++) rows[row] = image + (size_t)first[row] * stride;
     for (int column = 0; column < columns; column += ROWS) {
         if (column > columns - ROWS) column = columns - ROWS; /* the last ones are done twice, to stay inside */
         __m128i lower[ROWS], upper[ROWS]; /* columns 0-7 and 8-15 of each row */
         for (int row = 0; row < ROWS; row++) {
-            const uint8_t *pixel = image + (size_t)first[row] * stride + column;
+            const uint8_t *pixel = rows[row] + column;
             const uint16_t *weight = wide + (size_t)row * taps * ROWS;
             VECTOR sum = LOW(LOAD_BYTES(pixel), LOAD(weight));
             for (int tap = 1; tap < taps; tap++) {

@@ -210,7 +210,7 @@ static inline int rounded_up(double a) { /* of what is not negative */
 
 static int taps_for(enum filter filter, double start, double extent, int size, int length) {
     const double scale = extent / size;
-    int taps = rounded_up(2 * larger(scale, 1)) + 1;
+    int taps = rounded_up(2 * larger(scale, 1)); /* as many middles of pixels as can lie under the triangle */
     if (filter == AREA) { /* as many as are covered in part: at 5 to 4 never more than two */
         taps = 1;
         for (int i = 0; i < size; i++) {
