@@ -1,0 +1,91 @@
+"""The benches on very little data: do they run, and do their rows say what tools rely on?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vitlocal.bench.__main__ import main
+from vitlocal.bench.contestants import Contestant, closing_all
+from vitlocal.errors import ConfigError, DataError, run_command
+
+ROW = {"source", "images_per_second", "per_core", "spread", "n", "workers", "rss_mib"}
+FORM = {"what", "command", "machine", "versions", "commit", "rows"}
+
+
+def test_the_loader_bench(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "loader.json"
+    main(["loader", "--data", str(folder), "--sizes", "16,32", "--only", "ours,torchvision", "--rounds", "1",
+          "--seconds", "0", "--images", "50", "--json", str(out), "--plot", str(tmp_path / "plots" / "loader.png")])  # fmt: skip
+    measured = json.loads(out.read_text())
+    assert measured.keys() >= FORM and measured["images"] == 50
+    assert {(row["source"], row["stored"]) for row in measured["rows"]} == {
+        ("ours", "train_48_raw.beton"), ("ours", "train_96_raw.beton"), ("ours", "train_128_jpg.beton"),
+        ("torchvision", "original"),
+    }  # fmt: skip
+    for row in measured["rows"]:
+        assert row.keys() >= ROW | {"stored", "size", "chosen"} and row["images_per_second"] > 0 and row["n"] == 1
+    chosen = [(row["size"], row["stored"]) for row in measured["rows"] if row["chosen"]]
+    assert chosen == [(16, "train_48_raw.beton"), (32, "train_48_raw.beton")]
+    assert all(row["to_torchvision"] > 1 for row in measured["rows"] if row["chosen"])
+    shown = capsys.readouterr().out
+    assert "*ours" in shown and "torchvision" in shown
+    assert (tmp_path / "plots" / "loader.png").stat().st_size > 5000
+
+
+def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vitlocal.data.images import open_images
+
+    images = open_images("sample:1", "train")
+    for index in range(len(images)):
+        path = tmp_path / "source" / f"{images.entry(index)}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.read(index))
+    json_file, plot = tmp_path / "write.json", tmp_path / "write.png"
+    main(["write", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--sides", "24:raw,32:jpg",
+          "--rounds", "1", "--images", "12", "--json", str(json_file), "--plot", str(plot)])  # fmt: skip
+    measured = json.loads(json_file.read_text())
+    assert measured.keys() >= FORM and [row["source"] for row in measured["rows"]] == ["ours", "ffcv"]
+    for row in measured["rows"]:
+        assert row.keys() >= ROW | {"files", "megabytes", "images"}
+        assert (row["images"], row["files"]) == (12, "24:raw,32:jpg") and row["images_per_second"] > 0
+    assert measured["rows"][0]["to_ffcv"] > 0 and plot.stat().st_size > 3000
+    assert "to ffcv" in capsys.readouterr().out
+    assert not any((tmp_path / "out").iterdir())  # nothing is left of what was written
+
+
+def broken() -> None:
+    raise ValueError("no such thing")
+
+
+def test_a_contestant_that_fails_is_named() -> None:
+    contestant = Contestant("the broken one", broken, (), [0])
+    with closing_all([contestant]), pytest.raises(DataError, match="the broken one: ValueError: no such thing"):
+        contestant.ask()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loader", "--only", "ours,spark"], "spark"),
+        (["loader", "--sizes", "32,x"], "whole numbers"),
+        (["loader", "--workers", "4096"], "cores of this machine"),
+        (["write", "--images", "0"], "at least 1"),
+        (["write", "--sides", "64:png"], "not a format"),
+        (["nothing"], "expected the name of a bench (loader, runs, write)"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "loader":
+        arguments = [*arguments, "--data", str(folder)]
+    with pytest.raises(ConfigError):
+        main(arguments)
+    assert run_command(main, arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.beton"))
