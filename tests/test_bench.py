@@ -18,7 +18,8 @@ FORM = {"what", "command", "machine", "versions", "commit", "rows"}
 def test_the_loader_bench(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "loader.json"
     main(["loader", "--data", str(folder), "--sizes", "16,32", "--only", "ours,torchvision", "--rounds", "1",
-          "--seconds", "0", "--images", "50", "--json", str(out), "--plot", str(tmp_path / "plots" / "loader.png")])  # fmt: skip
+          "--seconds", "0", "--images", "50", "--json", str(out), "--plot",
+          str(tmp_path / "plots" / "loader.png")])  # fmt: skip
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM and measured["images"] == 50
     assert {(row["source"], row["stored"]) for row in measured["rows"]} == {
@@ -72,6 +73,8 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["loader", "--only", "ours,spark"], "spark"),
         (["loader", "--sizes", "32,x"], "whole numbers"),
         (["loader", "--workers", "4096"], "cores of this machine"),
+        (["loader", "--rounds", "0"], "expected at least 1"),
+        (["loader", "--only", "torchvision", "--source", "nowhere"], "nowhere"),
         (["write", "--images", "0"], "at least 1"),
         (["write", "--sides", "64:png"], "not a format"),
         (["nothing"], "expected the name of a bench (loader, runs, write)"),

@@ -37,6 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = [
         ("jpg", "RGB", {"quality": 95}), ("jpg", "L", {}), ("jpg", "CMYK", {}), ("jpg", "RGB", {"progressive": True}),
         ("jpg", "RGB", {"exif": exif}), ("png", "RGB", {}), ("png", "RGBA", {}), ("png", "P", {}), ("gif", "P", {}),
+        ("png", "L", {"transparency": 100}),
         ("jpg", "RGB", {"subsampling": 0}),
     ]  # fmt: skip
     for number in range(40):

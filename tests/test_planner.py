@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +19,16 @@ from vitlocal.data.ffcv import choose_file
 from vitlocal.data.images import open_images
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.planner import (
-    MARGIN,
-    WAIT_STEP,
+    TIME_STEP,
     Candidate,
     Choice,
     Limits,
     Stage,
     cheapest,
     described,
+    lacking,
     measured,
+    propose,
     serving,
 )
 from vitlocal.data.write import StoredFile, WriteConfig, write
@@ -37,25 +39,23 @@ LIMITS = Limits(cores=4, disk=10**9, memory=10**9)
 TRAIN = Cropping(random=True)
 
 
-def lacking(stages: list[Stage], files: tuple[Candidate, ...], limits: Limits, all_files: list[Candidate]) -> float:
-    """What a set lacks, by the rules; infinite where a stage has no file."""
-    total = 0.0
-    for stage in stages:
-        good = [file for file in all_files if stage.size in file.rates and file.bytes <= limits.disk]
-        fit = [file for file in good if file.bytes <= limits.memory]
-        allowed = fit or sorted(good, key=lambda file: file.bytes)[:1]
-        total += min(
-            (max(0.0, 1 - file.rates[stage.size] / (MARGIN * stage.rate)) for file in files if file in allowed),
-            default=float("inf"),
-        )
-    return total
+def value(files: tuple[Candidate, ...], stages: list[Stage], limits: Limits) -> tuple[int, int, int, int]:
+    """How good a set is, by the rules: lower is better."""
+    read = [(stage, serving(stage, files)) for stage in stages]
+    tick = TIME_STEP * sum(stage.images / stage.rate for stage in stages)
+    return (
+        sum(file.bytes > limits.memory for _, file in read),
+        math.ceil(sum(lacking(stage, file) for stage, file in read) / tick - 1e-9),
+        sum(file.bytes for file in files),
+        len(files),
+    )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(80))
 def test_no_set_of_files_is_better(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = [32, 64, 96, 128][: rng.integers(1, 5)]
-    stages = [Stage(size, 1e6, float(rng.uniform(500, 20000))) for size in sizes]
+    stages = [Stage(size, float(rng.uniform(1e4, 1e6)), float(rng.uniform(500, 20000))) for size in sizes]
     files = []
     for number in range(rng.integers(1, 8)):
         least = int(rng.integers(0, len(sizes)))
@@ -67,20 +67,12 @@ def test_no_set_of_files_is_better(seed: int) -> None:
         subset
         for count in range(1, len(files) + 1)
         for subset in itertools.combinations(files, count)
-        if sum(file.bytes for file in subset) <= limits.disk and np.isfinite(lacking(stages, subset, limits, files))
+        if sum(file.bytes for file in subset) <= limits.disk and all(serving(stage, subset) for stage in stages)
     ]
     if not sets:
         assert found is None
         return
-
-    def value(subset: tuple[Candidate, ...]) -> tuple[int, int, int]:
-        return (
-            round(lacking(stages, subset, limits, files) / WAIT_STEP),
-            sum(file.bytes for file in subset),
-            len(subset),
-        )
-
-    assert value(found) == min(map(value, sets))
+    assert value(found, stages, limits) == min(value(subset, stages, limits) for subset in sets)
 
 
 def test_the_smallest_set_that_keeps_up() -> None:
@@ -95,19 +87,41 @@ def test_the_smallest_set_that_keeps_up() -> None:
     for limits in (replace(LIMITS, memory=4000), replace(LIMITS, disk=4000)):
         assert cheapest([Stage(224, 1e6, 2000)], [small, quick, slow], limits) == (slow,)
     assert cheapest(stages, [quick], replace(LIMITS, memory=4000)) == (quick,)  # there is no other
+    # Nothing fits in memory: then one file may serve all, as anywhere.
+    assert cheapest([Stage(32, 1e6, 10), Stage(224, 1e6, 10)], [small, slow], replace(LIMITS, memory=50)) == (slow,)
     assert cheapest(stages, [small, quick, slow], replace(LIMITS, disk=800)) is None
+
+
+def test_a_quality_that_keeps_up_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {90: 1050.0, 80: 1150.0, 70: 1300.0}
+
+    def pretend(images, sizes, cropping, ratio, cores, quality, sampling, formats):
+        sizes_of = {90: 900, 80: 700, 70: 500}
+        return tuple(
+            Candidate(336, "jpg", sizes_of[quality], {224: rates[quality]}) for form in formats if form == "jpg"
+        )
+
+    monkeypatch.setattr("vitlocal.data.planner.measured", pretend)
+    for need, quality, keeps_up in ((800, 90, True), (950, 80, True), (1000, 70, True), (1200, 70, False)):
+        choice = propose(None, [Stage(224, 1e6, need)], TRAIN, 1.5, LIMITS)
+        assert (choice.quality, choice.keeps_up) == (quality, keeps_up)
+    small = replace(LIMITS, disk=600)  # for the lowest quality alone
+    assert propose(None, [Stage(224, 1e6, 100)], TRAIN, 1.5, small).quality == 70
+    with pytest.raises(ConfigError, match=r"--disk-limit: 0.0 MB are too few.*336:jpg of quality 70"):
+        propose(None, [Stage(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100))
 
 
 def test_it_says_which_stage_waits() -> None:
     stages = (Stage(32, 5e6, 9000), Stage(224, 5e6, 2600))
     small, slow = Candidate(48, "raw", 10**8, {32: 90_000}), Candidate(336, "jpg", 10**10, {32: 2000, 224: 1300})
-    choice = Choice(stages, (small, slow), tuple(serving(stage, (small, slow), LIMITS) for stage in stages), 90, 420)
+    choice = Choice(stages, (small, slow), tuple(serving(stage, (small, slow)) for stage in stages), 90, 420)
     assert choice.serving == (small, slow) and not choice.keeps_up
     assert choice.waits == (0.0, 0.5)
     text = "\n".join(described(choice, LIMITS, 10**6))
     for words in (
         "224     5.0     2,600/s     1,300/s    0.5 x  336:jpg  waits 50 % of its time", "10 GB on disk, of 1.0 GB",
-        "more cores (--cores)", "48:raw (100 MB)", "does not fit in memory (1.0 GB)", "quality 90 and chroma 420",
+        "more cores (--cores)", "48:raw (100 MB)", "does not fit in memory (1.0 GB): its rate is the disk's",
+        "quality 90 and chroma 420",
     ):  # fmt: skip
         assert words in text, text
     spare = replace(choice, stages=(stages[0], Stage(224, 5e6, 1200)))
@@ -188,9 +202,15 @@ def test_planned_files_are_written(
     shown = capsys.readouterr().out
     assert "48:raw" in shown
     chosen = read_plan(tmp_path / "data" / "plan.yaml", read_write_options([], {}))
-    assert (chosen.sides, chosen.sampling) == ("48:raw", "420")
+    assert (chosen.sides, chosen.quality, chosen.sampling) == ("48:raw", 75, "420")
+    stated = read_plan(
+        tmp_path / "data" / "plan.yaml", read_write_options(["--quality", "60", "--sampling", "444"], {})
+    )
+    assert (stated.sides, stated.quality, stated.sampling) == ("48:raw", 60, "444")
     assert run_command(write_dataset.main, common) == 0
-    assert "plan.yaml: 48:raw" in capsys.readouterr().out
+    assert "plan.yaml says (remove it for the default files): 48:raw" in capsys.readouterr().out
+    assert run_command(write_dataset.main, [*plan, "--rates", "32:10"]) == 2  # it is written already
+    assert "train.json is there" in capsys.readouterr().err
     manifest = Manifest.load(Path(out) / "train.json")
     assert [file.file for file in manifest.files] == ["train_48_raw.beton"]
     assert run_command(write_dataset.main, [*common, "--sides", "24"]) == 2  # asked for otherwise: another split
@@ -206,6 +226,11 @@ def test_planned_files_are_written(
         (["--rates", "32:5"], "--rates: it is for --plan"),
         (["--disk-limit", "5GB"], "--disk-limit: it is for --plan"),
         (["--plan", "--disk-limit", "5 parsecs"], "bytes with a unit: 150GB"),
+        (["--plan", "--disk-limit", "150"], "bytes with a unit: 150GB"),
+        (["--plan", "--memory-limit", "0GB"], "bytes with a unit: 150GB"),
+        (["--plan", "--workers", "3"], "leave out --workers"),
+        (["--plan", "--source", "sample:1", "--rates", "32:5,32:6"], "given twice"),
+        (["--plan", "--source", "sample:1", "--rates", "225:5"], "takes no images of 225 px"),
         (["--plan", "--verify"], "one thing at a time"),
         (["--plan", "--sides", "64"], "leave out --sides"),
         (["--plan", "--split", "val"], "split train"),
@@ -220,13 +245,20 @@ def test_wrong_options(options: list[str], message: str, tmp_path: Path, capsys:
     assert not out.exists()
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert run_command(write_dataset.main, ["--plan", "--source", "sample:1", "--out", str(out)]) == 2
+        assert "is not a folder that can be written to" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {name: vitlocal_tiny_patch8_64, size: 32, depth: 2}\nbudget: {length: 3ep}\n")
     plan = ["--plan", "--source", "sample:2", "--out", str(tmp_path / "data"), "--recipe", str(recipe)]
     assert run_command(write_dataset.main, [*plan, "--rates", "32:10", "--disk-limit", "10KB"]) == 2
     error = capsys.readouterr().err
-    assert "--disk-limit" in error and "side 48" in error and "Raise the limit" in error
+    assert "--disk-limit" in error and "48:jpg" in error and "Raise the limit" in error
     assert not (tmp_path / "data").exists()
 
 

@@ -110,14 +110,17 @@ class Duration(Checker):
 class Bytes(Checker):
     """A number of bytes; decimal units as disks are sold in, or binary ones."""
 
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
              "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
     def check(self, value: Any) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
         if match is None or match[2].upper() not in self.units:
             raise ValueError
-        return int(float(match[1]) * self.units[match[2].upper()])
+        count = int(float(match[1]) * self.units[match[2].upper()])
+        if count < 1:
+            raise ValueError
+        return count
 
     def help(self) -> str:
         return "bytes with a unit: 150GB, 64GiB"
@@ -177,7 +180,9 @@ class DataConfig:
         0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one a core"
     )
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: another is drawn in its place")
-    side_ratio: float = option(1.5, Number(low=0), "a file is good enough for a size if its side >= ratio x size")
+    side_ratio: float = option(
+        1.5, Number(low=0.1, high=16), "a file is good enough for a size if its side >= ratio x size"
+    )
 
 
 @dataclass(frozen=True)
@@ -339,8 +344,10 @@ class WriteOptions:
     out: str = option("data/imagenet", Text(), "the data folder to fill")
     sides: str = option("auto", Text(), "long edges, px: 64,160,256 or 64:raw,256:jpg; auto: the split's own")
     format: str = option("auto", Choice("auto", "raw", "jpg"), "of the sides without one; auto: raw up to 160")
-    quality: int = option(90, Number(low=1, high=100, whole=True), "of JPEG")
-    sampling: str = option("420", Choice("420", "444"), "of JPEG's chroma: a quarter of the pixels, or all")
+    quality: int | None = option(None, Maybe(Number(low=1, high=100, whole=True)), "of JPEG; none: as planned, or 90")
+    sampling: str | None = option(
+        None, Maybe(Choice("420", "444")), "of JPEG's chroma: a quarter of the pixels, or all; none: as planned, or 420"
+    )  # fmt: skip
     workers: int = option(0, Number(low=0, whole=True), "threads; 0: one a core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image")
     verify: bool = option(False, Flag(), "read what is written, every image of every file, and write nothing")
@@ -542,6 +549,8 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
         reader.problems.append("--plan: it is what chooses sides and formats; leave out --sides and --format")
     if options.plan and options.split != "train":
         reader.problems.append("--plan: the files of the split train are planned; val needs but one")
+    if options.plan and (options.workers, options.on_error) != (0, "stop"):
+        reader.problems.append("--plan: it writes nothing; leave out --workers and --on-error")
     for name in ("recipe", "rates", "cores", "disk_limit", "memory_limit"):
         if not options.plan and getattr(options, name) is not None:
             reader.problems.append(f"--{name.replace('_', '-')}: it is for --plan")
@@ -550,12 +559,17 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
 
 
 def read_plan(path: str | os.PathLike[str], options: WriteOptions) -> WriteOptions:
-    """The options with the files that ``--plan`` chose. Raises ConfigError where its file is no such plan."""
+    """The options with the files that ``--plan`` chose, but for what they state themselves.
+
+    Raises ConfigError where ``path`` is no such plan.
+    """
     planned = read_write_options(["--config-file", str(path)], {})
-    chosen = {name: getattr(planned, name) for name in ("sides", "quality", "sampling")}
-    if chosen["sides"] == "auto":
+    if planned.sides == "auto":
         raise ConfigError(f"{path}: write.sides is not there; remove the file, or make it anew by --plan")
-    return replace(options, **chosen)
+    return replace(
+        options, sides=planned.sides, quality=options.quality or planned.quality,
+        sampling=options.sampling or planned.sampling,
+    )  # fmt: skip
 
 
 def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 
 def cores() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's where that is less."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            there = min(there, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return there
 
 
 def keep_freed_memory() -> None:

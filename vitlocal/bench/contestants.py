@@ -26,20 +26,21 @@ class Contestant:
     def __init__(self, name: str, make: Callable[..., Made], arguments: Sequence[Any], cores: Sequence[int]):
         context = multiprocessing.get_context("spawn")
         self.name, (self.pipe, theirs) = name, context.Pipe()
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: it is read when PyTorch is loaded
         # Not a daemon: it may have children of its own.
         self.process = context.Process(target=_serve, args=(make, arguments, cores, theirs))
         self.process.start()
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
-        """What the contestant answers; DataError with what went wrong in it."""
+        """What the contestant answers; its ConfigError, else DataError with what went wrong in it."""
         try:
             self.pipe.send(request)
-            good, answer = self.pipe.recv()
+            problem, answer = self.pipe.recv()
         except (EOFError, BrokenPipeError):
             raise DataError(f"{self.name}: its process died; see above") from None
-        if not good:
-            raise DataError(f"{self.name}: {answer}")
+        if problem is not None:
+            raise problem(f"{self.name}: {answer}")
         return answer
 
     def close(self) -> None:
@@ -54,15 +55,16 @@ class Contestant:
 def _serve(make: Callable[..., Made], arguments: Sequence[Any], cores: Sequence[int], pipe: Connection) -> None:
     os.sched_setaffinity(0, cores)
     multiprocessing.set_start_method(None, force=True)  # the system's own, not the one that made this process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         made = make(*arguments)
         while (request := pipe.recv()) is not None:
-            pipe.send((True, made(*request)))
+            pipe.send((None, made(*request)))
     except KeyboardInterrupt:
         pass
+    except (ConfigError, DataError) as error:
+        pipe.send((type(error), str(error)))
     except BaseException as error:
-        pipe.send((False, f"{type(error).__name__}: {error}"))
+        pipe.send((DataError, f"{type(error).__name__}: {error}"))
 
 
 @contextmanager
@@ -83,16 +85,19 @@ def cores_for(workers: int) -> list[int]:
 
 
 def resident_mib(mine: int) -> float:
-    """Memory of a process and its children, in MiB."""
-    total = 0
+    """Memory of a process and all that descend from it, in MiB."""
+    parents, pages = {}, {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if int(entry.name) == mine or parent == mine:
-                total += int((entry / "statm").read_text().split()[1])
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
         except (OSError, ValueError):
             continue  # it has ended meanwhile
-    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
+    family, grown = {mine}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in family} - family
+        family, grown = family | more, bool(more)
+    return sum(pages.get(pid, 0) for pid in family) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class PeakMemory:

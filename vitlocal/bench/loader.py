@@ -32,6 +32,7 @@ from vitlocal.bench.contestants import (
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.source import Source, load_manifest
+from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Position
 
 SAMPLE_FOLDER = "data/bench"
@@ -268,6 +269,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     options = parser.parse_args(argv)
+    if options.rounds < 1 or options.images < 1 or options.seconds < 0:
+        raise ConfigError(
+            f"--rounds {options.rounds} --images {options.images} --seconds {options.seconds:g}: expected at least "
+            "1, 1 and 0"
+        )
     names = chosen_names(options.only, list(READERS))
     data = options.data or sample_folder()
     rows = compare(

@@ -68,7 +68,7 @@ def plain(images: ImageSet, index: int) -> tuple[bytes, int, int]:
         data = images.read(index)
         try:
             head = Image.open(io.BytesIO(data))  # reads no pixels
-            if (head.format, head.mode) in PLAIN and is_upright(head):
+            if (head.format, head.mode) in PLAIN and is_upright(head) and "transparency" not in head.info:
                 return data, head.height, head.width
         except Exception:  # what is wrong with it, decode_rgb says
             pass

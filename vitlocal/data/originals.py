@@ -34,8 +34,7 @@ def open_originals(root: str, spec: str | None, split: str) -> tuple[ImageSet, n
 def _rows(images: ImageSet, manifest: Manifest, spec: str | None) -> np.ndarray:
     """The source's index of each row of the manifest, ``(n,)`` int64."""
     if not manifest.skipped and len(images) == manifest.count:
-        first_and_last = {0, manifest.count - 1}
-        if all(images.entry(i) == manifest.entries[i] for i in first_and_last):
+        if all(images.entry(index) == entry for index, entry in enumerate(manifest.entries)):
             return np.arange(manifest.count)
     place = {images.entry(i): i for i in range(len(images))}
     missing = [entry for entry in manifest.entries if entry not in place]

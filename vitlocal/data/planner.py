@@ -8,6 +8,7 @@ Letters: I stages of the curriculum, C candidates (files that could be written).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import yaml
 
 from vitlocal.config import PLAN_NAME
-from vitlocal.data.beton import RAW, data_start, page_size_for
+from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
 from vitlocal.data.crops import Cropping
 from vitlocal.data.encode import Job, encode_image
@@ -31,9 +32,9 @@ from vitlocal.machine import cores
 MARGIN = 1.2  # the loader is to be this much faster than the trainer
 LOWER_QUALITIES = (80, 70)  # tried, in this order, where the wished one is too slow or too large
 SIDE_STEP = 16  # px, to which candidates' sides are rounded up
-IMAGES, ENCODE_SECONDS = 256, 15.0  # as many images of the source, in at most that time
-MEASURE_SECONDS = 0.1  # for a file and size
-WAIT_STEP = 0.01  # of a stage's time: less waiting is no reason to store more
+IMAGES, ENCODE_SECONDS = 256, 10.0  # as many images of the source, in at most that time
+MEASURE_SECONDS = 12.0  # for all files and sizes, in two rounds
+TIME_STEP = 1e-4  # of the training time: what counts as a difference in waiting
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,12 @@ class Choice:
 
     @property
     def keeps_up(self) -> bool:
-        return all(
-            file.rates[stage.size] >= MARGIN * stage.rate for stage, file in zip(self.stages, self.serving, strict=True)
-        )
+        return not any(map(lacking, self.stages, self.serving))
+
+
+def lacking(stage: Stage, file: Candidate) -> float:
+    """Seconds by which reading the stage from the file takes longer than is wanted."""
+    return stage.images * max(0.0, 1 / file.rates[stage.size] - 1 / (MARGIN * stage.rate))
 
 
 # --- what could be written ----------------------------------------------------------------------------------
@@ -115,19 +119,31 @@ def measured(
         for format in formats
     )
     stored = _encoded(images, files)
+    good = [[size for size in sizes if file.side >= size * side_ratio - 1e-6] for file in files]
+    seconds = MEASURE_SECONDS / 2 / (sum(map(len, good)) + len(files))
     one, all_cores = Threads(1), Threads(cores())
-    found = []
-    for file, (data, rows) in zip(files, stored, strict=True):
-        good = [size for size in sizes if file.side >= size * side_ratio - 1e-6]
-        seconds = {size: crop_seconds(one, data, rows, size, cropping, MEASURE_SECONDS) for size in good}
-        together = crop_seconds(all_cores, data, rows, good[-1], cropping, MEASURE_SECONDS)
-        kept = min(1.0, seconds[good[-1]] / (together * cores()))  # of a core's speed, where all work
-        size_on_disk = data_start(len(images)) + int(rows["bytes"].mean() * len(images)) + 24 * len(images)
-        rates = {size: kept * cores_then / cost for size, cost in seconds.items()}
-        found.append(Candidate(file.side, file.format, size_on_disk, rates))
+    took: list[dict[int, float]] = [{} for _ in files]
+    kept = []  # of a core's speed where all work
+    for _ in range(2):  # what disturbs the one round may not be there in the other
+        for place, (data, rows) in enumerate(stored):
+            for size in good[place]:
+                spent = crop_seconds(one, data, rows, size, cropping, seconds)
+                took[place][size] = min(spent, took[place].get(size, spent))
+            if all_cores.count > 1:
+                together = crop_seconds(all_cores, data, rows, good[place][-1], cropping, seconds)
+                kept.append(min(1.0, took[place][good[place][-1]] / (together * all_cores.count)))
     one.close()
     all_cores.close()
-    return tuple(found)
+    cores_worth = cores_then * (float(np.median(kept)) if kept and cores_then > 1 else 1.0)
+    return tuple(
+        Candidate(
+            file.side,
+            file.format,
+            data_start(len(images)) + int((rows["bytes"].mean() + ALLOCATION.itemsize) * len(images)),
+            {size: cores_worth / spent for size, spent in by_size.items()},
+        )
+        for file, (_, rows), by_size in zip(files, stored, took, strict=True)
+    )
 
 
 def _encoded(images: ImageSet, files: Sequence[PlannedFile]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -160,50 +176,62 @@ def _encoded(images: ImageSet, files: Sequence[PlannedFile]) -> list[tuple[np.nd
 # --- which of them ------------------------------------------------------------------------------------------
 
 
-def cheapest(stages: Sequence[Stage], candidates: Sequence[Candidate], limits: Limits) -> tuple[Candidate, ...] | None:
-    """The set of files that lacks least of the wanted speed, over all stages; of such sets, the smallest on disk.
+def serving(stage: Stage, files: Sequence[Candidate]) -> Candidate | None:
+    """The file that a source would read at this stage: of those that are good enough, the fastest."""
+    return max(
+        (file for file in files if stage.size in file.rates), key=lambda file: file.rates[stage.size], default=None
+    )
 
-    A file that the page cache cannot hold serves only a stage for which there is no other. None where every set is
-    larger than the disk. Exact: all sets are gone through, but for those that cannot be better than one that is known.
+
+def cheapest(stages: Sequence[Stage], candidates: Sequence[Candidate], limits: Limits) -> tuple[Candidate, ...] | None:
+    """The set of files, of those that the disk holds, that is best in this order: the fewest stages read from files
+    that the page cache cannot hold; the least time lacking to the wanted speed; the smallest on disk.
+
+    None where every set is larger than the disk. Exact: all sets are gone through, but for those that cannot be better
+    than one that is known.
     """
-    lacks = np.full((len(stages), len(candidates)), np.inf)  # (I, C) what is missing, as a part of what is wanted
-    for i, stage in enumerate(stages):
-        good = [c for c, file in enumerate(candidates) if stage.size in file.rates and file.bytes <= limits.disk]
-        fits = [c for c in good if candidates[c].bytes <= limits.memory]
-        for c in fits or sorted(good, key=lambda c: candidates[c].bytes)[:1]:
-            lacks[i, c] = max(0.0, 1 - candidates[c].rates[stage.size] / (MARGIN * stage.rate))
-    if np.isinf(lacks.min(axis=1)).any():
+    tick = TIME_STEP * sum(stage.images / stage.rate for stage in stages)
+    worst = 2.0 * len(stages) * sum(  # one stage that is read from the disk is worse than all waiting
+        max((lacking(stage, file) for file in candidates if stage.size in file.rates), default=0.0) for stage in stages
+    ) + 1.0  # fmt: skip
+
+    def costs(stage: Stage, file: Candidate) -> float:
+        return lacking(stage, file) + worst * (file.bytes > limits.memory)
+
+    options = [[c for c, file in enumerate(candidates) if stage.size in file.rates] for stage in stages]
+    if not all(options):
         return None
-    order = np.argsort(np.isfinite(lacks).sum(axis=1), kind="stable")  # those with the least choice first
-    least = np.append(np.cumsum(lacks[order].min(axis=1)[::-1])[::-1], 0.0)  # that the stages from a place on can lack
+    order = sorted(range(len(stages)), key=lambda i: len(options[i]))  # those with the least choice first
+    least = [min(costs(stages[i], candidates[c]) for c in options[i]) for i in order]
+    rest = [sum(least[place:]) for place in range(len(order) + 1)]  # what the stages from a place on cost at least
     best: tuple[tuple[int, int, int], frozenset[int]] | None = None
     seen: dict[tuple[int, frozenset[int]], float] = {}
 
-    def go_on(place: int, chosen: frozenset[int], lacking: float) -> None:
+    def value(cost: float, chosen: frozenset[int]) -> tuple[int, int, int]:
+        return math.ceil(cost / tick - 1e-9), sum(candidates[c].bytes for c in chosen), len(chosen)
+
+    def go_on(place: int, chosen: frozenset[int], cost: float) -> None:
         nonlocal best
-        size = sum(candidates[c].bytes for c in chosen)
-        value = (round((lacking + least[place]) / WAIT_STEP), size, len(chosen))
-        if size > limits.disk or (best is not None and value >= best[0]):
+        bound = value(cost + rest[place], chosen)
+        if (
+            bound[1] > limits.disk
+            or (best is not None and bound >= best[0])
+            or seen.get((place, chosen), math.inf) <= cost
+        ):
             return
-        if seen.get((place, chosen), np.inf) <= lacking:
-            return
-        seen[place, chosen] = lacking
+        seen[place, chosen] = cost
         if place == len(stages):
-            best = value, chosen
+            files = [candidates[c] for c in chosen]
+            read = value(sum(costs(stage, serving(stage, files)) for stage in stages), chosen)  # as a source will
+            if best is None or read < best[0]:
+                best = read, chosen
             return
-        row = lacks[order[place]]
-        for c in np.argsort(row, kind="stable").tolist():
-            if np.isfinite(row[c]):
-                go_on(place + 1, chosen | {c}, lacking + float(row[c]))
+        stage = stages[order[place]]
+        for c in sorted(options[order[place]], key=lambda c: costs(stage, candidates[c])):
+            go_on(place + 1, chosen | {c}, cost + costs(stage, candidates[c]))
 
     go_on(0, frozenset(), 0.0)
     return None if best is None else tuple(candidates[c] for c in sorted(best[1]))
-
-
-def serving(stage: Stage, files: Sequence[Candidate], limits: Limits) -> Candidate:
-    """The file that a source would read at this stage: the fastest of those that are good enough."""
-    good = [file for file in files if stage.size in file.rates]
-    return max(good, key=lambda file: (file.bytes <= limits.memory, file.rates[stage.size]))
 
 
 def propose(
@@ -213,29 +241,33 @@ def propose(
     """The files to write for the stages.
 
     JPEGs have the ``quality`` and ``sampling`` that are wished; where no set of files then keeps up, or fits, lower
-    qualities are tried, and the first with the least waiting is taken. Raises ConfigError where nothing fits the disk.
+    ones are tried, and the first that lacks least is taken. Raises ConfigError where nothing fits the disk.
     """
     sizes = sorted({stage.size for stage in stages})
-    raw = measured(images, sizes, cropping, side_ratio, limits.cores, quality, sampling, ("raw",))
-    choices, smallest = [], None
-    for tried in (quality, *(lower for lower in LOWER_QUALITIES if lower < quality)):
-        chroma = sampling if tried == quality else 420
-        jpegs = measured(images, sizes, cropping, side_ratio, limits.cores, tried, chroma, ("jpg",))
+    tries = [(quality, sampling), *([(quality, 420)] if sampling != 420 else [])]
+    tries += [(lower, 420) for lower in LOWER_QUALITIES if lower < quality]
+    choices: list[Choice] = []
+    raw: tuple[Candidate, ...] = ()
+    for number, tried in enumerate(tries):
+        formats = ("jpg",) if number else ("raw", "jpg")
+        found = measured(images, sizes, cropping, side_ratio, limits.cores, *tried, formats)
+        raw = raw or tuple(file for file in found if file.format == "raw")
+        jpegs = tuple(file for file in found if file.format == "jpg")
         files = cheapest(stages, raw + jpegs, limits)
-        smallest = jpegs[-1]
-        if files is None:
-            continue
-        serves = tuple(serving(stage, files, limits) for stage in stages)
-        choices.append(Choice(tuple(stages), files, serves, tried, chroma))
-        if choices[-1].keeps_up:
-            break
+        if files is not None:
+            serves = tuple(serving(stage, files) for stage in stages)
+            choices.append(Choice(tuple(stages), files, serves, *tried))
+            if choices[-1].keeps_up:
+                return choices[-1]
     if not choices:
+        smallest = min((file for file in raw + jpegs if sizes[-1] in file.rates), key=lambda file: file.bytes)
         raise ConfigError(
-            f"--disk-limit: {byte_words(limits.disk)} are too few; side {smallest.side}, which crops of {sizes[-1]} px "
-            f"need, takes {byte_words(smallest.bytes)} as JPEG of quality {tried} alone. Raise the limit, or lower "
-            "data.side_ratio in the recipe"
+            f"--disk-limit: {byte_words(limits.disk)} are too few: the smallest file that serves all sizes, {smallest} "
+            f"of quality {tried[0]}, takes {byte_words(smallest.bytes)}. Raise the limit, or lower data.side_ratio in "
+            "the recipe"
         )
-    return min(choices, key=lambda choice: round(sum(choice.waits) / WAIT_STEP))  # the best quality of those
+    tick = TIME_STEP * sum(stage.images / stage.rate for stage in stages)
+    return min(choices, key=lambda choice: round(sum(map(lacking, choice.stages, choice.serving)) / tick))
 
 
 # --- what the user sees, and what is written next -------------------------------------------------------------
@@ -249,8 +281,8 @@ def described(choice: Choice, limits: Limits, count: int) -> list[str]:
     ]
     for stage, file, wait in zip(choice.stages, choice.serving, choice.waits, strict=True):
         rate = file.rates[stage.size]
-        told = f"  waits {100 * wait:.0f} % of its time" if wait else "  little to spare" * (rate < MARGIN * stage.rate)
-        told += f"  does not fit in memory ({byte_words(limits.memory)}): read from the disk" * (
+        told = f"  waits {100 * wait:.0f} % of its time" if wait else "  little to spare" * (lacking(stage, file) > 0)
+        told += f"  does not fit in memory ({byte_words(limits.memory)}): its rate is the disk's" * (
             file.bytes > limits.memory
         )
         lines.append(
@@ -266,8 +298,8 @@ def described(choice: Choice, limits: Limits, count: int) -> list[str]:
     lines.append(f"at most {byte_words(largest)} of them at a time in the page cache, of {byte_words(limits.memory)}")
     if not choice.keeps_up:
         lines.append(
-            "No set of files keeps the loader that fast: more cores (--cores), a larger --disk-limit or "
-            "--memory-limit, or a smaller data.side_ratio in the recipe would."
+            "No set of files keeps the loader that fast. What may help: more cores (--cores), room for raw files "
+            "(--disk-limit, --memory-limit), or a smaller data.side_ratio in the recipe."
         )
     return lines
 

@@ -33,6 +33,7 @@ __all__ = ["DEFAULT_FILES", "StoredFile", "WriteConfig", "parse_files", "stored_
 
 LARGEST_RAW = 160  # the largest side that `auto` stores raw
 LARGEST_SIDE = 16384
+QUALITY, SAMPLING = 90, 420  # of JPEG
 VAL_SHORT_EDGE = 256  # an evaluation at 224 of 256 needs that many pixels of every photo
 FORECAST_IMAGES = 256  # tell how much room the rest will take
 REPORT_SECONDS = 10.0  # between lines where there is no terminal
@@ -60,8 +61,8 @@ class WriteConfig:
     source: str | None = None  # spec for open_images
     out: str = "data/imagenet"  # data folder
     files: tuple[StoredFile, ...] = ()  # empty: DEFAULT_FILES of the split
-    quality: int = 90  # of JPEG, 1 to 100
-    sampling: int = 420  # of JPEG's chroma: 420 (a quarter of the pixels) or 444 (all)
+    quality: int = QUALITY  # of JPEG, 1 to 100
+    sampling: int = SAMPLING  # of JPEG's chroma: 420 (a quarter of the pixels) or 444 (all)
     workers: int = 0  # threads, 0: one per core
     on_error: str = "stop"  # "stop" | "skip"
 
@@ -130,12 +131,12 @@ def write_as_asked(options: WriteOptions) -> Manifest:
     planned = Path(options.out) / PLAN_NAME
     if options.split == "train" and (options.sides, options.format) == ("auto", "auto") and planned.exists():
         options = read_plan(planned, options)
-        print(f"{planned}: {options.sides}, quality {options.quality}, chroma {options.sampling}")
+        print(f"as {planned} says (remove it for the default files): {options.sides}")
+    sides = "" if options.sides == "auto" else options.sides
     manifest = write(
         WriteConfig(
-            split=options.split, source=options.source, out=options.out,
-            files=parse_files("" if options.sides == "auto" else options.sides, options.format),
-            quality=options.quality, sampling=int(options.sampling), workers=options.workers, on_error=options.on_error,
+            options.split, options.source, options.out, parse_files(sides, options.format),
+            options.quality or QUALITY, int(options.sampling or SAMPLING), options.workers, options.on_error,
         )
     )  # fmt: skip
     keep_costs(options.out, manifest)

@@ -11,9 +11,11 @@ from vitlocal.config import WriteOptions, read_config
 from vitlocal.data.crops import Cropping
 from vitlocal.data.images import open_images
 from vitlocal.data.journal import free_bytes
+from vitlocal.data.manifest import work_name
 from vitlocal.data.planner import Choice, Limits, described, propose, save_plan
+from vitlocal.data.write import QUALITY, SAMPLING
 from vitlocal.errors import ConfigError
-from vitlocal.machine import cores
+from vitlocal.machine import cores, memory
 from vitlocal.train.rates import parse_rates, rates_for, stages_of
 
 RECIPE = "rcfg/ours.yaml"
@@ -25,6 +27,7 @@ def plan_files(options: WriteOptions) -> Choice:
 
     Raises ConfigError for a wrong option, a recipe that is not there, and where nothing fits the disk.
     """
+    _check_out(Path(options.out))
     recipe = options.recipe or RECIPE
     if not Path(recipe).exists():
         raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that the files are for")
@@ -35,11 +38,19 @@ def plan_files(options: WriteOptions) -> Choice:
     cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
     limits = Limits(
         cores=options.cores or cores(),
-        disk=options.disk_limit or free_bytes(_existing(Path(options.out))),
-        memory=options.memory_limit or _memory_for_files(),
+        disk=options.disk_limit or free_bytes(_nearest(Path(options.out))),
+        memory=options.memory_limit or max(memory() - RESERVED, memory() // 2),
     )
     print(f"encoding and cutting some of {len(images):,} images ...", file=sys.stderr)
-    choice = propose(images, stages, cropping, config.data.side_ratio, limits, options.quality, int(options.sampling))
+    choice = propose(
+        images,
+        stages,
+        cropping,
+        config.data.side_ratio,
+        limits,
+        options.quality or QUALITY,
+        int(options.sampling or SAMPLING),
+    )
     lines = described(choice, limits, len(images))
     print("\n".join(lines))
     source = f" --source {shlex.quote(options.source)}" if options.source else ""
@@ -49,10 +60,19 @@ def plan_files(options: WriteOptions) -> Choice:
     return choice
 
 
-def _existing(folder: Path) -> Path:
+def _nearest(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _memory_for_files() -> int:
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(there - RESERVED, there // 2)
+def _check_out(out: Path) -> None:
+    """Raises ConfigError where the plan could not be kept, or nothing can be written by it."""
+    nearest = _nearest(out)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out: {nearest} is not a folder that can be written to; name another one")
+    for there in (out / "train.json", out / work_name("train")):
+        if there.exists():
+            raise ConfigError(
+                f"--out: {there} is there: this folder's training split is written already, in other files perhaps. "
+                "Plan for another folder, or remove the split first"
+            )

@@ -18,7 +18,7 @@ from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.train.ema import Average
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.run import choose_device
+from vitlocal.train.run import check_sizes, choose_device
 from vitlocal.train.step import Step
 
 MEASURE_SECONDS = 1.0  # of steps, a size
@@ -57,6 +57,8 @@ def parse_rates(text: str | None) -> dict[int, float]:
         match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\.\d+)?)\s*", item)
         if match is None or not int(match[1]) or not float(match[2]):
             raise ConfigError(f"--rates: got {item.strip()!r}, expected SIZE:IMAGES_A_SECOND, as in 32:20000,224:2500")
+        if int(match[1]) in stated:
+            raise ConfigError(f"--rates: {match[1]} px is given twice; leave one out")
         stated[int(match[1])] = float(match[2])
     return stated
 
@@ -71,7 +73,13 @@ def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
     if not stated:
         return measured_rates(config, sizes)
     model, _ = build_model(config.model, CLASSES)
-    macs = {size: count_macs(model, size) for size in {*sizes, *stated}}
+    check_sizes(config, model)
+    macs = {}
+    for size in {*sizes, *stated}:
+        try:
+            macs[size] = count_macs(model, size)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--rates: {config.model.name} takes no images of {size} px ({error})") from error
     rates = {}
     for size in sizes:
         base = min((one for one in stated if one >= size), default=max(stated))
@@ -83,6 +91,7 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
     """Images/s of the recipe's training step on this machine, on pixels of noise that lie on the device."""
     device = choose_device(config.run.device)
     model, _ = build_model(config.model, CLASSES)
+    check_sizes(config, model)
     model = model.to(device, memory_format=torch.channels_last).train()
     average = Average(model, config.train.ema) if config.train.ema is not None else None
     step = Step(model, build_optimizer(model, config.train), average, config, device)

@@ -52,7 +52,7 @@ class Run:
         self.config, self.folder, self.sources, self.device = config, folder, sources, device
         torch.manual_seed(config.run.seed)  # the weights' start
         model, self.model_arguments = build_model(config.model, len(sources.train.classes))
-        _check_sizes(config, model)
+        check_sizes(config, model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(self.model, config.train)
         self.average = Average(self.model, config.train.ema) if config.train.ema is not None else None
@@ -269,7 +269,7 @@ class Run:
 # --- opening ----------------------------------------------------------------------------------------------
 
 
-def _check_sizes(config: Config, model: nn.Module) -> None:
+def check_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError where the patch does not divide a size that the run would come to, hours later perhaps."""
     patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     patch = max(patch) if isinstance(patch, (tuple, list)) else patch
