@@ -95,7 +95,7 @@ def test_the_smallest_set_that_keeps_up() -> None:
 def test_a_quality_that_keeps_up_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {90: 1050.0, 80: 1150.0, 70: 1300.0}
 
-    def pretend(images, sizes, cropping, ratio, cores, quality, sampling, formats):
+    def pretend(images, sizes, cropping, ratio, cores, quality, sampling, keep, formats):
         sizes_of = {90: 900, 80: 700, 70: 500}
         return tuple(
             Candidate(336, "jpg", sizes_of[quality], {224: rates[quality]}) for form in formats if form == "jpg"
@@ -114,7 +114,7 @@ def test_a_quality_that_keeps_up_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 def test_it_says_which_stage_waits() -> None:
     stages = (Stage(32, 5e6, 9000), Stage(224, 5e6, 2600))
     small, slow = Candidate(48, "raw", 10**8, {32: 90_000}), Candidate(336, "jpg", 10**10, {32: 2000, 224: 1300})
-    choice = Choice(stages, (small, slow), tuple(serving(stage, (small, slow)) for stage in stages), 90, 420)
+    choice = Choice(stages, (small, slow), tuple(serving(stage, (small, slow)) for stage in stages), 90, 420, True)
     assert choice.serving == (small, slow) and not choice.keeps_up
     assert choice.waits == (0.0, 0.5)
     text = "\n".join(described(choice, LIMITS, 10**6))
@@ -269,7 +269,7 @@ def files_of(*names: str) -> Manifest:
     files = []
     for name in names:
         side, format = name.split(":")
-        files.append(BetonFile(f"train_{side}_{format}.beton", int(side), format, 90, 420, 1 << 21, 1, name, 9, 9))
+        files.append(BetonFile(f"train_{side}_{format}.beton", int(side), format, 90, 420, 1, 1 << 21, 1, name, 9, 9))
     return Manifest("train", 1, ("ant",), tuple(files), None, (), ("x",))
 
 

@@ -406,6 +406,21 @@ def test_jpegs_pass_through(tmp_path: Path) -> None:
         assert np.abs(np.frombuffer(raw[row], np.uint8).reshape(area.shape) - area).max() <= 2, name
 
 
+def test_jpegs_may_be_encoded_anew(tmp_path: Path) -> None:
+    images = FileImages({"fine": as_jpeg(PHOTO, quality=98, subsampling=0)})
+    sizes = []
+    for keep in (True, False):
+        out = tmp_path / str(keep)
+        manifest = write(config(out, files=(StoredFile(160, "jpg"),), keep_jpegs=keep), images, progress=False)
+        assert manifest.files[0].keep == keep
+        _, _, (stored,) = rows_of(out / "train_160_jpg.beton")
+        sizes.append(len(stored))
+        assert (stored in images.read(0)) == keep
+    assert sizes[1] < 0.8 * sizes[0]
+    with pytest.raises(ConfigError, match="all encoded anew"):
+        write(config(out, files=(StoredFile(160, "jpg"),)), images, progress=False)
+
+
 def test_kept_jpegs_are_cut_as_pillow_would(tmp_path: Path) -> None:
     from vitlocal.data.crops import cut, random_box
     from vitlocal.data.ffcv import Decoder

@@ -348,6 +348,10 @@ class WriteOptions:
     sampling: str | None = option(
         None, Maybe(Choice("420", "444")), "of JPEG's chroma: a quarter of the pixels, or all; none: as planned, or 420"
     )  # fmt: skip
+    keep_jpegs: bool | None = option(
+        None, Maybe(Flag()), "JPEGs that need not shrink stay as they came, else they are encoded anew; none: as "
+        "planned, or true"
+    )  # fmt: skip
     workers: int = option(0, Number(low=0, whole=True), "threads; 0: one a core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image")
     verify: bool = option(False, Flag(), "read what is written, every image of every file, and write nothing")
@@ -569,6 +573,7 @@ def read_plan(path: str | os.PathLike[str], options: WriteOptions) -> WriteOptio
     return replace(
         options, sides=planned.sides, quality=options.quality or planned.quality,
         sampling=options.sampling or planned.sampling,
+        keep_jpegs=planned.keep_jpegs if options.keep_jpegs is None else options.keep_jpegs,
     )  # fmt: skip
 
 

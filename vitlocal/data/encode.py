@@ -259,4 +259,5 @@ def _form(file: PlannedFile, width: int, height: int, keepable: bool, job: Job) 
     if file.format == "raw":
         return *size, AS_RAW, 0, 0
     # A JPEG that need not shrink stays as it came: encoded again, it would only lose.
-    return *size, AS_IT_CAME if keepable and size == (width, height) else AS_JPEG, file.quality, file.sampling
+    kept = keepable and file.keep and size == (width, height)
+    return *size, AS_IT_CAME if kept else AS_JPEG, file.quality, file.sampling

@@ -31,7 +31,7 @@ from vitlocal.data.encode import ROW, Chunk
 from vitlocal.data.manifest import BetonFile, Manifest, PlannedFile, flush_folder, joined_crc32
 from vitlocal.errors import ConfigError, DataError
 
-VERSION = "2"
+VERSION = "3"
 COMMIT_SECONDS = 5.0  # at most so much work is lost by a kill -9 or a power cut
 
 

@@ -27,6 +27,7 @@ class PlannedFile:
     format: str  # "raw" | "jpg"
     quality: int | None  # of JPEG; None for raw
     sampling: int | None  # of a JPEG's chroma, 420 or 444; None for raw, and where it is not known
+    keep: int | None  # 1: JPEGs that need not shrink stay as they came, 0: they do not; None as for sampling
     page_size: int
 
 
@@ -173,8 +174,8 @@ def described(folder: str | os.PathLike[str], split: str) -> Manifest | None:
     count = counts.pop()
     files = tuple(
         BetonFile(
-            path.name, int(found[path]["side"]), "jpg" if "jpg" in head.modes else "raw", None, None, head.page_size,
-            head.bytes, "", head.max_width, head.max_height,
+            path.name, int(found[path]["side"]), "jpg" if "jpg" in head.modes else "raw", None, None, None,
+            head.page_size, head.bytes, "", head.max_width, head.max_height,
         )
         for path, head in mine.items()
     )  # fmt: skip

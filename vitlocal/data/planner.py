@@ -77,6 +77,7 @@ class Choice:
     serving: tuple[Candidate, ...]  # of each stage, one of the files
     quality: int
     sampling: int
+    keep: bool  # JPEGs that need not shrink, as they came
 
     @property
     def bytes(self) -> int:
@@ -105,7 +106,7 @@ def lacking(stage: Stage, file: Candidate) -> float:
 
 def measured(
     images: ImageSet, sizes: Sequence[int], cropping: Cropping, side_ratio: float, cores_then: int, quality: int,
-    sampling: int, formats: Sequence[str] = ("raw", "jpg"),
+    sampling: int, keep: bool = True, formats: Sequence[str] = ("raw", "jpg"),
 ) -> tuple[Candidate, ...]:  # fmt: skip
     """The candidates for crops of ``sizes`` px, with their sizes and speeds measured on some of ``images``.
 
@@ -114,7 +115,7 @@ def measured(
     """
     sides = sorted({-(-int(np.ceil(size * side_ratio)) // SIDE_STEP) * SIDE_STEP for size in sizes})
     files = tuple(
-        PlannedFile("", side, format, quality, sampling, page_size_for(3 * side * side + (1 << 16)))
+        PlannedFile("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
         for side in sides
         for format in formats
     )
@@ -236,7 +237,7 @@ def cheapest(stages: Sequence[Stage], candidates: Sequence[Candidate], limits: L
 
 def propose(
     images: ImageSet, stages: Sequence[Stage], cropping: Cropping, side_ratio: float, limits: Limits, quality: int = 90,
-    sampling: int = 420,
+    sampling: int = 420, keep: bool = True,
 ) -> Choice:  # fmt: skip
     """The files to write for the stages.
 
@@ -250,13 +251,13 @@ def propose(
     raw: tuple[Candidate, ...] = ()
     for number, tried in enumerate(tries):
         formats = ("jpg",) if number else ("raw", "jpg")
-        found = measured(images, sizes, cropping, side_ratio, limits.cores, *tried, formats)
+        found = measured(images, sizes, cropping, side_ratio, limits.cores, *tried, keep, formats)
         raw = raw or tuple(file for file in found if file.format == "raw")
         jpegs = tuple(file for file in found if file.format == "jpg")
         files = cheapest(stages, raw + jpegs, limits)
         if files is not None:
             serves = tuple(serving(stage, files) for stage in stages)
-            choices.append(Choice(tuple(stages), files, serves, *tried))
+            choices.append(Choice(tuple(stages), files, serves, *tried, keep))
             if choices[-1].keeps_up:
                 return choices[-1]
     if not choices:
@@ -310,6 +311,7 @@ def save_plan(out: str, choice: Choice, lines: Sequence[str], command: str) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {
         "sides": ",".join(str(file) for file in choice.files), "quality": choice.quality, "sampling": choice.sampling,
+        "keep_jpegs": choice.keep,
     }  # fmt: skip
     head = "".join(f"# {line}\n" for line in (f"Made by {command}", *lines))
     path.write_text(head + yaml.safe_dump({"write": options}, sort_keys=False), encoding="utf-8")

@@ -65,6 +65,7 @@ class WriteConfig:
     sampling: int = SAMPLING  # of JPEG's chroma: 420 (a quarter of the pixels) or 444 (all)
     workers: int = 0  # threads, 0: one per core
     on_error: str = "stop"  # "stop" | "skip"
+    keep_jpegs: bool = True  # those that need not shrink stay as they came
 
 
 def parse_files(sides: str, format: str = "auto") -> tuple[StoredFile, ...]:
@@ -137,6 +138,7 @@ def write_as_asked(options: WriteOptions) -> Manifest:
         WriteConfig(
             options.split, options.source, options.out, parse_files(sides, options.format),
             options.quality or QUALITY, int(options.sampling or SAMPLING), options.workers, options.on_error,
+            options.keep_jpegs is not False,
         )
     )  # fmt: skip
     keep_costs(options.out, manifest)
@@ -202,6 +204,7 @@ class _Plan:
                 format=file.format,
                 quality=config.quality if file.format == "jpg" else None,
                 sampling=config.sampling if file.format == "jpg" else None,
+                keep=int(config.keep_jpegs) if file.format == "jpg" else None,
                 # A JPEG of noise at full quality can be a little larger than the pixels, hence the spare 64 KiB.
                 page_size=page_size_for(3 * max(file.side, _short_edge(config.split)) ** 2 + (1 << 16)),
             )
@@ -278,6 +281,7 @@ def _identity(files: Sequence[PlannedFile], source: SourceInfo, classes: Sequenc
             f"{file.side} {file.format}"
             + (f" of quality {file.quality}" if file.quality else "")
             + (" and sampling 444" if file.sampling == 444 else "")
+            + (", all encoded anew" if file.keep == 0 else "")
             for file in files
         ),
         "source": source.spec,

@@ -43,14 +43,9 @@ def plan_files(options: WriteOptions) -> Choice:
     )
     print(f"encoding and cutting some of {len(images):,} images ...", file=sys.stderr)
     choice = propose(
-        images,
-        stages,
-        cropping,
-        config.data.side_ratio,
-        limits,
-        options.quality or QUALITY,
-        int(options.sampling or SAMPLING),
-    )
+        images, stages, cropping, config.data.side_ratio, limits, options.quality or QUALITY,
+        int(options.sampling or SAMPLING), options.keep_jpegs is not False,
+    )  # fmt: skip
     lines = described(choice, limits, len(images))
     print("\n".join(lines))
     source = f" --source {shlex.quote(options.source)}" if options.source else ""
