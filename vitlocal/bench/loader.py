@@ -146,10 +146,11 @@ def chosen_file(data: str, manifest: Manifest, size: int) -> str:
 
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written where it is not there yet."""
+    from vitlocal.data.costs import keep_costs
     from vitlocal.data.write import WriteConfig, write
 
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
-        write(WriteConfig("train", "sample:20", SAMPLE_FOLDER))
+        keep_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))
     return SAMPLE_FOLDER
 
 
