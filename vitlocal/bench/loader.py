@@ -168,13 +168,13 @@ def compare(
     manifest = load_manifest(data, "train")
     rows = []
     for threads in workers:
-        cores, contestants = cores_for(threads), []
+        cores, contestants, entries = cores_for(threads), [], []
         with closing_all(contestants):
             for name in names:
                 for stored in [ORIGINAL] if name in OF_ORIGINALS else [file.file for file in manifest.files]:
                     arguments = (name, data, source, stored, threads, count)
                     contestants.append(Contestant(f"{name}, {stored}", reader, arguments, cores))
-                    contestants[-1].row = {"source": name, "stored": stored}
+                    entries.append({"source": name, "stored": stored})
             for size in sizes:
                 rates: list[list[float]] = [[] for _ in contestants]
                 memory = [0.0] * len(contestants)
@@ -185,14 +185,13 @@ def compare(
                         if number:
                             rates[place].append(rate)
                     print(f"\r{size} px, {threads} workers: round {number} of {rounds} ", end="", file=sys.stderr)
-                chosen = chosen_file(data, manifest, size)
+                picked = {"source": "ours", "stored": chosen_file(data, manifest, size)}
                 rows += [
                     {
-                        **contestant.row, "size": size, **rates_row(rates[place], threads),
-                        "rss_mib": round(memory[place]),
-                        "chosen": contestant.row == {"source": "ours", "stored": chosen},
+                        **entry, "size": size, **rates_row(of, threads), "rss_mib": round(mib),
+                        "chosen": entry == picked,
                     }
-                    for place, contestant in enumerate(contestants)
+                    for entry, of, mib in zip(entries, rates, memory, strict=True)
                 ]  # fmt: skip
         print(file=sys.stderr)
     return with_ratios(rows)
