@@ -228,7 +228,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
     stored = sorted({row["stored"] for row in rows})
     colours = {name: f"C{number}" for number, name in enumerate(stored)}
@@ -249,7 +249,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     axes.set_ylabel("images/s and core")
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
