@@ -36,6 +36,18 @@ class Cropping:
     repeats: int = 1
     centre: float = 0.875  # part of the short edge
 
+    def draws(self, count: int, epoch: int, start: int = 0) -> np.ndarray:
+        """What an epoch over ``count`` rows draws, in its order, from place ``start`` on: (n,) int64."""
+        if self.random:
+            return epoch_order(count, self.seed, epoch, self.repeats)[start:].astype(np.int64)
+        return np.arange(start, count, dtype=np.int64)
+
+    def box(self, epoch: int, draw: int, height: int, width: int) -> Box:
+        """What is cut from an image of ``height`` x ``width`` px."""
+        if self.random:
+            return random_box(self.seed, epoch, draw, height, width, self.scale, self.ratio, self.flip)
+        return centre_box(height, width, self.centre)
+
 
 @dataclass(frozen=True)
 class Box:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box, epoch_order, random_box
+from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.originals import open_originals
@@ -107,11 +107,7 @@ class DALISource:
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        cropping = self.cropping
-        if cropping.random:
-            draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)[at.images :]
-        else:
-            draws = np.arange(at.images, self.count)
+        draws = self.cropping.draws(self.count, at.epoch, at.images)
         batches = self._read(draws, at.epoch, feed)
         try:
             yield batches
@@ -122,11 +118,7 @@ class DALISource:
         if not hasattr(self.own, "images"):
             self.own.images = copy.copy(self.images)
         data, height, width = plain(self.own.images, int(self.rows[draw & ROW_MASK]))
-        cropping = self.cropping
-        if cropping.random:
-            box = random_box(cropping.seed, epoch, draw, height, width, cropping.scale, cropping.ratio, cropping.flip)
-        else:
-            box = centre_box(height, width, cropping.centre)
+        box = self.cropping.box(epoch, draw, height, width)
         return sample_of(data, height, width, box, size)
 
     def _read(self, draws: np.ndarray, epoch: int, feed: Feed) -> Iterator[Batch]:

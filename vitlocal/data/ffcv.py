@@ -21,7 +21,7 @@ import torch
 
 from vitlocal.data.beton import read_beton
 from vitlocal.data.costs import Costs
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, epoch_order, replacement
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, replacement
 from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.native import RANDOM, Threads, policy_of
@@ -324,11 +324,7 @@ class FFCVSource:
                 f"{file.path} has {len(file.reader.metadata)} rows, its manifest says {self.count}; write both again"
             )
         cropping = self.cropping
-        if cropping.random:
-            draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)
-        else:
-            draws = np.arange(self.count)
-        draws = draws[at.images :].astype(np.int64)
+        draws = cropping.draws(self.count, at.epoch, at.images)
         batches = self.decoder.start(file, draws, policy_of(cropping, at.epoch), feed, self.device, self.stop)
         try:
             yield batches

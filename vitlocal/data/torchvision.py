@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitlocal.data.crops import ROW_MASK, Cropping, centre_box, cut, epoch_order, random_box
+from vitlocal.data.crops import ROW_MASK, Cropping, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.originals import open_originals
 from vitlocal.data.source import Batch
@@ -31,15 +31,10 @@ class CropDataset(Dataset):
 
     def __getitem__(self, request: Request) -> tuple[np.ndarray, int, int]:
         draw, epoch, size = request
-        row, cropping = draw & ROW_MASK, self.cropping
+        row = draw & ROW_MASK
         index = int(self.rows[row])
         image = self.images.load(index)
-        if cropping.random:
-            box = random_box(
-                cropping.seed, epoch, draw, image.height, image.width, cropping.scale, cropping.ratio, cropping.flip
-            )
-        else:
-            box = centre_box(image.height, image.width, cropping.centre)
+        box = self.cropping.box(epoch, draw, image.height, image.width)
         crop = cut(image, box, size)
         return np.asarray(crop), int(self.images.labels[index]), row
 
@@ -91,11 +86,7 @@ class TorchvisionSource:
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        cropping = self.cropping
-        if cropping.random:
-            draws = epoch_order(self.count, cropping.seed, at.epoch, cropping.repeats)[at.images :]
-        else:
-            draws = np.arange(at.images, self.count)
+        draws = self.cropping.draws(self.count, at.epoch, at.images)
         self.batches.draws, self.batches.epoch, self.batches.feed = draws, at.epoch, feed
         yield self._read()
 
