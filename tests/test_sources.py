@@ -305,3 +305,17 @@ def test_splits_of_different_classes_are_refused(folder: Path, tmp_path: Path, c
     path.write_text(path.read_text().replace('"arrow"', '"pfeil"', 1))
     with pytest.raises(ConfigError, match="arrow, pfeil"):
         open_sources(configure(f"--data.root={tmp_path}/data"), CPU)
+
+
+def test_a_damaged_original_is_named_without_a_traceback(tmp_path: Path):
+    for number in range(6):
+        path = tmp_path / "train" / "ant" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40), (number, 90, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+    slow = TorchvisionSource("nowhere", str(tmp_path), "train", TRAIN, CPU, 1)
+    with pytest.raises(DataError) as caught:
+        read(slow, Feed(16, 2))
+    assert str(caught.value).startswith("ant/5.jpg: expected a whole image") and "\n" not in str(caught.value)
+    assert "write_dataset.py --on-error skip" in str(caught.value)
+    slow.close()

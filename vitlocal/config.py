@@ -179,7 +179,9 @@ class DataConfig:
     workers: int = option(
         0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one a core"
     )
-    on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: another is drawn in its place")
+    on_error: str = option(
+        "stop", Choice("stop", "skip"), "at a damaged image of data.loader=ffcv; skip: another is drawn in its place"
+    )
     side_ratio: float = option(
         1.5, Number(low=0.1, high=16), "a file is good enough for a size if its side >= ratio x size"
     )

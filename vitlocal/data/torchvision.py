@@ -17,6 +17,7 @@ from vitlocal.data.crops import ROW_MASK, Cropping, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.originals import open_originals
 from vitlocal.data.source import Batch
+from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
 
 # What is asked of a worker process: all that a crop depends on, so that workers live on from pass to pass.
@@ -24,16 +25,22 @@ Request = tuple[int, int, int]  # draw, epoch, size
 
 
 class CropDataset(Dataset):
-    """Crops by :data:`Request`: ``((S, S, 3) uint8, label, row)``."""
+    """Crops by :data:`Request`: ``((S, S, 3) uint8, label, row)``, or the error where an image cannot be read.
+
+    Not raised: DataLoader would hand on its traceback as the message.
+    """
 
     def __init__(self, images: ImageSet, rows: np.ndarray, cropping: Cropping):
         self.images, self.rows, self.cropping = images, rows, cropping
 
-    def __getitem__(self, request: Request) -> tuple[np.ndarray, int, int]:
+    def __getitem__(self, request: Request) -> tuple[np.ndarray, int, int] | DataError:
         draw, epoch, size = request
         row = draw & ROW_MASK
         index = int(self.rows[row])
-        image = self.images.load(index)
+        try:
+            image = self.images.load(index)
+        except DataError as error:
+            return error
         box = self.cropping.box(epoch, draw, image.height, image.width)
         crop = cut(image, box, size)
         return np.asarray(crop), int(self.images.labels[index]), row
@@ -44,7 +51,12 @@ def start_worker(number: int) -> None:
     os.setsid()
 
 
-def collate(items: list[tuple[np.ndarray, int, int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(
+    items: list[tuple[np.ndarray, int, int] | DataError],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | DataError:
+    for item in items:
+        if isinstance(item, DataError):
+            return item
     crops, labels, rows = zip(*items, strict=True)
     return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
 
@@ -91,7 +103,10 @@ class TorchvisionSource:
         yield self._read()
 
     def _read(self) -> Iterator[Batch]:
-        for crops, labels, rows in self.loader:
+        for batch in self.loader:
+            if isinstance(batch, DataError):
+                raise batch
+            crops, labels, rows = batch
             pixels = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
             yield Batch(
                 pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), rows

@@ -35,7 +35,7 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
             problem = str(error) or type(error).__name__
         raise DataError(
             f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); "
-            "restore the file, or leave such images out with --on-error skip"
+            "restore the file, or write the data folder without such images: write_dataset.py --on-error skip"
         ) from error
 
 
