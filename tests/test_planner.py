@@ -167,7 +167,8 @@ def test_rates_follow_from_flops() -> None:
     config = read_config(a_recipe(), {})
     rates = rates_for(config, {48: 100.0})
     assert rates[48] == 100 and rates[32] > 200 and rates[16] > 2.5 * rates[32]
-    assert rates_for(config, {16: 7.0, 48: 100.0}) == {**rates, 16: 7.0}
+    assert rates_for(config, {16: 250.0, 48: 100.0}) == {16: 250, 32: rates[32], 48: 100}
+    assert rates_for(config, {16: 150.0, 48: 100.0}) == {16: 150, 32: 150, 48: 100}  # 32 px cannot be quicker than 16
     assert parse_rates(" 32:20000, 224:2500.5") == {32: 20000, 224: 2500.5} and parse_rates(None) == {}
     for wrong in ("224", "224:x", "0:5", "5:0", "32:1,", "224=5"):
         with pytest.raises(ConfigError, match=r"--rates.*SIZE:IMAGES_A_SECOND"):

@@ -66,8 +66,8 @@ def parse_rates(text: str | None) -> dict[int, float]:
 def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
     """Images/s by size of the recipe: as ``stated``; where nothing is, measured on this machine.
 
-    A size that is not stated follows from the next larger one that is (or the largest), by the FLOPs of the model: at
-    small sizes that is more than a GPU reaches.
+    A size that is not stated follows from the next larger one that is (or the largest), by the FLOPs of the model, and
+    is no faster than a smaller one that is stated: at small sizes FLOPs promise more than a GPU reaches.
     """
     sizes = list(curriculum(config))
     if not stated:
@@ -83,7 +83,8 @@ def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
     rates = {}
     for size in sizes:
         base = min((one for one in stated if one >= size), default=max(stated))
-        rates[size] = stated[base] * macs[base] / macs[size]
+        by_flops = stated[base] * macs[base] / macs[size]
+        rates[size] = min(by_flops, *(rate for one, rate in stated.items() if one < size), by_flops)
     return rates
 
 
