@@ -57,6 +57,12 @@ def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not any((tmp_path / "out").iterdir())  # nothing is left of what was written
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("loader", "runs", "write"))
+
+
 def broken() -> None:
     raise ValueError("no such thing")
 

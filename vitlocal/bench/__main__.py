@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,11 @@ BENCHES = {"loader": loader.main, "runs": runs.main, "write": write.main}
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv and argv[0] in ("-h", "--help"):
+        print("python -m vitlocal.bench NAME [--help]")
+        for name, bench in BENCHES.items():
+            print(f"  {name:8} {inspect.getmodule(bench).__doc__.partition(chr(10))[0]}")
+        return
     if not argv or argv[0] not in BENCHES:
         raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {argv[0] if argv else 'none'}")
     BENCHES[argv[0]](argv[1:])

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from vitlocal.errors import ConfigError, DataError
 
 Made = Callable[..., Any]  # what a contestant's maker returns: called once a turn
@@ -120,6 +122,22 @@ class PeakMemory:
         self.done.set()
         self.thread.join()
         self.mib = max(self.mib, resident_mib(self.pid))
+
+
+class Progress:
+    """A line that says how far a bench has come, and about how long the rest will take."""
+
+    def __init__(self, steps: int):
+        self.bar = tqdm(
+            total=steps, unit=" turns", leave=False, bar_format="{desc}: {n} of {total} turns, {remaining} left"
+        )
+
+    def step(self, what: str) -> None:
+        self.bar.set_description_str(what, refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 def rates_row(rates: Sequence[float], workers: int) -> dict[str, Any]:

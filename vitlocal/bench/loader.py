@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 
 from vitlocal.bench.contestants import (
     Contestant,
+    Progress,
     chosen_names,
     closing_all,
     cores_for,
@@ -37,7 +37,7 @@ from vitlocal.plan import Feed, Position
 
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
-ROUNDS, SECONDS = 5, 1.0
+ROUNDS, SECONDS = 3, 0.5
 IMAGES = 2048  # of a folder that has more: the same random ones each time, so that all come from memory
 ORIGINAL = "original"  # stored as
 
@@ -166,7 +166,7 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the measurement: a contestant at a size, each."""
     manifest = load_manifest(data, "train")
-    rows = []
+    rows, told = [], Progress(len(workers) * len(sizes) * (rounds + 1))
     for threads in workers:
         cores, contestants, entries = cores_for(threads), [], []
         with closing_all(contestants):
@@ -184,7 +184,7 @@ def compare(
                         memory[place] = resident_mib(contestant.process.pid)
                         if number:
                             rates[place].append(rate)
-                    print(f"\r{size} px, {threads} workers: round {number} of {rounds} ", end="", file=sys.stderr)
+                    told.step(f"{size} px, {threads} worker{'s' * (threads > 1)}")
                 picked = {"source": "ours", "stored": chosen_file(data, manifest, size)}
                 rows += [
                     {
@@ -193,7 +193,7 @@ def compare(
                     }
                     for entry, of, mib in zip(entries, rates, memory, strict=True)
                 ]  # fmt: skip
-        print(file=sys.stderr)
+    told.close()
     return with_ratios(rows)
 
 

@@ -10,9 +10,9 @@ has workers; they take turns, round by round. Without --source: the built-in sam
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -20,9 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from vitlocal.bench.contestants import (
     Contestant,
     PeakMemory,
+    Progress,
     chosen_names,
     closing_all,
     cores_for,
@@ -78,13 +81,15 @@ def ours(images: Some, files: Sequence[StoredFile], workers: int, out: str) -> N
 def ffcv(images: Some, files: Sequence[StoredFile], workers: int, out: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from ffcv import writer as ffcv_writer
         from ffcv.fields import IntField, RGBImageField
-        from ffcv.writer import DatasetWriter
+
+        ffcv_writer.tqdm = functools.partial(tqdm, disable=True)  # its bars would cover ours
 
         for file in files:
             image = RGBImageField(file.format, max_resolution=file.side, jpeg_quality=QUALITY)
-            writer = DatasetWriter(f"{out}/{file.side}_{file.format}.beton", {"image": image, "label": IntField()},
-                                   num_workers=workers)  # fmt: skip
+            fields = {"image": image, "label": IntField()}
+            writer = ffcv_writer.DatasetWriter(f"{out}/{file.side}_{file.format}.beton", fields, num_workers=workers)
             writer.from_indexed_dataset(images)
 
 
@@ -131,7 +136,7 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the measurement: a contestant with a number of workers, each."""
     images = min(count, len(open_images(source, "train")))
-    rows = []
+    rows, told = [], Progress(len(workers) * (rounds + 1))
     with tempfile.TemporaryDirectory(dir=out) as folder:
         for threads in workers:
             cores, contestants = cores_for(threads), []
@@ -149,14 +154,14 @@ def compare(
                         memory[name] = max(memory[name], peak.mib)
                         if number:
                             rates[contestant.name].append(rate)
-                    print(f"\r{threads} workers: round {number} of {rounds} ", end="", file=sys.stderr)
+                    told.step(f"{threads} worker{'s' * (threads > 1)}")
                 for name in names:
                     rows.append({
                         "source": name, "files": ",".join(f"{file.side}:{file.format}" for file in files),
                         "images": images, **rates_row(rates[name], threads), "rss_mib": round(memory[name]),
                         "megabytes": round(written[name] / 1e6, 1),
                     })  # fmt: skip
-            print(file=sys.stderr)
+    told.close()
     for row in rows:
         if row["source"] == "ours":
             other = [r["images_per_second"] for r in rows if (r["source"], r["workers"]) == ("ffcv", row["workers"])]
