@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Of numba, which FFCV's own loader uses. Its other layer, TBB, may hang when a process ends that is held to one core.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+
 import pytest
 import torch
 
