@@ -276,8 +276,9 @@ def propose(
 
 def described(choice: Choice, limits: Limits, count: int) -> list[str]:
     """The choice in lines, for a terminal and for the plan's head."""
+    cores = f"{limits.cores} core{'s' * (limits.cores > 1)}"
     lines = [
-        f"{count:,} images; {limits.cores} cores; the loader is to be {MARGIN} x as fast as the trainer",
+        f"{count:,} images; {cores}; the loader is to be {MARGIN} x as fast as the trainer",
         f"{'px':>5} {'epochs':>7} {'trainer':>11} {'loader':>11} {'':>8}  file",
     ]
     for stage, file, wait in zip(choice.stages, choice.serving, choice.waits, strict=True):

@@ -49,7 +49,8 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
             + f"\nRemove {Path(out) / f'{split}.json'} and those files, and write the split again"
         )  # fmt: skip
     if progress:
-        print(f"{Path(out) / f'{split}.json'}: {total:,} images in {len(manifest.files)} files, all sound")
+        files = f"{len(manifest.files)} file{'s' * (len(manifest.files) > 1)}"
+        print(f"{Path(out) / f'{split}.json'}: {total:,} images in {files}, all sound")
     return manifest
 
 
