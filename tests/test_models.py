@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitlocal.models
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.models.lffn import LocalFFNViT, image_as_tokens, local_mix, tokens_as_image
+from vitlocal.models.lffn import LocalFFNViT
+from vitlocal.models.local_mix import image_as_tokens, local_mix, tokens_as_image
 from vitlocal.models.vit import position_matrix
 
 CPU = torch.device("cpu")

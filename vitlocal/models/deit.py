@@ -10,8 +10,8 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.vit import (
-    ACTIVATIONS,
     BASE,
     SMALL,
     TINY,

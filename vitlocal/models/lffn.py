@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitlocal.models.local_mix import ACTIVATIONS, local_mix
 from vitlocal.models.vit import (
-    ACTIVATIONS,
     BASE,
     SMALL,
     TINY,
@@ -25,28 +25,6 @@ from vitlocal.models.vit import (
     check_choice,
     default_cfg,
 )
-
-
-def tokens_as_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Contiguous tokens (B, N, C) seen as an image (B, C, h, w), channels-last: a view, no copy."""
-    return tokens.view(tokens.shape[0], *grid, tokens.shape[2]).permute(0, 3, 1, 2)
-
-
-def image_as_tokens(image: Tensor) -> Tensor:
-    """A channels-last image (B, C, h, w) seen as tokens (B, N, C): a view, no copy."""
-    return image.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def local_mix(tokens: Tensor, weight: Tensor, grid: tuple[int, int], activation: str = "h_swish") -> Tensor:
-    """Activation, zero-padded 3×3 depth-wise convolution, activation: contiguous (B, N, C) -> (B, N, C).
-
-    ``weight`` is (C, 1, 3, 3). Nothing is copied to reach the convolution's layout or to leave it.
-    """
-    act = ACTIVATIONS[activation]
-    # For (64, 64, 768) on one CPU core, forward and backward: oneDNN's channels-last convolution takes 15 ms
-    # (fc1: 50), the same through a channels-first copy 78 ms, nine shifted multiply-adds 120 ms.
-    image = F.conv2d(tokens_as_image(act(tokens), grid), weight, padding=1, groups=weight.shape[0])
-    return act(image_as_tokens(image))
 
 
 class LocalFeedForward(nn.Module):
@@ -65,6 +43,7 @@ class LocalFeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, hidden, bias=False)
         conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False) if convolution else None
         self.conv = conv  # its weight alone is used, by local_mix
+        self.kernel = "auto"  # see local_mix; set from outside, and no part of the model's state
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -77,7 +56,7 @@ class LocalFeedForward(nn.Module):
         if self.conv is None:
             hidden = ACTIVATIONS[self.activation](hidden)
         else:
-            hidden = local_mix(hidden, self.conv.weight, grid, self.activation)
+            hidden = local_mix(hidden, self.conv.weight, grid, self.activation, self.kernel)
         return self.fc2(hidden)
 
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vitlocal.models.lffn import image_as_tokens, tokens_as_image
+from vitlocal.models.local_mix import ACTIVATIONS, image_as_tokens, tokens_as_image
 from vitlocal.models.vit import (
-    ACTIVATIONS,
     Block,
     BlockShape,
     VisionTransformer,

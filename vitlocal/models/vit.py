@@ -22,8 +22,7 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish, "gelu": F.gelu}
+from vitlocal.models.local_mix import ACTIVATIONS
 
 # Width, depth and heads of DeiT's models, which the local-FFN models share.
 TINY: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=3)
