@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitlocal.data.crops import centre_box, cut
 from vitlocal.data.ffcv import Decoder, FFCVSource, MappedFile
+from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.source import Cropping, load_manifest, open_sources
 from vitlocal.data.torchvision import TorchvisionSource
 from vitlocal.data.verify import verify
@@ -305,6 +306,28 @@ def test_splits_of_different_classes_are_refused(folder: Path, tmp_path: Path, c
     path.write_text(path.read_text().replace('"arrow"', '"pfeil"', 1))
     with pytest.raises(ConfigError, match="arrow, pfeil"):
         open_sources(configure(f"--data.root={tmp_path}/data"), CPU)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torchvision"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_read_every_place_once(folder: Path, decoder, configure, loader: str, world: int):
+    config = configure(f"--data.loader={loader}", "--data.workers=1")
+    opened = [open_sources(config, CPU, share) for share in (WHOLE, *(Share(rank, world) for rank in range(world)))]
+    batches = []
+    for sources in opened:
+        with sources.train.open(Feed(16, 30), Position(1, 29)) as read:  # of 120 rows
+            batches.append([dataclasses.replace(batch, images=batch.images.clone()) for batch in read])
+        sources.close()
+    assert [len(batch) for batch in batches[0]] == [30, 30, 30, 1]  # the last is for one process alone
+    for whole, *parts in zip(*batches, strict=True):
+        assert {part.total for part in parts} == {len(whole)}
+        places = np.concatenate([part.places for part in parts])
+        assert sorted(places.tolist()) == list(range(len(whole)))
+        for name in ("images", "labels", "ids"):
+            together = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(together, getattr(whole, name)[places])
+        for part in parts:  # mirrored pairs: mixup's partners are in the same process
+            assert np.array_equal(len(whole) - 1 - part.places[::-1], part.places)
 
 
 def test_a_damaged_original_is_named_without_a_traceback(tmp_path: Path):

@@ -26,6 +26,7 @@ from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.originals import open_originals
+from vitlocal.data.shares import WHOLE, Share, Slice
 from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Feed, Position
@@ -97,10 +98,13 @@ def sample_of(data: bytes, height: int, width: int, box: Box, size: int) -> Samp
 class DALISource:
     """A split read from its original images; rows are those of the manifest, where the data folder has one."""
 
-    def __init__(self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int):
+    def __init__(
+        self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int,
+        share: Share = WHOLE,
+    ):  # fmt: skip
         self.images, self.rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(self.images.classes), len(self.rows)
-        self.cropping, self.device, self.workers, self.damaged = cropping, device, workers, ()
+        self.cropping, self.device, self.workers, self.damaged, self.share = cropping, device, workers, (), share
         self.readers = ThreadPoolExecutor(workers)  # they wait for the disk, and read headers
         self.own = threading.local()  # each reader's copy of the images, for reading may move what they hold
         self.pipeline: Any = None
@@ -108,7 +112,7 @@ class DALISource:
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
         draws = self.cropping.draws(self.count, at.epoch, at.images)
-        batches = self._read(draws, at.epoch, feed)
+        batches = self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)
         try:
             yield batches
         finally:
@@ -121,22 +125,24 @@ class DALISource:
         box = self.cropping.box(epoch, draw, height, width)
         return sample_of(data, height, width, box, size)
 
-    def _read(self, draws: np.ndarray, epoch: int, feed: Feed) -> Iterator[Batch]:
-        self._make_room(feed.batch_size)
-        spans = [draws[start : start + feed.batch_size] for start in range(0, len(draws), feed.batch_size)]
+    def _read(self, slices: list[Slice], epoch: int, size: int) -> Iterator[Batch]:
+        # A slice of nothing can only be the last.
+        spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
+        if spans:
+            self._make_room(max(len(part.draws) for part in spans))
         reading: deque[Any] = deque()
-        decoding: deque[np.ndarray] = deque()
+        decoding: deque[Slice] = deque()
         try:
             for number in range(len(spans) + AHEAD):
                 if number < len(spans):
-                    asked = spans[number].tolist()
-                    reading.append([self.readers.submit(self._sample, draw, epoch, feed.size) for draw in asked])
+                    asked = spans[number].draws.tolist()
+                    reading.append([self.readers.submit(self._sample, draw, epoch, size) for draw in asked])
                 if number >= 1 and reading:
                     samples = [future.result() for future in reading.popleft()]
                     self._schedule(samples)
                     decoding.append(spans[number - 1])
                 if number >= AHEAD:
-                    yield self._batch(decoding.popleft(), feed.size)
+                    yield self._batch(decoding.popleft(), size)
         finally:
             for future in (future for futures in reading for future in futures):
                 future.cancel()
@@ -144,6 +150,7 @@ class DALISource:
                 for _ in decoding:  # what DALI has begun, it finishes
                     self.pipeline.share_outputs()
                     self.pipeline.release_outputs()
+        yield from (Batch.empty(size, self.device, part.total) for part in rest)
 
     def _make_room(self, batch_size: int) -> None:
         """Builds the pipeline, anew where batches have grown; its queue is filled by empty work at first."""
@@ -171,14 +178,14 @@ class DALISource:
         self._feed(samples)
         self.pipeline.schedule_run()
 
-    def _batch(self, draws: np.ndarray, size: int) -> Batch:
-        rows = draws & ROW_MASK
+    def _batch(self, part: Slice, size: int) -> Batch:
+        rows = part.draws & ROW_MASK
         try:
             (output,) = self.pipeline.share_outputs()
         except Exception as error:
             self.pipeline = None  # it is of no more use
             raise self._explained(rows, error) from error
-        shape = (len(draws), size, size, 3)
+        shape = (len(rows), size, size, 3)
         if self.device.type == "cuda":
             from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -191,7 +198,7 @@ class DALISource:
         self.pipeline.release_outputs()
         labels = torch.from_numpy(np.asarray(self.images.labels)[self.rows[rows]])
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        return Batch(images, labels.to(self.device), torch.from_numpy(rows))
+        return Batch(images, labels.to(self.device), torch.from_numpy(rows), part.places, part.total)
 
     def _explained(self, rows: np.ndarray, error: Exception) -> DataError:
         """DALI does not say which image it was: Pillow finds it."""

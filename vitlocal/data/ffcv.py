@@ -25,6 +25,7 @@ from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, replacement
 from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.native import RANDOM, Threads, policy_of
+from vitlocal.data.shares import WHOLE, Share, Slice
 from vitlocal.data.source import Batch
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
@@ -125,20 +126,21 @@ class Decoder:
             self.files[path] = MappedFile(path, classes)
         return self.files[path]
 
-    def start(self, file: MappedFile, draws: np.ndarray, policy: np.ndarray, feed: Feed, device: torch.device,
+    def start(self, file: MappedFile, slices: list[Slice], policy: np.ndarray, size: int, device: torch.device,
               stop: bool) -> Pass:  # fmt: skip
-        """Begins to decode ``draws`` (int64) of the file, ``feed.batch_size`` at a time.
+        """Begins to decode the file's ``slices`` to crops of ``size`` px, one after another.
 
         A damaged image is an error where ``stop`` is set, else another is drawn in its place.
         """
         loader = self.loader or self._load(file)
         self.loader = loader
-        loader.reader, loader.memory_manager, loader.batch_size = file.reader, file, feed.batch_size
-        self.buffers.size, self.buffers.pinned = feed.size, device.type == "cuda"
+        loader.reader, loader.memory_manager = file.reader, file
+        loader.batch_size = max([1, *(len(part.draws) for part in slices)])
+        self.buffers.size, self.buffers.pinned = size, device.type == "cuda"
         if device.type == "cuda" and self.copy_stream is None:
             self.copy_stream = torch.cuda.Stream(device)
         with torch_threads_kept():
-            return Pass(self, file, draws, policy, device, stop)
+            return Pass(self, file, slices, policy, device, stop)
 
     def _load(self, file: MappedFile) -> FusedLoader:
         import ffcv.loader.loader as module
@@ -157,29 +159,30 @@ class Decoder:
 
 
 class Pass(EpochIterator):
-    """One pass over draws of a file, in a thread of its own: an FFCV iterator that reports and can be left.
+    """One pass over slices of a file, in a thread of its own: an FFCV iterator that reports and can be left.
 
     FFCV's own thread hangs its consumer when it fails, and outlives a pass that ends early.
     """
 
-    def __init__(self, decoder: Decoder, file: MappedFile, draws: np.ndarray, policy: np.ndarray,
+    def __init__(self, decoder: Decoder, file: MappedFile, slices: list[Slice], policy: np.ndarray,
                  device: torch.device, stop: bool):  # fmt: skip
         self.threads, self.buffers, self.copy_stream = decoder.threads, decoder.buffers, decoder.copy_stream
         self.file, self.policy, self.device, self.stop = file, policy, device, stop
         self.copies: list[torch.cuda.Event | None] = [None] * SLOTS
         self.damaged: dict[int, str] = {}  # row → what is wrong with it
-        super().__init__(decoder.loader, draws)
+        self.slices = slices
+        super().__init__(decoder.loader, [])  # FFCV would cut the order up itself; the thread starts here
 
     def run(self) -> None:
         try:
             if self.copy_stream is not None:
                 torch.cuda.set_device(self.copy_stream.device)
-            for number, draws in enumerate(self.iter_ixes):
+            for number, part in enumerate(self.slices):
                 slot = number % SLOTS
                 if (copy := self.copies[slot]) is not None:
                     copy.synchronize()  # the host buffer is still being read by the copy of SLOTS batches ago
-                pixels, rows = self.run_pipeline(number, draws, slot, None)
-                if not self._put(self._batch(pixels, rows, slot)):
+                pixels, rows = self.run_pipeline(number, part.draws, slot, None)
+                if not self._put(self._batch(pixels, rows, slot, part)):
                     return
             self._put(None)
         except BaseException as error:  # to be raised in the consumer, whatever it is
@@ -221,17 +224,19 @@ class Pass(EpochIterator):
     def _note(self, draws: np.ndarray, problems: dict[int, str]) -> None:
         self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
 
-    def _batch(self, pixels: torch.Tensor, rows: np.ndarray, slot: int) -> Any:
+    def _batch(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: Slice) -> Any:
         ids = torch.from_numpy(rows)
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
         labels = torch.from_numpy(self.file.labels[rows].astype(np.int64))
         if self.copy_stream is None:
-            return Batch(images, labels, ids), None
+            return Batch(images, labels, ids, part.places, part.total), None
         with torch.cuda.stream(self.copy_stream):  # host-to-device copies, beside the training step
             batch = Batch(
                 images.to(self.device, non_blocking=True),
                 labels.pin_memory().to(self.device, non_blocking=True),
                 ids,
+                part.places,
+                part.total,
             )
             event = torch.cuda.Event()
             event.record(self.copy_stream)
@@ -304,10 +309,10 @@ class FFCVSource:
 
     def __init__(
         self, root: str, manifest: Manifest, cropping: Cropping, side_ratio: float, device: torch.device,
-        decoder: Decoder, on_error: str = "stop",
+        decoder: Decoder, on_error: str = "stop", share: Share = WHOLE,
     ):  # fmt: skip
         self.root, self.manifest, self.cropping, self.side_ratio = Path(root), manifest, cropping, side_ratio
-        self.device, self.decoder, self.stop = device, decoder, on_error == "stop"
+        self.device, self.decoder, self.stop, self.share = device, decoder, on_error == "stop", share
         self.damaged: set[int] = set()  # rows that were left out so far, where that is asked for
         self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
@@ -324,8 +329,8 @@ class FFCVSource:
                 f"{file.path} has {len(file.reader.metadata)} rows, its manifest says {self.count}; write both again"
             )
         cropping = self.cropping
-        draws = cropping.draws(self.count, at.epoch, at.images)
-        batches = self.decoder.start(file, draws, policy_of(cropping, at.epoch), feed, self.device, self.stop)
+        slices = self.share.slices(cropping.draws(self.count, at.epoch, at.images), feed.batch_size)
+        batches = self.decoder.start(file, slices, policy_of(cropping, at.epoch), feed.size, self.device, self.stop)
         try:
             yield batches
         finally:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from vitlocal.config import Config
 from vitlocal.data.crops import Cropping
 from vitlocal.data.manifest import Manifest, described, work_name
+from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 from vitlocal.plan import Feed, Position
@@ -23,11 +25,28 @@ from vitlocal.plan import Feed, Position
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images, on the device. On a CPU the pixels stand until the next batch is asked for."""
+    """This process's part of one global batch, on the device. On a CPU the pixels stand until the next is asked for.
+
+    Where several processes train together, the last batch of an epoch may leave nothing for one of them.
+    """
 
     images: torch.Tensor  # (B, 3, S, S) uint8, RGB, channels-last
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, rows of the split, on the CPU
+    places: np.ndarray  # (B,) int64, in the global batch (of a pass that leaves out damaged images: as it was asked)
+    total: int  # images of the global batch
+
+    @classmethod
+    def whole(cls, images: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> Batch:
+        """A batch that one process has alone."""
+        return cls(images, labels, ids, np.arange(len(ids)), len(ids))
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device, total: int) -> Batch:
+        """What a process gets of a batch that is too small for all."""
+        images = torch.empty((0, 3, size, size), dtype=torch.uint8, device=device)
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(images, none.to(device), none, none.numpy(), total)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,8 +97,10 @@ def load_manifest(root: str, split: str) -> Manifest:
     return manifest
 
 
-def open_sources(config: Config, device: torch.device) -> Sources:
+def open_sources(config: Config, device: torch.device, share: Share = WHOLE, neighbours: int = 1) -> Sources:
     """The training and validation sources that ``data.loader`` names; both splits must have one set of classes.
+
+    ``share`` is what this process reads of every batch; it has a part of the cores, which ``neighbours`` share.
 
     Raises ConfigError where the data folder or the original images are not there, DataError where files are
     damaged.
@@ -90,32 +111,31 @@ def open_sources(config: Config, device: torch.device) -> Sources:
         repeats=augment.repeats,
     )  # fmt: skip
     val = Cropping(random=False, centre=config.evaluate.crop_ratio)
+    workers = config.data.workers or max(1, cores() // neighbours)
     if config.data.loader == "ffcv":
         from vitlocal.data.ffcv import Decoder, FFCVSource  # importing ffcv takes seconds
 
-        decoder = Decoder(config.data.workers)
-        manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
-        sources = Sources(
-            *(
+        decoder = Decoder(workers)
+        opened = []
+        for split, cropping in (("train", train), ("val", val)):
+            manifest = load_manifest(config.data.root, split)
+            opened.append(
                 FFCVSource(
-                    config.data.root, manifest, cropping, config.data.side_ratio, device, decoder, config.data.on_error
+                    config.data.root, manifest, cropping, config.data.side_ratio, device, decoder,
+                    config.data.on_error, share,
                 )
-                for manifest, cropping in zip(manifests, (train, val), strict=True)
-            )
-        )
+            )  # fmt: skip
     else:
         if config.data.loader == "dali":
             from vitlocal.data.dali import DALISource as Originals  # an extra, not installed everywhere
         else:
             from vitlocal.data.torchvision import TorchvisionSource as Originals
 
-        workers = config.data.workers or cores()
-        sources = Sources(
-            *(
-                Originals(config.data.root, config.data.source, split, cropping, device, workers)
-                for split, cropping in (("train", train), ("val", val))
-            )
-        )
+        opened = [
+            Originals(config.data.root, config.data.source, split, cropping, device, workers, share)
+            for split, cropping in (("train", train), ("val", val))
+        ]
+    sources = Sources(*opened)
     if sources.train.classes != sources.val.classes:
         odd = sorted(set(sources.train.classes) ^ set(sources.val.classes))
         raise ConfigError(

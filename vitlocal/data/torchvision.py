@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitlocal.data.crops import ROW_MASK, Cropping, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.originals import open_originals
+from vitlocal.data.shares import WHOLE, Share, Slice
 from vitlocal.data.source import Batch
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
@@ -65,24 +66,28 @@ class Batches:
     """A batch sampler whose content is set before each pass."""
 
     def __init__(self) -> None:
-        self.draws, self.epoch, self.feed = np.empty(0, np.int64), 0, Feed(0, 1)
+        self.slices: list[Slice] = []
+        self.epoch, self.size = 0, 0
 
     def __iter__(self) -> Iterator[list[Request]]:
-        size = self.feed.batch_size
-        for start in range(0, len(self.draws), size):
-            yield [(draw, self.epoch, self.feed.size) for draw in self.draws[start : start + size].tolist()]
+        for part in self.slices:
+            if len(part.draws):
+                yield [(draw, self.epoch, self.size) for draw in part.draws.tolist()]
 
     def __len__(self) -> int:
-        return -(-len(self.draws) // self.feed.batch_size)
+        return sum(len(part.draws) > 0 for part in self.slices)
 
 
 class TorchvisionSource:
     """A split read from its original images; rows are those of the manifest, where the data folder has one."""
 
-    def __init__(self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int):
+    def __init__(
+        self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int,
+        share: Share = WHOLE,
+    ):  # fmt: skip
         images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
-        self.cropping, self.device, self.damaged = cropping, device, ()
+        self.cropping, self.device, self.damaged, self.share = cropping, device, (), share
         self.batches = Batches()
         self.loader = DataLoader(
             CropDataset(images, rows, cropping),
@@ -99,18 +104,28 @@ class TorchvisionSource:
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
         draws = self.cropping.draws(self.count, at.epoch, at.images)
-        self.batches.draws, self.batches.epoch, self.batches.feed = draws, at.epoch, feed
+        self.batches.slices = self.share.slices(draws, feed.batch_size)
+        self.batches.epoch, self.batches.size = at.epoch, feed.size
         yield self._read()
 
     def _read(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        size, read = self.batches.size, iter(self.loader)
+        for part in self.batches.slices:
+            if not len(part.draws):
+                yield Batch.empty(size, self.device, part.total)
+                continue
+            batch = next(read)
             if isinstance(batch, DataError):
                 raise batch
             crops, labels, rows = batch
             pixels = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
             yield Batch(
-                pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), rows
-            )  # host-to-device copies, from pinned memory
+                pixels.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+                rows,
+                part.places,
+                part.total,
+            )  # fmt: skip  (host-to-device copies, from pinned memory)
 
     def close(self) -> None:
         if self.loader._iterator is not None:

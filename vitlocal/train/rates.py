@@ -102,7 +102,7 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
         print(f"\rmeasuring the trainer: {size} px ", end="", file=sys.stderr, flush=True)
         noise = np.random.default_rng(size).integers(0, 256, (count, 3, size, size), np.uint8)
         images = torch.from_numpy(noise).to(device).contiguous(memory_format=torch.channels_last)
-        batch = Batch(images, torch.arange(count, device=device) % CLASSES, torch.arange(count))
+        batch = Batch.whole(images, torch.arange(count, device=device) % CLASSES, torch.arange(count))
         step(batch, 0, 1e-6)  # the first is slow: kernels are loaded, memory is taken
         _wait(device)
         done, began = 0, time.perf_counter()

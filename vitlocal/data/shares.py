@@ -1,0 +1,51 @@
+"""Who reads what of a global batch, where several processes train together.
+
+A *place* is a sample's number in the global batch. Mixup and cutmix pair place i with its mirror place, so a process
+takes mirrored pairs: what it takes, flipped, is again what it takes, and pairs are found without asking anyone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A process's part of one global batch of ``total`` samples; it may be empty."""
+
+    draws: np.ndarray  # (b,) int64
+    places: np.ndarray  # (b,) int64, ascending
+    total: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part ``rank`` of ``world`` equal ones of every global batch."""
+
+    rank: int = 0
+    world: int = 1
+
+    def places(self, total: int) -> np.ndarray:
+        """The places that this part takes of a batch of ``total``: (b,) int64, ascending.
+
+        Every place is in one part; where a batch cannot be shared evenly, parts differ by a pair.
+        """
+        half = (total + 1) // 2  # an odd batch's middle is its own mirror
+        first, last = half * self.rank // self.world, half * (self.rank + 1) // self.world
+        front = np.arange(first, last)
+        back = total - 1 - front[::-1]
+        return np.concatenate([front, back[1:] if total % 2 and last == half and last > first else back])
+
+    def slices(self, draws: np.ndarray, batch_size: int) -> list[Slice]:
+        """This part of every global batch of ``batch_size``, the last of which is as small as it comes out."""
+        found = []
+        for start in range(0, len(draws), batch_size):
+            batch = draws[start : start + batch_size]
+            places = self.places(len(batch))
+            found.append(Slice(batch[places], places, len(batch)))
+        return found
+
+
+WHOLE = Share()
