@@ -6,7 +6,9 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitlocal.config import AugmentConfig
-from vitlocal.data.augment import COLOURS, MOVES, Augment, Normalize, erase, move, randaugment, step_generator
+from vitlocal.data.augment import COLOURS, MOVES, Augment, Drawn, Normalize, move, randaugment
+from vitlocal.data.keyed import generator, uniform
+from vitlocal.data.shares import Share
 
 
 def images(count: int = 12, size: int = 24) -> torch.Tensor:
@@ -23,51 +25,76 @@ def test_normalisation():
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+def drawn(augment: Augment, step: int, count: int = 12, size: int = 24) -> Drawn:
+    return augment.draw(1, step, np.arange(count), count, size)
+
+
+def augmented(augment: Augment, step: int, x: torch.Tensor) -> torch.Tensor:
+    prepared = augment.prepare(x, 1, step, np.arange(len(x)))
+    return augment(prepared, drawn(augment, step, len(x), x.shape[-1]))
+
+
 def test_nothing_asked_is_nothing_done():
-    labels = torch.arange(12)
-    mixed = Augment(AugmentConfig())(images(), labels, step_generator(0, 0))
-    assert mixed.share == 1 and torch.equal(mixed.images, Normalize()(images()))
+    augment = Augment(AugmentConfig())
+    assert drawn(augment, 0) == (None, None, None)
+    assert torch.equal(augmented(augment, 0, images()), Normalize()(images()))
 
 
 EVERYTHING = AugmentConfig(randaugment=9, mixup=0.8, cutmix=1.0, erase=0.25)
 
 
 def test_a_step_repeats_bit_for_bit_and_leaves_its_input_alone():
-    augment, labels = Augment(EVERYTHING), torch.arange(12)
+    augment = Augment(EVERYTHING)
     for step in range(8):
-        first, x = images(), images()
-        one = augment(x, labels, step_generator(1, step))
-        two = augment(first, labels, step_generator(1, step))
-        assert torch.equal(one.images, two.images) and one.share == two.share
+        x = images()
+        assert torch.equal(augmented(augment, step, x), augmented(augment, step, images()))
         assert torch.equal(x, images())
-    assert not torch.equal(one.images, augment(images(), labels, step_generator(1, 99)).images)
+    assert not torch.equal(augmented(augment, 1, images()), augmented(augment, 2, images()))
+
+
+@pytest.mark.parametrize("total", [12, 13])
+def test_a_share_of_a_batch_is_augmented_as_in_the_whole(total: int):
+    augment, x = Augment(EVERYTHING), images(total)
+    for step in range(6):
+        whole = augmented(augment, step, x)
+        for rank in range(3):
+            places = Share(rank, 3).places(total)
+            part = augment.prepare(x[places], 1, step, places)
+            torch.testing.assert_close(
+                augment(part, augment.draw(1, step, places, total, 24)), whole[places], rtol=0, atol=1e-6
+            )
 
 
 def test_mixup_is_a_weighted_sum_with_the_mirror_place():
-    labels = torch.arange(12)
-    mixed = Augment(AugmentConfig(mixup=0.8))(images(), labels, step_generator(0, 5))
+    augment = Augment(AugmentConfig(mixup=0.8))
+    mix = drawn(augment, 5).mix
+    share = float(mix[0])
+    assert 0 < share < 1 and mix[1] == mix[0] and not mix[2:].any()
     plain = Normalize()(images())
-    assert 0 < mixed.share < 1
-    assert torch.equal(mixed.others, labels.flip(0))
-    torch.testing.assert_close(mixed.images, mixed.share * plain + (1 - mixed.share) * plain.flip(0))
+    torch.testing.assert_close(augmented(augment, 5, images()), share * plain + (1 - share) * plain.flip(0))
 
 
 def test_cutmix_pastes_a_box_and_shares_by_its_area():
-    plain = Normalize()(images())
+    plain, augment = Normalize()(images()), Augment(AugmentConfig(cutmix=1.0))
     seen = set()
     for step in range(20):
-        mixed = Augment(AugmentConfig(cutmix=1.0))(images(), torch.arange(12), step_generator(0, step))
-        pasted = (mixed.images == plain.flip(0)).all(1)  # (B, S, S)
-        assert pasted[0].float().mean() == pytest.approx(1 - mixed.share, abs=1e-6)
-        kept = (mixed.images == plain).all(1)
-        assert (pasted | kept).all()
-        seen.add(round(mixed.share, 3))
+        out, share = augmented(augment, step, images()), float(drawn(augment, step).mix[1])
+        pasted = (out == plain.flip(0)).all(1)  # (B, S, S)
+        assert pasted[0].float().mean() == pytest.approx(1 - share, abs=1e-6)
+        assert (pasted | (out == plain).all(1)).all()
+        seen.add(round(share, 3))
     assert len(seen) > 10
 
 
+def test_a_single_image_and_an_unlucky_batch_are_not_mixed():
+    for config, count in ((AugmentConfig(mixup=1), 1), (AugmentConfig(mixup=1, mix_chance=0), 12)):
+        assert drawn(Augment(config), 0, count).mix.tolist() == [1, 1, 0, 0, 0, 0]
+
+
 def test_erasing_replaces_boxes_by_noise():
-    plain = Normalize()(images(200))
-    out = erase(plain, 0.25, step_generator(0, 0))
+    plain, augment = Normalize()(images(200)), Augment(AugmentConfig(erase=0.25))
+    out = augmented(augment, 0, images(200))
+    assert out.is_contiguous(memory_format=torch.channels_last)
     changed = (out != plain).any(1)  # (B, S, S)
     touched = changed.flatten(1).any(1)
     assert 0.15 < touched.float().mean() < 0.35
@@ -75,7 +102,10 @@ def test_erasing_replaces_boxes_by_noise():
     assert 0.01 < area.min() and area.max() < 0.45
     rows = changed[touched].any(2).sum(1) * changed[touched].any(1).sum(1)
     assert torch.equal(rows, changed[touched].sum((1, 2)))  # boxes
-    assert torch.equal(erase(plain, 0.0, step_generator(0, 0)), plain)
+    noise = out.permute(0, 2, 3, 1)[changed]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    boxes = [out[i].flatten() for i in touched.nonzero()[:2, 0]]
+    assert not torch.equal(*boxes)  # each its own noise
 
 
 def apply(name: str, x: torch.Tensor, level: float, sign: int) -> torch.Tensor:
@@ -134,13 +164,20 @@ def test_moves_are_pillows(name: str):
 
 def test_randaugment_changes_most_images_and_not_all():
     x = images(200)
-    out = randaugment(x, 9, step_generator(0, 0))
+    out = randaugment(x, 9, 0, 0, np.arange(200))
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=torch.channels_last)
     changed = (out != x).flatten(1).any(1).float().mean()
     assert 0.5 < changed < 0.9  # two operations, each done half of the time; some leave noise as it is
 
 
-def test_generators_are_keyed():
-    draws = {tuple(step_generator(seed, step).random(2)) for seed in range(5) for step in range(5)}
-    assert len(draws) == 25
-    assert np.array_equal(step_generator(1, 2).random(3), step_generator(1, 2).random(3))
+def test_random_numbers_are_keyed_by_what_they_are_for_and_by_place():
+    keys = [(seed, step, what) for seed in range(4) for step in range(4) for what in range(4)]
+    firsts = {float(uniform(key, np.arange(1), 1)[0, 0]) for key in keys}
+    assert len(firsts) == len(keys)
+    whole = uniform((1, 2, 3), np.arange(1000), 5)
+    assert np.array_equal(whole[[7, 3]], uniform((1, 2, 3), np.array([7, 3]), 5))
+    assert np.array_equal(whole[:, :2], uniform((1, 2, 3), np.arange(1000), 2))
+    assert 0 <= whole.min() and whole.max() < 1 and abs(whole.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(whole.T) - np.eye(5)).max() < 0.12
+    draws = {tuple(generator((seed, step)).random(2)) for seed in range(5) for step in range(5)}
+    assert len(draws) == 25 and np.array_equal(generator((1, 2)).random(3), generator((1, 2)).random(3))

@@ -157,6 +157,7 @@ class Maybe(Checker):
         return f"{self.kind.help()}, or none"
 
 
+KERNELS = ("auto", "fused", "plain")  # of the local FFN
 COUNT = Number(low=1, whole=True)
 SHARE = Number(low=0, high=1)
 
@@ -233,6 +234,12 @@ class TrainConfig:
     label_smoothing: float = option(0.1, SHARE, "in the cross-entropy")
     ema: float | None = option(None, Maybe(SHARE), "decay of an exponential moving average of the weights")
     precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: bf16, else fp16; fp32 on a CPU")
+    accumulate: int = option(1, COUNT, "parts that a process's batch is trained on in turn, for want of memory")
+    checkpointing: bool = option(False, Flag(), "blocks keep no activations and compute them again: less memory")
+    compile: str = option("auto", Choice("auto", "yes", "no"), "torch.compile, for each size; auto: on a GPU")
+    warm: str = option("start", Choice("start", "stage"), "compile before the clock runs, or where a size begins")
+    graphs: str = option("auto", Choice("auto", "yes", "no"), "CUDA graphs; auto: for steps that are all launches")
+    kernel: str = option("auto", Choice(*KERNELS), "the local FFN; auto: fused on a GPU")
 
 
 @dataclass(frozen=True)
@@ -388,6 +395,7 @@ PLAN_NAME = "plan.yaml"  # what --plan leaves in a data folder: a recipe of Writ
 # What may differ when a run goes on: where and how it runs, not what it computes.
 IMMATERIAL = frozenset(
     {"data.root", "data.workers", "data.source", "evaluate.batch_size"}
+    | {f"train.{name}" for name in ("accumulate", "checkpointing", "compile", "warm", "graphs", "kernel")}
     | {f"run.{name}" for name in ("folder", "resume", "device", "threads", "save_every", "progress")}
 )
 

@@ -119,6 +119,8 @@ class Method(Protocol):
 
     def plan(self, plan: Plan, at: Progress) -> Plan: ...
 
+    def changes(self) -> Sequence[Progress]: ...  # where its plan will change, as far as that is known beforehand
+
     def observe(self, seen: StepResult) -> None: ...  # must not wait for the device
 
     def state_dict(self) -> dict[str, Any]: ...

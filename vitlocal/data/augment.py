@@ -1,13 +1,16 @@
 """Batch augmentation on the device: RandAugment, normalisation, random erasing, mixup and cutmix.
 
-What is drawn is drawn on the host from a generator keyed by (seed, step), so that a step repeats bit for bit after
-a restart and the device is never waited for. Shape letters: B batch, S size.
+What is drawn is drawn on the host, keyed by (seed, step) and the sample's place in the global batch: a step repeats bit
+for bit after a restart, several processes draw what one would, and the device is never waited for. RandAugment comes
+first, by itself; the rest is one expression over the batch, which a compiled step folds into its first operation.
+
+Shape letters: B batch, S size.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +20,22 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.config import AugmentConfig
+from vitlocal.data.keyed import generator, uniform
 
 OPERATIONS = 2  # of RandAugment, an image
 MAGNITUDE_STD = 0.5  # timm's rand-m9-mstd0.5-inc1, which DeiT trains with
+NOISE = 1 << 21  # normal numbers that erased pixels are taken from, 8 MB on the device
+
+# What a random number is for: a part of its key.
+ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH = range(5)
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """Augmented images with their labels: the target is ``share`` × labels + (1 - ``share``) × others."""
+class Drawn(NamedTuple):
+    """What one step draws for its part of the batch, on the device; None where the recipe has no use for it."""
 
-    images: Tensor  # (B, 3, S, S) float32, normalised, channels-last
-    labels: Tensor  # (B,) int64
-    others: Tensor  # (B,) int64
-    share: float
+    boxes: Tensor | None = None  # (B, 4) int64: first and last + 1 row and column to erase; empty where none is
+    noise: Tensor | None = None  # (B,) int64: where a sample's pixels begin in the table of noise
+    mix: Tensor | None = None  # (6,) float32: the pixels' share, the labels' share, and the pasted box as in boxes
 
 
 class Normalize(torch.nn.Module):
@@ -46,76 +52,107 @@ class Normalize(torch.nn.Module):
         return torch.addcmul(self.shift, images.float(), self.scale)
 
 
-def step_generator(seed: int, step: int) -> np.random.Generator:
-    """The host's random numbers for one step."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, 0xA061))))
-
-
 class Augment(torch.nn.Module):
     """Images as they come from a source → what a training step sees."""
 
     def __init__(self, config: AugmentConfig):
         super().__init__()
         self.config = config
+        self.mixes = config.mixup > 0 or config.cutmix > 0
         self.normalize = Normalize()
+        table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.erase else torch.empty(0)
+        self.register_buffer("table", table, persistent=False)
 
-    def forward(self, images: Tensor, labels: Tensor, draw: np.random.Generator) -> Mixed:
-        """``images`` (B, 3, S, S) uint8 and ``labels`` (B,) on one device; ``draw`` from :func:`step_generator`."""
-        config = self.config
-        if config.randaugment:
-            images = randaugment(images, config.randaugment, draw)
-        pixels = self.normalize(images)
+    def draw(self, seed: int, step: int, places: np.ndarray, total: int, size: int) -> Drawn:
+        """What :meth:`forward` needs, on the augmentation's device, for ``places`` of a global batch of ``total``."""
+        config, boxes, noise, mix = self.config, None, None, None
         if config.erase:
-            pixels = erase(pixels, config.erase, draw)
-        return self._mix(pixels, labels, draw)
+            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), config.erase, size)
+            boxes, noise = self._sent(box), self._sent((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
+        if self.mixes:
+            mix = self._sent(mixture(config, generator((seed, step, MIX)), total, size))
+        return Drawn(boxes, noise, mix)
 
-    def _mix(self, pixels: Tensor, labels: Tensor, draw: np.random.Generator) -> Mixed:
-        """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), each image with its mirror place in the batch."""
-        config = self.config
-        chosen, cut = draw.random(2), draw.random(2)
-        on = (config.mixup > 0 or config.cutmix > 0) and chosen[0] < config.mix_chance and len(labels) > 1
-        if not on:
-            return Mixed(pixels, labels, labels, 1.0)
-        cutting = config.cutmix > 0 and (config.mixup == 0 or chosen[1] < config.cutmix_chance)
-        alpha = config.cutmix if cutting else config.mixup
-        share = float(draw.beta(alpha, alpha))
-        others = labels.flip(0)
-        if not cutting:
-            return Mixed(torch.lerp(pixels.flip(0), pixels, share), labels, others, share)
-        size = pixels.shape[-1]
-        side = round(size * math.sqrt(1 - share))
-        top, left = (int(part * (size + 1)) - side // 2 for part in cut)
-        rows = slice(max(0, top), min(size, top + side))
-        columns = slice(max(0, left), min(size, left + side))
-        flipped = pixels.flip(0)  # a copy: the box must not be overwritten while it is read
-        pixels[..., rows, columns] = flipped[..., rows, columns]
-        area = max(0, rows.stop - rows.start) * max(0, columns.stop - columns.start)
-        return Mixed(pixels, labels, others, 1 - area / size**2)
+    def _sent(self, values: np.ndarray) -> Tensor:
+        return send(torch.from_numpy(values), self.normalize.scale.device)
+
+    def prepare(self, images: Tensor, seed: int, step: int, places: np.ndarray) -> Tensor:
+        """RandAugment: (B, 3, S, S) uint8 → the same, a new tensor; without RandAugment what was given."""
+        magnitude = self.config.randaugment
+        return randaugment(images, magnitude, seed, step, places) if magnitude else images
+
+    def forward(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """(B, 3, S, S) uint8 → float32, normalised, erased and mixed, channels-last."""
+        pixels = self.normalize(images)
+        if drawn.boxes is not None:
+            pixels = erase(pixels, drawn.boxes, drawn.noise, self.table)
+        return pixels if drawn.mix is None else paste(pixels, drawn.mix)
 
 
-def erase(pixels: Tensor, chance: float, draw: np.random.Generator) -> Tensor:
-    """Random erasing with pixel noise (Zhong et al. 2020; timm's areas 2–33 %, ratios 0.3–3.33).
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A host-to-device copy that neither waits."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
-    A box that would be longer than the image is cut to it, where timm draws again.
+
+def _inside(boxes: Tensor, size: int) -> Tensor:
+    """The pixels of boxes (..., 4), as (..., S, S) bool."""
+    top, bottom, left, right = boxes[..., None].unbind(-2)  # (..., 1) each
+    along = torch.arange(size, device=boxes.device)
+    rows, columns = (along >= top) & (along < bottom), (along >= left) & (along < right)
+    return rows[..., :, None] & columns[..., None, :]
+
+
+def mixture(config: AugmentConfig, draw: np.random.Generator, total: int, size: int) -> np.ndarray:
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch, as :attr:`Drawn.mix`: (6,) float32.
+
+    Each image is mixed with that of its mirror place, labels in the share that its own pixels keep.
     """
-    count, size = len(pixels), pixels.shape[-1]
-    chosen = draw.random(count) < chance
-    area = draw.uniform(0.02, 1 / 3, count) * size**2
-    ratio = np.exp(draw.uniform(math.log(0.3), -math.log(0.3), count))
+    chosen, cut = draw.random(2), draw.random(2)
+    if chosen[0] >= config.mix_chance or total < 2:
+        return np.array([1, 1, 0, 0, 0, 0], np.float32)
+    cutting = config.cutmix > 0 and (config.mixup == 0 or chosen[1] < config.cutmix_chance)
+    alpha = config.cutmix if cutting else config.mixup
+    share = float(draw.beta(alpha, alpha))
+    if not cutting:
+        return np.array([share, share, 0, 0, 0, 0], np.float32)
+    side = round(size * math.sqrt(1 - share))
+    top, left = (int(part * (size + 1)) - side // 2 for part in cut)
+    box = np.clip([top, top + side, left, left + side], 0, size)
+    area = (box[1] - box[0]) * (box[3] - box[2])
+    return np.array([1, 1 - area / size**2, *box], np.float32)
+
+
+def paste(pixels: Tensor, mix: Tensor) -> Tensor:
+    """``pixels`` (B, 3, S, S) mixed with the batch's mirror image, by :attr:`Drawn.mix`."""
+    mirrored = pixels.flip(0)
+    blended = torch.lerp(mirrored, pixels, mix[0])
+    return torch.where(_inside(mix[2:], pixels.shape[-1]), mirrored, blended)
+
+
+def erased_boxes(draws: np.ndarray, chance: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random erasing (Zhong et al. 2020; timm's areas 2–33 %, ratios 0.3–3.33): boxes (B, 4) int64, a number (B,).
+
+    ``draws`` (B, 6) are uniform in [0, 1); the returned number is one of them, for the noise. A box that would be
+    longer than the image is cut to it, where timm draws again.
+    """
+    chosen, area, ratio, top, left, rest = draws.T
+    area = (0.02 + (1 / 3 - 0.02) * area) * size**2
+    ratio = np.exp(math.log(0.3) * (1 - 2 * ratio))
     height = np.clip(np.sqrt(area * ratio), 1, size - 1).round()
     width = np.clip(np.sqrt(area / ratio), 1, size - 1).round()
-    top = np.floor(draw.random(count) * (size - height + 1))
-    left = np.floor(draw.random(count) * (size - width + 1))
-    noise_seed = int(draw.integers(2**62))
-    if not chosen.any():
-        return pixels
-    box = np.stack([np.where(chosen, top, size), top + height, left, left + width]).astype(np.int64)
-    top, bottom, left, right = torch.from_numpy(box).to(pixels.device, non_blocking=True)[..., None]  # (B, 1) each
-    along = torch.arange(size, device=pixels.device)
-    inside = ((along >= top) & (along < bottom))[:, None, :, None] & ((along >= left) & (along < right))[:, None, None]
-    generator = torch.Generator(pixels.device).manual_seed(noise_seed)
-    noise = torch.empty_like(pixels).normal_(generator=generator)
-    return torch.where(inside, noise, pixels)
+    top = np.floor(top * (size - height + 1))
+    left = np.floor(left * (size - width + 1))
+    boxes = np.stack([top, top + height, left, left + width], axis=1)
+    return np.where(chosen[:, None] < chance, boxes, 0).astype(np.int64), rest
+
+
+def erase(pixels: Tensor, boxes: Tensor, noise: Tensor, table: Tensor) -> Tensor:
+    """``pixels`` (B, 3, S, S) with noise in their ``boxes`` (B, 4): from ``table``, from place ``noise`` (B,) on."""
+    count, size = len(pixels), pixels.shape[-1]
+    length = 3 * size * size
+    rows = table.as_strided((len(table) - length + 1, length), (1, 1))  # every run of the table: a view
+    filling = rows[noise].view(count, size, size, 3).permute(0, 3, 1, 2)  # channels-last, as pixels
+    return torch.where(_inside(boxes, size)[:, None], filling, pixels)
 
 
 # --- RandAugment ------------------------------------------------------------------------------------------------------
@@ -174,7 +211,7 @@ MOVES = {
 
 def move(images: Tensor, matrices: np.ndarray) -> Tensor:
     """Images (n, 3, S, S) uint8 moved by matrices (n, 2, 3), bilinear; what comes from outside is ImageNet's mean."""
-    theta = torch.from_numpy(matrices.astype(np.float32)).to(images.device, non_blocking=True)
+    theta = send(torch.from_numpy(matrices.astype(np.float32)), images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     fill = torch.stack([torch.full((), 255 * mean, device=images.device) for mean in IMAGENET_DEFAULT_MEAN])
     fill = fill.view(1, 3, 1, 1)
@@ -182,30 +219,33 @@ def move(images: Tensor, matrices: np.ndarray) -> Tensor:
     return moved.round().clamp(0, 255).to(images.dtype)
 
 
-def randaugment(images: Tensor, magnitude: float, draw: np.random.Generator) -> Tensor:
+def randaugment(images: Tensor, magnitude: float, seed: int, step: int, places: np.ndarray) -> Tensor:
     """Two random operations an image, each done half of the time, as timm's ``rand-m{magnitude}-mstd0.5-inc1``.
 
     Images that drew one operation on colours and one sign go through it together, at one magnitude drawn for the group
     (timm draws it for each image; with a deviation of 0.5 in 10 the difference is slight), and all that move are
     moved in one call. timm runs before the crop is an array and with bicubic filters, this bilinear on the crop.
-    ``images`` (B, 3, S, S) uint8; returns the same, a new tensor.
+    ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
     """
     names = [*COLOURS, *MOVES]
     images = images.clone(memory_format=torch.channels_last)
-    for _ in range(OPERATIONS):
-        choice = draw.integers(len(names), size=len(images))
-        sign = draw.integers(2, size=len(images)) * 2 - 1
-        applied = draw.random(len(images)) < 0.5
-        levels = np.clip(draw.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
-        for number, name in enumerate(COLOURS):
+    draws = uniform((seed, step, OPERATION), places, 3 * OPERATIONS)
+    strengths = generator((seed, step, MAGNITUDE))
+    for turn in range(OPERATIONS):
+        choice, sign, applied = draws[:, 3 * turn : 3 * turn + 3].T
+        choice = (choice * len(names)).astype(int)
+        sign = np.where(sign < 0.5, -1, 1)
+        applied = applied < 0.5
+        levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
+        for number, operation in enumerate(COLOURS.values()):
             for side in (-1, 1):
                 members = np.flatnonzero(applied & (choice == number) & (sign == side))
                 if len(members):
-                    places = torch.from_numpy(members).to(images.device, non_blocking=True)
-                    images[places] = COLOURS[name](images[places], float(levels[number, max(side, 0)]), side)
+                    chosen = send(torch.from_numpy(members), images.device)
+                    images[chosen] = operation(images[chosen], float(levels[number, max(side, 0)]), side)
         members = np.flatnonzero(applied & (choice >= len(COLOURS)))
         if len(members):
             matrices = [MOVES[names[choice[i]]](float(sign[i] * levels[choice[i], max(sign[i], 0)])) for i in members]
-            places = torch.from_numpy(members).to(images.device, non_blocking=True)
-            images[places] = move(images[places], np.array(matrices))
+            chosen = send(torch.from_numpy(members), images.device)
+            images[chosen] = move(images[chosen], np.array(matrices))
     return images

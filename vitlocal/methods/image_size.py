@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 from vitlocal.config import ImageSizeConfig
@@ -27,6 +28,9 @@ class ImageSize:
         # An epoch's share of images is exact in binary only by luck: 1e-9 of an epoch is less than an image.
         stage = bisect_right(self.starts, at.epoch + 1e-9) - 1
         return with_size(plan, self.sizes[stage])
+
+    def changes(self) -> Sequence[Progress]:
+        return [Progress(epoch=start) for start in self.starts]
 
     def observe(self, seen: StepResult) -> None:
         pass

@@ -18,7 +18,6 @@ from torch import Tensor
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish, "gelu": F.gelu}
 
-KERNELS = ("auto", "fused", "plain")
 MAX_WIDTH = 16  # columns of a grid that the fused kernel holds in registers: 256 px in patches of 16
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.local_mix import ACTIVATIONS
@@ -209,6 +210,7 @@ class VisionTransformer(nn.Module):
         self.pool = pool
         self.init = init
         self.drop_path_rate = drop_path_rate
+        self.grad_checkpointing = False
         self.grid = self._grid_of(height, width, ConfigError)
 
         self.patch_embed = PatchEmbed(in_chans, patch_size, embed_dim)
@@ -299,11 +301,15 @@ class VisionTransformer(nn.Module):
         tokens, grid = self.embed(images)
         if self.training and self.drop_path_rate > 0:
             scales = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
-            for block, scale in zip(self.blocks, scales.unbind(0), strict=True):
-                tokens = block(tokens, grid, (scale[0], scale[1]))
+            each = [(scale[0], scale[1]) for scale in scales.unbind(0)]
         else:
-            for block in self.blocks:
-                tokens = block(tokens, grid)
+            each = [None] * len(self.blocks)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        for block, scale in zip(self.blocks, each, strict=True):
+            if again:  # a block draws nothing at random: there is no generator's state to bring back
+                tokens = checkpoint(block, tokens, grid, scale, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, grid, scale)
         return self.norm(tokens)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -326,6 +332,10 @@ class VisionTransformer(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Blocks keep their inputs alone, and compute the rest again for the backward."""
+        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head

@@ -26,6 +26,7 @@ class Clock:
         self._train = self._wall = 0.0  # up to the last restart or pause
         self._wall_since = now()
         self._train_since: float | None = None
+        self.agreed: float | None = None  # the budget's seconds as rank 0 told them, where several processes train
 
     @property
     def train_seconds(self) -> float:
@@ -36,10 +37,15 @@ class Clock:
         return self._wall + self.now() - self._wall_since
 
     @property
+    def seconds(self) -> float:
+        """The budget's, on this process's watch."""
+        return self.train_seconds if self.budget.counts == "train" else self.wall_seconds
+
+    @property
     def progress(self) -> Progress:
         position = self.position
         epoch = position.epoch + position.images / self.images_per_epoch
-        seconds = self.train_seconds if self.budget.counts == "train" else self.wall_seconds
+        seconds = self.seconds if self.agreed is None else self.agreed
         progress = Progress(epoch, self.step, self.images_seen, seconds)
         return Progress(epoch, self.step, self.images_seen, seconds, min(1.0, self.budget.length.done(progress)))
 

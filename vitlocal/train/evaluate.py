@@ -27,6 +27,8 @@ def evaluate(
 ) -> Accuracy | None:
     """Runs the model over the whole split, each image once, in the step's precision and normalisation.
 
+    Several processes take their shares of each batch, and all get the accuracy over all images.
+
     None where ``stop``, asked before each batch, said so.
     """
     training = model.training
@@ -34,17 +36,20 @@ def evaluate(
     try:
         hits = torch.zeros(2, dtype=torch.int64, device=step.device)
         count = 0
+        logits_of = step.forward_of(model)
         with source.open(feed, Position()) as batches:
             for batch in batches:
                 if stop():
                     return None
-                with step.autocast():
-                    logits = model(step.augment.normalize(batch.images))
+                if not len(batch):
+                    continue
+                logits = logits_of(batch.images, batch.total == feed.batch_size)
                 best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
                 right = best == batch.labels[:, None]
                 hits += torch.stack([right[:, 0].sum(), right.sum()])
                 count += len(batch)
-        top1, top5 = (100 * hits.double() / count).tolist()  # device sync, once a pass
-        return Accuracy(top1, top5)
+        sums = step.ranks.total(torch.cat([hits, torch.tensor([count], device=step.device)]))
+        top1, top5, count = sums.tolist()  # device sync, once a pass
+        return Accuracy(100 * top1 / count, 100 * top5 / count)
     finally:
         model.train(training)

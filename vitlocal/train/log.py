@@ -32,12 +32,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 class Log:
     """Appends records, and draws where the run stands about once a second."""
 
-    def __init__(self, folder: Path, length: Length, progress: bool):
+    def __init__(self, folder: Path, length: Length, progress: bool, speaks: bool = True):
+        self.speaks = speaks  # of several processes, one does
         self.folder, self.path = folder, folder / "log.jsonl"
         self.length = length
         # A bar that redraws itself is for a terminal; in a file, the line at the end of each pass tells enough.
         self.bar = tqdm(
-            total=100.0, disable=not (progress and sys.stderr.isatty()), leave=False, dynamic_ncols=True,
+            total=100.0, disable=not (speaks and progress and sys.stderr.isatty()), leave=False, dynamic_ncols=True,
             bar_format="{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}",
         )  # fmt: skip
         with warnings.catch_warnings():
@@ -49,6 +50,8 @@ class Log:
 
     def begin(self, step: int) -> None:
         """Drops what was logged after ``step``: it will be done again."""
+        if not self.speaks:
+            return
         kept = [record for record in read_log(self.folder) if record["step"] <= step]
         temporary = self.path.with_name(".log.jsonl.writing")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -57,10 +60,13 @@ class Log:
 
     def due(self) -> bool:
         """Whether a second has passed since the last :meth:`show`: what it shows must be read from the device."""
-        return time.monotonic() >= self._next
+        return self.speaks and time.monotonic() >= self._next
+
+    def wait(self) -> None:
+        """Starts the second that lies between two :meth:`show`."""
+        self._next = time.monotonic() + REFRESH_SECONDS
 
     def show(self, at: Progress, loss: float, lr: float, size: int, rate: float) -> None:
-        self._next = time.monotonic() + REFRESH_SECONDS
         self.bar.set_postfix_str(
             f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s", refresh=False
         )
@@ -71,6 +77,8 @@ class Log:
 
     def record(self, values: dict[str, Any]) -> None:
         """Closes a pass: one line in the log, one on the screen."""
+        if not self.speaks:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
@@ -85,8 +93,9 @@ class Log:
         )
 
     def say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
+        if self.speaks:
+            tqdm.write(text)
+            sys.stdout.flush()
 
     def close(self) -> None:
         self.bar.close()

@@ -11,7 +11,7 @@ from vitlocal.train.run import Run, open_run
 
 def fit(run: Run) -> None:
     """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
-    if run.unclosed is not None:
+    if run.unclosed is not None:  # trained, and stopped before it was evaluated
         run.end_pass(run.unclosed)
     while not run.over:
         plan = run.plan()
@@ -41,6 +41,7 @@ def train(config: Config) -> int:
             f"{config.model.name}: {parameters:.2f} M parameters, {run.sources.train.count:,} images of "
             f"{len(run.sources.train.classes)} classes, {config.budget.length} on {run.device}, "
             f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
+            + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         )
         if run.clock.step:
             spent = run.clock.progress
@@ -51,6 +52,8 @@ def train(config: Config) -> int:
         if run.interrupted and not (run.clock.spent and run.unclosed is None):
             say(f"stopped by {run.interrupted.name} at step {run.clock.step}, all saved; the same command goes on")
             return 130 if run.interrupted is signal.SIGINT else 143
+        if not run.ranks.first:
+            return 0
         run.export()
         best = write_report(folder)
         say(f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {folder}/report.html")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,14 +23,16 @@ from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_freed_memory
 from vitlocal.methods import build_methods
 from vitlocal.models.factory import build_model, export_model
-from vitlocal.plan import Feed, Plan, Position, StepResult, fold
+from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
 from vitlocal.train.evaluate import Accuracy, evaluate
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer
-from vitlocal.train.step import Step
+from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
+from vitlocal.train.step import EAGER, Step
+from vitlocal.train.watch import Watch
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 
@@ -48,8 +50,8 @@ class PassMeter:
 class Run:
     """Everything that training needs. Built by :func:`open_run`, driven by :func:`vitlocal.train.loop.fit`."""
 
-    def __init__(self, config: Config, folder: Path, sources: Sources, device: torch.device):
-        self.config, self.folder, self.sources, self.device = config, folder, sources, device
+    def __init__(self, config: Config, folder: Path, sources: Sources, device: torch.device, ranks: Ranks = ALONE):
+        self.config, self.folder, self.sources, self.device, self.ranks = config, folder, sources, device, ranks
         torch.manual_seed(config.run.seed)  # the weights' start
         model, self.model_arguments = build_model(config.model, len(sources.train.classes))
         check_sizes(config, model)
@@ -59,8 +61,10 @@ class Run:
         self.schedule = Schedule(config.train)
         self.methods = build_methods(config)
         self.clock = Clock(config.budget, sources.train.count)
-        self.step = Step(self.model, self.optimizer, self.average, config, device)
-        self.log = Log(folder, config.budget.length, config.run.progress)
+        self.check_shares()
+        self.step = Step(self.model, self.optimizer, self.average, config, device, ranks)
+        self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
+        self.watch: Watch[tuple[Progress, float, int, float]] = Watch(device)  # on the loss
         self.meter = PassMeter()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.pass_began = 0.0  # training seconds at the pass's start, in this process
@@ -69,6 +73,9 @@ class Run:
         self.evaluated_epoch = 0.0
         self.saved_at = self.clock.progress
         self.interrupted: signal.Signals | None = None
+        self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
+        self.warmed: set[Feed] = set()
+        self.agree()
 
     # --- plans ---
 
@@ -80,21 +87,62 @@ class Run:
     def over(self) -> bool:
         return self.clock.spent or self.interrupted is not None
 
+    def feeds_ahead(self) -> list[Feed]:
+        """What the run will be fed from now on, as far as its methods know, in order and each once."""
+        now, length = self.clock.progress, self.config.budget.length
+        points = [now, *(point for method in self.methods for point in method.changes())]
+        later = [point for point in points if point.epoch >= now.epoch and length.done(point) < 1]
+        start = Plan(Feed(self.config.model.size, self.config.train.batch_size))
+        feeds = (fold(self.methods, start, point).feed for point in sorted(later, key=lambda point: point.epoch))
+        return list(dict.fromkeys(feeds))
+
+    def agree(self, plan: Plan | None = None) -> None:
+        """Rank 0 tells all ranks the budget's time and whether to stop; on the way, plans are found to be the same."""
+        if self.ranks.world == 1:
+            self.interrupted = self._signal
+            return
+        mark = zlib.crc32(repr((plan, self.clock.step, self.clock.position)).encode())
+        seconds, stop, theirs = self.ranks.decided([self.clock.seconds, float(self._signal or 0), float(mark)])
+        if mark != theirs:
+            raise RuntimeError(f"rank {self.ranks.rank} has gone apart from rank 0: {plan} at step {self.clock.step}")
+        self.clock.agreed = seconds
+        self.interrupted = signal.Signals(int(stop)) if stop else None
+
     # --- training ---
 
+    def check_shares(self) -> None:
+        """Raises ConfigError where a batch is too small for the processes that share it."""
+        small = min(feed.batch_size for feed in self.feeds_ahead())
+        if small < 2 * self.ranks.world:
+            raise ConfigError(
+                f"train.batch_size: {small} images are too few for {self.ranks.world} processes, which take pairs; "
+                f"use at least {2 * self.ranks.world}"
+            )
+
     def warm_up(self) -> None:
-        """Has the source make ready (compile, start workers) before the clock runs."""
+        """Has the source make ready (start workers), and the step compile, before the clock runs."""
         feed = self.plan().feed
         with self.sources.train.open(Feed(feed.size, min(feed.batch_size, 8)), Position()) as batches:
             next(iter(batches))
+        for feed in self.feeds_ahead() if self.config.train.warm == "start" else ():
+            self._warm(feed)
+
+    def _warm(self, feed: Feed) -> None:
+        if feed in self.warmed:
+            return
+        self.warmed.add(feed)
+        seconds = self.step.warm(feed, len(self.sources.train.classes))
+        if seconds:
+            self.log.say(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
     def begin_pass(self) -> None:
+        self._warm(self.plan().feed)  # not training time, as evaluation is not
         self.clock.start()
         self._start_meter()
 
     def _start_meter(self) -> None:
         self.pass_began = self.clock.train_seconds - self.meter.seconds
-        self.loss_sum.fill_(self.meter.loss)
+        self.loss_sum.fill_(self.meter.loss if self.ranks.first else 0.0)  # each process sums up its own from here
 
     def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for each on the pass's meter."""
@@ -110,19 +158,25 @@ class Run:
         """One step, its effect on clock, meter and methods, and about once a second a look at the loss."""
         before = self.clock.progress
         lr = self.schedule(before) * plan.dials.lr_scale
-        loss = self.step(batch, before.step, lr)
-        self.loss_sum += loss.double() * len(batch)
-        self.meter.images += len(batch)
+        whole = batch.total == plan.feed.batch_size
+        loss = self.step(batch, before.step, lr, self.step.mode(plan.feed) if whole else EAGER)
+        self.loss_sum += loss.double() * batch.total
+        self.meter.images += batch.total
         seen = StepResult(loss, batch.ids, plan)
         for method in self.methods:
             method.observe(seen)
-        self.clock.tick(len(batch))
-        if self.log.due():
+        self.clock.tick(batch.total)
+        self.agree(plan)
+        if (shown := self.watch.seen()) is not None:
+            value, noted = shown
+            self.log.show(noted[0], self._finite(value), *noted[1:])
+        if self.log.due() and not self.watch.looking:
+            self.log.wait()
             rate = self.meter.images / max(self.clock.train_seconds - self.pass_began, 1e-9)
-            self.log.show(self.clock.progress, self._finite(loss), lr, plan.feed.size, rate)  # device sync, 1 Hz
+            # Of several processes' losses, the first's stands for all.
+            self.watch.look(loss * self.ranks.world, (self.clock.progress, lr, plan.feed.size, rate))
 
-    def _finite(self, loss: torch.Tensor) -> float:
-        value = float(loss)
+    def _finite(self, value: float) -> float:
         if value - value != 0:  # inf and nan
             raise DataError(
                 f"the loss is {value} at step {self.clock.step}: training has diverged. Lower train.lr, lengthen "
@@ -132,7 +186,8 @@ class Run:
 
     def _read_meter(self) -> None:
         """Brings the meter up to date; waits for the device."""
-        self.meter.loss = self._finite(self.loss_sum)
+        self.meter.loss = self._finite(float(self.ranks.total(self.loss_sum)))
+        self.loss_sum.fill_(self.meter.loss if self.ranks.first else 0.0)
         self.meter.seconds = self.clock.train_seconds - self.pass_began
 
     @property
@@ -156,6 +211,7 @@ class Run:
         """
         self._read_meter()
         self.unclosed = plan
+        self.ranks.share_buffers(self.model.buffers())
         with self.clock.paused():
             at = self.clock.progress
             every = self.config.evaluate.every
@@ -169,13 +225,19 @@ class Run:
             self.log.record(self._record(plan, accuracy))
             self.logged_plan, self.unclosed, self.meter = plan, None, PassMeter()
             self.save()
+        self.agree()
 
     def evaluate(self) -> Accuracy | None:
         """Accuracy at ``evaluate.size``, of the averaged weights where there are some; None when interrupted."""
         config = self.config.evaluate
         model = self.model if self.average is None else self.average.model
         feed = Feed(config.size, config.batch_size)
-        return evaluate(model, self.sources.val, feed, self.step, lambda: self.interrupted is not None)
+
+        def stop() -> bool:
+            self.agree()
+            return self.interrupted is not None
+
+        return evaluate(model, self.sources.val, feed, self.step, stop)
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         at, meter = self.clock.progress, self.meter
@@ -192,6 +254,7 @@ class Run:
             "wall_seconds": round(self.clock.wall_seconds, 3),
             "images_per_second": round(meter.images / max(meter.seconds, 1e-9), 2),
             "data_wait_fraction": round(min(1.0, meter.waited / max(meter.seconds, 1e-9)), 5),
+            "step_mode": str(self.step.mode(plan.feed)),
             **({"damaged_images": len(damaged)} if (damaged := self.sources.train.damaged) else {}),
             **plan.changed(self.logged_plan),
         }
@@ -216,7 +279,9 @@ class Run:
             "evaluated_epoch": self.evaluated_epoch,
         }
         with self.clock.paused():
-            save_checkpoint(self.folder / CHECKPOINT, state)
+            if self.ranks.first:
+                save_checkpoint(self.folder / CHECKPOINT, state)
+            self.ranks.wait()
         self.saved_at = self.clock.progress
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -241,6 +306,7 @@ class Run:
         self.unclosed = state["unclosed"] and Plan.from_state(state["unclosed"])
         self._start_meter()
         self.evaluated_epoch = state["evaluated_epoch"]
+        self.agree()
         self.saved_at = self.clock.progress
 
     def export(self) -> None:
@@ -253,9 +319,13 @@ class Run:
         """The first Ctrl-C or SIGTERM lets the step end and saves; a second one is obeyed at once."""
 
         def note(number: int, frame: object) -> None:
-            if self.interrupted is not None:
+            if self._signal is not None:
                 raise Interrupted(number)
-            self.interrupted = signal.Signals(number)
+            self._signal = signal.Signals(number)
+            if self.ranks.world == 1:
+                self.interrupted = self._signal
+            if not self.ranks.first:
+                return
             print("\nstopping: the step is finished and all is saved; once more to leave at once", file=sys.stderr)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -281,14 +351,20 @@ def check_sizes(config: Config, model: nn.Module) -> None:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that ``run.device`` names; of several processes on a machine, each gets a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.world > 1:
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device: '{name}' cannot be used here ({str(error).splitlines()[0]})") from error
+        raise ConfigError(
+            f"run.device: '{name}' cannot be used here ({str(error).splitlines()[0]})"
+            + (f"; {ranks.neighbours} processes want a GPU each" if ranks.world > 1 else "")
+        ) from error
     return device
 
 
@@ -326,15 +402,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def open_run(config: Config) -> Iterator[Run]:
-    """Builds the run, or goes on with the one that its folder holds (``run.resume``).
-
-    Everything is checked before the folder is made: a wrong configuration leaves nothing behind.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training on several GPUs (torchrun) is not supported yet; start one process")
-    folder = Path(config.run.folder)
+def _check_folder(config: Config, folder: Path) -> bool:
+    """Whether ``folder`` holds a run to go on with; ConfigError where that is not what ``run.resume`` asks for."""
     checkpoint = folder / CHECKPOINT
     resumes = checkpoint.exists() and config.run.resume != "never"
     if config.run.resume == "must" and not resumes:
@@ -343,23 +412,44 @@ def open_run(config: Config) -> Iterator[Run]:
         raise ConfigError(f"run.resume: {folder} holds a run already; remove it, or use another --run.folder")
     if resumes:
         _check_same(folder, config)
-    device = choose_device(config.run.device)
+    return resumes
+
+
+def _check_peers(config: Config, ranks: Ranks) -> None:
+    """Raises ConfigError where the processes were not all started with the same options."""
+    theirs = ranks.told(config.flat())
+    apart = [name for name, value in config.flat().items() if name not in IMMATERIAL and theirs[name] != value]
+    if apart:
+        raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Run]:
+    """Builds the run, or goes on with the one that its folder holds (``run.resume``).
+
+    Everything is checked before the folder is made: a wrong configuration leaves nothing behind. Of several processes
+    the first alone reads and writes the folder.
+    """
+    ranks = find_ranks()
+    folder = Path(config.run.folder)
+    resumes = _check_folder(config, folder) if ranks.first else False
+    device = choose_device(config.run.device, ranks)
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:
         torch.cuda.set_device(device)  # streams and events are made on the current device
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    sources = open_sources(config, device)
-    try:
-        folder_is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+    with connected(ranks, device):
+        _check_peers(config, ranks)
+        sources = open_sources(config, device, ranks.share, ranks.neighbours)
         try:
-            with locked(folder):
-                run = Run(config, folder, sources, device)
-                if resumes:
-                    run.load(load_checkpoint(checkpoint))
-                else:
+            with _claimed(folder) if ranks.first else nullcontext():
+                run = Run(config, folder, sources, device, ranks)
+                state = ranks.told(load_checkpoint(folder / CHECKPOINT) if resumes else None)
+                if state is not None:
+                    run.load(state)
+                elif ranks.first:
                     (folder / "config.yaml").write_text(_header() + config.yaml(), encoding="utf-8")
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None))
@@ -367,13 +457,23 @@ def open_run(config: Config) -> Iterator[Run]:
                     yield run
                 finally:
                     run.log.close()
-        except ConfigError:
-            if folder_is_new:
-                for leftover in (folder / ".lock", folder):
-                    leftover.unlink() if leftover.is_file() else leftover.rmdir()
-            raise
-    finally:
-        sources.close()
+        finally:
+            sources.close()
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it; a wrong configuration takes it away again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    except ConfigError:
+        if is_new:
+            for leftover in (folder / ".lock", folder):
+                leftover.unlink() if leftover.is_file() else leftover.rmdir()
+        raise
 
 
 def _header() -> str:

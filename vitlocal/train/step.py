@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitlocal.config import Config
-from vitlocal.data.augment import Augment, step_generator
+from vitlocal.config import Config, TrainConfig
+from vitlocal.data.augment import DROP_PATH, Augment, Drawn, send
+from vitlocal.data.keyed import generator, uniform
+from vitlocal.data.shares import Share
 from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
+from vitlocal.models.flops import count_macs
+from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.vit import VisionTransformer
+from vitlocal.plan import Feed
 from vitlocal.train.ema import Average
+from vitlocal.train.ranks import ALONE, Ranks
 
 RUN_AHEAD = 2  # steps that the host may be ahead of a GPU: more, and the budget's clock would not be true
+
+# A step of fewer multiply-adds than this runs as a CUDA graph: at half of an H200's peak it takes under 10 ms, and
+# launching its several hundred kernels one by one takes about as long. (Reckoned; not measured yet.)
+GRAPH_MACS = 2e12
+
+COMPILED_VARIANTS = 256  # what PyTorch may compile of one function before it gives up: a size, a batch and a mode each
 
 
 def choose_precision(wish: str, device: torch.device) -> torch.dtype:
@@ -28,44 +47,168 @@ def choose_precision(wish: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wish]
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of PyTorch's own generators in one step (drop path draws from them)."""
-    return int(step_generator(seed, step).integers(2**62)) ^ 0x5EED
+@contextmanager
+def fast_attention(device: torch.device) -> Iterator[None]:
+    """On a GPU, attention that would write its whole matrix to memory is an error in here, not a slow surprise."""
+    if device.type != "cuda":
+        yield
+        return
+    # Of these PyTorch takes the first that has a kernel for the case: float32 is the last one's alone.
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused):
+        try:
+            yield
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise ConfigError(
+                f"attention has no fused kernel on {torch.cuda.get_device_name(device)} for this model in this "
+                "precision; use train.precision=bf16 or fp16, and heads whose width is a multiple of 8 and at most 128"
+            ) from error
+
+
+class Objective(nn.Module):
+    """The loss of a batch as it comes from a source: all that a step differentiates, in one graph."""
+
+    def __init__(self, model: nn.Module, augment: Augment, smoothing: float, precision: torch.dtype):
+        super().__init__()
+        self.model, self.augment, self.smoothing, self.precision = model, augment, smoothing, precision
+
+    def forward(self, images: Tensor, labels: Tensor, drawn: Drawn, noise: Tensor | None, weight: Tensor) -> Tensor:
+        """The cross-entropies of all images, summed, times ``weight`` (0-D).
+
+        ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) drop path's.
+        """
+        pixels = self.augment(images, drawn)
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits = self.model(pixels) if noise is None else self.model(pixels, noise)
+        logits = logits.float()
+        loss = self._entropy(logits, labels)
+        if drawn.mix is not None:
+            share = drawn.mix[1]
+            loss = share * loss + (1 - share) * self._entropy(logits, labels.flip(0))
+        return weight * loss
+
+    def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the step runs at one feed."""
+
+    compiled: bool = False
+    graphs: bool = False
+
+    def __str__(self) -> str:
+        return "eager" if not self.compiled else "compiled, as a CUDA graph" if self.graphs else "compiled"
+
+
+EAGER = Mode()
 
 
 class Step:
-    """Augments, runs the model forward and backward, and updates weights and their average."""
+    """Augments, runs the model forward and backward, and updates weights and their average.
+
+    With several processes, each calls it with its part of the same global batch, and all get the same new weights.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, config: Config,
-        device: torch.device,
+        device: torch.device, ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.model, self.optimizer, self.average, self.config = model, optimizer, average, config
-        self.device = device
+        self.device, self.ranks = device, ranks
         self.augment = Augment(config.augment).to(device)
         self.precision = choose_precision(config.train.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.draws_paths = isinstance(model, VisionTransformer) and model.drop_path_rate > 0
+        configure_model(model, config.train, device)
+        objective = Objective(model, self.augment, config.train.label_smoothing, self.precision)
+        self.objective = ranks.wrap(objective)
+        self.compiles = config.train.compile == "yes" or (config.train.compile == "auto" and device.type == "cuda")
+        self._made: dict[bool, nn.Module] = {}  # compiled, by whether as a CUDA graph
+        self._modes: dict[Feed, Mode] = {}
+        self._forwards: dict[int, Callable[[Tensor], Tensor]] = {}  # for evaluation, by the model's identity
         self._ahead: deque[torch.cuda.Event] = deque()
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+            torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
-    def __call__(self, batch: Batch, step: int, lr: float) -> Tensor:
-        """Trains on one batch at learning rate ``lr``; returns the loss, a detached 0-D tensor on the device."""
+    # --- how it runs ---
+
+    def mode(self, feed: Feed) -> Mode:
+        """How full batches of ``feed`` run. The last batch of an epoch, of another shape, runs eagerly."""
+        if feed not in self._modes:
+            self._modes[feed] = Mode(self.compiles, self.compiles and self._captures(feed))
+        return self._modes[feed]
+
+    def _captures(self, feed: Feed) -> bool:
+        # Several processes reduce gradients during the backward, and micro-batches add theirs up: neither is captured.
+        able = self.device.type == "cuda" and self.ranks.world == 1 and self.config.train.accumulate == 1
+        if self.config.train.graphs != "auto":
+            return able and self.config.train.graphs == "yes"
+        return able and 3 * feed.batch_size * count_macs(self.model, feed.size) < GRAPH_MACS
+
+    def _runner(self, mode: Mode) -> nn.Module:
+        if not mode.compiled:
+            return self.objective
+        if mode.graphs not in self._made:
+            # One compilation for each size and batch: nothing is left open for the compiler to guess.
+            how = {"mode": "reduce-overhead"} if mode.graphs else {}
+            self._made[mode.graphs] = torch.compile(self.objective, dynamic=False, **how)
+        return self._made[mode.graphs]
+
+    def warm(self, feed: Feed, classes: int) -> float:
+        """Compiles what full batches of ``feed`` need, by steps that leave no trace; returns the seconds it took."""
+        mode = self.mode(feed)
+        if not mode.compiled:
+            return 0.0
+        began = time.perf_counter()
+        kept = [buffer.clone() for buffer in self.model.buffers()]  # BatchNorm's statistics
+        places = self.ranks.share.places(feed.batch_size)
+        images = torch.zeros((len(places), feed.size, feed.size, 3), dtype=torch.uint8, device=self.device)
+        labels = torch.arange(len(places), device=self.device) % classes
+        batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, feed.batch_size)
+        for _ in range(3 if mode.graphs else 1):  # a graph is captured in the second run and replayed from the third on
+            self._gradients(batch, 0, mode)
+            self.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(value)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # device sync, before the clock runs
+        return time.perf_counter() - began
+
+    def forward_of(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
+        """``model`` as a function of uint8 images (B, 3, S, S), for evaluation; compiled for whole batches."""
+
+        def forward(images: Tensor) -> Tensor:
+            with self.autocast():
+                return model(self.augment.normalize(images))
+
+        if id(model) not in self._forwards:
+            self._forwards[id(model)] = torch.compile(forward, dynamic=False) if self.compiles else forward
+
+        def run(images: Tensor, whole: bool) -> Tensor:
+            with fast_attention(self.device):
+                return (self._forwards[id(model)] if whole else forward)(images)
+
+        return run
+
+    # --- a step ---
+
+    def __call__(self, batch: Batch, step: int, lr: float, mode: Mode = EAGER) -> Tensor:
+        """Trains on this process's part of a batch at learning rate ``lr``.
+
+        Returns its part of the global batch's mean loss: a detached 0-D tensor on the device.
+        """
         train = self.config.train
-        seed = self.config.run.seed
-        torch.manual_seed(step_seed(seed, step))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        mixed = self.augment(batch.images, batch.labels, step_generator(seed, step))
-        with self.autocast():
-            logits = self.model(mixed.images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, mixed.labels, label_smoothing=train.label_smoothing)
-        if mixed.share < 1:
-            other = F.cross_entropy(logits, mixed.others, label_smoothing=train.label_smoothing)
-            loss = mixed.share * loss + (1 - mixed.share) * other
-        self.scaler.scale(loss).backward()
+        loss = self._gradients(batch, step, mode)
         if train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -75,7 +218,49 @@ class Step:
         if self.average is not None:
             self.average.update(self.model)
         self._hold_back()
-        return loss.detach()
+        return loss
+
+    def _gradients(self, batch: Batch, step: int, mode: Mode) -> Tensor:
+        """Forward and backward; returns this process's part of the mean loss, detached."""
+        seed = self.config.run.seed
+        if not self.draws_paths:  # other models draw drop path themselves, from PyTorch's generators
+            torch.manual_seed(step_seed(seed, step, self.ranks.rank))
+        weight, batch = (1.0, batch) if len(batch) else (0.0, self._stand_in(batch))
+        images = self.augment.prepare(batch.images, seed, step, batch.places)
+        drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1])
+        noise = self._noise(seed, step, batch.places) if self.draws_paths else None
+        # Gradients are averaged over the processes, and are to be those of the global batch's mean.
+        weight = send(torch.tensor(weight / batch.total), self.device)
+        run = self._runner(mode)
+        if mode.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        parts = micro_batches(len(batch), self.config.train.accumulate)
+        total = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts):
+            cut = _taken(images, batch.labels, drawn, noise, part) if len(parts) > 1 else (
+                images, batch.labels, drawn, noise)  # fmt: skip
+            last = number == len(parts) - 1
+            with self._reducing(last), fast_attention(self.device):
+                loss = run(*cut, weight)
+                self.scaler.scale(loss * self.ranks.world).backward()
+            total += loss.detach()  # a copy: a CUDA graph writes its outputs anew at each step
+        return total
+
+    def _reducing(self, last: bool) -> nullcontext | Iterator[None]:
+        if self.ranks.world == 1 or last:
+            return nullcontext()
+        return self.objective.no_sync()  # gradients add up here, and are reduced with the last part's
+
+    def _noise(self, seed: int, step: int, places: np.ndarray) -> Tensor:
+        depth = len(self.model.blocks)
+        draws = uniform((seed, step, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
+        return send(torch.from_numpy(draws.astype(np.float32)), self.device)
+
+    def _stand_in(self, batch: Batch) -> Batch:
+        """An image in the place of none: this process must take part in the reduction of gradients."""
+        images = torch.zeros((1, *batch.images.shape[1:]), dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return Batch(images, labels, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64), batch.total)
 
     def _hold_back(self) -> None:
         if self.device.type != "cuda":
@@ -85,3 +270,34 @@ class Step:
         self._ahead.append(event)
         if len(self._ahead) > RUN_AHEAD:
             self._ahead.popleft().synchronize()  # device sync, with the step before the last one only
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of PyTorch's own generators in one step."""
+    return int(generator((seed, step, 0x5EED, rank)).integers(2**62))
+
+
+def configure_model(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Sets which local-FFN kernel the model uses, and whether activations are kept or computed again."""
+    if config.kernel == "fused" and device.type != "cuda":
+        raise ConfigError(f"train.kernel: fused needs a CUDA device, this run is on {device}; use auto")
+    for module in model.modules():
+        if isinstance(module, LocalFeedForward):
+            module.kernel = config.kernel
+    if config.checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ConfigError(f"train.checkpointing: {type(model).__name__} does not have it")
+        model.set_grad_checkpointing(True)
+
+
+def micro_batches(count: int, parts: int) -> list[np.ndarray]:
+    """The places of ``count`` samples, cut into at most ``parts`` of mirrored pairs: mixup stays within each."""
+    parts = max(1, min(parts, (count + 1) // 2))
+    return [Share(part, parts).places(count) for part in range(parts)]
+
+
+def _taken(images: Tensor, labels: Tensor, drawn: Drawn, noise: Tensor | None, part: np.ndarray) -> tuple:
+    """The samples ``part`` of a batch and of what was drawn for it."""
+    chosen = send(torch.from_numpy(part), images.device)
+    cut = [None if values is None else values[chosen] for values in (images, labels, drawn.boxes, drawn.noise, noise)]
+    return cut[0].contiguous(memory_format=torch.channels_last), cut[1], Drawn(cut[2], cut[3], drawn.mix), cut[4]

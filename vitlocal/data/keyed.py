@@ -1,0 +1,34 @@
+"""Random numbers with keys instead of states: what a sample draws depends on its place alone, not on who draws it.
+
+Host side; SplitMix64 (Steele et al. 2014) over arrays, as ``crops.py`` has it over Python's integers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _scramble(words: np.ndarray) -> np.ndarray:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # arrays of uint64 wrap, as is meant
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def uniform(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarray:
+    """(len(places), columns) float64 in [0, 1): a row for each place, keyed by ``key`` and the place.
+
+    ``key`` holds non-negative integers: seed, step and what is drawn, say.
+    """
+    word = np.zeros(1, np.uint64)
+    for part in key:
+        word = _scramble((word ^ np.uint64(part)) + _GOLDEN)
+    rows = _scramble((word ^ places.astype(np.uint64)) + _GOLDEN)[:, None]  # (n, 1)
+    counters = np.arange(1, columns + 1, dtype=np.uint64) * _GOLDEN
+    return (_scramble(rows + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def generator(key: tuple[int, ...]) -> np.random.Generator:
+    """A generator for what a whole batch draws once."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
