@@ -7,6 +7,7 @@ of one, and every call here is then free.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,11 +52,13 @@ class Ranks:
         if self.world == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=ids, gradient_as_bucket_view=True,
-            # BatchNorm's statistics are each process's own while it trains; share_buffers evens them out.
-            broadcast_buffers=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers
+            return DistributedDataParallel(
+                module, device_ids=ids, gradient_as_bucket_view=True,
+                # BatchNorm's statistics are each process's own while it trains; share_buffers evens them out.
+                broadcast_buffers=False,
+            )  # fmt: skip
 
     def decided(self, values: list[float]) -> list[float]:
         """Rank 0's ``values``, on every rank: float64."""

@@ -211,7 +211,8 @@ class Run:
         """
         self._read_meter()
         self.unclosed = plan
-        self.ranks.share_buffers(self.model.buffers())
+        for model in (self.model, *([self.average.model] if self.average is not None else [])):
+            self.ranks.share_buffers(model.buffers())
         with self.clock.paused():
             at = self.clock.progress
             every = self.config.evaluate.every

@@ -1,0 +1,112 @@
+"""Several processes: two of them, with gloo on the CPU, train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitlocal.config import read_config
+from vitlocal.data.source import open_sources
+from vitlocal.errors import ConfigError
+from vitlocal.train.loop import train
+from vitlocal.train.ranks import Ranks, find_ranks
+from vitlocal.train.run import Run
+
+ROOT = Path(__file__).parent.parent
+# A batch of 34 shares out evenly, the last of an epoch has 18 of 120 images: 9 pairs, 4 for one process and 5 for the
+# other. Evaluation in batches of 79 leaves one image for the last.
+OPTIONS = [
+    "--model.name=vitlocal_tiny_patch8_64", "--model.size=48", "--model.depth=2", "--model.width=32",
+    "--model.heads=2", "--model.drop_path=0.2", "--methods=image_size", "--image_size.init=16",
+    "--image_size.step_pixels=16", "--image_size.step_epochs=1", "--train.batch_size=34", "--train.lr_batch=0",
+    "--train.ema=0.9", "--train.clip_norm=1", "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1",
+    "--augment.erase=0.5", "--evaluate.batch_size=79", "--budget.length=3ep", "--run.device=cpu", "--run.progress=no",
+    "--run.threads=1", "--data.workers=1",
+]  # fmt: skip
+
+
+def command(processes: int, folder: Path, run: Path, *options: str) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*start, "train_imagenet.py", *options_of(folder, run), *options]
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def accuracies(run: Path) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(line["top1"], line["top5"]) for line in lines]
+
+
+def farthest(one: Path, other: Path) -> float:
+    """The largest difference between two runs' exported weights."""
+    first, second = (load_file(run / "model.safetensors") for run in (one, other))
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def options_of(folder: Path, run: Path) -> list[str]:
+    return [*OPTIONS, f"--data.root={folder}", f"--run.folder={run}"]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert train(read_config(options_of(folder, run), {})) == 0
+    return run
+
+
+def test_two_processes_train_as_one(folder: Path, alone: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    start = command(2, folder, run, "--train.accumulate=2")
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done:") == 1 and "2 processes" in done.stdout  # one of them speaks
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    assert accuracies(run) == accuracies(alone)  # every image of the validation split once
+    assert farthest(run, alone) < 1e-5
+
+
+def test_two_processes_stopped_go_on_as_one(folder: Path, alone: Path, tmp_path: Path, capsys):
+    """SIGTERM to all, as torchrun and schedulers send it; then a single process goes on with what was saved."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(2, folder, run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and len(losses(run)) < 3
+    assert (run / "checkpoints" / "last.pt").exists()
+    capsys.readouterr()
+    assert train(read_config(options_of(folder, run), {})) == 0
+    assert "going on at epoch" in capsys.readouterr().out
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    assert farthest(run, alone) < 1e-5
+
+
+def test_wrong_starts_are_named(configure, decoder, tmp_path: Path):
+    config = configure("--train.batch_size=3", "--evaluate.size=32")
+    with pytest.raises(ConfigError, match="3 images are too few for 2 processes"):
+        Run(config, tmp_path, open_sources(config, torch.device("cpu")), torch.device("cpu"), Ranks(0, 2, 0, 2))
+    with pytest.raises(ConfigError, match="LOCAL_RANK, LOCAL_WORLD_SIZE is not set"):
+        find_ranks({"WORLD_SIZE": "2", "RANK": "0"})
+    assert find_ranks({}).world == 1
+
+
+def test_alone_everything_is_free():
+    ranks = find_ranks({})
+    module = torch.nn.Linear(2, 2)
+    assert ranks.first and ranks.wrap(module) is module and ranks.decided([1.5]) == [1.5] and ranks.told("x") == "x"
+    assert ranks.share.places(5).tolist() == [0, 1, 2, 3, 4]

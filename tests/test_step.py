@@ -1,0 +1,189 @@
+"""The training step: its variants agree with the plain one, and none waits for the device."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from vitlocal.data.source import Batch
+from vitlocal.errors import ConfigError
+from vitlocal.models.factory import build_model
+from vitlocal.plan import Feed
+from vitlocal.train.ema import Average
+from vitlocal.train.optim import build_optimizer
+from vitlocal.train.step import EAGER, Mode, Step, choose_precision, fast_attention, micro_batches
+from vitlocal.train.watch import Watch
+
+CLASSES = 10
+CPU = torch.device("cpu")
+AUGMENTED = ["--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.erase=0.5"]
+
+
+def a_batch(count: int, size: int = 24, device: torch.device = CPU) -> Batch:
+    draw = np.random.default_rng(count)
+    images = torch.from_numpy(draw.integers(0, 256, (count, size, size, 3), np.uint8)).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(draw.integers(0, CLASSES, count))
+    return Batch.whole(images.to(device), labels.to(device), torch.arange(count))
+
+
+def a_step(configure, *options: str, device: torch.device = CPU) -> Step:
+    """The same weights each time; options override."""
+    config = configure("--model.size=24", "--methods=none", "--model.drop_path=0.3", *AUGMENTED, *options)
+    torch.manual_seed(0)
+    model = build_model(config.model, CLASSES)[0].to(device, memory_format=torch.channels_last).train()
+    average = Average(model, 0.9) if config.train.ema else None
+    return Step(model, build_optimizer(model, config.train), average, config, device)
+
+
+def trained(step: Step, mode: Mode = EAGER, steps: int = 3, count: int = 12) -> tuple[list[float], dict]:
+    losses = [float(step(a_batch(count, device=step.device), number, 1e-3, mode)) for number in range(steps)]
+    return losses, step.model.state_dict()
+
+
+def close(first, second, tolerance: float = 2e-6) -> None:
+    assert first[0] == pytest.approx(second[0], rel=1e-5)
+    for name, value in first[1].items():
+        torch.testing.assert_close(value, second[1][name], atol=tolerance, rtol=1e-4, msg=name)
+
+
+def test_the_compiled_step_is_the_eager_one(configure):
+    eager, compiled = a_step(configure, "--model.depth=1"), a_step(configure, "--model.depth=1", "--train.compile=yes")
+    assert compiled.mode(Feed(24, 12)) == Mode(compiled=True) and eager.mode(Feed(24, 12)) == EAGER
+    close(trained(eager), trained(compiled, Mode(compiled=True)))
+    images = a_batch(8).images
+    for whole in (True, False):  # evaluation
+        for model in (eager.model, compiled.model):
+            model.eval()
+        with torch.no_grad():
+            both = [step.forward_of(step.model)(images, whole) for step in (eager, compiled)]
+        torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [12, 11, 2])
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int):
+    # Not the step's weights: AdamW turns the rounding of a gradient near zero into a step of its own.
+    steps = a_step(configure), a_step(configure, "--train.accumulate=3")
+    for step in steps:
+        step._gradients(a_batch(count), 0, EAGER)
+    for (name, one), other in zip(steps[0].model.named_parameters(), steps[1].model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_micro_batches_hold_every_sample_once_in_mirrored_pairs():
+    for count in (1, 2, 3, 12, 13):
+        for parts in (1, 2, 3, 8):
+            found = micro_batches(count, parts)
+            assert all(len(part) for part in found) and len(found) <= parts
+            assert sorted(np.concatenate(found)) == list(range(count))
+            assert all(np.array_equal(count - 1 - part[::-1], part) for part in found)
+
+
+@pytest.mark.parametrize("name", ["vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64"])
+def test_checkpointing_changes_nothing_but_memory(configure, name: str):
+    kept, again = (
+        a_step(configure, f"--model.name={name}", f"--train.checkpointing={wish}") for wish in ("false", "true")
+    )
+    assert again.model.grad_checkpointing and not kept.model.grad_checkpointing
+    close(trained(kept), trained(again), tolerance=1e-9)
+
+    def held(step: Step) -> int:
+        """Bytes that the forward keeps for the backward."""
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = step.model(torch.zeros(8, 3, 24, 24)).sum()
+        del loss
+        return sum(found.values())
+
+    assert held(again) < 0.7 * held(kept)
+
+
+def test_warming_leaves_no_trace(configure):
+    step = a_step(configure, "--model.name=vitlocal_localvit_tiny_patch8_64", "--model.heads=2", "--train.compile=yes")
+    step._made[False] = step.objective  # the compiler's part is tested above
+    before = copy.deepcopy(step.model.state_dict())
+    assert step.warm(Feed(24, 8), CLASSES) > 0
+    assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+    assert a_step(configure).warm(Feed(24, 8), CLASSES) == 0  # nothing to compile
+
+
+def test_a_process_without_images_takes_part_with_nothing(configure):
+    step = a_step(configure)
+    assert float(step._gradients(Batch.empty(24, CPU, 1), 0, EAGER)) == 0
+    assert all(not parameter.grad.any() for parameter in step.model.parameters() if parameter.requires_grad)
+
+
+def test_what_a_device_cannot_do_is_said(configure):
+    with pytest.raises(ConfigError, match=r"train\.kernel: fused needs a CUDA device"):
+        a_step(configure, "--train.kernel=fused")
+    with pytest.raises(ConfigError, match=r"train\.precision: fp16"):
+        choose_precision("fp16", CPU)
+    with fast_attention(CPU):
+        assert torch.backends.cuda.math_sdp_enabled()  # a CPU may use what it has
+
+
+def test_the_watch_sees_each_look_once():
+    watch: Watch[str] = Watch(CPU)
+    assert watch.seen() is None and not watch.looking
+    watch.look(torch.tensor(2.5), "first")
+    assert watch.looking and watch.seen() == (2.5, "first")
+    assert watch.seen() is None and not watch.looking
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--train.ema=0.9", "--train.clip_norm=1", "--train.accumulate=2"]])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: bool):
+    step = a_step(
+        configure, "--run.device=cuda", f"--train.compile={'yes' if compiled else 'no'}", *options, device=gpu
+    )
+    watch: Watch[int] = Watch(gpu)
+    batch, mode = a_batch(16, device=gpu), Mode(compiled=compiled)
+    for number in range(3):  # what is loaded or compiled at first use, and the wait for the step before the last
+        step(batch, number, 1e-3, mode)
+    torch.cuda.synchronize()
+    step._ahead.clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2):
+            loss = step(batch, number, 1e-3, mode)
+            if not watch.looking:
+                watch.look(loss, number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert watch.seen() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compiled_on_a_gpu_as_eager(configure, gpu, graphs: bool):
+    options = ["--run.device=cuda", "--train.precision=fp32", f"--train.graphs={'yes' if graphs else 'no'}"]
+    eager = a_step(configure, "--train.compile=no", *options, device=gpu)
+    compiled = a_step(configure, "--train.compile=yes", *options, device=gpu)
+    close(trained(eager, steps=6), trained(compiled, Mode(True, graphs), steps=6), tolerance=1e-4)
+
+
+@pytest.mark.gpu
+def test_slow_attention_is_refused_on_a_gpu(gpu):
+    heads = torch.randn(1, 1, 4, 7, device=gpu, dtype=torch.float64)  # no fused kernel takes float64
+    with pytest.raises(ConfigError, match="no fused kernel"), fast_attention(gpu):
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
