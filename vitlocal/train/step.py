@@ -131,6 +131,7 @@ class Step:
         self._modes: dict[Feed, Mode] = {}
         self._forwards: dict[int, Callable[[Tensor], Tensor]] = {}  # for evaluation, by the model's identity
         self._ahead: deque[torch.cuda.Event] = deque()
+        self.mark: Callable[[str], None] = lambda phase: None  # told what has just been issued, for benches
         if self.compiles:
             torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
             torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
@@ -215,8 +216,10 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.mark("optimizer")
         if self.average is not None:
             self.average.update(self.model)
+            self.mark("average")
         self._hold_back()
         return loss
 
@@ -231,6 +234,7 @@ class Step:
         noise = self._noise(seed, step, batch.places) if self.draws_paths else None
         # Gradients are averaged over the processes, and are to be those of the global batch's mean.
         weight = send(torch.tensor(weight / batch.total), self.device)
+        self.mark("augment")  # what the compiled graph does not do: draws, their copies, RandAugment
         run = self._runner(mode)
         if mode.graphs:
             torch.compiler.cudagraph_mark_step_begin()
@@ -242,7 +246,9 @@ class Step:
             last = number == len(parts) - 1
             with self._reducing(last), fast_attention(self.device):
                 loss = run(*cut, weight)
+                self.mark("forward")
                 self.scaler.scale(loss * self.ranks.world).backward()
+                self.mark("backward")
             total += loss.detach()  # a copy: a CUDA graph writes its outputs anew at each step
         return total
 
