@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFFNViT
 from vitlocal.models.local_mix import image_as_tokens, local_mix, tokens_as_image
+from vitlocal.models.memory import activation_bytes
 from vitlocal.models.vit import position_matrix
 
 CPU = torch.device("cpu")
@@ -502,3 +504,33 @@ def test_a_saved_folder_loads_by_timm(name, tmp_path):
 
 def test_the_class_is_the_familys():
     assert isinstance(narrow(), LocalFFNViT)
+
+
+@pytest.mark.parametrize("name", ["vitlocal_tiny", "vitlocal_localvit_tiny", "deit_tiny"])
+def test_activations_are_counted_as_they_are_kept(name: str):
+    options = {"dynamic_img_size": True} if name == "deit_tiny" else {}  # timm's
+    model = timm.create_model(f"{name}_patch16_224", depth=2, **options)
+    model.train()
+
+    def kept(count: int) -> int:
+        found: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(torch.zeros(count, 3, 64, 64)).sum()
+        del loss
+        return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+    counted = activation_bytes(model, 64)
+    assert counted == (kept(4) - kept(2)) // 2
+    assert activation_bytes(model, 64, torch.bfloat16) < 0.7 * counted
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)  # and the model is as it was
+
+
+def test_the_fused_kernel_keeps_no_more_than_deit():
+    ours, deit = (timm.create_model(f"vitlocal_{name}tiny_patch16_224", depth=2) for name in ("", "deit_"))
+    fused, plain = (activation_bytes(ours, 224, torch.bfloat16, fused=fused) for fused in (True, False))
+    assert fused < 1.01 * activation_bytes(deit, 224, torch.bfloat16) < plain

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from vitlocal.config import BudgetConfig, ImageSizeConfig, TrainConfig
+from vitlocal.config import BatchSizeConfig, BudgetConfig, ImageSizeConfig, TrainConfig
+from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.plan import Feed, Length, Plan, Progress, conflicts, fold
 from vitlocal.train.clock import Clock
@@ -42,6 +43,23 @@ def test_planning_is_pure_and_conflicts_are_named():
     assert fold([method], START, at) == fold([method], START, at)
     (problem,) = conflicts([method, ImageSize(ImageSizeConfig(final=96))])
     assert "feed.size" in problem
+
+
+@pytest.mark.parametrize(("rule", "scale"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])
+def test_batches_grow_as_images_shrink(rule: str, scale: float):
+    sizes = ImageSize(ImageSizeConfig(final=224))
+    batches = BatchSize(BatchSizeConfig(limit=256, rule=rule), 64, 224, image_bytes=lambda size: size * size)
+    early, later, last = (fold([sizes, batches], START, Progress(epoch=epoch)) for epoch in (0, 20, 40))
+    assert (early.feed, early.dials.lr_scale) == (Feed(32, 256), scale)  # as many as would fit: 3136
+    assert later.feed == Feed(160, 96)  # 125 fit
+    assert (last.feed, last.dials.lr_scale) == (Feed(224, 64), 1.0)
+
+
+def test_batches_fill_the_memory_of_every_device():
+    config = BatchSizeConfig(memory=10_000, limit=10_000, multiple=7)
+    one, four = (BatchSize(config, 20, 64, lambda size: size * 10, processes) for processes in (1, 4))
+    assert (one.batch_at(32), four.batch_at(32)) == (28, 119)  # 31 on each device, and multiples of 7
+    assert one.batch_at(64) == 20  # 15 would fit: the recipe's own batch is not made smaller
 
 
 def test_what_changed():

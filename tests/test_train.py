@@ -37,6 +37,10 @@ VARIANTS = {
         "--model.drop_path=0.2", "--train.ema=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
         "--image_size.step_epochs=0.7",
     ],
+    "growing batches": [
+        "--methods=image_size,batch_size", "--image_size.step_epochs=0.7", "--train.batch_size=16",
+        "--batch_size.limit=32", "--batch_size.multiple=8",
+    ],
 }  # fmt: skip
 
 
@@ -178,7 +182,7 @@ def test_every_image_is_trained_on_once_an_epoch(configure, decoder, monkeypatch
     assert sorted(seen[:120]) == list(range(120))
 
 
-@pytest.mark.parametrize("methods", ["none", "image_size"])
+@pytest.mark.parametrize("methods", ["none", "image_size", "image_size,batch_size", "batch_size"])
 def test_methods_plan_purely_train_and_keep_their_state(configure, decoder, methods: str, tmp_path: Path):
     with open_run(configure(f"--methods={methods}", "--budget.length=4steps")) as run:
         assert run.plan() == run.plan()

@@ -307,6 +307,16 @@ class ImageSizeConfig:
 
 
 @dataclass(frozen=True)
+class BatchSizeConfig:
+    memory: int | None = option(
+        None, Maybe(Bytes()), "for activations, on each device; none: what train.batch_size images of model.size take"
+    )
+    limit: int = option(2048, COUNT, "largest batch")
+    multiple: int = option(32, COUNT, "batches larger than train.batch_size are a multiple of this")
+    rule: str = option("sqrt", Choice("sqrt", "linear", "none"), "how the learning rate grows with the batch")
+
+
+@dataclass(frozen=True)
 class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -316,7 +326,8 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     run: RunConfig = field(default_factory=RunConfig)
     image_size: ImageSizeConfig = field(default_factory=ImageSizeConfig)
-    methods: tuple[str, ...] = option((), Series(Choice("image_size")), "training methods, in order")
+    batch_size: BatchSizeConfig = field(default_factory=BatchSizeConfig)
+    methods: tuple[str, ...] = option((), Series(Choice("image_size", "batch_size")), "training methods, in order")
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
@@ -388,6 +399,7 @@ SECTIONS = {
     "budget": BudgetConfig,
     "run": RunConfig,
     "image_size": ImageSizeConfig,
+    "batch_size": BatchSizeConfig,
 }
 
 PLAN_NAME = "plan.yaml"  # what --plan leaves in a data folder: a recipe of WriteOptions
@@ -615,6 +627,14 @@ def _contradictions(config: Config) -> list[str]:
                 )
             if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
+    if "batch_size" in config.methods:
+        if config.methods.index("batch_size") != len(config.methods) - 1:
+            found.append("methods: batch_size follows the sizes that the others set; name it last")
+        if config.batch_size.limit < config.train.batch_size:
+            found.append(
+                f"batch_size.limit: {config.batch_size.limit} is smaller than train.batch_size "
+                f"({config.train.batch_size}), from which batches grow"
+            )
     if config.data.loader != "ffcv" and config.data.on_error != "stop":
         found.append(
             f"data.on_error: skip is for data.loader=ffcv; with {config.data.loader}, name a data folder that was "

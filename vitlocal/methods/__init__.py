@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vitlocal.config import Config
 from vitlocal.errors import ConfigError
+from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.plan import Method, conflicts
 
-METHODS: dict[str, Callable[[Config], Method]] = {
-    "image_size": lambda config: ImageSize(config.image_size),
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a method may know of the run, beside its configuration."""
+
+    image_bytes: Callable[[int], int] = lambda size: size * size  # activations of an image of a size, on the device
+    processes: int = 1
+
+
+METHODS: dict[str, Callable[[Config, Surroundings], Method]] = {
+    "image_size": lambda config, run: ImageSize(config.image_size),
+    "batch_size": lambda config, run: BatchSize(
+        config.batch_size, config.train.batch_size, config.model.size, run.image_bytes, run.processes
+    ),
 }
 
 
-def build_methods(config: Config) -> list[Method]:
+def build_methods(config: Config, run: Surroundings) -> list[Method]:
     """The recipe's methods in its order; raises ConfigError where two of them write one field."""
-    methods = [METHODS[name](config) for name in config.methods]
+    methods = [METHODS[name](config, run) for name in config.methods]
     if problems := conflicts(methods):
         raise ConfigError("\n".join(problems))
     return methods

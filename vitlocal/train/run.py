@@ -21,8 +21,9 @@ from vitlocal.config import IMMATERIAL, Config
 from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_freed_memory
-from vitlocal.methods import build_methods
+from vitlocal.methods import Surroundings, build_methods
 from vitlocal.models.factory import build_model, export_model
+from vitlocal.models.memory import activation_bytes
 from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.clock import Clock
@@ -59,10 +60,10 @@ class Run:
         self.optimizer = build_optimizer(self.model, config.train)
         self.average = Average(self.model, config.train.ema) if config.train.ema is not None else None
         self.schedule = Schedule(config.train)
-        self.methods = build_methods(config)
+        self.methods = build_methods(config, Surroundings(self._image_bytes, ranks.world))
         self.clock = Clock(config.budget, sources.train.count)
-        self.check_shares()
         self.step = Step(self.model, self.optimizer, self.average, config, device, ranks)
+        self.check_shares()
         self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
         self.watch: Watch[tuple[Progress, float, int, float]] = Watch(device)  # on the loss
         self.meter = PassMeter()
@@ -95,6 +96,10 @@ class Run:
         start = Plan(Feed(self.config.model.size, self.config.train.batch_size))
         feeds = (fold(self.methods, start, point).feed for point in sorted(later, key=lambda point: point.epoch))
         return list(dict.fromkeys(feeds))
+
+    def _image_bytes(self, size: int) -> int:
+        fused = self.device.type == "cuda" and self.config.train.kernel != "plain"
+        return activation_bytes(self.model, size, self.step.precision, fused)
 
     def agree(self, plan: Plan | None = None) -> None:
         """Rank 0 tells all ranks the budget's time and whether to stop; on the way, plans are found to be the same."""
