@@ -60,7 +60,7 @@ def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, ["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("loader", "runs", "write"))
+    assert all(name in shown for name in ("loader", "profile", "runs", "step", "write"))
 
 
 def broken() -> None:
@@ -83,7 +83,7 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["loader", "--only", "torchvision", "--source", "nowhere"], "nowhere"),
         (["write", "--images", "0"], "at least 1"),
         (["write", "--sides", "64:png"], "not a format"),
-        (["nothing"], "expected the name of a bench (loader, runs, write)"),
+        (["nothing"], "expected the name of a bench (loader, profile, runs, step, write)"),
     ],
 )
 def test_wrong_arguments(

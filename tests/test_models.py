@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitlocal.models
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.models.lffn import LocalFFNViT
+from vitlocal.models.lffn import LocalFeedForward, LocalFFNViT
 from vitlocal.models.local_mix import image_as_tokens, local_mix, tokens_as_image
 from vitlocal.models.memory import activation_bytes
 from vitlocal.models.vit import position_matrix
@@ -528,6 +528,16 @@ def test_activations_are_counted_as_they_are_kept(name: str):
     assert counted == (kept(4) - kept(2)) // 2
     assert activation_bytes(model, 64, torch.bfloat16) < 0.7 * counted
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)  # and the model is as it was
+
+
+def test_counting_looks_through_the_fused_kernel():
+    model = timm.create_model("vitlocal_tiny_patch16_224", depth=2)
+    expected = count_macs(model, 64)
+    for part in model.modules():
+        if isinstance(part, LocalFeedForward):
+            part.kernel = "fused"
+    assert count_macs(model, 64) == expected
+    assert {part.kernel for part in model.modules() if isinstance(part, LocalFeedForward)} == {"fused"}
 
 
 def test_the_fused_kernel_keeps_no_more_than_deit():

@@ -240,6 +240,9 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--image_size.step_pixels=20"], "image_size: sizes 36: expected multiples of 8"),
         (["--evaluate.size=50"], "evaluate.size 50: expected multiples of 8"),
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
+        (["--train.kernel=fused"], "fused needs a CUDA device"),
+        (["--methods=batch_size,image_size"], "name it last"),
+        (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: 8 is smaller"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
         (["--data.workers=4096"], "data.workers"),
@@ -252,6 +255,19 @@ def test_what_cannot_be_built_is_told_and_leaves_nothing(
         monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: shared)
     with pytest.raises(ConfigError, match=part):
         train(configure(*options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_shows_before_the_first_step_leaves_nothing(configure, decoder, tmp_path: Path, monkeypatch):
+    """No fused attention for this model, say."""
+
+    def warm_up(run: Run) -> None:
+        assert (run.folder / "config.yaml").exists()
+        raise ConfigError("cannot")
+
+    monkeypatch.setattr(Run, "warm_up", warm_up)
+    with pytest.raises(ConfigError, match="cannot"):
+        train(configure())
     assert not (tmp_path / "run").exists()
 
 

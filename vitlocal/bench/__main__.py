@@ -6,10 +6,16 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from vitlocal.bench import loader, runs, write
+from vitlocal.bench import loader, profile, runs, step, write
 from vitlocal.errors import ConfigError, run_command
 
-BENCHES = {"loader": loader.main, "runs": runs.main, "write": write.main}
+BENCHES = {
+    "loader": loader.main,
+    "profile": profile.main,
+    "runs": runs.main,
+    "step": step.main,
+    "write": write.main,
+}
 
 
 def main(argv: Sequence[str]) -> None:

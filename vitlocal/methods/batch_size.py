@@ -28,13 +28,14 @@ class BatchSize:
     ):
         self.config, self.base, self.largest = config, base, largest
         self.image_bytes, self.processes = image_bytes, processes
+        self.room = config.memory  # bytes for activations on each device, where they are stated or known
         self._batches: dict[int, int] = {}  # by size
 
     def batch_at(self, size: int) -> int:
         """Images of a global batch at ``size`` px: a multiple of ``batch_size.multiple`` where it is more than base."""
         if size not in self._batches:
-            room = self.config.memory or self.image_bytes(self.largest) * self.base // self.processes
-            fits = min(room // self.image_bytes(size) * self.processes, self.config.limit)
+            self.room = self.room or self.image_bytes(self.largest) * self.base // self.processes
+            fits = min(self.room // self.image_bytes(size) * self.processes, self.config.limit)
             self._batches[size] = max(self.base, fits - fits % self.config.multiple)
         return self._batches[size]
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitlocal.models.lffn import kernel_set
+
 
 class _MacCounter(TorchFunctionMode):
     """Sums the multiply-accumulates of the layers and attentions called under it."""
@@ -55,7 +57,7 @@ def count_macs(model: nn.Module, size: int | tuple[int, int]) -> int:
     was_training = [module for module in model.modules() if module.training]
     try:
         model.eval()  # BatchNorm refuses to train on a single value
-        with torch.no_grad(), _MacCounter() as counter:
+        with torch.no_grad(), kernel_set(model, "plain"), _MacCounter() as counter:
             torch.func.functional_call(model, shapes, (image,))
     finally:
         for module in was_training:

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens in all, N = h·w patch tokens on the grid (h, w), D wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -58,6 +60,20 @@ class LocalFeedForward(nn.Module):
         else:
             hidden = local_mix(hidden, self.conv.weight, grid, self.activation, self.kernel)
         return self.fc2(hidden)
+
+
+@contextmanager
+def kernel_set(model: nn.Module, kernel: str) -> Iterator[None]:
+    """All local FFNs of ``model`` use ``kernel`` in here; see :func:`local_mix`."""
+    parts = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
+    before = [part.kernel for part in parts]
+    try:
+        for part in parts:
+            part.kernel = kernel
+        yield
+    finally:
+        for part, was in zip(parts, before, strict=True):
+            part.kernel = was
 
 
 class LocalBlock(Block):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.lffn import kernel_set
 
 COUNTED = (2, 4)  # images: what two more of them add is what an image takes
 
@@ -17,24 +17,18 @@ def activation_bytes(model: nn.Module, size: int, precision: torch.dtype = torch
     Runs on shapes without data, and leaves the model as it was. ``precision`` is autocast's; with ``fused`` the local
     FFN is the fused kernel's. A compiled step keeps less: it computes again what is cheap.
     """
-    parts = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
-    before = [part.kernel for part in parts]
     training = model.training
     matrices = getattr(model, "_position_matrices", None)  # shapes without data must not get in there
     try:
         if matrices is not None:
             model._position_matrices = {}
         model.train()
-        for part in parts:
-            part.kernel = "fused" if fused else "plain"
-        with FakeTensorMode():
+        with FakeTensorMode(), kernel_set(model, "fused" if fused else "plain"):
             few, more = (_kept(model, size, count, precision) for count in COUNTED)
     finally:
         model.train(training)
         if matrices is not None:
             model._position_matrices = matrices
-        for part, kernel in zip(parts, before, strict=True):
-            part.kernel = kernel
     return (more - few) // (COUNTED[1] - COUNTED[0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import signal
 import sys
 import zlib
@@ -469,16 +470,15 @@ def open_run(config: Config) -> Iterator[Run]:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it; a wrong configuration takes it away again."""
+    """Makes the folder and locks it; a wrong configuration takes it away again, but for what has been trained."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder):
             yield
     except ConfigError:
-        if is_new:
-            for leftover in (folder / ".lock", folder):
-                leftover.unlink() if leftover.is_file() else leftover.rmdir()
+        if is_new and not (folder / CHECKPOINT).exists():
+            shutil.rmtree(folder)
         raise
 
 

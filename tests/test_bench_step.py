@@ -1,0 +1,186 @@
+"""The benches of the step and of the whole trainer on very little: do they run, and are their sums right?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlocal.bench import profile, step
+from vitlocal.bench.__main__ import main
+from vitlocal.errors import ConfigError, run_command
+from vitlocal.models.factory import build_model
+from vitlocal.models.flops import count_macs
+
+CPU = torch.device("cpu")
+FORM = {"what", "command", "machine", "versions", "commit", "rows"}
+SHAPE = ["--model.width=32", "--model.depth=2", "--model.heads=2"]
+STEP = ["step", *SHAPE, "--sizes", "16,32", "--batch", "4", "--rounds", "2", "--seconds", "0"]
+
+
+def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "results" / "step.json", tmp_path / "plots" / "step.png"
+    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema=0.9", "--json", str(out), "--plot", str(plot)])
+    measured = json.loads(out.read_text())
+    assert measured.keys() >= FORM | {"batch_size", "precision", "peak_tflops", "peak_measured"}
+    assert measured["batch_size"] == 4 and measured["peak_tflops"] > 0 and "matrices" in measured["peak_measured"]
+    rows = measured["rows"]
+    assert [(row["size"], row["arm"]) for row in rows] == [
+        (size, arm) for size in (16, 32) for arm in ("local-eager", "timm-eager")
+    ]
+    for row in rows:
+        assert not any(isinstance(value, (dict, list)) for value in row.values())  # flat
+        assert row["n"] == 2 and row["mode"] == "eager" and row["images_per_second"] > 0 and row["batch_size"] == 4
+        assert row["step_ms"] == pytest.approx(4e3 / row["images_per_second"], rel=0.01)
+        flops = row["images_per_second"] * row["gflops_per_image"] / 1e3
+        assert row["mfu"] == pytest.approx(flops / measured["peak_tflops"], abs=2e-4)
+        assert row["peak_mib"] is None and row["compile_seconds"] is None
+        ours = row["model"] == "local"
+        present = [row[f"{phase}_ms"] is not None for phase in step.PHASES]
+        assert present == [ours, True, True, True, ours]
+        assert row["kernel"] == ("plain" if ours else None) and (row["speed_to_timm"] is not None) == ours
+        assert row["time_to_deit"] is None  # it was not asked for
+    assert rows[2]["gflops_per_image"] > 2 * rows[0]["gflops_per_image"]
+    shown = capsys.readouterr().out
+    assert "local-eager" in shown and "timm-eager" in shown and "MFU" in shown
+    assert plot.stat().st_size > 5000
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    config, device = step.configured([*SHAPE, "--model.pool=avg", "--train.batch_size=2"])
+    arms = [arm for arm in step.chosen_arms(None, device) if arm.model in step.FAMILIES]
+    size = config.model.size  # at another, reading the position table is a product too: one for a whole batch
+    rows = step.compare(config, arms, [size], 1, 0.0, device, peak_tflops=1.0)
+    assert len(rows) == 3
+    for arm, row in zip(arms, rows, strict=True):
+        model = build_model(step.config_of(arm, config).model, step.CLASSES)[0].eval()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, size, size))
+        assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_peer_has_the_shape_of_our_deit(pool: str) -> None:
+    config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])
+    ours = build_model(step.config_of(step.Arm("deit", False), config).model, step.CLASSES)[0]
+    peer = step.timm_model(config)
+    assert {name: p.shape for name, p in peer.named_parameters()} == {
+        name: p.shape for name, p in ours.named_parameters()
+    }
+    for size in (16, 32, 64):
+        assert count_macs(peer, size) == count_macs(ours, size)
+
+
+def test_ratios_compare_like_with_like() -> None:
+    milliseconds = {
+        ("local", False): 12.0, ("deit", False): 10.0, ("timm", False): 15.0, ("local", True): 6.0, ("deit", True): 4.0,
+    }  # fmt: skip
+    rows = [
+        {"model": model, "compiled": compiled, "size": size, "step_ms": scale * spent}
+        for size, scale in ((32, 1), (64, 3))
+        for (model, compiled), spent in milliseconds.items()
+    ]
+    for row in step.with_ratios(rows):
+        found = row["time_to_deit"], row["speed_to_timm"]
+        assert found == {
+            ("local", False): (1.2, 1.25), ("deit", False): (None, 1.5), ("timm", False): (None, None),
+            ("local", True): (1.5, None), ("deit", True): (None, None),
+        }[row["model"], row["compiled"]]  # fmt: skip
+
+
+def test_the_stopwatch_adds_up_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 10.0, 17.0, 20.0, 25.0])
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
+    watch = step.Stopwatch(CPU)
+    for phases in (["forward", "backward", "forward"], [], ["forward", "backward"]):
+        watch.begin()
+        for phase in phases:
+            watch.mark(phase)
+        if not phases:
+            watch.drop()
+    # Micro-batches: a phase that comes twice.
+    assert watch.milliseconds() == [{"forward": 2e3, "backward": 2e3}, {"forward": 7e3, "backward": 3e3}]
+
+
+def test_arms_by_device() -> None:
+    assert [str(arm) for arm in step.chosen_arms(None, CPU)] == [
+        "local-eager", "deit-eager", "localvit-eager", "timm-eager",
+    ]  # fmt: skip
+    on_gpu = [str(arm) for arm in step.chosen_arms(None, torch.device("cuda"))]
+    assert len(on_gpu) == 10 and {"local-plain-eager", "local-compiled", "timm-compiled"} <= {*on_gpu}
+    config, _ = step.configured(["--model.name=vitlocal_base_patch16_224", "--model.convolution=false"])
+    assert step.config_of(step.Arm("localvit", True), config).model.name == "vitlocal_localvit_base_patch16_224"
+    assert step.config_of(step.Arm("deit", True), config).model.convolution is None
+    plain = step.config_of(step.Arm("local", True, "plain"), config)
+    assert (plain.model.convolution, plain.train.kernel, plain.train.compile) == (False, "plain", "yes")
+
+
+def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], decoder) -> None:
+    out, trace = tmp_path / "results" / "profile.json", tmp_path / "traces" / "step.json"
+    main(["profile", *SHAPE, f"--data.root={folder}", "--sizes", "16,32", "--steps", "3", "--train.batch_size=40",
+          "--train.ema=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
+          f"--run.folder={tmp_path / 'run'}", "--json", str(out), "--trace", str(trace)])  # fmt: skip
+    measured = json.loads(out.read_text())
+    assert measured.keys() >= FORM | {"recipe", "operators"}
+    assert [(row["size"], row["batch_size"], row["steps"]) for row in measured["rows"]] == [(16, 40, 3), (32, 40, 3)]
+    for row in measured["rows"]:
+        assert sum(row[f"{part}_ms"] for part in profile.PARTS) == pytest.approx(row["step_ms"], rel=0.02, abs=0.02)
+        assert sum(row[f"{part}_percent"] for part in profile.PARTS) == pytest.approx(100, abs=0.1)
+        assert row["copy_ms"] == 0 and min(row[f"{part}_ms"] for part in ("forward", "backward", "average")) > 0
+    assert {row["size"] for row in measured["operators"]} == {16, 32}
+    assert any(row["operator"] == "aten::mm" and row["ms"] > 0 for row in measured["operators"])
+    shown = capsys.readouterr().out
+    assert "aten::mm" in shown and "backward" in shown and len(shown.splitlines()) == 1 + 4 + 1 + 1 + profile.SHOWN
+    assert sorted(path.name for path in trace.parent.iterdir()) == ["step_16px_40.json", "step_32px_40.json"]
+    assert "traceEvents" in json.loads((trace.parent / "step_16px_40.json").read_text())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_last_smaller_batch_is_not_counted(folder: Path, configure, decoder) -> None:
+    rows, _ = profile.profiled(configure("--train.batch_size=50"), [16], 3, None)  # of 120: 50, 50 and 20
+    assert rows[0]["steps"] == 3 and rows[0]["batch_size"] == 50
+    rows, _ = profile.profiled(configure("--train.batch_size=200"), [16], 1, None)  # there is none of 200
+    assert rows[0]["images_per_second"] == pytest.approx(120e3 / rows[0]["step_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--arms", "local-eager,resnet"], "resnet, expected some of local-eager, local-compiled"),
+        (["step", "--arms", "local-plain-eager"], "expected some of local-eager"),
+        (["step", "--sizes", "32,44"], "got 44, expected multiples of 8"),
+        (["step", "--sizes", "32,x"], "whole numbers"),
+        (["step", "--rounds", "0"], "expected at least 1"),
+        (["step", "--batch", "1"], "--batch of at least 2"),
+        (["step", "--model.name=resnet18"], "vitlocal_small_patch16_224"),
+        (["step", "--train.compile=yes"], "use --train.compile=auto and --arms"),
+        (["step", "--train.bath_size=4"], "did you mean train.batch_size"),
+        (["profile", "--steps", "0"], "expected at least 1"),
+        (["profile", "--sizes", "20"], "expected multiples of 8"),
+        (["profile", "--step=3"], "there is no option 'step'"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str], decoder
+) -> None:
+    arguments = [*arguments, "--run.device=cpu", *([f"--data.root={folder}"] if arguments[0] == "profile" else [])]
+    with pytest.raises(ConfigError):
+        main(arguments)
+    assert run_command(main, arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_profile_without_data_takes_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(profile, "sample_folder", lambda: "sample")
+    monkeypatch.setattr(profile, "write", lambda config: written.append((config.split, config.out)))
+    recipe = str(Path("rcfg/demo.yaml").absolute())
+    monkeypatch.chdir(tmp_path)  # data/sample is not here
+    config = profile.configured(["--config-file", recipe])
+    assert config.data.root == "sample" and written == [("val", "sample")]
+    assert profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"  # named: wanted
+    assert len(written) == 1
