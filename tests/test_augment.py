@@ -5,8 +5,8 @@ import pytest
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vitlocal.config import AugmentConfig
-from vitlocal.data.augment import COLOURS, MOVES, Augment, Drawn, Normalize, move, randaugment
+from vitlocal.config import LARGEST_ERASED, AugmentConfig
+from vitlocal.data.augment import COLOURS, MOVES, NOISE, Augment, Drawn, Normalize, move, randaugment
 from vitlocal.data.keyed import generator, uniform
 from vitlocal.data.shares import Share
 
@@ -102,6 +102,7 @@ def test_erasing_replaces_boxes_by_noise():
     assert 0.01 < area.min() and area.max() < 0.45
     rows = changed[touched].any(2).sum(1) * changed[touched].any(1).sum(1)
     assert torch.equal(rows, changed[touched].sum((1, 2)))  # boxes
+    assert 3 * LARGEST_ERASED**2 <= NOISE < 3 * (LARGEST_ERASED + 1) ** 2
     noise = out.permute(0, 2, 3, 1)[changed]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     boxes = [out[i].flatten() for i in touched.nonzero()[:2, 0]]

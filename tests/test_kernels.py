@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitlocal.errors import ConfigError
 from vitlocal.models import local_mix as module
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.local_mix import fused_local_mix, local_mix, plain_local_mix
+from vitlocal.models.local_mix import _fused_backward, fused_local_mix, local_mix, plain_local_mix
 from vitlocal.models.vit import BlockShape
 
 triton = pytest.importorskip("triton")
@@ -114,6 +115,22 @@ def test_the_operator_keeps_its_promises() -> None:
     tokens, weight, _ = operands((2, 2), 1, 4, torch.float32)
     arguments = (tokens.contiguous().requires_grad_(), weight.requires_grad_(), 2, 2, "h_swish")
     torch.library.opcheck(fused_local_mix, arguments)
+    torch.library.opcheck(_fused_backward, (tokens.detach(), weight.detach(), torch.ones(1, 4, 4), 2, 2, "h_swish"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_for_good_the_gradients_are_the_same() -> None:
+    """By Inductor, which holds an operator to the strides that it promised."""
+    part = LocalFeedForward(BlockShape(8, 1, 16, True, "h_swish"), "layer", True).to(DEVICE)
+    part.kernel = "fused"
+    compiled, found = torch.compile(part), []
+    for run in (part, compiled):
+        patches = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+        part.zero_grad()
+        run(patches, (2, 3)).square().sum().backward()
+        found.append([patches.grad, *(parameter.grad for parameter in part.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_graph_stays_whole() -> None:
@@ -141,6 +158,8 @@ def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, weight = torch.zeros(1, 34, 4, device=DEVICE), torch.zeros(4, 1, 3, 3, device=DEVICE)
     for grid, kernel in (((2, 17), "auto"), ((17, 2), "auto"), ((17, 2), "plain"), ((17, 2), "fused")):
         local_mix(tokens, weight, grid, kernel=kernel)
+    with pytest.raises(ConfigError, match="up to 16 columns, not 17"):
+        local_mix(tokens, weight, (2, 17), kernel="fused")
     assert used == ["plain", "fused" if DEVICE == "cuda" else "plain", "plain", "fused"]
 
 
@@ -153,8 +172,8 @@ from triton.compiler import ASTSource, compile
 from vitlocal.models import kernels
 
 for kernel in (kernels._forward, kernels._backward):
-    for width, block in ((8, 256), (16, 128)):
-        fixed = {"W": width, "C": 1536, "GELU": False, "COMPUTE": tl.float32, "BC": block}
+    for width, block, gelu in ((8, 256, False), (16, 128, False), (16, 128, True)):
+        fixed = {"W": width, "C": 1536, "GELU": gelu, "COMPUTE": tl.float32, "BC": block}
         types = {"weight": "*fp32", "dw": "*fp32"} | dict.fromkeys(("x", "y", "dx", "dy"), "*bf16")
         signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
         constants = {(place,): fixed[name] for place, name in enumerate(kernel.arg_names) if name in fixed}
@@ -175,6 +194,6 @@ def test_compiled_for_a_gpu_everything_stays_in_registers() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 4
+    assert len(lines) == 6
     for name, width, registers, stack, local in lines:
-        assert int(registers) < 255 and (stack, local) == ("0", "0"), (name, width)
+        assert int(registers) <= 255 and (stack, local) == ("0", "0"), (name, width)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitlocal.config import read_config
+from vitlocal.data.shares import Share
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.train.loop import train
@@ -104,6 +105,13 @@ def test_wrong_starts_are_named(configure, decoder, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="LOCAL_RANK, LOCAL_WORLD_SIZE is not set"):
         find_ranks({"WORLD_SIZE": "2", "RANK": "0"})
     assert find_ranks({}).world == 1
+
+
+def test_short_batches_are_for_the_first_processes():
+    """Rank 0's BatchNorm is the one that is evaluated."""
+    for total in range(1, 20):
+        sizes = [len(Share(rank, 8).places(total)) for rank in range(8)]
+        assert sum(sizes) == total and sizes[0] and max(sizes) - min(sizes) <= 3  # a pair, and the middle
 
 
 def test_alone_everything_is_free():

@@ -62,6 +62,32 @@ def test_the_compiled_step_is_the_eager_one(configure):
         torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
 
 
+def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
+    """It runs eagerly, and keeps a matrix that the compiled graph must not ask for."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        graphs.append(graph)
+        return graph
+
+    step = a_step(configure, "--model.size=48", "--model.depth=1", "--train.compile=yes")
+    step._made[False] = torch.compile(step.objective, dynamic=False, backend=backend)
+    mode = step.mode(Feed(24, 12))
+    for count in (12, 7, 12, 5, 12):
+        step(a_batch(count), 0, 1e-3, mode if count == 12 else EAGER)
+    assert len(graphs) == 1
+
+
+def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
+    """It keeps more than a compiled one, and the memory may be cut to that; a BatchNorm must see it whole."""
+    local, batch_norm = (
+        a_step(configure, f"--model.name={name}", "--train.compile=yes", "--model.heads=2")
+        for name in ("vitlocal_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
+    )
+    assert [len(part) for part in local._parts(8, EAGER)] == [4, 4]
+    assert len(local._parts(8, Mode(True))) == len(batch_norm._parts(8, EAGER)) == 1
+
+
 @pytest.mark.parametrize("count", [12, 11, 2])
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int):
     # Not the step's weights: AdamW turns the rounding of a gradient near zero into a step of its own.
@@ -126,6 +152,12 @@ def test_what_a_device_cannot_do_is_said(configure):
         a_step(configure, "--train.kernel=fused")
     with pytest.raises(ConfigError, match=r"train\.precision: fp16"):
         choose_precision("fp16", CPU)
+    with pytest.raises(ConfigError, match=r"train\.kernel: plain is for local FFNs, and DeiT has none"):
+        a_step(configure, "--train.kernel=plain", "--model.name=vitlocal_deit_tiny_patch8_64")
+    with pytest.raises(ConfigError, match="BatchNorm would count each batch twice"):
+        a_step(configure, "--train.checkpointing=yes", "--model.norm=batch")
+    with pytest.raises(ConfigError, match="CUDA graphs need a GPU"):
+        a_step(configure, "--train.graphs=yes")
     with fast_attention(CPU):
         assert torch.backends.cuda.math_sdp_enabled()  # a CPU may use what it has
 

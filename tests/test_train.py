@@ -13,9 +13,11 @@ import pytest
 import timm
 import torch
 
+from vitlocal.config import BatchSizeConfig
 from vitlocal.data.ffcv import FFCVSource
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.plan import Plan, StepResult
+from vitlocal.methods.batch_size import BatchSize
+from vitlocal.plan import Feed, Plan, StepResult
 from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.ema import Average
@@ -23,7 +25,7 @@ from vitlocal.train.log import read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import CHECKPOINT, Run, open_run
-from vitlocal.train.step import choose_precision
+from vitlocal.train.step import Step, choose_precision
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
@@ -242,6 +244,8 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
         (["--train.kernel=fused"], "fused needs a CUDA device"),
         (["--methods=batch_size,image_size"], "name it last"),
+        (["--train.graphs=yes", "--train.compile=no"], "train.graphs: yes needs train.compile"),
+        (["--model.size=1024", "--augment.erase=0.1"], "augment.erase: images of 1024 px"),
         (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: 8 is smaller"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
@@ -369,6 +373,31 @@ def test_the_torchvision_source_trains_the_same_loop(configure, tmp_path: Path):
     config = configure("--data.loader=torchvision", "--data.workers=1", "--budget.length=1ep")
     assert train(config) == 0
     assert read_log(tmp_path / "run")[0]["images_seen"] == 120
+
+
+def test_compiling_where_a_size_begins_is_not_training_time(configure, decoder, tmp_path: Path, monkeypatch):
+    def warm(step: Step, feed: Feed, classes: int) -> float:
+        time.sleep(1.0)
+        return 1.0
+
+    monkeypatch.setattr(Step, "warm", warm)
+    for when, before in (("stage", 1), ("start", 3)):
+        train(configure(f"--train.warm={when}", f"--run.folder={tmp_path}/{when}", "--evaluate.every=0"))
+        log = read_log(tmp_path / when)
+        assert [record["image_size"] for record in log] == [16, 32, 48]
+        assert log[-1]["train_seconds"] < 1 and log[0]["wall_seconds"] > before  # sizes that are ready before the first
+
+
+def test_growing_batches_stay_when_a_run_goes_on(configure, decoder, tmp_path: Path):
+    options = ["--methods=image_size,batch_size", "--train.batch_size=16", "--batch_size.multiple=8"]
+    with open_run(configure(*options, "--budget.length=1steps")) as run:
+        fit(run)
+        (method,) = (method for method in run.methods if method.name == "batch_size")
+        batches = dict(method._batches)
+    assert sorted(batches) == [16, 32, 48] and batches[16] > batches[48] == 16
+    again = BatchSize(BatchSizeConfig(), 16, 48, image_bytes=lambda size: 1)
+    again.load_state_dict(method.state_dict())
+    assert {size: again.batch_at(size) for size in batches} == batches
 
 
 def test_the_position_table_stays_one_trained_parameter(configure, decoder):

@@ -157,6 +157,7 @@ class Maybe(Checker):
         return f"{self.kind.help()}, or none"
 
 
+LARGEST_ERASED = 836  # px: three channels have as many pixels as data/augment.py has noise
 KERNELS = ("auto", "fused", "plain")  # of the local FFN
 COUNT = Number(low=1, whole=True)
 SHARE = Number(low=0, high=1)
@@ -237,7 +238,7 @@ class TrainConfig:
     accumulate: int = option(1, COUNT, "parts that a process's batch is trained on in turn, for want of memory")
     checkpointing: bool = option(False, Flag(), "blocks keep no activations and compute them again: less memory")
     compile: str = option("auto", Choice("auto", "yes", "no"), "torch.compile, for each size; auto: on a GPU")
-    warm: str = option("start", Choice("start", "stage"), "compile before the clock runs, or where a size begins")
+    warm: str = option("start", Choice("start", "stage"), "compile all sizes first, or each where it begins")
     graphs: str = option("auto", Choice("auto", "yes", "no"), "CUDA graphs; auto: for steps that are all launches")
     kernel: str = option("auto", Choice(*KERNELS), "the local FFN; auto: fused on a GPU")
 
@@ -644,7 +645,12 @@ def _contradictions(config: Config) -> list[str]:
         low, high = getattr(augment, name)
         if not 0 < low <= high:
             found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
+    largest = max(config.model.size, curriculum.final if "image_size" in config.methods else 0)
+    if augment.erase and largest > LARGEST_ERASED:
+        found.append(f"augment.erase: images of {largest} px have more pixels than its noise; set augment.erase=0")
     train = config.train
+    if train.graphs == "yes" and (train.compile == "no" or train.accumulate > 1):
+        found.append("train.graphs: yes needs train.compile and train.accumulate=1")
     if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):
         found.append("train.schedule_by: epoch needs a train.schedule_length in epochs, as in 300ep")
     if config.budget.length.value == 0:

@@ -104,7 +104,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells the methods; ``loss`` is a 0-D tensor on the device, not yet read."""
+    """What a step tells the methods; ``loss`` is a 0-D tensor on the device, not yet read.
+
+    Of several processes each tells of its own part: ``loss`` is that part of the batch's mean, the rest in the others.
+    """
 
     loss: Any
     ids: Any  # (B,) int64, the rows that were trained on

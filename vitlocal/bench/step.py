@@ -145,7 +145,7 @@ def kernel_of(arm: Arm, config: Config, size: int, device: torch.device) -> str 
     if arm.model != "local" or config.model.convolution is False:
         return None
     side = size // shape_of(config)[1]
-    return "fused" if arm.kernel == "auto" and fuses(torch.empty(0, device=device), (side, side)) else "plain"
+    return "fused" if arm.kernel == "auto" and fuses(device, (side, side)) else "plain"
 
 
 # --- clocks -----------------------------------------------------------------------------------------------

@@ -90,7 +90,10 @@ class Augment(torch.nn.Module):
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A host-to-device copy that neither waits."""
+    """A host-to-device copy for which neither side waits.
+
+    The pinned memory may be let go at once: PyTorch uses it again only when the copy is done.
+    """
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vitlocal.data.augment import send
 from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
@@ -198,7 +199,7 @@ class DALISource:
         self.pipeline.release_outputs()
         labels = torch.from_numpy(np.asarray(self.images.labels)[self.rows[rows]])
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        return Batch(images, labels.to(self.device), torch.from_numpy(rows), part.places, part.total)
+        return Batch(images, send(labels, self.device), torch.from_numpy(rows), part.places, part.total)
 
     def _explained(self, rows: np.ndarray, error: Exception) -> DataError:
         """DALI does not say which image it was: Pillow finds it."""

@@ -33,7 +33,8 @@ class Share:
         Every place is in one part; where a batch cannot be shared evenly, parts differ by a pair.
         """
         half = (total + 1) // 2  # an odd batch's middle is its own mirror
-        first, last = half * self.rank // self.world, half * (self.rank + 1) // self.world
+        # Of too few pairs the first processes get one each: rank 0, whose BatchNorm is evaluated, never goes without.
+        first, last = -(-half * self.rank // self.world), -(-half * (self.rank + 1) // self.world)
         front = np.arange(first, last)
         back = total - 1 - front[::-1]
         return np.concatenate([front, back[1:] if total % 2 and last == half and last > first else back])

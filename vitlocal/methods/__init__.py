@@ -23,7 +23,11 @@ class Surroundings:
 METHODS: dict[str, Callable[[Config, Surroundings], Method]] = {
     "image_size": lambda config, run: ImageSize(config.image_size),
     "batch_size": lambda config, run: BatchSize(
-        config.batch_size, config.train.batch_size, config.model.size, run.image_bytes, run.processes
+        config.batch_size,
+        config.train.batch_size,
+        config.model.size,
+        run.image_bytes,
+        run.processes * config.train.accumulate,
     ),
 }
 

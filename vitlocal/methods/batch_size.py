@@ -16,26 +16,30 @@ RULES = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 class BatchSize:
     """At each image size, the largest batch whose activations fit, at least ``base`` and at most the limit.
 
-    ``image_bytes`` says what an image of a size takes on a device; ``memory`` is what each of ``processes`` devices has
-    for activations. Where no memory is stated it is what ``base`` images of ``largest`` px take.
+    ``image_bytes`` says what an image of a size takes. Each of the batch's ``parts``, on devices beside each other or
+    one after another, has ``batch_size.memory``; where none is stated, the whole batch has what ``base`` images of
+    ``largest`` px take. A run that goes on keeps its batches, whatever it goes on with.
     """
 
     name = "batch_size"
     writes = frozenset({"feed.batch_size", "dials.lr_scale"})
 
     def __init__(
-        self, config: BatchSizeConfig, base: int, largest: int, image_bytes: Callable[[int], int], processes: int = 1
+        self, config: BatchSizeConfig, base: int, largest: int, image_bytes: Callable[[int], int], parts: int = 1
     ):
         self.config, self.base, self.largest = config, base, largest
-        self.image_bytes, self.processes = image_bytes, processes
-        self.room = config.memory  # bytes for activations on each device, where they are stated or known
+        self.image_bytes, self.parts = image_bytes, parts
         self._batches: dict[int, int] = {}  # by size
 
     def batch_at(self, size: int) -> int:
         """Images of a global batch at ``size`` px: a multiple of ``batch_size.multiple`` where it is more than base."""
         if size not in self._batches:
-            self.room = self.room or self.image_bytes(self.largest) * self.base // self.processes
-            fits = min(self.room // self.image_bytes(size) * self.processes, self.config.limit)
+            each = self.image_bytes(size)
+            if self.config.memory is None:
+                fits = self.image_bytes(self.largest) * self.base // each
+            else:
+                fits = self.config.memory // each * self.parts
+            fits = min(fits, self.config.limit)
             self._batches[size] = max(self.base, fits - fits % self.config.multiple)
         return self._batches[size]
 
@@ -51,7 +55,7 @@ class BatchSize:
         pass
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"batches": dict(self._batches)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        self._batches = dict(state["batches"])

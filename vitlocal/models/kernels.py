@@ -21,7 +21,9 @@ from torch import Tensor
 
 THREADS = 128  # a program
 POSITIONS = 512  # that a program should walk at least, so that its weights are read for something ...
-PROGRAMS = 2048  # ... unless that would leave fewer programs than fill a GPU some times over
+# ... unless that would leave fewer programs than fill a GPU some times over. With more, what each of them writes for
+# the weights' gradient would tell: 36 bytes a channel.
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -229,4 +231,4 @@ def local_mix_backward(
             x, taps, dy, dx, sums, len(x), x.stride(0), dy.stride(0), dx.stride(0), images, grid[0], W=grid[1],
             C=x.shape[2], GELU=activation == "gelu", COMPUTE=compute, BC=block, num_warps=THREADS // 32,
         )  # fmt: skip
-    return dx, sums.sum(0).t().reshape(weight.shape).to(weight.dtype)
+    return dx, sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()  # as compiled graphs are told

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitlocal.errors import ConfigError
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish, "gelu": F.gelu}
 
 MAX_WIDTH = 16  # columns of a grid that the fused kernel holds in registers: 256 px in patches of 16
@@ -81,9 +83,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 fused_local_mix.register_autograd(_differentiate, setup_context=_keep)
 
 
-def fuses(tokens: Tensor, grid: tuple[int, int]) -> bool:
-    """Whether the fused kernel takes these tokens: on a CUDA device, in a grid of at most MAX_WIDTH columns."""
-    return tokens.is_cuda and grid[1] <= MAX_WIDTH and importlib.util.find_spec("triton") is not None
+def fuses(device: torch.device, grid: tuple[int, int]) -> bool:
+    """Whether the fused kernel serves tokens on ``device``: a CUDA device, and a grid of at most MAX_WIDTH columns."""
+    return device.type == "cuda" and grid[1] <= MAX_WIDTH and importlib.util.find_spec("triton") is not None
 
 
 def local_mix(
@@ -94,6 +96,8 @@ def local_mix(
     ``weight`` is (C, 1, 3, 3). ``kernel`` "auto" takes the fused one where it can (:func:`fuses`), "fused" and "plain"
     leave no choice. Nothing is copied to reach a convolution's layout or to leave it.
     """
-    if kernel == "fused" or (kernel == "auto" and fuses(tokens, grid)):
+    if kernel == "fused" and grid[1] > MAX_WIDTH:
+        raise ConfigError(f"train.kernel: fused serves grids of up to {MAX_WIDTH} columns, not {grid[1]}; use auto")
+    if kernel == "fused" or (kernel == "auto" and fuses(tokens.device, grid)):
         return fused_local_mix(tokens, weight, *grid, activation)
     return plain_local_mix(tokens, weight, grid, activation)

@@ -273,10 +273,12 @@ class VisionTransformer(nn.Module):
         if grid == self.grid:
             return table
         key = (grid, table.device, table.dtype)
-        matrix = self._position_matrices.get(key)
+        # A compiled graph holds a matrix of its own: did it look here, it would be compiled anew once one is kept.
+        compiling = torch.compiler.is_compiling()
+        matrix = None if compiling else self._position_matrices.get(key)
         if matrix is None:
             matrix = position_matrix(self.grid, grid, table.device, table.dtype)
-            if not torch.compiler.is_compiling() and table.device.type != "meta":
+            if not compiling and table.device.type != "meta":
                 self._position_matrices[key] = matrix
         token, patches = table[0].split([table.shape[1] - matrix.shape[1], matrix.shape[1]])
         device = table.device.type

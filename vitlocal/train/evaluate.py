@@ -43,7 +43,7 @@ def evaluate(
                     return None
                 if not len(batch):
                     continue
-                logits = logits_of(batch.images, batch.total == feed.batch_size)
+                logits = logits_of(batch.images, batch.total == feed.batch_size and len(batch) == len(batch.places))
                 best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
                 right = best == batch.labels[:, None]
                 hits += torch.stack([right[:, 0].sum(), right.sum()])

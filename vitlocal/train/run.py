@@ -24,6 +24,7 @@ from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_freed_memory
 from vitlocal.methods import Surroundings, build_methods
 from vitlocal.models.factory import build_model, export_model
+from vitlocal.models.local_mix import fuses
 from vitlocal.models.memory import activation_bytes
 from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
@@ -99,7 +100,8 @@ class Run:
         return list(dict.fromkeys(feeds))
 
     def _image_bytes(self, size: int) -> int:
-        fused = self.device.type == "cuda" and self.config.train.kernel != "plain"
+        side = size // getattr(self.model, "patch_size", size)
+        fused = self.config.train.kernel != "plain" and fuses(self.device, (side, side))
         return activation_bytes(self.model, size, self.step.precision, fused)
 
     def agree(self, plan: Plan | None = None) -> None:
@@ -108,7 +110,13 @@ class Run:
             self.interrupted = self._signal
             return
         mark = zlib.crc32(repr((plan, self.clock.step, self.clock.position)).encode())
-        seconds, stop, theirs = self.ranks.decided([self.clock.seconds, float(self._signal or 0), float(mark)])
+        try:
+            seconds, stop, theirs = self.ranks.decided([self.clock.seconds, float(self._signal or 0), float(mark)])
+        except RuntimeError as error:
+            raise DataError(
+                f"rank {self.ranks.rank} has lost the others at step {self.clock.step} ({str(error).splitlines()[0]}); "
+                "what stopped them stands in their output. The same command goes on from the last checkpoint"
+            ) from None
         if mark != theirs:
             raise RuntimeError(f"rank {self.ranks.rank} has gone apart from rank 0: {plan} at step {self.clock.step}")
         self.clock.agreed = seconds
@@ -142,7 +150,8 @@ class Run:
             self.log.say(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
     def begin_pass(self) -> None:
-        self._warm(self.plan().feed)  # not training time, as evaluation is not
+        with self.clock.paused():
+            self._warm(self.plan().feed)  # not training time, as evaluation is not
         self.clock.start()
         self._start_meter()
 
@@ -262,9 +271,13 @@ class Run:
             "images_per_second": round(meter.images / max(meter.seconds, 1e-9), 2),
             "data_wait_fraction": round(min(1.0, meter.waited / max(meter.seconds, 1e-9)), 5),
             "step_mode": str(self.step.mode(plan.feed)),
-            **({"damaged_images": len(damaged)} if (damaged := self.sources.train.damaged) else {}),
+            **({"damaged_images": damaged} if (damaged := self._damaged()) else {}),
             **plan.changed(self.logged_plan),
         }
+
+    def _damaged(self) -> int:
+        """Images that were left out so far, by all processes."""
+        return int(self.ranks.total(torch.tensor(len(self.sources.train.damaged), device=self.device)))
 
     # --- state ---
 
@@ -362,6 +375,8 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device that ``run.device`` names; of several processes on a machine, each gets a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and ranks.neighbours > 1:
+        raise ConfigError(f"run.device: {ranks.neighbours} processes cannot share {name}; use cuda, a GPU for each")
     if name == "cuda" and ranks.world > 1:
         name = f"cuda:{ranks.local_rank}"
     try:

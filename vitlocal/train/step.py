@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +123,7 @@ class Step:
         self.precision = choose_precision(config.train.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.draws_paths = isinstance(model, VisionTransformer) and model.drop_path_rate > 0
+        self.mixes_samples = normalises_batches(model)
         configure_model(model, config.train, device)
         objective = Objective(model, self.augment, config.train.label_smoothing, self.precision)
         self.objective = ranks.wrap(objective)
@@ -132,6 +133,10 @@ class Step:
         self._forwards: dict[int, Callable[[Tensor], Tensor]] = {}  # for evaluation, by the model's identity
         self._ahead: deque[torch.cuda.Event] = deque()
         self.mark: Callable[[str], None] = lambda phase: None  # told what has just been issued, for benches
+        if config.train.graphs == "yes" and not self._may_capture:
+            raise ConfigError(
+                "train.graphs: CUDA graphs need a GPU, train.compile, one process and train.accumulate=1; use auto"
+            )
         if self.compiles:
             torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
             torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
@@ -147,12 +152,16 @@ class Step:
             self._modes[feed] = Mode(self.compiles, self.compiles and self._captures(feed))
         return self._modes[feed]
 
-    def _captures(self, feed: Feed) -> bool:
+    @property
+    def _may_capture(self) -> bool:
         # Several processes reduce gradients during the backward, and micro-batches add theirs up: neither is captured.
-        able = self.device.type == "cuda" and self.ranks.world == 1 and self.config.train.accumulate == 1
-        if self.config.train.graphs != "auto":
-            return able and self.config.train.graphs == "yes"
-        return able and 3 * feed.batch_size * count_macs(self.model, feed.size) < GRAPH_MACS
+        alone = self.ranks.world == 1 and self.config.train.accumulate == 1
+        return self.device.type == "cuda" and self.compiles and alone
+
+    def _captures(self, feed: Feed) -> bool:
+        if not self._may_capture or self.config.train.graphs != "auto":
+            return self.config.train.graphs == "yes"
+        return 3 * feed.batch_size * count_macs(self.model, feed.size) < GRAPH_MACS
 
     def _runner(self, mode: Mode) -> nn.Module:
         if not mode.compiled:
@@ -228,31 +237,41 @@ class Step:
         seed = self.config.run.seed
         if not self.draws_paths:  # other models draw drop path themselves, from PyTorch's generators
             torch.manual_seed(step_seed(seed, step, self.ranks.rank))
-        weight, batch = (1.0, batch) if len(batch) else (0.0, self._stand_in(batch))
+        counts = 1 / batch.total if len(batch) else 0.0
+        if not len(batch):
+            batch = self._stand_in(batch)
         images = self.augment.prepare(batch.images, seed, step, batch.places)
         drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1])
         noise = self._noise(seed, step, batch.places) if self.draws_paths else None
         # Gradients are averaged over the processes, and are to be those of the global batch's mean.
-        weight = send(torch.tensor(weight / batch.total), self.device)
+        weight = send(torch.tensor(counts), self.device)
         self.mark("augment")  # what the compiled graph does not do: draws, their copies, RandAugment
         run = self._runner(mode)
         if mode.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        parts = micro_batches(len(batch), self.config.train.accumulate)
+        parts = self._parts(len(batch), mode)
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts):
-            cut = _taken(images, batch.labels, drawn, noise, part) if len(parts) > 1 else (
-                images, batch.labels, drawn, noise)  # fmt: skip
+            operands = images, batch.labels, drawn, noise
+            if len(parts) > 1:
+                operands = _taken(*operands, part)
             last = number == len(parts) - 1
             with self._reducing(last), fast_attention(self.device):
-                loss = run(*cut, weight)
+                loss = run(*operands, weight)
                 self.mark("forward")
                 self.scaler.scale(loss * self.ranks.world).backward()
                 self.mark("backward")
             total += loss.detach()  # a copy: a CUDA graph writes its outputs anew at each step
         return total
 
-    def _reducing(self, last: bool) -> nullcontext | Iterator[None]:
+    def _parts(self, count: int, mode: Mode) -> list[np.ndarray]:
+        """The places of micro-batches."""
+        parts = self.config.train.accumulate
+        if self.compiles and not mode.compiled and not self.mixes_samples:
+            parts *= 2  # an eager step keeps more than the compiled one, which a GPU's memory may be cut to
+        return micro_batches(count, parts)
+
+    def _reducing(self, last: bool) -> AbstractContextManager[None]:
         if self.ranks.world == 1 or last:
             return nullcontext()
         return self.objective.no_sync()  # gradients add up here, and are reduced with the last part's
@@ -260,7 +279,8 @@ class Step:
     def _noise(self, seed: int, step: int, places: np.ndarray) -> Tensor:
         depth = len(self.model.blocks)
         draws = uniform((seed, step, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
-        return send(torch.from_numpy(draws.astype(np.float32)), self.device)
+        below_one = np.minimum(draws, 1 - 2.0**-24)  # as float32 may not round it up
+        return send(torch.from_numpy(below_one.astype(np.float32)), self.device)
 
     def _stand_in(self, batch: Batch) -> Batch:
         """An image in the place of none: this process must take part in the reduction of gradients."""
@@ -285,15 +305,28 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 def configure_model(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
     """Sets which local-FFN kernel the model uses, and whether activations are kept or computed again."""
+    local = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
     if config.kernel == "fused" and device.type != "cuda":
         raise ConfigError(f"train.kernel: fused needs a CUDA device, this run is on {device}; use auto")
-    for module in model.modules():
-        if isinstance(module, LocalFeedForward):
-            module.kernel = config.kernel
+    if config.kernel != "auto" and not local:
+        raise ConfigError(
+            f"train.kernel: {config.kernel} is for local FFNs, and {type(model).__name__} has none; use auto"
+        )
+    for module in local:
+        module.kernel = config.kernel
     if config.checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ConfigError(f"train.checkpointing: {type(model).__name__} does not have it")
+        if normalises_batches(model):
+            raise ConfigError(
+                "train.checkpointing: a BatchNorm would count each batch twice; use train.accumulate to save memory"
+            )
         model.set_grad_checkpointing(True)
+
+
+def normalises_batches(model: nn.Module) -> bool:
+    """Whether what a sample gives depends on the others in its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def micro_batches(count: int, parts: int) -> list[np.ndarray]:
