@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from vitlocal.config import read_config
 from vitlocal.data.shares import Share
 from vitlocal.data.source import open_sources
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DataError
 from vitlocal.train.loop import train
-from vitlocal.train.ranks import Ranks, find_ranks
-from vitlocal.train.run import Run
+from vitlocal.train.ranks import ALONE, Ranks, find_ranks
+from vitlocal.train.run import Run, open_run
 
 ROOT = Path(__file__).parent.parent
 # A batch of 34 shares out evenly, the last of an epoch has 18 of 120 images: 9 pairs, 4 for one process and 5 for the
@@ -105,6 +105,36 @@ def test_wrong_starts_are_named(configure, decoder, tmp_path: Path, monkeypatch:
     with pytest.raises(ConfigError, match="LOCAL_RANK, LOCAL_WORLD_SIZE is not set"):
         find_ranks({"WORLD_SIZE": "2", "RANK": "0"})
     assert find_ranks({}).world == 1
+
+
+class Follower(Ranks):
+    """Rank 1 of two, which hears what a test has rank 0 say."""
+
+    def __init__(self, change) -> None:
+        super().__init__(1, 2, 1, 2)
+        self.change = change
+
+    def decided(self, values: list[float]) -> list[float]:
+        return self.change(*values)
+
+
+def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, decoder):
+    with open_run(configure()) as run:
+        plan = run.plan()
+        run.ranks = Follower(lambda seconds, stop, mark: [77.0, float(signal.SIGTERM), mark])
+        run.agree(plan)
+        assert run.clock.progress.seconds == 77 and run.interrupted is signal.SIGTERM and run.over
+        run.ranks = Follower(lambda seconds, stop, mark: [78.0, 0.0, mark + 1])
+        with pytest.raises(RuntimeError, match="rank 1 has gone apart from rank 0"):
+            run.agree(plan)
+
+        def lost(*values: float) -> list[float]:
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+        run.ranks = Follower(lost)
+        with pytest.raises(DataError, match=r"has lost the others at step 0 \(Connection closed"):
+            run.agree(plan)
+        run.ranks = ALONE
 
 
 def test_short_batches_are_for_the_first_processes():
