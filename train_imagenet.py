@@ -6,7 +6,10 @@ with a run that was stopped.
 
 import os
 import sys
+import time
 from collections.abc import Sequence
+
+BEGAN = time.monotonic()  # what is imported below counts too, where everything does
 
 # PyTorch's and FFCV's threads share the cores; while they wait, they must not spin. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,7 +20,7 @@ from vitlocal.train.loop import train
 
 
 def main(argv: Sequence[str]) -> int:
-    return train(read_config(argv))
+    return train(read_config(argv), BEGAN)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,19 @@ def test_time_survives_a_restart():
     assert again.progress.fraction == pytest.approx(0.2)
 
 
+def test_time_after_the_last_checkpoint_is_spent_as_well():
+    it, _ = clock("100s")
+    it.load_state_dict(it.state_dict() | {"train_seconds": 30.0, "wall_seconds": 40.0})
+    it.spent_before(45.0, 35.0)  # of training more than the checkpoint knew
+    assert (it.train_seconds, it.wall_seconds) == (45, 40) and it.progress.fraction == 0.45
+
+
+def test_what_came_before_the_clock_counts_where_everything_does():
+    hands = Hands()
+    it = Clock(BudgetConfig(Length.parse("60s"), "wall"), 100, now=hands, began=hands.time - 6)
+    assert it.progress.fraction == 0.1 and it.train_seconds == 0
+
+
 def test_epochs_and_steps():
     it, _ = clock("2ep")
     for images in (40, 40, 20):

@@ -21,6 +21,7 @@ from vitlocal.plan import Feed, Plan, StepResult
 from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.ema import Average
+from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.optim import build_optimizer
@@ -434,6 +435,32 @@ def test_kill_9_of_the_command_then_the_same_command(configure, folder: Path, tm
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [record["step"] for record in records] == [4, 8, 12, 16]
+
+
+@pytest.mark.parametrize("save_every", ["1s", "100ep"])
+def test_killed_runs_have_spent_what_they_had(configure, folder: Path, tmp_path: Path, save_every: str):
+    """A budget of time, killed before and after its first checkpoint: it ends when it would have, but for a second."""
+    config = configure(f"--run.save_every={save_every}", "--data.workers=1", "--budget.length=7s",
+                       "--methods=none", "--evaluate.every=0")  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(config.yaml())
+    command = [sys.executable, "train_imagenet.py", "--config-file", str(tmp_path / "recipe.yaml")]
+    spent, journal = 0.0, tmp_path / "run" / "spent.json"
+    for least in (1.5, 4.0):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while spent < least:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.02)
+            spent = read_spent(journal)[0]
+        process.kill()
+        process.communicate()
+        spent = read_spent(journal)[0]
+    assert train(config) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert 7 <= last["train_seconds"] < 7.5  # a step takes some hundredths of a second
+    assert last["lr"] == pytest.approx(1e-5, rel=0.2) and last["wall_seconds"] > 7
+    steps = last["step"]
+    assert train(config) == 0 and read_log(tmp_path / "run")[-1]["step"] == steps  # nothing is left
 
 
 def test_sources_are_the_ones_configured(configure, decoder):

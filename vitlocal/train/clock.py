@@ -14,17 +14,21 @@ from vitlocal.plan import Position, Progress
 class Clock:
     """Counts steps, images and seconds of training, and seconds in all; each goes on after a restart.
 
-    ``train_seconds`` leaves out what happens in :meth:`paused` (evaluation, saving), ``wall_seconds`` nothing
-    since the process's run began; time while no process runs counts nowhere. ``now`` is for tests.
+    ``train_seconds`` leaves out what happens in :meth:`paused` (evaluation, saving), ``wall_seconds`` nothing since
+    ``began``, a reading of ``now`` (without it: since the clock was made); time while no process runs counts nowhere.
+    ``now`` is for tests.
     """
 
-    def __init__(self, budget: BudgetConfig, images_per_epoch: int, now: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, budget: BudgetConfig, images_per_epoch: int, now: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+    ):  # fmt: skip
         self.budget, self.images_per_epoch, self.now = budget, images_per_epoch, now
         self.step = 0
         self.images_seen = 0
         self.position = Position()
         self._train = self._wall = 0.0  # up to the last restart or pause
-        self._wall_since = now()
+        self._wall_since = now() if began is None else began
         self._train_since: float | None = None
         self.agreed: float | None = None  # the budget's seconds as rank 0 told them, where several processes train
 
@@ -96,3 +100,8 @@ class Clock:
         self.position = Position(state["epoch"], state["images"])
         # What this process has already spent, on start-up say, counts on top.
         self._train, self._wall = state["train_seconds"], state["wall_seconds"]
+
+    def spent_before(self, train: float, wall: float) -> None:
+        """Counts what earlier processes spent, where that is more than :meth:`load_state_dict` knew: steps that were
+        taken after the last checkpoint, and will be taken again, count."""
+        self._train, self._wall = max(self._train, train), max(self._wall, wall)

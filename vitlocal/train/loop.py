@@ -32,9 +32,12 @@ def fit(run: Run) -> None:
     run.clock.stop()
 
 
-def train(config: Config) -> int:
-    """Builds or resumes the run, trains, exports and reports; returns the command's exit status."""
-    with open_run(config) as run, run.stopping_on_signals():
+def train(config: Config, began: float | None = None) -> int:
+    """Builds or resumes the run, trains, exports and reports; returns the command's exit status.
+
+    ``began``: see :func:`open_run`.
+    """
+    with open_run(config, began) as run, run.stopping_on_signals():
         say, folder = run.log.say, run.folder
         parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
         say(

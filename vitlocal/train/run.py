@@ -31,6 +31,7 @@ from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
 from vitlocal.train.evaluate import Accuracy, evaluate
+from vitlocal.train.journal import Journal, read_spent
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
@@ -38,6 +39,7 @@ from vitlocal.train.step import EAGER, Step
 from vitlocal.train.watch import Watch
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
+JOURNAL = Path("spent.json")
 
 
 @dataclass
@@ -53,7 +55,10 @@ class PassMeter:
 class Run:
     """Everything that training needs. Built by :func:`open_run`, driven by :func:`vitlocal.train.loop.fit`."""
 
-    def __init__(self, config: Config, folder: Path, sources: Sources, device: torch.device, ranks: Ranks = ALONE):
+    def __init__(
+        self, config: Config, folder: Path, sources: Sources, device: torch.device, ranks: Ranks = ALONE,
+        began: float | None = None,
+    ):  # fmt: skip
         self.config, self.folder, self.sources, self.device, self.ranks = config, folder, sources, device, ranks
         torch.manual_seed(config.run.seed)  # the weights' start
         model, self.model_arguments = build_model(config.model, len(sources.train.classes))
@@ -63,7 +68,7 @@ class Run:
         self.average = Average(self.model, config.train.ema) if config.train.ema is not None else None
         self.schedule = Schedule(config.train)
         self.methods = build_methods(config, Surroundings(self._image_bytes, ranks.world))
-        self.clock = Clock(config.budget, sources.train.count)
+        self.clock = Clock(config.budget, sources.train.count, began=began)
         self.step = Step(self.model, self.optimizer, self.average, config, device, ranks)
         self.check_shares()
         self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
@@ -437,6 +442,17 @@ def _check_folder(config: Config, folder: Path) -> bool:
     return resumes
 
 
+def _spent(folder: Path, config: Config) -> tuple[float, float]:
+    """What this run has spent so far, even if it was killed before its first checkpoint; nothing if it is a new one."""
+    if not (folder / "config.yaml").exists():
+        return 0.0, 0.0
+    try:
+        _check_same(folder, config)
+    except ConfigError:
+        return 0.0, 0.0
+    return read_spent(folder / JOURNAL)
+
+
 def _check_peers(config: Config, ranks: Ranks) -> None:
     """Raises ConfigError where the processes were not all started with the same options."""
     theirs = ranks.told(config.flat())
@@ -446,11 +462,12 @@ def _check_peers(config: Config, ranks: Ranks) -> None:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Run]:
+def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     """Builds the run, or goes on with the one that its folder holds (``run.resume``).
 
     Everything is checked before the folder is made: a wrong configuration leaves nothing behind. Of several processes
-    the first alone reads and writes the folder.
+    the first alone reads and writes the folder. ``began`` is when the command did, by ``time.monotonic``: from there
+    on a budget that counts everything counts.
     """
     ranks = find_ranks()
     folder = Path(config.run.folder)
@@ -467,18 +484,22 @@ def open_run(config: Config) -> Iterator[Run]:
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
         try:
             with _claimed(folder) if ranks.first else nullcontext():
-                run = Run(config, folder, sources, device, ranks)
+                run = Run(config, folder, sources, device, ranks, began)
                 state = ranks.told(load_checkpoint(folder / CHECKPOINT) if resumes else None)
+                spent = ranks.told(_spent(folder, config) if ranks.first else None)
                 if state is not None:
                     run.load(state)
-                elif ranks.first:
+                run.clock.spent_before(*spent)
+                run.agree()
+                if state is None and ranks.first:
                     (folder / "config.yaml").write_text(_header() + config.yaml(), encoding="utf-8")
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None))
-                try:
-                    yield run
-                finally:
-                    run.log.close()
+                with Journal(folder / JOURNAL, run.clock) if ranks.first else nullcontext():
+                    try:
+                        yield run
+                    finally:
+                        run.log.close()
         finally:
             sources.close()
 

@@ -1,0 +1,52 @@
+"""What a run has spent, written down every second: a run that is killed loses no more of its count than that."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from vitlocal.train.clock import Clock
+
+EVERY_SECONDS = 1.0
+
+
+def read_spent(path: Path) -> tuple[float, float]:
+    """Training seconds and seconds in all, as :class:`Journal` left them; zeros where there is no journal."""
+    if not path.exists():
+        return 0.0, 0.0
+    spent = json.loads(path.read_text(encoding="utf-8"))
+    return float(spent["train_seconds"]), float(spent["wall_seconds"])
+
+
+class Journal:
+    """Writes ``clock``'s seconds to ``path`` while it is open, in a thread: steps, evaluation and saving all count."""
+
+    def __init__(self, path: Path, clock: Clock):
+        self.path, self.clock = path, clock
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._write_on, name="journal", daemon=True)
+
+    def __enter__(self) -> Journal:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._write()
+
+    def _write_on(self) -> None:
+        while not self._done.wait(EVERY_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        spent = {"train_seconds": self.clock.train_seconds, "wall_seconds": self.clock.wall_seconds}
+        temporary = self.path.with_name(f".{self.path.name}.writing")
+        try:
+            # Whole or not at all if the process is killed. Not synced: that would wait for the disk every second.
+            temporary.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError:  # a full disk, say: saving the next checkpoint reports it
+            temporary.unlink(missing_ok=True)
