@@ -18,6 +18,8 @@ from vitlocal.models.local_mix import _fused_backward, fused_local_mix, local_mi
 from vitlocal.models.vit import BlockShape
 
 triton = pytest.importorskip("triton")
+# Of Triton 3.6's interpreter with numpy 1.26.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
