@@ -111,6 +111,12 @@ def test_the_stored_configuration_repeats_the_run(tmp_path: Path):
     assert again == config
 
 
+@pytest.mark.parametrize("nothing", ["none", "[]", ""])
+def test_methods_can_be_switched_off(nothing: str):
+    ours = str(ROOT / "rcfg" / "ours.yaml")
+    assert read_config(["-C", ours, f"--methods={nothing}"], {}).methods == ()
+
+
 def test_the_default_folder_tells_variants_apart():
     ours = str(ROOT / "rcfg" / "ours.yaml")
     assert read_config(["-C", ours], {}).run.folder == "runs/ours"

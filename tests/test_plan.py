@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vitlocal.config import BatchSizeConfig, BudgetConfig, ImageSizeConfig, TrainConfig
+from vitlocal.errors import ConfigError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.plan import Feed, Length, Plan, Progress, conflicts, fold
@@ -59,7 +60,9 @@ def test_batches_fill_the_memory_of_every_device():
     config = BatchSizeConfig(memory=10_000, limit=10_000, multiple=7)
     one, four = (BatchSize(config, 20, 64, lambda size: size * 10, processes) for processes in (1, 4))
     assert (one.batch_at(32), four.batch_at(32)) == (28, 119)  # 31 on each device, and multiples of 7
-    assert one.batch_at(64) == 20  # 15 would fit: the recipe's own batch is not made smaller
+    with pytest.raises(ConfigError, match="hold 15 images of 64 px"):  # the recipe's own batch is not made smaller
+        one.batch_at(64)
+    assert four.batch_at(64) == 56
 
 
 def test_what_changed():

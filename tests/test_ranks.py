@@ -100,7 +100,7 @@ def test_two_processes_stopped_go_on_as_one(folder: Path, alone: Path, tmp_path:
 def test_wrong_starts_are_named(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = configure("--train.batch_size=3", "--evaluate.size=32")
     monkeypatch.setattr(Ranks, "wrap", lambda ranks, module: module)  # no other process is there
-    with pytest.raises(ConfigError, match="3 images are too few for 2 processes"):
+    with pytest.raises(ConfigError, match="3 is too small for 2 processes"):
         Run(config, tmp_path, open_sources(config, torch.device("cpu")), torch.device("cpu"), Ranks(0, 2, 0, 2))
     with pytest.raises(ConfigError, match="LOCAL_RANK, LOCAL_WORLD_SIZE is not set"):
         find_ranks({"WORLD_SIZE": "2", "RANK": "0"})

@@ -30,7 +30,8 @@ from vitlocal.train.step import Step, choose_precision
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
-    "epoch", "step", "images_seen", "image_size", "loss", "top1", "top5", "lr", "train_seconds", "wall_seconds",
+    "epoch", "step", "images_seen", "image_size", "batch_size", "processes", "loss",
+    "top1", "top5", "lr", "train_seconds", "wall_seconds",
     "images_per_second", "data_wait_fraction",
 }  # fmt: skip
 VARIANTS = {
@@ -274,6 +275,16 @@ def test_what_shows_before_the_first_step_leaves_nothing(configure, decoder, tmp
     with pytest.raises(ConfigError, match="cannot"):
         train(configure())
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_hardly_meant_is_said(configure, decoder, capsys, tmp_path: Path):
+    train(configure("--train.batch_size=500", "--train.warmup=1ep", "--budget.length=1steps", "--evaluate.every=0"))
+    said = capsys.readouterr().out
+    assert "note: train.batch_size is 500, and there are 120 images" in said and "warm-up" not in said
+    options = ["--train.warmup=2ep", "--budget.length=3steps", f"--run.folder={tmp_path}/other"]
+    with open_run(configure(*options)) as run:
+        (said,) = run.warns()
+        assert "the warm-up (2ep) is longer than the budget (3steps)" in said
 
 
 def test_two_processes_cannot_train_in_one_folder(configure, decoder):

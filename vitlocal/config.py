@@ -134,7 +134,7 @@ class Series(Checker):
 
     def check(self, value: Any) -> tuple:
         if isinstance(value, str):
-            value = [] if value == "none" else [part.strip() for part in value.split(",")]
+            value = [] if value in ("none", "[]", "") else [part.strip() for part in value.split(",")]
         values = tuple(self.kind.check(part) for part in value)
         if self.count is not None and len(values) != self.count:
             raise ValueError
@@ -455,7 +455,7 @@ class Reader:
             param = fastargs.Param(spec.metadata["kind"], spec.metadata["meaning"], default=spec.default)
             param.section = fastargs_section
             self.fastargs.add_entry((), name, param)
-            default = "none" if spec.default is None else _plain(spec.default)
+            default = "none" if spec.default in (None, ()) else _plain(spec.default)
             meaning = f"{spec.metadata['meaning']}; {spec.metadata['kind'].help()} (default: {default})"
             named = [flag for flag, target in flags.items() if target == name]
             kind = spec.metadata["kind"]

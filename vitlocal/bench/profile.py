@@ -227,8 +227,10 @@ def main(argv: Sequence[str]) -> None:
         allow_abbrev=False, usage="%(prog)s [options] [options of train_imagenet.py]",
     )  # fmt: skip
     parser.add_argument("--sizes", help="image sizes, px; none: the recipe's")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"to time at each size; at most {TRACED} are traced")
-    parser.add_argument("--trace", metavar="FILE", help="for chrome://tracing; of several sizes each gets its own")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"to time at each size (%(default)s); at most {TRACED} are traced"
+    )
+    parser.add_argument("--trace", metavar="FILE", help="for chrome://tracing; of several, NAME_{size}px_{batch}.json")
     parser.add_argument("--json", metavar="FILE")
     options, rest = parser.parse_known_args(argv)
     if options.steps < 1:

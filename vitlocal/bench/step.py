@@ -363,7 +363,7 @@ class Entry:
             "arm": str(self.arm), "model": self.arm.model, "compiled": self.arm.compiled,
             "kernel": kernel_of(self.arm, config, self.feed.size, self.device), "mode": str(self.runner.mode),
             "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
-            "spread": round((max(rates) - min(rates)) / rate, 3), "n": len(rates),
+            "spread": round((max(rates) - min(rates)) / rate, 3) if len(rates) > 1 else None, "n": len(rates),
             "step_ms": round(1e3 * self.feed.batch_size / rate, 3), "gflops_per_image": flops / 1e9,
             "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
             "peak_mib": round(self.peak / 2**20) if self.device.type == "cuda" else None,
@@ -453,7 +453,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append("")
         phases = [_cell(row[f"{phase}_ms"], 7 if phase == "average" else 8, ".1f") for phase in PHASES]
         lines.append(
-            f"{row['size']:4}  {row['arm']:{width}} {row['images_per_second']:10,.1f} {100 * row['spread']:5.1f} % "
+            f"{row['size']:4}  {row['arm']:{width}} {row['images_per_second']:10,.1f} {_cell(row['spread'], 7, '.1%')} "
             f"{row['step_ms']:9,.1f} {100 * row['mfu']:6.1f} {row['gflops_per_image']:8.2f} "
             f"{_cell(row['peak_mib'], 7, ',')}  {' '.join(phases)}  {_cell(row['time_to_deit'], 7, '.2f')} "
             f"{_cell(row['speed_to_timm'], 7, '.2f')}"
@@ -531,9 +531,11 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--sizes", help="image sizes, px; none: " + "; ".join(f"{of}: {s}" for of, s in SIZES.items()))
     parser.add_argument("--arms", help="none: all that the device allows; on a CPU the eager ones")
-    parser.add_argument("--batch", type=int, help="as --train.batch_size")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="about the length of a turn, one step at least")
+    parser.add_argument("--batch", type=int, help="as --train.batch_size; none: 1024 on a GPU, 16 on a CPU")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each arm at each size (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="about the length of a turn, one step at least (%(default)s)"
+    )
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
     options, rest = parser.parse_known_args(argv)
@@ -556,7 +558,7 @@ def main(argv: Sequence[str]) -> None:
     rows = compare(config, arms, sizes, options.rounds, options.seconds, device, peak)
     print(table(rows))
     print(f"batches of {config.train.batch_size} on {device}, {str(precision).removeprefix('torch.')}; "
-          f"MFU is of {peak:.3g} TFLOP/s: {how}")  # fmt: skip
+          f"MFU is of {peak:.3g} TFLOP/s: {how}; phases were timed in steps of their own")  # fmt: skip
     if options.json:
         what = "the training step on noise that lies on the device, arms by turns in one process"
         more = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vitlocal.config import BatchSizeConfig
+from vitlocal.errors import ConfigError
 from vitlocal.plan import Dials, Plan, Progress, StepResult
 
 # The learning rate grows with the batch: as its root for Adam (Malladi et al. 2022, arXiv 2205.10287), or with it.
@@ -39,6 +40,12 @@ class BatchSize:
                 fits = self.image_bytes(self.largest) * self.base // each
             else:
                 fits = self.config.memory // each * self.parts
+                if fits < self.base:
+                    raise ConfigError(
+                        f"batch_size.memory: {self.config.memory / 1e9:.3g} GB hold {fits} images of {size} px (in "
+                        f"{self.parts} parts), fewer than train.batch_size ({self.base}); state more memory, or lower "
+                        "the batch, or raise train.accumulate"
+                    )
             fits = min(fits, self.config.limit)
             self._batches[size] = max(self.base, fits - fits % self.config.multiple)
         return self._batches[size]

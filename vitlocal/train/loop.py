@@ -46,6 +46,8 @@ def train(config: Config, began: float | None = None) -> int:
             f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
             + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         )
+        for warning in run.warns():
+            say(f"note: {warning}")
         if run.clock.step:
             spent = run.clock.progress
             say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")

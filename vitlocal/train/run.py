@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import shutil
 import signal
 import sys
@@ -127,6 +128,22 @@ class Run:
         self.clock.agreed = seconds
         self.interrupted = signal.Signals(int(stop)) if stop else None
 
+    def warns(self) -> list[str]:
+        """What is allowed, and hardly meant."""
+        count, batch = self.sources.train.count, self.config.train.batch_size
+        epochs = {"epochs": 1.0, "steps": batch / count, "seconds": math.nan}  # that a unit of a length is
+        warmup, length = self.config.train.warmup, self.config.budget.length
+        found = []
+        if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
+            warmup.kind == length.kind and warmup.value > length.value
+        ):
+            found.append(
+                f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never gets up"
+            )
+        if batch > count:
+            found.append(f"train.batch_size is {batch}, and there are {count} images: each epoch is one step")
+        return found
+
     # --- training ---
 
     def check_shares(self) -> None:
@@ -134,7 +151,7 @@ class Run:
         small = min(feed.batch_size for feed in self.feeds_ahead())
         if small < 2 * self.ranks.world:
             raise ConfigError(
-                f"train.batch_size: {small} images are too few for {self.ranks.world} processes, which take pairs; "
+                f"train.batch_size: {small} is too small for {self.ranks.world} processes, which take pairs of images; "
                 f"use at least {2 * self.ranks.world}"
             )
 
@@ -267,6 +284,8 @@ class Run:
             "step": at.step,
             "images_seen": at.images_seen,
             "image_size": plan.feed.size,
+            "batch_size": plan.feed.batch_size,
+            "processes": self.ranks.world,
             "loss": meter.loss / max(meter.images, 1),
             "top1": None if accuracy is None else round(accuracy.top1, 4),
             "top5": None if accuracy is None else round(accuracy.top5, 4),
