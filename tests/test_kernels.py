@@ -174,7 +174,7 @@ from triton.compiler import ASTSource, compile
 from vitlocal.models import kernels
 
 for kernel in (kernels._forward, kernels._backward):
-    for width, block, gelu in ((8, 256, False), (16, 128, False), (16, 128, True)):
+    for width, block, gelu in ((8, 256, False), (16, 128, True)):
         fixed = {"W": width, "C": 1536, "GELU": gelu, "COMPUTE": tl.float32, "BC": block}
         types = {"weight": "*fp32", "dw": "*fp32"} | dict.fromkeys(("x", "y", "dx", "dy"), "*bf16")
         signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
@@ -196,6 +196,6 @@ def test_compiled_for_a_gpu_everything_stays_in_registers() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 4
     for name, width, registers, stack, local in lines:
         assert int(registers) <= 255 and (stack, local) == ("0", "0"), (name, width)

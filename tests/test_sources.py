@@ -308,8 +308,7 @@ def test_splits_of_different_classes_are_refused(folder: Path, tmp_path: Path, c
         open_sources(configure(f"--data.root={tmp_path}/data"), CPU)
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "torchvision"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("loader", "world"), [("ffcv", 2), ("ffcv", 3), ("torchvision", 2)])
 def test_several_processes_read_every_place_once(folder: Path, decoder, configure, loader: str, world: int):
     config = configure(f"--data.loader={loader}", "--data.workers=1")
     opened = [open_sources(config, CPU, share) for share in (WHOLE, *(Share(rank, world) for rank in range(world)))]
