@@ -31,14 +31,15 @@ from torch.profiler import ProfilerActivity, profile
 from vitlocal.bench.contestants import Progress, numbers
 from vitlocal.bench.loader import sample_folder
 from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.bench.step import PHASES, Stopwatch, check_multiples, wait
+from vitlocal.bench.step import PHASES, Stopwatch, check_multiples
 from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch
 from vitlocal.data.write import WriteConfig, write
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.run import Run, choose_device, open_run
+from vitlocal.train.rates import wait
+from vitlocal.train.run import Run, choose_device, open_run, patch_side
 
 RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
 STEPS = 10
@@ -115,8 +116,7 @@ def operators_of(averages: Any, feed: Feed, steps: float, device: torch.device) 
 def check_sizes(sizes: Sequence[int], config: Config) -> None:
     """Raises ConfigError where the recipe's model does not take a size."""
     model, _ = build_model(config.model, 2)
-    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    check_multiples(sizes, max(patch) if isinstance(patch, (tuple, list)) else patch, config.model.name)
+    check_multiples(sizes, patch_side(model), config.model.name)
 
 
 def feeds_for(run: Run, sizes: Sequence[int] | None) -> list[Feed]:

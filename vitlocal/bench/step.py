@@ -48,6 +48,7 @@ from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
 from vitlocal.train.ema import Average
 from vitlocal.train.optim import build_optimizer
+from vitlocal.train.rates import wait
 from vitlocal.train.run import choose_device
 from vitlocal.train.step import Mode, Step, choose_precision
 
@@ -149,11 +150,6 @@ def kernel_of(arm: Arm, config: Config, size: int, device: torch.device) -> str 
 
 
 # --- clocks -----------------------------------------------------------------------------------------------
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # device sync
 
 
 class Stopwatch:

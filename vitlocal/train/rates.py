@@ -104,17 +104,18 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
         images = torch.from_numpy(noise).to(device).contiguous(memory_format=torch.channels_last)
         batch = Batch.whole(images, torch.arange(count, device=device) % CLASSES, torch.arange(count))
         step(batch, 0, 1e-6)  # the first is slow: kernels are loaded, memory is taken
-        _wait(device)
+        wait(device)
         done, began = 0, time.perf_counter()
         while not done or time.perf_counter() - began < MEASURE_SECONDS:
             done += 1
             step(batch, done, 1e-6)
-        _wait(device)
+        wait(device)
         rates[size] = done * count / (time.perf_counter() - began)
     print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)
     return rates
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -88,9 +88,10 @@ class Run:
 
     # --- plans ---
 
-    def plan(self) -> Plan:
+    def plan(self, at: Progress | None = None) -> Plan:
+        """What to do at ``at``; without it, now."""
         start = Plan(Feed(self.config.model.size, self.config.train.batch_size))
-        return fold(self.methods, start, self.clock.progress)
+        return fold(self.methods, start, self.clock.progress if at is None else at)
 
     @property
     def over(self) -> bool:
@@ -101,12 +102,11 @@ class Run:
         now, length = self.clock.progress, self.config.budget.length
         points = [now, *(point for method in self.methods for point in method.changes())]
         later = [point for point in points if point.epoch >= now.epoch and length.done(point) < 1]
-        start = Plan(Feed(self.config.model.size, self.config.train.batch_size))
-        feeds = (fold(self.methods, start, point).feed for point in sorted(later, key=lambda point: point.epoch))
+        feeds = (self.plan(point).feed for point in sorted(later, key=lambda point: point.epoch))
         return list(dict.fromkeys(feeds))
 
     def _image_bytes(self, size: int) -> int:
-        side = size // getattr(self.model, "patch_size", size)
+        side = size // patch_side(self.model)
         fused = self.config.train.kernel != "plain" and fuses(self.device, (side, side))
         return activation_bytes(self.model, size, self.step.precision, fused)
 
@@ -383,10 +383,15 @@ class Run:
 # --- opening ----------------------------------------------------------------------------------------------
 
 
+def patch_side(model: nn.Module) -> int:
+    """What must divide the model's image sizes: the side of its patches, 1 where it has none."""
+    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return max(patch) if isinstance(patch, (tuple, list)) else patch
+
+
 def check_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError where the patch does not divide a size that the run would come to, hours later perhaps."""
-    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    patch = max(patch) if isinstance(patch, (tuple, list)) else patch
+    patch = patch_side(model)
     sizes = {"model.size": [config.model.size], "evaluate.size": [config.evaluate.size]}
     if "image_size" in config.methods:
         sizes["image_size: sizes"] = list(config.image_size.sizes)
