@@ -47,6 +47,11 @@ def choose_precision(wish: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wish]
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Matrix products run in ``precision`` in here."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 @contextmanager
 def fast_attention(device: torch.device) -> Iterator[None]:
     """On a GPU, attention that would write its whole matrix to memory is an error in here, not a slow surprise."""
@@ -80,7 +85,7 @@ class Objective(nn.Module):
         ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) drop path's.
         """
         pixels = self.augment(images, drawn)
-        with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(images.device, self.precision):
             logits = self.model(pixels) if noise is None else self.model(pixels, noise)
         logits = logits.float()
         loss = self._entropy(logits, labels)
@@ -141,9 +146,6 @@ class Step:
             torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
             torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-
     # --- how it runs ---
 
     def mode(self, feed: Feed) -> Mode:
@@ -196,7 +198,7 @@ class Step:
         """``model`` as a function of uint8 images (B, 3, S, S), for evaluation; compiled for whole batches."""
 
         def forward(images: Tensor) -> Tensor:
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 return model(self.augment.normalize(images))
 
         if id(model) not in self._forwards:
