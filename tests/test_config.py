@@ -138,8 +138,9 @@ def test_recipes_are_the_papers():
     sizes = {}
     for name in ("ours", "curriculum_128_3_16", "curriculum_64_5_32", "curriculum_exponential", "ours_no_curriculum"):
         config = read_config(["-C", str(ROOT / "rcfg" / f"{name}.yaml")], {})
-        stages = zip(config.image_size.starts, config.image_size.sizes, strict=True)
-        sizes[name] = list(stages) if config.methods else []
+        stages = config.image_size.curriculum
+        starts = [0, *(stage.until.value for stage in stages[:-1])]
+        sizes[name] = [*zip(starts, (stage.size for stage in stages), strict=True)] if config.methods else []
     assert sizes["ours"] == [(0, 32), (5, 64), (10, 96), (15, 128), (20, 160), (25, 192), (30, 224)]
     assert sizes["curriculum_128_3_16"] == [(3 * i, 128 + 16 * i) for i in range(7)]
     assert sizes["curriculum_64_5_32"] == [(5 * i, 64 + 32 * i) for i in range(6)]

@@ -203,8 +203,8 @@ def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
     began = time.monotonic()
     assert train(configure("--budget.length=3s", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
-    assert 3 <= last["train_seconds"] < 4  # a step of this model takes some hundredths of a second
-    assert last["lr"] == pytest.approx(1e-5, rel=0.2)
+    assert 2.9 <= last["train_seconds"] < 4  # a step of this model takes some hundredths of a second
+    assert last["lr"] == 1e-5
     assert last["top1"] is not None
     assert time.monotonic() - began < 60
 
@@ -469,7 +469,7 @@ def test_killed_runs_have_spent_what_they_had(configure, folder: Path, tmp_path:
     assert train(config) == 0
     last = read_log(tmp_path / "run")[-1]
     assert 7 <= last["train_seconds"] < 7.5  # a step takes some hundredths of a second
-    assert last["lr"] == pytest.approx(1e-5, rel=0.2) and last["wall_seconds"] > 7
+    assert last["lr"] == 1e-5 and last["wall_seconds"] > 7
     steps = last["step"]
     assert train(config) == 0 and read_log(tmp_path / "run")[-1]["step"] == steps  # nothing is left
 

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fastargs.exceptions import MissingValueError, ValidationError
 from fastargs.validation import Checker
 
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Length
+from vitlocal.plan import Length, Stage
 
 # --- kinds of values --------------------------------------------------------------------------------------
 
@@ -99,12 +100,26 @@ class Choice(Checker):
         return "one of " + ", ".join(self.names)
 
 
+@dataclass(frozen=True)
 class Duration(Checker):
+    part: bool = True  # it may be a part of the budget
+
     def check(self, value: Any) -> Length:
-        return value if isinstance(value, Length) else Length.parse(str(value))
+        length = value if isinstance(value, Length) else Length.parse(str(value))
+        if length.kind == "fraction" and (not self.part or length.value > 1):
+            raise ValueError
+        return length
 
     def help(self) -> str:
-        return "a length: 90ep, 5000steps, 45s, 30m or 24h"
+        return "a length: 90ep, 5000steps, 45s, 30m or 24h" + (", or 10% of the budget" if self.part else "")
+
+
+class StageText(Checker):
+    def check(self, value: Any) -> Stage:
+        return value if isinstance(value, Stage) else Stage.parse(str(value))
+
+    def help(self) -> str:
+        return "a size and its end (32px until 10%, or until 5ep); the last without an end"
 
 
 class Bytes(Checker):
@@ -261,14 +276,19 @@ class AugmentConfig:
 class EvaluateConfig:
     size: int | None = option(None, Maybe(COUNT), "crop side, px; none: model.size, whatever the training size")
     every: float = option(1.0, Number(low=0), "epochs between evaluations; 0: at the end alone")
+    part: str = option(
+        "all", Choice("all", "even", "odd"), "rows of the split that count: choose on one half, report on the other"
+    )
     batch_size: int = option(256, COUNT, "images a batch")
     crop_ratio: float = option(0.875, Number(low=0.01, high=1), "centre crop's part of the short edge (224 / 256)")
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    length: Length = option(Length.parse("24h"), Duration(), "24h, 30m, 45s, 90ep or 5000steps")
-    counts: str = option("train", Choice("train", "wall"), "train: evaluation and saving are free; wall: all counts")
+    length: Length = option(Length.parse("24h"), Duration(part=False), "24h, 30m, 45s, 90ep or 5000steps")
+    counts: str = option(
+        "train", Choice("train", "wall"), "of a length in time: train: evaluation and saving are free; wall: all counts"
+    )
 
 
 @dataclass(frozen=True)
@@ -290,21 +310,38 @@ class ImageSizeConfig:
     step_pixels: int = option(32, COUNT, "growth at a time, px")
     final: int | None = option(None, Maybe(COUNT), "last training size, px; none: model.size")
     growth: str = option("linear", Choice("linear", "exponential"), "every step_epochs, or at switch_epochs")
+    stages: tuple[Stage, ...] | None = option(
+        None, Maybe(Series(StageText())), "the whole curriculum, in place of the options above and below"
+    )
     step_epochs: float = option(5.0, Number(low=1e-3), "epochs between growths (linear)")
     switch_epochs: tuple[float, ...] = option(
         (0, 2, 4, 8, 12, 20, 36), Series(Number(low=0)), "epoch at which each size starts (exponential)"
     )
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def grown(self) -> tuple[int, ...]:
+        """The sizes, where ``stages`` does not state them."""
         assert self.final is not None, "read_config fills it in"
         return (*range(self.init, self.final, self.step_pixels), self.final)
 
     @property
-    def starts(self) -> tuple[float, ...]:
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(stage.size for stage in self.curriculum)
+
+    @property
+    def curriculum(self) -> tuple[Stage, ...]:
+        """The stages, however they were given."""
+        if self.stages is not None:
+            return self.stages
+        sizes = self.grown
         if self.growth == "exponential":
-            return self.switch_epochs[: len(self.sizes)]
-        return tuple(stage * self.step_epochs for stage in range(len(self.sizes)))
+            ends = self.switch_epochs[1 : len(sizes)]
+        else:
+            ends = tuple(number * self.step_epochs for number in range(1, len(sizes)))
+        return tuple(
+            Stage(size, None if end is None else Length(end, "epochs", f"{end:g}ep"))
+            for size, end in zip(sizes, (*ends, None), strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -414,9 +451,9 @@ IMMATERIAL = frozenset(
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Length):
+    if isinstance(value, (Length, Stage)):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -607,24 +644,42 @@ def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
     return "runs/" + re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
 
 
+def _stage_problems(stages: Sequence[Stage]) -> list[str]:
+    """Where the stages of a curriculum do not follow each other."""
+    if not stages or any(stage.until is None for stage in stages[:-1]) or stages[-1].until is not None:
+        return [
+            f"image_size.stages: got {', '.join(map(str, stages)) or 'none'}; expected each stage but the last to say "
+            "until when, and the last not, as in 32px until 10%, 64px until 30%, 224px"
+        ]
+    ends = [stage.until for stage in stages[:-1]]
+    return [
+        f"image_size.stages: {after} does not come after {before}; expected growing lengths"
+        for before, after in pairwise(ends)
+        if after.kind == before.kind and after.value <= before.value
+    ]
+
+
 def _contradictions(config: Config) -> list[str]:
     """What each option allows by itself but not together with another."""
     found = []
     curriculum, augment = config.image_size, config.augment
     if "image_size" in config.methods:
-        if curriculum.init > curriculum.final:
-            found.append(f"image_size.init: {curriculum.init} is larger than image_size.final ({curriculum.final})")
-        if curriculum.final > config.model.size:
+        largest = curriculum.final if curriculum.stages is None else max((s.size for s in curriculum.stages), default=0)
+        if largest > config.model.size:
             found.append(
-                f"image_size.final: {curriculum.final} is larger than model.size ({config.model.size}), the grid of "
-                f"the position table; set model.size={curriculum.final}"
+                f"image_size: {largest} px is larger than model.size ({config.model.size}), the grid of the position "
+                f"table; set model.size={largest}"
             )
-        if curriculum.growth == "exponential":
-            switches = curriculum.switch_epochs
-            if len(switches) < len(curriculum.sizes):
+        if curriculum.stages is not None:
+            found += _stage_problems(curriculum.stages)
+        elif curriculum.init > curriculum.final:
+            found.append(f"image_size.init: {curriculum.init} is larger than image_size.final ({curriculum.final})")
+        elif curriculum.growth == "exponential":
+            switches, sizes = curriculum.switch_epochs, curriculum.grown
+            if len(switches) < len(sizes):
                 found.append(
-                    f"image_size.switch_epochs: {len(switches)} epochs for the {len(curriculum.sizes)} sizes "
-                    f"{', '.join(map(str, curriculum.sizes))}; give one for each"
+                    f"image_size.switch_epochs: {len(switches)} epochs for the {len(sizes)} sizes "
+                    f"{', '.join(map(str, sizes))}; give one for each"
                 )
             if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
@@ -645,9 +700,10 @@ def _contradictions(config: Config) -> list[str]:
         low, high = getattr(augment, name)
         if not 0 < low <= high:
             found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
-    largest = max(config.model.size, curriculum.final if "image_size" in config.methods else 0)
-    if augment.erase and largest > LARGEST_ERASED:
-        found.append(f"augment.erase: images of {largest} px have more pixels than its noise; set augment.erase=0")
+    if augment.erase and config.model.size > LARGEST_ERASED:  # no stage is larger
+        found.append(
+            f"augment.erase: images of {config.model.size} px have more pixels than its noise; set augment.erase=0"
+        )
     train = config.train
     if train.graphs == "yes" and (train.compile == "no" or train.accumulate > 1):
         found.append("train.graphs: yes needs train.compile and train.accumulate=1")

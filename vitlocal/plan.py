@@ -12,33 +12,61 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 UNITS = {"ep": ("epochs", 1.0), "steps": ("steps", 1.0), "s": ("seconds", 1.0), "m": ("seconds", 60.0),
-         "h": ("seconds", 3600.0)}  # fmt: skip
+         "h": ("seconds", 3600.0), "%": ("fraction", 0.01)}  # fmt: skip
+
+FIELDS = {"epochs": "epoch", "steps": "step", "seconds": "seconds", "fraction": "fraction"}  # of Progress
 
 
 @dataclass(frozen=True)
 class Length:
-    """A length of training: ``90ep``, ``5000steps``, ``45s``, ``30m`` or ``24h``."""
+    """A length of training: ``90ep``, ``5000steps``, ``45s``, ``30m``, ``24h``, or ``10%`` of the budget."""
 
     value: float
-    kind: str  # "epochs", "steps" or "seconds"
+    kind: str  # "epochs", "steps", "seconds" or "fraction"
     text: str
 
     @classmethod
     def parse(cls, text: str) -> Length:
         """Raises ValueError where ``text`` is not a non-negative number and one of the units."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*(ep|steps|s|m|h)", text.strip())
+        match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*(ep|steps|s|m|h|%)", text.strip())
         if match is None:
-            raise ValueError("a number and a unit: 90ep, 5000steps, 45s, 30m or 24h")
+            raise ValueError("a number and a unit: 90ep, 5000steps, 45s, 30m, 24h or 10%")
         kind, scale = UNITS[match[2]]
         return cls(float(match[1]) * scale, kind, f"{match[1]}{match[2]}")
 
     def done(self, at: Progress) -> float:
         """The part of this length that lies behind ``at``: 0 at the start, 1 and more once it is over."""
-        spent = {"epochs": at.epoch, "steps": at.step, "seconds": at.seconds}[self.kind]
-        return spent / self.value if self.value else 1.0
+        return self.spent(at) / self.value if self.value else 1.0
+
+    def spent(self, at: Progress) -> float:
+        """What ``at`` has behind it, in this length's kind."""
+        return getattr(at, FIELDS[self.kind])
+
+    def end(self, now: Progress) -> Progress:
+        """``now``, moved to where this length ends (what other kinds will read there is not known)."""
+        return replace(now, **{FIELDS[self.kind]: self.value})
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a curriculum: crops of ``size`` px, until the run has come to ``until``; the last has no end."""
+
+    size: int
+    until: Length | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        """From ``32px until 10%`` or, without an end, ``224px``; raises ValueError for anything else."""
+        match = re.fullmatch(r"(\d+)\s*px(?:\s+until\s+(.+))?", text.strip())
+        if match is None or not int(match[1]):
+            raise ValueError("a size and where it ends: 32px until 10%, 64px until 5ep, and 224px last")
+        return cls(int(match[1]), Length.parse(match[2]) if match[2] else None)
+
+    def __str__(self) -> str:
+        return f"{self.size}px" + (f" until {self.until}" if self.until else "")
 
 
 @dataclass(frozen=True)
@@ -122,7 +150,7 @@ class Method(Protocol):
 
     def plan(self, plan: Plan, at: Progress) -> Plan: ...
 
-    def changes(self) -> Sequence[Progress]: ...  # where its plan will change, as far as that is known beforehand
+    def changes(self) -> Sequence[Length]: ...  # where its plan will change, in order, as far as that is known
 
     def observe(self, seen: StepResult) -> None: ...  # must not wait for the device
 

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vitlocal.config import ImageSizeConfig
-from vitlocal.plan import Plan, Progress, StepResult, with_size
+from vitlocal.plan import Length, Plan, Progress, StepResult, with_size
 
 
 class ImageSize:
     """Training crops start small and grow by ``step_pixels`` at a time, up to ``final``.
 
     With ``growth=linear`` they grow every ``step_epochs`` epochs; with ``exponential`` at the listed
-    ``switch_epochs`` (the released code's 0, 2, 4, 8, 12, 20, 36).
+    ``switch_epochs`` (the released code's 0, 2, 4, 8, 12, 20, 36); with ``stages`` as listed there, by epochs, steps,
+    time or parts of the budget (as EfficientTrain++, Wang et al. 2024, arXiv 2405.08768, divides its compute).
     """
 
     name = "image_size"
     writes = frozenset({"feed.size"})
 
     def __init__(self, config: ImageSizeConfig):
-        self.sizes = config.sizes
-        self.starts = config.starts  # the epoch at which each size begins
+        self.stages = config.curriculum
 
     def plan(self, plan: Plan, at: Progress) -> Plan:
         # An epoch's share of images is exact in binary only by luck: 1e-9 of an epoch is less than an image.
-        stage = bisect_right(self.starts, at.epoch + 1e-9) - 1
-        return with_size(plan, self.sizes[stage])
+        at = replace(at, epoch=at.epoch + 1e-9)
+        return with_size(plan, next(s.size for s in self.stages if s.until is None or s.until.done(at) < 1))
 
-    def changes(self) -> Sequence[Progress]:
-        return [Progress(epoch=start) for start in self.starts]
+    def changes(self) -> Sequence[Length]:
+        return [stage.until for stage in self.stages if stage.until is not None]
 
     def observe(self, seen: StepResult) -> None:
         pass

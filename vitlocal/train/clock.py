@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from vitlocal.config import BudgetConfig
@@ -17,6 +18,9 @@ class Clock:
     ``train_seconds`` leaves out what happens in :meth:`paused` (evaluation, saving), ``wall_seconds`` nothing since
     ``began``, a reading of ``now`` (without it: since the clock was made); time while no process runs counts nowhere.
     ``now`` is for tests.
+
+    A budget in time is spent when less is left than half a step takes. ``room`` is what is kept of it for the work
+    after training, in seconds: the fraction comes to 1 so much earlier.
     """
 
     def __init__(
@@ -30,7 +34,11 @@ class Clock:
         self._train = self._wall = 0.0  # up to the last restart or pause
         self._wall_since = now() if began is None else began
         self._train_since: float | None = None
-        self.agreed: float | None = None  # the budget's seconds as rank 0 told them, where several processes train
+        self.room = 0.0
+        self.step_seconds = 0.0  # of the quicker one of the last two: one alone may have been held up
+        self._last_step = 0.0
+        self._ticked = 0.0  # training seconds at the last tick or start
+        self.agreed: tuple[float, float] | None = None  # the budget's seconds and a step's, told by rank 0 to several
 
     @property
     def train_seconds(self) -> float:
@@ -41,17 +49,44 @@ class Clock:
         return self._wall + self.now() - self._wall_since
 
     @property
+    def counts_all(self) -> bool:
+        """Whether the budget is in time, and all time counts."""
+        return self.budget.counts == "wall" and self.budget.length.kind == "seconds"
+
+    @property
     def seconds(self) -> float:
         """The budget's, on this process's watch."""
         return self.train_seconds if self.budget.counts == "train" else self.wall_seconds
 
     @property
     def progress(self) -> Progress:
-        position = self.position
-        epoch = position.epoch + position.images / self.images_per_epoch
-        seconds = self.seconds if self.agreed is None else self.agreed
-        progress = Progress(epoch, self.step, self.images_seen, seconds)
-        return Progress(epoch, self.step, self.images_seen, seconds, min(1.0, self.budget.length.done(progress)))
+        seconds, step_seconds = (self.seconds, self.step_seconds) if self.agreed is None else self.agreed
+        at = Progress(self._epoch(self.position), self.step, self.images_seen, seconds)
+        return replace(at, fraction=self._fraction(at, step_seconds))
+
+    def ahead(self, images: int) -> Progress:
+        """Where the run will stand after a step over ``images`` images, if that takes as long as the last ones.
+
+        A step's learning rate is that of its end: the last step's is the schedule's last.
+        """
+        seconds, step_seconds = (self.seconds, self.step_seconds) if self.agreed is None else self.agreed
+        epoch = self._epoch(self._moved(images))
+        at = Progress(epoch, self.step + 1, self.images_seen + images, seconds + step_seconds)
+        return replace(at, fraction=self._fraction(at, step_seconds))
+
+    def _fraction(self, at: Progress, step_seconds: float) -> float:
+        length = self.budget.length
+        if length.kind != "seconds":
+            return min(1.0, length.done(at))
+        left = length.value - self.room - at.seconds
+        return 1.0 if left <= step_seconds / 2 else at.seconds / (length.value - self.room)
+
+    def _epoch(self, position: Position) -> float:
+        return position.epoch + position.images / self.images_per_epoch
+
+    def _moved(self, images: int) -> Position:
+        epoch, done = self.position.epoch, self.position.images + images
+        return Position(epoch, done) if done < self.images_per_epoch else Position(epoch + 1, 0)
 
     @property
     def spent(self) -> bool:
@@ -61,6 +96,7 @@ class Clock:
         """Training time begins to run."""
         if self._train_since is None:
             self._train_since = self.now()
+            self._ticked = self._train
 
     def stop(self) -> None:
         """Training time stands still until :meth:`start`."""
@@ -81,9 +117,10 @@ class Clock:
         """One step over ``images`` images is done."""
         self.step += 1
         self.images_seen += images
-        done = self.position.images + images
-        epoch = self.position.epoch
-        self.position = Position(epoch, done) if done < self.images_per_epoch else Position(epoch + 1, 0)
+        self.position = self._moved(images)
+        before, self._ticked = self._ticked, self.train_seconds
+        took = self._ticked - before
+        self.step_seconds, self._last_step = min(took, self._last_step or took), took
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -93,6 +130,8 @@ class Clock:
             "images": self.position.images,
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds,
+            "step_seconds": self.step_seconds,
+            "room": self.room,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,6 +139,7 @@ class Clock:
         self.position = Position(state["epoch"], state["images"])
         # What this process has already spent, on start-up say, counts on top.
         self._train, self._wall = state["train_seconds"], state["wall_seconds"]
+        self.step_seconds, self.room = state["step_seconds"], state["room"]
 
     def spent_before(self, train: float, wall: float) -> None:
         """Counts what earlier processes spent, where that is more than :meth:`load_state_dict` knew: steps that were

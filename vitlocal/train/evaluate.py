@@ -5,40 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vitlocal.data.source import Source
+from vitlocal.data.augment import send
+from vitlocal.data.source import Batch, Source
 from vitlocal.plan import Feed, Position
 from vitlocal.train.step import Step
+
+PARTS = {"even": 0, "odd": 1}  # evaluate.part: which rows count
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """In percent of all images of the split."""
+    """In percent of all images that were counted."""
 
     top1: float
     top5: float
+    by_class: np.ndarray  # (C, 2) int64: images whose class came first, and images, of each class
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, source: Source, feed: Feed, step: Step, stop: Callable[[], bool] = lambda: False
-) -> Accuracy | None:
+    model: nn.Module, source: Source, feed: Feed, step: Step, stop: Callable[[], bool] = lambda: False,
+    part: str = "all", limit: int | None = None,
+) -> Accuracy | None:  # fmt: skip
     """Runs the model over the whole split, each image once, in the step's precision and normalisation.
 
-    Several processes take their shares of each batch, and all get the accuracy over all images.
-
-    None where ``stop``, asked before each batch, said so.
+    Several processes take their shares of each batch, and all get the accuracy over all images. ``part``: see
+    ``evaluate.part``; ``limit``: no more batches than this. None where ``stop``, asked before each batch, said so.
     """
     training = model.training
     model.eval()
     try:
-        hits = torch.zeros(2, dtype=torch.int64, device=step.device)
-        count = 0
+        sums = torch.zeros(3, len(source.classes), dtype=torch.int64, device=step.device)  # top-1, top-5, images
         logits_of = step.forward_of(model)
         with source.open(feed, Position()) as batches:
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                if number == limit:
+                    break
                 if stop():
                     return None
                 if not len(batch):
@@ -46,10 +52,18 @@ def evaluate(
                 logits = logits_of(batch.images, batch.total == feed.batch_size and len(batch) == len(batch.places))
                 best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
                 right = best == batch.labels[:, None]
-                hits += torch.stack([right[:, 0].sum(), right.sum()])
-                count += len(batch)
-        sums = step.ranks.total(torch.cat([hits, torch.tensor([count], device=step.device)]))
-        top1, top5, count = sums.tolist()  # device sync, once a pass
-        return Accuracy(100 * top1 / count, 100 * top5 / count)
+                counted = _counted(batch, part)
+                found = torch.stack([right[:, 0] * counted, right.any(dim=1) * counted, counted])
+                sums.index_add_(1, batch.labels, found)
+        sums = step.ranks.total(sums).cpu().numpy()  # device sync, once a pass
+        top1, top5, count = sums.sum(axis=1).tolist()
+        return Accuracy(100 * top1 / max(count, 1), 100 * top5 / max(count, 1), sums[[0, 2]].T)
     finally:
         model.train(training)
+
+
+def _counted(batch: Batch, part: str) -> Tensor:
+    """1 for each image that counts, 0 for the others: (B,) int64."""
+    if part == "all":
+        return torch.ones_like(batch.labels)
+    return send((batch.ids.cpu() % 2 == PARTS[part]).long(), batch.labels.device)

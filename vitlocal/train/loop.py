@@ -29,6 +29,8 @@ def fit(run: Run) -> None:
             run.end_pass(plan)
         else:
             run.save()  # interrupted
+    if run.unevaluated and not run.interrupted:  # what a process that was killed had spent leaves no further step
+        run.end_pass(run.plan())
     run.clock.stop()
 
 

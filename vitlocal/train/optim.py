@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 class Schedule:
-    """The learning rate at any progress: warm-up, then cosine, linear or constant, down to ``end_lr``."""
+    """The learning rate of a step by where it ends: warm-up, then cosine, linear or constant, down to ``end_lr``."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -30,8 +30,9 @@ class Schedule:
     def __call__(self, at: Progress) -> float:
         config = self.config
         if config.schedule_by == "epoch":
-            # As timm's scheduler in the paper's code: moved after an epoch, with the number of that epoch.
-            at = replace(at, epoch=max(0.0, math.floor(at.epoch) - 1.0))
+            # As timm's scheduler in the paper's code: moved after an epoch, with the number of that epoch. A step that
+            # ends with an epoch still belongs to it.
+            at = replace(at, epoch=max(0.0, math.ceil(at.epoch - 1e-9) - 2.0))
         part = at.fraction if config.schedule_length is None else min(1.0, config.schedule_length.done(at))
         left = {"cosine": (1 + math.cos(math.pi * part)) / 2, "linear": 1 - part, "constant": 1.0}[config.schedule]
         end = min(config.end_lr, self.peak)

@@ -19,6 +19,7 @@ from vitlocal.models.flops import count_macs
 from vitlocal.train.ema import Average
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import check_sizes, choose_device
+from vitlocal.train.spending import Speed, curriculum, spend
 from vitlocal.train.step import Step
 
 MEASURE_SECONDS = 1.0  # of steps, a size
@@ -26,12 +27,9 @@ CPU_BATCH = 4  # images a measured step on a CPU, where a full batch would take 
 CLASSES = 1000
 
 
-def curriculum(config: Config) -> dict[int, tuple[float, float]]:
-    """The recipe's image sizes with the epochs at which each begins and ends; the last may go on for ever."""
-    if "image_size" not in config.methods:
-        return {config.model.size: (0.0, float("inf"))}
-    starts = config.image_size.starts
-    return dict(zip(config.image_size.sizes, zip(starts, (*starts[1:], float("inf")), strict=True), strict=True))
+def sizes_of(config: Config) -> list[int]:
+    """The image sizes that the recipe trains at, each once, in order."""
+    return list(dict.fromkeys(stage.size for stage in curriculum(config)))
 
 
 def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[Stage, ...]:
@@ -40,14 +38,11 @@ def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[
     Stages that the budget does not reach are left in with one image: their files are wanted all the same, should the
     trainer be quicker than thought.
     """
-    length, left = config.budget.length, config.budget.length.value
-    stages = []
-    for size, (start, end) in curriculum(config).items():
-        a_unit = {"epochs": images, "steps": config.train.batch_size, "seconds": rates[size]}[length.kind]
-        trained = min((end - start) * images, left * a_unit)
-        left -= trained / a_unit
-        stages.append(Stage(size, max(trained, 1.0), rates[size]))
-    return tuple(stages)
+    speeds = {size: Speed(rate, config.train.batch_size) for size, rate in rates.items()}
+    trained: dict[int, int] = {}
+    for part in spend(curriculum(config), config.budget.length, images, speeds):
+        trained[part.size] = trained.get(part.size, 0) + part.images
+    return tuple(Stage(size, max(count, 1.0), rates[size]) for size, count in trained.items())
 
 
 def parse_rates(text: str | None) -> dict[int, float]:
@@ -69,7 +64,7 @@ def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
     A size that is not stated follows from the next larger one that is (or the largest), by the FLOPs of the model, and
     is no faster than a smaller one that is stated: at small sizes FLOPs promise more than a GPU reaches.
     """
-    sizes = list(curriculum(config))
+    sizes = sizes_of(config)
     if not stated:
         return measured_rates(config, sizes)
     model, _ = build_model(config.model, CLASSES)

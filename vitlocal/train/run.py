@@ -7,8 +7,9 @@ import math
 import shutil
 import signal
 import sys
+import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,13 @@ from vitlocal.train.journal import Journal, read_spent
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
+from vitlocal.train.report import rehearse_report, write_classes
 from vitlocal.train.step import EAGER, Step
 from vitlocal.train.watch import Watch
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
+REHEARSED_BATCHES = 2  # of the last evaluation, to know how long it will take
 
 
 @dataclass
@@ -80,10 +83,12 @@ class Run:
         self.logged_plan: Plan | None = None  # the plan of the last logged pass
         self.unclosed: Plan | None = None  # the plan of a pass that is trained and not yet evaluated and logged
         self.evaluated_epoch = 0.0
+        self.evaluated_step = -1
         self.saved_at = self.clock.progress
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[Feed] = set()
+        self.finishing = 0.0  # seconds that checkpoint, export and report take after the last evaluation
         self.agree()
 
     # --- plans ---
@@ -94,16 +99,20 @@ class Run:
         return fold(self.methods, start, self.clock.progress if at is None else at)
 
     @property
+    def unevaluated(self) -> bool:
+        """Whether the budget is spent and the weights that it bought are not evaluated."""
+        return self.clock.spent and self.evaluated_step != self.clock.step
+
+    @property
     def over(self) -> bool:
         return self.clock.spent or self.interrupted is not None
 
     def feeds_ahead(self) -> list[Feed]:
         """What the run will be fed from now on, as far as its methods know, in order and each once."""
         now, length = self.clock.progress, self.config.budget.length
-        points = [now, *(point for method in self.methods for point in method.changes())]
-        later = [point for point in points if point.epoch >= now.epoch and length.done(point) < 1]
-        feeds = (self.plan(point).feed for point in sorted(later, key=lambda point: point.epoch))
-        return list(dict.fromkeys(feeds))
+        changes = (change for method in self.methods for change in method.changes() if change.done(now) < 1)
+        later = (point for change in changes if length.done(point := change.end(now)) < 1)
+        return list(dict.fromkeys(self.plan(point).feed for point in (now, *later)))
 
     def _image_bytes(self, size: int) -> int:
         side = size // patch_side(self.model)
@@ -117,7 +126,8 @@ class Run:
             return
         mark = zlib.crc32(repr((plan, self.clock.step, self.clock.position)).encode())
         try:
-            seconds, stop, theirs = self.ranks.decided([self.clock.seconds, float(self._signal or 0), float(mark)])
+            mine = [self.clock.seconds, self.clock.step_seconds, float(self._signal or 0), float(mark)]
+            seconds, step_seconds, stop, theirs = self.ranks.decided(mine)
         except RuntimeError as error:
             raise DataError(
                 f"rank {self.ranks.rank} has lost the others at step {self.clock.step} ({str(error).splitlines()[0]}); "
@@ -125,14 +135,14 @@ class Run:
             ) from None
         if mark != theirs:
             raise RuntimeError(f"rank {self.ranks.rank} has gone apart from rank 0: {plan} at step {self.clock.step}")
-        self.clock.agreed = seconds
+        self.clock.agreed = seconds, step_seconds
         self.interrupted = signal.Signals(int(stop)) if stop else None
 
     def warns(self) -> list[str]:
         """What is allowed, and hardly meant."""
         count, batch = self.sources.train.count, self.config.train.batch_size
-        epochs = {"epochs": 1.0, "steps": batch / count, "seconds": math.nan}  # that a unit of a length is
         warmup, length = self.config.train.warmup, self.config.budget.length
+        epochs = {"epochs": 1.0, "steps": batch / count, "seconds": math.nan, "fraction": math.nan}  # in a unit
         found = []
         if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
             warmup.kind == length.kind and warmup.value > length.value
@@ -162,6 +172,36 @@ class Run:
             next(iter(batches))
         for feed in self.feeds_ahead() if self.config.train.warm == "start" else ():
             self._warm(feed)
+        if self.clock.counts_all and not self.clock.room:
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Finds out what the budget must have left after the last step: evaluation, checkpoint, export and report."""
+        self._evaluated(limit=1)  # compiles, where that is wanted
+        began = perf_counter()
+        self._evaluated(limit=REHEARSED_BATCHES)
+        images = min(REHEARSED_BATCHES * self.config.evaluate.batch_size, self.sources.val.count)
+        evaluation = (perf_counter() - began) * self.sources.val.count / images
+        began = perf_counter()
+        if self.ranks.first:
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                save_checkpoint(Path(folder) / "rehearsal.pt", self._state())
+                self.export(Path(folder))
+                rehearse_report(Path(folder))
+        self.finishing = perf_counter() - began
+        self._keep_room(evaluation)
+        length = self.config.budget.length
+        if self.clock.room + self.clock.wall_seconds >= length.value:
+            raise ConfigError(
+                f"budget.length: of {length} in all, starting took {self.clock.wall_seconds:.0f} s, and the last "
+                f"evaluation and saving need {self.clock.room:.0f} s: nothing is left to train. Give more time, or let "
+                "only training count: budget.counts=train"
+            )
+
+    def _keep_room(self, evaluation: float) -> None:
+        """Keeps room for an evaluation that takes so many seconds, and for what follows it."""
+        if self.clock.counts_all:
+            self.clock.room = self.ranks.told(evaluation + self.finishing)
 
     def _warm(self, feed: Feed) -> None:
         if feed in self.warmed:
@@ -193,10 +233,9 @@ class Run:
 
     def train_on(self, batch: Batch, plan: Plan) -> None:
         """One step, its effect on clock, meter and methods, and about once a second a look at the loss."""
-        before = self.clock.progress
-        lr = self.schedule(before) * plan.dials.lr_scale
+        lr = self.schedule(self.clock.ahead(batch.total)) * plan.dials.lr_scale
         whole = batch.total == plan.feed.batch_size
-        loss = self.step(batch, before.step, lr, self.step.mode(plan.feed) if whole else EAGER)
+        loss = self.step(batch, self.clock.step, lr, self.step.mode(plan.feed) if whole else EAGER)
         self.loss_sum += loss.double() * batch.total
         self.meter.images += batch.total
         seen = StepResult(loss, batch.ids, plan)
@@ -229,13 +268,8 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        every, now, then = self.config.run.save_every, self.clock.progress, self.saved_at
-        spent = {
-            "epochs": now.epoch - then.epoch,
-            "steps": now.step - then.step,
-            "seconds": now.seconds - then.seconds,
-        }[every.kind]
-        return spent >= every.value
+        every = self.config.run.save_every
+        return every.spent(self.clock.progress) - every.spent(self.saved_at) >= every.value
 
     def ended(self, plan: Plan) -> bool:
         """Whether the pass under ``plan`` is over: by the budget, the epoch or another feed, not by a signal."""
@@ -248,18 +282,25 @@ class Run:
         """
         self._read_meter()
         self.unclosed = plan
+        last = self.clock.spent
         for model in (self.model, *([self.average.model] if self.average is not None else [])):
             self.ranks.share_buffers(model.buffers())
         with self.clock.paused():
             at = self.clock.progress
             every = self.config.evaluate.every
             accuracy = None
-            if self.clock.spent or (every and at.epoch - self.evaluated_epoch >= every - 1e-9):
+            if last or (every and at.epoch - self.evaluated_epoch >= every - 1e-9):
+                if last:
+                    self.save()  # killed from here on, it has but this evaluation left to do
+                began = perf_counter()
                 accuracy = self.evaluate()
                 if accuracy is None:
                     self.save()
                     return
-                self.evaluated_epoch = at.epoch
+                self._keep_room(perf_counter() - began)
+                self.evaluated_epoch, self.evaluated_step = at.epoch, at.step
+                if self.ranks.first:
+                    write_classes(self.folder, self.sources.train.classes, accuracy.by_class)
             self.log.record(self._record(plan, accuracy))
             self.logged_plan, self.unclosed, self.meter = plan, None, PassMeter()
             self.save()
@@ -267,15 +308,18 @@ class Run:
 
     def evaluate(self) -> Accuracy | None:
         """Accuracy at ``evaluate.size``, of the averaged weights where there are some; None when interrupted."""
-        config = self.config.evaluate
-        model = self.model if self.average is None else self.average.model
-        feed = Feed(config.size, config.batch_size)
 
         def stop() -> bool:
             self.agree()
             return self.interrupted is not None
 
-        return evaluate(model, self.sources.val, feed, self.step, stop)
+        return self._evaluated(stop)
+
+    def _evaluated(self, stop: Callable[[], bool] = lambda: False, limit: int | None = None) -> Accuracy | None:
+        config = self.config.evaluate
+        model = self.model if self.average is None else self.average.model
+        feed = Feed(config.size, config.batch_size)
+        return evaluate(model, self.sources.val, feed, self.step, stop, config.part, limit)
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         at, meter = self.clock.progress, self.meter
@@ -286,7 +330,7 @@ class Run:
             "image_size": plan.feed.size,
             "batch_size": plan.feed.batch_size,
             "processes": self.ranks.world,
-            "loss": meter.loss / max(meter.images, 1),
+            "loss": meter.loss / meter.images if meter.images else None,  # evaluated without a further step
             "top1": None if accuracy is None else round(accuracy.top1, 4),
             "top5": None if accuracy is None else round(accuracy.top5, 4),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -309,7 +353,15 @@ class Run:
         """Writes the checkpoint that a run killed from now on goes on from."""
         if self.meter.images:
             self._read_meter()
-        state = {
+        state = self._state()
+        with self.clock.paused():
+            if self.ranks.first:
+                save_checkpoint(self.folder / CHECKPOINT, state)
+            self.ranks.wait()
+        self.saved_at = self.clock.progress
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "data": {"count": self.sources.train.count, "classes": list(self.sources.train.classes)},
             "model": self.model.state_dict(),
             "average": self.average and self.average.model.state_dict(),
@@ -321,12 +373,9 @@ class Run:
             "logged_plan": self.logged_plan and self.logged_plan.state_dict(),
             "unclosed": self.unclosed and self.unclosed.state_dict(),
             "evaluated_epoch": self.evaluated_epoch,
+            "evaluated_step": self.evaluated_step,
+            "finishing": self.finishing,
         }
-        with self.clock.paused():
-            if self.ranks.first:
-                save_checkpoint(self.folder / CHECKPOINT, state)
-            self.ranks.wait()
-        self.saved_at = self.clock.progress
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`save` wrote; ConfigError where the training data are not the same any more."""
@@ -349,14 +398,16 @@ class Run:
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
         self.unclosed = state["unclosed"] and Plan.from_state(state["unclosed"])
         self._start_meter()
-        self.evaluated_epoch = state["evaluated_epoch"]
+        self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
+        self.finishing = state["finishing"]
         self.agree()
         self.saved_at = self.clock.progress
 
-    def export(self) -> None:
+    def export(self, folder: Path | None = None) -> None:
+        """The weights that were evaluated, as files that timm loads, to the run's folder or to ``folder``."""
         model = self.model if self.average is None else self.average.model
-        export_model(self.folder, model, self.config.model, self.model_arguments, self.sources.train.classes,
-                     self.config.evaluate)  # fmt: skip
+        export_model(folder or self.folder, model, self.config.model, self.model_arguments,
+                     self.sources.train.classes, self.config.evaluate)  # fmt: skip
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:

@@ -1,0 +1,81 @@
+"""What a budget buys at given speeds: a run, walked through stage by stage without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from vitlocal.config import Config
+from vitlocal.plan import Length, Progress, Stage
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run goes at one image size."""
+
+    images_per_second: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One stage: from ``start`` to ``end``, in crops of ``size`` px."""
+
+    size: int
+    start: Progress
+    end: Progress
+
+    @property
+    def images(self) -> int:
+        return self.end.images_seen - self.start.images_seen
+
+    @property
+    def epochs(self) -> float:
+        return self.end.epoch - self.start.epoch
+
+    @property
+    def seconds(self) -> float:
+        return self.end.seconds - self.start.seconds
+
+
+def curriculum(config: Config) -> tuple[Stage, ...]:
+    """The recipe's stages; without a curriculum one, at the model's size."""
+    return config.image_size.curriculum if "image_size" in config.methods else (Stage(config.model.size),)
+
+
+def spend(
+    stages: tuple[Stage, ...], budget: Length, images: int, speeds: Mapping[int, Speed], used: float = 0.0
+) -> tuple[Spent, ...]:
+    """Spends ``budget`` on ``stages``, for a training set of ``images`` and ``speeds`` by size.
+
+    Stages that the budget does not reach are left in, and get nothing. ``used``: the part of a budget in time that is
+    not for training.
+    """
+    at = Progress()
+    spent = []
+    for stage in stages:
+        speed = speeds[stage.size]
+        # What passes of each kind of length, in a second.
+        rates = {
+            "epochs": speed.images_per_second / images,
+            "steps": speed.images_per_second / speed.batch_size,
+            "seconds": 1.0,
+        }
+        whole = budget.value - (used if budget.kind == "seconds" else 0.0)
+        rates["fraction"] = rates[budget.kind] / whole
+        seconds = max(0.0, 1 - at.fraction) / rates["fraction"]
+        if stage.until is not None:
+            to_go = (stage.until.value - stage.until.spent(at)) / rates[stage.until.kind]
+            seconds = min(seconds, max(0.0, to_go))
+        end = replace(
+            at,
+            epoch=at.epoch + seconds * rates["epochs"],
+            step=at.step + math.floor(seconds * rates["steps"] + 0.5),
+            images_seen=at.images_seen + round(seconds * speed.images_per_second),
+            seconds=at.seconds + seconds,
+            fraction=at.fraction + seconds * rates["fraction"],
+        )
+        spent.append(Spent(stage.size, at, end))
+        at = end
+    return tuple(spent)
