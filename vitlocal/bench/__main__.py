@@ -6,11 +6,13 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from vitlocal.bench import loader, profile, runs, step, write
+from vitlocal.bench import arms, loader, paper, profile, runs, step, write
 from vitlocal.errors import ConfigError, run_command
 
 BENCHES = {
+    "arms": arms.main,
     "loader": loader.main,
+    "paper": paper.main,
     "profile": profile.main,
     "runs": runs.main,
     "step": step.main,

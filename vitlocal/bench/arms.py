@@ -1,0 +1,360 @@
+"""Recipes against each other: python -m vitlocal.bench arms ARMS.yaml --data DIR --budget 4m [--seeds 0,1,2]
+
+Each arm is trained once for each seed, under the same budget; an interrupted bench goes on where it was. The yaml file
+names recipes beside it and the options that an arm changes:
+
+    recipes: [paper_64px.yaml]          # what all arms share
+    arms:
+      base: {}
+      larger rate: {train.lr: 2.0e-3}
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.runs import summary
+from vitlocal.config import read_config
+from vitlocal.errors import ConfigError, DataError, Interrupted
+from vitlocal.machine import cores
+from vitlocal.plan import Length
+from vitlocal.train.log import read_log
+from vitlocal.train.report import duration
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "rcfg"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one contestant trains: recipes, later ones over earlier ones, and options over both."""
+
+    name: str
+    recipes: tuple[Path, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+    published: float | None = None  # top-1 at full scale, percent
+
+    def command_line(self) -> list[str]:
+        """The trainer's options."""
+        stated = [f"--{name}={_text(value)}" for name, value in self.options.items()]
+        return [*(f"--config-file={recipe}" for recipe in self.recipes), *stated]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_text, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run to be: an arm, a seed, a budget, a folder."""
+
+    arm: Arm
+    seed: int
+    budget: str
+    folder: Path
+    shared: tuple[str, ...] = ()  # the trainer's options that all have
+
+    @property
+    def options(self) -> list[str]:
+        own = [f"--run.seed={self.seed}", f"--budget.length={self.budget}", f"--run.folder={self.folder}"]
+        return [*self.arm.command_line(), *self.shared, *own, "--run.progress=no"]
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "report.html").exists()  # the last thing that a run writes
+
+
+def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]) -> list[Entry]:
+    """Seed by seed, so that what there is after an interruption can be compared."""
+    return [
+        Entry(arm, seed, budget, folder / f"{arm.name.replace(' ', '_')}-{budget}-seed{seed}", tuple(shared))
+        for seed in seeds
+        for arm in arms
+    ]
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Trains entries, ``jobs`` at a time, each on its share of the cores (and a GPU of its own, where there are)."""
+
+    def __init__(self, jobs: int, folder: Path):
+        self.jobs, self.folder = jobs, folder
+        mine = sorted(os.sched_getaffinity(0))
+        if not 1 <= jobs <= len(mine):
+            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(mine)}, a core for each")
+        share = len(mine) // jobs
+        self.free = [set(mine[number * share : (number + 1) * share]) for number in range(jobs)]
+        self.running: dict[subprocess.Popen[bytes], tuple[Entry, set[int], float]] = {}
+        self.signal: int | None = None
+
+    def run(self, waiting: Sequence[Entry]) -> list[Entry]:
+        """Returns the entries that failed; raises Interrupted, when all have saved, after Ctrl-C or SIGTERM."""
+        left, failed, total = list(waiting), [], len(waiting)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._forwarding():
+            while left or self.running:
+                while left and self.free and self.signal is None:
+                    self._start(left.pop(0), total - len(left), total)
+                for process in list(self.running):
+                    if process.poll() is not None:
+                        failed += self._ended(process)
+                if self.signal is not None and not self.running:
+                    raise Interrupted(self.signal)
+                time.sleep(0.2)
+        return failed
+
+    def _start(self, entry: Entry, number: int, total: int) -> None:
+        there = self.free.pop(0)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(len(self.free))} if _gpus() >= self.jobs > 1 else {})
+        print(f"{number} of {total}: {entry.folder.name} ...", flush=True)
+        with open(self._output(entry), "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
+                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes through us
+                preexec_fn=lambda: os.sched_setaffinity(0, there),
+            )  # fmt: skip
+        self.running[process] = entry, there, time.monotonic()
+
+    def _output(self, entry: Entry) -> Path:
+        return self.folder / f"{entry.folder.name}.txt"
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> list[Entry]:
+        entry, there, began = self.running.pop(process)
+        self.free.append(there)
+        if process.returncode == 0:
+            row = summary(entry.folder)
+            print(f"  {entry.folder.name}: {row['top1']:.2f} %, {duration(time.monotonic() - began)}", flush=True)
+            return []
+        if self.signal is None:
+            last = self._output(entry).read_text(errors="replace").strip().splitlines()[-1:]
+            print(f"  {entry.folder.name}: failed ({' '.join(last)}); see {self._output(entry)}", flush=True)
+            return [entry]
+        return []
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        """Signals reach the runs, which save; at a second one they leave at once."""
+
+        def forward(number: int, frame: object) -> None:
+            if self.signal is None:
+                print("\nstopping: the runs save what they have; the same command goes on", file=sys.stderr)
+            self.signal = number
+            for process in self.running:
+                process.send_signal(signal.SIGTERM)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for process in self.running:
+                process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(runs: Sequence[Entry]) -> list[dict[str, Any]]:
+    """One row a finished run."""
+    rows = []
+    for run in runs:
+        if run.done:
+            row = summary(run.folder)
+            about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
+            rows.append(about | {name: value for name, value in row.items() if name != "run"})
+    return rows
+
+
+def curves_of(runs: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
+    """The passes of each finished run, without what is the same in all of a run or drawn nowhere."""
+    names = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second")
+    return {
+        run.folder.name: [{name: record[name] for name in names} for record in read_log(run.folder)]
+        for run in runs
+        if run.done
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], arms: Sequence[Arm]) -> str:
+    """A markdown table, an arm a line: mean and standard deviation over seeds."""
+    published = any(arm.published is not None for arm in arms)
+    head = ["arm", *(["paper, top-1 %"] if published else []), "top-1 %", "seeds", "epochs", "images/s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for arm in arms:
+        mine = [row for row in rows if row["arm"] == arm.name]
+        if not mine:
+            continue
+        top1 = [row["top1"] for row in mine]
+        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        cells = [f"{arm.name}" + (f": {arm.about}" if arm.about else "")]
+        cells += ["" if arm.published is None else f"{arm.published:g}"] if published else []
+        cells += [f"{statistics.mean(top1):.2f}{spread}", ", ".join(f"{value:.2f}" for value in top1)]
+        cells += [f"{statistics.mean(row['epochs'] for row in mine):.1f}"]
+        cells += [f"{statistics.mean(row['images_per_second'] for row in mine):,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs: Sequence[Entry], path: Path, title: str) -> None:
+    """Top-1 against training time, a mark an evaluation, a line a run, a colour an arm."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    seconds = max(row["train_seconds"] for row in rows_of(runs))
+    unit, scale = ("hours", 3600) if seconds >= 7200 else ("minutes", 60) if seconds >= 120 else ("seconds", 1)
+    arms = list(dict.fromkeys(run.arm.name for run in runs if run.done))
+    for number, name in enumerate(arms):
+        mine = [run for run in runs if run.arm.name == name and run.done]
+        last = statistics.mean(summary(run.folder)["top1"] for run in mine)
+        for place, run in enumerate(mine):
+            scored = [record for record in read_log(run.folder) if record["top1"] is not None]
+            axes.plot(
+                [record["train_seconds"] / scale for record in scored], [record["top1"] for record in scored],
+                color=f"C{number}", marker="o", markersize=3.5, linewidth=1.2, alpha=1 if place == 0 else 0.45,
+                label=f"{name}: {last:.1f} %" if place == 0 else None,
+            )  # fmt: skip
+    axes.set_xlabel(f"training time, {unit}")
+    axes.set_ylabel("validation top-1, %")
+    axes.set_title(title, loc="left")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    """The options that benches of arms share."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m vitlocal.bench {name}", description=about, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    made.add_argument("--data", metavar="DIR", help="the data folder (default: what the recipes say)")
+    made.add_argument("--seeds", default="0", metavar="LIST", help="0,1,2 for three runs an arm (default: 0)")
+    made.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores (default: 1)")
+    made.add_argument("--folder", default=f"runs/{name}", metavar="DIR", help=f"of the runs (default: runs/{name})")
+    made.add_argument("--no-run", action="store_true", help="train nothing: tabulate and draw what is there")
+    made.add_argument("--json", metavar="FILE", help="write rows and curves")
+    return made
+
+
+def seeds_of(text: str) -> list[int]:
+    """Seeds with commas between; ConfigError for anything else."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if min(found) < 0:
+        raise ConfigError(f"--seeds: got '{text}', expected whole numbers with commas between, as in 0,1,2")
+    return list(dict.fromkeys(found))
+
+
+def check_budget(text: str) -> str:
+    """``text`` as a budget; ConfigError where it is none."""
+    try:
+        length = Length.parse(text)
+        if length.kind == "fraction" or not length.value:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--budget: got '{text}', expected a length such as 24h, 15m or 90ep") from None
+    return str(length)
+
+
+def carry_out(runs: Sequence[Entry], jobs: int, folder: Path, no_run: bool) -> list[Entry]:
+    """Checks every run's configuration, then trains those that are not done; returns the failed ones."""
+    for run in runs:
+        config = read_config(run.options)
+        if not no_run and not (Path(config.data.root) / "val.json").exists():
+            raise ConfigError(f"--data: {config.data.root} is no data folder with a validation split (val.json)")
+    waiting = [run for run in runs if not run.done]
+    if no_run or not waiting:
+        return []
+    runner = Runner(jobs, folder)
+    budget = Length.parse(runs[0].budget)
+    if budget.kind == "seconds":
+        hours = budget.value * -(-len(waiting) // jobs) / 3600
+        print(
+            f"{len(waiting)} of {len(runs)} runs to train, {jobs} at a time on {cores()} cores: {hours:.1f} h and more"
+        )
+    return runner.run(waiting)
+
+
+def finish(failed: Sequence[Entry]) -> None:
+    """Raises DataError where runs failed."""
+    if failed:
+        names = ", ".join(entry.folder.name for entry in failed)
+        raise DataError(f"{len(failed)} of the runs failed ({names}); what they said lies beside their folders")
+
+
+def read_arms(path: str) -> list[Arm]:
+    """The arms of a yaml file; ConfigError where it is not one."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipes = tuple(Path(path).parent / name for name in content.get("recipes", ()))
+        return [
+            Arm(str(name), (*recipes, *(Path(path).parent / more for more in (options or {}).pop("recipes", ()))),
+                options or {})
+            for name, options in content["arms"].items()
+        ]  # fmt: skip
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a yaml file of arms") from error
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: expected 'recipes', a list of files, and 'arms', each a name with options ({error})"
+        ) from error
+
+
+def main(argv: Sequence[str]) -> None:
+    reader = parser("arms", __doc__)
+    reader.add_argument("arms", metavar="ARMS.yaml")
+    reader.add_argument("--budget", required=True, metavar="LENGTH", help="of each run: 4m, 90ep, 24h")
+    reader.add_argument("--only", metavar="LIST", help="names of arms, with commas between")
+    reader.add_argument("--plot", metavar="FILE", help="draw top-1 against training time")
+    options, shared = reader.parse_known_args(list(argv))
+    arms = read_arms(options.arms)
+    if options.only:
+        names = [name.strip() for name in options.only.split(",")]
+        if unknown := set(names) - {arm.name for arm in arms}:
+            raise ConfigError(f"--only: {options.arms} has no arm {', '.join(sorted(unknown))}")
+        arms = [arm for arm in arms if arm.name in names]
+    shared = [*([f"--data.root={options.data}"] if options.data else []), *shared]
+    folder = Path(options.folder)
+    runs = entries(arms, seeds_of(options.seeds), check_budget(options.budget), folder, shared)
+    failed = carry_out(runs, options.jobs, folder, options.no_run)
+    rows = rows_of(runs)
+    print(table(rows, arms))
+    if options.json:
+        what = f"training runs of {options.budget} each, arm by arm: the accuracy that they reached, and their passes"
+        write_json(options.json, measurement(what, rows, curves=curves_of(runs)))
+    if options.plot and rows:
+        draw(runs, Path(options.plot), f"{options.budget} a run")
+    finish(failed)
