@@ -4,9 +4,22 @@ import numpy as np
 import pytest
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.config import LARGEST_ERASED, AugmentConfig
-from vitlocal.data.augment import COLOURS, MOVES, NOISE, Augment, Drawn, Normalize, move, randaugment
+from vitlocal.data.augment import (
+    COLOURS,
+    MOVES,
+    NOISE,
+    THREE,
+    Augment,
+    Drawn,
+    Normalize,
+    mixture,
+    move,
+    randaugment,
+    three_augment,
+)
 from vitlocal.data.keyed import generator, uniform
 from vitlocal.data.shares import Share
 
@@ -43,8 +56,9 @@ def test_nothing_asked_is_nothing_done():
 EVERYTHING = AugmentConfig(randaugment=9, mixup=0.8, cutmix=1.0, erase=0.25)
 
 
-def test_a_step_repeats_bit_for_bit_and_leaves_its_input_alone():
-    augment = Augment(EVERYTHING)
+@pytest.mark.parametrize("config", [EVERYTHING, AugmentConfig(three=True)], ids=["randaugment", "three-augment"])
+def test_a_step_repeats_bit_for_bit_and_leaves_its_input_alone(config: AugmentConfig):
+    augment = Augment(config)
     for step in range(8):
         x = images()
         assert torch.equal(augmented(augment, step, x), augmented(augment, step, images()))
@@ -182,3 +196,46 @@ def test_random_numbers_are_keyed_by_what_they_are_for_and_by_place():
     assert abs(np.corrcoef(whole.T) - np.eye(5)).max() < 0.12
     draws = {tuple(generator((seed, step)).random(2)) for seed in range(5) for step in range(5)}
     assert len(draws) == 25 and np.array_equal(generator((1, 2)).random(3), generator((1, 2)).random(3))
+
+
+def plain_three_augment(image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    """One image through torchvision's operations: the slow twin."""
+    size = image.shape[-1]
+    changed = image.float() / 255
+    if int(draws[1] * 3) == 0:
+        changed = ops.rgb_to_grayscale(changed, 3)
+    elif int(draws[1] * 3) == 1:
+        changed = ops.solarize(image, 128).float() / 255
+    else:
+        padded = torch.nn.functional.pad(changed[None], (8,) * 4, mode="replicate")[0]
+        changed = ops.gaussian_blur(padded, [13, 13], [(0.1 + 1.9 * draws[2]) * size / 224] * 2)[:, 8:-8, 8:-8]
+    brightness, contrast, saturation = 0.7 + 0.6 * draws[3:]
+    changed = ops.adjust_brightness(changed, brightness)
+    changed = ops.adjust_contrast(changed, contrast)
+    return (255 * ops.adjust_saturation(changed, saturation)).round().to(torch.uint8)
+
+
+def test_three_augment_is_torchvisions_operations():
+    x, places = images(24, 32), np.arange(100, 124)
+    out = three_augment(x, 1.0, 5, 7, places)
+    draws = uniform((5, 7, THREE), places, 6)
+    assert len(set((draws[:, 1] * 3).astype(int))) == 3
+    for number in range(24):
+        expected = plain_three_augment(x[number], draws[number])
+        assert (out[number].int() - expected.int()).abs().max() <= 1, number
+
+
+def test_no_strength_is_no_augmentation():
+    x = images()
+    for config in (EVERYTHING, AugmentConfig(three=True)):
+        augment = Augment(config)
+        for step in range(4):
+            prepared = augment.prepare(x, 1, step, np.arange(12), 0.0)
+            done = augment(prepared, augment.draw(1, step, np.arange(12), 12, 24, 0.0))
+            torch.testing.assert_close(done, Normalize()(x), atol=1e-5, rtol=0)
+
+
+def test_strength_scales_chances():
+    config = AugmentConfig(mixup=0.8)
+    mixed = sum(mixture(config, generator((step,)), 8, 24, 0.25)[0] != 1 for step in range(400))
+    assert 70 < mixed < 130

@@ -41,9 +41,11 @@ VARIANTS = {
         "--model.drop_path=0.2", "--train.ema=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
         "--image_size.step_epochs=0.7",
     ],
-    "growing batches": [
-        "--methods=image_size,batch_size", "--image_size.step_epochs=0.7", "--train.batch_size=16",
-        "--batch_size.limit=32", "--batch_size.multiple=8",
+    "the newer ways": [
+        "--methods=image_size,strength,batch_size", "--image_size.stages=16px until 20%,32px until 2ep,48px",
+        "--train.batch_size=16", "--batch_size.limit=32", "--batch_size.multiple=8", "--model.drop_path=0.2",
+        "--train.optimizer=muon", "--train.ema_length=20%", "--train.warmup=10%", "--augment.three=yes",
+        "--model.position=sincos",
     ],
 }  # fmt: skip
 
@@ -186,9 +188,12 @@ def test_every_image_is_trained_on_once_an_epoch(configure, decoder, monkeypatch
     assert sorted(seen[:120]) == list(range(120))
 
 
-@pytest.mark.parametrize("methods", ["none", "image_size", "image_size,batch_size", "batch_size"])
+@pytest.mark.parametrize(
+    "methods", ["none", "image_size", "image_size,batch_size", "batch_size", "image_size,strength", "strength"]
+)
 def test_methods_plan_purely_train_and_keep_their_state(configure, decoder, methods: str, tmp_path: Path):
-    with open_run(configure(f"--methods={methods}", "--budget.length=4steps")) as run:
+    by = ["--strength.by=budget"] if methods == "strength" else []
+    with open_run(configure(f"--methods={methods}", "--budget.length=4steps", "--model.drop_path=0.1", *by)) as run:
         assert run.plan() == run.plan()
         fit(run)
         assert run.clock.step == 4
@@ -371,7 +376,7 @@ def test_the_average_follows():
     with torch.no_grad():
         model[0].weight.add_(1)
     model[1].running_mean.fill_(3)
-    average.update(model)
+    average.update(model, 0.9)
     torch.testing.assert_close(average.model[0].weight, before + 0.1)
     assert (average.model[1].running_mean == 3).all()
 

@@ -116,7 +116,10 @@ class Duration(Checker):
 
 class StageText(Checker):
     def check(self, value: Any) -> Stage:
-        return value if isinstance(value, Stage) else Stage.parse(str(value))
+        stage = value if isinstance(value, Stage) else Stage.parse(str(value))
+        if stage.until is not None:
+            Duration().check(stage.until)
+        return stage
 
     def help(self) -> str:
         return "a size and its end (32px until 10%, or until 5ep); the last without an end"
@@ -219,6 +222,7 @@ class ModelConfig:
     convolution: bool | None = option(None, Maybe(Flag()), "ablation: the FFN's depth-wise convolution")
     train_position: bool | None = option(None, Maybe(Flag()), "false: position embeddings stay as they start")
     init: str | None = option(None, Maybe(Choice("trunc_normal", "xavier")), "how weights start")
+    position: str | None = option(None, Maybe(Choice("random", "sincos")), "how the position table starts")
     drop_path: float = option(0.1, Number(low=0, high=0.9), "stochastic depth: rate at the last block")
 
     def arguments(self) -> dict[str, Any]:
@@ -243,12 +247,17 @@ class TrainConfig:
     schedule_by: str = option("step", Choice("step", "epoch"), "when the learning rate moves")
     end_lr: float = option(1e-5, Number(low=0), "learning rate at the schedule's end (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "linear warm-up from zero")
-    weight_decay: float = option(0.05, Number(low=0), "AdamW; none on norms, biases, embeddings and tokens")
+    optimizer: str = option("adamw", Choice("adamw", "muon"), "muon: for the matrices of the blocks; the rest AdamW")
+    momentum: float = option(0.95, SHARE, "Muon's")
+    weight_decay: float = option(0.05, Number(low=0), "none on norms, biases, embeddings and tokens")
     betas: tuple[float, float] = option((0.9, 0.999), Series(SHARE, 2), "AdamW")
     eps: float = option(1e-8, Number(low=0), "AdamW")
     clip_norm: float | None = option(None, Maybe(Number(low=0)), "largest gradient norm")
     label_smoothing: float = option(0.1, SHARE, "in the cross-entropy")
-    ema: float | None = option(None, Maybe(SHARE), "decay of an exponential moving average of the weights")
+    ema: float | None = option(None, Maybe(SHARE), "decay of an exponential moving average of the weights, a step")
+    ema_length: Length | None = option(
+        None, Maybe(Duration()), "in its place: over what length it forgets, to 1/e; 2% fits any budget"
+    )
     precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: bf16, else fp16; fp32 on a CPU")
     accumulate: int = option(1, COUNT, "parts that a process's batch is trained on in turn, for want of memory")
     checkpointing: bool = option(False, Flag(), "blocks keep no activations and compute them again: less memory")
@@ -265,6 +274,7 @@ class AugmentConfig:
     flip: float = option(0.5, SHARE, "chance of a horizontal flip")
     repeats: int = option(1, COUNT, "repeated augmentation: times that an image follows itself in an epoch")
     randaugment: float = option(0.0, Number(low=0, high=10), "RandAugment magnitude, 2 operations; 0: off")
+    three: bool = option(False, Flag(), "three-augment: grey, solarised or blurred, and colours jittered")
     mixup: float = option(0.0, Number(low=0), "mixup's alpha; 0: off")
     cutmix: float = option(0.0, Number(low=0), "cutmix's alpha; 0: off")
     mix_chance: float = option(1.0, SHARE, "chance that a batch is mixed")
@@ -345,6 +355,12 @@ class ImageSizeConfig:
 
 
 @dataclass(frozen=True)
+class StrengthConfig:
+    start: float = option(0.2, SHARE, "part of augmentation and drop path at the smallest size, or at the start")
+    by: str = option("size", Choice("size", "budget"), "grows with the image size, or with the budget spent")
+
+
+@dataclass(frozen=True)
 class BatchSizeConfig:
     memory: int | None = option(
         None, Maybe(Bytes()), "for activations, on each device; none: what train.batch_size images of model.size take"
@@ -364,8 +380,11 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     run: RunConfig = field(default_factory=RunConfig)
     image_size: ImageSizeConfig = field(default_factory=ImageSizeConfig)
+    strength: StrengthConfig = field(default_factory=StrengthConfig)
     batch_size: BatchSizeConfig = field(default_factory=BatchSizeConfig)
-    methods: tuple[str, ...] = option((), Series(Choice("image_size", "batch_size")), "training methods, in order")
+    methods: tuple[str, ...] = option(
+        (), Series(Choice("image_size", "strength", "batch_size")), "training methods, in order"
+    )
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
@@ -437,6 +456,7 @@ SECTIONS = {
     "budget": BudgetConfig,
     "run": RunConfig,
     "image_size": ImageSizeConfig,
+    "strength": StrengthConfig,
     "batch_size": BatchSizeConfig,
 }
 
@@ -683,6 +703,14 @@ def _contradictions(config: Config) -> list[str]:
                 )
             if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
+    if augment.three and augment.randaugment:
+        found.append("augment.three: it takes the place of augment.randaugment; set one of them to 0")
+    if "strength" in config.methods:
+        if config.strength.by == "size" and "image_size" not in config.methods[: config.methods.index("strength")]:
+            found.append("methods: strength follows the sizes of image_size; name that before it, or set strength.by")
+        if not any((augment.randaugment, augment.three, augment.mixup, augment.cutmix, augment.erase,
+                    config.model.drop_path)):  # fmt: skip
+            found.append("methods: strength has nothing to vary: there is neither augmentation nor drop path")
     if "batch_size" in config.methods:
         if config.methods.index("batch_size") != len(config.methods) - 1:
             found.append("methods: batch_size follows the sizes that the others set; name it last")
@@ -705,6 +733,8 @@ def _contradictions(config: Config) -> list[str]:
             f"augment.erase: images of {config.model.size} px have more pixels than its noise; set augment.erase=0"
         )
     train = config.train
+    if train.ema is not None and train.ema_length is not None:
+        found.append("train.ema_length: it states the decay in another way than train.ema; keep one of the two")
     if train.graphs == "yes" and (train.compile == "no" or train.accumulate > 1):
         found.append("train.graphs: yes needs train.compile and train.accumulate=1")
     if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):

@@ -101,6 +101,7 @@ class Dials:
     """Scalars that change at no cost, from step to step."""
 
     lr_scale: float = 1.0  # on top of the schedule
+    strength: float = 1.0  # of augmentation and drop path: a part of what the recipe says
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Runner:
         with open(self._output(entry), "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
-                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes through us
+                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes by us
                 preexec_fn=lambda: os.sched_setaffinity(0, there),
             )  # fmt: skip
         self.running[process] = entry, there, time.monotonic()

@@ -46,7 +46,7 @@ from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
-from vitlocal.train.ema import Average
+from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.rates import wait
 from vitlocal.train.run import choose_device
@@ -229,7 +229,7 @@ class Ours:
         torch.manual_seed(config.run.seed)
         model, _ = build_model(config.model, CLASSES)
         self.model = model.to(device, memory_format=torch.channels_last).train()
-        average = Average(self.model, config.train.ema) if config.train.ema is not None else None
+        average = build_average(self.model, config.train)
         self.step = Step(self.model, build_optimizer(self.model, config.train), average, config, device)
         self.feed, self.mode = feed, self.step.mode(feed)
         images, labels = noise(feed, device)

@@ -27,7 +27,7 @@ MAGNITUDE_STD = 0.5  # timm's rand-m9-mstd0.5-inc1, which DeiT trains with
 NOISE = 1 << 21  # normal numbers that erased pixels are taken from, 8 MB on the device
 
 # What a random number is for: a part of its key.
-ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH = range(5)
+ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE = range(6)
 
 
 class Drawn(NamedTuple):
@@ -63,22 +63,30 @@ class Augment(torch.nn.Module):
         table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.erase else torch.empty(0)
         self.register_buffer("table", table, persistent=False)
 
-    def draw(self, seed: int, step: int, places: np.ndarray, total: int, size: int) -> Drawn:
-        """What :meth:`forward` needs, on the augmentation's device, for ``places`` of a global batch of ``total``."""
+    def draw(self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0) -> Drawn:
+        """What :meth:`forward` needs, on the augmentation's device, for ``places`` of a global batch of ``total``.
+
+        ``strength`` scales the chances of erasing and mixing.
+        """
         config, boxes, noise, mix = self.config, None, None, None
         if config.erase:
-            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), config.erase, size)
+            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), config.erase * strength, size)
             boxes, noise = self._sent(box), self._sent((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
         if self.mixes:
-            mix = self._sent(mixture(config, generator((seed, step, MIX)), total, size))
+            mix = self._sent(mixture(config, generator((seed, step, MIX)), total, size, strength))
         return Drawn(boxes, noise, mix)
 
     def _sent(self, values: np.ndarray) -> Tensor:
         return send(torch.from_numpy(values), self.normalize.scale.device)
 
-    def prepare(self, images: Tensor, seed: int, step: int, places: np.ndarray) -> Tensor:
-        """RandAugment: (B, 3, S, S) uint8 → the same, a new tensor; without RandAugment what was given."""
-        magnitude = self.config.randaugment
+    def prepare(self, images: Tensor, seed: int, step: int, places: np.ndarray, strength: float = 1.0) -> Tensor:
+        """RandAugment or three-augment: (B, 3, S, S) uint8 → the same, a new tensor; without either what was given.
+
+        ``strength`` scales RandAugment's magnitude, and three-augment's chance and jitter.
+        """
+        if self.config.three:
+            return three_augment(images, strength, seed, step, places)
+        magnitude = self.config.randaugment * strength
         return randaugment(images, magnitude, seed, step, places) if magnitude else images
 
     def forward(self, images: Tensor, drawn: Drawn) -> Tensor:
@@ -105,13 +113,15 @@ def _inside(boxes: Tensor, size: int) -> Tensor:
     return rows[..., :, None] & columns[..., None, :]
 
 
-def mixture(config: AugmentConfig, draw: np.random.Generator, total: int, size: int) -> np.ndarray:
+def mixture(
+    config: AugmentConfig, draw: np.random.Generator, total: int, size: int, strength: float = 1.0
+) -> np.ndarray:
     """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch, as :attr:`Drawn.mix`: (6,) float32.
 
     Each image is mixed with that of its mirror place, labels in the share that its own pixels keep.
     """
     chosen, cut = draw.random(2), draw.random(2)
-    if chosen[0] >= config.mix_chance or total < 2:
+    if chosen[0] >= config.mix_chance * strength or total < 2:
         return np.array([1, 1, 0, 0, 0, 0], np.float32)
     cutting = config.cutmix > 0 and (config.mixup == 0 or chosen[1] < config.cutmix_chance)
     alpha = config.cutmix if cutting else config.mixup
@@ -252,3 +262,64 @@ def randaugment(images: Tensor, magnitude: float, seed: int, step: int, places: 
             chosen = send(torch.from_numpy(members), images.device)
             images[chosen] = move(images[chosen], np.array(matrices))
     return images
+
+
+# --- three-augment ----------------------------------------------------------------------------------------------------
+
+JITTER = 0.3  # of brightness, contrast and saturation: factors from 1 - 0.3 to 1 + 0.3
+BLUR = (0.1, 2.0)  # standard deviations, px of an image of 224 px
+TAPS = 6  # the blur reaches so many pixels to either side: three deviations of the widest
+GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's
+
+
+def three_augment(images: Tensor, strength: float, seed: int, step: int, places: np.ndarray) -> Tensor:
+    """Grey, solarised or blurred, one of them to each image, then brightness, contrast and saturation jittered.
+
+    As DeiT III (Touvron et al. 2022, arXiv 2204.07118). All images go through it together: some thirty operations on
+    the device, where RandAugment takes some hundred. ``strength`` is the chance of the first and scales the second.
+    ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
+    """
+    draws = uniform((seed, step, THREE), places, 6)
+    chosen = np.where(draws[:, 0] < strength, (draws[:, 1] * 3).astype(int), -1)
+    deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[:, 2]) * images.shape[-1] / 224
+    factors = 1 + strength * JITTER * (2 * draws[:, 3:] - 1)  # (B, 3)
+
+    x = images.float()
+    for number, change in enumerate((_grey, _solarised)):
+        x = torch.where(_mask(chosen == number, x.device), change(x), x)
+    blurred = np.flatnonzero(chosen == 2)
+    if len(blurred):
+        rows = send(torch.from_numpy(blurred), x.device)
+        x[rows] = _blurred(x[rows], deviations[blurred])
+    brightness, contrast, saturation = send(torch.from_numpy(factors.astype(np.float32)), x.device)[
+        ..., None, None, None
+    ].unbind(1)  # (B, 1, 1, 1) each
+    x = (x * brightness).clamp(0, 255)
+    x = torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast).clamp(0, 255)
+    x = torch.lerp(_grey(x), x, saturation)
+    return x.round().clamp(0, 255).to(images.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _mask(chosen: np.ndarray, device: torch.device) -> Tensor:
+    return send(torch.from_numpy(chosen), device).view(-1, 1, 1, 1)
+
+
+def _grey(x: Tensor) -> Tensor:
+    red, green, blue = x.split(1, dim=1)  # weights as numbers: nothing is copied to the device
+    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).expand_as(x)
+
+
+def _solarised(x: Tensor) -> Tensor:
+    return torch.where(x < 128, x, 255 - x)
+
+
+def _blurred(x: Tensor, deviations: np.ndarray) -> Tensor:
+    """(n, 3, S, S) float, each image blurred by a Gaussian of its own deviation (n,), px; edges are continued."""
+    count, channels, size, _ = x.shape
+    reach = min(TAPS, size - 1)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviations[:, None]) ** 2)
+    taps = (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32).repeat(channels, axis=0)
+    kernels = send(torch.from_numpy(taps), x.device)[:, None]  # (3n, 1, taps)
+    planes = F.pad(x.reshape(1, count * channels, size, size), (reach,) * 4, mode="replicate")
+    planes = F.conv2d(planes, kernels[..., None, :], groups=count * channels)
+    return F.conv2d(planes, kernels[..., None], groups=count * channels).view_as(x)

@@ -9,6 +9,7 @@ from vitlocal.config import Config
 from vitlocal.errors import ConfigError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize
+from vitlocal.methods.strength import Strength
 from vitlocal.plan import Method, conflicts
 
 
@@ -22,6 +23,7 @@ class Surroundings:
 
 METHODS: dict[str, Callable[[Config, Surroundings], Method]] = {
     "image_size": lambda config, run: ImageSize(config.image_size),
+    "strength": lambda config, run: Strength(config.strength, config.image_size.sizes),
     "batch_size": lambda config, run: BatchSize(
         config.batch_size,
         config.train.batch_size,

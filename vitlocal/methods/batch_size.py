@@ -8,7 +8,7 @@ from typing import Any
 
 from vitlocal.config import BatchSizeConfig
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Dials, Length, Plan, Progress, StepResult
+from vitlocal.plan import Length, Plan, Progress, StepResult
 
 # The learning rate grows with the batch: as its root for Adam (Malladi et al. 2022, arXiv 2205.10287), or with it.
 RULES = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
@@ -53,7 +53,7 @@ class BatchSize:
     def plan(self, plan: Plan, at: Progress) -> Plan:
         batch = self.batch_at(plan.feed.size)
         scale = (batch / self.base) ** RULES[self.config.rule]
-        return replace(plan, feed=replace(plan.feed, batch_size=batch), dials=Dials(lr_scale=scale))
+        return replace(plan, feed=replace(plan.feed, batch_size=batch), dials=replace(plan.dials, lr_scale=scale))
 
     def changes(self) -> Sequence[Length]:
         return []  # it follows the size

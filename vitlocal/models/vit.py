@@ -90,6 +90,18 @@ def position_matrix(full: tuple[int, int], grid: tuple[int, int], device: torch.
         return matrix
 
 
+def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
+    """Sines and cosines of rows and columns (Chen et al. 2021, arXiv 2104.02057): (h·w, dim), between -1 and 1.
+
+    A quarter of the ``dim`` channels each: sine and cosine of the column, then of the row, at ``dim / 4`` frequencies
+    from 1 to 1/10,000 radians a patch.
+    """
+    frequencies = 10_000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [places.flatten()[:, None] * frequencies for places in (columns, rows)]  # (h·w, dim / 4) each
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
 class PatchEmbed(nn.Module):
     """Maps each patch of P × P pixels of images (B, C, S, S) to a token: (B, N, D), contiguous.
 
@@ -168,6 +180,7 @@ class VisionTransformer(nn.Module):
     - ``pool``: "token" reads the class token; "avg" does without one and reads the mean of the patch tokens.
     - ``drop_path_rate``: drop path of the last block, rising linearly from 0 at the first.
     - ``train_position``: False freezes the position table, as it is in effect in the released code.
+    - ``position``: how the table starts, "random" as ``init`` says, or "sincos", see :func:`sincos_table`.
     - ``init``: "trunc_normal" as DeiT; "xavier" as the released code, which leaves biases as PyTorch does.
     """
 
@@ -189,6 +202,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         train_position: bool = True,
         init: str = "trunc_normal",
+        position: str = "random",
     ) -> None:
         super().__init__()
         check_count("num_classes", num_classes, least=0)
@@ -200,6 +214,9 @@ class VisionTransformer(nn.Module):
         check_choice("activation", activation, tuple(ACTIVATIONS))
         check_choice("pool", pool, ("token", "avg"))
         check_choice("init", init, ("trunc_normal", "xavier"))
+        check_choice("position", position, ("random", "sincos"))
+        if position == "sincos" and embed_dim % 4:
+            raise ConfigError(f"model option position=sincos: embed_dim={embed_dim} is no multiple of 4")
         if embed_dim % num_heads:
             raise ConfigError(
                 f"model options embed_dim={embed_dim}, num_heads={num_heads}: the heads share the width "
@@ -217,7 +234,7 @@ class VisionTransformer(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.pool = pool
-        self.init = init
+        self.init, self.position = init, position
         self.drop_path_rate = drop_path_rate
         self.grad_checkpointing = False
         self.grid = self._grid_of(height, width, ConfigError)
@@ -243,6 +260,9 @@ class VisionTransformer(nn.Module):
         for table in (self.pos_embed, self.cls_token):
             if table is not None:
                 nn.init.xavier_normal_(table) if xavier else nn.init.trunc_normal_(table, std=0.02)
+        if self.position == "sincos":
+            table = sincos_table(self.grid, self.embed_dim)
+            self.pos_embed.zero_()[0, -len(table) :] = table  # the class token's row stays zero
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
@@ -298,6 +318,11 @@ class VisionTransformer(nn.Module):
         token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
         patches = tokens + positions[:, 1:]
         return torch.cat([token.to(patches.dtype), patches], dim=1), grid
+
+    @torch.no_grad()
+    def set_drop_path(self, rate: float) -> None:
+        """Moves drop path to ``rate`` at the last block, for the steps to come; no wait, no recompilation."""
+        torch.linspace(0, rate, len(self.blocks), out=self.drop_path_rates)
 
     def drop_path_scales(self, batch: int, noise: Tensor | None) -> Tensor:
         """Drop path's factors for a whole pass, (L, 2, B, 1, 1): 0 or 1/(1 - rate). One draw, not 2·L."""

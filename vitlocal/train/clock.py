@@ -145,3 +145,4 @@ class Clock:
         """Counts what earlier processes spent, where that is more than :meth:`load_state_dict` knew: steps that were
         taken after the last checkpoint, and will be taken again, count."""
         self._train, self._wall = max(self._train, train), max(self._wall, wall)
+        self._ticked = self.train_seconds

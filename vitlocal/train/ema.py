@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
 
+from vitlocal.config import TrainConfig
+from vitlocal.plan import Length, Progress
+
 
 class Average:
-    """Keeps ``model``, a copy of the trained model whose weights follow it: w ← decay · w + (1 - decay) · new."""
+    """Keeps ``model``, a copy of the trained model whose weights follow it: w ← decay · w + (1 - decay) · new.
 
-    def __init__(self, trained: nn.Module, decay: float):
-        self.decay = decay
+    ``decay`` is stated a step, or as the ``length`` of training in which the average forgets, to 1/e.
+    """
+
+    def __init__(self, trained: nn.Module, decay: float | None, length: Length | None = None):
+        self.decay, self.length = decay, length
         self.model = copy.deepcopy(trained).eval().requires_grad_(False)
 
+    def decay_between(self, before: Progress, after: Progress) -> float:
+        """The decay of a step that led from ``before`` to ``after``."""
+        if self.decay is not None:
+            return self.decay
+        assert self.length is not None
+        return math.exp(-max(0.0, self.length.spent(after) - self.length.spent(before)) / self.length.value)
+
     @torch.no_grad()
-    def update(self, trained: nn.Module) -> None:
+    def update(self, trained: nn.Module, decay: float) -> None:
         mine, new = list(self.model.parameters()), [p.detach() for p in trained.parameters()]
-        torch._foreach_lerp_(mine, new, 1 - self.decay)
+        torch._foreach_lerp_(mine, new, 1 - decay)
         for kept, buffer in zip(self.model.buffers(), trained.buffers(), strict=True):
             kept.copy_(buffer)
+
+
+def build_average(trained: nn.Module, config: TrainConfig) -> Average | None:
+    """The average that the recipe wants, if any."""
+    if config.ema is None and config.ema_length is None:
+        return None
+    return Average(trained, config.ema, config.ema_length)

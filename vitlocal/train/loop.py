@@ -53,7 +53,7 @@ def train(config: Config, began: float | None = None) -> int:
         if run.clock.step:
             spent = run.clock.progress
             say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")
-        if not run.clock.spent:
+        if not (run.clock.spent and run.clock.step):
             run.warm_up()
         fit(run)
         if run.interrupted and not (run.clock.spent and run.unclosed is None):

@@ -1,22 +1,47 @@
-"""AdamW and the learning rate's schedule."""
+"""The optimizer and the learning rate's schedule."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from vitlocal.config import TrainConfig
+from vitlocal.errors import ConfigError
 from vitlocal.plan import Progress
+from vitlocal.train.muon import Muon, Together
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, fused; no weight decay on norms, biases, position embeddings and class tokens."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | Together:
+    """AdamW, fused; no weight decay on norms, biases, position embeddings and class tokens.
+
+    With ``train.optimizer=muon`` the matrices of the blocks go to Muon, and the rest stays with AdamW.
+    """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    matrices = block_matrices(model) if config.optimizer == "muon" else {}
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=(*exempt, *matrices))
+    if not matrices:
+        if config.optimizer == "muon":
+            raise ConfigError(f"train.optimizer: {type(model).__name__} has no blocks with matrices; use adamw")
+        return _adamw(groups, config)
+    taken = {id(p) for p in matrices.values()}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
+    muon = Muon(matrices.values(), parts, config.lr, config.momentum, config.weight_decay)
+    return Together(_adamw(groups, config), muon)
+
+
+def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of linear layers within the model's blocks, by name: not those of embeddings and heads."""
+    return {name: p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2 and p.requires_grad}
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
 
 

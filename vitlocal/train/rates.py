@@ -16,7 +16,7 @@ from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.train.ema import Average
+from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import check_sizes, choose_device
 from vitlocal.train.spending import Speed, curriculum, spend
@@ -89,7 +89,7 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
     model, _ = build_model(config.model, CLASSES)
     check_sizes(config, model)
     model = model.to(device, memory_format=torch.channels_last).train()
-    average = Average(model, config.train.ema) if config.train.ema is not None else None
+    average = build_average(model, config.train)
     step = Step(model, build_optimizer(model, config.train), average, config, device)
     count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
     rates = {}

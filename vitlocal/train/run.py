@@ -31,7 +31,7 @@ from vitlocal.models.memory import activation_bytes
 from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.clock import Clock
-from vitlocal.train.ema import Average
+from vitlocal.train.ema import build_average
 from vitlocal.train.evaluate import Accuracy, evaluate
 from vitlocal.train.journal import Journal, read_spent
 from vitlocal.train.log import Log
@@ -69,7 +69,7 @@ class Run:
         check_sizes(config, model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(self.model, config.train)
-        self.average = Average(self.model, config.train.ema) if config.train.ema is not None else None
+        self.average = build_average(self.model, config.train)
         self.schedule = Schedule(config.train)
         self.methods = build_methods(config, Surroundings(self._image_bytes, ranks.world))
         self.clock = Clock(config.budget, sources.train.count, began=began)
@@ -233,9 +233,11 @@ class Run:
 
     def train_on(self, batch: Batch, plan: Plan) -> None:
         """One step, its effect on clock, meter and methods, and about once a second a look at the loss."""
-        lr = self.schedule(self.clock.ahead(batch.total)) * plan.dials.lr_scale
-        whole = batch.total == plan.feed.batch_size
-        loss = self.step(batch, self.clock.step, lr, self.step.mode(plan.feed) if whole else EAGER)
+        now, ahead = self.clock.progress, self.clock.ahead(batch.total)
+        lr = self.schedule(ahead) * plan.dials.lr_scale
+        decay = None if self.average is None else self.average.decay_between(now, ahead)
+        mode = self.step.mode(plan.feed) if batch.total == plan.feed.batch_size else EAGER
+        loss = self.step(batch, now.step, lr, mode, decay, plan.dials.strength)
         self.loss_sum += loss.double() * batch.total
         self.meter.images += batch.total
         seen = StepResult(loss, batch.ids, plan)

@@ -137,6 +137,7 @@ class Step:
         self._modes: dict[Feed, Mode] = {}
         self._forwards: dict[int, Callable[[Tensor], Tensor]] = {}  # for evaluation, by the model's identity
         self._ahead: deque[torch.cuda.Event] = deque()
+        self.strength = 1.0
         self.mark: Callable[[str], None] = lambda phase: None  # told what has just been issued, for benches
         if config.train.graphs == "yes" and not self._may_capture:
             raise ConfigError(
@@ -212,14 +213,18 @@ class Step:
 
     # --- a step ---
 
-    def __call__(self, batch: Batch, step: int, lr: float, mode: Mode = EAGER) -> Tensor:
+    def __call__(
+        self, batch: Batch, step: int, lr: float, mode: Mode = EAGER, decay: float | None = None, strength: float = 1.0
+    ) -> Tensor:
         """Trains on this process's part of a batch at learning rate ``lr``.
 
+        ``decay`` is the average's, where the recipe does not state it; ``strength`` scales augmentation and drop path.
         Returns its part of the global batch's mean loss: a detached 0-D tensor on the device.
         """
         train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._set_strength(strength)
         loss = self._gradients(batch, step, mode)
         if train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -229,7 +234,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.mark("optimizer")
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model, self.average.decay or 1.0 if decay is None else decay)
             self.mark("average")
         self._hold_back()
         return loss
@@ -242,8 +247,8 @@ class Step:
         counts = 1 / batch.total if len(batch) else 0.0
         if not len(batch):
             batch = self._stand_in(batch)
-        images = self.augment.prepare(batch.images, seed, step, batch.places)
-        drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1])
+        images = self.augment.prepare(batch.images, seed, step, batch.places, self.strength)
+        drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1], self.strength)
         noise = self._noise(seed, step, batch.places) if self.draws_paths else None
         # Gradients are averaged over the processes, and are to be those of the global batch's mean.
         weight = send(torch.tensor(counts), self.device)
@@ -265,6 +270,13 @@ class Step:
                 self.mark("backward")
             total += loss.detach()  # a copy: a CUDA graph writes its outputs anew at each step
         return total
+
+    def _set_strength(self, strength: float) -> None:
+        if strength == self.strength:
+            return
+        self.strength = strength
+        if self.draws_paths:  # where they lie: compiled steps read them there
+            self.model.set_drop_path(self.model.drop_path_rate * strength)
 
     def _parts(self, count: int, mode: Mode) -> list[np.ndarray]:
         """The places of micro-batches."""

@@ -1,0 +1,271 @@
+"""Budgets: the clock, where a schedule ends, stages as parts, what speeds buy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from vitlocal.config import BudgetConfig, ImageSizeConfig, TrainConfig, read_config
+from vitlocal.errors import ConfigError
+from vitlocal.methods.image_size import ImageSize
+from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
+from vitlocal.train.clock import Clock
+from vitlocal.train.ema import Average
+from vitlocal.train.evaluate import Accuracy
+from vitlocal.train.log import read_log
+from vitlocal.train.loop import train
+from vitlocal.train.optim import Schedule
+from vitlocal.train.run import CHECKPOINT, Run
+from vitlocal.train.spending import Speed, spend
+
+IMAGES, BATCH = 1000, 50
+
+
+class Machine:
+    """Steps of a clock under a time that only this moves."""
+
+    def __init__(self, length: str, counts: str = "train"):
+        self.time = 0.0
+        self.budget = BudgetConfig(Length.parse(length), counts)
+        self.schedule = Schedule(TrainConfig(lr=1.0, lr_batch=0, end_lr=0.001, schedule="linear"))
+        self.clock = self.started()
+        self.rate = math.nan
+
+    def started(self) -> Clock:
+        clock = Clock(self.budget, IMAGES, now=lambda: self.time)
+        clock.start()
+        return clock
+
+    def step(self, seconds: float) -> None:
+        self.rate = self.schedule(self.clock.ahead(BATCH))
+        self.time += seconds
+        self.clock.tick(BATCH)
+
+    def killed(self, state: dict, lost: float) -> None:
+        """The process dies and another one goes on from ``state``, of ``lost`` seconds ago; an hour passes."""
+        spent = self.clock.train_seconds, self.clock.wall_seconds
+        assert spent[0] - state["train_seconds"] == pytest.approx(lost)
+        self.time += 3600
+        self.clock = self.started()
+        self.clock.load_state_dict(state)
+        self.clock.spent_before(*spent)
+
+
+@pytest.mark.parametrize("slow", [1.0, 3.7], ids=["even", "slowed down in the middle"])
+def test_time_is_spent_to_half_a_step_with_the_rate_at_its_end(slow: float):
+    machine = Machine("45s")
+    while not machine.clock.spent:
+        middle = 15 < machine.clock.train_seconds < 25
+        machine.step(0.7 * (slow if middle else 1.0) + 0.01 * (machine.clock.step % 3))
+    assert abs(machine.clock.train_seconds - 45) <= 0.36
+    assert machine.rate == 0.001
+
+
+def test_killed_twice_the_time_is_spent_all_the_same():
+    machine = Machine("45s")
+    for lost in (2.1, 0.7):
+        for _ in range(20):
+            machine.step(0.7)
+        state = machine.clock.state_dict()
+        for _ in range(round(lost / 0.7)):
+            machine.step(0.7)
+        machine.killed(state, lost)
+    while not machine.clock.spent:
+        machine.step(0.7)
+    assert abs(machine.clock.train_seconds - 45) <= 0.36
+    assert machine.clock.step == round(45 / 0.7) - 4  # those done again count as time, and once as steps
+    assert machine.rate == 0.001
+
+
+def test_a_spent_clock_stays_spent():
+    machine = Machine("10s")
+    while not machine.clock.spent:
+        machine.step(0.7)
+    assert machine.clock.train_seconds < 10
+    machine.killed(machine.clock.state_dict(), 0)
+    assert machine.clock.spent
+
+
+def test_one_slow_step_does_not_end_a_run_early():
+    machine = Machine("20s")
+    for seconds in (0.5, 0.5, 0.5, 12.0, 0.5):
+        machine.step(seconds)
+        assert not machine.clock.spent
+
+
+@pytest.mark.parametrize(("length", "steps"), [("2ep", 40), ("17steps", 17)])
+def test_the_last_of_counted_steps_is_at_the_end_rate(length: str, steps: int):
+    machine = Machine(length)
+    rates = []
+    while not machine.clock.spent:
+        machine.step(0.1)
+        rates.append(machine.rate)
+    assert len(rates) == steps and rates[-1] == 0.001
+    assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(1 - 0.999 / steps)
+
+
+def test_room_is_kept_of_a_budget_in_which_all_counts():
+    machine = Machine("60s", "wall")
+    machine.clock.room = 8.0
+    while not machine.clock.spent:
+        machine.step(0.5)
+        if machine.clock.step == 20:
+            with machine.clock.paused():
+                machine.time += 10  # an evaluation
+    assert machine.clock.wall_seconds == pytest.approx(52, abs=0.26)
+    assert machine.clock.train_seconds == pytest.approx(42, abs=0.26)
+    assert machine.rate == 0.001
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def sizes_at(stages: str, *points: Progress) -> list[int]:
+    config = ImageSizeConfig(stages=tuple(Stage.parse(text) for text in stages.split(",")))
+    method, start = ImageSize(config), Plan(Feed(224, 8))
+    return [fold([method], start, at).feed.size for at in points]
+
+
+def test_stages_end_by_parts_of_the_budget():
+    fractions = [Progress(fraction=part) for part in (0, 0.0999, 0.1, 0.29, 0.3, 1.0)]
+    assert sizes_at("32px until 10 %, 64px until 30%, 224px", *fractions) == [32, 32, 64, 64, 224, 224]
+
+
+def test_stages_end_by_any_length():
+    at = [Progress(epoch=1.9), Progress(epoch=2, step=9), Progress(epoch=2, step=10), Progress(3, 11, 0, 3600, 0.5)]
+    assert sizes_at("32px until 2ep, 64px until 10steps, 96px until 1h, 128px", *at) == [32, 64, 96, 128]
+
+
+@pytest.mark.parametrize(
+    ("stages", "part"),
+    [
+        ("32px until 10%", "the last not"),
+        ("32px, 64px", "each stage but the last"),
+        ("32px until 10%, 64px until 5%, 224px", "5% does not come after 10%"),
+        ("32 until 10%, 224px", "a size and its end"),
+        ("32px until 120%, 224px", "a size and its end"),
+        ("32px until 10%, 256px", "256 px is larger than model.size"),
+    ],
+)
+def test_wrong_stages(stages: str, part: str):
+    with pytest.raises(ConfigError, match=part):
+        read_config(["--methods=image_size", f"--image_size.stages={stages}"], {})
+
+
+def test_stages_are_written_into_a_runs_recipe(tmp_path: Path):
+    config = read_config(["--methods=image_size", "--image_size.stages=32px until 10%, 224px"], {})
+    (tmp_path / "again.yaml").write_text(config.yaml())
+    assert read_config(["-C", str(tmp_path / "again.yaml")], {}) == config
+
+
+@pytest.mark.parametrize("option", ["budget.length=50%", "train.warmup=120%", "train.ema_length=x"])
+def test_parts_that_are_none(option: str):
+    with pytest.raises(ConfigError, match=option.partition("=")[0]):
+        read_config([f"--{option}"], {})
+
+
+# --- what a budget buys ---------------------------------------------------------------------------------------------
+
+SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
+
+
+def test_spending_walks_through_stages():
+    stages = (Stage.parse("32px until 2ep"), Stage.parse("64px"))
+    first, last = spend(stages, Length.parse("60s"), 1000, SPEEDS)
+    assert (first.images, first.seconds, first.epochs) == (2000, pytest.approx(20), pytest.approx(2))
+    assert (last.images, last.seconds, last.epochs) == (1000, pytest.approx(40), pytest.approx(1))
+    assert last.end.step == 300 and last.end.fraction == pytest.approx(1)
+
+
+@pytest.mark.parametrize("budget", ["100s", "4ep", "400steps"])
+def test_spending_by_parts(budget: str):
+    stages = (Stage.parse("32px until 25%"), Stage.parse("64px"))
+    first, last = spend(stages, Length.parse(budget), 1000, SPEEDS)
+    assert Length.parse(budget).done(first.end) == pytest.approx(0.25)
+    assert Length.parse(budget).done(last.end) == pytest.approx(1)
+
+
+def test_spending_ends_where_the_budget_does():
+    stages = (Stage.parse("32px until 5ep"), Stage.parse("64px until 9ep"), Stage.parse("32px"))
+    spent = spend(stages, Length.parse("20s"), 1000, SPEEDS, used=10.0)
+    assert [part.images for part in spent] == [1000, 0, 0]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_forgets_over_a_part_of_the_budget(configure, decoder, tmp_path: Path):
+    average = Average.__new__(Average)
+    average.decay, average.length = None, Length.parse("10%")
+    kept = average.decay_between(Progress(fraction=0.30), Progress(fraction=0.35))
+    assert kept == pytest.approx(math.exp(-0.5))
+    assert train(configure("--train.ema_length=20%", "--budget.length=1ep")) == 0
+    with pytest.raises(ConfigError, match="keep one of the two"):
+        configure("--train.ema_length=20%", "--train.ema=0.9")
+
+
+def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path: Path):
+    assert train(configure("--budget.length=6s", "--budget.counts=wall", "--evaluate.every=0")) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert last["train_seconds"] < last["wall_seconds"]
+    assert last["lr"] == 1e-5 and last["top1"] is not None
+
+
+def test_a_budget_with_no_time_to_train_is_refused(configure, decoder, tmp_path: Path):
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        train(configure("--budget.length=0.01s", "--budget.counts=wall"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_in_its_last_evaluation_has_only_that_left(configure, decoder, tmp_path: Path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def evaluate(self: Run) -> Accuracy:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "evaluate", evaluate)
+        with pytest.raises(Killed):
+            train(configure("--budget.length=2s", "--evaluate.every=0"))
+    steps = []
+    monkeypatch.setattr(Run, "train_on", lambda *arguments: steps.append(arguments))
+    assert train(configure("--budget.length=2s", "--evaluate.every=0")) == 0
+    assert not steps and read_log(tmp_path / "run")[-1]["top1"] is not None
+
+
+def test_a_run_whose_time_went_by_before_it_was_killed_is_evaluated(configure, decoder, tmp_path: Path, monkeypatch):
+    """Time after the last checkpoint counts, though its steps are lost: no further step may be left."""
+    count = [0]
+    original = Run.train_on
+
+    def train_on(self: Run, batch, plan) -> None:
+        original(self, batch, plan)
+        count[0] += 1
+        if count[0] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "train_on", train_on)
+    options = ("--budget.length=1h", "--evaluate.every=0", "--image_size.step_epochs=100")
+    assert train(configure(*options)) == 143
+    (tmp_path / "run" / "spent.json").write_text('{"train_seconds": 3600.0, "wall_seconds": 3601.0}\n')
+    assert train(configure(*options)) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert last["step"] == 6 and last["top1"] is not None
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+    assert train(configure(*options)) == 0 and read_log(tmp_path / "run")[-1] == last
+
+
+@pytest.mark.parametrize("part", ["even", "odd"])
+def test_half_of_the_rows_count(configure, decoder, tmp_path: Path, part: str):
+    assert train(configure("--budget.length=1ep", f"--evaluate.part={part}")) == 0
+    classes = json.loads((tmp_path / "run" / "classes.json").read_text())
+    whole = sum(entry["images"] for entry in classes)
+    assert len(classes) == 20 and whole == 40  # of 80
+    top1 = 100 * sum(entry["right"] for entry in classes) / whole
+    assert read_log(tmp_path / "run")[-1]["top1"] == pytest.approx(top1)
