@@ -44,17 +44,23 @@ def decoder(shared, monkeypatch: pytest.MonkeyPatch):
     return shared
 
 
-@pytest.fixture
-def configure(folder: Path, tmp_path: Path):
-    """Builds a configuration of a very small model on the sample; takes options as the command line does."""
+@pytest.fixture(scope="session")
+def small(folder: Path):
+    """Builds the configuration of a very small model on the sample: three sizes, an epoch each."""
 
-    def build(*options: str) -> Config:
+    def build(run: Path, *options: str) -> Config:
         small = {
             "data.root": folder, "model.name": "vitlocal_tiny_patch8_64", "model.size": 48, "model.depth": 2,
             "model.width": 32, "model.heads": 2, "train.batch_size": 32, "train.lr_batch": 0, "methods": "image_size",
             "image_size.init": 16, "image_size.step_pixels": 16, "image_size.step_epochs": 1, "budget.length": "3ep",
-            "run.folder": tmp_path / "run", "run.device": "cpu", "run.progress": "no",
+            "run.folder": run, "run.device": "cpu", "run.progress": "no",
         }  # fmt: skip
         return read_config([*(f"--{name}={value}" for name, value in small.items()), *options], {})
 
     return build
+
+
+@pytest.fixture
+def configure(small, tmp_path: Path):
+    """The small configuration with further options, as from the command line; its run is in ``tmp_path/run``."""
+    return lambda *options: small(tmp_path / "run", *options)

@@ -6,14 +6,16 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from vitlocal.bench import arms, loader, paper, profile, runs, step, write
+from vitlocal.bench import arms, forecast, loader, paper, profile, report, runs, step, write
 from vitlocal.errors import ConfigError, run_command
 
 BENCHES = {
     "arms": arms.main,
+    "forecast": forecast.main,
     "loader": loader.main,
     "paper": paper.main,
     "profile": profile.main,
+    "report": report.main,
     "runs": runs.main,
     "step": step.main,
     "write": write.main,

@@ -1,53 +1,59 @@
-"""A run's curve and its one-page report, drawn from ``log.jsonl`` alone."""
+"""Runs on one page, without outside links: curves, schedules, throughput, crops, worst classes, differences."""
 
 from __future__ import annotations
 
 import base64
 import html
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+import torch
+import yaml
+from PIL import Image
 
-from vitlocal.errors import DataError
+from vitlocal.config import Config, read_config
+from vitlocal.data.augment import Augment
+from vitlocal.data.source import open_sources
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.plan import Feed, Position, Progress
+from vitlocal.train.figures import Line, by_size, curves, draw_curve, schedule, svg, throughput
 from vitlocal.train.log import read_log
+from vitlocal.train.optim import Schedule
 
-matplotlib.use("Agg")
-BLUE, GREY, ORANGE = "#1f6feb", "#57606a", "#d1600a"
+WORST = 10  # classes
+CROPS = 6  # of each size
+RATE_POINTS = 40  # of the learning rate, a pass
+DIALS = ("batch_size", "dials.strength", "dials.lr_scale")  # shown where they change
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }}
-h1 {{ margin-bottom: 0 }} .lead {{ font-size: 1.25rem; margin-top: .25rem }} img {{ max-width: 100% }}
-.scroll {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+<title>{title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }}
+h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2.5rem }} .lead {{ font-size: 1.25rem; margin-top: .25rem }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem }}
+figure {{ margin: 0; break-inside: avoid }} figure svg {{ width: 100%; height: auto }}
+figcaption {{ color: #57606a; font-size: .9rem }}
+.wide {{ max-width: 54rem }} .scroll {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #d0d7de; white-space: nowrap }}
+td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
+.crops {{ display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin-bottom: 4px }}
+.crops img {{ width: min(96px, 14vw); image-rendering: pixelated }} .crops span {{ min-width: 4.5rem }}
+@media (max-width: 40rem) {{ .crops span {{ width: 100% }} }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 85% }}
-@media print {{ pre {{ white-space: pre-wrap }} }}
+@media print {{ body {{ margin: 0; max-width: none; font-size: 11pt }} details {{ display: none }}
+  .scroll {{ overflow: visible }} .grid {{ grid-template-columns: 1fr 1fr }} tr {{ break-inside: avoid }} }}
 </style></head><body>
-<h1>{name}</h1><p class="lead">{lead}</p>
-<img alt="Top-1 accuracy, loss, image size and throughput over training time" src="data:image/png;base64,{curve}">
-<h2>Passes</h2><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>
-<h2>Configuration</h2><pre>{config}</pre>
+<h1>{title}</h1><p class="lead">{lead}</p>
+{body}
 </body></html>
 """
-
-COLUMNS = {
-    "epoch": ("epoch", "{:.2f}"),
-    "image_size": ("px", "{:d}"),
-    "loss": ("loss", "{:.3f}"),
-    "top1": ("top-1 %", "{:.2f}"),
-    "top5": ("top-5 %", "{:.2f}"),
-    "lr": ("learning rate", "{:.2e}"),
-    "images_per_second": ("images/s", "{:,.0f}"),
-    "data_wait_fraction": ("waited for data", "{:.1%}"),
-    "train_seconds": ("trained", ""),
-    "wall_seconds": ("in all", ""),
-}
 
 
 def duration(seconds: float) -> str:
@@ -56,46 +62,35 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
-def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Accuracy, loss, image size and throughput against training time, as a PNG."""
-    longest = records[-1]["train_seconds"]
-    unit, scale = next(
-        (unit, scale)
-        for unit, scale in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-        if longest > 2 * scale or scale == 1
-    )
-    ends = [record["train_seconds"] / scale for record in records]
-    starts = [0.0, *ends[:-1]]
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.3, 1.3])
-    scored = [(x, record["top1"]) for x, record in zip(ends, records, strict=True) if record["top1"] is not None]
-    axes[0].plot(*zip(*scored, strict=True), color=BLUE, marker="o", markersize=4)
-    text = {"textcoords": "offset points", "ha": "right", "color": BLUE, "weight": "bold"}
-    axes[0].annotate(f"{scored[-1][1]:.2f} %", scored[-1], (-6, -16), **text)
-    axes[0].set_ylabel("validation top-1, %", color=BLUE)
-    axes[0].set_title(title, loc="left")
-    losses = axes[0].twinx()
-    losses.plot(ends, [record["loss"] for record in records], color=ORANGE, linewidth=1.2)
-    losses.set_ylabel("training loss", color=ORANGE)
-    sizes = [record["image_size"] for record in records]
-    for start, end, size in zip(starts, ends, sizes, strict=True):
-        axes[1].fill_between([start, end], size, color=BLUE, alpha=0.25, linewidth=0)
-        axes[1].plot([start, end], [size, size], color=BLUE)
-    for place, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if place == 0 or sizes[place - 1] != size:
-            axes[1].annotate(f"{size} px", (start, size), (2, -10), textcoords="offset points", fontsize=8, color=GREY)
-    axes[1].set_ylabel("image size")
-    axes[1].set_ylim(0, max(sizes) * 1.15)
-    for start, end, record in zip(starts, ends, records, strict=True):
-        rate = record["images_per_second"]
-        axes[2].plot([start, end], [rate, rate], color=GREY)
-    axes[2].set_ylabel("images/s")
-    axes[2].set_ylim(0)
-    axes[2].set_xlabel(f"training time, {unit}")
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+@dataclass(frozen=True)
+class Told:
+    """A run as it lies in its folder."""
+
+    folder: Path
+    name: str
+    records: list[dict[str, Any]]
+    config: Config
+    classes: list[dict[str, Any]]  # of the last evaluation: class, right, images
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last pass that was evaluated."""
+        return [record for record in self.records if record["top1"] is not None][-1]
+
+    @property
+    def line(self) -> Line:
+        return Line(self.name, self.records)
+
+
+def read_run(folder: Path, name: str | None = None) -> Told:
+    """The run in ``folder``; ConfigError where there is none, or none that was evaluated."""
+    records = read_log(folder)
+    if not any(record["top1"] is not None for record in records) or not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
+    classes = folder / "classes.json"
+    found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
+    config = read_config(["--config-file", str(folder / "config.yaml")], {})
+    return Told(folder, name or folder.name, records, config, found)
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
@@ -108,39 +103,224 @@ def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) ->
     (folder / "classes.json").write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
 
 
+# --- parts of the page ----------------------------------------------------------------------------------------------
+
+
+def rows_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table; cells are escaped."""
+    cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    return (
+        f'<div class="scroll"><table><tr>{titles}</tr>' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table></div>"
+    )
+
+
+def _figure(drawing: str, caption: str, kind: str = "") -> str:
+    return f'<figure class="{kind}">{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def summary_part(runs: Sequence[Told]) -> str:
+    head = ["run", "top-1 %", "top-5 %", "epochs", "images", "trained", "in all", "images/s"]
+    rows = []
+    for run in runs:
+        last = run.last
+        rate = last["images_seen"] / max(last["train_seconds"], 1e-9)
+        rows.append([
+            run.name, f"{last['top1']:.2f}", f"{last['top5']:.2f}", f"{last['epoch']:.2f}", f"{last['images_seen']:,}",
+            duration(last["train_seconds"]), duration(last["wall_seconds"]), f"{rate:,.0f}",
+        ])  # fmt: skip
+    return rows_table(head, rows)
+
+
+def curves_part(runs: Sequence[Told]) -> str:
+    lines = [run.line for run in runs]
+    drawn = [
+        _figure(svg(curves(lines, along), f"curves-{along}"), f"Top-1 and loss against {along}")
+        for along in ("time", "epochs", "images")
+    ]
+    return f'<h2>Curves</h2><div class="grid">{"".join(drawn)}</div>'
+
+
+def learning_rates(run: Told) -> list[tuple[float, float]]:
+    """(training seconds, learning rate), by the recipe's schedule between the passes' ends."""
+    rate_at, budget = Schedule(run.config.train), run.config.budget
+    clock = "wall_seconds" if budget.counts == "wall" else "train_seconds"
+
+    def progress(record: dict[str, Any]) -> np.ndarray:
+        return np.array([record["epoch"], record["step"], record["images_seen"], record[clock]], float)
+
+    began = {"epoch": 0.0, "step": 0, "images_seen": 0, clock: 0.0, "train_seconds": 0.0}
+    points, scale = [], 1.0
+    whole = budget.length.spent(Progress(*progress(run.records[-1])))  # where the run stands now
+    done = run.records[-1]["lr"] <= run.config.train.end_lr * scale * (1 + 1e-6)  # a finished run had room left over
+    length = whole if done and budget.length.kind == "seconds" else budget.length.value
+    for before, record in pairwise([began, *run.records]):
+        scale = record.get("dials.lr_scale", scale)
+        for part in np.linspace(0, 1, RATE_POINTS):
+            at = (1 - part) * progress(before) + part * progress(record)
+            spent = Progress(at[0], int(at[1]), int(at[2]), at[3])
+            spent = Progress(at[0], int(at[1]), int(at[2]), at[3], min(1.0, budget.length.spent(spent) / length))
+            seconds = (1 - part) * before["train_seconds"] + part * record["train_seconds"]
+            points.append((seconds, rate_at(spent) * scale))
+    return points
+
+
+def schedule_part(runs: Sequence[Told]) -> str:
+    drawn = []
+    for number, run in enumerate(runs):
+        dials = [dial for dial in DIALS if len({record[dial] for record in run.records if dial in record}) > 1]
+        figure = schedule(run.line, learning_rates(run), dials)
+        drawn.append(_figure(svg(figure, f"schedule-{number}"), run.name, "wide"))
+    return "<h2>Schedule</h2>" + "".join(drawn)
+
+
+def throughput_part(runs: Sequence[Told]) -> str:
+    rows = [
+        [run.name, f"{size} px", f"{row['epochs']:.2f}", f"{row['images']:,.0f}", duration(row["seconds"]),
+         f"{row['images_per_second']:,.0f}", f"{row['data_wait_fraction']:.1%}"]
+        for run in runs for size, row in by_size(run.line).items()
+    ]  # fmt: skip
+    head = ["run", "size", "epochs", "images", "trained", "images/s", "waited for data"]
+    drawing = svg(throughput([run.line for run in runs]), "throughput")
+    caption = "Images a second, and the part of the time that the trainer waited for data"
+    return f"<h2>Throughput</h2>{_figure(drawing, caption, 'wide')}{rows_table(head, rows)}"
+
+
+def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
+    """Of each image size, the first training crops (S, S, 3) as the model saw them, augmentation and all.
+
+    Crops and augmentation are keyed, so that they are made again here. Raises ConfigError or DataError where the data
+    are not there any more.
+    """
+    device, found, seen = torch.device("cpu"), [], set()
+    augment = Augment(run.config.augment)
+    sources = open_sources(run.config, device)
+    try:
+        began = {"epoch": 0.0, "step": 0}
+        strength = 1.0
+        for before, record in pairwise([began, *run.records]):
+            strength = record.get("dials.strength", strength)
+            size = record["image_size"]
+            if size in seen or record["step"] == before["step"]:
+                continue
+            seen.add(size)
+            count = sources.train.count
+            epoch, done = int(before["epoch"]), round(before["epoch"] % 1 * count)
+            at = Position(epoch, done) if done < count else Position(epoch + 1, 0)
+            with sources.train.open(Feed(size, record["batch_size"]), at) as batches:
+                batch = next(batches)
+                key = run.config.run.seed, before["step"]
+                images = augment.prepare(batch.images, *key, batch.places, strength)
+                drawn = augment.draw(*key, batch.places, batch.total, size, strength)
+                pixels = augment(images, drawn)[:CROPS]
+            levels = (pixels - augment.normalize.shift) / augment.normalize.scale
+            crops = levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            found.append((size, list(crops)))
+    finally:
+        sources.close()
+    return found
+
+
+def crops_part(runs: Sequence[Told]) -> str:
+    rows = []
+    for run in runs:
+        title = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
+        try:
+            stages = stage_crops(run)
+        except (ConfigError, DataError) as error:
+            rows.append(f"{title}<p>No crops: {html.escape(str(error))}</p>")
+            continue
+        rows.append(title)
+        for size, crops in stages:
+            images = "".join(f'<img alt="a crop at {size} px" src="{_png(crop)}">' for crop in crops)
+            rows.append(f'<div class="crops"><span>{size} px</span>{images}</div>')
+    return "<h2>What the model saw</h2><p>The first crops of each size.</p>" + "".join(rows)
+
+
+def _png(pixels: np.ndarray) -> str:
+    held = io.BytesIO()
+    Image.fromarray(pixels).save(held, "PNG")
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def classes_part(runs: Sequence[Told]) -> str:
+    drawn = []
+    for run in runs:
+        known = [entry for entry in run.classes if entry["images"]]
+        worst = sorted(known, key=lambda entry: (entry["right"] / entry["images"], entry["class"]))[:WORST]
+        rows = [[entry["class"], f"{100 * entry['right'] / entry['images']:.1f}", entry["images"]] for entry in worst]
+        if rows:
+            drawn.append(
+                f"<div><h3>{html.escape(run.name)}</h3>{rows_table(['class', 'top-1 %', 'images'], rows)}</div>"
+            )
+    return f'<h2>The ten worst classes</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
+
+
+def differences(runs: Sequence[Told]) -> dict[str, list[Any]]:
+    """The options in which runs differ, with each run's value; not where the run was kept."""
+    flat = [run.config.flat() for run in runs]
+    return {
+        name: [one[name] for one in flat]
+        for name in flat[0]
+        if name != "run.folder" and any(one[name] != flat[0][name] for one in flat)
+    }
+
+
+def differences_part(runs: Sequence[Told]) -> str:
+    found = differences(runs)
+    if len(runs) < 2:
+        return ""
+    head = ["option", *(run.name for run in runs)]
+    rows = [[name, *("none" if value is None else _flow(value) for value in values)] for name, values in found.items()]
+    return "<h2>Where they differ</h2>" + (rows_table(head, rows) if rows else "<p>In no option.</p>")
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    return text.removesuffix("\n...").strip()
+
+
+def configuration_part(runs: Sequence[Told]) -> str:
+    parts = []
+    for run in runs:
+        text = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
+        parts.append(f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>")
+    return "<h2>Configuration</h2>" + "".join(parts)
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def page_of(runs: Sequence[Told], crops: bool, more: Sequence[str] = ()) -> str:
+    """The page: HTML in one piece. With ``crops``, the data are read; ``more`` are further parts."""
+    if len(runs) == 1:
+        last = runs[0].last
+        title = runs[0].name
+        lead = (
+            f"Top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % after {last['epoch']:.1f} epochs: "
+            f"{last['images_seen']:,} images in {duration(last['train_seconds'])} of training "
+            f"({duration(last['wall_seconds'])} with evaluation and saving)."
+        )
+    else:
+        best = max(runs, key=lambda run: run.last["top1"])
+        title = f"{len(runs)} runs"
+        lead = f"The best is {best.name}: {best.last['top1']:.2f} % top-1."
+    parts = [
+        summary_part(runs), *more, curves_part(runs), schedule_part(runs), throughput_part(runs),
+        crops_part(runs) if crops else "", classes_part(runs), differences_part(runs), configuration_part(runs),
+    ]  # fmt: skip
+    return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
+
+
 def rehearse_report(folder: Path) -> None:
-    """Draws a curve of nothing much: takes the time that a report takes, and has fonts loaded by then."""
+    """Draws a curve of nothing much: takes about the time that a report takes, and has fonts loaded by then."""
     record = {"train_seconds": 1.0, "top1": 0.0, "loss": 1.0, "image_size": 1, "images_per_second": 1.0}
-    draw_curve([record, record | {"train_seconds": 2.0}], folder / "curve.png", "")
+    draw_curve(Line("", [record, record | {"train_seconds": 2.0}]), folder / "curve.png")
 
 
 def write_report(folder: Path) -> dict[str, Any]:
     """Draws ``curve.png`` and ``report.html`` into the run's folder; returns the last evaluated record."""
-    records = read_log(folder)
-    scored = [record for record in records if record["top1"] is not None]
-    if not scored:
-        raise DataError(f"{folder}/log.jsonl holds no evaluation: there is nothing to draw")
-    last = scored[-1]
-    draw_curve(records, folder / "curve.png", folder.name)
-    lead = (
-        f"Top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % after {last['epoch']:.1f} epochs: "
-        f"{last['images_seen']:,} images in {duration(last['train_seconds'])} of training "
-        f"({duration(last['wall_seconds'])} with evaluation and saving)."
-    )
-    rows = []
-    for record in records:
-        cells = []
-        for name, (_, form) in COLUMNS.items():
-            value = record[name]
-            cells.append("" if value is None else duration(value) if not form else form.format(value))
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    page = PAGE.format(
-        name=html.escape(folder.name),
-        lead=lead,
-        curve=base64.b64encode((folder / "curve.png").read_bytes()).decode(),
-        head="".join(f"<th>{title}</th>" for title, _ in COLUMNS.values()),
-        rows="\n".join(rows),
-        config=html.escape((folder / "config.yaml").read_text(encoding="utf-8")),
-    )
-    (folder / "report.html").write_text(page, encoding="utf-8")
-    return last
+    run = read_run(folder)
+    draw_curve(run.line, folder / "curve.png")
+    (folder / "report.html").write_text(page_of([run], crops=False), encoding="utf-8")
+    return run.last

@@ -177,9 +177,9 @@ class Run:
 
     def _rehearse(self) -> None:
         """Finds out what the budget must have left after the last step: evaluation, checkpoint, export and report."""
-        self._evaluated(limit=1)  # compiles, where that is wanted
+        self.rehearsed(1)  # compiles, where that is wanted
         began = perf_counter()
-        self._evaluated(limit=REHEARSED_BATCHES)
+        self.rehearsed(REHEARSED_BATCHES)
         images = min(REHEARSED_BATCHES * self.config.evaluate.batch_size, self.sources.val.count)
         evaluation = (perf_counter() - began) * self.sources.val.count / images
         began = perf_counter()
@@ -316,6 +316,10 @@ class Run:
             return self.interrupted is not None
 
         return self._evaluated(stop)
+
+    def rehearsed(self, batches: int) -> None:
+        """Evaluates so many batches, to no end but to compile, or to see how long it takes."""
+        self._evaluated(limit=batches)
 
     def _evaluated(self, stop: Callable[[], bool] = lambda: False, limit: int | None = None) -> Accuracy | None:
         config = self.config.evaluate

@@ -1,0 +1,156 @@
+"""Benches of arms: the paper's, and those of a yaml file."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vitlocal.bench import arms as bench
+from vitlocal.bench.__main__ import main
+from vitlocal.bench.arms import Arm, Entry, entries, read_arms, rows_of, table
+from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size
+from vitlocal.config import read_config
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.models.factory import build_model
+from vitlocal.train.log import read_log
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def two(small, tmp_path: Path) -> Path:
+    """A file of two arms, of which the second is wider."""
+    (tmp_path / "small.yaml").write_text(small(tmp_path / "unused").yaml())
+    path = tmp_path / "arms.yaml"
+    path.write_text("recipes: [small.yaml]\narms:\n  plain: {}\n  half as deep: {model.depth: 1}\n")
+    return path
+
+
+def test_every_arm_of_the_paper_is_a_configuration():
+    assert {name for group in GROUPS.values() for name in group} == set(ARMS)
+    for arm in ARMS.values():
+        config = read_config([*arm.command_line(), "--budget.length=24h"], {})
+        assert config.model.size == 224
+        small = read_config(scaled(arm, 64, 8).command_line(), {})
+        assert small.model.size == 64 and small.train == read_config(["-C", "rcfg/paper_64px.yaml"], {}).train
+        assert ("image_size" in small.methods) == ("image_size" in config.methods)
+        model, _ = build_model(small.model, 50)
+        assert model.patch_size == 8 and model.embed_dim == 128 and len(model.blocks) == 6
+
+
+def test_scaled_sizes_are_the_papers_in_patches():
+    assert [scaled_size(size, 64, 8) for size in range(32, 225, 32)] == [16, 24, 32, 40, 48, 56, 64]
+    assert [scaled_size(size, 64, 4) for size in range(32, 225, 16)] == list(range(16, 65, 4))
+    stages = read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}).image_size.stages
+    assert [stage.size for stage in stages] == [16, 24, 32, 40, 48, 56, 64]
+    # Five epochs each of the 16 that the paper's day has at 224 px, by multiply-adds: 4.62 G there.
+    macs = [0.09, 0.36, 0.80, 1.44, 2.27, 3.33]
+    spent = [sum(macs[: place + 1]) * 5 / 4.62 / PAPER_EPOCHS for place in range(6)]
+    assert [stage.until.value for stage in stages[:-1]] == pytest.approx(spent, abs=1e-3)
+
+
+def test_arms_that_groups_share_run_once():
+    assert [arm.name for arm in chosen("table1,ablations,ours")] == [
+        "deit", "localvit", "ours", "ours_no_curriculum", "ours_gelu", "ours_batchnorm", "ours_no_convolution",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="--only: got 'our'"):
+        chosen("table1,our")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--scale=96"], "--scale: there is no"),
+        (["--scale=64", "--patch=7"], "--patch: 7 px do not divide 64"),
+        (["--budget=24"], "--budget: got '24'"),
+        (["--seeds=a"], "--seeds: got 'a'"),
+        (["--data=/nowhere"], "/nowhere is no data folder"),
+        (["--nonsense=1"], "nonsense"),
+        (["--jobs=99", "--data", "FOLDER"], "--jobs: got 99"),
+    ],
+)
+def test_wrong_benches_of_the_paper(words: list[str], part: str, folder: Path, tmp_path: Path):
+    words = [str(folder) if word == "FOLDER" else word for word in words]
+    with pytest.raises(ConfigError, match=part):
+        main(["paper", "--only=deit", f"--folder={tmp_path}/runs", *words])
+
+
+def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
+    command = ["arms", str(two), "--budget=1ep", "--seeds=0,1", f"--folder={tmp_path}/runs", "--jobs=2",
+               f"--json={tmp_path}/arms.json", f"--plot={tmp_path}/arms.png"]  # fmt: skip
+    main(command)
+    out = capsys.readouterr().out
+    assert "| half as deep |" in out and " ± " in out
+    measured = json.loads((tmp_path / "arms.json").read_text())
+    assert [(row["arm"], row["seed"]) for row in measured["rows"]] == [
+        ("plain", 0), ("half as deep", 0), ("plain", 1), ("half as deep", 1),
+    ]  # fmt: skip
+    assert len(measured["curves"]) == 4 and (tmp_path / "arms.png").stat().st_size > 0
+    depths = {name: read_config(["-C", str(tmp_path / "runs" / name / "config.yaml")], {}).model.depth
+              for name in ("plain-1ep-seed1", "half_as_deep-1ep-seed1")}  # fmt: skip
+    assert depths == {"plain-1ep-seed1": 2, "half_as_deep-1ep-seed1": 1}
+    before = (tmp_path / "runs" / "plain-1ep-seed0" / "log.jsonl").stat().st_mtime_ns
+    main(command)
+    assert "1 of" not in capsys.readouterr().out
+    assert (tmp_path / "runs" / "plain-1ep-seed0" / "log.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_bench_that_is_stopped_goes_on(two: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "vitlocal.bench", "arms", str(two), "--budget=40steps", "--only=plain",
+               f"--folder={tmp_path}/runs", "--evaluate.every=0", "--run.save_every=100ep"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = tmp_path / "runs" / "plain-40steps-seed0"
+    for _ in range(600):
+        if len(read_log(run)) >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    if process.returncode == 130:  # it may have ended before
+        assert "the runs save what they have" in out
+        assert not (run / "report.html").exists() and (run / "checkpoints" / "last.pt").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert read_log(run)[-1]["step"] == 40 and (run / "report.html").exists()
+
+
+def test_a_run_that_fails_is_told(two: Path, tmp_path: Path, capsys):
+    two.write_text(two.read_text() + "  broken: {train.lr: 1.0e+30}\n")
+    with pytest.raises(DataError, match=r"1 of the runs failed \(broken-1ep-seed0\)"):
+        main(["arms", str(two), "--budget=1ep", f"--folder={tmp_path}/runs"])
+    out = capsys.readouterr().out
+    assert "broken-1ep-seed0: failed" in out and "diverged" in out and "| plain |" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("arms: 3", "expected 'recipes'"), ("recipes: [a.yaml]", "expected 'recipes'"), ("[", "expected 'recipes'"),
+     (None, "cannot be read")],
+)  # fmt: skip
+def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
+    path = tmp_path / "arms.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=part):
+        read_arms(str(path))
+
+
+def test_tables_say_mean_and_deviation(monkeypatch, tmp_path: Path):
+    made = {"top1": 40.0, "top5": 70.0, "epochs": 3.0, "images_per_second": 100.0, "run": "x"}
+    monkeypatch.setattr(bench, "summary", lambda folder: made | {"top1": 40.0 + 2 * ("seed1" in folder.name)})
+    monkeypatch.setattr(Entry, "done", property(lambda self: True))
+    arm = Arm("ours", (), {}, "about", 53.98)
+    text = table(rows_of(entries([arm], [0, 1], "1ep", tmp_path, ())), [arm])
+    assert text.splitlines()[2] == "| ours: about | 53.98 | 41.00 ± 1.41 | 40.00, 42.00 | 3.0 | 100 |"
+
+
+def test_the_files_of_arms_in_rcfg_are_configurations():
+    found = sorted((ROOT / "rcfg" / "arms").glob("*.yaml"))
+    for path in found:
+        for arm in read_arms(str(path)):
+            read_config(arm.command_line(), {})

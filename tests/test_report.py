@@ -1,0 +1,186 @@
+"""The page of a run or several, as text and as a browser draws it; forecasts beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vitlocal.bench import forecast, report
+from vitlocal.bench.__main__ import main
+from vitlocal.bench.report import compare, names_of
+from vitlocal.config import AugmentConfig
+from vitlocal.data.source import open_sources
+from vitlocal.errors import ConfigError
+from vitlocal.plan import Feed, Length, Position, Stage
+from vitlocal.train.figures import Line, by_size
+from vitlocal.train.loop import train
+from vitlocal.train.report import learning_rates, page_of, read_run, stage_crops
+from vitlocal.train.spending import Speed, spend
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+# What a browser made of the page, as the document's title, which --dump-dom prints.
+PROBE = """<script>
+const errors = []; window.onerror = text => { errors.push(text); };
+window.onload = () => {
+  const flat = [...document.querySelectorAll("figure svg")].filter(drawing => {
+    const box = drawing.getBoundingClientRect();
+    const shapes = [...drawing.querySelectorAll("path, use, rect")].filter(s => s.getBoundingClientRect().width > 0);
+    return box.width < 100 || box.height < 50 || shapes.length < 10;
+  }).length;
+  const broken = [...document.images].filter(image => !image.naturalWidth).length;
+  const wide = document.documentElement.scrollWidth > window.innerWidth + 1;
+  const ids = [...document.querySelectorAll("[id]")].map(element => element.id);
+  document.title = JSON.stringify({errors, flat, broken, wide, twice: ids.length - new Set(ids).size,
+    figures: document.querySelectorAll("figure svg").length, images: document.images.length});
+};
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, small) -> list[Path]:
+    """Two runs that differ in some options, with all that a page shows."""
+    made = []
+    for name, options in {
+        "one": ["--augment.mixup=0.8", "--augment.erase=0.5"],
+        "other": ["--methods=image_size,strength,batch_size", "--augment.randaugment=5", "--batch_size.multiple=8",
+                  "--train.batch_size=16"],
+    }.items():  # fmt: skip
+        out = tmp_path_factory.mktemp("runs") / name
+        assert train(small(out, *options)) == 0
+        made.append(out)
+    return made
+
+
+def test_the_page_tells_all_without_links(runs: list[Path], tmp_path: Path, capsys):
+    main(["report", *map(str, runs), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)=.(?!data:|#)", page) and "http" not in page
+    assert page.count("<figure") == 6  # three curves, two schedules, one throughput
+    assert page.count("a crop at") == 2 * 3 * 6
+    for text in ("Curves", "Schedule", "What the model saw", "ten worst classes", "Where they differ"):
+        assert text in page
+    assert "<td>train.batch_size</td><td>32</td><td>16</td>" in page and "run.folder</td>" not in page
+    assert "one" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_draws_every_figure(runs: list[Path], tmp_path: Path, width: int):
+    page = page_of([read_run(run) for run in runs], crops=True)
+    (tmp_path / "page.html").write_text(page.replace("<title>", PROBE + "<title>", 1))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom",
+               f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"]  # fmt: skip
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = json.loads(re.search(r"<title>(.*?)</title>", dumped)[1])
+    assert seen == {
+        "errors": [], "flat": 0, "broken": 0, "wide": False, "twice": 0, "figures": 6, "images": 36,
+    }  # fmt: skip
+
+
+def test_crops_are_what_the_model_saw(runs: list[Path]):
+    """Without augmentation, the loader's own first pixels of each stage."""
+    told = read_run(runs[0])
+    told = replace(told, config=replace(told.config, augment=AugmentConfig()))
+    stages = stage_crops(told)
+    assert [size for size, _ in stages] == [16, 32, 48] and all(len(crops) == 6 for _, crops in stages)
+    sources = open_sources(told.config, torch.device("cpu"))
+    with sources.train.open(Feed(32, 32), Position(1)) as batches:
+        expected = next(batches).images[:6].permute(0, 2, 3, 1).numpy().copy()
+    sources.close()
+    assert np.array_equal(np.stack(stages[1][1]), expected)
+
+
+def test_learning_rates_meet_the_log(runs: list[Path]):
+    for folder in runs:
+        told = read_run(folder)
+        points = dict(reversed(learning_rates(told)))  # where passes meet, the end of the earlier one
+        for record in told.records:
+            assert points[record["train_seconds"]] == pytest.approx(record["lr"], rel=0.05, abs=2e-6)
+
+
+def test_passes_add_up_by_size():
+    records = [
+        {"image_size": size, "train_seconds": at, "images_seen": images, "epoch": images / 10, "data_wait_fraction": w}
+        for size, at, images, w in ((32, 10.0, 100, 0.1), (32, 20.0, 300, 0.3), (64, 40.0, 400, 0.0))
+    ]
+    found = by_size(Line("run", records))
+    assert found[32]["images_per_second"] == 15 and found[32]["data_wait_fraction"] == pytest.approx(0.2)
+    assert found[64]["epochs"] == pytest.approx(10) and found[64]["images_per_second"] == 5
+
+
+def test_names_tell_folders_apart():
+    assert names_of([Path("/a/x"), Path("/a/y")]) == ["x", "y"]
+    assert names_of([Path("/a/b/x"), Path("/a/c/x")]) == ["b/x", "c/x"]
+
+
+def test_no_run_is_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match="holds no run with an evaluation"):
+        main(["report", str(tmp_path)])
+
+
+# --- forecasts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(small, tmp_path: Path) -> str:
+    """The small configuration as a recipe's option."""
+    (tmp_path / "small.yaml").write_text(small(tmp_path / "run").yaml())
+    return f"--config-file={tmp_path}/small.yaml"
+
+
+def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path: Path, monkeypatch, capsys, decoder):
+    monkeypatch.setattr(forecast, "SECONDS", 0.3)
+    file = tmp_path / "forecast.json"
+    main(["forecast", recipe, f"--json={file}", "--budgets=1m,1h"])
+    said = json.loads(file.read_text())
+    assert [row["size"] for row in said["rows"]] == [16, 32, 48]
+    assert said["epochs"] == pytest.approx(3) and said["images"] == 120
+    assert said["flops"] == pytest.approx(sum(row["gflops"] * 1e9 * row["images"] for row in said["rows"]))
+    assert all(row["step"] > 0 and row["loader"] > 0 and row["together"] > 0 for row in said["rows"])
+    assert said["evaluation_seconds"] > 0 and said["disk_bytes"] > 0
+    out = capsys.readouterr().out
+    assert "16px until" in out and "the first after" in out
+    # What it proposes fits: the parts are those of its own budget, and options take it.
+    stages = tuple(Stage.parse(text) for text in said["curriculum"])
+    speeds = {row["size"]: Speed(row["together"], row["batch_size"]) for row in said["rows"]}
+    for part, row in zip(spend(stages, Length.parse("1h"), 120, speeds), said["rows"], strict=True):
+        whole = sum(other["train_seconds"] for other in said["rows"])
+        assert part.seconds / 3600 == pytest.approx(row["train_seconds"] / whole, abs=0.006)
+    rows = compare(said, read_run(runs[0]))
+    assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first accuracy, s"]
+    assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
+    main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops"])
+    assert "Forecast and run" in (tmp_path / "page.html").read_text()
+
+
+def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "SECONDS", 0.1)
+    main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
+    out = capsys.readouterr().out
+    assert "is not there: the step alone" in out and "epochs of 1,281,167 images" in out and "not there" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--budgets=1x"], "--budget: got '1x'"), (["--images=3"], "--images: got 3"), (["--nonsense=1"], "nonsense")],
+)
+def test_wrong_forecasts(recipe: str, words: list[str], part: str):
+    with pytest.raises(ConfigError, match=part):
+        main(["forecast", recipe, *words])
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", None])
+def test_what_is_no_forecast(runs: list[Path], tmp_path: Path, content: str | None):
+    file = tmp_path / "forecast.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match="is not what bench forecast --json writes"):
+        report.main([str(runs[0]), f"--forecast={file}"])

@@ -1,0 +1,438 @@
+"""What a budget will buy here: python -m vitlocal.bench forecast --config-file rcfg/ours.yaml [TRAINER'S OPTIONS]
+
+Measures, at each image size of the recipe, the training step alone, the loader alone, and both together as in
+training, in under two minutes (compiling apart), and walks through the recipe's budget with what it found. For other
+budgets (--budgets) it gives each size the same part. Without a data folder, it measures the step on noise, and takes
+--images images for an epoch, ImageNet's number.
+
+`python -m vitlocal.bench report RUN --forecast FILE` compares a forecast (--json FILE) with the run that followed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitlocal.bench.arms import check_budget
+from vitlocal.bench.contestants import resident_mib
+from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.step import noise
+from vitlocal.config import Config, read_config
+from vitlocal.data.source import Batch, Source, Sources, load_manifest, open_sources
+from vitlocal.errors import ConfigError
+from vitlocal.machine import keep_freed_memory
+from vitlocal.models.flops import count_macs
+from vitlocal.plan import Feed, Length, Plan, Position, Stage
+from vitlocal.train.rates import wait
+from vitlocal.train.report import duration
+from vitlocal.train.run import Run, choose_device
+from vitlocal.train.spending import Speed, Spent, curriculum, spend
+from vitlocal.train.step import Mode
+
+IMAGENET = 1_281_167
+BUDGETS = "1h,6h,24h"
+SECONDS = 80.0  # for all that is measured, shared among the sizes
+SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of a size's seconds
+CPU_STEP_SECONDS = 1.5  # of a measured step on a CPU: where the recipe's batch takes longer, a part of it is measured
+LR = 1e-6  # the weights hardly move
+FORWARD_AND_BACKWARD = 3  # in forward passes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One image size, images/s; ``loader`` is None where there are no data."""
+
+    size: int
+    batch_size: int
+    measured_batch: int
+    step_mode: str
+    together: float
+    step: float
+    loader: float | None
+    data_wait_fraction: float
+    compile_seconds: float
+    gflops: float  # of an image, forward and backward, two to a multiply-add
+    device_mib: float | None  # peak, of a GPU
+
+    @property
+    def bottleneck(self) -> str:
+        return "data" if self.loader is not None and self.loader < self.step else "step"
+
+
+class NoiseSource:
+    """A split of noise that lies on the device, for a forecast without data."""
+
+    def __init__(self, count: int, classes: int, device: torch.device):
+        self.count, self.device = count, device
+        self.classes = tuple(str(number) for number in range(classes))
+        self.damaged: Collection[int] = ()
+
+    @contextmanager
+    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+        images, labels = noise(feed, self.device)
+        batch = Batch.whole(images, labels % len(self.classes), torch.arange(feed.batch_size))
+        yield (batch for _ in range(at.images, self.count, feed.batch_size))
+
+    def close(self) -> None:
+        pass
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def endless(source: Source, feed: Feed) -> Iterator[Batch]:
+    """Full batches of ``feed``, epoch after epoch."""
+    epoch = 0
+    while True:
+        with source.open(feed, Position(epoch)) as batches:
+            for batch in batches:
+                if batch.total == feed.batch_size:
+                    yield batch
+        epoch += 1
+        if source.count < feed.batch_size:
+            raise ConfigError(
+                f"train.batch_size: {feed.batch_size} is more than the {source.count} images: nothing to measure"
+            )
+
+
+class Rehearsal:
+    """Trains at one size for some seconds, on data, on one batch that is there already, or reads data alone."""
+
+    def __init__(self, run: Run, plan: Plan, feed: Feed, mode: Mode):
+        self.run, self.plan, self.feed, self.mode = run, plan, feed, mode
+        self.device = run.device
+        self.steps = 0
+
+    def step(self, batch: Batch) -> None:
+        self.run.step(batch, self.steps, LR, self.mode, None, self.plan.dials.strength)
+        self.steps += 1
+
+    def together(self, seconds: float) -> tuple[float, float]:
+        """Images/s of reading and training, and the part of the time that was spent waiting for data."""
+        with closing(endless(self.run.sources.train, self.feed)) as batches:
+            self.step(next(batches))
+            return self._timed(seconds, lambda: self.step(self._waited_for(batches)))
+
+    def alone(self, seconds: float) -> float:
+        images, labels = noise(self.feed, self.device)
+        classes = len(self.run.sources.train.classes)
+        batch = Batch.whole(images, labels % classes, torch.arange(self.feed.batch_size))
+        self.step(batch)
+        return self._timed(seconds, lambda: self.step(batch))[0]
+
+    def reading(self, seconds: float) -> float:
+        with closing(endless(self.run.sources.train, self.feed)) as batches:
+            next(batches)
+            return self._timed(seconds, lambda: next(batches))[0]
+
+    def _waited_for(self, batches: Iterator[Batch]) -> Batch:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def _timed(self, seconds: float, work: Any) -> tuple[float, float]:
+        wait(self.device)
+        self.waited, done, began = 0.0, 0, time.perf_counter()
+        while done < 2 or time.perf_counter() - began < seconds:
+            work()
+            done += 1
+        wait(self.device)
+        spent = time.perf_counter() - began
+        return done * self.feed.batch_size / spent, self.waited / spent
+
+
+def smaller_batch(run: Run, plan: Plan) -> Feed:
+    """The plan's feed; on a CPU with a batch whose step takes no longer than is worth waiting for."""
+    feed = plan.feed
+    if run.device.type != "cpu" or feed.batch_size <= 8:
+        return feed
+    tried = Rehearsal(run, plan, replace(feed, batch_size=8), Mode())
+    images_per_second = tried.alone(0.0)
+    return replace(feed, batch_size=max(8, min(feed.batch_size, int(CPU_STEP_SECONDS * images_per_second))))
+
+
+def measure(run: Run, plan: Plan, seconds: float) -> Measured:
+    """One size, in about so many seconds and what compiling takes."""
+    size = plan.feed.size
+    real = not isinstance(run.sources.train, NoiseSource)
+    compile_seconds = run.step.warm(plan.feed, len(run.sources.train.classes))
+    feed = smaller_batch(run, plan)
+    mode = run.step.mode(plan.feed) if feed == plan.feed else Mode()
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    rehearsal = Rehearsal(run, plan, feed, mode)
+    alone = rehearsal.alone(seconds * SHARES["step"])
+    together, waited = rehearsal.together(seconds * SHARES["together"]) if real else (alone, 0.0)
+    return Measured(
+        size=size,
+        batch_size=plan.feed.batch_size,
+        measured_batch=feed.batch_size,
+        step_mode=str(mode),
+        together=together,
+        step=alone,
+        loader=rehearsal.reading(seconds * SHARES["loader"]) if real else None,
+        data_wait_fraction=waited,
+        compile_seconds=compile_seconds,
+        gflops=2e-9 * FORWARD_AND_BACKWARD * count_macs(run.model, size),
+        device_mib=torch.cuda.max_memory_allocated(run.device) / 2**20 if run.device.type == "cuda" else None,
+    )
+
+
+def plans_by_size(run: Run, stages: Sequence[Stage]) -> dict[int, Plan]:
+    """The plan under which each of the recipe's sizes begins."""
+    now, before, plans = run.clock.progress, None, {}
+    for stage in stages:
+        at = now if before is None else before.end(now)
+        plans.setdefault(stage.size, run.plan(at))
+        before = stage.until
+    return plans
+
+
+# --- the forecast ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was measured, and what it means for the recipe's own budget."""
+
+    config: Config
+    images: int
+    real: bool
+    sizes: tuple[Measured, ...]
+    evaluation_seconds: float | None
+    stages: tuple[Spent, ...]
+    disk_bytes: int | None
+    resident_mib: float
+
+    @property
+    def speeds(self) -> dict[int, Speed]:
+        return {one.size: Speed(one.together, one.batch_size) for one in self.sizes}
+
+    @property
+    def flops(self) -> float:
+        each = {one.size: one.gflops * 1e9 for one in self.sizes}
+        return sum(each[stage.size] * stage.images for stage in self.stages)
+
+    @property
+    def epochs(self) -> float:
+        return self.stages[-1].end.epoch
+
+    @property
+    def first_point(self) -> float | None:
+        """Seconds of training until the first accuracy, if there is one before the end."""
+        every = self.config.evaluate.every
+        return None if not every or every >= self.epochs else seconds_at(self.stages, every)
+
+
+def seconds_at(stages: Sequence[Spent], epoch: float) -> float:
+    """When training has come to ``epoch``."""
+    for stage in stages:
+        if stage.epochs and epoch <= stage.end.epoch + 1e-9:
+            return stage.start.seconds + (epoch - stage.start.epoch) / stage.epochs * stage.seconds
+    return stages[-1].end.seconds
+
+
+def forecast(config: Config, images: int | None) -> Forecast:
+    """Measures here; without data in ``config.data.root``, the step alone, for epochs of ``images``."""
+    device = choose_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    real = images is None
+    if real:
+        sources = open_sources(config, device)
+    else:
+        made = NoiseSource(images, 1000, device)
+        sources = Sources(made, made)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(config, Path(folder), sources, device)
+            stages = curriculum(config)
+            plans = plans_by_size(run, stages)
+            found = []
+            for number, (size, plan) in enumerate(plans.items()):
+                print(
+                    f"\rmeasuring {size} px, {number + 1} of {len(plans)} sizes  ", end="", file=sys.stderr, flush=True
+                )
+                found.append(measure(run, plan, SECONDS / len(plans)))
+            evaluation = evaluation_seconds(run) if real else None
+            print("\r" + " " * 60, end="\r", file=sys.stderr)
+            speeds = {one.size: Speed(one.together, one.batch_size) for one in found}
+            spent = walk(config, stages, sources.train.count, speeds, evaluation or 0.0)
+            return Forecast(
+                config, sources.train.count, real, tuple(found), evaluation, spent,
+                disk_bytes(config) if real else None, resident_mib(os.getpid()),
+            )  # fmt: skip
+    finally:
+        sources.close()
+
+
+def evaluation_seconds(run: Run) -> float:
+    """Seconds that an evaluation takes, told from a part of it."""
+    config, count = run.config.evaluate, run.sources.val.count
+    run.rehearsed(1)  # compiles
+    batches = max(1, min(4, -(-count // config.batch_size)))
+    began = time.perf_counter()
+    run.rehearsed(batches)
+    wait(run.device)
+    return (time.perf_counter() - began) * count / min(batches * config.batch_size, count)
+
+
+def walk(
+    config: Config, stages: tuple[Stage, ...], images: int, speeds: dict[int, Speed], evaluation: float
+) -> tuple[Spent, ...]:
+    """The recipe's budget, stage by stage; where all counts, less the evaluations."""
+    length, every = config.budget.length, config.evaluate.every
+    spent = spend(stages, length, images, speeds)
+    if config.budget.counts == "wall" and length.kind == "seconds":
+        for _ in range(8):  # evaluations take time for epochs, after which fewer evaluations are due
+            count = 1 + (int(spent[-1].end.epoch / every) if every else 0)
+            used = min(count * evaluation, 0.99 * length.value)
+            spent = spend(stages, length, images, speeds, used)
+    return spent
+
+
+def disk_bytes(config: Config) -> int | None:
+    """Of the data folder's files, both splits."""
+    if config.data.loader != "ffcv":
+        return None
+    manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
+    return sum(file.bytes for one in manifests for file in one.files)
+
+
+def same_parts(found: Forecast) -> tuple[Stage, ...]:
+    """The recipe's curriculum with each size's part of its own budget, so that it fits any other."""
+    whole = found.stages[-1].end.seconds
+    reached = [part for part in found.stages if part.seconds > 0]
+    stages = []
+    for part in reached[:-1]:
+        stages.append(Stage.parse(f"{part.size}px until {100 * part.end.seconds / whole:.3g}%"))
+    return (*stages, Stage(reached[-1].size))
+
+
+# --- telling --------------------------------------------------------------------------------------------------------
+
+
+def table(found: Forecast) -> list[str]:
+    """The sizes, and what the recipe's budget buys of each."""
+    by_size = {one.size: one for one in found.sizes}
+    lines = [
+        f"{'px':>4} {'batch':>6} {'step':>9} {'loader':>10} {'together':>9}  {'limit':5} {'waits':>6} {'compiled':>9} "
+        f"{'epochs':>8} {'images':>12} {'time':>9}"
+    ]
+    for stage in found.stages:
+        one = by_size[stage.size]
+        loader = "not there" if one.loader is None else f"{one.loader:,.0f}"
+        lines.append(
+            f"{stage.size:4} {one.batch_size:6} {one.step:9,.0f} {loader:>10} {one.together:9,.0f}  {one.bottleneck:5} "
+            f"{one.data_wait_fraction:6.1%} {one.compile_seconds:7.1f} s {stage.epochs:8.2f} {stage.images:12,} "
+            f"{duration(stage.seconds):>9}"
+        )
+    return lines
+
+
+def told(found: Forecast, budgets: Sequence[Length]) -> str:
+    """All of it, as text."""
+    config, last = found.config, found.stages[-1].end
+    counts = " in all" if config.budget.counts == "wall" and config.budget.length.kind == "seconds" else " of training"
+    lines = [
+        f"{config.model.name}, {config.budget.length}{counts}, epochs of {found.images:,} images; images/s:",
+        "",
+        *table(found),
+        "",
+    ]
+    if any(one.measured_batch < one.batch_size for one in found.sizes):
+        lines.append("measured in smaller batches than the recipe's, which take too long here")
+    lines.append(
+        f"in all {last.epoch:.2f} epochs, {last.images_seen:,} images, {found.flops:.3g} FLOPs, "
+        f"{duration(last.seconds)} of training"
+    )
+    if found.evaluation_seconds is not None:
+        first = found.first_point
+        when = "at the end alone" if first is None else f"the first after {duration(first)} of training"
+        lines.append(f"accuracy: {when}; an evaluation takes {found.evaluation_seconds:.1f} s")
+    unreached = [str(stage.size) for stage in found.stages if stage.seconds <= 0]
+    if unreached:
+        lines.append(f"note: the budget ends before {', '.join(unreached)} px")
+    memory = max((one.device_mib or 0 for one in found.sizes), default=0)
+    disk = f"{found.disk_bytes / 1e9:.2f} GB of files; " if found.disk_bytes is not None else ""
+    lines.append(
+        f"{disk}memory: {found.resident_mib / 1024:.1f} GiB of the host"
+        + (f", {memory / 1024:.1f} GiB of the device" if memory else "")
+    )
+    if budgets:
+        lines += ["", "the same curriculum in other budgets, each size with the same part:", ""]
+        parts = same_parts(found)
+        sizes = list(dict.fromkeys(stage.size for stage in parts))
+        lines.append(f"{'budget':>8} {'epochs':>9}   " + " ".join(f"{size:>7} px" for size in sizes) + "   (epochs)")
+        for budget in budgets:
+            spent = spend(parts, budget, found.images, found.speeds)
+            each = [sum(part.epochs for part in spent if part.size == size) for size in sizes]
+            lines.append(
+                f"{budget!s:>8} {spent[-1].end.epoch:9.2f}   " + " ".join(f"{epochs:10.2f}" for epochs in each)
+            )
+        if len(parts) > 1:
+            lines.append(f'  --image_size.stages="{", ".join(map(str, parts))}"')
+    return "\n".join(lines)
+
+
+def rows(found: Forecast) -> list[dict[str, Any]]:
+    """One a stage: what was measured at its size, and what it gets."""
+    by_size = {one.size: one for one in found.sizes}
+    return [
+        asdict(by_size[stage.size])
+        | {
+            "bottleneck": by_size[stage.size].bottleneck,
+            "images_per_second": by_size[stage.size].together,
+            "epochs": stage.epochs,
+            "images": stage.images,
+            "train_seconds": stage.seconds,
+            "until_epoch": stage.end.epoch,
+        }
+        for stage in found.stages
+    ]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vitlocal.bench forecast", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--budgets", default=BUDGETS, metavar="LIST", help=f"to fit it to; none (default: {BUDGETS})")
+    parser.add_argument("--images", type=int, metavar="N", help="forecast without data, for epochs of so many images")
+    parser.add_argument("--json", metavar="FILE", help="write what was found")
+    options, arguments = parser.parse_known_args(list(argv))
+    config = read_config(arguments)
+    texts = [] if options.budgets == "none" else options.budgets.split(",")
+    budgets = [Length.parse(check_budget(text)) for text in texts]
+    if options.images is not None and options.images < config.train.batch_size:
+        raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
+    images = options.images
+    if images is None and not Path(config.data.root).exists():
+        images = IMAGENET
+        print(f"{config.data.root} is not there: the step alone, on noise, for epochs of {images:,} images")
+    found = forecast(config, images)
+    print(told(found, budgets))
+    if options.json:
+        what = (
+            "what a budget is forecast to buy: images/s by size, as measured, and the budget walked through with them"
+        )
+        more = {
+            "budget": str(config.budget.length), "counts": config.budget.counts, "images": found.images,
+            "epochs": found.epochs, "flops": found.flops, "evaluation_seconds": found.evaluation_seconds,
+            "first_point_seconds": found.first_point, "disk_bytes": found.disk_bytes,
+            "resident_mib": found.resident_mib, "curriculum": [str(stage) for stage in same_parts(found)],
+        }  # fmt: skip
+        write_json(options.json, measurement(what, rows(found), **more))

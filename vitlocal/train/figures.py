@@ -1,0 +1,211 @@
+"""Figures of runs, as SVG for a page and PNG for a file, drawn from their logs alone."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+BLUE, GREY, ORANGE = "#1f6feb", "#57606a", "#d1600a"
+COLOURS = (BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#0e7490", GREY)
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run, as figures know it."""
+
+    name: str
+    records: Sequence[Record]  # of the log, a pass each, oldest first
+
+    @property
+    def scored(self) -> list[Record]:
+        return [record for record in self.records if record["top1"] is not None]
+
+    @property
+    def starts(self) -> list[float]:
+        """Training seconds at the beginning of each pass."""
+        return [0.0, *(record["train_seconds"] for record in self.records[:-1])]
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """In what ``seconds`` are told, and how many seconds that is."""
+    return next((unit, scale) for unit, scale in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+                if seconds > 2 * scale or scale == 1)  # fmt: skip
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an element of a page; ``name`` keeps its ids apart from other figures'."""
+    held = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(held, format="svg", metadata={"Date": None}, transparent=True)
+    text = held.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)  # as wide as the page lets it
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # a page's svg needs none
+    text = text.replace("xlink:href", "href")
+    # Ids that are the same in every figure of matplotlib's.
+    return re.sub(r'id="((?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib|PolyCollection|PathCollection|'
+                  r'FillBetweenPolyCollection|LineCollection|legend)[\w.]*)"', rf'id="{name}-\1"', text)  # fmt: skip
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curves(lines: Sequence[Line], along: str) -> Figure:
+    """Top-1 and loss of runs ``along`` "time", "epochs" or "images"."""
+    if along == "time":
+        unit, scale = time_unit(max(line.records[-1]["train_seconds"] for line in lines))
+        key, label = "train_seconds", f"training time, {unit}"
+    elif along == "epochs":
+        key, scale, label = "epoch", 1.0, "epochs"
+    else:
+        most = max(line.records[-1]["images_seen"] for line in lines)
+        scale, unit = (1e6, "millions") if most > 2e6 else (1e3, "thousands")
+        key, label = "images_seen", f"images, {unit}"
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    top1, loss = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
+    for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        dots = {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.4}
+        top1.plot([r[key] / scale for r in line.scored], [r["top1"] for r in line.scored], label=line.name, **dots)
+        known = [record for record in line.records if record["loss"] is not None]
+        loss.plot([r[key] / scale for r in known], [r["loss"] for r in known], color=colour, linewidth=1.2)
+    top1.set_ylabel("validation top-1, %")
+    loss.set_ylabel("training loss")
+    loss.set_xlabel(label)
+    if len(lines) > 1:
+        top1.legend(frameon=False, fontsize=8)
+    for axes in (top1, loss):
+        _plain(axes)
+    return figure
+
+
+def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Sequence[str]) -> Figure:
+    """The run as a strip over training time: image size, learning rate, and each of ``dials`` (fields of the log).
+
+    ``rates``: (training seconds, learning rate), as finely as is known.
+    """
+    unit, scale = time_unit(line.records[-1]["train_seconds"])
+    figure = Figure(figsize=(6, 2.6 + 0.8 * len(dials)), layout="constrained")
+    rows = figure.subplots(2 + len(dials), 1, sharex=True)
+    ends = [record["train_seconds"] / scale for record in line.records]
+    starts = [start / scale for start in line.starts]
+    sizes = [record["image_size"] for record in line.records]
+    for start, end, size in zip(starts, ends, sizes, strict=True):
+        rows[0].fill_between([start, end], size, color=BLUE, alpha=0.25, linewidth=0)
+        rows[0].plot([start, end], [size, size], color=BLUE)
+    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if number == 0 or sizes[number - 1] != size:
+            rows[0].annotate(f"{size}", (start, size), (2, -9), textcoords="offset points", fontsize=7, color=GREY)
+    rows[0].set_ylabel("px")
+    rows[0].set_ylim(0, max(sizes) * 1.15)
+    rows[1].plot([at / scale for at, _ in rates], [rate for _, rate in rates], color=ORANGE)
+    rows[1].set_ylabel("learning rate")
+    rows[1].set_ylim(0)
+    for axes, dial in zip(rows[2:], dials, strict=True):
+        value = None
+        for start, end, record in zip(starts, ends, line.records, strict=True):
+            value = record.get(dial, value)
+            if value is not None:
+                axes.plot([start, end], [value, value], color=GREY)
+        axes.set_ylabel(dial.rpartition(".")[2].replace("_", "\n"), fontsize=8)
+        axes.set_ylim(0)
+    rows[-1].set_xlabel(f"training time, {unit}")
+    for axes in rows:
+        _plain(axes)
+    return figure
+
+
+def throughput(lines: Sequence[Line]) -> Figure:
+    """Images/s and the part of the time waited for data, by image size: a bar a run."""
+    sizes = sorted({record["image_size"] for line in lines for record in line.records})
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    rate_axes, wait_axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 1])
+    width = 0.8 / len(lines)
+    for number, line in enumerate(lines):
+        found = by_size(line)
+        places = [sizes.index(size) + (number - (len(lines) - 1) / 2) * width for size in found]
+        colour = COLOURS[number % len(COLOURS)]
+        rate_axes.bar(
+            places, [row["images_per_second"] for row in found.values()], width, color=colour, label=line.name
+        )
+        wait_axes.bar(places, [100 * row["data_wait_fraction"] for row in found.values()], width, color=colour)
+    rate_axes.set_ylabel("images/s")
+    wait_axes.set_ylabel("waited, %")
+    wait_axes.set_ylim(0, max(1.0, wait_axes.get_ylim()[1]))
+    wait_axes.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
+    if len(lines) > 1:
+        rate_axes.legend(frameon=False, fontsize=8)
+    for axes in (rate_axes, wait_axes):
+        _plain(axes)
+    return figure
+
+
+def by_size(line: Line) -> dict[int, Record]:
+    """Of each image size: images, epochs, seconds, images/s and the part of the time waited for data."""
+    found: dict[int, Record] = {}
+    images_before = epoch_before = 0.0
+    for start, record in zip(line.starts, line.records, strict=True):
+        row = found.setdefault(record["image_size"], {"images": 0, "epochs": 0.0, "seconds": 0.0, "waited": 0.0})
+        seconds = record["train_seconds"] - start
+        row["images"] += record["images_seen"] - images_before
+        row["epochs"] += record["epoch"] - epoch_before
+        row["seconds"] += seconds
+        row["waited"] += record["data_wait_fraction"] * seconds
+        images_before, epoch_before = record["images_seen"], record["epoch"]
+    for row in found.values():
+        row["images_per_second"] = row["images"] / max(row["seconds"], 1e-9)
+        row["data_wait_fraction"] = row.pop("waited") / max(row["seconds"], 1e-9)
+    return found
+
+
+def draw_curve(line: Line, path: Path) -> None:
+    """Accuracy, loss, image size and throughput of one run against training time, as a PNG."""
+    records = line.records
+    unit, scale = time_unit(records[-1]["train_seconds"])
+    ends = [record["train_seconds"] / scale for record in records]
+    starts = [start / scale for start in line.starts]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.3, 1.3])
+    scored = [(record["train_seconds"] / scale, record["top1"]) for record in line.scored]
+    axes[0].plot(*zip(*scored, strict=True), color=BLUE, marker="o", markersize=4)
+    text = {"textcoords": "offset points", "ha": "right", "color": BLUE, "weight": "bold"}
+    axes[0].annotate(f"{scored[-1][1]:.2f} %", scored[-1], (-6, -16), **text)
+    axes[0].set_ylabel("validation top-1, %", color=BLUE)
+    axes[0].set_title(line.name, loc="left")
+    losses = axes[0].twinx()
+    known = [(end, record["loss"]) for end, record in zip(ends, records, strict=True) if record["loss"] is not None]
+    losses.plot(*zip(*known, strict=True), color=ORANGE, linewidth=1.2)
+    losses.set_ylabel("training loss", color=ORANGE)
+    sizes = [record["image_size"] for record in records]
+    for start, end, size in zip(starts, ends, sizes, strict=True):
+        axes[1].fill_between([start, end], size, color=BLUE, alpha=0.25, linewidth=0)
+        axes[1].plot([start, end], [size, size], color=BLUE)
+    for place, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        if place == 0 or sizes[place - 1] != size:
+            axes[1].annotate(f"{size} px", (start, size), (2, -10), textcoords="offset points", fontsize=8, color=GREY)
+    axes[1].set_ylabel("image size")
+    axes[1].set_ylim(0, max(sizes) * 1.15)
+    for start, end, record in zip(starts, ends, records, strict=True):
+        rate = record["images_per_second"]
+        axes[2].plot([start, end], [rate, rate], color=GREY)
+    axes[2].set_ylabel("images/s")
+    axes[2].set_ylim(0)
+    axes[2].set_xlabel(f"training time, {unit}")
+    for ax in axes:
+        _plain(ax)
+    figure.savefig(path, dpi=120)
