@@ -165,7 +165,15 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
     monkeypatch.setattr(forecast, "SECONDS", 0.1)
     main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
     out = capsys.readouterr().out
-    assert "is not there: the step alone" in out and "epochs of 1,281,167 images" in out and "not there" in out
+    assert "is not there: the step alone" in out and "epochs of 1,281,167 images" in out
+
+
+def test_a_forecast_for_another_machine(capsys):
+    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:1000", "--budgets=12h"])
+    out = capsys.readouterr().out
+    assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
+    last = next(line for line in out.splitlines() if line.startswith(" 224"))
+    assert "1,000" in last
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Measures, at each image size of the recipe, the training step alone, the loader alone, and both together as in
 training, in under two minutes (compiling apart), and walks through the recipe's budget with what it found. For other
 budgets (--budgets) it gives each size the same part. Without a data folder, it measures the step on noise, and takes
---images images for an epoch, ImageNet's number.
+--images images for an epoch, ImageNet's number. With --rates (images/s, as 32:60000,224:5000; other sizes by FLOPs) it
+measures nothing and reckons for another machine.
 
 `python -m vitlocal.bench report RUN --forecast FILE` compares a forecast (--json FILE) with the run that followed.
 """
@@ -15,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,9 +32,10 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch, Source, Sources, load_manifest, open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.machine import keep_freed_memory
+from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.plan import Feed, Length, Plan, Position, Stage
-from vitlocal.train.rates import wait
+from vitlocal.train.rates import parse_rates, rates_for, wait
 from vitlocal.train.report import duration
 from vitlocal.train.run import Run, choose_device
 from vitlocal.train.spending import Speed, Spent, curriculum, spend
@@ -50,19 +52,19 @@ FORWARD_AND_BACKWARD = 3  # in forward passes
 
 @dataclass(frozen=True)
 class Measured:
-    """One image size, images/s; ``loader`` is None where there are no data."""
+    """One image size, images/s; ``loader`` is None where there are no data. All but the first is of measuring."""
 
     size: int
     batch_size: int
-    measured_batch: int
-    step_mode: str
     together: float
     step: float
-    loader: float | None
-    data_wait_fraction: float
-    compile_seconds: float
     gflops: float  # of an image, forward and backward, two to a multiply-add
-    device_mib: float | None  # peak, of a GPU
+    loader: float | None = None
+    measured_batch: int | None = None
+    step_mode: str = "stated"
+    data_wait_fraction: float = 0.0
+    compile_seconds: float = 0.0
+    device_mib: float | None = None  # peak, of a GPU
 
     @property
     def bottleneck(self) -> str:
@@ -208,12 +210,11 @@ class Forecast:
 
     config: Config
     images: int
-    real: bool
     sizes: tuple[Measured, ...]
-    evaluation_seconds: float | None
     stages: tuple[Spent, ...]
-    disk_bytes: int | None
-    resident_mib: float
+    evaluation_seconds: float | None = None
+    disk_bytes: int | None = None
+    resident_mib: float | None = None
 
     @property
     def speeds(self) -> dict[int, Speed]:
@@ -272,11 +273,22 @@ def forecast(config: Config, images: int | None) -> Forecast:
             speeds = {one.size: Speed(one.together, one.batch_size) for one in found}
             spent = walk(config, stages, sources.train.count, speeds, evaluation or 0.0)
             return Forecast(
-                config, sources.train.count, real, tuple(found), evaluation, spent,
-                disk_bytes(config) if real else None, resident_mib(os.getpid()),
+                config, sources.train.count, tuple(found), spent, evaluation, disk_bytes(config) if real else None,
+                resident_mib(os.getpid()),
             )  # fmt: skip
     finally:
         sources.close()
+
+
+def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
+    """For another machine, of stated speeds (see :func:`vitlocal.train.rates.rates_for`)."""
+    model, _ = build_model(config.model, 1000)
+    sizes = []
+    for size, rate in rates_for(config, stated).items():
+        gflops = 2e-9 * FORWARD_AND_BACKWARD * count_macs(model, size)
+        sizes.append(Measured(size, config.train.batch_size, rate, rate, gflops))
+    speeds = {one.size: Speed(one.together, one.batch_size) for one in sizes}
+    return Forecast(config, images, tuple(sizes), walk(config, curriculum(config), images, speeds, 0.0))
 
 
 def evaluation_seconds(run: Run) -> float:
@@ -334,7 +346,7 @@ def table(found: Forecast) -> list[str]:
     ]
     for stage in found.stages:
         one = by_size[stage.size]
-        loader = "not there" if one.loader is None else f"{one.loader:,.0f}"
+        loader = "–" if one.loader is None else f"{one.loader:,.0f}"
         lines.append(
             f"{stage.size:4} {one.batch_size:6} {one.step:9,.0f} {loader:>10} {one.together:9,.0f}  {one.bottleneck:5} "
             f"{one.data_wait_fraction:6.1%} {one.compile_seconds:7.1f} s {stage.epochs:8.2f} {stage.images:12,} "
@@ -353,7 +365,7 @@ def told(found: Forecast, budgets: Sequence[Length]) -> str:
         *table(found),
         "",
     ]
-    if any(one.measured_batch < one.batch_size for one in found.sizes):
+    if any((one.measured_batch or one.batch_size) < one.batch_size for one in found.sizes):
         lines.append("measured in smaller batches than the recipe's, which take too long here")
     lines.append(
         f"in all {last.epoch:.2f} epochs, {last.images_seen:,} images, {found.flops:.3g} FLOPs, "
@@ -368,10 +380,11 @@ def told(found: Forecast, budgets: Sequence[Length]) -> str:
         lines.append(f"note: the budget ends before {', '.join(unreached)} px")
     memory = max((one.device_mib or 0 for one in found.sizes), default=0)
     disk = f"{found.disk_bytes / 1e9:.2f} GB of files; " if found.disk_bytes is not None else ""
-    lines.append(
-        f"{disk}memory: {found.resident_mib / 1024:.1f} GiB of the host"
-        + (f", {memory / 1024:.1f} GiB of the device" if memory else "")
-    )
+    if found.resident_mib is not None:
+        lines.append(
+            f"{disk}memory: {found.resident_mib / 1024:.1f} GiB of the host"
+            + (f", {memory / 1024:.1f} GiB of the device" if memory else "")
+        )
     if budgets:
         lines += ["", "the same curriculum in other budgets, each size with the same part:", ""]
         parts = same_parts(found)
@@ -412,6 +425,7 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--budgets", default=BUDGETS, metavar="LIST", help=f"to fit it to; none (default: {BUDGETS})")
     parser.add_argument("--images", type=int, metavar="N", help="forecast without data, for epochs of so many images")
+    parser.add_argument("--rates", metavar="LIST", help="reckon with these images/s instead of measuring: 224:5000")
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     options, arguments = parser.parse_known_args(list(argv))
     config = read_config(arguments)
@@ -420,10 +434,12 @@ def main(argv: Sequence[str]) -> None:
     if options.images is not None and options.images < config.train.batch_size:
         raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
     images = options.images
-    if images is None and not Path(config.data.root).exists():
+    if images is None and not options.rates and not Path(config.data.root).exists():
         images = IMAGENET
         print(f"{config.data.root} is not there: the step alone, on noise, for epochs of {images:,} images")
-    found = forecast(config, images)
+    found = (
+        reckoned(config, images or IMAGENET, parse_rates(options.rates)) if options.rates else forecast(config, images)
+    )
     print(told(found, budgets))
     if options.json:
         what = (
