@@ -97,6 +97,14 @@ def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path
 # --- running --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Place:
+    """What one of several runs at a time has to itself."""
+
+    number: int  # of its GPU
+    cores: frozenset[int]
+
+
 class Runner:
     """Trains entries, ``jobs`` at a time, each on its share of the cores (and a GPU of its own, where there are)."""
 
@@ -106,8 +114,8 @@ class Runner:
         if not 1 <= jobs <= len(mine):
             raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(mine)}, a core for each")
         share = len(mine) // jobs
-        self.free = [set(mine[number * share : (number + 1) * share]) for number in range(jobs)]
-        self.running: dict[subprocess.Popen[bytes], tuple[Entry, set[int], float]] = {}
+        self.free = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
+        self.running: dict[subprocess.Popen[bytes], tuple[Entry, Place, float]] = {}
         self.signal: int | None = None
 
     def run(self, waiting: Sequence[Entry]) -> list[Entry]:
@@ -128,13 +136,13 @@ class Runner:
 
     def _start(self, entry: Entry, number: int, total: int) -> None:
         there = self.free.pop(0)
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(len(self.free))} if _gpus() >= self.jobs > 1 else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(there.number)} if _gpus() >= self.jobs > 1 else {})
         print(f"{number} of {total}: {entry.folder.name} ...", flush=True)
         with open(self._output(entry), "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
                 stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes by us
-                preexec_fn=lambda: os.sched_setaffinity(0, there),
+                preexec_fn=lambda: os.sched_setaffinity(0, there.cores),
             )  # fmt: skip
         self.running[process] = entry, there, time.monotonic()
 
