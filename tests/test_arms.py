@@ -70,7 +70,7 @@ def test_arms_that_groups_share_run_once():
         (["--scale=64", "--patch=7"], "--patch: 7 px do not divide 64"),
         (["--budget=24"], "--budget: got '24'"),
         (["--seeds=a"], "--seeds: got 'a'"),
-        (["--data=/nowhere"], "/nowhere is no data folder"),
+        (["--data=/nowhere"], "/nowhere/train.json is not there"),
         (["--nonsense=1"], "nonsense"),
         (["--jobs=99", "--data", "FOLDER"], "--jobs: got 99"),
     ],

@@ -69,7 +69,9 @@ def test_what_changed():
     small = Plan(Feed(32, 64))
     assert small.changed(START) == {"feed.size": 32}
     assert small.changed(small) == {}
-    assert small.changed(None) == {"feed.size": 32, "feed.batch_size": 64, "dials.lr_scale": 1.0}
+    assert small.changed(None) == {
+        "feed.size": 32, "feed.batch_size": 64, "dials.lr_scale": 1.0, "dials.strength": 1.0,
+    }  # fmt: skip
 
 
 class Hands:

@@ -178,7 +178,7 @@ def test_a_forecast_for_another_machine(capsys):
 
 @pytest.mark.parametrize(
     ("words", "part"),
-    [(["--budgets=1x"], "--budget: got '1x'"), (["--images=3"], "--images: got 3"), (["--nonsense=1"], "nonsense")],
+    [(["--budgets=1x"], "--budgets: got '1x'"), (["--images=3"], "--images: got 3"), (["--nonsense=1"], "nonsense")],
 )
 def test_wrong_forecasts(recipe: str, words: list[str], part: str):
     with pytest.raises(ConfigError, match=part):

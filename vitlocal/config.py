@@ -683,6 +683,8 @@ def _contradictions(config: Config) -> list[str]:
     """What each option allows by itself but not together with another."""
     found = []
     curriculum, augment = config.image_size, config.augment
+    if curriculum.stages is not None:
+        found += _stage_problems(curriculum.stages)
     if "image_size" in config.methods:
         largest = curriculum.final if curriculum.stages is None else max((s.size for s in curriculum.stages), default=0)
         if largest > config.model.size:
@@ -690,11 +692,9 @@ def _contradictions(config: Config) -> list[str]:
                 f"image_size: {largest} px is larger than model.size ({config.model.size}), the grid of the position "
                 f"table; set model.size={largest}"
             )
-        if curriculum.stages is not None:
-            found += _stage_problems(curriculum.stages)
-        elif curriculum.init > curriculum.final:
+        if curriculum.stages is None and curriculum.init > curriculum.final:
             found.append(f"image_size.init: {curriculum.init} is larger than image_size.final ({curriculum.final})")
-        elif curriculum.growth == "exponential":
+        elif curriculum.stages is None and curriculum.growth == "exponential":
             switches, sizes = curriculum.switch_epochs, curriculum.grown
             if len(switches) < len(sizes):
                 found.append(
@@ -708,9 +708,10 @@ def _contradictions(config: Config) -> list[str]:
     if "strength" in config.methods:
         if config.strength.by == "size" and "image_size" not in config.methods[: config.methods.index("strength")]:
             found.append("methods: strength follows the sizes of image_size; name that before it, or set strength.by")
-        if not any((augment.randaugment, augment.three, augment.mixup, augment.cutmix, augment.erase,
-                    config.model.drop_path)):  # fmt: skip
-            found.append("methods: strength has nothing to vary: there is neither augmentation nor drop path")
+        # Drop path of timm's own models stays as it is: it is no tensor that could be written to.
+        paths = config.model.drop_path if config.model.name.startswith("vitlocal_") else 0
+        if not any((augment.randaugment, augment.three, augment.mixup, augment.cutmix, augment.erase, paths)):
+            found.append("methods: strength has nothing to vary: there is neither augmentation nor drop path of ours")
     if "batch_size" in config.methods:
         if config.methods.index("batch_size") != len(config.methods) - 1:
             found.append("methods: batch_size follows the sizes that the others set; name it last")
@@ -735,6 +736,8 @@ def _contradictions(config: Config) -> list[str]:
     train = config.train
     if train.ema is not None and train.ema_length is not None:
         found.append("train.ema_length: it states the decay in another way than train.ema; keep one of the two")
+    if train.ema_length is not None and not train.ema_length.value:
+        found.append(f"train.ema_length: {train.ema_length} is no length to average over; leave it out, or use 2%")
     if train.graphs == "yes" and (train.compile == "no" or train.accumulate > 1):
         found.append("train.graphs: yes needs train.compile and train.accumulate=1")
     if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):

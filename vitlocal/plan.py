@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 UNITS = {"ep": ("epochs", 1.0), "steps": ("steps", 1.0), "s": ("seconds", 1.0), "m": ("seconds", 60.0),
-         "h": ("seconds", 3600.0), "%": ("fraction", 0.01)}  # fmt: skip
+         "h": ("seconds", 3600.0), "%": ("fraction", None)}  # fmt: skip
 
 FIELDS = {"epochs": "epoch", "steps": "step", "seconds": "seconds", "fraction": "fraction"}  # of Progress
 
@@ -32,7 +32,9 @@ class Length:
         if match is None:
             raise ValueError("a number and a unit: 90ep, 5000steps, 45s, 30m, 24h or 10%")
         kind, scale = UNITS[match[2]]
-        return cls(float(match[1]) * scale, kind, f"{match[1]}{match[2]}")
+        number = float(match[1])
+        # Divided: 0.35 is the number next to 35 / 100, and not next to 35 × 0.01.
+        return cls(number / 100 if scale is None else number * scale, kind, f"{match[1]}{match[2]}")
 
     def done(self, at: Progress) -> float:
         """The part of this length that lies behind ``at``: 0 at the start, 1 and more once it is over."""
@@ -48,6 +50,17 @@ class Length:
 
     def __str__(self) -> str:
         return self.text
+
+
+def points(changes: Sequence[Length], now: Progress) -> list[Progress]:
+    """Where each of ``changes``, in order, is reached: what is behind ``now`` is left out, and of other kinds than the
+    change's own, what was known before it."""
+    found = []
+    for change in changes:
+        if change.done(now) < 1:
+            now = change.end(now)
+            found.append(now)
+    return found
 
 
 @dataclass(frozen=True)

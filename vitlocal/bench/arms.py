@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -24,21 +25,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import yaml
-from matplotlib.figure import Figure
 
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.runs import summary
 from vitlocal.config import read_config
+from vitlocal.data.source import load_manifest
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
 from vitlocal.plan import Length
+from vitlocal.train.figures import Line, race
 from vitlocal.train.log import read_log
 from vitlocal.train.report import duration
+from vitlocal.train.run import check_same
 
-matplotlib.use("Agg")
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
 
@@ -82,16 +83,24 @@ class Entry:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "report.html").exists()  # the last thing that a run writes
+        """Whether the run is finished; ConfigError where the folder holds another one."""
+        if not (self.folder / "model.safetensors").exists():  # written when the budget is spent
+            return False
+        check_same(self.folder, read_config(self.options))
+        return True
 
 
 def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]) -> list[Entry]:
     """Seed by seed, so that what there is after an interruption can be compared."""
-    return [
-        Entry(arm, seed, budget, folder / f"{arm.name.replace(' ', '_')}-{budget}-seed{seed}", tuple(shared))
+    found = [
+        Entry(arm, seed, budget, folder / f"{re.sub(r'[^a-zA-Z0-9_.=+-]', '_', arm.name)}-{budget}-seed{seed}",
+              tuple(shared))
         for seed in seeds
         for arm in arms
-    ]
+    ]  # fmt: skip
+    if len({entry.folder for entry in found}) < len(found):
+        raise ConfigError("arms: two of them have names that give one folder; name them apart")
+    return found
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -113,6 +122,9 @@ class Runner:
         mine = sorted(os.sched_getaffinity(0))
         if not 1 <= jobs <= len(mine):
             raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(mine)}, a core for each")
+        self.gpus = _gpus()
+        if 0 < len(self.gpus) < jobs:
+            raise ConfigError(f"--jobs: got {jobs}, expected at most {len(self.gpus)}, a GPU for each")
         share = len(mine) // jobs
         self.free = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
         self.running: dict[subprocess.Popen[bytes], tuple[Entry, Place, float]] = {}
@@ -136,7 +148,7 @@ class Runner:
 
     def _start(self, entry: Entry, number: int, total: int) -> None:
         there = self.free.pop(0)
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(there.number)} if _gpus() >= self.jobs > 1 else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[there.number]} if self.gpus else {})
         print(f"{number} of {total}: {entry.folder.name} ...", flush=True)
         with open(self._output(entry), "ab") as output:
             process = subprocess.Popen(
@@ -145,6 +157,8 @@ class Runner:
                 preexec_fn=lambda: os.sched_setaffinity(0, there.cores),
             )  # fmt: skip
         self.running[process] = entry, there, time.monotonic()
+        if self.signal is not None:  # it came while the process was started
+            process.send_signal(signal.SIGTERM)
 
     def _output(self, entry: Entry) -> Path:
         return self.folder / f"{entry.folder.name}.txt"
@@ -183,8 +197,12 @@ class Runner:
                 signal.signal(number, handler)
 
 
-def _gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _gpus() -> list[str]:
+    """The GPUs that are this process's to use, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -232,29 +250,12 @@ def table(rows: Sequence[dict[str, Any]], arms: Sequence[Arm]) -> str:
 
 
 def draw(runs: Sequence[Entry], path: Path, title: str) -> None:
-    """Top-1 against training time, a mark an evaluation, a line a run, a colour an arm."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    seconds = max(row["train_seconds"] for row in rows_of(runs))
-    unit, scale = ("hours", 3600) if seconds >= 7200 else ("minutes", 60) if seconds >= 120 else ("seconds", 1)
-    arms = list(dict.fromkeys(run.arm.name for run in runs if run.done))
-    for number, name in enumerate(arms):
-        mine = [run for run in runs if run.arm.name == name and run.done]
-        last = statistics.mean(summary(run.folder)["top1"] for run in mine)
-        for place, run in enumerate(mine):
-            scored = [record for record in read_log(run.folder) if record["top1"] is not None]
-            axes.plot(
-                [record["train_seconds"] / scale for record in scored], [record["top1"] for record in scored],
-                color=f"C{number}", marker="o", markersize=3.5, linewidth=1.2, alpha=1 if place == 0 else 0.45,
-                label=f"{name}: {last:.1f} %" if place == 0 else None,
-            )  # fmt: skip
-    axes.set_xlabel(f"training time, {unit}")
-    axes.set_ylabel("validation top-1, %")
-    axes.set_title(title, loc="left")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    """Top-1 of finished runs against training time."""
+    lines: dict[str, list[Line]] = {}
+    for run in runs:
+        if run.done:
+            lines.setdefault(run.arm.name, []).append(Line(run.folder.name, read_log(run.folder)))
+    race(lines, title).savefig(path, dpi=120)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -286,14 +287,14 @@ def seeds_of(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def check_budget(text: str) -> str:
+def check_budget(text: str, option: str = "--budget") -> str:
     """``text`` as a budget; ConfigError where it is none."""
     try:
         length = Length.parse(text)
         if length.kind == "fraction" or not length.value:
             raise ValueError
     except ValueError:
-        raise ConfigError(f"--budget: got '{text}', expected a length such as 24h, 15m or 90ep") from None
+        raise ConfigError(f"{option}: got '{text}', expected a length such as 24h, 15m or 90ep") from None
     return str(length)
 
 
@@ -301,8 +302,8 @@ def carry_out(runs: Sequence[Entry], jobs: int, folder: Path, no_run: bool) -> l
     """Checks every run's configuration, then trains those that are not done; returns the failed ones."""
     for run in runs:
         config = read_config(run.options)
-        if not no_run and not (Path(config.data.root) / "val.json").exists():
-            raise ConfigError(f"--data: {config.data.root} is no data folder with a validation split (val.json)")
+        for split in () if no_run else ("train", "val"):
+            load_manifest(config.data.root, split)  # or an error that says how to write it
     waiting = [run for run in runs if not run.done]
     if no_run or not waiting:
         return []
@@ -325,14 +326,21 @@ def finish(failed: Sequence[Entry]) -> None:
 
 def read_arms(path: str) -> list[Arm]:
     """The arms of a yaml file; ConfigError where it is not one."""
+    folder = Path(path).parent
+
+    def files(part: Mapping[str, Any]) -> tuple[Path, ...]:
+        named = part.get("recipes", ())
+        return tuple(folder / name for name in ([named] if isinstance(named, str) else named))
+
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        recipes = tuple(Path(path).parent / name for name in content.get("recipes", ()))
-        return [
-            Arm(str(name), (*recipes, *(Path(path).parent / more for more in (options or {}).pop("recipes", ()))),
-                options or {})
-            for name, options in content["arms"].items()
-        ]  # fmt: skip
+        shared, arms = files(content), []
+        for name, options in content["arms"].items():
+            own = dict(options or {})
+            recipes = (*shared, *files(own))
+            own.pop("recipes", None)
+            arms.append(Arm(str(name), recipes, own))
+        return arms
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a yaml file of arms") from error
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:

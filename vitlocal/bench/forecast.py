@@ -34,12 +34,13 @@ from vitlocal.errors import ConfigError
 from vitlocal.machine import keep_freed_memory
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.plan import Feed, Length, Plan, Position, Stage
-from vitlocal.train.rates import parse_rates, rates_for, wait
+from vitlocal.plan import Feed, Length, Plan, Position, Stage, points
+from vitlocal.train.rates import parse_rates, rates_for
 from vitlocal.train.report import duration
 from vitlocal.train.run import Run, choose_device
 from vitlocal.train.spending import Speed, Spent, curriculum, spend
 from vitlocal.train.step import Mode
+from vitlocal.train.watch import wait
 
 IMAGENET = 1_281_167
 BUDGETS = "1h,6h,24h"
@@ -47,6 +48,7 @@ SECONDS = 80.0  # for all that is measured, shared among the sizes
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of a size's seconds
 CPU_STEP_SECONDS = 1.5  # of a measured step on a CPU: where the recipe's batch takes longer, a part of it is measured
 LR = 1e-6  # the weights hardly move
+STARTING_SECONDS = 10.0  # until the first step, but for compiling: a guess, for budgets in which everything counts
 FORWARD_AND_BACKWARD = 3  # in forward passes
 
 
@@ -193,11 +195,10 @@ def measure(run: Run, plan: Plan, seconds: float) -> Measured:
 
 def plans_by_size(run: Run, stages: Sequence[Stage]) -> dict[int, Plan]:
     """The plan under which each of the recipe's sizes begins."""
-    now, before, plans = run.clock.progress, None, {}
-    for stage in stages:
-        at = now if before is None else before.end(now)
+    now, plans = run.clock.progress, {}
+    reached = points([stage.until for stage in stages if stage.until is not None], now)
+    for stage, at in zip(stages, (now, *reached), strict=True):
         plans.setdefault(stage.size, run.plan(at))
-        before = stage.until
     return plans
 
 
@@ -268,10 +269,12 @@ def forecast(config: Config, images: int | None) -> Forecast:
                     f"\rmeasuring {size} px, {number + 1} of {len(plans)} sizes  ", end="", file=sys.stderr, flush=True
                 )
                 found.append(measure(run, plan, SECONDS / len(plans)))
-            evaluation = evaluation_seconds(run) if real else None
+            evaluation = run.evaluation_seconds() if real else None
+            run.log.close()
             print("\r" + " " * 60, end="\r", file=sys.stderr)
             speeds = {one.size: Speed(one.together, one.batch_size) for one in found}
-            spent = walk(config, stages, sources.train.count, speeds, evaluation or 0.0)
+            starting = STARTING_SECONDS + sum(one.compile_seconds for one in found)
+            spent = walk(config, stages, sources.train.count, speeds, evaluation or 0.0, starting)
             return Forecast(
                 config, sources.train.count, tuple(found), spent, evaluation, disk_bytes(config) if real else None,
                 resident_mib(os.getpid()),
@@ -288,30 +291,20 @@ def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Foreca
         gflops = 2e-9 * FORWARD_AND_BACKWARD * count_macs(model, size)
         sizes.append(Measured(size, config.train.batch_size, rate, rate, gflops))
     speeds = {one.size: Speed(one.together, one.batch_size) for one in sizes}
-    return Forecast(config, images, tuple(sizes), walk(config, curriculum(config), images, speeds, 0.0))
-
-
-def evaluation_seconds(run: Run) -> float:
-    """Seconds that an evaluation takes, told from a part of it."""
-    config, count = run.config.evaluate, run.sources.val.count
-    run.rehearsed(1)  # compiles
-    batches = max(1, min(4, -(-count // config.batch_size)))
-    began = time.perf_counter()
-    run.rehearsed(batches)
-    wait(run.device)
-    return (time.perf_counter() - began) * count / min(batches * config.batch_size, count)
+    return Forecast(config, images, tuple(sizes), walk(config, curriculum(config), images, speeds, 0.0, 0.0))
 
 
 def walk(
-    config: Config, stages: tuple[Stage, ...], images: int, speeds: dict[int, Speed], evaluation: float
-) -> tuple[Spent, ...]:
-    """The recipe's budget, stage by stage; where all counts, less the evaluations."""
+    config: Config, stages: tuple[Stage, ...], images: int, speeds: dict[int, Speed], evaluation: float,
+    starting: float,
+) -> tuple[Spent, ...]:  # fmt: skip
+    """The recipe's budget, stage by stage; where all counts, less the seconds of starting and of evaluations."""
     length, every = config.budget.length, config.evaluate.every
     spent = spend(stages, length, images, speeds)
     if config.budget.counts == "wall" and length.kind == "seconds":
         for _ in range(8):  # evaluations take time for epochs, after which fewer evaluations are due
             count = 1 + (int(spent[-1].end.epoch / every) if every else 0)
-            used = min(count * evaluation, 0.99 * length.value)
+            used = min(starting + count * evaluation, 0.99 * length.value)
             spent = spend(stages, length, images, speeds, used)
     return spent
 
@@ -328,9 +321,12 @@ def same_parts(found: Forecast) -> tuple[Stage, ...]:
     """The recipe's curriculum with each size's part of its own budget, so that it fits any other."""
     whole = found.stages[-1].end.seconds
     reached = [part for part in found.stages if part.seconds > 0]
-    stages = []
+    stages, before = [], 0.0
     for part in reached[:-1]:
-        stages.append(Stage.parse(f"{part.size}px until {100 * part.end.seconds / whole:.3g}%"))
+        percent = round(100 * part.end.seconds / whole, 4)
+        if before < percent < 100:
+            stages.append(Stage.parse(f"{part.size}px until {percent:.4f}".rstrip("0").rstrip(".") + "%"))
+            before = percent
     return (*stages, Stage(reached[-1].size))
 
 
@@ -430,7 +426,9 @@ def main(argv: Sequence[str]) -> None:
     options, arguments = parser.parse_known_args(list(argv))
     config = read_config(arguments)
     texts = [] if options.budgets == "none" else options.budgets.split(",")
-    budgets = [Length.parse(check_budget(text)) for text in texts]
+    budgets = [Length.parse(check_budget(text, "--budgets")) for text in texts]
+    if any(budget.kind != "seconds" for budget in budgets):
+        raise ConfigError(f"--budgets: got '{options.budgets}', expected times with commas between, as in 1h,6h,24h")
     if options.images is not None and options.images < config.train.batch_size:
         raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
     images = options.images

@@ -38,8 +38,8 @@ from vitlocal.data.write import WriteConfig, write
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.rates import wait
 from vitlocal.train.run import Run, choose_device, open_run, patch_side
+from vitlocal.train.watch import wait
 
 RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
 STEPS = 10

@@ -40,7 +40,8 @@ def compare(forecast: dict[str, Any], run: Told) -> list[dict[str, Any]]:
 
 
 def _compared(what: str, forecast: float, happened: float) -> dict[str, Any]:
-    return {"what": what, "forecast": forecast, "happened": happened, "off": forecast / happened - 1, "part": None}
+    off = forecast / happened - 1 if happened else 0.0
+    return {"what": what, "forecast": forecast, "happened": happened, "off": off, "part": None}
 
 
 def comparison_part(rows: Sequence[dict[str, Any]]) -> str:

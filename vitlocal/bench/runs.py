@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.errors import ConfigError
+from vitlocal.train.figures import Line, race
 from vitlocal.train.log import read_log
 from vitlocal.train.report import duration
-
-matplotlib.use("Agg")
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -43,22 +39,6 @@ def summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def draw(folders: Sequence[Path], path: str) -> None:
-    """Top-1 against training time, a mark an evaluation, a line a run."""
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for folder in folders:
-        scored = [record for record in read_log(folder) if record["top1"] is not None]
-        minutes, top1 = ([r["train_seconds"] / 60 for r in scored], [r["top1"] for r in scored])
-        axes.plot(minutes, top1, marker="o", markersize=4, label=f"{folder.name}: {top1[-1]:.1f} %")
-    axes.set_xlabel("training time, minutes")
-    axes.set_ylabel("validation top-1, %")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m vitlocal.bench runs", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
@@ -78,4 +58,4 @@ def main(argv: Sequence[str]) -> None:
         what = "training runs: the accuracy that each reached, and the log of its passes"
         write_json(options.json, measurement(what, rows, curves=curves))
     if options.plot:
-        draw(folders, options.plot)
+        race({folder.name: [Line(folder.name, read_log(folder))] for folder in folders}).savefig(options.plot, dpi=120)

@@ -48,9 +48,9 @@ from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
 from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.rates import wait
 from vitlocal.train.run import choose_device
 from vitlocal.train.step import Mode, Step, choose_precision
+from vitlocal.train.watch import wait
 
 ROUNDS, SECONDS = 3, 1.0
 SIZES = {"cpu": "32,64", "cuda": "32,64,96,128,160,192,224"}
@@ -230,7 +230,13 @@ class Ours:
         model, _ = build_model(config.model, CLASSES)
         self.model = model.to(device, memory_format=torch.channels_last).train()
         average = build_average(self.model, config.train)
-        self.step = Step(self.model, build_optimizer(self.model, config.train), average, config, device)
+        self.step = Step(
+            self.model,
+            build_optimizer(self.model, config.train, choose_precision(config.train.precision, device)),
+            average,
+            config,
+            device,
+        )
         self.feed, self.mode = feed, self.step.mode(feed)
         images, labels = noise(feed, device)
         self.batch = Batch.whole(images, labels, torch.arange(feed.batch_size))

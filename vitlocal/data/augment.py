@@ -86,8 +86,9 @@ class Augment(torch.nn.Module):
         """
         if self.config.three:
             return three_augment(images, strength, seed, step, places)
-        magnitude = self.config.randaugment * strength
-        return randaugment(images, magnitude, seed, step, places) if magnitude else images
+        if self.config.randaugment and strength:
+            return randaugment(images, self.config.randaugment, seed, step, places, strength)
+        return images
 
     def forward(self, images: Tensor, drawn: Drawn) -> Tensor:
         """(B, 3, S, S) uint8 → float32, normalised, erased and mixed, channels-last."""
@@ -206,6 +207,9 @@ COLOURS = {
 }
 
 
+LEVELLESS = ("autocontrast", "equalize", "invert")  # their magnitude means nothing
+
+
 def _rotation(level: float) -> list[list[float]]:
     angle = math.radians(30 * level)
     return [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
@@ -232,15 +236,20 @@ def move(images: Tensor, matrices: np.ndarray) -> Tensor:
     return moved.round().clamp(0, 255).to(images.dtype)
 
 
-def randaugment(images: Tensor, magnitude: float, seed: int, step: int, places: np.ndarray) -> Tensor:
+def randaugment(
+    images: Tensor, magnitude: float, seed: int, step: int, places: np.ndarray, strength: float = 1.0
+) -> Tensor:
     """Two random operations an image, each done half of the time, as timm's ``rand-m{magnitude}-mstd0.5-inc1``.
 
     Images that drew one operation on colours and one sign go through it together, at one magnitude drawn for the group
     (timm draws it for each image; with a deviation of 0.5 in 10 the difference is slight), and all that move are
     moved in one call. timm runs before the crop is an array and with bicubic filters, this bilinear on the crop.
+    ``strength`` scales the magnitude, and of operations without one the chance.
     ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
     """
     names = [*COLOURS, *MOVES]
+    chances = np.array([0.5 * strength if name in LEVELLESS else 0.5 for name in names])
+    magnitude *= strength
     images = images.clone(memory_format=torch.channels_last)
     draws = uniform((seed, step, OPERATION), places, 3 * OPERATIONS)
     strengths = generator((seed, step, MAGNITUDE))
@@ -248,7 +257,7 @@ def randaugment(images: Tensor, magnitude: float, seed: int, step: int, places: 
         choice, sign, applied = draws[:, 3 * turn : 3 * turn + 3].T
         choice = (choice * len(names)).astype(int)
         sign = np.where(sign < 0.5, -1, 1)
-        applied = applied < 0.5
+        applied = applied < chances[choice]
         levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
         for number, operation in enumerate(COLOURS.values()):
             for side in (-1, 1):

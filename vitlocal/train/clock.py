@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +12,10 @@ from typing import Any
 
 from vitlocal.config import BudgetConfig
 from vitlocal.plan import Position, Progress
+
+PACES = 5  # steps by which the next one is told
+STOP = 0.5  # of a step: where less is left, none is begun
+SLACK = 0.25  # of a step: where so much more is left after it, a step is taken for the last one
 
 
 class Clock:
@@ -19,8 +25,9 @@ class Clock:
     ``began``, a reading of ``now`` (without it: since the clock was made); time while no process runs counts nowhere.
     ``now`` is for tests.
 
-    A budget in time is spent when less is left than half a step takes. ``room`` is what is kept of it for the work
-    after training, in seconds: the fraction comes to 1 so much earlier.
+    A budget in time is spent when less is left than half a step takes. Where all counts, ``room`` is what is kept of it
+    for the work after training, and ``origin`` what has gone by before the first step, both in seconds: the fraction
+    goes from 0 to 1 in between.
     """
 
     def __init__(
@@ -30,15 +37,17 @@ class Clock:
         self.budget, self.images_per_epoch, self.now = budget, images_per_epoch, now
         self.step = 0
         self.images_seen = 0
+        self._batch = 0  # images of the last step
         self.position = Position()
         self._train = self._wall = 0.0  # up to the last restart or pause
         self._wall_since = now() if began is None else began
         self._train_since: float | None = None
         self.room = 0.0
-        self.step_seconds = 0.0  # of the quicker one of the last two: one alone may have been held up
-        self._last_step = 0.0
+        self.origin = 0.0
+        self._reached = 0.0  # the largest fraction so far: room may grow, and no schedule goes back
+        self._paces: deque[float] = deque(maxlen=PACES)  # seconds an image, of the last steps
         self._ticked = 0.0  # training seconds at the last tick or start
-        self.agreed: tuple[float, float] | None = None  # the budget's seconds and a step's, told by rank 0 to several
+        self.agreed: tuple[float, float] | None = None  # the budget's seconds and the pace, told by rank 0 to several
 
     @property
     def train_seconds(self) -> float:
@@ -59,27 +68,50 @@ class Clock:
         return self.train_seconds if self.budget.counts == "train" else self.wall_seconds
 
     @property
+    def pace(self) -> float:
+        """Seconds an image, the median of the last steps: one alone may have been held up."""
+        return statistics.median(self._paces) if self._paces else 0.0
+
+    @property
+    def _now(self) -> tuple[float, float]:
+        return (self.seconds, self.pace) if self.agreed is None else self.agreed
+
+    @property
     def progress(self) -> Progress:
-        seconds, step_seconds = (self.seconds, self.step_seconds) if self.agreed is None else self.agreed
+        seconds, pace = self._now
         at = Progress(self._epoch(self.position), self.step, self.images_seen, seconds)
-        return replace(at, fraction=self._fraction(at, step_seconds))
+        return replace(at, fraction=self._fraction(at, STOP * pace * self._batch))
 
     def ahead(self, images: int) -> Progress:
         """Where the run will stand after a step over ``images`` images, if that takes as long as the last ones.
 
-        A step's learning rate is that of its end: the last step's is the schedule's last.
+        A step's learning rate is that of its end: the last step's is the schedule's last, also if it takes a quarter
+        less time than thought.
         """
-        seconds, step_seconds = (self.seconds, self.step_seconds) if self.agreed is None else self.agreed
+        seconds, pace = self._now
         epoch = self._epoch(self._moved(images))
-        at = Progress(epoch, self.step + 1, self.images_seen + images, seconds + step_seconds)
-        return replace(at, fraction=self._fraction(at, step_seconds))
+        at = Progress(epoch, self.step + 1, self.images_seen + images, seconds + pace * images)
+        return replace(at, fraction=self._fraction(at, (STOP + SLACK) * pace * images))
 
-    def _fraction(self, at: Progress, step_seconds: float) -> float:
+    def nearly_spent(self, steps: int) -> bool:
+        """Whether a budget in time ends within so many steps."""
+        length, (seconds, pace) = self.budget.length, self._now
+        left = length.value - self.room - seconds
+        return length.kind == "seconds" and left <= steps * pace * self._batch
+
+    def _fraction(self, at: Progress, tolerance: float) -> float:
         length = self.budget.length
         if length.kind != "seconds":
             return min(1.0, length.done(at))
-        left = length.value - self.room - at.seconds
-        return 1.0 if left <= step_seconds / 2 else at.seconds / (length.value - self.room)
+        end = length.value - self.room
+        if end - at.seconds <= tolerance:
+            return 1.0
+        return max(self._reached, (at.seconds - self.origin) / (end - self.origin))
+
+    def begin(self) -> None:
+        """Training is about to begin: what has gone by is not of its schedule."""
+        if self.counts_all and not self.step:
+            self.origin = self._now[0]
 
     def _epoch(self, position: Position) -> float:
         return position.epoch + position.images / self.images_per_epoch
@@ -119,8 +151,9 @@ class Clock:
         self.images_seen += images
         self.position = self._moved(images)
         before, self._ticked = self._ticked, self.train_seconds
-        took = self._ticked - before
-        self.step_seconds, self._last_step = min(took, self._last_step or took), took
+        self._paces.append((self._ticked - before) / images)
+        self._batch = images
+        self._reached = self.progress.fraction
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -130,8 +163,11 @@ class Clock:
             "images": self.position.images,
             "train_seconds": self.train_seconds,
             "wall_seconds": self.wall_seconds,
-            "step_seconds": self.step_seconds,
+            "paces": list(self._paces),
+            "batch": self._batch,
+            "reached": self._reached,
             "room": self.room,
+            "origin": self.origin,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,7 +175,9 @@ class Clock:
         self.position = Position(state["epoch"], state["images"])
         # What this process has already spent, on start-up say, counts on top.
         self._train, self._wall = state["train_seconds"], state["wall_seconds"]
-        self.step_seconds, self.room = state["step_seconds"], state["room"]
+        self._paces.extend(state["paces"])
+        self._batch, self._reached = state["batch"], state["reached"]
+        self.room, self.origin = state["room"], state["origin"]
 
     def spent_before(self, train: float, wall: float) -> None:
         """Counts what earlier processes spent, where that is more than :meth:`load_state_dict` knew: steps that were

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -42,9 +43,7 @@ def evaluate(
         sums = torch.zeros(3, len(source.classes), dtype=torch.int64, device=step.device)  # top-1, top-5, images
         logits_of = step.forward_of(model)
         with source.open(feed, Position()) as batches:
-            for number, batch in enumerate(batches):
-                if number == limit:
-                    break
+            for batch in islice(batches, limit):
                 if stop():
                     return None
                 if not len(batch):

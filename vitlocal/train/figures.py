@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,32 +104,43 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Sequence[s
     unit, scale = time_unit(line.records[-1]["train_seconds"])
     figure = Figure(figsize=(6, 2.6 + 0.8 * len(dials)), layout="constrained")
     rows = figure.subplots(2 + len(dials), 1, sharex=True)
-    ends = [record["train_seconds"] / scale for record in line.records]
-    starts = [start / scale for start in line.starts]
-    sizes = [record["image_size"] for record in line.records]
-    for start, end, size in zip(starts, ends, sizes, strict=True):
-        rows[0].fill_between([start, end], size, color=BLUE, alpha=0.25, linewidth=0)
-        rows[0].plot([start, end], [size, size], color=BLUE)
-    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if number == 0 or sizes[number - 1] != size:
-            rows[0].annotate(f"{size}", (start, size), (2, -9), textcoords="offset points", fontsize=7, color=GREY)
+    _stairs(rows[0], line, "image_size", scale, BLUE, filled=True)
+    _name_sizes(rows[0], line, scale, "{}")
     rows[0].set_ylabel("px")
-    rows[0].set_ylim(0, max(sizes) * 1.15)
     rows[1].plot([at / scale for at, _ in rates], [rate for _, rate in rates], color=ORANGE)
     rows[1].set_ylabel("learning rate")
     rows[1].set_ylim(0)
     for axes, dial in zip(rows[2:], dials, strict=True):
-        value = None
-        for start, end, record in zip(starts, ends, line.records, strict=True):
-            value = record.get(dial, value)
-            if value is not None:
-                axes.plot([start, end], [value, value], color=GREY)
+        _stairs(axes, line, dial, scale, GREY)
         axes.set_ylabel(dial.rpartition(".")[2].replace("_", "\n"), fontsize=8)
-        axes.set_ylim(0)
     rows[-1].set_xlabel(f"training time, {unit}")
     for axes in rows:
         _plain(axes)
     return figure
+
+
+def _stairs(axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False) -> None:
+    """A field of the log over training time, pass by pass; one that is logged when it changes goes on until then."""
+    values, value = [], math.nan
+    for record in line.records:
+        value = record.get(field, value)
+        values.append(value)
+    edges = [at / scale for at in (*line.starts, line.records[-1]["train_seconds"])]
+    if filled:
+        axes.stairs(values, edges, color=colour, alpha=0.25, fill=True)
+    axes.stairs(values, edges, color=colour, linewidth=1.5)
+    axes.set_ylim(0, max(value for value in values if value == value) * 1.15 or 1)
+
+
+def _name_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
+    """Writes each image size where it begins."""
+    before = None
+    for start, record in zip(line.starts, line.records, strict=True):
+        size = record["image_size"]
+        if size != before:
+            style = {"textcoords": "offset points", "fontsize": 8, "color": GREY}
+            axes.annotate(form.format(size), (start / scale, size), (2, -10), **style)
+        before = size
 
 
 def throughput(lines: Sequence[Line]) -> Figure:
@@ -175,10 +188,7 @@ def by_size(line: Line) -> dict[int, Record]:
 
 def draw_curve(line: Line, path: Path) -> None:
     """Accuracy, loss, image size and throughput of one run against training time, as a PNG."""
-    records = line.records
-    unit, scale = time_unit(records[-1]["train_seconds"])
-    ends = [record["train_seconds"] / scale for record in records]
-    starts = [start / scale for start in line.starts]
+    unit, scale = time_unit(line.records[-1]["train_seconds"])
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.3, 1.3])
     scored = [(record["train_seconds"] / scale, record["top1"]) for record in line.scored]
@@ -188,24 +198,36 @@ def draw_curve(line: Line, path: Path) -> None:
     axes[0].set_ylabel("validation top-1, %", color=BLUE)
     axes[0].set_title(line.name, loc="left")
     losses = axes[0].twinx()
-    known = [(end, record["loss"]) for end, record in zip(ends, records, strict=True) if record["loss"] is not None]
-    losses.plot(*zip(*known, strict=True), color=ORANGE, linewidth=1.2)
+    known = [record for record in line.records if record["loss"] is not None]
+    losses.plot([r["train_seconds"] / scale for r in known], [r["loss"] for r in known], color=ORANGE, linewidth=1.2)
     losses.set_ylabel("training loss", color=ORANGE)
-    sizes = [record["image_size"] for record in records]
-    for start, end, size in zip(starts, ends, sizes, strict=True):
-        axes[1].fill_between([start, end], size, color=BLUE, alpha=0.25, linewidth=0)
-        axes[1].plot([start, end], [size, size], color=BLUE)
-    for place, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        if place == 0 or sizes[place - 1] != size:
-            axes[1].annotate(f"{size} px", (start, size), (2, -10), textcoords="offset points", fontsize=8, color=GREY)
+    _stairs(axes[1], line, "image_size", scale, BLUE, filled=True)
+    _name_sizes(axes[1], line, scale, "{} px")
     axes[1].set_ylabel("image size")
-    axes[1].set_ylim(0, max(sizes) * 1.15)
-    for start, end, record in zip(starts, ends, records, strict=True):
-        rate = record["images_per_second"]
-        axes[2].plot([start, end], [rate, rate], color=GREY)
+    _stairs(axes[2], line, "images_per_second", scale, GREY)
     axes[2].set_ylabel("images/s")
-    axes[2].set_ylim(0)
     axes[2].set_xlabel(f"training time, {unit}")
     for ax in axes:
         _plain(ax)
     figure.savefig(path, dpi=120)
+
+
+def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
+    """Top-1 against training time, a mark an evaluation: a colour a name, a line each of its runs (seeds, say)."""
+    unit, scale = time_unit(max(line.records[-1]["train_seconds"] for lines in runs.values() for line in lines))
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, lines) in enumerate(runs.items()):
+        last = statistics.mean(line.scored[-1]["top1"] for line in lines)
+        for place, line in enumerate(lines):
+            axes.plot(
+                [record["train_seconds"] / scale for record in line.scored], [r["top1"] for r in line.scored],
+                color=COLOURS[number % len(COLOURS)], marker="o", markersize=3.5, linewidth=1.3,
+                alpha=0.45 if place else 1, label=None if place else f"{name}: {last:.1f} %",
+            )  # fmt: skip
+    axes.set_xlabel(f"training time, {unit}")
+    axes.set_ylabel("validation top-1, %")
+    axes.set_title(title, loc="left")
+    axes.legend(frameon=False)
+    _plain(axes)
+    return figure

@@ -13,9 +13,11 @@ def fit(run: Run) -> None:
     """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
     if run.unclosed is not None:  # trained, and stopped before it was evaluated
         run.end_pass(run.unclosed)
+    elif run.running is not None and run.plan().feed != run.running.feed:  # time went on while it was killed
+        run.end_pass(run.running)
     while not run.over:
         plan = run.plan()
-        run.begin_pass()
+        run.begin_pass(plan)
         with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed
             for batch in run.waited_for(batches):
                 run.train_on(batch, plan)
@@ -30,7 +32,7 @@ def fit(run: Run) -> None:
         else:
             run.save()  # interrupted
     if run.unevaluated and not run.interrupted:  # what a process that was killed had spent leaves no further step
-        run.end_pass(run.plan())
+        run.end_pass(run.running or run.logged_plan or run.plan())
     run.clock.stop()
 
 

@@ -36,15 +36,15 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are orthogonalised together, in one chain of batched products: a model of a dozen blocks
     has two or three shapes. ``parts`` says which parameters are several matrices stacked by rows (queries, keys and
-    values), by the parameter's identity.
+    values), by the parameter's identity; ``precision`` is that of the products.
     """
 
     def __init__(
         self, matrices: Iterable[nn.Parameter], parts: Mapping[int, int], lr: float, momentum: float,
-        weight_decay: float,
+        weight_decay: float, precision: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.parts = parts
+        self.parts, self.precision = parts, precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -72,14 +72,17 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(tuple(matrix.shape), []).append((target, matrix))
         for shape, members in by_shape.items():
             stacked = torch.stack([matrix for _, matrix in members])  # (M, R, C)
-            precision = torch.bfloat16 if stacked.is_cuda else torch.float32
-            updates = orthogonalized(stacked, precision)
+            updates = orthogonalized(stacked, self.precision)
             scale = -lr * UPDATE_RMS * max(shape) ** 0.5
             torch._foreach_add_([target for target, _ in members], list(updates.to(stacked.dtype)), alpha=scale)
 
 
 class Together:
-    """Several optimizers as one, for disjoint parameters; ``param_groups`` are all of theirs."""
+    """Several optimizers as one, for disjoint parameters; ``param_groups`` are all of theirs.
+
+    With fp16, PyTorch's scaler reads from the device, once a step, whether gradients overflowed: a device sync that
+    the fused AdamW alone spares.
+    """
 
     def __init__(self, *members: torch.optim.Optimizer):
         self.members = members

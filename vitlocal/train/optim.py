@@ -16,10 +16,13 @@ from vitlocal.plan import Progress
 from vitlocal.train.muon import Muon, Together
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | Together:
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, precision: torch.dtype = torch.float32
+) -> torch.optim.AdamW | Together:
     """AdamW, fused; no weight decay on norms, biases, position embeddings and class tokens.
 
-    With ``train.optimizer=muon`` the matrices of the blocks go to Muon, and the rest stays with AdamW.
+    With ``train.optimizer=muon`` the matrices of the blocks go to Muon, and the rest stays with AdamW. Where the model
+    runs in bfloat16 (``precision``), Muon's products do.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if config.optimizer == "muon" else {}
@@ -32,13 +35,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW 
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
     parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
-    muon = Muon(matrices.values(), parts, config.lr, config.momentum, config.weight_decay)
+    products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
+    muon = Muon(matrices.values(), parts, config.lr, config.momentum, config.weight_decay, products)
     return Together(_adamw(groups, config), muon)
 
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of linear layers within the model's blocks, by name: not those of embeddings and heads."""
-    return {name: p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2 and p.requires_grad}
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if "blocks." in name and isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
 
 
 def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:

@@ -20,7 +20,8 @@ from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import check_sizes, choose_device
 from vitlocal.train.spending import Speed, curriculum, spend
-from vitlocal.train.step import Step
+from vitlocal.train.step import Step, choose_precision
+from vitlocal.train.watch import wait
 
 MEASURE_SECONDS = 1.0  # of steps, a size
 CPU_BATCH = 4  # images a measured step on a CPU, where a full batch would take a minute
@@ -90,7 +91,13 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
     check_sizes(config, model)
     model = model.to(device, memory_format=torch.channels_last).train()
     average = build_average(model, config.train)
-    step = Step(model, build_optimizer(model, config.train), average, config, device)
+    step = Step(
+        model,
+        build_optimizer(model, config.train, choose_precision(config.train.precision, device)),
+        average,
+        config,
+        device,
+    )
     count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
     rates = {}
     for size in sizes:
@@ -108,9 +115,3 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
         rates[size] = done * count / (time.perf_counter() - began)
     print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)
     return rates
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -21,7 +21,8 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Augment
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.plan import Feed, Position, Progress
+from vitlocal.methods.strength import Strength
+from vitlocal.plan import Feed, Plan, Position, Progress, fold
 from vitlocal.train.figures import Line, by_size, curves, draw_curve, schedule, svg, throughput
 from vitlocal.train.log import read_log
 from vitlocal.train.optim import Schedule
@@ -143,25 +144,16 @@ def curves_part(runs: Sequence[Told]) -> str:
 
 def learning_rates(run: Told) -> list[tuple[float, float]]:
     """(training seconds, learning rate), by the recipe's schedule between the passes' ends."""
-    rate_at, budget = Schedule(run.config.train), run.config.budget
-    clock = "wall_seconds" if budget.counts == "wall" else "train_seconds"
-
-    def progress(record: dict[str, Any]) -> np.ndarray:
-        return np.array([record["epoch"], record["step"], record["images_seen"], record[clock]], float)
-
-    began = {"epoch": 0.0, "step": 0, "images_seen": 0, clock: 0.0, "train_seconds": 0.0}
+    rate_at = Schedule(run.config.train)
+    clock = "wall_seconds" if run.config.budget.counts == "wall" else "train_seconds"
+    fields = ("epoch", "step", "images_seen", clock, "fraction")
     points, scale = [], 1.0
-    whole = budget.length.spent(Progress(*progress(run.records[-1])))  # where the run stands now
-    done = run.records[-1]["lr"] <= run.config.train.end_lr * scale * (1 + 1e-6)  # a finished run had room left over
-    length = whole if done and budget.length.kind == "seconds" else budget.length.value
-    for before, record in pairwise([began, *run.records]):
+    for before, record in pairwise([dict.fromkeys((*fields, "train_seconds"), 0.0), *run.records]):
         scale = record.get("dials.lr_scale", scale)
         for part in np.linspace(0, 1, RATE_POINTS):
-            at = (1 - part) * progress(before) + part * progress(record)
-            spent = Progress(at[0], int(at[1]), int(at[2]), at[3])
-            spent = Progress(at[0], int(at[1]), int(at[2]), at[3], min(1.0, budget.length.spent(spent) / length))
+            epoch, step, images, spent, fraction = ((1 - part) * before[f] + part * record[f] for f in fields)
             seconds = (1 - part) * before["train_seconds"] + part * record["train_seconds"]
-            points.append((seconds, rate_at(spent) * scale))
+            points.append((seconds, scale * rate_at(Progress(epoch, int(step), int(images), spent, fraction))))
     return points
 
 
@@ -194,20 +186,18 @@ def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
     """
     device, found, seen = torch.device("cpu"), [], set()
     augment = Augment(run.config.augment)
+    methods = [Strength(run.config.strength, run.config.image_size.sizes)] if "strength" in run.config.methods else []
     sources = open_sources(run.config, device)
     try:
-        began = {"epoch": 0.0, "step": 0}
-        strength = 1.0
+        began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
         for before, record in pairwise([began, *run.records]):
-            strength = record.get("dials.strength", strength)
             size = record["image_size"]
             if size in seen or record["step"] == before["step"]:
                 continue
             seen.add(size)
-            count = sources.train.count
-            epoch, done = int(before["epoch"]), round(before["epoch"] % 1 * count)
-            at = Position(epoch, done) if done < count else Position(epoch + 1, 0)
-            with sources.train.open(Feed(size, record["batch_size"]), at) as batches:
+            feed, at = Feed(size, record["batch_size"]), Progress(fraction=before["fraction"])
+            strength = fold(methods, Plan(feed), at).dials.strength
+            with sources.train.open(feed, Position(*divmod(before["images_seen"], sources.train.count))) as batches:
                 batch = next(batches)
                 key = run.config.run.seed, before["step"]
                 images = augment.prepare(batch.images, *key, batch.places, strength)
@@ -312,10 +302,18 @@ def page_of(runs: Sequence[Told], crops: bool, more: Sequence[str] = ()) -> str:
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
 
 
-def rehearse_report(folder: Path) -> None:
-    """Draws a curve of nothing much: takes about the time that a report takes, and has fonts loaded by then."""
-    record = {"train_seconds": 1.0, "top1": 0.0, "loss": 1.0, "image_size": 1, "images_per_second": 1.0}
-    draw_curve(Line("", [record, record | {"train_seconds": 2.0}]), folder / "curve.png")
+def rehearse_report(folder: Path, config: Config) -> None:
+    """Makes a made-up run's report in ``folder``: takes the time that one takes, and has fonts loaded by then."""
+    fields = ("loss", "top1", "top5", "lr", "epoch", "step", "images_seen", "fraction", "data_wait_fraction")
+    records = [
+        dict.fromkeys(fields, 0.1 * number)
+        | {"train_seconds": number, "wall_seconds": number, "image_size": size, "images_per_second": 1.0}
+        for number, size in enumerate((32, 64, 96), start=1)
+    ]
+    (folder / "config.yaml").write_text(config.yaml(), encoding="utf-8")
+    run = Told(folder, "", records, config, [])
+    draw_curve(run.line, folder / "curve.png")
+    page_of([run], crops=False)
 
 
 def write_report(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import math
 import shutil
 import signal
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,7 +27,7 @@ from vitlocal.methods import Surroundings, build_methods
 from vitlocal.models.factory import build_model, export_model
 from vitlocal.models.local_mix import fuses
 from vitlocal.models.memory import activation_bytes
-from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold
+from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold, points
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import build_average
@@ -38,12 +37,14 @@ from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
 from vitlocal.train.report import rehearse_report, write_classes
-from vitlocal.train.step import EAGER, Step
-from vitlocal.train.watch import Watch
+from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
+from vitlocal.train.watch import Watch, wait
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
-REHEARSED_BATCHES = 2  # of the last evaluation, to know how long it will take
+REHEARSAL = ".rehearsal"
+REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
+MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Run:
         model, self.model_arguments = build_model(config.model, len(sources.train.classes))
         check_sizes(config, model)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
-        self.optimizer = build_optimizer(self.model, config.train)
+        self.optimizer = build_optimizer(self.model, config.train, choose_precision(config.train.precision, device))
         self.average = build_average(self.model, config.train)
         self.schedule = Schedule(config.train)
         self.methods = build_methods(config, Surroundings(self._image_bytes, ranks.world))
@@ -88,7 +89,9 @@ class Run:
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[Feed] = set()
-        self.finishing = 0.0  # seconds that checkpoint, export and report take after the last evaluation
+        self.saving = 0.0  # seconds of the slowest checkpoint
+        self.finishing = 0.0  # seconds that export and report take
+        self.running: Plan | None = None  # the plan of the pass that is open
         self.agree()
 
     # --- plans ---
@@ -110,8 +113,7 @@ class Run:
     def feeds_ahead(self) -> list[Feed]:
         """What the run will be fed from now on, as far as its methods know, in order and each once."""
         now, length = self.clock.progress, self.config.budget.length
-        changes = (change for method in self.methods for change in method.changes() if change.done(now) < 1)
-        later = (point for change in changes if length.done(point := change.end(now)) < 1)
+        later = [point for method in self.methods for point in points(method.changes(), now) if length.done(point) < 1]
         return list(dict.fromkeys(self.plan(point).feed for point in (now, *later)))
 
     def _image_bytes(self, size: int) -> int:
@@ -126,8 +128,8 @@ class Run:
             return
         mark = zlib.crc32(repr((plan, self.clock.step, self.clock.position)).encode())
         try:
-            mine = [self.clock.seconds, self.clock.step_seconds, float(self._signal or 0), float(mark)]
-            seconds, step_seconds, stop, theirs = self.ranks.decided(mine)
+            mine = [self.clock.seconds, self.clock.pace, float(self._signal or 0), float(mark)]
+            seconds, pace, stop, theirs = self.ranks.decided(mine)
         except RuntimeError as error:
             raise DataError(
                 f"rank {self.ranks.rank} has lost the others at step {self.clock.step} ({str(error).splitlines()[0]}); "
@@ -135,7 +137,7 @@ class Run:
             ) from None
         if mark != theirs:
             raise RuntimeError(f"rank {self.ranks.rank} has gone apart from rank 0: {plan} at step {self.clock.step}")
-        self.clock.agreed = seconds, step_seconds
+        self.clock.agreed = seconds, pace
         self.interrupted = signal.Signals(int(stop)) if stop else None
 
     def warns(self) -> list[str]:
@@ -172,36 +174,65 @@ class Run:
             next(iter(batches))
         for feed in self.feeds_ahead() if self.config.train.warm == "start" else ():
             self._warm(feed)
-        if self.clock.counts_all and not self.clock.room:
+        if self.clock.counts_all:
             self._rehearse()
+        self.agree()  # making ready took time
+        self.clock.begin()
 
     def _rehearse(self) -> None:
-        """Finds out what the budget must have left after the last step: evaluation, checkpoint, export and report."""
-        self.rehearsed(1)  # compiles, where that is wanted
-        began = perf_counter()
-        self.rehearsed(REHEARSED_BATCHES)
-        images = min(REHEARSED_BATCHES * self.config.evaluate.batch_size, self.sources.val.count)
-        evaluation = (perf_counter() - began) * self.sources.val.count / images
-        began = perf_counter()
+        """Compiles the evaluation, and finds out what the budget must have left after the last step."""
+        self._evaluated(limit=1)
+        if self.clock.room:  # as an earlier process found it
+            return
+        evaluation = self.evaluation_seconds()
         if self.ranks.first:
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                save_checkpoint(Path(folder) / "rehearsal.pt", self._state())
-                self.export(Path(folder))
-                rehearse_report(Path(folder))
-        self.finishing = perf_counter() - began
+            self.saving, self.finishing = self._rehearsed_finish()
         self._keep_room(evaluation)
-        length = self.config.budget.length
-        if self.clock.room + self.clock.wall_seconds >= length.value:
+        self.agree()
+        length, spent, room = self.config.budget.length, self.clock.progress.seconds, self.clock.room
+        if room + spent >= length.value:
             raise ConfigError(
-                f"budget.length: of {length} in all, starting took {self.clock.wall_seconds:.0f} s, and the last "
-                f"evaluation and saving need {self.clock.room:.0f} s: nothing is left to train. Give more time, or let "
-                "only training count: budget.counts=train"
+                f"budget.length: of {length} in all, {spent:.0f} s are spent on starting, and the last evaluation and "
+                f"saving need {room:.0f} s: nothing is left to train. Give more time, or let only training count: "
+                "budget.counts=train"
             )
 
+    def evaluation_seconds(self) -> float:
+        """How long an evaluation takes, told from a few of its batches."""
+        config = self.config.evaluate
+        whole = -(-self.sources.val.count // config.batch_size)
+        rehearsed = min(whole, REHEARSED_BATCHES)
+        spent = []
+        for batches in (1, rehearsed):
+            began = perf_counter()
+            self._evaluated(limit=batches)
+            spent.append(perf_counter() - began)
+        if rehearsed == whole:
+            return spent[1]
+        # Opening the source and waiting for its first batch happen once.
+        return spent[1] + (whole - rehearsed) * max(0.0, spent[1] - spent[0]) / (rehearsed - 1)
+
+    def _rehearsed_finish(self) -> tuple[float, float]:
+        """Seconds that a checkpoint takes, and export and report, tried in a folder that is removed again."""
+        folder = self.folder / REHEARSAL
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+        folder.mkdir()
+        try:
+            times = [perf_counter()]
+            save_checkpoint(folder / "checkpoint.pt", self._state())
+            times.append(perf_counter())
+            self.export(folder)
+            rehearse_report(folder, self.config)
+            times.append(perf_counter())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        # The optimizer's moments are not there yet: two numbers to each weight.
+        return MOMENTS * (times[1] - times[0]), times[2] - times[1]
+
     def _keep_room(self, evaluation: float) -> None:
-        """Keeps room for an evaluation that takes so many seconds, and for what follows it."""
+        """Keeps room for an evaluation of so many seconds, for saving before and after it, and for what follows."""
         if self.clock.counts_all:
-            self.clock.room = self.ranks.told(evaluation + self.finishing)
+            self.clock.room = self.ranks.told(evaluation + 2 * self.saving + self.finishing)
 
     def _warm(self, feed: Feed) -> None:
         if feed in self.warmed:
@@ -211,13 +242,15 @@ class Run:
         if seconds:
             self.log.say(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, plan: Plan) -> None:
+        self.running = plan
         with self.clock.paused():
-            self._warm(self.plan().feed)  # not training time, as evaluation is not
+            self._warm(plan.feed)  # not training time, as evaluation is not
         self.clock.start()
-        self._start_meter()
+        self.start_meter()
 
-    def _start_meter(self) -> None:
+    def start_meter(self) -> None:
+        """The pass's meter goes on from what it holds, at the present time."""
         self.pass_began = self.clock.train_seconds - self.meter.seconds
         self.loss_sum.fill_(self.meter.loss if self.ranks.first else 0.0)  # each process sums up its own from here
 
@@ -244,6 +277,8 @@ class Run:
         for method in self.methods:
             method.observe(seen)
         self.clock.tick(batch.total)
+        if self.clock.nearly_spent(RUN_AHEAD + 2):
+            wait(self.device)  # device sync, at the last steps: none may be under way when the time is up
         self.agree(plan)
         if (shown := self.watch.seen()) is not None:
             value, noted = shown
@@ -299,12 +334,13 @@ class Run:
                 if accuracy is None:
                     self.save()
                     return
-                self._keep_room(perf_counter() - began)
+                if not last:
+                    self._keep_room(perf_counter() - began)
                 self.evaluated_epoch, self.evaluated_step = at.epoch, at.step
                 if self.ranks.first:
                     write_classes(self.folder, self.sources.train.classes, accuracy.by_class)
             self.log.record(self._record(plan, accuracy))
-            self.logged_plan, self.unclosed, self.meter = plan, None, PassMeter()
+            self.logged_plan, self.unclosed, self.running, self.meter = plan, None, None, PassMeter()
             self.save()
         self.agree()
 
@@ -316,10 +352,6 @@ class Run:
             return self.interrupted is not None
 
         return self._evaluated(stop)
-
-    def rehearsed(self, batches: int) -> None:
-        """Evaluates so many batches, to no end but to compile, or to see how long it takes."""
-        self._evaluated(limit=batches)
 
     def _evaluated(self, stop: Callable[[], bool] = lambda: False, limit: int | None = None) -> Accuracy | None:
         config = self.config.evaluate
@@ -339,6 +371,7 @@ class Run:
             "loss": meter.loss / meter.images if meter.images else None,  # evaluated without a further step
             "top1": None if accuracy is None else round(accuracy.top1, 4),
             "top5": None if accuracy is None else round(accuracy.top5, 4),
+            "fraction": round(at.fraction, 9),
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_seconds": round(self.clock.train_seconds, 3),
             "wall_seconds": round(self.clock.wall_seconds, 3),
@@ -361,9 +394,11 @@ class Run:
             self._read_meter()
         state = self._state()
         with self.clock.paused():
+            began = perf_counter()
             if self.ranks.first:
                 save_checkpoint(self.folder / CHECKPOINT, state)
             self.ranks.wait()
+            self.saving = max(self.saving, perf_counter() - began)
         self.saved_at = self.clock.progress
 
     def _state(self) -> dict[str, Any]:
@@ -380,6 +415,8 @@ class Run:
             "unclosed": self.unclosed and self.unclosed.state_dict(),
             "evaluated_epoch": self.evaluated_epoch,
             "evaluated_step": self.evaluated_step,
+            "running": self.running and self.running.state_dict(),
+            "saving": self.saving,
             "finishing": self.finishing,
         }
 
@@ -403,9 +440,9 @@ class Run:
             method.load_state_dict(state["methods"][method.name])
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
         self.unclosed = state["unclosed"] and Plan.from_state(state["unclosed"])
-        self._start_meter()
         self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
-        self.finishing = state["finishing"]
+        self.running = state["running"] and Plan.from_state(state["running"])
+        self.saving, self.finishing = state["saving"], state["finishing"]
         self.agree()
         self.saved_at = self.clock.progress
 
@@ -476,7 +513,7 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     return device
 
 
-def _check_same(folder: Path, config: Config) -> None:
+def check_same(folder: Path, config: Config) -> None:
     """Raises ConfigError where ``folder`` holds a run of another configuration."""
     stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     before = {
@@ -484,11 +521,11 @@ def _check_same(folder: Path, config: Config) -> None:
         for section, inner in stored.items()
         for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
     }
-    now = config.flat()
+    before = Config().flat() | before  # what an older version did not know of was as it is by default
     changed = [
-        f"{name} was {before.get(name)!r} and is now {value!r}"
-        for name, value in now.items()
-        if name not in IMMATERIAL and before.get(name) != value
+        f"{name} was {before[name]!r} and is now {value!r}"
+        for name, value in config.flat().items()
+        if name not in IMMATERIAL and before[name] != value
     ]
     if changed:
         raise ConfigError(
@@ -519,7 +556,7 @@ def _check_folder(config: Config, folder: Path) -> bool:
     if config.run.resume == "never" and checkpoint.exists():
         raise ConfigError(f"run.resume: {folder} holds a run already; remove it, or use another --run.folder")
     if resumes:
-        _check_same(folder, config)
+        check_same(folder, config)
     return resumes
 
 
@@ -528,7 +565,7 @@ def _spent(folder: Path, config: Config) -> tuple[float, float]:
     if not (folder / "config.yaml").exists():
         return 0.0, 0.0
     try:
-        _check_same(folder, config)
+        check_same(folder, config)
     except ConfigError:
         return 0.0, 0.0
     return read_spent(folder / JOURNAL)
@@ -571,11 +608,12 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                 if state is not None:
                     run.load(state)
                 run.clock.spent_before(*spent)
+                run.start_meter()
                 run.agree()
                 if state is None and ranks.first:
                     (folder / "config.yaml").write_text(_header() + config.yaml(), encoding="utf-8")
                 # The line of a pass that is not closed yet will be written again.
-                run.log.begin(run.clock.step - (run.unclosed is not None))
+                run.log.begin(run.clock.step - (run.unclosed is not None and run.meter.images > 0))
                 with Journal(folder / JOURNAL, run.clock) if ranks.first else nullcontext():
                     try:
                         yield run

@@ -23,10 +23,12 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import Feed
+from vitlocal.plan import Feed, Progress
 from vitlocal.train.ema import Average
 from vitlocal.train.ranks import ALONE, Ranks
+from vitlocal.train.watch import wait
 
+START = Progress()
 RUN_AHEAD = 2  # steps that the host may be ahead of a GPU: more, and the budget's clock would not be true
 
 # A step of fewer multiply-adds than this runs as a CUDA graph: at half of an H200's peak it takes under 10 ms, and
@@ -191,8 +193,7 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
         for buffer, value in zip(self.model.buffers(), kept, strict=True):
             buffer.copy_(value)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # device sync, before the clock runs
+        wait(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
 
     def forward_of(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
@@ -234,7 +235,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.mark("optimizer")
         if self.average is not None:
-            self.average.update(self.model, self.average.decay or 1.0 if decay is None else decay)
+            self.average.update(self.model, self.average.decay_between(START, START) if decay is None else decay)
             self.mark("average")
         self._hold_back()
         return loss

@@ -38,3 +38,9 @@ class Watch(Generic[Note]):
             return None
         seen, self._note = (float(self._value), self._note), None
         return seen
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
