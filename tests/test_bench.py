@@ -83,7 +83,10 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["loader", "--only", "torchvision", "--source", "nowhere"], "nowhere"),
         (["write", "--images", "0"], "at least 1"),
         (["write", "--sides", "64:png"], "not a format"),
-        (["nothing"], "expected the name of a bench (loader, profile, runs, step, write)"),
+        (
+            ["nothing"],
+            "expected the name of a bench (arms, forecast, loader, paper, profile, report, runs, step, write)",
+        ),
     ],
 )
 def test_wrong_arguments(

@@ -121,10 +121,10 @@ class Follower(Ranks):
 def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, decoder):
     with open_run(configure()) as run:
         plan = run.plan()
-        run.ranks = Follower(lambda seconds, stop, mark: [77.0, float(signal.SIGTERM), mark])
+        run.ranks = Follower(lambda seconds, pace, stop, mark: [77.0, pace, float(signal.SIGTERM), mark])
         run.agree(plan)
         assert run.clock.progress.seconds == 77 and run.interrupted is signal.SIGTERM and run.over
-        run.ranks = Follower(lambda seconds, stop, mark: [78.0, 0.0, mark + 1])
+        run.ranks = Follower(lambda seconds, pace, stop, mark: [78.0, pace, 0.0, mark + 1])
         with pytest.raises(RuntimeError, match="rank 1 has gone apart from rank 0"):
             run.agree(plan)
 

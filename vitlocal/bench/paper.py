@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from vitlocal.bench.arms import (
     RECIPES,
     Arm,
@@ -82,7 +84,8 @@ def scaled_size(size: int, final: int, patch: int) -> int:
 def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
     """The arm's curriculum by parts of the budget: to each size what it had of the paper's, by the model's FLOPs."""
     config = read_config(arm.command_line(), {})
-    model, _ = build_model(config.model, 1000)
+    with torch.device("meta"):  # its shapes are all that counts
+        model, _ = build_model(config.model, 1000)
     whole, spent, began = count_macs(model, PAPER_SIZES[1]), 0.0, 0.0
     stages: list[Stage] = []
     for stage in config.image_size.curriculum:
