@@ -44,6 +44,7 @@ CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
 REHEARSAL = ".rehearsal"
 REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
+OUTSIDE_SECONDS = 1.5  # that Python takes to start, and to end with PyTorch loaded: no clock of ours sees them
 MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
@@ -227,7 +228,7 @@ class Run:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         # The optimizer's moments are not there yet: two numbers to each weight.
-        return MOMENTS * (times[1] - times[0]), times[2] - times[1]
+        return MOMENTS * (times[1] - times[0]), times[2] - times[1] + OUTSIDE_SECONDS
 
     def _keep_room(self, evaluation: float) -> None:
         """Keeps room for an evaluation of so many seconds, for saving before and after it, and for what follows."""
