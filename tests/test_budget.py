@@ -213,7 +213,7 @@ def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path
     assert train(configure("--budget.length=6s", "--budget.counts=wall", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
     assert last["train_seconds"] < last["wall_seconds"]
-    assert last["lr"] == 1e-5 and last["top1"] is not None
+    assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["top1"] is not None
 
 
 def test_a_budget_with_no_time_to_train_is_refused(configure, decoder, tmp_path: Path):

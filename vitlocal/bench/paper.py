@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from vitlocal.bench.arms import (
     table,
 )
 from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.config import read_config
+from vitlocal.config import ModelConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
@@ -81,17 +82,22 @@ def scaled_size(size: int, final: int, patch: int) -> int:
     return max(patch, int(wished / patch + 0.5) * patch)
 
 
+@lru_cache
+def _macs(config: ModelConfig, size: int) -> int:
+    with torch.device("meta"):  # its shapes are all that counts
+        model, _ = build_model(config, 1000)
+    return count_macs(model, size)
+
+
 def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
     """The arm's curriculum by parts of the budget: to each size what it had of the paper's, by the model's FLOPs."""
     config = read_config(arm.command_line(), {})
-    with torch.device("meta"):  # its shapes are all that counts
-        model, _ = build_model(config.model, 1000)
-    whole, spent, began = count_macs(model, PAPER_SIZES[1]), 0.0, 0.0
+    whole, spent, began = _macs(config.model, PAPER_SIZES[1]), 0.0, 0.0
     stages: list[Stage] = []
     for stage in config.image_size.curriculum:
         size = scaled_size(stage.size, final, patch)
         if stage.until is not None:
-            spent += (stage.until.value - began) / PAPER_EPOCHS * count_macs(model, stage.size) / whole
+            spent += (stage.until.value - began) / PAPER_EPOCHS * _macs(config.model, stage.size) / whole
             began = stage.until.value
         ends = stage.until is not None and spent < 1  # what the paper's hours did not reach is not reached here
         text = f"{size}px until {100 * spent:.4g}%" if ends else f"{size}px"
