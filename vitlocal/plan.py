@@ -173,6 +173,19 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Memoryless:
+    """What a method that keeps nothing of what it sees need not write."""
+
+    def observe(self, seen: StepResult) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 def conflicts(methods: Sequence[Method]) -> list[str]:
     """Names every pair of methods that would write one field of the plan."""
     return [

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from vitlocal.config import ImageSizeConfig
-from vitlocal.plan import Length, Plan, Progress, StepResult, with_size
+from vitlocal.plan import Length, Memoryless, Plan, Progress, with_size
 
 
-class ImageSize:
+class ImageSize(Memoryless):
     """Training crops start small and grow by ``step_pixels`` at a time, up to ``final``.
 
     With ``growth=linear`` they grow every ``step_epochs`` epochs; with ``exponential`` at the listed
@@ -31,12 +30,3 @@ class ImageSize:
 
     def changes(self) -> Sequence[Length]:
         return [stage.until for stage in self.stages if stage.until is not None]
-
-    def observe(self, seen: StepResult) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from vitlocal.config import StrengthConfig
-from vitlocal.plan import Length, Plan, Progress, StepResult
+from vitlocal.plan import Length, Memoryless, Plan, Progress
 
 
-class Strength:
+class Strength(Memoryless):
     """From a part of the recipe's augmentation and drop path to all of it (Tan and Le 2021, arXiv 2104.00298).
 
     Small images are harder to fit, so what makes training harder may wait. Grows linearly with the image size from
@@ -34,12 +33,3 @@ class Strength:
 
     def changes(self) -> Sequence[Length]:
         return []  # no feed changes by it
-
-    def observe(self, seen: StepResult) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
