@@ -55,7 +55,7 @@ setup(
         "setuptools>=70,<85",  # ffcv imports distutils, which left the standard library in 3.12
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "ruff>=0.12,<0.18"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12,<0.18"],
         "dali": ["nvidia-dali-cuda120>=1.50,<3"],  # works without a GPU, too
     },
 )

@@ -74,6 +74,22 @@ def fast_attention(device: torch.device) -> Iterator[None]:
             ) from error
 
 
+@contextmanager
+def denormals_flushed(device: torch.device) -> Iterator[None]:
+    """On a CPU, numbers too small for float32's full precision (below 1e-38) are zero in here.
+
+    Arithmetic with them is microcode: of a 6-block, 128-wide DeiT trained at a rate of 4e-3, gradients that vanish
+    slowed a step on one core from 127 images/s to 93. Not set for good: numpy warns of such a machine.
+    """
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        if device.type == "cpu":
+            torch.set_flush_denormal(False)
+
+
 class Objective(nn.Module):
     """The loss of a batch as it comes from a source: all that a step differentiates, in one graph."""
 
@@ -222,14 +238,20 @@ class Step:
         ``decay`` is the average's, where the recipe does not state it; ``strength`` scales augmentation and drop path.
         Returns its part of the global batch's mean loss: a detached 0-D tensor on the device.
         """
-        train = self.config.train
+        self._set_strength(strength)
+        with denormals_flushed(self.device):
+            loss = self._gradients(batch, step, mode)
+            self._update(lr, decay)
+        self._hold_back()
+        return loss
+
+    def _update(self, lr: float, decay: float | None) -> None:
+        """Weights and their average, by the gradients that are there."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._set_strength(strength)
-        loss = self._gradients(batch, step, mode)
-        if train.clip_norm is not None:
+        if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -237,8 +259,6 @@ class Step:
         if self.average is not None:
             self.average.update(self.model, self.average.decay_between(START, START) if decay is None else decay)
             self.mark("average")
-        self._hold_back()
-        return loss
 
     def _gradients(self, batch: Batch, step: int, mode: Mode) -> Tensor:
         """Forward and backward; returns this process's part of the mean loss, detached."""
