@@ -41,6 +41,9 @@ def test_base_recipe_is_changed_by_the_one_that_names_it(tmp_path: Path):
     assert (config.train.lr, config.train.batch_size) == (0.5, 8)
 
 
+PARTS = {"heads": 6, "hidden": 1536, "grid": 14, "blocks": 12, "passing": 1}  # of DeiT-S
+
+
 @pytest.mark.parametrize("base", ["recipe.yaml", "[a.yaml, b.yaml]", "nowhere.yaml"])
 def test_a_base_that_cannot_be_is_named(tmp_path: Path, base: str):
     with pytest.raises(ConfigError, match="base is|nowhere.yaml: cannot be read"):
@@ -127,7 +130,7 @@ def test_the_default_folder_tells_variants_apart():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid_and_open_with_their_facts(path: Path):
     config = read_config(["-C", str(path)], {})
-    build_methods(config, Surroundings())
+    build_methods(Surroundings(config, macs=lambda size, shape: 1 + (shape.heads or 9), parts=PARTS, blocks=12))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"--config-file rcfg/{path.name}" in "\n".join(head) or path.name == "demo.yaml"
     for fact in ("Hardware:", "easured"):
@@ -138,7 +141,7 @@ def test_recipes_are_the_papers():
     sizes = {}
     for name in ("ours", "curriculum_128_3_16", "curriculum_64_5_32", "curriculum_exponential", "ours_no_curriculum"):
         config = read_config(["-C", str(ROOT / "rcfg" / f"{name}.yaml")], {})
-        stages = config.image_size.curriculum
+        stages = config.of("image_size").curriculum
         starts = [0, *(stage.until.value for stage in stages[:-1])]
         sizes[name] = [*zip(starts, (stage.size for stage in stages), strict=True)] if config.methods else []
     assert sizes["ours"] == [(0, 32), (5, 64), (10, 96), (15, 128), (20, 160), (25, 192), (30, 224)]

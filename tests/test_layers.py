@@ -1,4 +1,4 @@
-"""Imports go one way: train_imagenet → train → methods, models, data → plan, config, errors → nothing of ours."""
+"""Imports go one way: train → models, data → config → methods → options → plan → errors → nothing of ours."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ LEVELS = {
     "errors": 0,
     "machine": 0,
     "plan": 1,
-    "config": 2,
-    "data": 3,
-    "models": 3,
+    "options": 2,
     "methods": 3,
-    "train": 4,
-    "predict": 4,
-    "bench": 5,
+    "config": 4,
+    "data": 5,
+    "models": 5,
+    "train": 6,
+    "predict": 6,
+    "bench": 7,
 }
 
 

@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import pytest
 
-from vitlocal.config import BatchSizeConfig, BudgetConfig, ImageSizeConfig, TrainConfig
+from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods.batch_size import BatchSize
-from vitlocal.methods.image_size import ImageSize
+from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
+from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Length, Plan, Progress, conflicts, fold
 from vitlocal.train.clock import Clock
 from vitlocal.train.optim import Schedule
 
 START = Plan(Feed(224, 64))
+
+
+def around(*options: str, **facts) -> Surroundings:
+    """A run whose recipe has these options."""
+    return Surroundings(read_config([f"--{option}" for option in options], {}), **facts)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +35,7 @@ def test_wrong_lengths(text: str):
 
 
 def test_the_papers_curriculum():
-    method = ImageSize(ImageSizeConfig(final=224))
+    method = ImageSize(around())
     at = {epoch: fold([method], START, Progress(epoch=epoch)).feed.size for epoch in (0, 4.999, 5, 12, 29.9, 30, 300)}
     assert at == {0: 32, 4.999: 32, 5: 64, 12: 96, 29.9: 192, 30: 224, 300: 224}
 
@@ -39,17 +45,17 @@ def test_a_last_step_that_does_not_fit_ends_at_the_final_size():
 
 
 def test_planning_is_pure_and_conflicts_are_named():
-    method = ImageSize(ImageSizeConfig(final=224))
+    method = ImageSize(around())
     at = Progress(epoch=7.0)
     assert fold([method], START, at) == fold([method], START, at)
-    (problem,) = conflicts([method, ImageSize(ImageSizeConfig(final=96))])
+    (problem,) = conflicts([method, ImageSize(around())])
     assert "feed.size" in problem
 
 
 @pytest.mark.parametrize(("rule", "scale"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])
 def test_batches_grow_as_images_shrink(rule: str, scale: float):
-    sizes = ImageSize(ImageSizeConfig(final=224))
-    batches = BatchSize(BatchSizeConfig(limit=256, rule=rule), 64, 224, image_bytes=lambda size: size * size)
+    sizes = ImageSize(around())
+    batches = BatchSize(around("train.batch_size=64", "batch_size.limit=256", f"batch_size.rule={rule}"))
     early, later, last = (fold([sizes, batches], START, Progress(epoch=epoch)) for epoch in (0, 20, 40))
     assert (early.feed, early.dials.lr_scale) == (Feed(32, 256), scale)  # as many as would fit: 3136
     assert later.feed == Feed(160, 96)  # 125 fit
@@ -57,8 +63,8 @@ def test_batches_grow_as_images_shrink(rule: str, scale: float):
 
 
 def test_batches_fill_the_memory_of_every_device():
-    config = BatchSizeConfig(memory=10_000, limit=10_000, multiple=7)
-    one, four = (BatchSize(config, 20, 64, lambda size: size * 10, processes) for processes in (1, 4))
+    options = ["train.batch_size=20", "batch_size.memory=10KB", "batch_size.limit=10000", "batch_size.multiple=7"]
+    one, four = (BatchSize(around(*options, image_bytes=lambda size: size * 10, processes=count)) for count in (1, 4))
     assert (one.batch_at(32), four.batch_at(32)) == (28, 119)  # 31 on each device, and multiples of 7
     with pytest.raises(ConfigError, match="hold 15 images of 64 px"):  # the recipe's own batch is not made smaller
         one.batch_at(64)
@@ -70,7 +76,8 @@ def test_what_changed():
     assert small.changed(START) == {"feed.size": 32}
     assert small.changed(small) == {}
     assert small.changed(None) == {
-        "feed.size": 32, "feed.batch_size": 64, "dials.lr_scale": 1.0, "dials.strength": 1.0,
+        "feed.size": 32, "feed.batch_size": 64, "feed.subset": 0, "dials.lr_scale": 1.0, "dials.strength": 1.0,
+        "dials.operations": None,
     }  # fmt: skip
 
 

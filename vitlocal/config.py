@@ -13,177 +13,34 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fastargs
 import yaml
 from fastargs.exceptions import MissingValueError, ValidationError
-from fastargs.validation import Checker
 
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Length, Stage
-
-# --- kinds of values --------------------------------------------------------------------------------------
-
-
-class Text(Checker):
-    def check(self, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        return value
-
-    def help(self) -> str:
-        return "text"
-
-
-@dataclass(frozen=True)
-class Number(Checker):
-    """A number in [low, high]; whole ones stay ``int``, and no fraction is cut off in silence."""
-
-    low: float = float("-inf")
-    high: float = float("inf")
-    whole: bool = False
-
-    def check(self, value: Any) -> float | int:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if self.whole:
-            if number != int(number):
-                raise ValueError
-            number = int(number)
-        if not self.low <= number <= self.high:
-            raise ValueError
-        return number
-
-    def help(self) -> str:
-        bounds = {
-            (False, False): "",
-            (True, False): f" of at least {self.low:g}",
-            (False, True): f" of at most {self.high:g}",
-            (True, True): f" from {self.low:g} to {self.high:g}",
-        }[self.low > float("-inf"), self.high < float("inf")]
-        return ("a whole number" if self.whole else "a number") + bounds
-
-
-class Flag(Checker):
-    words = {
-        "true": True,
-        "yes": True,
-        "on": True,
-        "1": True,
-        "false": False,
-        "no": False,
-        "off": False,
-        "0": False,
-    }
-
-    def check(self, value: Any) -> bool:
-        return self.words[str(value).lower()]
-
-    def help(self) -> str:
-        return "true or false"
-
-
-class Choice(Checker):
-    def __init__(self, *names: str):
-        self.names = names
-
-    def check(self, value: Any) -> str:
-        if str(value) not in self.names:
-            raise ValueError
-        return str(value)
-
-    def help(self) -> str:
-        return "one of " + ", ".join(self.names)
-
-
-@dataclass(frozen=True)
-class Duration(Checker):
-    part: bool = True  # it may be a part of the budget
-
-    def check(self, value: Any) -> Length:
-        length = value if isinstance(value, Length) else Length.parse(str(value))
-        if length.kind == "fraction" and (not self.part or length.value > 1):
-            raise ValueError
-        return length
-
-    def help(self) -> str:
-        return "a length: 90ep, 5000steps, 45s, 30m or 24h" + (", or 10% of the budget" if self.part else "")
-
-
-class StageText(Checker):
-    def check(self, value: Any) -> Stage:
-        stage = value if isinstance(value, Stage) else Stage.parse(str(value))
-        if stage.until is not None:
-            Duration().check(stage.until)
-        return stage
-
-    def help(self) -> str:
-        return "a size and its end (32px until 10%, or until 5ep); the last without an end"
-
-
-class Bytes(Checker):
-    """A number of bytes; decimal units as disks are sold in, or binary ones."""
-
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
-    def check(self, value: Any) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
-        if match is None or match[2].upper() not in self.units:
-            raise ValueError
-        count = int(float(match[1]) * self.units[match[2].upper()])
-        if count < 1:
-            raise ValueError
-        return count
-
-    def help(self) -> str:
-        return "bytes with a unit: 150GB, 64GiB"
-
-
-class Series(Checker):
-    """Several values: a yaml list, or text with commas. ``none`` is the empty series."""
-
-    def __init__(self, kind: Checker, count: int | None = None):
-        self.kind, self.count = kind, count
-
-    def check(self, value: Any) -> tuple:
-        if isinstance(value, str):
-            value = [] if value in ("none", "[]", "") else [part.strip() for part in value.split(",")]
-        values = tuple(self.kind.check(part) for part in value)
-        if self.count is not None and len(values) != self.count:
-            raise ValueError
-        return values
-
-    def help(self) -> str:
-        return f"{self.count or 'a list'} of: {self.kind.help()}"
-
-
-class Maybe(Checker):
-    """The kind, or ``none``."""
-
-    def __init__(self, kind: Checker):
-        self.kind = kind
-
-    def check(self, value: Any) -> Any:
-        return None if value is None or value == "none" else self.kind.check(value)
-
-    def help(self) -> str:
-        return f"{self.kind.help()}, or none"
-
+from vitlocal.methods import METHODS
+from vitlocal.methods import problems as method_problems
+from vitlocal.options import (
+    COUNT,
+    SHARE,
+    Bytes,
+    Choice,
+    Duration,
+    Flag,
+    Maybe,
+    Number,
+    Series,
+    Text,
+    option,
+    plain_value,
+)
+from vitlocal.plan import Length
 
 LARGEST_ERASED = 836  # px: three channels have as many pixels as data/augment.py has noise
 KERNELS = ("auto", "fused", "plain")  # of the local FFN
-COUNT = Number(low=1, whole=True)
-SHARE = Number(low=0, high=1)
-
-
-def option(default: Any, kind: Checker, meaning: str) -> Any:
-    """A dataclass field that is also an option of the command line and of recipes."""
-    return field(default=default, metadata={"kind": kind, "meaning": meaning})
 
 
 # --- the configuration ------------------------------------------------------------------------------------
@@ -224,6 +81,9 @@ class ModelConfig:
     init: str | None = option(None, Maybe(Choice("trunc_normal", "xavier")), "how weights start")
     position: str | None = option(None, Maybe(Choice("random", "sincos")), "how the position table starts")
     drop_path: float = option(0.1, Number(low=0, high=0.9), "stochastic depth: rate at the last block")
+    weights: str | None = option(
+        None, Maybe(Text()), "start from these: a run's folder, or a file; a head of other classes starts anew"
+    )
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
@@ -233,7 +93,7 @@ class ModelConfig:
             "drop_path": "drop_path_rate",
             "size": "img_size",
         }
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "weights")}
         return {names.get(name, name): value for name, value in values.items() if value is not None}
 
 
@@ -295,7 +155,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    length: Length = option(Length.parse("24h"), Duration(part=False), "24h, 30m, 45s, 90ep or 5000steps")
+    length: Length = option(Length.parse("24h"), Duration(part=False), "24h, 30m, 45s, 90ep, 5000steps or 3PF")
     counts: str = option(
         "train", Choice("train", "wall"), "of a length in time: train: evaluation and saving are free; wall: all counts"
     )
@@ -311,63 +171,8 @@ class RunConfig:
     device: str = option("auto", Text(), "auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(low=0, whole=True), "PyTorch's CPU threads; 0: as PyTorch decides")
     save_every: Length = option(Length.parse("10m"), Duration(), "between checkpoints (ep, s, m, h or steps)")
+    keep_weights: bool = option(False, Flag(), "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, Flag(), "draw a progress bar")
-
-
-@dataclass(frozen=True)
-class ImageSizeConfig:
-    init: int = option(32, COUNT, "training crop side at the start, px")
-    step_pixels: int = option(32, COUNT, "growth at a time, px")
-    final: int | None = option(None, Maybe(COUNT), "last training size, px; none: model.size")
-    growth: str = option("linear", Choice("linear", "exponential"), "every step_epochs, or at switch_epochs")
-    stages: tuple[Stage, ...] | None = option(
-        None, Maybe(Series(StageText())), "the whole curriculum, in place of the options above and below"
-    )
-    step_epochs: float = option(5.0, Number(low=1e-3), "epochs between growths (linear)")
-    switch_epochs: tuple[float, ...] = option(
-        (0, 2, 4, 8, 12, 20, 36), Series(Number(low=0)), "epoch at which each size starts (exponential)"
-    )
-
-    @property
-    def grown(self) -> tuple[int, ...]:
-        """The sizes, where ``stages`` does not state them."""
-        assert self.final is not None, "read_config fills it in"
-        return (*range(self.init, self.final, self.step_pixels), self.final)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(stage.size for stage in self.curriculum)
-
-    @property
-    def curriculum(self) -> tuple[Stage, ...]:
-        """The stages, however they were given."""
-        if self.stages is not None:
-            return self.stages
-        sizes = self.grown
-        if self.growth == "exponential":
-            ends = self.switch_epochs[1 : len(sizes)]
-        else:
-            ends = tuple(number * self.step_epochs for number in range(1, len(sizes)))
-        return tuple(
-            Stage(size, None if end is None else Length(end, "epochs", f"{end:g}ep"))
-            for size, end in zip(sizes, (*ends, None), strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class StrengthConfig:
-    start: float = option(0.2, SHARE, "part of augmentation and drop path at the smallest size, or at the start")
-    by: str = option("size", Choice("size", "budget"), "grows with the image size, or with the budget spent")
-
-
-@dataclass(frozen=True)
-class BatchSizeConfig:
-    memory: int | None = option(
-        None, Maybe(Bytes()), "for activations, on each device; none: what train.batch_size images of model.size take"
-    )
-    limit: int = option(2048, COUNT, "largest batch")
-    multiple: int = option(32, COUNT, "batches larger than train.batch_size are a multiple of this")
-    rule: str = option("sqrt", Choice("sqrt", "linear", "none"), "how the learning rate grows with the batch")
 
 
 @dataclass(frozen=True)
@@ -379,22 +184,20 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     run: RunConfig = field(default_factory=RunConfig)
-    image_size: ImageSizeConfig = field(default_factory=ImageSizeConfig)
-    strength: StrengthConfig = field(default_factory=StrengthConfig)
-    batch_size: BatchSizeConfig = field(default_factory=BatchSizeConfig)
-    methods: tuple[str, ...] = option(
-        (), Series(Choice("image_size", "strength", "batch_size")), "training methods, in order"
-    )
+    methods: tuple[str, ...] = option((), Series(Choice(*METHODS)), "training methods, in order")
+    own: Mapping[str, Any] = field(default_factory=dict)  # the methods' own sections, by their names
+
+    def of(self, method: str) -> Any:
+        """The options of ``method``, whether the recipe names it or not."""
+        return self.own[method] if method in self.own else METHODS[method].options().completed(self.model)
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
         values: dict[str, Any] = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if part.name == "methods":
-                values["methods"] = list(value)
-            else:
-                values |= {f"{part.name}.{f.name}": _plain(getattr(value, f.name)) for f in fields(value)}
+        for name in SECTIONS:
+            section = self.of(name) if name in METHODS else getattr(self, name)
+            values |= {f"{name}.{f.name}": plain_value(getattr(section, f.name)) for f in fields(section)}
+        values["methods"] = list(self.methods)
         return values
 
     def yaml(self) -> str:
@@ -455,9 +258,7 @@ SECTIONS = {
     "evaluate": EvaluateConfig,
     "budget": BudgetConfig,
     "run": RunConfig,
-    "image_size": ImageSizeConfig,
-    "strength": StrengthConfig,
-    "batch_size": BatchSizeConfig,
+    **{name: method.options for name, method in METHODS.items()},
 }
 
 PLAN_NAME = "plan.yaml"  # what --plan leaves in a data folder: a recipe of WriteOptions
@@ -466,14 +267,8 @@ PLAN_NAME = "plan.yaml"  # what --plan leaves in a data folder: a recipe of Writ
 IMMATERIAL = frozenset(
     {"data.root", "data.workers", "data.source", "evaluate.batch_size"}
     | {f"train.{name}" for name in ("accumulate", "checkpointing", "compile", "warm", "graphs", "kernel")}
-    | {f"run.{name}" for name in ("folder", "resume", "device", "threads", "save_every", "progress")}
+    | {f"run.{name}" for name in ("folder", "resume", "device", "threads", "save_every", "progress", "keep_weights")}
 )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Length, Stage)):
-        return str(value)
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -512,7 +307,7 @@ class Reader:
             param = fastargs.Param(spec.metadata["kind"], spec.metadata["meaning"], default=spec.default)
             param.section = fastargs_section
             self.fastargs.add_entry((), name, param)
-            default = "none" if spec.default in (None, ()) else _plain(spec.default)
+            default = "none" if spec.default in (None, ()) else plain_value(spec.default)
             meaning = f"{spec.metadata['meaning']}; {spec.metadata['kind'].help()} (default: {default})"
             named = [flag for flag, target in flags.items() if target == name]
             kind = spec.metadata["kind"]
@@ -605,15 +400,14 @@ def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     reader.check()
     if values["run.folder"] is None:
         values["run.folder"] = default_folder(reader.files, reader.overrides)
-    if values["image_size.final"] is None:
-        values["image_size.final"] = values["model.size"]
     if values["evaluate.size"] is None:
         values["evaluate.size"] = values["model.size"]
     sections = {
         name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section)})
         for name, section in SECTIONS.items()
     }
-    config = Config(**sections, methods=values["methods"])
+    own = {name: sections.pop(name).completed(sections["model"]) for name in METHODS}
+    config = Config(**sections, methods=values["methods"], own=own)
     reader.problems += _contradictions(config)
     reader.check()
     return config
@@ -664,62 +458,13 @@ def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
     return "runs/" + re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
 
 
-def _stage_problems(stages: Sequence[Stage]) -> list[str]:
-    """Where the stages of a curriculum do not follow each other."""
-    if not stages or any(stage.until is None for stage in stages[:-1]) or stages[-1].until is not None:
-        return [
-            f"image_size.stages: got {', '.join(map(str, stages)) or 'none'}; expected each stage but the last to say "
-            "until when, and the last not, as in 32px until 10%, 64px until 30%, 224px"
-        ]
-    ends = [stage.until for stage in stages[:-1]]
-    return [
-        f"image_size.stages: {after} does not come after {before}; expected growing lengths"
-        for before, after in pairwise(ends)
-        if after.kind == before.kind and after.value <= before.value
-    ]
-
-
 def _contradictions(config: Config) -> list[str]:
     """What each option allows by itself but not together with another."""
     found = []
-    curriculum, augment = config.image_size, config.augment
-    if curriculum.stages is not None:
-        found += _stage_problems(curriculum.stages)
-    if "image_size" in config.methods:
-        largest = curriculum.final if curriculum.stages is None else max((s.size for s in curriculum.stages), default=0)
-        if largest > config.model.size:
-            found.append(
-                f"image_size: {largest} px is larger than model.size ({config.model.size}), the grid of the position "
-                f"table; set model.size={largest}"
-            )
-        if curriculum.stages is None and curriculum.init > curriculum.final:
-            found.append(f"image_size.init: {curriculum.init} is larger than image_size.final ({curriculum.final})")
-        elif curriculum.stages is None and curriculum.growth == "exponential":
-            switches, sizes = curriculum.switch_epochs, curriculum.grown
-            if len(switches) < len(sizes):
-                found.append(
-                    f"image_size.switch_epochs: {len(switches)} epochs for the {len(sizes)} sizes "
-                    f"{', '.join(map(str, sizes))}; give one for each"
-                )
-            if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
-                found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
+    augment = config.augment
+    found += method_problems(config)
     if augment.three and augment.randaugment:
         found.append("augment.three: it takes the place of augment.randaugment; set one of them to 0")
-    if "strength" in config.methods:
-        if config.strength.by == "size" and "image_size" not in config.methods[: config.methods.index("strength")]:
-            found.append("methods: strength follows the sizes of image_size; name that before it, or set strength.by")
-        # Drop path of timm's own models stays as it is: it is no tensor that could be written to.
-        paths = config.model.drop_path if config.model.name.startswith("vitlocal_") else 0
-        if not any((augment.randaugment, augment.three, augment.mixup, augment.cutmix, augment.erase, paths)):
-            found.append("methods: strength has nothing to vary: there is neither augmentation nor drop path of ours")
-    if "batch_size" in config.methods:
-        if config.methods.index("batch_size") != len(config.methods) - 1:
-            found.append("methods: batch_size follows the sizes that the others set; name it last")
-        if config.batch_size.limit < config.train.batch_size:
-            found.append(
-                f"batch_size.limit: {config.batch_size.limit} is smaller than train.batch_size "
-                f"({config.train.batch_size}), from which batches grow"
-            )
     if config.data.loader != "ffcv" and config.data.on_error != "stop":
         found.append(
             f"data.on_error: skip is for data.loader=ffcv; with {config.data.loader}, name a data folder that was "

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vitlocal.config import BatchSizeConfig
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Length, Plan, Progress, StepResult
+from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.options import COUNT, Bytes, Choice, Maybe, Section, option
+from vitlocal.plan import Plan, Progress
 
 # The learning rate grows with the batch: as its root for Adam (Malladi et al. 2022, arXiv 2205.10287), or with it.
 RULES = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 
 
-class BatchSize:
-    """At each image size, the largest batch whose activations fit, at least ``base`` and at most the limit.
+@dataclass(frozen=True)
+class BatchSizeConfig(Section):
+    memory: int | None = option(
+        None, Maybe(Bytes()), "for activations, on each device; none: what train.batch_size images of model.size take"
+    )
+    limit: int = option(2048, COUNT, "largest batch")
+    multiple: int = option(32, COUNT, "batches larger than train.batch_size are a multiple of this")
+    rule: str = option("sqrt", Choice("sqrt", "linear", "none"), "how the learning rate grows with the batch")
 
-    ``image_bytes`` says what an image of a size takes. Each of the batch's ``parts``, on devices beside each other or
-    one after another, has ``batch_size.memory``; where none is stated, the whole batch has what ``base`` images of
-    ``largest`` px take. A run that goes on keeps its batches, whatever it goes on with.
+
+class BatchSize(Defaults):
+    """At each image size, the largest batch whose activations fit, at least ``train.batch_size``, at most the limit.
+
+    Each of the batch's parts, on devices beside each other or one after another, has ``batch_size.memory``; where none
+    is stated, the whole batch has what ``train.batch_size`` images of ``model.size`` take. A run that goes on keeps its
+    batches, whatever it goes on with.
     """
 
     name = "batch_size"
     writes = frozenset({"feed.batch_size", "dials.lr_scale"})
+    options = BatchSizeConfig
 
-    def __init__(
-        self, config: BatchSizeConfig, base: int, largest: int, image_bytes: Callable[[int], int], parts: int = 1
-    ):
-        self.config, self.base, self.largest = config, base, largest
-        self.image_bytes, self.parts = image_bytes, parts
+    def __init__(self, run: Surroundings):
+        recipe = run.recipe
+        self.config, self.base, self.largest = recipe.of(self.name), recipe.train.batch_size, recipe.model.size
+        self.image_bytes, self.parts = run.image_bytes, run.processes * recipe.train.accumulate
         self._batches: dict[int, int] = {}  # by size
+
+    @staticmethod
+    def problems(recipe: Recipe) -> list[str]:
+        found = []
+        if recipe.methods.index("batch_size") != len(recipe.methods) - 1:
+            found.append("methods: batch_size follows the sizes that the others set; name it last")
+        limit, base = recipe.of("batch_size").limit, recipe.train.batch_size
+        if limit < base:
+            found.append(
+                f"batch_size.limit: {limit} is smaller than train.batch_size ({base}), from which batches grow"
+            )
+        return found
 
     def batch_at(self, size: int) -> int:
         """Images of a global batch at ``size`` px: a multiple of ``batch_size.multiple`` where it is more than base."""
@@ -54,12 +76,6 @@ class BatchSize:
         batch = self.batch_at(plan.feed.size)
         scale = (batch / self.base) ** RULES[self.config.rule]
         return replace(plan, feed=replace(plan.feed, batch_size=batch), dials=replace(plan.dials, lr_scale=scale))
-
-    def changes(self) -> Sequence[Length]:
-        return []  # it follows the size
-
-    def observe(self, seen: StepResult) -> None:
-        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": dict(self._batches)}
