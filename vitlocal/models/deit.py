@@ -9,6 +9,7 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.vit import (
@@ -29,12 +30,24 @@ class FeedForward(nn.Module):
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
+        self.hidden = self.active = shape.hidden  # so many hidden units run, the first ones
         self.activation = shape.activation
         self.fc1 = nn.Linear(shape.dim, shape.hidden)
         self.fc2 = nn.Linear(shape.hidden, shape.dim)
 
+    def widened(self, tokens: Tensor) -> Tensor:
+        """The hidden units that run, activated: (B, T, D) -> (B, T, C)."""
+        if self.active == self.hidden:
+            return ACTIVATIONS[self.activation](self.fc1(tokens))
+        return ACTIVATIONS[self.activation](
+            F.linear(tokens, self.fc1.weight[: self.active], self.fc1.bias[: self.active])
+        )
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(tokens)))
+        hidden = self.widened(tokens)
+        if self.active == self.hidden:
+            return self.fc2(hidden)
+        return F.linear(hidden, self.fc2.weight[:, : self.active], self.fc2.bias)
 
 
 class PlainBlock(Block):
@@ -45,7 +58,9 @@ class PlainBlock(Block):
         self.norm2 = nn.LayerNorm(shape.dim, eps=1e-6)
         self.mlp = FeedForward(shape)
 
-    def feed_forward(self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None) -> Tensor:
+    def feed_forward(
+        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
         return add_branch(tokens, self.mlp(self.norm2(tokens)), scale)
 
 

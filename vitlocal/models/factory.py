@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from timm.models import load_state_dict
+from torch import Tensor, nn
 
 from vitlocal.config import EvaluateConfig, ModelConfig
 from vitlocal.errors import ConfigError
+from vitlocal.models.surgery import plain_state
+from vitlocal.models.vit import VisionTransformer, position_matrix
+from vitlocal.plan import WHOLE_MODEL, Shape
 
 OURS = "vitlocal_"
 
@@ -61,13 +67,19 @@ def export_model(
     arguments: dict[str, Any],
     classes: Sequence[str],
     evaluate: EvaluateConfig,
+    shape: Shape = WHOLE_MODEL,
 ) -> None:
     """Writes ``model.safetensors`` and ``config.json``: ``timm.create_model("local-dir:<folder>", pretrained=True)``."""  # noqa: E501
+    built = {name: value for name, value in arguments.items() if name != "drop_path_rate"}
+    if isinstance(model, VisionTransformer) and len(model.order) < len(model.blocks):
+        built["depth"] = len(model.order)
+    if shape.pruned and not (shape.kept == 1 and shape.attended == 1):  # as it was evaluated
+        built |= {"kept": shape.kept, "attended": shape.attended, "pruned_blocks": list(shape.pruned)}
     described = {
         "architecture": config.name,
         "num_classes": len(classes),
         "num_features": getattr(model, "num_features", None),
-        "model_args": {name: value for name, value in arguments.items() if name != "drop_path_rate"},
+        "model_args": built,
         "label_names": list(classes),
         "pretrained_cfg": {
             "input_size": [3, evaluate.size, evaluate.size],
@@ -79,7 +91,7 @@ def export_model(
             "num_classes": len(classes),
         },
     }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state(model).items()}
     temporary = folder / ".model.safetensors.writing"
     try:
         save_file(weights, temporary, metadata={"format": "pt"})
@@ -87,3 +99,69 @@ def export_model(
     finally:
         temporary.unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> list[str]:
+    """Starts ``model`` from the weights in ``path``; returns the names of what starts anew.
+
+    ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. A head
+    of other classes (than ``classes``: by number or, where the folder names them, by name) starts anew; a position
+    table of another grid is resampled. Raises ConfigError where the file is not there, cannot be read, or is of another
+    model.
+    """
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ConfigError(f"model.weights: {file} is not there; name a run's folder, or a file of a model's weights")
+    try:
+        given = load_state_dict(str(file), use_ema=False)
+    except Exception as error:  # of pickle, zip and safetensors, many kinds
+        raise ConfigError(
+            f"model.weights: {file} cannot be read as weights ({str(error).splitlines()[0]}); name a run's folder, or "
+            "a file that safetensors or PyTorch wrote"
+        ) from error
+    mine, anew = model.state_dict(), []
+    head = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    named = _label_names(file.parent / "config.json")
+    other_classes = bool(named and classes and named != list(classes))
+    for name, tensor in mine.items():
+        other = given.get(name)
+        starts_anew = name == "stage_table" or name.startswith(heads)
+        if other is not None and other.shape == tensor.shape and not (starts_anew and other_classes):
+            continue
+        if starts_anew:
+            given[name] = tensor
+            anew.append(name)
+        elif name == "pos_embed" and other is not None and other.shape[2] == tensor.shape[2]:
+            given[name] = _resampled_positions(model, other)
+    if missing := sorted(set(mine) - set(given)):
+        raise ConfigError(
+            f"model.weights: {file} lacks {', '.join(missing[:3])} (of {len(missing)}): it is another model's"
+        )
+    odd = [name for name, tensor in mine.items() if given[name].shape != tensor.shape]
+    if odd:
+        raise ConfigError(
+            f"model.weights: in {file}, {odd[0]} is {tuple(given[odd[0]].shape)}, and this model's is "
+            f"{tuple(mine[odd[0]].shape)}; set the model's options as they were"
+        )
+    model.load_state_dict({name: given[name] for name in mine})
+    return anew
+
+
+def _label_names(path: Path) -> list[str] | None:
+    """The classes of an exported model, from its ``config.json``; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("label_names")
+    except (OSError, ValueError):
+        return None
+
+
+def _resampled_positions(model: nn.Module, table: Tensor) -> Tensor:
+    """A position table (1, T', D) of a square grid, with or without a class token, at the model's grid."""
+    passing = int(getattr(model, "cls_token", None) is not None)
+    grid = getattr(model, "grid", None) or model.patch_embed.grid_size
+    side = math.isqrt(table.shape[1] - passing)
+    if side * side != table.shape[1] - passing:
+        raise ConfigError(f"model.weights: a position table of {table.shape[1]} rows is of no square grid")
+    matrix = position_matrix((side, side), tuple(grid), table.device, table.dtype)
+    return torch.cat([table[:, :passing], (matrix @ table[0, passing:])[None]], dim=1)

@@ -77,7 +77,9 @@ class ConvBlock(Block):
         super().__init__(shape)
         self.mlp = ConvFeedForward(shape, squeezed)
 
-    def feed_forward(self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None) -> Tensor:
+    def feed_forward(
+        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
         passing = tokens.shape[1] - grid[0] * grid[1]
         token, patches = tokens[:, :passing], tokens[:, passing:]
         return torch.cat([token, patches + self.mlp(patches, grid)], dim=1)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.local_mix import ACTIVATIONS
+from vitlocal.models.selection import EVERYTHING, Selected, Selection, narrow
 
 # Width, depth and heads of DeiT's models, which the local-FFN models share.
 TINY: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=3)
@@ -124,20 +125,55 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D)."""
+    """Multi-head self-attention over tokens (B, T, D). ``active``: so many of its heads run, the first ones."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = self.active = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the active heads, (B, M, T, d) each."""
         batch, count, dim = tokens.shape
-        qkv = self.qkv(tokens).view(batch, count, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, M, T, d)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, count, dim))
+        if self.active == self.num_heads:
+            qkv = self.qkv(tokens)
+        else:
+            weight = self.qkv.weight.view(3, self.num_heads, -1, dim)[:, : self.active].reshape(-1, dim)
+            bias = self.qkv.bias
+            if bias is not None:
+                bias = bias.view(3, self.num_heads, -1)[:, : self.active].reshape(-1)
+            qkv = F.linear(tokens, weight, bias)
+        return qkv.view(batch, count, 3, self.active, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        """The active heads' outputs (B, M, T, d) → (B, T, D)."""
+        merged = mixed.transpose(1, 2).flatten(2)
+        if self.active == self.num_heads:
+            return self.proj(merged)
+        return F.linear(merged, self.proj.weight[:, : merged.shape[2]], self.proj.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``mask`` (B, 1, T, T) bool: who attends (row) to whom (column); None: all to all."""
+        return self._merge(F.scaled_dot_product_attention(*self._project(tokens), attn_mask=mask))
+
+    def shown(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, and the attention that it paid, (B, T, T), the mean over heads: written out, and slower."""
+        query, key, value = self._project(tokens)
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        attention = scores.float().softmax(dim=-1)
+        return self._merge(attention.to(value.dtype) @ value), attention.mean(dim=1)
+
+    def paid(self, tokens: Tensor, mask: Tensor | None, passing: int) -> Tensor:
+        """What the class token pays to each patch, the mean over heads: (B, N). Without one: what all pay, summed."""
+        query, key, _ = self._project(tokens)
+        rows = slice(0, 1) if passing else slice(None)
+        scores = (query[:, :, rows] * query.shape[-1] ** -0.5) @ key.mT  # (B, M, 1 or T, T)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
+        return scores.float().softmax(dim=-1).mean(dim=1).sum(dim=1)[:, passing:]
 
 
 def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -153,15 +189,33 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(shape.dim, eps=1e-6)
         self.attn = Attention(shape.dim, shape.num_heads, shape.qkv_bias)
 
-    def feed_forward(self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None) -> Tensor:
-        """The feed-forward part with its norm and residual: (B, T, D) -> (B, T, D)."""
+    def feed_forward(
+        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
+        """The feed-forward part with its norm and residual: (B, T, D) -> (B, T, D).
+
+        ``places`` (B, n): where in the grid the patch tokens lie, where not all of them are there.
+        """
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None = None,
+        left: Selected = EVERYTHING,
+    ) -> Tensor:  # fmt: skip
         """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps all."""
         attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
-        tokens = add_branch(tokens, self.attn(self.norm1(tokens)), attention_scale)
-        return self.feed_forward(tokens, grid, feed_forward_scale)
+        tokens = add_branch(tokens, self.attn(self.norm1(tokens), left.mask), attention_scale)
+        return self.feed_forward(tokens, grid, feed_forward_scale, left.places)
+
+    def narrowed(
+        self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None, left: Selected,
+        how: Selection, passing: int,
+    ) -> tuple[Tensor, Selected]:  # fmt: skip
+        """:meth:`forward`, which between attention and feed-forward drops tokens and connections by that attention."""
+        attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
+        branch, attention = self.attn.shown(self.norm1(tokens), left.mask)
+        tokens, left = narrow(add_branch(tokens, branch, attention_scale), attention, left, how, passing)
+        return self.feed_forward(tokens, grid, feed_forward_scale, left.places), left
 
 
 class VisionTransformer(nn.Module):
@@ -180,6 +234,8 @@ class VisionTransformer(nn.Module):
     - ``pool``: "token" reads the class token; "avg" does without one and reads the mean of the patch tokens.
     - ``drop_path_rate``: drop path of the last block, rising linearly from 0 at the first.
     - ``train_position``: False freezes the position table, as it is in effect in the released code.
+    - ``kept``, ``attended``, ``pruned_blocks``: at these blocks, this part of the patch tokens is kept, and each
+      attends to this part of them from there on; see :mod:`vitlocal.models.selection`.
     - ``position``: how the table starts, "random" as ``init`` says, or "sincos", see :func:`sincos_table`.
     - ``init``: "trunc_normal" as DeiT; "xavier" as the released code, which leaves biases as PyTorch does.
     """
@@ -203,6 +259,9 @@ class VisionTransformer(nn.Module):
         train_position: bool = True,
         init: str = "trunc_normal",
         position: str = "random",
+        kept: float = 1.0,
+        attended: float = 1.0,
+        pruned_blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
         check_count("num_classes", num_classes, least=0)
@@ -247,6 +306,17 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head: nn.Module = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        # What surgery.add_stage_table() adds: (S + 1, D), of which the last row stands for no stage.
+        self.register_parameter("stage_table", None)
+        self.stage: int | None = None
+        self.stage_null, self.stage_tokens = 0.0, "all"
+        # The part of the model that runs: surgery.put() alone moves these, and none is in the model's state.
+        self.order: tuple[int, ...] = tuple(range(depth))  # of blocks
+        self.centre: int | None = None  # side of the grid's centre crop
+        self.crops_images = False  # before the embedding, not after it
+        how = Selection(kept, attended)
+        # By the block's place in the order.
+        self.selections: dict[int, Selection] = {} if how.is_whole else dict.fromkeys(pruned_blocks, how)
         # On the device, so that writing new rates into it costs neither a sync nor a recompilation.
         self.register_buffer("drop_path_rates", torch.linspace(0, drop_path_rate, depth), persistent=False)
         # Per grid, device and dtype. Not buffers: they follow from the sizes, and belong in no checkpoint.
@@ -311,18 +381,31 @@ class VisionTransformer(nn.Module):
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (batch, {self.in_chans}, height, width)")
         grid = self._grid_of(images.shape[2], images.shape[3])
-        tokens = self.patch_embed(images)  # (B, N, D)
         positions = self.positions(grid)  # (1, T, D)
+        passing = int(self.cls_token is not None)
+        inner = grid if self.centre is None else (min(grid[0], self.centre), min(grid[1], self.centre))
+        if inner != grid:
+            # The central rows and columns; of an odd border, the larger half lies below and to the right.
+            top, left = (grid[0] - inner[0]) // 2, (grid[1] - inner[1]) // 2
+            rows, columns = slice(top, top + inner[0]), slice(left, left + inner[1])
+            within = positions[:, passing:].unflatten(1, grid)[:, rows, columns].flatten(1, 2)
+            positions = torch.cat([positions[:, :passing], within], dim=1)
+        if inner != grid and self.crops_images:
+            side = self.patch_size
+            images = images[..., top * side : rows.stop * side, left * side : columns.stop * side]
+        tokens = self.patch_embed(images)  # (B, N, D)
+        if inner != grid and not self.crops_images:
+            tokens = tokens.unflatten(1, grid)[:, rows, columns].flatten(1, 2)
         if self.cls_token is None:
-            return tokens + positions, grid
+            return tokens + positions, inner
         token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
         patches = tokens + positions[:, 1:]
-        return torch.cat([token.to(patches.dtype), patches], dim=1), grid
+        return torch.cat([token.to(patches.dtype), patches], dim=1), inner
 
     @torch.no_grad()
     def set_drop_path(self, rate: float) -> None:
         """Moves drop path to ``rate`` at the last block, for the steps to come; no wait, no recompilation."""
-        torch.linspace(0, rate, len(self.blocks), out=self.drop_path_rates)
+        torch.linspace(0, rate, len(self.order), out=self.drop_path_rates[: len(self.order)])
 
     def drop_path_scales(self, batch: int, noise: Tensor | None) -> Tensor:
         """Drop path's factors for a whole pass, (L, 2, B, 1, 1): 0 or 1/(1 - rate). One draw, not 2·L."""
@@ -330,23 +413,47 @@ class VisionTransformer(nn.Module):
         if noise is None:
             noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
         keep = 1 - rates.float()[:, None]  # (L, 1)
+        noise = noise[:, : len(rates)]  # what a stage table's draw comes after
         return ((noise < keep) / keep).permute(1, 2, 0)[..., None, None]
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) after the last norm. ``noise``: see :meth:`forward`."""
+        return self._features(images, noise)[0]
+
+    def _features(self, images: Tensor, noise: Tensor | None, shows: bool = False) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward_features`, and with ``shows`` what the last block pays to each patch, (B, N)."""
         tokens, grid = self.embed(images)
+        each: list[tuple[Tensor, Tensor] | None] = [None] * len(self.order)
         if self.training and self.drop_path_rate > 0:
             scales = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
-            each = [(scale[0], scale[1]) for scale in scales.unbind(0)]
-        else:
-            each = [None] * len(self.blocks)
+            each = [(scale[0], scale[1]) for scale in scales.unbind(0)][: len(self.order)]
         again = self.grad_checkpointing and torch.is_grad_enabled()
-        for block, scale in zip(self.blocks, each, strict=True):
-            if again:  # a block draws nothing at random: there is no generator's state to bring back
-                tokens = checkpoint(block, tokens, grid, scale, use_reentrant=False, preserve_rng_state=False)
+        passing, left, attention = int(self.cls_token is not None), EVERYTHING, None
+        if self.stage_table is not None:
+            tokens = self._told_stage(tokens, noise)
+        for place, (slot, scale) in enumerate(zip(self.order, each, strict=True)):
+            block = self.blocks[slot]
+            if shows and place == len(self.order) - 1:
+                with torch.no_grad():
+                    attention = block.attn.paid(block.norm1(tokens), left.mask, passing)
+            if place in self.selections:
+                tokens, left = block.narrowed(tokens, grid, scale, left, self.selections[place], passing)
+            elif again:  # a block draws nothing at random: there is no generator's state to bring back
+                tokens = checkpoint(block, tokens, grid, scale, left, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, grid, scale)
-        return self.norm(tokens)
+                tokens = block(tokens, grid, scale, left)
+        return self.norm(tokens), attention
+
+    def _told_stage(self, tokens: Tensor, noise: Tensor | None) -> Tensor:
+        """Tokens (B, T, D) with the present stage's vector; in training, some images get that of no stage."""
+        none = len(self.stage_table) - 1
+        row = self.stage_table[none if self.stage is None else self.stage].to(tokens.dtype)  # (D,)
+        if self.training and self.stage_null and noise is not None:
+            untold = noise[:, -1:, :1] < self.stage_null  # (B, 1, 1)
+            row = torch.where(untold, self.stage_table[none].to(tokens.dtype), row)  # (B, 1, D)
+        if self.stage_tokens == "all":
+            return tokens + row
+        return torch.cat([tokens[:, :1] + row, tokens[:, 1:]], dim=1)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of :meth:`forward_features`' tokens; with ``pre_logits`` their pool."""
@@ -357,14 +464,23 @@ class VisionTransformer(nn.Module):
         """Logits (B, num_classes).
 
         ``noise`` (B, L, 2), uniform in [0, 1): drop path's draws, a row a sample, so that a caller can key
-        them to the sample's place in a global batch. By default from torch's generator; unused in evaluation.
+        them to the sample's place in a global batch; (B, L + 1, 2) where there is a stage table, whose draw is last.
+        By default from torch's generator; unused in evaluation.
         """
         return self.forward_head(self.forward_features(images, noise))
+
+    def forward_with_spread(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward`, and the variance of the last block's attention from the class token to patches, (B,).
+
+        Without a class token: of what patches get from all.
+        """
+        tokens, attention = self._features(images, noise, shows=True)
+        return self.forward_head(tokens), attention.var(dim=1)
 
     # From here on: what timm's tools expect of a model.
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "cls_token"} | ({"stage_table"} if self.stage_table is not None else set())
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])

@@ -1,0 +1,123 @@
+"""Fewer tokens and connections: counts, masks, and equality with the whole model where nothing is left out."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from vitlocal.models.flops import count_macs
+from vitlocal.models.selection import (
+    EVERYTHING,
+    Selection,
+    connection_mask,
+    gather_tokens,
+    narrow,
+    part_of,
+    patch_scores,
+    scatter_tokens,
+)
+from vitlocal.models.surgery import in_shape, put
+from vitlocal.plan import WHOLE_MODEL, Shape
+
+FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
+
+
+def a_model(name: str, **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, embed_dim=32, depth=4, num_heads=2, num_classes=5, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("kept", "counts", "gmacs"),
+    [(1.0, [196] * 3, 4.60), (0.9, [177, 160, 144], 3.99), (0.8, [157, 126, 101], 3.44), (0.7, [138, 97, 68], 3.00),
+     (0.5, [98, 49, 25], 2.28)],
+)  # fmt: skip
+def test_published_counts_and_costs(kept: float, counts: list[int], gmacs: float):
+    found, count = [], 196
+    for _ in range(3):
+        count = part_of(count, kept)
+        found.append(count)
+    assert found == counts
+    with torch.device("meta"):
+        model = timm.create_model("vitlocal_deit_small_patch16_224")
+    for attended in (1.0, 0.1):  # the mask changes none of it
+        with in_shape(model, Shape(kept=kept, attended=attended, pruned=(3, 6, 9)), WHOLE_MODEL):
+            assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
+
+
+def attention(batch: int = 2, tokens: int = 10) -> torch.Tensor:
+    return torch.rand(batch, tokens, tokens, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("passing", [0, 1])
+def test_masks(passing: int):
+    seen = attention()
+    mask = connection_mask(seen, 0.3, passing)
+    assert mask.shape == (2, 1, 10, 10) and mask.dtype == torch.bool and not mask.requires_grad
+    patches = 10 - passing
+    assert torch.equal(mask[:, 0, passing:, passing:].sum(dim=2), torch.full((2, patches), part_of(patches, 0.3)))
+    if passing:
+        assert mask[:, 0, 0].all() and mask[:, 0, :, 0].all()
+    kept = seen[:, passing:, passing:].masked_fill(~mask[:, 0, passing:, passing:], 2).min(dim=2).values
+    lost = seen[:, passing:, passing:].masked_fill(mask[:, 0, passing:, passing:], 0).max(dim=2).values
+    assert (kept >= lost).all()
+
+
+def test_tokens_that_stay():
+    tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
+    left, selected = narrow(tokens, seen, EVERYTHING, Selection(0.5, 1.0), passing=1)
+    best = patch_scores(seen, 1).topk(5, dim=1).indices.sort(dim=1).values
+    assert torch.equal(selected.places, best) and selected.mask is None
+    assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
+    again, twice = narrow(left, attention(2, 6), selected, Selection(0.5, 0.5), passing=1)
+    assert again.shape == (2, 4, 3) and twice.mask.shape == (2, 1, 4, 4)
+    assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.places, best, strict=True))
+    assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.places))  # places are those in the whole grid
+
+
+def test_back_to_the_grid():
+    tokens, places = torch.randn(2, 3, 4), torch.tensor([[0, 2, 7], [1, 4, 8]])
+    grid = scatter_tokens(tokens, places, 9)
+    assert torch.equal(gather_tokens(grid, places), tokens) and grid.count_nonzero() == tokens.count_nonzero()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_nothing_left_out_is_the_whole_model(name: str, pool: str):
+    """Attention written out, every token chosen, every connection: the same logits."""
+    model, images = a_model(name, pool=pool), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    model.selections = {place: Selection(1.0, 1.0) for place in (1, 2)}
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_do_not_pass_by_the_choice(name: str):
+    """With everything kept by force, gradients are those of the whole model: choosing adds none."""
+    model, images = a_model(name, pool="avg"), torch.randn(2, 3, 64, 64)
+    model(images).sum().backward()
+    whole = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    model.selections = {1: Selection(1.0, 0.999)}  # a mask that leaves everything: ⌈0.999 · 64⌉ is 64
+    model(images).sum().backward()
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, whole[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dropped_token_has_no_more_say(name: str):
+    """In a model whose local parts see one patch alone, a token that was dropped cannot change the rest."""
+    model = a_model(name, pool="avg")
+    put(model, Shape(kept=0.25, attended=0.5, pruned=(0,)))
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    model(images).sum().backward()
+    assert model(images).isfinite().all() and images.grad.isfinite().all()
+
+
+def test_the_spread_of_attention():
+    for pool in ("token", "avg"):
+        model, images = a_model(FAMILIES[1], pool=pool), torch.randn(3, 3, 64, 64)
+        logits, spread = model.forward_with_spread(images)
+        torch.testing.assert_close(logits, model(images))
+        assert spread.shape == (3,) and (spread > 0).all() and not spread.requires_grad

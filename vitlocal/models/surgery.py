@@ -1,0 +1,307 @@
+"""The only code that changes which part of a model runs, and what newly running parts start as.
+
+Parameters keep their identity and size: a shape selects slices and blocks of the full model, so that optimizer,
+average and checkpoints keep their structure. What a step does not run has no effect on its outputs; slices that do not
+run get gradients of exactly zero, blocks that do not run, or are frozen, none at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitlocal.errors import ConfigError
+from vitlocal.models.deit import FeedForward
+from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.selection import Selection
+from vitlocal.models.vit import Attention, VisionTransformer
+from vitlocal.plan import WHOLE_MODEL, Growth, Shape, sources_of
+
+SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts of which a slice can run
+
+Moments = Callable[[nn.Parameter], dict[str, Tensor]]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks; ConfigError where it has none."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        raise ConfigError(f"{type(model).__name__} has no blocks to take apart; use a Vision Transformer")
+    return list(blocks)
+
+
+def parts_of(model: nn.Module) -> dict[str, int] | None:
+    """How many heads, hidden units, patches a side and blocks there are; None of a model that is not ours."""
+    if not isinstance(model, VisionTransformer):
+        return None
+    first = model.blocks[0]
+    return {
+        "heads": first.attn.num_heads,
+        "hidden": first.mlp.fc1.weight.shape[0],
+        "grid": min(model.grid),
+        "blocks": len(model.blocks),
+        "passing": int(model.cls_token is not None),
+    }
+
+
+def check_shape(model: nn.Module, shape: Shape) -> None:
+    """Raises ConfigError where the model has no such part."""
+    if shape == WHOLE_MODEL:
+        return
+    count, ours = len(blocks_of(model)), isinstance(model, VisionTransformer)
+    wished = [name for name in ("heads", "hidden", "grid", "slots", "stage") if getattr(shape, name) is not None]
+    wished += ["pruned"] if shape.pruned else []
+    name = type(model).__name__
+    if wished and not ours:
+        raise ConfigError(f"{name} is timm's own: {', '.join(wished)} of a shape are for vitlocal_… models")
+    for slot in (*(shape.slots or ()), *shape.skipped, *(shape.trainable or ()), *shape.pruned):
+        if not 0 <= slot < count:
+            raise ConfigError(f"{name} has {count} blocks, and no block {slot}")
+    if not ours:
+        return
+    if (shape.hidden is not None or shape.pruned) and not all(isinstance(b.mlp, SLICED) for b in model.blocks):
+        raise ConfigError(
+            f"{name}: a part of its hidden width or tokens cannot be run; use a vitlocal_deit_… or local-FFN model"
+        )
+    first = model.blocks[0]
+    for wish, there in (("heads", first.attn.num_heads), ("hidden", getattr(first.mlp, "hidden", None)),
+                        ("grid", min(model.grid))):  # fmt: skip
+        value = getattr(shape, wish)
+        if value is not None and not 1 <= value <= there:
+            raise ConfigError(f"{name}: {wish} {value} of {there}")
+
+
+def put(model: nn.Module, shape: Shape) -> None:
+    """Has ``model`` run in ``shape`` from now on. Costs no wait for the device; weights are as they were."""
+    if isinstance(model, VisionTransformer):
+        slots = shape.slots or tuple(range(len(model.blocks)))
+        model.order = tuple(slot for slot in slots if slot not in shape.skipped)
+        model.centre = None if shape.grid is None or shape.grid >= min(model.grid) else shape.grid
+        model.crops_images = shape.crops_images
+        model.selections = _selections(shape, len(model.order))
+        for block in model.blocks:
+            block.attn.active = shape.heads or block.attn.num_heads
+            if isinstance(block.mlp, SLICED):
+                block.mlp.active = shape.hidden or block.mlp.hidden
+        model.stage = shape.stage
+
+
+def _selections(shape: Shape, count: int) -> dict[int, Selection]:
+    how = Selection(shape.kept, shape.attended)
+    return {} if how.is_whole else {place: how for place in shape.pruned if place < count}
+
+
+def add_stage_table(model: nn.Module, rows: int, std: float, null: float, tokens: str) -> None:
+    """Gives ``model`` a vector for each stage, and one for none; ``std`` of 0 leaves its outputs as they were."""
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError(f"{type(model).__name__} is timm's own and cannot be told stages; set stage_embedding=no")
+    if tokens == "class" and model.cls_token is None:
+        raise ConfigError("unfreeze.stage_tokens: this model has no class token (model.pool=avg); use all")
+    table = torch.randn(rows, model.embed_dim) * std
+    model.stage_table = nn.Parameter(table.to(model.pos_embed))
+    model.stage_null, model.stage_tokens = null, tokens
+
+
+@contextmanager
+def in_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[None]:
+    """``model`` runs in ``shape`` in here, and in ``after`` from then on."""
+    put(model, shape)
+    try:
+        yield
+    finally:
+        put(model, after)
+
+
+def set_trainable(model: nn.Module, shape: Shape) -> bool:
+    """Freezes the blocks that the shape does not train, and frees those that it does; returns whether any changed.
+
+    Blocks outside of ``shape.slots`` are frozen; skipped ones are not. Frozen parameters have no gradient.
+    """
+    if shape.slots is None and shape.trainable is None and not hasattr(model, "blocks"):
+        return False
+    changed = False
+    for slot, block in enumerate(blocks_of(model)):
+        on = (shape.slots is None or slot in shape.slots) and (shape.trainable is None or slot in shape.trainable)
+        for parameter in block.parameters():
+            if parameter.requires_grad != on:
+                parameter.requires_grad_(on)
+                parameter.grad = None
+                changed = True
+    return changed
+
+
+# --- growth ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A parameter seen with its slots along one axis, from which other tensors of its size are seen alike."""
+
+    parameter: nn.Parameter
+    unit: str  # "heads" or "hidden"
+    view: tuple[int, ...]
+    axis: int
+    outgoing: bool = False  # it carries what the slot gives to the rest of the model
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.view)
+
+
+def slices(model: nn.Module) -> Iterator[Slice]:
+    """All parameters that have a slot for each head, or for each hidden unit."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            dim, heads = module.proj.weight.shape[0], module.num_heads
+            yield Slice(module.qkv.weight, "heads", (3, heads, dim // heads, dim), 1)
+            if module.qkv.bias is not None:
+                yield Slice(module.qkv.bias, "heads", (3, heads, dim // heads), 1)
+            yield Slice(module.proj.weight, "heads", (dim, heads, dim // heads), 1, outgoing=True)
+        elif isinstance(module, SLICED):
+            dim, hidden = module.fc2.weight.shape
+            yield Slice(module.fc1.weight, "hidden", (hidden, dim), 0)
+            if module.fc1.bias is not None:
+                yield Slice(module.fc1.bias, "hidden", (hidden,), 0)
+            if getattr(module, "conv", None) is not None:
+                yield Slice(module.conv.weight, "hidden", tuple(module.conv.weight.shape), 0)
+            yield Slice(module.fc2.weight, "hidden", (dim, hidden), 1, outgoing=True)
+
+
+@torch.no_grad()
+def grow(
+    model: nn.Module, before: Shape, shape: Shape, growth: Growth, moments: Moments,
+    copies: Sequence[nn.Module] = (), seed: int = 0,
+) -> None:  # fmt: skip
+    """Starts the heads and hidden units that ``shape`` has beyond ``before``, and ``growth.blocks``.
+
+    ``moments`` gives the optimizer's state of a parameter. ``copies``, the model's averages, grow each from itself;
+    where ``growth.average`` names one of them, the model first takes over its weights.
+    """
+    if growth.average is not None and not growth.new_only:
+        for mine, averaged in zip(model.parameters(), copies[growth.average].parameters(), strict=True):
+            mine.copy_(averaged)
+        for mine, averaged in zip(model.buffers(), copies[growth.average].buffers(), strict=True):
+            mine.copy_(averaged)
+    if growth.weights == "copy":
+        for one in (model, *copies):
+            source = copies[growth.average] if growth.new_only and growth.average is not None else one
+            _copy_slots(one, _ranges(one, before, shape), growth.scale)
+            _copy_blocks(one, growth.blocks, source if one is model else one)
+        if growth.noise:
+            _add_noise(model, _ranges(model, before, shape), growth, seed)
+    _settle_moments(model, _ranges(model, before, shape), growth, moments)
+
+
+def _ranges(model: nn.Module, before: Shape, shape: Shape) -> dict[str, tuple[int, int]]:
+    """By unit, the first new slot and the end of the new ones; a unit that does not grow is left out."""
+    found = {}
+    for unit in ("heads", "hidden"):
+        old, new = getattr(before, unit), getattr(shape, unit)
+        if old is None:
+            continue
+        new = new or next(part.view[part.axis] for part in slices(model) if part.unit == unit)
+        if new > old:
+            found[unit] = (old, new)
+    return found
+
+
+def _copy_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], scale: float) -> None:
+    for part in slices(model):
+        if part.unit not in ranges:
+            continue
+        old, new = ranges[part.unit]
+        seen, sources = part.of(part.parameter), sources_of(old, new)
+        taken = seen.index_select(part.axis, torch.tensor(sources, device=seen.device))
+        seen.narrow(part.axis, old, new - old).copy_(taken)
+        if part.outgoing and scale != 1:
+            touched = torch.tensor(sorted({*sources, *range(old, new)}), device=seen.device)
+            seen.index_copy_(part.axis, touched, seen.index_select(part.axis, touched) * scale)
+
+
+def _copy_blocks(model: nn.Module, pairs: Sequence[tuple[int, int]], source: nn.Module) -> None:
+    for new, old in pairs:
+        model.blocks[new].load_state_dict(source.blocks[old].state_dict())
+
+
+def _add_noise(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth: Growth, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed * 1000 + growth.number)  # on the host: every process draws the same
+    for part in slices(model):
+        if part.unit in ranges:
+            old, new = ranges[part.unit]
+            fresh = part.of(part.parameter).narrow(part.axis, old, new - old)
+            fresh += (torch.randn(fresh.shape, generator=generator) * growth.noise).to(fresh) * fresh.std()
+    for slot, _ in growth.blocks:
+        for parameter in model.blocks[slot].parameters():
+            spread = parameter.std() if parameter.numel() > 1 else 0.0
+            parameter += (torch.randn(parameter.shape, generator=generator) * growth.noise).to(parameter) * spread
+
+
+def _settle_moments(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth: Growth, moments: Moments) -> None:
+    def tensors(parameter: nn.Parameter) -> list[Tensor]:
+        return [value for value in moments(parameter).values() if value.shape == parameter.shape]
+
+    if growth.moments == "reset":
+        for parameter in model.parameters():
+            for value in moments(parameter).values():
+                value.zero_()  # the count of steps, too: bias correction begins anew
+        return
+    for part in slices(model):
+        if part.unit not in ranges:
+            continue
+        old, new = ranges[part.unit]
+        for value in tensors(part.parameter):
+            seen = part.of(value)
+            fresh = seen.narrow(part.axis, old, new - old)
+            if growth.moments == "copy":
+                fresh.copy_(seen.index_select(part.axis, torch.tensor(sources_of(old, new), device=seen.device)))
+            else:
+                fresh.zero_()
+    for slot, source in growth.blocks:
+        for mine, theirs in zip(model.blocks[slot].parameters(), model.blocks[source].parameters(), strict=True):
+            moments(mine).clear()  # as before a first step
+            if growth.moments == "copy":
+                moments(mine).update({name: value.clone() for name, value in moments(theirs).items()})
+
+
+def _active(model: VisionTransformer, part: Slice) -> int:
+    """How many of the part's slots run."""
+    first = model.blocks[0]
+    return first.attn.active if part.unit == "heads" else first.mlp.active
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the plain model that computes what ``model`` does in its present shape.
+
+    Blocks stand in the order in which they run, heads and hidden units that do not run give nothing, and the present
+    stage's vector is added to the position table. (A crop of the grid is no part of it.)
+    """
+    state = dict(model.state_dict())
+    if not isinstance(model, VisionTransformer):
+        return state
+    places = {slot: place for place, slot in enumerate(model.order)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("blocks."):
+            _, slot, rest = name.split(".", 2)
+            if int(slot) in places:
+                found[f"blocks.{places[int(slot)]}.{rest}"] = tensor
+        elif name != "stage_table":
+            found[name] = tensor
+    for part in slices(model):  # what does not run gives nothing to the rest
+        active = _active(model, part)
+        if part.outgoing and active < part.view[part.axis]:
+            name = next(name for name, p in model.named_parameters() if p is part.parameter)
+            _, slot, rest = name.split(".", 2)
+            if int(slot) in places:
+                name = f"blocks.{places[int(slot)]}.{rest}"
+                found[name] = found[name].clone()
+                part.of(found[name]).narrow(part.axis, active, part.view[part.axis] - active).zero_()
+    if model.stage_table is not None:
+        row = model.stage_table[-1 if model.stage is None else model.stage].detach()
+        table = found["pos_embed"].clone()
+        table[:, : 1 if model.stage_tokens == "class" else None] += row  # resampling keeps a constant as it is
+        found["pos_embed"] = table
+    return found
