@@ -36,8 +36,14 @@ class Cropping:
     repeats: int = 1
     centre: float = 0.875  # part of the short edge
 
-    def draws(self, count: int, epoch: int, start: int = 0) -> np.ndarray:
-        """What an epoch over ``count`` rows draws, in its order, from place ``start`` on: (n,) int64."""
+    def draws(self, count: int, epoch: int, start: int = 0, rows: np.ndarray | None = None) -> np.ndarray:
+        """What an epoch over ``count`` rows draws, in its order, from place ``start`` on: (n,) int64.
+
+        With ``rows`` (m,) int64 it is an epoch over these alone.
+        """
+        if rows is not None:
+            places = self.draws(len(rows), epoch, start)
+            return rows[places & ROW_MASK] | (places & ~ROW_MASK)
         if self.random:
             return epoch_order(count, self.seed, epoch, self.repeats)[start:].astype(np.int64)
         return np.arange(start, count, dtype=np.int64)

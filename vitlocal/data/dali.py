@@ -28,7 +28,7 @@ from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.originals import open_originals
 from vitlocal.data.shares import WHOLE, Share, Slice
-from vitlocal.data.source import Batch
+from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Feed, Position
 
@@ -103,16 +103,17 @@ class DALISource:
         self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int,
         share: Share = WHOLE,
     ):  # fmt: skip
-        self.images, self.rows = open_originals(root, spec, split)
-        self.classes, self.count = tuple(self.images.classes), len(self.rows)
+        self.images, self.numbers = open_originals(root, spec, split)
+        self.classes, self.count = tuple(self.images.classes), len(self.numbers)
         self.cropping, self.device, self.workers, self.damaged, self.share = cropping, device, workers, (), share
+        self.rows = Rows(self.count)
         self.readers = ThreadPoolExecutor(workers)  # they wait for the disk, and read headers
         self.own = threading.local()  # each reader's copy of the images, for reading may move what they hold
         self.pipeline: Any = None
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        draws = self.cropping.draws(self.count, at.epoch, at.images)
+        draws = self.cropping.draws(self.count, at.epoch, at.images, self.rows.of(feed.subset))
         batches = self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)
         try:
             yield batches
@@ -122,7 +123,7 @@ class DALISource:
     def _sample(self, draw: int, epoch: int, size: int) -> Sample:
         if not hasattr(self.own, "images"):
             self.own.images = copy.copy(self.images)
-        data, height, width = plain(self.own.images, int(self.rows[draw & ROW_MASK]))
+        data, height, width = plain(self.own.images, int(self.numbers[draw & ROW_MASK]))
         box = self.cropping.box(epoch, draw, height, width)
         return sample_of(data, height, width, box, size)
 
@@ -197,7 +198,7 @@ class DALISource:
         else:
             pixels = torch.from_numpy(np.array(output.as_tensor()))
         self.pipeline.release_outputs()
-        labels = torch.from_numpy(np.asarray(self.images.labels)[self.rows[rows]])
+        labels = torch.from_numpy(np.asarray(self.images.labels)[self.numbers[rows]])
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
         return Batch(images, send(labels, self.device), torch.from_numpy(rows), part.places, part.total)
 
@@ -205,7 +206,7 @@ class DALISource:
         """DALI does not say which image it was: Pillow finds it."""
         for row in rows.tolist():
             try:
-                self.images.load(int(self.rows[row]))
+                self.images.load(int(self.numbers[row]))
             except DataError as found:
                 return found
         return DataError(f"DALI does not decode a batch in which Pillow finds no damage: {error}")

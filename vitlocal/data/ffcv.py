@@ -26,7 +26,7 @@ from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.native import RANDOM, Threads, policy_of
 from vitlocal.data.shares import WHOLE, Share, Slice
-from vitlocal.data.source import Batch
+from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
 
@@ -315,6 +315,7 @@ class FFCVSource:
         self.device, self.decoder, self.stop, self.share = device, decoder, on_error == "stop", share
         self.damaged: set[int] = set()  # rows that were left out so far, where that is asked for
         self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
+        self.rows = Rows(self.count)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
 
     def choose(self, size: int) -> BetonFile:
@@ -329,7 +330,9 @@ class FFCVSource:
                 f"{file.path} has {len(file.reader.metadata)} rows, its manifest says {self.count}; write both again"
             )
         cropping = self.cropping
-        slices = self.share.slices(cropping.draws(self.count, at.epoch, at.images), feed.batch_size)
+        slices = self.share.slices(
+            cropping.draws(self.count, at.epoch, at.images, self.rows.of(feed.subset)), feed.batch_size
+        )
         batches = self.decoder.start(file, slices, policy_of(cropping, at.epoch), feed.size, self.device, self.stop)
         try:
             yield batches

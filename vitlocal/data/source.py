@@ -52,15 +52,35 @@ class Batch:
         return len(self.ids)
 
 
+class Rows:
+    """The subsets of a split's rows that feeds name by a number; 0 stands for all ``whole`` rows."""
+
+    def __init__(self, whole: int):
+        self.whole = whole
+        self.kept: dict[int, np.ndarray] = {}
+
+    def keep(self, number: int, rows: np.ndarray) -> None:
+        """From now on ``number`` stands for ``rows`` (m,) int64, and earlier numbers for nothing."""
+        if number not in self.kept:
+            self.kept = {number: rows}
+
+    def of(self, number: int) -> np.ndarray | None:
+        return self.kept[number] if number else None
+
+    def count(self, number: int) -> int:
+        return len(self.kept[number]) if number else self.whole
+
+
 class Source(Protocol):
     """A split of a data set, read one pass at a time."""
 
     classes: tuple[str, ...]
     count: int
+    rows: Rows
     damaged: Collection[int]  # rows that were left out so far, where that is asked for
 
     def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
-        """One pass: from ``at`` to the end of its epoch, in the epoch's order.
+        """One pass: from ``at`` to the end of its epoch, in the epoch's order, over the rows of ``feed.subset``.
 
         Leaving the context early gives up what was read ahead. Raises in the consumer what went wrong in the readers.
         """

@@ -17,7 +17,7 @@ from vitlocal.data.crops import ROW_MASK, Cropping, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.originals import open_originals
 from vitlocal.data.shares import WHOLE, Share, Slice
-from vitlocal.data.source import Batch
+from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
 
@@ -88,6 +88,7 @@ class TorchvisionSource:
         images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
         self.cropping, self.device, self.damaged, self.share = cropping, device, (), share
+        self.rows = Rows(self.count)
         self.batches = Batches()
         self.loader = DataLoader(
             CropDataset(images, rows, cropping),
@@ -103,7 +104,7 @@ class TorchvisionSource:
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        draws = self.cropping.draws(self.count, at.epoch, at.images)
+        draws = self.cropping.draws(self.count, at.epoch, at.images, self.rows.of(feed.subset))
         self.batches.slices = self.share.slices(draws, feed.batch_size)
         self.batches.epoch, self.batches.size = at.epoch, feed.size
         yield self._read()
