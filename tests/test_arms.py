@@ -50,7 +50,7 @@ def test_every_arm_of_the_paper_is_a_configuration():
 def test_scaled_sizes_are_the_papers_in_patches():
     assert [scaled_size(size, 64, 8) for size in range(32, 225, 32)] == [16, 24, 32, 40, 48, 56, 64]
     assert [scaled_size(size, 64, 4) for size in range(32, 225, 16)] == list(range(16, 65, 4))
-    stages = read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}).image_size.stages
+    stages = read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}).of("image_size").stages
     assert [stage.size for stage in stages] == [16, 24, 32, 40, 48, 56, 64]
     # Five epochs each of the 16 that the paper's day has at 224 px, by multiply-adds: 4.62 G there.
     macs = [0.09, 0.36, 0.80, 1.44, 2.27, 3.33]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.config import BudgetConfig, ImageSizeConfig, TrainConfig, read_config
+from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods.image_size import ImageSize
+from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
@@ -126,8 +127,8 @@ def test_room_is_kept_of_a_budget_in_which_all_counts():
 
 
 def sizes_at(stages: str, *points: Progress) -> list[int]:
-    config = ImageSizeConfig(stages=tuple(Stage.parse(text) for text in stages.split(",")))
-    method, start = ImageSize(config), Plan(Feed(224, 8))
+    config = read_config([f"--image_size.stages={stages}"], {})
+    method, start = ImageSize(Surroundings(config)), Plan(Feed(224, 8))
     return [fold([method], start, at).feed.size for at in points]
 
 
@@ -269,3 +270,20 @@ def test_half_of_the_rows_count(configure, decoder, tmp_path: Path, part: str):
     assert len(classes) == 20 and whole == 40  # of 80
     top1 = 100 * sum(entry["right"] for entry in classes) / whole
     assert read_log(tmp_path / "run")[-1]["top1"] == pytest.approx(top1)
+
+
+def test_a_budget_in_flops(configure, decoder, tmp_path: Path):
+    """Ends at the step nearest to it, with the last learning rate there, whatever the sizes cost."""
+    options = ["--image_size.stages=16px until 30%,48px", "--budget.length=0.004TF", "--evaluate.every=0"]
+    assert train(configure(*options)) == 0
+    records = read_log(tmp_path / "run")
+    last = records[-1]
+    step = 6 * last["macs_per_image"] * 32
+    assert last["flops"] == pytest.approx(4e9, abs=step / 2) and last["lr"] == pytest.approx(1e-5, rel=0.1)
+    small = [record for record in records if record["image_size"] == 16][-1]
+    assert small["flops"] == pytest.approx(1.2e9, abs=6 * small["macs_per_image"] * 32)
+    spent = spend(tuple(map(Stage.parse, ("16px until 30%", "48px"))), Length.parse("0.004TF"), 120,
+                  {16: Speed(100.0, 32, 6.0 * small["macs_per_image"]), 48: Speed(50.0, 32, step / 32)})  # fmt: skip
+    assert [part.images for part in spent] == [
+        pytest.approx(1.2e9 / (6 * small["macs_per_image"]), abs=1), pytest.approx(2.8e9 / (step / 32), abs=1)
+    ]  # fmt: skip

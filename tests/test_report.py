@@ -20,7 +20,7 @@ from vitlocal.config import AugmentConfig
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Length, Position, Stage
-from vitlocal.train.figures import Line, by_size
+from vitlocal.train.figures import Line, by_cost, by_size, savings
 from vitlocal.train.loop import train
 from vitlocal.train.report import learning_rates, page_of, read_run, stage_crops
 from vitlocal.train.spending import Speed, spend
@@ -114,6 +114,38 @@ def test_passes_add_up_by_size():
     found = by_size(Line("run", records))
     assert found[32]["images_per_second"] == 15 and found[32]["data_wait_fraction"] == pytest.approx(0.2)
     assert found[64]["epochs"] == pytest.approx(10) and found[64]["images_per_second"] == 5
+
+
+def test_costs_are_told_apart():
+    """Three passes of which two cost alike: what the last one's cost throughout would take, and what was taken."""
+    records = [
+        {
+            "image_size": 64,
+            "train_seconds": at,
+            "images_seen": images,
+            "epoch": images / 100,
+            "macs_per_image": macs,
+            "images_per_second": rate,
+        }
+        for at, images, macs, rate in (
+            (10.0, 100, 1_000_000, 10.0),
+            (25.0, 200, 1_001_000, 10.0),
+            (65.0, 300, 4_000_000, 2.5),
+        )
+    ]
+    cheap, full = by_cost(Line("run", records))
+    assert (cheap["images"], cheap["seconds"], cheap["macs"]) == (200, 20.0, 1_000_500)
+    macs, seconds = savings([cheap, full])
+    assert macs == pytest.approx(1 - (200 * 1.0005 + 100 * 4) / (300 * 4)) and seconds == pytest.approx(1 - 60 / 120)
+    del records[0]["macs_per_image"]
+    assert by_cost(Line("an older run", records)) == []
+
+
+def test_the_page_tells_what_stages_cost(configure, decoder, tmp_path: Path):
+    options = ["--methods=budgeted", "--budgeted.grow=heads,hidden", "--budget.length=3ep", "--budgeted.alpha=0"]
+    train(configure(*options, "--evaluate.every=0"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What images cost" in page and "fewer multiply-adds" in page
 
 
 def test_names_tell_folders_apart():

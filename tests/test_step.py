@@ -39,7 +39,7 @@ def a_step(configure, *options: str, device: torch.device = CPU) -> Step:
 
 
 def trained(step: Step, mode: Mode = EAGER, steps: int = 3, count: int = 12) -> tuple[list[float], dict]:
-    losses = [float(step(a_batch(count, device=step.device), number, 1e-3, mode)) for number in range(steps)]
+    losses = [float(step(a_batch(count, device=step.device), number, 1e-3, mode).loss) for number in range(steps)]
     return losses, step.model.state_dict()
 
 
@@ -143,7 +143,7 @@ def test_warming_leaves_no_trace(configure):
 
 def test_a_process_without_images_takes_part_with_nothing(configure):
     step = a_step(configure)
-    assert float(step._gradients(Batch.empty(24, CPU, 1), 0, EAGER)) == 0
+    assert float(step._gradients(Batch.empty(24, CPU, 1), 0, EAGER).loss) == 0
     assert all(not parameter.grad.any() for parameter in step.model.parameters() if parameter.requires_grad)
 
 

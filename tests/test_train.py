@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 
-from vitlocal.config import BatchSizeConfig
 from vitlocal.data.ffcv import FFCVSource
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
+from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Plan, StepResult
 from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
@@ -412,7 +412,7 @@ def test_growing_batches_stay_when_a_run_goes_on(configure, decoder, tmp_path: P
         (method,) = (method for method in run.methods if method.name == "batch_size")
         batches = dict(method._batches)
     assert sorted(batches) == [16, 32, 48] and batches[16] > batches[48] == 16
-    again = BatchSize(BatchSizeConfig(), 16, 48, image_bytes=lambda size: 1)
+    again = BatchSize(Surroundings(configure(*options), image_bytes=lambda size: 1))
     again.load_state_dict(method.state_dict())
     assert {size: again.batch_at(size) for size in batches} == batches
 

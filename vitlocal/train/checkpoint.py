@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from vitlocal.errors import DataError
+from vitlocal.plan import Shape
+
+KEPT = Path("checkpoints") / "kept"
+
+
+def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: float, shape: Shape) -> None:
+    """Writes the weights at ``step`` into the run's ``folder``, with epoch and shape; whole, or not at all."""
+    (folder / KEPT).mkdir(parents=True, exist_ok=True)
+    path = folder / KEPT / f"{step:09d}.safetensors"
+    temporary = path.with_name(f".{path.name}.writing")
+    about = {"format": "pt", "about": json.dumps({"step": step, "epoch": epoch, "shape": asdict(shape)})}
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, about)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`keep_weights` wrote: the weights, and step, epoch and shape."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ class Clock:
         self.step = 0
         self.images_seen = 0
         self._batch = 0  # images of the last step
+        self.flops = self._step_flops = 0.0  # of all steps, and of the last
         self.position = Position()
         self._train = self._wall = 0.0  # up to the last restart or pause
         self._wall_since = now() if began is None else began
@@ -79,10 +80,10 @@ class Clock:
     @property
     def progress(self) -> Progress:
         seconds, pace = self._now
-        at = Progress(self._epoch(self.position), self.step, self.images_seen, seconds)
-        return replace(at, fraction=self._fraction(at, STOP * pace * self._batch))
+        at = Progress(self._epoch(self.position), self.step, self.images_seen, seconds, flops=self.flops)
+        return replace(at, fraction=self._fraction(at, STOP * pace * self._batch, STOP * self._step_flops))
 
-    def ahead(self, images: int) -> Progress:
+    def ahead(self, images: int, flops: float = 0.0) -> Progress:
         """Where the run will stand after a step over ``images`` images, if that takes as long as the last ones.
 
         A step's learning rate is that of its end: the last step's is the schedule's last, also if it takes a quarter
@@ -90,8 +91,8 @@ class Clock:
         """
         seconds, pace = self._now
         epoch = self._epoch(self._moved(images))
-        at = Progress(epoch, self.step + 1, self.images_seen + images, seconds + pace * images)
-        return replace(at, fraction=self._fraction(at, (STOP + SLACK) * pace * images))
+        at = Progress(epoch, self.step + 1, self.images_seen + images, seconds + pace * images, 0.0, self.flops + flops)
+        return replace(at, fraction=self._fraction(at, (STOP + SLACK) * pace * images, STOP * flops))
 
     def nearly_spent(self, steps: int) -> bool:
         """Whether a budget in time ends within so many steps."""
@@ -99,14 +100,21 @@ class Clock:
         left = length.value - self.room - seconds
         return length.kind == "seconds" and left <= steps * pace * self._batch
 
-    def _fraction(self, at: Progress, tolerance: float) -> float:
+    def _fraction(self, at: Progress, tolerance: float, flops: float) -> float:
+        """``tolerance`` and ``flops``: what may be left of a budget in time or FLOPs when it counts as spent."""
         length = self.budget.length
+        if length.kind == "flops" and length.value - at.flops <= flops:
+            return 1.0
         if length.kind != "seconds":
             return min(1.0, length.done(at))
         end = length.value - self.room
         if end - at.seconds <= tolerance:
             return 1.0
         return max(self._reached, (at.seconds - self.origin) / (end - self.origin))
+
+    def count_flops(self, flops: float) -> None:
+        """Spends FLOPs on what is no step."""
+        self.flops += flops
 
     def begin(self) -> None:
         """Training is about to begin: what has gone by is not of its schedule."""
@@ -145,9 +153,11 @@ class Clock:
             if running:
                 self.start()
 
-    def tick(self, images: int) -> None:
+    def tick(self, images: int, flops: float = 0.0) -> None:
         """One step over ``images`` images is done."""
         self.step += 1
+        self.flops += flops
+        self._step_flops = flops
         self.images_seen += images
         self.position = self._moved(images)
         before, self._ticked = self._ticked, self.train_seconds
@@ -165,6 +175,8 @@ class Clock:
             "wall_seconds": self.wall_seconds,
             "paces": list(self._paces),
             "batch": self._batch,
+            "flops": self.flops,
+            "step_flops": self._step_flops,
             "reached": self._reached,
             "room": self.room,
             "origin": self.origin,
@@ -176,6 +188,7 @@ class Clock:
         # What this process has already spent, on start-up say, counts on top.
         self._train, self._wall = state["train_seconds"], state["wall_seconds"]
         self._paces.extend(state["paces"])
+        self.flops, self._step_flops = state.get("flops", 0.0), state.get("step_flops", 0.0)
         self._batch, self._reached = state["batch"], state["reached"]
         self.room, self.origin = state["room"], state["origin"]
 

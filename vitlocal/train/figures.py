@@ -121,10 +121,10 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Sequence[s
 
 def _stairs(axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False) -> None:
     """A field of the log over training time, pass by pass; one that is logged when it changes goes on until then."""
-    values, value = [], math.nan
+    values, value = [], 1.0 if field.startswith("shape.") else math.nan  # a part of the whole, until it is logged
     for record in line.records:
         value = record.get(field, value)
-        values.append(value)
+        values.append(math.nan if value is None else value)
     edges = [at / scale for at in (*line.starts, line.records[-1]["train_seconds"])]
     if filled:
         axes.stairs(values, edges, color=colour, alpha=0.25, fill=True)
@@ -184,6 +184,41 @@ def by_size(line: Line) -> dict[int, Record]:
         row["images_per_second"] = row["images"] / max(row["seconds"], 1e-9)
         row["data_wait_fraction"] = row.pop("waited") / max(row["seconds"], 1e-9)
     return found
+
+
+SAME_COST = 0.01  # multiply-adds that differ by less are of one stage
+
+
+def by_cost(line: Line) -> list[Record]:
+    """The run's stages: passes in a row whose images cost alike, with images, epochs, seconds, and multiply-adds an
+    image. Empty for a run whose log does not tell costs."""
+    found: list[Record] = []
+    images_before = epoch_before = 0.0
+    for record in line.records:
+        images, epochs = record["images_seen"] - images_before, record["epoch"] - epoch_before
+        images_before, epoch_before = record["images_seen"], record["epoch"]
+        macs = record.get("macs_per_image")
+        if not images:
+            continue
+        if macs is None:
+            return []
+        if not found or abs(macs / found[-1]["macs"] - 1) > SAME_COST:
+            found.append({"macs": macs, "images": 0, "epochs": 0.0, "seconds": 0.0, "size": record["image_size"]})
+        row = found[-1]
+        row["macs"] = (row["macs"] * row["images"] + macs * images) / (row["images"] + images)
+        row["images"] += images
+        row["epochs"] += epochs
+        row["seconds"] += images / record["images_per_second"]  # searching apart
+    return found
+
+
+def savings(stages: Sequence[Record]) -> tuple[float, float]:
+    """Parts saved of multiply-adds and of time, against as many images at the cost of the dearest stage."""
+    dearest = max(stages, key=lambda row: row["macs"])
+    images = sum(row["images"] for row in stages)
+    macs = sum(row["macs"] * row["images"] for row in stages) / (dearest["macs"] * images)
+    pace = dearest["seconds"] / dearest["images"]
+    return 1 - macs, 1 - sum(row["seconds"] for row in stages) / (pace * images)
 
 
 def draw_curve(line: Line, path: Path) -> None:

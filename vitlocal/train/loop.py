@@ -16,21 +16,28 @@ def fit(run: Run) -> None:
     elif run.running is not None and run.plan().feed != run.running.feed:  # time went on while it was killed
         run.end_pass(run.running)
     while not run.over:
+        run.inquire()
+        if run.over:
+            run.save()
+            break
         plan = run.plan()
+        if run.running is not None and plan.feed != run.running.feed:  # by what was found out
+            run.end_pass(run.running)
         run.begin_pass(plan)
         with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed
             for batch in run.waited_for(batches):
                 run.train_on(batch, plan)
                 ahead = run.plan()
-                if run.over or ahead.feed != plan.feed:
+                if run.over or ahead.feed != plan.feed or run.asks:
                     break
                 if run.save_due and not run.ended(plan):
                     run.save()
                 plan = ahead
-        if run.ended(plan):
-            run.end_pass(plan)
+        trained = run.running or plan  # the last step's: what comes next may be another shape
+        if run.ended(trained):
+            run.end_pass(trained)
         else:
-            run.save()  # interrupted
+            run.save()  # interrupted, or a method has a question
     if run.unevaluated and not run.interrupted:  # what a process that was killed had spent leaves no further step
         run.end_pass(run.running or run.logged_plan or run.plan())
     run.clock.stop()
@@ -46,7 +53,7 @@ def train(config: Config, began: float | None = None) -> int:
         parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
         say(
             f"{config.model.name}: {parameters:.2f} M parameters, {run.sources.train.count:,} images of "
-            f"{len(run.sources.train.classes)} classes, {config.budget.length} on {run.device}, "
+            f"{len(run.sources.train.classes)} classes, {run.config.budget.length} on {run.device}, "
             f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
             + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,3 +74,10 @@ class Schedule:
         if config.warmup.value:
             rate *= min(1.0, max(config.warmup.done(at), 1e-3))
         return rate
+
+
+def moments_of(optimizer: torch.optim.Optimizer | Together) -> Callable[[nn.Parameter], dict[str, Any]]:
+    """What the optimizer keeps for a parameter, as a dict that may be written to; empty before its first step."""
+    members = optimizer.members if isinstance(optimizer, Together) else (optimizer,)
+    owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}
+    return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}

@@ -47,15 +47,18 @@ class Ranks:
             dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
             self._decisions = dist.new_group(backend="gloo")  # on the CPU, so that no decision waits for the device
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over all processes while its backward still runs."""
+    def wrap(self, module: nn.Module, whole: bool = True) -> nn.Module:
+        """``module`` with gradients averaged over all processes while its backward still runs.
+
+        ``whole``: each trained parameter has a part in each backward. Wrapped again where what is trained changes.
+        """
         if self.world == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers
             return DistributedDataParallel(
-                module, device_ids=ids, gradient_as_bucket_view=True,
+                module, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=not whole,
                 # BatchNorm's statistics are each process's own while it trains; share_buffers evens them out.
                 broadcast_buffers=False,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
+from vitlocal.plan import TRAINING_FLOPS
 from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import check_sizes, choose_device
@@ -39,11 +40,23 @@ def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[
     Stages that the budget does not reach are left in with one image: their files are wanted all the same, should the
     trainer be quicker than thought.
     """
-    speeds = {size: Speed(rate, config.train.batch_size) for size, rate in rates.items()}
+    speeds = {
+        size: Speed(rate, config.train.batch_size, flops_of(config, size)) for size, rate in rates.items()
+    }  # fmt: skip
     trained: dict[int, int] = {}
     for part in spend(curriculum(config), config.budget.length, images, speeds):
         trained[part.size] = trained.get(part.size, 0) + part.images
     return tuple(Stage(size, max(count, 1.0), rates[size]) for size, count in trained.items())
+
+
+def flops_of(config: Config, size: int) -> float:
+    """Of an image of ``size`` px, forward and backward, by the recipe's full model; 0 where that cannot be told."""
+    try:
+        with torch.device("meta"):  # its shapes are all that counts
+            model, _ = build_model(config.model, CLASSES)
+        return float(TRAINING_FLOPS * count_macs(model, size))
+    except (ValueError, RuntimeError, AssertionError):
+        return 0.0
 
 
 def parse_rates(text: str | None) -> dict[int, float]:

@@ -21,16 +21,18 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Augment
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.methods import Surroundings
 from vitlocal.methods.strength import Strength
 from vitlocal.plan import Feed, Plan, Position, Progress, fold
-from vitlocal.train.figures import Line, by_size, curves, draw_curve, schedule, svg, throughput
+from vitlocal.train.figures import Line, by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.train.log import read_log
 from vitlocal.train.optim import Schedule
 
 WORST = 10  # classes
 CROPS = 6  # of each size
 RATE_POINTS = 40  # of the learning rate, a pass
-DIALS = ("batch_size", "dials.strength", "dials.lr_scale")  # shown where they change
+# Shown where they change.
+DIALS = ("batch_size", "dials.strength", "dials.operations", "dials.lr_scale", "shape.kept", "shape.attended")
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -178,6 +180,31 @@ def throughput_part(runs: Sequence[Told]) -> str:
     return f"<h2>Throughput</h2>{_figure(drawing, caption, 'wide')}{rows_table(head, rows)}"
 
 
+def costs_part(runs: Sequence[Told]) -> str:
+    """What each stage's images cost, in multiply-adds and in time, and what the stages before the full model saved."""
+    rows, lines = [], []
+    for run in runs:
+        stages = by_cost(run.line)
+        if len(stages) < 2:
+            continue
+        for stage in stages:
+            rows.append([
+                run.name, f"{stage['size']} px", f"{stage['epochs']:.2f}", f"{stage['macs'] / 1e9:.3g} G",
+                f"{1000 * stage['seconds'] / stage['images']:.3g} ms",
+            ])  # fmt: skip
+        macs, seconds = savings(stages)
+        probing = run.records[-1].get("probe_seconds")
+        lines.append(
+            f"{html.escape(run.name)}: than as many images at the cost of its dearest stage, {100 * macs:.0f} % fewer "
+            f"multiply-adds, {100 * seconds:.0f} % less time"
+            + (f"; and {duration(probing)} of searching." if probing else ".")
+        )
+    if not rows:
+        return ""
+    head = ["run", "size", "epochs", "multiply-adds an image, forward", "time an image"]
+    return f"<h2>What images cost</h2>{rows_table(head, rows)}<p>{'<br>'.join(lines)}</p>"
+
+
 def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
     """Of each image size, the first training crops (S, S, 3) as the model saw them, augmentation and all.
 
@@ -186,7 +213,7 @@ def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
     """
     device, found, seen = torch.device("cpu"), [], set()
     augment = Augment(run.config.augment)
-    methods = [Strength(run.config.strength, run.config.image_size.sizes)] if "strength" in run.config.methods else []
+    methods = [Strength(Surroundings(run.config))] if "strength" in run.config.methods else []
     sources = open_sources(run.config, device)
     try:
         began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
@@ -197,7 +224,8 @@ def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
             seen.add(size)
             feed, at = Feed(size, record["batch_size"]), Progress(fraction=before["fraction"])
             strength = fold(methods, Plan(feed), at).dials.strength
-            with sources.train.open(feed, Position(*divmod(before["images_seen"], sources.train.count))) as batches:
+            done = round(before["epoch"] % 1 * sources.train.count)  # (of a subset, whose rows are not kept: about)
+            with sources.train.open(feed, Position(int(before["epoch"]), done)) as batches:
                 batch = next(batches)
                 key = run.config.run.seed, before["step"]
                 images = augment.prepare(batch.images, *key, batch.places, strength)
@@ -296,7 +324,7 @@ def page_of(runs: Sequence[Told], crops: bool, more: Sequence[str] = ()) -> str:
         title = f"{len(runs)} runs"
         lead = f"The best is {best.name}: {best.last['top1']:.2f} % top-1."
     parts = [
-        summary_part(runs), *more, curves_part(runs), schedule_part(runs), throughput_part(runs),
+        summary_part(runs), *more, curves_part(runs), schedule_part(runs), throughput_part(runs), costs_part(runs),
         crops_part(runs) if crops else "", classes_part(runs), differences_part(runs), configuration_part(runs),
     ]  # fmt: skip
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))

@@ -8,9 +8,9 @@ import shutil
 import signal
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,18 +23,35 @@ from vitlocal.config import IMMATERIAL, Config
 from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_freed_memory
-from vitlocal.methods import Surroundings, build_methods
-from vitlocal.models.factory import build_model, export_model
+from vitlocal.methods import BatchSize, Surroundings, build_methods
+from vitlocal.models.factory import build_model, export_model, load_weights
+from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.models.memory import activation_bytes
-from vitlocal.plan import Feed, Plan, Position, Progress, StepResult, fold, points
-from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
+from vitlocal.models.surgery import add_stage_table, check_shape, grow, in_shape, parts_of
+from vitlocal.plan import (
+    FIELDS,
+    TRAINING_FLOPS,
+    WHOLE_MODEL,
+    Feed,
+    Method,
+    Plan,
+    Position,
+    ProbeResult,
+    Progress,
+    Shape,
+    StepResult,
+    fold,
+    points,
+)
+from vitlocal.train.checkpoint import keep_weights, load_checkpoint, save_checkpoint
 from vitlocal.train.clock import Clock
-from vitlocal.train.ema import build_average
+from vitlocal.train.ema import Average, build_average
 from vitlocal.train.evaluate import Accuracy, evaluate
 from vitlocal.train.journal import Journal, read_spent
 from vitlocal.train.log import Log
-from vitlocal.train.optim import Schedule, build_optimizer
+from vitlocal.train.optim import Schedule, build_optimizer, moments_of
+from vitlocal.train.probes import answer
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
 from vitlocal.train.report import rehearse_report, write_classes
 from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
@@ -56,6 +73,7 @@ class PassMeter:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0  # for the source
+    macs: int = 0  # of forward passes, images and all
 
 
 class Run:
@@ -65,18 +83,41 @@ class Run:
         self, config: Config, folder: Path, sources: Sources, device: torch.device, ranks: Ranks = ALONE,
         began: float | None = None,
     ):  # fmt: skip
-        self.config, self.folder, self.sources, self.device, self.ranks = config, folder, sources, device, ranks
+        self.folder, self.sources, self.device, self.ranks = folder, sources, device, ranks
+        self.config = config
         torch.manual_seed(config.run.seed)  # the weights' start
         model, self.model_arguments = build_model(config.model, len(sources.train.classes))
         check_sizes(config, model)
+        self.started_anew: list[str] = []
+        if config.model.weights and not (folder / CHECKPOINT).exists():
+            self.started_anew = load_weights(model, config.model.weights, sources.train.classes)
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
+        self._macs: dict[tuple[int, Shape], int] = {}
+        self.methods = build_methods(
+            Surroundings(
+                config, sources.train.count, self._image_bytes, self.macs, parts_of(self.model),
+                len(getattr(self.model, "blocks", ())), ranks.world,
+            )
+        )  # fmt: skip
+        check_method_sizes(self.methods, config, model)
+        for method in self.methods:
+            if method.stage_rows:
+                own = config.of(method.name)
+                add_stage_table(self.model, method.stage_rows, own.stage_std, own.stage_null, own.stage_tokens)
+        self.config = config = settled(config, self.methods)
         self.optimizer = build_optimizer(self.model, config.train, choose_precision(config.train.precision, device))
         self.average = build_average(self.model, config.train)
         self.schedule = Schedule(config.train)
-        self.methods = build_methods(config, Surroundings(self._image_bytes, ranks.world))
+        self.copies = [Average(self.model, decay) for method in self.methods for decay in method.averages]
         self.clock = Clock(config.budget, sources.train.count, began=began)
-        self.step = Step(self.model, self.optimizer, self.average, config, device, ranks)
+        taps = frozenset().union(*(method.taps for method in self.methods))
+        self.step = Step(self.model, self.optimizer, self.average, config, device, ranks, taps, self.copies)
+        self.grown = 0  # the number of the last growth done
+        self.born = self.plan().shape  # the shape that has weights: the first, or that of the last growth
+        self.probing = 0.0  # seconds spent on what methods wanted to know
+        self.follow_rows()
         self.check_shares()
+        self.check_shapes()
         self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
         self.watch: Watch[tuple[Progress, float, int, float]] = Watch(device)  # on the loss
         self.meter = PassMeter()
@@ -89,7 +130,7 @@ class Run:
         self.saved_at = self.clock.progress
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
-        self.warmed: set[Feed] = set()
+        self.warmed: set[tuple[Feed, Shape, int]] = set()
         self.saving = 0.0  # seconds of the slowest checkpoint
         self.finishing = 0.0  # seconds that export and report take
         self.running: Plan | None = None  # the plan of the pass that is open
@@ -111,11 +152,51 @@ class Run:
     def over(self) -> bool:
         return self.clock.spent or self.interrupted is not None
 
-    def feeds_ahead(self) -> list[Feed]:
-        """What the run will be fed from now on, as far as its methods know, in order and each once."""
+    def plans_ahead(self) -> list[Plan]:
+        """What the run will do from now on, as far as its methods know, in order; each feed and shape once."""
         now, length = self.clock.progress, self.config.budget.length
         later = [point for method in self.methods for point in points(method.changes(), now) if length.done(point) < 1]
-        return list(dict.fromkeys(self.plan(point).feed for point in (now, *later)))
+        plans = [self.plan(point) for point in (now, *later)]
+        return list({(plan.feed, plan.shape): plan for plan in plans}.values())
+
+    def feeds_ahead(self) -> list[Feed]:
+        """What the run will be fed from now on, as far as its methods know, in order and each once."""
+        return list(dict.fromkeys(plan.feed for plan in self.plans_ahead()))
+
+    def batch_at(self, size: int) -> int:
+        """Images of a batch at ``size`` px."""
+        for method in self.methods:
+            if isinstance(method, BatchSize):
+                return method.batch_at(size)
+        return self.plan().feed.batch_size
+
+    def evaluated_shape(self, plan: Plan | None = None) -> Shape:
+        """The shape in which weights that were trained under ``plan`` are evaluated; without it, the weights now."""
+        shape = (plan or self.running or self.logged_plan or self.plan()).shape
+        shape = replace(shape, input_size=None, skipped=())
+        for method in self.methods:
+            shape = method.evaluated(shape)
+        return shape
+
+    def macs(self, size: int, shape: Shape = WHOLE_MODEL) -> int:
+        """Multiply-adds of one image of ``size`` px, forward, in ``shape``."""
+        if (size, shape) not in self._macs:
+            with in_shape(self.model, shape, self.step.shape if hasattr(self, "step") else WHOLE_MODEL):
+                self._macs[size, shape] = count_macs(self.model, shape.input_size or size)
+        return self._macs[size, shape]
+
+    def follow_rows(self, plan: Plan | None = None) -> None:
+        """An epoch is a pass over the rows that the plan feeds: tells the source and the clock which and how many."""
+        subset, rows = (plan or self.plan()).feed.subset, self.sources.train.rows
+        if subset:
+            method = next(method for method in self.methods if "feed.subset" in method.writes)
+            rows.keep(subset, method.rows(subset))
+        self.clock.images_per_epoch = rows.count(subset)
+
+    def check_shapes(self) -> None:
+        """Raises ConfigError where the model lacks a part that a method counts on."""
+        for plan in self.plans_ahead():
+            check_shape(self.model, plan.shape)
 
     def _image_bytes(self, size: int) -> int:
         side = size // patch_side(self.model)
@@ -145,7 +226,7 @@ class Run:
         """What is allowed, and hardly meant."""
         count, batch = self.sources.train.count, self.config.train.batch_size
         warmup, length = self.config.train.warmup, self.config.budget.length
-        epochs = {"epochs": 1.0, "steps": batch / count, "seconds": math.nan, "fraction": math.nan}  # in a unit
+        epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / count}  # in a unit
         found = []
         if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
             warmup.kind == length.kind and warmup.value > length.value
@@ -173,8 +254,8 @@ class Run:
         feed = self.plan().feed
         with self.sources.train.open(Feed(feed.size, min(feed.batch_size, 8)), Position()) as batches:
             next(iter(batches))
-        for feed in self.feeds_ahead() if self.config.train.warm == "start" else ():
-            self._warm(feed)
+        for plan in self.plans_ahead() if self.config.train.warm == "start" else ():
+            self.warm(plan)
         if self.clock.counts_all:
             self._rehearse()
         self.agree()  # making ready took time
@@ -182,7 +263,8 @@ class Run:
 
     def _rehearse(self) -> None:
         """Compiles the evaluation, and finds out what the budget must have left after the last step."""
-        self._evaluated(limit=1)
+        last = self.plans_ahead()[-1]
+        self._evaluated(limit=1, plan=last)
         if self.clock.room:  # as an earlier process found it
             return
         evaluation = self.evaluation_seconds()
@@ -206,7 +288,7 @@ class Run:
         spent = []
         for batches in (1, rehearsed):
             began = perf_counter()
-            self._evaluated(limit=batches)
+            self._evaluated(limit=batches, plan=self.plans_ahead()[-1])
             spent.append(perf_counter() - began)
         if rehearsed == whole:
             return spent[1]
@@ -220,7 +302,7 @@ class Run:
         folder.mkdir()
         try:
             times = [perf_counter()]
-            save_checkpoint(folder / "checkpoint.pt", self._state())
+            save_checkpoint(folder / "checkpoint.pt", self._state(shared=False))
             times.append(perf_counter())
             self.export(folder)
             rehearse_report(folder, self.config)
@@ -235,18 +317,26 @@ class Run:
         if self.clock.counts_all:
             self.clock.room = self.ranks.told(evaluation + 2 * self.saving + self.finishing)
 
-    def _warm(self, feed: Feed) -> None:
-        if feed in self.warmed:
+    def warm(self, plan: Plan) -> None:
+        """Compiles the step for full batches under ``plan``, once."""
+        feed = plan.feed
+        self.step.put(plan.shape)
+        key = (feed, plan.shape, self.step.wrapped)
+        if key in self.warmed:
             return
-        self.warmed.add(feed)
+        self.warmed.add(key)
         seconds = self.step.warm(feed, len(self.sources.train.classes))
         if seconds:
             self.log.say(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
     def begin_pass(self, plan: Plan) -> None:
         self.running = plan
-        with self.clock.paused():
-            self._warm(plan.feed)  # not training time, as evaluation is not
+        self.follow_rows(plan)
+        with self.clock.paused():  # not training time, as evaluation is not
+            for method in self.methods:
+                for variant in method.variants(plan, self.clock.progress):
+                    self.warm(variant)
+            self.warm(plan)
         self.clock.start()
         self.start_meter()
 
@@ -267,17 +357,26 @@ class Run:
 
     def train_on(self, batch: Batch, plan: Plan) -> None:
         """One step, its effect on clock, meter and methods, and about once a second a look at the loss."""
-        now, ahead = self.clock.progress, self.clock.ahead(batch.total)
+        self._grow(plan)
+        self.step.put(plan.shape)
+        if self.step.compiles and (plan.feed, plan.shape, self.step.wrapped) not in self.warmed:
+            with self.clock.paused():
+                self.warm(plan)
+        self.running = plan
+        macs = batch.total * self.macs(plan.feed.size, plan.shape)
+        now, ahead = self.clock.progress, self.clock.ahead(batch.total, TRAINING_FLOPS * macs)
         lr = self.schedule(ahead) * plan.dials.lr_scale
         decay = None if self.average is None else self.average.decay_between(now, ahead)
         mode = self.step.mode(plan.feed) if batch.total == plan.feed.batch_size else EAGER
-        loss = self.step(batch, now.step, lr, mode, decay, plan.dials.strength)
+        outcome = self.step(batch, now.step, lr, mode, decay, plan.dials)
+        loss = outcome.loss
         self.loss_sum += loss.double() * batch.total
         self.meter.images += batch.total
-        seen = StepResult(loss, batch.ids, plan)
+        self.meter.macs += macs
+        seen = StepResult(loss, batch.ids, plan, now, outcome.hits, outcome.spread)
         for method in self.methods:
             method.observe(seen)
-        self.clock.tick(batch.total)
+        self.clock.tick(batch.total, TRAINING_FLOPS * macs)
         if self.clock.nearly_spent(RUN_AHEAD + 2):
             wait(self.device)  # device sync, at the last steps: none may be under way when the time is up
         self.agree(plan)
@@ -289,6 +388,40 @@ class Run:
             rate = self.meter.images / max(self.clock.train_seconds - self.pass_began, 1e-9)
             # Of several processes' losses, the first's stands for all.
             self.watch.look(loss * self.ranks.world, (self.clock.progress, lr, plan.feed.size, rate))
+
+    def _grow(self, plan: Plan) -> None:
+        if plan.growth.number == self.grown:
+            return
+        before, self.grown, self.born = self.born, plan.growth.number, plan.shape
+        copies = [average.model for average in (*self.copies, *([self.average] if self.average is not None else []))]
+        grow(self.model, before, plan.shape, plan.growth, moments_of(self.optimizer), copies, self.config.run.seed)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a method must know something before it can plan on."""
+        return any(method.probes(self.clock.progress) for method in self.methods)
+
+    def inquire(self) -> None:
+        """Finds out what methods must know, on the budget's time; what was found out is kept when interrupted."""
+        if not self.asks or self.over:
+            return
+        self.clock.start()
+        began = self.clock.train_seconds
+        for method in self.methods:
+            while not self.over and (wanted := method.probes(self.clock.progress)):
+                for probe in wanted:
+                    method.observe(ProbeResult(probe, answer(self, probe)))
+                    self.follow_rows()  # where the answer made a new subset
+                    self.agree()
+                    if self.over:
+                        break
+                    if self.save_due:
+                        self.save()
+        spent = self.clock.train_seconds - began
+        self.probing += spent
+        self.pass_began += spent  # no part of the pass that is open
+        self.clock.stop()  # the next step's pace is not told by this
+        self.clock.start()
 
     def _finite(self, value: float) -> float:
         if value - value != 0:  # inf and nan
@@ -339,6 +472,9 @@ class Run:
                     self._keep_room(perf_counter() - began)
                 self.evaluated_epoch, self.evaluated_step = at.epoch, at.step
                 if self.ranks.first:
+                    if self.config.run.keep_weights:
+                        model = self.model if self.average is None else self.average.model
+                        keep_weights(self.folder, model.state_dict(), at.step, at.epoch, self.evaluated_shape())
                     write_classes(self.folder, self.sources.train.classes, accuracy.by_class)
             self.log.record(self._record(plan, accuracy))
             self.logged_plan, self.unclosed, self.running, self.meter = plan, None, None, PassMeter()
@@ -354,11 +490,14 @@ class Run:
 
         return self._evaluated(stop)
 
-    def _evaluated(self, stop: Callable[[], bool] = lambda: False, limit: int | None = None) -> Accuracy | None:
+    def _evaluated(
+        self, stop: Callable[[], bool] = lambda: False, limit: int | None = None, plan: Plan | None = None
+    ) -> Accuracy | None:
         config = self.config.evaluate
         model = self.model if self.average is None else self.average.model
         feed = Feed(config.size, config.batch_size)
-        return evaluate(model, self.sources.val, feed, self.step, stop, config.part, limit)
+        with in_shape(model, self.evaluated_shape(plan), self.step.shape):
+            return evaluate(model, self.sources.val, feed, self.step, stop, config.part, limit)
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         at, meter = self.clock.progress, self.meter
@@ -373,12 +512,15 @@ class Run:
             "top1": None if accuracy is None else round(accuracy.top1, 4),
             "top5": None if accuracy is None else round(accuracy.top5, 4),
             "fraction": round(at.fraction, 9),
+            "flops": at.flops,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_seconds": round(self.clock.train_seconds, 3),
             "wall_seconds": round(self.clock.wall_seconds, 3),
             "images_per_second": round(meter.images / max(meter.seconds, 1e-9), 2),
             "data_wait_fraction": round(min(1.0, meter.waited / max(meter.seconds, 1e-9)), 5),
             "step_mode": str(self.step.mode(plan.feed)),
+            "macs_per_image": round(meter.macs / meter.images) if meter.images else None,
+            **({"probe_seconds": round(self.probing, 3)} if self.probing else {}),
             **({"damaged_images": damaged} if (damaged := self._damaged()) else {}),
             **plan.changed(self.logged_plan),
         }
@@ -402,20 +544,32 @@ class Run:
             self.saving = max(self.saving, perf_counter() - began)
         self.saved_at = self.clock.progress
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, shared: bool = True) -> dict[str, Any]:
+        """What a checkpoint holds; with ``shared``, what each process has noted is put together, by all of them."""
+        notes = {method.name: method.notes() for method in self.methods}
+        if shared:
+            notes = {
+                name: {key: self.ranks.total(value.clone()).cpu() for key, value in each.items()}
+                for name, each in notes.items()
+            }
         return {
             "data": {"count": self.sources.train.count, "classes": list(self.sources.train.classes)},
             "model": self.model.state_dict(),
             "average": self.average and self.average.model.state_dict(),
+            "copies": [average.model.state_dict() for average in self.copies],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "clock": self.clock.state_dict(),
             "meter": vars(self.meter),
             "methods": {method.name: method.state_dict() for method in self.methods},
+            "notes": notes,
             "logged_plan": self.logged_plan and self.logged_plan.state_dict(),
             "unclosed": self.unclosed and self.unclosed.state_dict(),
             "evaluated_epoch": self.evaluated_epoch,
             "evaluated_step": self.evaluated_step,
+            "grown": self.grown,
+            "born": asdict(self.born),
+            "probing": self.probing,
             "running": self.running and self.running.state_dict(),
             "saving": self.saving,
             "finishing": self.finishing,
@@ -433,12 +587,19 @@ class Run:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])
+        for average, weights in zip(self.copies, state.get("copies", ()), strict=True):
+            average.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step.scaler.load_state_dict(state["scaler"])
         self.clock.load_state_dict(state["clock"])
         self.meter = PassMeter(**state["meter"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
+            if self.ranks.first and (notes := state.get("notes", {}).get(method.name)):
+                method.load_notes(notes)
+        if "born" in state:  # not in those of older versions
+            self.grown, self.born, self.probing = state["grown"], Shape.from_state(state["born"]), state["probing"]
+        self.follow_rows()
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
         self.unclosed = state["unclosed"] and Plan.from_state(state["unclosed"])
         self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
@@ -450,8 +611,10 @@ class Run:
     def export(self, folder: Path | None = None) -> None:
         """The weights that were evaluated, as files that timm loads, to the run's folder or to ``folder``."""
         model = self.model if self.average is None else self.average.model
-        export_model(folder or self.folder, model, self.config.model, self.model_arguments,
-                     self.sources.train.classes, self.config.evaluate)  # fmt: skip
+        shape = self.evaluated_shape()
+        with in_shape(model, shape, self.step.shape):
+            export_model(folder or self.folder, model, self.config.model, self.model_arguments,
+                         self.sources.train.classes, self.config.evaluate, shape)  # fmt: skip
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
@@ -489,10 +652,30 @@ def check_sizes(config: Config, model: nn.Module) -> None:
     patch = patch_side(model)
     sizes = {"model.size": [config.model.size], "evaluate.size": [config.evaluate.size]}
     if "image_size" in config.methods:
-        sizes["image_size: sizes"] = list(config.image_size.sizes)
+        sizes["image_size: sizes"] = list(config.of("image_size").sizes)
     odd = [f"{name} {size}" for name, those in sizes.items() for size in those if size % patch]
     if odd:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
+
+
+def check_method_sizes(methods: Sequence[Method], config: Config, model: nn.Module) -> None:
+    """Raises ConfigError where a method would come to an image size that the model does not take."""
+    patch, largest = patch_side(model), config.model.size
+    for method in methods:
+        odd = sorted({size for size in method.sizes if size % patch or size > largest})
+        if odd:
+            raise ConfigError(
+                f"{method.name}: sizes of {', '.join(map(str, odd))} px; expected multiples of {patch}, the patch side "
+                f"of {config.model.name}, and at most model.size ({largest})"
+            )
+
+
+def settled(config: Config, methods: Sequence[Method]) -> Config:
+    """``config`` with the budget that a method reckoned, where one does."""
+    for method in methods:
+        if method.length is not None:
+            config = replace(config, budget=replace(config.budget, length=method.length))
+    return config
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -16,6 +16,7 @@ class Speed:
 
     images_per_second: float
     batch_size: int
+    flops: float = 0.0  # of an image, forward and backward
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Spent:
 
 def curriculum(config: Config) -> tuple[Stage, ...]:
     """The recipe's stages; without a curriculum one, at the model's size."""
-    return config.image_size.curriculum if "image_size" in config.methods else (Stage(config.model.size),)
+    return config.of("image_size").curriculum if "image_size" in config.methods else (Stage(config.model.size),)
 
 
 def spend(
@@ -61,6 +62,7 @@ def spend(
             "epochs": speed.images_per_second / images,
             "steps": speed.images_per_second / speed.batch_size,
             "seconds": 1.0,
+            "flops": speed.images_per_second * speed.flops,
         }
         whole = budget.value - (used if budget.kind == "seconds" else 0.0)
         rates["fraction"] = rates[budget.kind] / whole
@@ -75,6 +77,7 @@ def spend(
             images_seen=at.images_seen + round(seconds * speed.images_per_second),
             seconds=at.seconds + seconds,
             fraction=at.fraction + seconds * rates["fraction"],
+            flops=at.flops + seconds * rates["flops"],
         )
         spent.append(Spent(stage.size, at, end))
         at = end

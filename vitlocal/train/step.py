@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -22,13 +22,15 @@ from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.surgery import check_shape, put, set_trainable
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import Feed, Progress
+from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Progress, Shape
 from vitlocal.train.ema import Average
 from vitlocal.train.ranks import ALONE, Ranks
 from vitlocal.train.watch import wait
 
 START = Progress()
+DIALS = Dials()
 RUN_AHEAD = 2  # steps that the host may be ahead of a GPU: more, and the budget's clock would not be true
 
 # A step of fewer multiply-adds than this runs as a CUDA graph: at half of an H200's peak it takes under 10 ms, and
@@ -93,27 +95,58 @@ def denormals_flushed(device: torch.device) -> Iterator[None]:
 class Objective(nn.Module):
     """The loss of a batch as it comes from a source: all that a step differentiates, in one graph."""
 
-    def __init__(self, model: nn.Module, augment: Augment, smoothing: float, precision: torch.dtype):
+    def __init__(
+        self, model: nn.Module, augment: Augment, smoothing: float, precision: torch.dtype,
+        taps: frozenset[str] = frozenset(),
+    ):  # fmt: skip
         super().__init__()
         self.model, self.augment, self.smoothing, self.precision = model, augment, smoothing, precision
+        self.taps = taps
+        self.input_size: int | None = None  # px; larger images are resized to it
 
-    def forward(self, images: Tensor, labels: Tensor, drawn: Drawn, noise: Tensor | None, weight: Tensor) -> Tensor:
-        """The cross-entropies of all images, summed, times ``weight`` (0-D).
+    def forward(
+        self, images: Tensor, labels: Tensor, drawn: Drawn, noise: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The cross-entropies of all images, summed, times ``weight`` (0-D); and what was tapped.
 
-        ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) drop path's.
+        ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) drop path's. Taps, None unless asked for:
+        "hits" (B,) bool, whether the highest logit is that of the image's own label (not of what was mixed into it);
+        "spread" (B,), see :meth:`VisionTransformer.forward_with_spread`.
         """
         pixels = self.augment(images, drawn)
+        if self.input_size is not None and self.input_size < pixels.shape[-1]:
+            pixels = resized(pixels, self.input_size)
+        operands = (pixels,) if noise is None else (pixels, noise)
+        spread = None
         with autocast(images.device, self.precision):
-            logits = self.model(pixels) if noise is None else self.model(pixels, noise)
+            if "spread" in self.taps:
+                logits, spread = self.model.forward_with_spread(*operands)
+            else:
+                logits = self.model(*operands)
         logits = logits.float()
+        hits = logits.detach().argmax(dim=1) == labels if "hits" in self.taps else None
         loss = self._entropy(logits, labels)
         if drawn.mix is not None:
             share = drawn.mix[1]
             loss = share * loss + (1 - share) * self._entropy(logits, labels.flip(0))
-        return weight * loss
+        return weight * loss, hits, spread
 
     def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="sum")
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """Images (B, 3, S, S) made smaller, to (B, 3, size, size): bilinear, antialiased, in their memory format."""
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives, on the device: its part of the global batch's mean loss (0-D, detached), and the taps."""
+
+    loss: Tensor
+    hits: Tensor | None = None  # (B,) bool
+    spread: Tensor | None = None  # (B,) float32
 
 
 @dataclass(frozen=True)
@@ -138,24 +171,29 @@ class Step:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, config: Config,
-        device: torch.device, ranks: Ranks = ALONE,
+        device: torch.device, ranks: Ranks = ALONE, taps: frozenset[str] = frozenset(),
+        copies: Sequence[Average] = (),
     ):  # fmt: skip
         self.model, self.optimizer, self.average, self.config = model, optimizer, average, config
+        self.copies = copies  # averages that methods asked for
         self.device, self.ranks = device, ranks
         self.augment = Augment(config.augment).to(device)
         self.precision = choose_precision(config.train.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.draws_paths = isinstance(model, VisionTransformer) and model.drop_path_rate > 0
+        told_stages = getattr(model, "stage_table", None) is not None
+        self.draws_paths = isinstance(model, VisionTransformer) and (model.drop_path_rate > 0 or told_stages)
         self.mixes_samples = normalises_batches(model)
         configure_model(model, config.train, device)
-        objective = Objective(model, self.augment, config.train.label_smoothing, self.precision)
-        self.objective = ranks.wrap(objective)
+        self.shape, self._whole = WHOLE_MODEL, True  # whether each trained parameter has a part in each step
+        self.wrapped = 0  # times that several processes' objective was made anew, and with it what was compiled
+        self.bare = Objective(model, self.augment, config.train.label_smoothing, self.precision, taps)
+        self.objective = ranks.wrap(self.bare)
         self.compiles = config.train.compile == "yes" or (config.train.compile == "auto" and device.type == "cuda")
         self._made: dict[bool, nn.Module] = {}  # compiled, by whether as a CUDA graph
-        self._modes: dict[Feed, Mode] = {}
+        self._modes: dict[tuple[int, int, Shape], Mode] = {}
         self._forwards: dict[int, Callable[[Tensor], Tensor]] = {}  # for evaluation, by the model's identity
         self._ahead: deque[torch.cuda.Event] = deque()
-        self.strength = 1.0
+        self.dials = Dials()
         self.mark: Callable[[str], None] = lambda phase: None  # told what has just been issued, for benches
         if config.train.graphs == "yes" and not self._may_capture:
             raise ConfigError(
@@ -167,11 +205,30 @@ class Step:
 
     # --- how it runs ---
 
+    def put(self, shape: Shape) -> None:
+        """The model runs in ``shape`` from now on; ConfigError where it has no such part."""
+        if shape == self.shape:
+            return
+        check_shape(self.model, shape)
+        put(self.model, shape)
+        self.bare.input_size, self.shape = shape.input_size, shape
+        self._set_drop_path()
+        changed = set_trainable(self.model, shape)
+        # Once steps pass over blocks, all are taken for such that may, until what is trained changes.
+        whole = not shape.skipped and (changed or self._whole)
+        if changed or whole != self._whole:
+            self._whole = whole
+            if self.ranks.world > 1:
+                self._made.clear()
+                self.wrapped += 1
+                self.objective = self.ranks.wrap(self.bare, whole)
+
     def mode(self, feed: Feed) -> Mode:
-        """How full batches of ``feed`` run. The last batch of an epoch, of another shape, runs eagerly."""
-        if feed not in self._modes:
-            self._modes[feed] = Mode(self.compiles, self.compiles and self._captures(feed))
-        return self._modes[feed]
+        """How full batches of ``feed`` run, in the present shape. The last, smaller batch of an epoch runs eagerly."""
+        key = (feed.size, feed.batch_size, self.shape)
+        if key not in self._modes:
+            self._modes[key] = Mode(self.compiles, self.compiles and self._captures(feed))
+        return self._modes[key]
 
     @property
     def _may_capture(self) -> bool:
@@ -182,7 +239,7 @@ class Step:
     def _captures(self, feed: Feed) -> bool:
         if not self._may_capture or self.config.train.graphs != "auto":
             return self.config.train.graphs == "yes"
-        return 3 * feed.batch_size * count_macs(self.model, feed.size) < GRAPH_MACS
+        return 3 * feed.batch_size * count_macs(self.model, self.shape.input_size or feed.size) < GRAPH_MACS
 
     def _runner(self, mode: Mode) -> nn.Module:
         if not mode.compiled:
@@ -205,12 +262,45 @@ class Step:
         labels = torch.arange(len(places), device=self.device) % classes
         batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, feed.batch_size)
         for _ in range(3 if mode.graphs else 1):  # a graph is captured in the second run and replayed from the third on
-            self._gradients(batch, 0, mode)
+            self._gradients(batch, 0, mode)  # gradients are left behind
             self.optimizer.zero_grad(set_to_none=True)
         for buffer, value in zip(self.model.buffers(), kept, strict=True):
             buffer.copy_(value)
         wait(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
+
+    def rehearse(self, batch: Batch, mode: Mode = EAGER) -> None:
+        """Forward and backward without an update; the gradients are thrown away."""
+        with denormals_flushed(self.device):
+            self._gradients(batch, 0, mode)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients_of(self, batch: Batch) -> dict[str, Tensor]:
+        """The training loss's gradients by the weights of trained linear layers and convolutions, by their names."""
+        self._gradients(batch, 0, EAGER)
+        found = {
+            name: module.weight.grad.detach().clone()
+            for name, module in self.model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.grad is not None
+        }
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    @torch.no_grad()
+    def loss_of(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
+        """The summed cross-entropy of a batch under ``model``'s weights, augmented as in step ``number``: 0-D."""
+        seed, dials = self.config.run.seed, self.dials
+        operations = dials.strength if dials.operations is None else dials.operations
+        images = self.augment.prepare(batch.images, seed, number, batch.places, operations)
+        pixels = self.resized(self.augment.normalize(images))
+        with autocast(self.device, self.precision):
+            logits = model(pixels, self._noise(seed, number, batch.places)) if self.draws_paths else model(pixels)
+        return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+    def resized(self, pixels: Tensor) -> Tensor:
+        """At the present shape's input size, where that is smaller."""
+        size = self.shape.input_size
+        return resized(pixels, size) if size is not None and size < pixels.shape[-1] else pixels
 
     def forward_of(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
         """``model`` as a function of uint8 images (B, 3, S, S), for evaluation; compiled for whole batches."""
@@ -231,21 +321,22 @@ class Step:
     # --- a step ---
 
     def __call__(
-        self, batch: Batch, step: int, lr: float, mode: Mode = EAGER, decay: float | None = None, strength: float = 1.0
-    ) -> Tensor:
+        self, batch: Batch, step: int, lr: float, mode: Mode = EAGER, decay: float | None = None, dials: Dials = DIALS
+    ) -> Outcome:
         """Trains on this process's part of a batch at learning rate ``lr``.
 
-        ``decay`` is the average's, where the recipe does not state it; ``strength`` scales augmentation and drop path.
-        Returns its part of the global batch's mean loss: a detached 0-D tensor on the device.
+        ``decay`` is the average's, where the recipe does not state it; ``dials`` scale augmentation and drop path.
         """
-        self._set_strength(strength)
+        if dials != self.dials:
+            self.dials = dials
+            self._set_drop_path()
         with denormals_flushed(self.device):
-            loss = self._gradients(batch, step, mode)
-            self._update(lr, decay)
+            outcome = self._gradients(batch, step, mode)
+            self._update(lr, decay, step)
         self._hold_back()
-        return loss
+        return outcome
 
-    def _update(self, lr: float, decay: float | None) -> None:
+    def _update(self, lr: float, decay: float | None, step: int) -> None:
         """Weights and their average, by the gradients that are there."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -259,17 +350,20 @@ class Step:
         if self.average is not None:
             self.average.update(self.model, self.average.decay_between(START, START) if decay is None else decay)
             self.mark("average")
+        for copy in self.copies:  # young ones follow faster, or short runs would keep their random start
+            copy.update(self.model, min(copy.decay, (1 + step) / (10 + step)))
 
-    def _gradients(self, batch: Batch, step: int, mode: Mode) -> Tensor:
-        """Forward and backward; returns this process's part of the mean loss, detached."""
+    def _gradients(self, batch: Batch, step: int, mode: Mode) -> Outcome:
+        """Forward and backward."""
         seed = self.config.run.seed
         if not self.draws_paths:  # other models draw drop path themselves, from PyTorch's generators
             torch.manual_seed(step_seed(seed, step, self.ranks.rank))
-        counts = 1 / batch.total if len(batch) else 0.0
-        if not len(batch):
+        counts, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
+        if not has_images:
             batch = self._stand_in(batch)
-        images = self.augment.prepare(batch.images, seed, step, batch.places, self.strength)
-        drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1], self.strength)
+        operations = self.dials.strength if self.dials.operations is None else self.dials.operations
+        images = self.augment.prepare(batch.images, seed, step, batch.places, operations)
+        drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1], self.dials.strength)
         noise = self._noise(seed, step, batch.places) if self.draws_paths else None
         # Gradients are averaged over the processes, and are to be those of the global batch's mean.
         weight = send(torch.tensor(counts), self.device)
@@ -279,25 +373,26 @@ class Step:
             torch.compiler.cudagraph_mark_step_begin()
         parts = self._parts(len(batch), mode)
         total = torch.zeros((), device=self.device)
+        told: list[list[Tensor]] = [[], []]  # hits and spread, part by part
         for number, part in enumerate(parts):
             operands = images, batch.labels, drawn, noise
             if len(parts) > 1:
                 operands = _taken(*operands, part)
             last = number == len(parts) - 1
             with self._reducing(last), fast_attention(self.device):
-                loss = run(*operands, weight)
+                loss, *tapped = run(*operands, weight)
                 self.mark("forward")
                 self.scaler.scale(loss * self.ranks.world).backward()
                 self.mark("backward")
             total += loss.detach()  # a copy: a CUDA graph writes its outputs anew at each step
-        return total
+            for seen, value in zip(told, tapped, strict=True):
+                if value is not None:
+                    seen.append(value.clone())
+        return Outcome(total, *(_joined(seen, parts) for seen in told)) if has_images else Outcome(total)
 
-    def _set_strength(self, strength: float) -> None:
-        if strength == self.strength:
-            return
-        self.strength = strength
+    def _set_drop_path(self) -> None:
         if self.draws_paths:  # where they lie: compiled steps read them there
-            self.model.set_drop_path(self.model.drop_path_rate * strength)
+            self.model.set_drop_path(self.model.drop_path_rate * self.dials.strength)
 
     def _parts(self, count: int, mode: Mode) -> list[np.ndarray]:
         """The places of micro-batches."""
@@ -312,7 +407,7 @@ class Step:
         return self.objective.no_sync()  # gradients add up here, and are reduced with the last part's
 
     def _noise(self, seed: int, step: int, places: np.ndarray) -> Tensor:
-        depth = len(self.model.blocks)
+        depth = len(self.model.blocks) + (self.model.stage_table is not None)
         draws = uniform((seed, step, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
         below_one = np.minimum(draws, 1 - 2.0**-24)  # as float32 may not round it up
         return send(torch.from_numpy(below_one.astype(np.float32)), self.device)
@@ -331,6 +426,14 @@ class Step:
         self._ahead.append(event)
         if len(self._ahead) > RUN_AHEAD:
             self._ahead.popleft().synchronize()  # device sync, with the step before the last one only
+
+
+def _joined(values: list[Tensor], parts: list[np.ndarray]) -> Tensor | None:
+    """What micro-batches gave, in the batch's order."""
+    if len(values) < 2:
+        return values[0] if values else None
+    order = torch.from_numpy(np.argsort(np.concatenate(parts)))
+    return torch.cat(values)[send(order, values[0].device)]
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
