@@ -1,0 +1,409 @@
+"""AutoProg (Li et al. 2022, arXiv 2203.14509; details from the released code): depth and image size grow, by search.
+
+Training is cut into stages. At the start of each but the last, the network grows into a *supernet*, whose steps sample
+depths and sizes; then the candidate of the best trade of loss against time is taken out of it, with the weights that
+it has, and trained to the end of the stage. Steps of the supernet are steps of training like others.
+
+Symbols: S stages, l depth, r image size, L̄ mean loss of a candidate, T its time an image.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from fastargs.validation import Checker
+
+from vitlocal.errors import ConfigError
+from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.options import COUNT, SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
+from vitlocal.plan import Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, deepened, reshaped
+
+T = TypeVar("T")
+
+SPACE = ("depth", "size")
+AVERAGES = (0.998, 0.9986, 0.999, 0.9996)  # decays a step, the fastest first
+ASKED = (0.5, 0.625, 0.75, 0.875, 1.0)  # parts of the search at which candidates' losses are taken
+
+
+class Net(NamedTuple):
+    """A candidate: so many blocks, at this image size (None: what the other methods feed)."""
+
+    depth: int
+    size: int | None
+
+    def __str__(self) -> str:
+        return f"{self.depth}" + (f"@{self.size}px" if self.size else "")
+
+
+class NetText(Checker):
+    """``8@160px``: a depth and a size; ``8``: a depth."""
+
+    def check(self, value: Any) -> Net:
+        match = re.fullmatch(r"(\d+)(?:@(\d+)px)?", str(value).replace(" ", ""))
+        if match is None or not int(match[1]):
+            raise ValueError
+        return Net(int(match[1]), int(match[2]) if match[2] else None)
+
+    def help(self) -> str:
+        return "a depth and a size: 6@128px, 8@160px, 12@224px; or depths alone"
+
+
+@dataclass(frozen=True)
+class AutoProgConfig(Section):
+    stages: int = option(4, COUNT, "S, of equal length")
+    space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; sizes may be left to image_size")
+    scale: float = option(0.5, SHARE, "smallest depth and size, as a part of the largest")
+    multiple: int = option(32, COUNT, "sizes are multiples of this, px")
+    schedule: tuple[Net, ...] | None = option(
+        None, Maybe(Series(NetText())), "the nets of all stages, without search: 6@128px,8@160px,10@192px,12@224px"
+    )
+    search: Length = option(Length.parse("2%"), Duration(), "length of a search (published: 2 of 100 epochs)")
+    batches: int = option(50, COUNT, "by which a candidate's time and loss are told")
+    grow: str = option(
+        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "new blocks are copies in a net taken over "
+        "from its slowest average; copies of averages in the net as it is; copies; or as drawn"
+    )  # fmt: skip
+    averages: tuple[float, ...] = option(AVERAGES, Series(SHARE), "decays a step, the fastest first")
+    loss_of: str = option("average", Choice("average", "online"), "whose loss is taken: the fastest average's")
+    cost: str = option("time", Choice("time", "flops"), "what a candidate costs")
+    exponent: float | None = option(None, Maybe(Number(low=0)), "w in L · T^w; none: fitted to the candidates")
+    moments: str = option(
+        "reset", Choice("reset", "keep"), "the optimizer's, when a net grows and when one is taken out"
+    )
+    strengthen: bool = option(True, Flag(), "augmentation and drop path grow with the stages")
+    operations: float = option(0.5, SHARE, "part of RandAugment's magnitude in the first stage; the rest starts at 0")
+
+
+def divisible(value: float, divisor: int) -> int:
+    """``value`` as the nearest multiple of ``divisor``, at least one, and not less than nine tenths of it."""
+    found = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return found + divisor if found < 0.9 * value else found
+
+
+def ladder(largest: int, scale: float, stages: int, divisor: int) -> tuple[int, ...]:
+    """From ``scale`` of the largest to all of it in equal steps, each once: 128, 160, 192, 224 for 224, 0.5, 4, 32.
+
+    The last is the largest, also where the divisor does not divide it.
+    """
+    parts = np.linspace(scale, 1.0, stages).tolist() if stages > 1 else [1.0]
+    found = [min(divisible(part * largest, divisor), largest) for part in parts[:-1]]
+    return tuple(dict.fromkeys((*found, largest)))
+
+
+def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
+    """w of the power law L ≈ a · T^-w through the candidates (least squares of logs); 0 where it does not fall."""
+    if len(set(times)) < 2:
+        return 0.0
+    slope = np.polyfit(np.log(times), np.log(losses), 1)[0]
+    return max(-float(slope), 0.0)
+
+
+def best(losses: Sequence[float], times: Sequence[float], exponent: float | None = None) -> int:
+    """The candidate of least L · T^w; of equal ones the first."""
+    w = fitted_exponent(losses, times) if exponent is None else exponent
+    return int(np.argmin([loss * time**w for loss, time in zip(losses, times, strict=True)]))
+
+
+def remembered(reckon: Callable[[AutoProg, int], T]) -> Callable[[AutoProg, int], T]:
+    """What a stage's ``reckon`` gives, until more has been observed: plans are made at every step."""
+
+    @wraps(reckon)
+    def reckoned(self: AutoProg, stage: int) -> T:
+        key = (reckon.__name__, stage)
+        if key not in self.memory:
+            self.memory[key] = reckon(self, stage)
+        return self.memory[key]
+
+    return reckoned
+
+
+class AutoProg(Defaults):
+    """See the module. With ``schedule`` the nets of all stages are given, and nothing is searched."""
+
+    name = "autoprog"
+    options = AutoProgConfig
+
+    def __init__(self, run: Surroundings):
+        self.config: AutoProgConfig = run.recipe.of(self.name)
+        self.run, recipe = run, run.recipe
+        if run.parts is None:
+            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe.model.name}")
+        self.count, self.seed = run.parts["blocks"], recipe.run.seed
+        self.sizes_grow = "size" in self.config.space
+        self.nets = self._nets(recipe.model.size)
+        self.writes = frozenset(
+            {"shape.slots", "shape.skipped", "growth"}
+            | ({"feed.size", "shape.input_size"} if self.sizes_grow else set())
+            | ({"dials.strength", "dials.operations"} if self.config.strengthen else set())
+        )
+        self.magnitude = recipe.augment.randaugment
+        searches = self.config.schedule is None
+        averaged = searches or self.config.grow.startswith("momentum")
+        self.averages = self.config.averages if averaged else ()
+        self.length_kind, self.whole = recipe.budget.length.kind, recipe.budget.length.value
+        # What searches found, stage by stage and candidate by candidate: seconds an image, and rounds of losses.
+        self.times: dict[int, list[float]] = {}
+        self.began: dict[int, float] = {}  # the fraction at which each stage's first step was taken
+        self.losses: dict[int, list[list[float]]] = {}
+        self.asked = 0  # the stage of the last question
+        self.under_way: list[float] = []  # the losses of a round that is not over
+        self.memory: dict[tuple[str, int], Any] = {}
+
+    @staticmethod
+    def problems(recipe: Recipe) -> list[str]:
+        config: AutoProgConfig = recipe.of("autoprog")
+        found = []
+        if not config.space:
+            found.append("autoprog.space: nothing grows; name depth, size or both")
+        if config.schedule is None and recipe.budget.length.kind != "epochs" and config.search.kind != "fraction":
+            found.append(
+                f"autoprog.search: got {config.search}; of a budget of {recipe.budget.length} give a part, as 2%"
+            )
+        if config.schedule is None and not config.search.value:
+            found.append("autoprog.search: 0 leaves nothing to search in; give a part of the budget, as 2%")
+        parts = {"fraction": 1.0, "epochs": recipe.budget.length.value}
+        if config.schedule is None and config.search.value * config.stages >= parts.get(config.search.kind, math.inf):
+            found.append(
+                f"autoprog.search: {config.search} is no less than one of {config.stages} stages: none is left to "
+                "train what is chosen; search for less"
+            )
+        if config.search.kind not in ("epochs", "fraction"):
+            found.append(f"autoprog.search: got {config.search}, expected epochs, or a part of the budget, as 2%")
+        if config.schedule is not None:
+            if len(config.schedule) != config.stages:
+                found.append(
+                    f"autoprog.schedule: {len(config.schedule)} nets for {config.stages} stages; give one for each"
+                )
+            if any((net.size is None) == ("size" in config.space) for net in config.schedule):
+                found.append(
+                    "autoprog.schedule: sizes are for a space with size: 6@128px, or depths alone, for each stage"
+                )
+            depths = [net.depth for net in config.schedule]
+            if depths != sorted(depths):
+                found.append(f"autoprog.schedule: depths {depths} must not fall")
+        if not config.averages or list(config.averages) != sorted(config.averages):
+            found.append(f"autoprog.averages: got {list(config.averages)}, expected growing decays")
+        if config.space == ("depth",) and "image_size" not in recipe.methods and not config.scale:
+            found.append("autoprog.scale: 0 leaves no blocks")
+        return found
+
+    def _nets(self, size: int) -> list[list[Net]]:
+        """The candidates of each stage, where it is searched with the largest net taken at each; one where not."""
+        config = self.config
+        if config.schedule is not None:
+            if config.schedule[-1].depth != self.count:
+                raise ConfigError(
+                    f"autoprog.schedule: it ends with {config.schedule[-1].depth} blocks, the model has {self.count}"
+                )
+            return [[net] for net in config.schedule]
+        self.depths = ladder(self.count, config.scale, config.stages, 1) if "depth" in config.space else (self.count,)
+        self.ladder = ladder(size, config.scale, config.stages, config.multiple) if self.sizes_grow else (None,)
+        return []
+
+    # --- stages ---
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        nets = self.config.schedule or ()
+        return tuple(net.size for net in nets if net.size) if nets else tuple(size for size in self.ladder if size)
+
+    def bounds(self) -> list[float]:
+        """Where the stages begin, as parts of the budget."""
+        stages = self.config.stages
+        if self.length_kind == "epochs" and self.whole >= stages:
+            return [math.floor(self.whole * k / stages) / self.whole for k in range(stages)]
+        return [k / stages for k in range(stages)]
+
+    @property
+    def search(self) -> float:
+        """A search's part of the budget."""
+        length = self.config.search
+        return length.value / self.whole if length.kind == "epochs" else length.value
+
+    def stage(self, at: Progress) -> int:
+        return sum(at.fraction >= bound - 1e-12 for bound in self.bounds()) - 1
+
+    def before(self, stage: int) -> int | None:
+        """The last stage before it of which a step was taken: a run that was killed may have passed over some."""
+        return max((entered for entered in self.began if entered < stage), default=None)
+
+    @remembered
+    def candidates(self, stage: int) -> list[Net]:
+        """What a stage chooses from; one where there is nothing to choose."""
+        if self.config.schedule is not None:
+            return self.nets[stage]
+        if stage == self.config.stages - 1:
+            return [Net(self.depths[-1], self.ladder[-1])]
+        depths, sizes, before = self.depths, self.ladder, self.before(stage)
+        if before is None:
+            some = [dict.fromkeys((values[0], values[len(values) // 2], values[-1])) for values in (depths, sizes)]
+            return [Net(depth, size) for size in some[1] for depth in some[0]]
+        now = self.chosen(before)
+        further, place = depths.index(now.depth) + 1, sizes.index(now.size)
+        deeper = depths[further : further + 3] or depths[-1:]
+        return [Net(depth, size) for size in sizes[place : place + 2] for depth in deeper]
+
+    def decided(self, stage: int) -> bool:
+        nets = self.candidates(stage)
+        return len(nets) == 1 or len(self.losses.get(stage, ())) == len(ASKED)
+
+    @remembered
+    def chosen(self, stage: int) -> Net:
+        """The stage's net; the largest candidate as long as the search is on."""
+        nets = self.candidates(stage)
+        if not self.decided(stage):
+            return nets[-1]
+        if len(nets) == 1:
+            return nets[0]
+        losses = np.mean(self.losses[stage], axis=0).tolist()
+        return nets[best(losses, self._costs(stage), self.config.exponent)]
+
+    def _costs(self, stage: int) -> list[float]:
+        if self.config.cost == "time":
+            return self.times[stage]
+        size = self.run.recipe.model.size
+        return [
+            float(self.run.macs(net.size or size, Shape(slots=tuple(range(net.depth)))))
+            for net in self.candidates(stage)
+        ]
+
+    @remembered
+    def supernet(self, stage: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The order of blocks that a stage begins with, and which of them are copies of which."""
+        nets, before = self.candidates(stage), self.before(stage)
+        deepest = max(net.depth for net in nets)
+        # At the start nothing is copied; new are the blocks that the smallest net would have to be given.
+        there = tuple(range(min(net.depth for net in nets))) if before is None else self.extracted(before)
+        return deepened(there, deepest, self.count)
+
+    def skipped(self, stage: int, depth: int) -> tuple[int, ...]:
+        """The blocks that a candidate of ``depth`` passes over: the first of the new ones."""
+        order, pairs = self.supernet(stage)
+        return tuple(slot for slot, _ in pairs)[: len(order) - depth]
+
+    @remembered
+    def extracted(self, stage: int) -> tuple[int, ...]:
+        """The blocks of the stage's net, in order."""
+        gone = self.skipped(stage, self.chosen(stage).depth)
+        return tuple(slot for slot in self.supernet(stage)[0] if slot not in gone)
+
+    # --- plans ---
+
+    def plan(self, plan: Plan, at: Progress) -> Plan:
+        stage = self.stage(at)
+        if self.decided(stage):
+            return self._planned(plan, stage, self.chosen(stage))
+        nets = self.candidates(stage)
+        # Depth and size are drawn by the step's number: the same on every process, and after a restart.
+        return self._planned(
+            plan, stage, nets[int(np.random.default_rng((self.seed, at.step, 0xA9)).integers(len(nets)))]
+        )
+
+    def variants(self, plan: Plan, at: Progress) -> Sequence[Plan]:
+        stage = self.stage(at)
+        return () if self.decided(stage) else [self._planned(plan, stage, net) for net in self.candidates(stage)]
+
+    def _planned(self, plan: Plan, stage: int, net: Net) -> Plan:
+        """The plan for a step of ``net``: of the supernet where the stage is not decided."""
+        searching = not self.decided(stage)
+        order, pairs = self.supernet(stage)
+        if searching:
+            nets = self.candidates(stage)
+            slots, skipped = order, self.skipped(stage, net.depth)
+            feed_size = max((net.size for net in nets if net.size), default=None)
+        else:
+            skipped: tuple[int, ...] = ()
+            slots, feed_size = self.extracted(stage), net.size
+        whole = slots == tuple(range(self.count))
+        plan = reshaped(plan, slots=None if whole else slots, skipped=skipped)
+        if self.sizes_grow:
+            smaller = net.size if net.size != feed_size else None
+            plan = replace(reshaped(plan, input_size=smaller), feed=replace(plan.feed, size=feed_size))
+        plan = replace(plan, growth=self._growth(stage, searching, pairs) or plan.growth)
+        return self._strengthened(plan, 1.0 if searching else stage / max(1, self.config.stages - 1))
+
+    def _growth(self, stage: int, searching: bool, pairs: tuple[tuple[int, int], ...]) -> Growth | None:
+        moments = "reset" if self.config.moments == "reset" else "zero"
+        searched = len(self.candidates(stage)) > 1
+        if not searching and searched:
+            return Growth(2 * stage + 2, moments=moments)  # taken out of the supernet
+        if self.before(stage) is None:
+            return None
+        how, last = self.config.grow, len(self.averages) - 1
+        return Growth(
+            2 * stage + 1, pairs, "random" if how == "random" else "copy", moments=moments,
+            average=last if how.startswith("momentum") else None, new_only=how == "momentum_new",
+        )  # fmt: skip
+
+    def _strengthened(self, plan: Plan, way: float) -> Plan:
+        if not self.config.strengthen:
+            return plan
+        part = self.config.operations + (1 - self.config.operations) * way
+        if self.magnitude >= 1:  # whole magnitudes: 4, 6, 7, 9
+            part = math.floor(self.magnitude * part + 1e-9) / self.magnitude
+        return replace(plan, dials=replace(plan.dials, strength=way, operations=part))
+
+    def changes(self) -> Sequence[Length]:
+        return [Length(bound, "fraction", f"{100 * bound:.4g}%") for bound in self.bounds()[1:]]
+
+    # --- the search ---
+
+    def probes(self, at: Progress) -> Sequence[Probe]:
+        if self.config.schedule is not None:
+            return ()
+        stage = self.stage(at)
+        if self.decided(stage):
+            return ()
+        self.asked, nets = stage, self.candidates(stage)
+        timed = len(self.times.get(stage, ()))
+        if timed < len(nets):
+            return [self._probe("seconds", stage, net) for net in nets[timed:]]
+        if stage not in self.began:  # nothing has grown yet: there is nothing to judge
+            return ()
+        gone = (at.fraction - self.began[stage]) / self.search
+        if gone < ASKED[len(self.losses.get(stage, ()))] - 1e-12:
+            return ()
+        return [self._probe("loss", stage, net) for net in nets[len(self.under_way) :]]
+
+    def _probe(self, kind: str, stage: int, net: Net) -> Probe:
+        order = self.supernet(stage)[0]
+        slots = None if order == tuple(range(self.count)) else order
+        shape = Shape(slots=slots, skipped=self.skipped(stage, net.depth))
+        average = 0 if kind == "loss" and self.config.loss_of == "average" else None
+        sets = ("slots", "skipped", "input_size")
+        return Probe(kind, shape, net.size or 0, self.config.batches, average, sets=sets)
+
+    def observe(self, seen: StepResult | ProbeResult) -> None:
+        if isinstance(seen, StepResult):
+            stage = self.stage(seen.at)
+            if stage not in self.began:
+                self.began[stage] = seen.at.fraction
+                self.memory.clear()
+            return
+        if seen.probe.kind == "seconds":
+            self.times.setdefault(self.asked, []).append(seen.value)
+        else:
+            self.under_way.append(seen.value)
+            if len(self.under_way) == len(self.candidates(self.asked)):
+                self.losses.setdefault(self.asked, []).append(self.under_way)
+                self.under_way = []
+        self.memory.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "times": dict(self.times),
+            "losses": dict(self.losses),
+            "under_way": list(self.under_way),
+            "began": dict(self.began),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.times, self.losses, self.began = dict(state["times"]), dict(state["losses"]), dict(state["began"])
+        self.under_way = list(state["under_way"])
+        self.memory.clear()
