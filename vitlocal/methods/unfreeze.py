@@ -1,0 +1,239 @@
+"""AutoProg-Zero (Li et al. 2024, arXiv 2410.00350) for fine-tuning a Vision Transformer that classifies.
+
+The whole network always runs; what grows over S stages is the set of blocks that are trained, and the image size. What
+to take at each stage is chosen before it, without training: by the conditioning of the tangent kernel, by ZiCo and by
+measured time, which vote by ranks. Published code trains diffusion transformers; what is ours for classification is
+said where it is.
+
+Symbols: l level (how many of the S groups of blocks are trained), r image size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vitlocal.errors import ConfigError
+from vitlocal.methods.autoprog import Net, NetText, ladder
+from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
+from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
+
+KERNEL_BATCHES, ZICO_BATCHES, TIMED_BATCHES = 2, 2, 6
+
+
+@dataclass(frozen=True)
+class UnfreezeConfig(Section):
+    stages: int = option(4, COUNT, "S, of equal length, and as many groups of blocks")
+    groups: str = option(
+        "mod", Choice("mod", "contiguous", "top", "released"), "block i is in group i mod S; in runs from the first "
+        "block on; from the last; or as the released code's name prefixes have it"
+    )  # fmt: skip
+    scale: float = option(0.25, SHARE, "smallest image size, as a part of model.size; 1: sizes do not grow")
+    multiple: int = option(32, COUNT, "sizes are multiples of this, px")
+    schedule: tuple[Net, ...] | None = option(
+        None, Maybe(Series(NetText())), "level and size of all stages, without search: 1@64px,2@128px,3@160px,4@224px"
+    )
+    samples: int = option(16, Number(low=2, whole=True), "images a batch of the scores, over all processes")
+    votes: tuple[float, float, float] = option(
+        (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, conditioning and ZiCo"
+    )
+    tolerance: float = option(1e-6, Number(low=0), "numbers that differ by less share a rank")
+    stage_embedding: bool = option(True, Flag(), "the model is told the stage, by a learned vector")
+    stage_std: float = option(
+        0.0, Number(low=0), "of that vector's start (published: 0.02; 0 leaves the pretrained model as it is)"
+    )
+    stage_null: float = option(0.1, SHARE, "chance that an image's stage is not told, in training")
+    stage_tokens: str = option("all", Choice("all", "class"), "the tokens that it is added to")
+    evaluated: str = option("present", Choice("present", "last"), "the stage that an evaluation is told")
+
+
+def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
+    """The blocks that each level trains, of ``count``: nested, growing, the last all of them."""
+    found = []
+    for level in range(1, stages + 1):
+        if how == "mod":
+            blocks = [block for block in range(count) if block % stages < level]
+        elif how == "released":  # "blocks.1" is meant for one block, and is a prefix of blocks.10 to blocks.19
+            named = [str(block) for block in range(count) if block % stages < level]
+            first = [str(block) for block in range(count) if block % stages == 0]
+            blocks = [b for b in range(count) if any(str(b).startswith(name) for name in named)]
+            if level == 1:
+                blocks = [int(name) for name in first]
+            elif level == stages:
+                blocks = list(range(count))
+        else:
+            ends = [round(count * level / stages)]
+            blocks = list(range(ends[0])) if how == "contiguous" else list(range(count - ends[0], count))
+        found.append(tuple(blocks))
+    return found
+
+
+def ranks(values: Sequence[float], tolerance: float) -> list[int]:
+    """Rank 1 for the smallest; values within ``tolerance`` of the one before share its rank. Not-a-numbers are last."""
+    worth = [math.inf if math.isnan(value) else value for value in values]
+    order = sorted(range(len(worth)), key=lambda place: worth[place])
+    found, rank = [0] * len(worth), 0
+    for number, place in enumerate(order):
+        before = worth[order[number - 1]] if number else None
+        same = before is not None and (worth[place] == before or worth[place] - before < tolerance)
+        rank = rank if same else number + 1
+        found[place] = rank
+    return found
+
+
+def vote(
+    times: Sequence[float], conditions: Sequence[float], zicos: Sequence[float], weights: Sequence[float],
+    tolerance: float,
+) -> int:  # fmt: skip
+    """The candidate of least weighted sum of ranks: fast, well conditioned, of high ZiCo; of equal ones the fastest."""
+    by = [ranks(times, tolerance), ranks(conditions, tolerance), ranks([-value for value in zicos], tolerance)]
+    sums = [sum(weight * rank for weight, rank in zip(weights, one, strict=True)) for one in zip(*by, strict=True)]
+    return min(range(len(sums)), key=lambda place: (sums[place], times[place], place))
+
+
+class Unfreeze(Defaults):
+    """See the module. What lies outside of the blocks (embeddings, norm, head) is always trained.
+
+    Frozen blocks have no gradients, hence no decay and no update; what is saved is these. Gradients still pass through
+    all blocks, to the embeddings.
+    """
+
+    name = "unfreeze"
+    options = UnfreezeConfig
+
+    def __init__(self, run: Surroundings):
+        self.config: UnfreezeConfig = run.recipe.of(self.name)
+        recipe, config = run.recipe, self.config
+        self.size = recipe.model.size
+        stated = tuple(net.size for net in config.schedule or ())
+        self.sizes = stated or ladder(self.size, config.scale, config.stages, config.multiple)
+        if not run.blocks:
+            raise ConfigError(
+                f"methods: unfreeze needs a Vision Transformer's blocks, and {recipe.model.name} has none"
+            )
+        self.groups = groups_of(run.blocks, config.stages, config.groups)
+        self.told = config.stage_embedding
+        self.writes = frozenset(
+            {"shape.trainable"} | ({"feed.size"} if len(set(self.sizes)) > 1 else set())
+            | ({"shape.stage"} if self.told else set())
+        )  # fmt: skip
+        self.refuses = {"shape.slots": "both choose which blocks there are to train; keep one of the two"}
+        if config.samples < 2 * run.processes:
+            raise ConfigError(
+                f"unfreeze.samples: {config.samples} images are too few for {run.processes} processes, each of which "
+                f"needs two; use at least {2 * run.processes}"
+            )
+        self.samples = config.samples
+        self.scores: dict[int, list[tuple[float, float]]] = {}  # by stage: conditioning and ZiCo of each candidate
+        self.times: dict[int, list[float]] = {}
+        self.asked = 0  # the stage of the last question
+        self.stage_rows = config.stages + 1 if self.told else 0
+
+    @staticmethod
+    def problems(recipe: Recipe) -> list[str]:
+        config: UnfreezeConfig = recipe.of("unfreeze")
+        found = []
+        if config.schedule:
+            if len(config.schedule) != config.stages:
+                found.append(
+                    f"unfreeze.schedule: {len(config.schedule)} entries for {config.stages} stages; give one for each"
+                )
+            levels = [net.depth for net in config.schedule]
+            if levels != sorted(levels) or max(levels) > config.stages:
+                found.append(f"unfreeze.schedule: levels {levels}, expected growing ones, of at most {config.stages}")
+            if any(net.size is None or net.size > recipe.model.size for net in config.schedule):
+                found.append("unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px")
+        if config.schedule == ():
+            found.append("unfreeze.schedule: it is empty; give level and size of each stage, or none for a search")
+        if "image_size" in recipe.methods and config.scale < 1:
+            found.append("unfreeze.scale: image_size sets the sizes; set unfreeze.scale=1, or leave image_size out")
+        return found
+
+    # --- stages ---
+
+    def stage(self, at: Progress) -> int:
+        stages = self.config.stages
+        return min(math.floor(at.fraction * stages + 1e-9), stages - 1)
+
+    def nets(self) -> list[tuple[list[Net], Net | None]]:
+        """Of each stage (level, size) to choose from, and what was chosen; None while that is not decided.
+
+        A stage that the run has passed without asking has the least of its candidates.
+        """
+        stages, sizes = self.config.stages, self.sizes
+        found: list[tuple[list[Net], Net | None]] = []
+        levels, there = range(1, min(2, stages) + 1), sizes[:2]
+        for stage in range(stages):
+            if self.config.schedule is not None:
+                options = [self.config.schedule[stage]]
+            elif stage == stages - 1:
+                options = [Net(stages, sizes[-1])]
+            else:
+                options = [Net(level, size) for size in dict.fromkeys(there) for level in levels]
+            chosen = None
+            if len(options) == 1:
+                chosen = options[0]
+            elif len(self.times.get(stage, ())) == len(options):
+                conditions, zicos = zip(*self.scores[stage], strict=True)
+                votes = vote(self.times[stage], conditions, zicos, self.config.votes, self.config.tolerance)
+                chosen = options[votes]
+            found.append((options, chosen))
+            now = chosen or options[0]
+            place = sizes.index(now.size)
+            levels, there = range(now.depth, min(now.depth + 1, stages) + 1), sizes[place : place + 2]
+        return found
+
+    def plan(self, plan: Plan, at: Progress) -> Plan:
+        stage, nets = self.stage(at), self.nets()
+        while stage and nets[stage][1] is None:  # until the question is answered, all stays as it is
+            stage -= 1
+        options, chosen = nets[stage]
+        return self._shaped(plan, chosen or options[0], stage)
+
+    def _shaped(self, plan: Plan, net: Net, stage: int) -> Plan:
+        blocks = self.groups[net.depth - 1]
+        plan = reshaped(plan, trainable=None if len(blocks) == len(self.groups[-1]) else blocks)
+        if "feed.size" in self.writes:
+            plan = replace(plan, feed=replace(plan.feed, size=net.size))
+        return reshaped(plan, stage=stage) if self.told else plan
+
+    def evaluated(self, shape: Shape) -> Shape:
+        if self.told and self.config.evaluated == "last":
+            return replace(shape, stage=self.config.stages - 1)
+        return shape
+
+    def changes(self) -> Sequence[Length]:
+        stages = self.config.stages
+        return [Length(k / stages, "fraction", f"{100 * k / stages:.4g}%") for k in range(1, stages)]
+
+    # --- the search ---
+
+    def probes(self, at: Progress) -> Sequence[Probe]:
+        stage = self.stage(at)
+        options, chosen = self.nets()[stage]
+        if chosen is not None:
+            return ()
+        self.asked, number = stage, len(self.times.get(stage, ()))
+        shape = Shape(trainable=self.groups[options[number].depth - 1], stage=stage if self.told else None)
+        sets = ("trainable", "stage") if self.told else ("trainable",)
+        size = options[number].size if "feed.size" in self.writes else 0
+        if len(self.scores.get(stage, ())) == number:
+            batches = KERNEL_BATCHES + ZICO_BATCHES
+            return [Probe("trainability", shape, size, batches, samples=self.samples, sets=sets)]
+        return [Probe("seconds", shape, size, TIMED_BATCHES, samples=self.samples, sets=sets)]
+
+    def observe(self, seen: StepResult | ProbeResult) -> None:
+        if not isinstance(seen, ProbeResult):
+            return
+        kept = self.scores if seen.probe.kind == "trainability" else self.times
+        kept.setdefault(self.asked, []).append(seen.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": dict(self.scores), "times": dict(self.times)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = {stage: [tuple(pair) for pair in pairs] for stage, pairs in state["scores"].items()}
+        self.times = dict(state["times"])
