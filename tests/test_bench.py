@@ -85,7 +85,7 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["write", "--sides", "64:png"], "not a format"),
         (
             ["nothing"],
-            "expected the name of a bench (arms, forecast, loader, paper, profile, report, runs, step, write)",
+            "expected the name of a bench (arms, forecast, loader, paper, profile, redundancy, report, runs, step",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from vitlocal.bench import arms, forecast, loader, paper, profile, report, runs, step, write
+from vitlocal.bench import arms, forecast, loader, paper, profile, redundancy, report, runs, step, write
 from vitlocal.errors import ConfigError, run_command
 
 BENCHES = {
@@ -15,6 +15,7 @@ BENCHES = {
     "loader": loader.main,
     "paper": paper.main,
     "profile": profile.main,
+    "redundancy": redundancy.main,
     "report": report.main,
     "runs": runs.main,
     "step": step.main,
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print("python -m vitlocal.bench NAME [--help]")
         for name, bench in BENCHES.items():
-            print(f"  {name:8} {inspect.getmodule(bench).__doc__.partition(chr(10))[0]}")
+            print(f"  {name:10} {inspect.getmodule(bench).__doc__.partition(chr(10))[0]}")
         return
     if not argv or argv[0] not in BENCHES:
         raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {argv[0] if argv else 'none'}")

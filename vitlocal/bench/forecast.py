@@ -29,7 +29,7 @@ from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
-from vitlocal.data.source import Batch, Source, Sources, load_manifest, open_sources
+from vitlocal.data.source import Batch, Rows, Source, Sources, load_manifest, open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.machine import keep_freed_memory
 from vitlocal.models.factory import build_model
@@ -49,6 +49,7 @@ SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of a size's seconds
 CPU_STEP_SECONDS = 1.5  # of a measured step on a CPU: where the recipe's batch takes longer, a part of it is measured
 LR = 1e-6  # the weights hardly move
 STARTING_SECONDS = 10.0  # until the first step, but for compiling: a guess, for budgets in which everything counts
+FED = ("image_size", "strength", "batch_size")  # methods that leave the model as it is
 FORWARD_AND_BACKWARD = 3  # in forward passes
 
 
@@ -80,6 +81,7 @@ class NoiseSource:
         self.count, self.device = count, device
         self.classes = tuple(str(number) for number in range(classes))
         self.damaged: Collection[int] = ()
+        self.rows = Rows(count)
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
@@ -118,7 +120,7 @@ class Rehearsal:
         self.steps = 0
 
     def step(self, batch: Batch) -> None:
-        self.run.step(batch, self.steps, LR, self.mode, None, self.plan.dials.strength)
+        self.run.step(batch, self.steps, LR, self.mode, None, self.plan.dials)
         self.steps += 1
 
     def together(self, seconds: float) -> tuple[float, float]:
@@ -219,7 +221,7 @@ class Forecast:
 
     @property
     def speeds(self) -> dict[int, Speed]:
-        return {one.size: Speed(one.together, one.batch_size) for one in self.sizes}
+        return {one.size: Speed(one.together, one.batch_size, 1e9 * one.gflops) for one in self.sizes}
 
     @property
     def flops(self) -> float:
@@ -272,7 +274,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
             evaluation = run.evaluation_seconds() if real else None
             run.log.close()
             print("\r" + " " * 60, end="\r", file=sys.stderr)
-            speeds = {one.size: Speed(one.together, one.batch_size) for one in found}
+            speeds = {one.size: Speed(one.together, one.batch_size, 1e9 * one.gflops) for one in found}
             starting = STARTING_SECONDS + sum(one.compile_seconds for one in found)
             spent = walk(config, stages, sources.train.count, speeds, evaluation or 0.0, starting)
             return Forecast(
@@ -290,7 +292,7 @@ def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Foreca
     for size, rate in rates_for(config, stated).items():
         gflops = 2e-9 * FORWARD_AND_BACKWARD * count_macs(model, size)
         sizes.append(Measured(size, config.train.batch_size, rate, rate, gflops))
-    speeds = {one.size: Speed(one.together, one.batch_size) for one in sizes}
+    speeds = {one.size: Speed(one.together, one.batch_size, 1e9 * one.gflops) for one in sizes}
     return Forecast(config, images, tuple(sizes), walk(config, curriculum(config), images, speeds, 0.0, 0.0))
 
 
@@ -439,6 +441,8 @@ def main(argv: Sequence[str]) -> None:
         reckoned(config, images or IMAGENET, parse_rates(options.rates)) if options.rates else forecast(config, images)
     )
     print(told(found, budgets))
+    if shaping := [name for name in config.methods if name not in FED]:
+        print(f"note: {', '.join(shaping)} change what an image costs; this is a forecast of the full model throughout")
     if options.json:
         what = (
             "what a budget is forecast to buy: images/s by size, as measured, and the budget walked through with them"
