@@ -1,0 +1,494 @@
+"""The training methods by themselves: what they plan, and the numbers of their sources."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from vitlocal.config import SECTIONS, read_config
+from vitlocal.errors import ConfigError
+from vitlocal.methods import METHODS, build_methods
+from vitlocal.methods.autoprog import AutoProg, Net, best, divisible, fitted_exponent, ladder
+from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
+from vitlocal.methods.method import Surroundings
+from vitlocal.methods.trilevel import Trilevel, forgetting, swap
+from vitlocal.methods.unfreeze import Unfreeze, groups_of, ranks, vote
+from vitlocal.models.flops import count_macs
+from vitlocal.models.surgery import in_shape, parts_of
+from vitlocal.plan import (
+    WHOLE_MODEL,
+    Feed,
+    Plan,
+    ProbeResult,
+    Progress,
+    Shape,
+    StepResult,
+    fold,
+)
+from vitlocal.train.loop import fit
+from vitlocal.train.run import open_run
+
+ROOT = Path(__file__).parent.parent
+DEIT_S = "vitlocal_deit_small_patch16_224"
+START = Plan(Feed(224, 64))
+
+
+@lru_cache
+def deit_s():
+    with torch.device("meta"):
+        return timm.create_model(DEIT_S)
+
+
+@lru_cache
+def macs(size: int, shape: Shape) -> int:
+    with in_shape(deit_s(), shape, WHOLE_MODEL):
+        return count_macs(deit_s(), shape.input_size or size)
+
+
+def around(*options: str, images: int = 1000) -> Surroundings:
+    """A DeiT-S whose recipe has these options."""
+    config = read_config([f"--model.name={DEIT_S}", *(f"--{option}" for option in options)], {})
+    return Surroundings(config, images, macs=macs, parts=parts_of(deit_s()), blocks=12)
+
+
+def at(method, **progress) -> Plan:
+    return fold([method], START, Progress(**progress))
+
+
+# --- budgeted -------------------------------------------------------------------------------------------------------
+
+
+def test_published_stages_of_deit_s():
+    shapes = Budgeted(around()).shapes
+    assert [(s.heads, s.hidden, s.grid) for s in shapes] == [(2, 384, 10), (4, 768, 12), (None, None, None)]
+
+
+def test_the_solver():
+    costs = (0.69, 1.91, 4.608)
+    weights = stage_weights(3, 2.0, (0.9, 0.2, 0.5))  # seeds are sorted
+    assert [round(weight, 3) for weight in weights] == [1.492, 2.718, 6.05]
+    epochs = solve(691.2, costs, weights)
+    assert epochs == (30, 55, 122)
+    assert sum(c * e for c, e in zip(costs, epochs, strict=True)) == pytest.approx(688.2, abs=0.5)
+    assert len(set(solve(1000, costs, stage_weights(3, 0, (0.1, 0.7, 0.3))))) == 1
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        budget, alpha = draw.uniform(50, 1500), draw.uniform(0, 4)
+        found = solve(budget, costs, stage_weights(3, alpha, draw.uniform(size=3)))
+        spent = sum(c * e for c, e in zip(costs, found, strict=True))
+        assert spent <= budget < spent + sum(costs) and min(found) >= 0 and list(found) == sorted(found)
+        if min(found) > 5:
+            assert found[-1] / found[0] <= np.exp(alpha) * 1.25  # whole epochs
+
+
+def test_budgets_of_every_kind():
+    half = Budgeted(around("budgeted.budget=50%", "budgeted.alpha=0"))
+    assert len(set(half.epochs)) == 1 and half.length.value == sum(half.epochs)
+    spent = sum(c * e for c, e in zip(half.costs, half.epochs, strict=True))
+    assert 0.5 * 300 * half.costs[-1] - sum(half.costs) < spent <= 0.5 * 300 * half.costs[-1]
+    stated = Budgeted(around("budgeted.budget=691.2GFLOPs"))
+    assert sum(c * e for c, e in zip(stated.costs, stated.epochs, strict=True)) <= 691.2e9
+    given = Budgeted(around("budgeted.epochs=49,71,113"))
+    assert given.length.text == "233ep"
+    assert [at(given, epoch=epoch).shape.heads for epoch in (0, 48.9, 49, 119.9, 120, 233)] == [2, 2, 4, 4, None, None]
+    epochs = Budgeted(around("budget.length=30ep", "budgeted.alpha=0"))
+    assert epochs.length is None and [end.value for end in epochs.changes()] == [10, 20]
+    hours = Budgeted(around("budget.length=24h", "budgeted.alpha=0"))
+    parts = [end.value for end in hours.changes()]
+    assert parts == pytest.approx((np.cumsum(hours.costs) / sum(hours.costs))[:-1].tolist())
+    with pytest.raises(ConfigError, match="buys no epoch"):
+        Budgeted(around("budgeted.budget=0.1%"))
+
+
+def test_stages_by_measured_times():
+    method = Budgeted(around("budget.length=1h", "budgeted.alpha=0", "budgeted.cost=time"))
+    for seconds in (1.0, 2.0, 3.0):
+        probe = method.probes(Progress())[0]
+        assert probe.kind == "seconds"
+        method.observe(ProbeResult(probe, seconds))
+    assert not method.probes(Progress())
+    assert [end.value for end in method.changes()] == pytest.approx([1 / 6, 1 / 2])
+
+
+def test_growth_is_as_the_options_say():
+    method = Budgeted(around("budgeted.moments=reset", "budgeted.scale=0.5", "budgeted.noise=0.1"))
+    growth = at(method, fraction=0.9).growth
+    assert (growth.moments, growth.scale, growth.noise) == ("reset", 0.5, 0.1) and growth.average is None
+
+
+def test_each_stage_grows_once():
+    method = Budgeted(around("budget.length=30ep", "budgeted.alpha=0"))
+    assert [at(method, epoch=epoch).growth.number for epoch in (0, 9, 10, 19, 20, 30)] == [0, 0, 1, 1, 2, 2]
+    only = Budgeted(around("budgeted.grow=heads,hidden"))
+    assert all(shape.grid is None for shape in only.shapes)
+
+
+# --- tri-level ------------------------------------------------------------------------------------------------------
+
+EXACT = ("trilevel.rungs=0", "train.compile=no")
+PUBLISHED = ("budget.length=300ep", "trilevel.begin=10ep", "trilevel.end=110ep", "trilevel.every=30ep")
+
+
+def test_the_schedule_of_tokens():
+    method = Trilevel(around(*PUBLISHED, "trilevel.kept=0.7", "trilevel.attended=0.3", *EXACT))
+    kept = [at(method, epoch=epoch).shape.kept for epoch in (0, 9, 35, 60, 85, 110, 300)]
+    assert kept == pytest.approx([1, 1, 0.956, 0.85, 0.744, 0.7, 0.7], abs=1e-3)
+    assert at(method, epoch=60).shape.pruned == (3, 6, 9)
+    assert method.evaluated(WHOLE_MODEL) == Shape(kept=0.7, attended=0.3, pruned=(3, 6, 9))
+
+
+def test_rungs_change_where_they_say():
+    method = Trilevel(around("trilevel.kept=0.5"))
+    fractions = np.linspace(0, 1, 2001)
+    kept = [at(method, fraction=float(part)).shape.kept for part in fractions]
+    assert len(set(kept)) == 9 and kept == sorted(kept, reverse=True) and kept[-1] == 0.5
+    turned = [part for part, before, now in zip(fractions[1:], kept, kept[1:], strict=False) if now != before]
+    assert turned == pytest.approx(sorted({end.value for end in method.changes()})[1:], abs=1e-3)
+
+
+def test_forgetting():
+    histories = {(1, 2, 2, 2): 0, (2, 1, 2, 1): 2, (1, 1, 1, 1): 4, (2, 2, 2, 2): 0, (0, 0, 0, 0): -1, (2, 0, 1, 2): 1}
+    record = np.array(list(histories), np.uint8).T
+    assert forgetting(record).tolist() == list(histories.values())
+
+
+def test_swaps():
+    draw = np.random.default_rng(0)
+    kept, pool = np.arange(0, 80), np.arange(80, 100)
+    times = draw.integers(-1, 5, 100)
+    ties = draw.random(100)
+    new, out = swap(kept, pool, times, ties, 5, draw)
+    assert len(new) == 80 and not set(new) & set(out) and set(new) | set(out) == set(range(100))
+    removed = sorted(set(kept) - set(new))
+    easiest = sorted((times[row], ties[row], row) for row in kept if times[row] >= 0)[:5]
+    assert removed == sorted(row for *_, row in easiest)
+    assert not set(removed) & set(new)
+    few, _ = swap(kept, pool, np.full(100, -1), ties, 5, draw)  # nothing was seen: nothing changes
+    assert np.array_equal(few, kept)
+
+
+def watched(method: Trilevel, epochs: int, start: int = 0) -> None:
+    """``epochs`` epochs in which even rows are hit always, and odd rows never."""
+    for epoch in range(start, start + epochs):
+        rows = torch.from_numpy(method.kept)
+        for part in rows.split(64):
+            method.observe(StepResult(None, part, START, Progress(epoch=epoch + 0.5), part % 2 == 0, part.float()))
+
+
+def test_easy_examples_leave():
+    method = Trilevel(around(*PUBLISHED))
+    plan = at(method)
+    assert plan.feed.subset == 1 and len(method.rows(1)) == 800
+    first = method.rows(1).copy()
+    watched(method, 30)
+    assert not method.probes(Progress(epoch=29.5)) and not method.probes(Progress(epoch=29))
+    for probe in method.probes(Progress(epoch=30)):
+        method.observe(ProbeResult(probe, probe.value))
+    gone = np.setdiff1d(first, method.kept)
+    assert len(gone) == 50 and not (gone % 2).any() and gone.tolist() == sorted(first[first % 2 == 0])[:50]
+    assert at(method, epoch=30).feed.subset == 2 and not method.probes(Progress(epoch=30))
+    state = method.state_dict()
+    again = Trilevel(around(*PUBLISHED))
+    again.load_state_dict(state)
+    assert np.array_equal(again.kept, method.kept) and at(again, epoch=31) == at(method, epoch=31)
+
+
+def test_updates_end():
+    method = Trilevel(around(*PUBLISHED, "trilevel.updates=2", "trilevel.score=forgetting"))
+    assert method.taps == {"hits"}
+    for update in range(4):
+        watched(method, 30, 30 * update)
+        for probe in method.probes(Progress(epoch=30 * (update + 1))):
+            method.observe(ProbeResult(probe, probe.value))
+    assert method.version == 3
+
+
+# --- AutoProg -------------------------------------------------------------------------------------------------------
+
+
+def test_ladders():
+    assert ladder(224, 0.5, 4, 32) == (128, 160, 192, 224)
+    assert ladder(18, 0.5, 4, 1) == (9, 12, 15, 18)
+    assert ladder(12, 0.5, 4, 1) == (6, 8, 10, 12)
+    assert [divisible(0.23 * depth, 2) for depth in (9, 12, 15, 18)] == [2, 4, 4, 4]  # VOLO's outlookers
+    assert ladder(256, 0.25, 4, 64) == (64, 128, 192, 256)
+
+
+def test_the_fitted_trade_off():
+    times = np.array([1.0, 2.0, 4.0, 8.0])
+    assert fitted_exponent((2 * times**-0.05).tolist(), times.tolist()) == pytest.approx(0.05)
+    assert fitted_exponent([1.0, 1.1, 1.2, 1.3], times.tolist()) == 0
+    assert best([1.0, 1.1, 0.9, 1.3], times.tolist()) == 2 or fitted_exponent([1.0, 1.1, 0.9, 1.3], times.tolist()) > 0
+    assert best([1.1, 1.0, 1.2], [1, 2, 3], 0.0) == 1
+    under = (2 * times**-0.05).tolist()
+    under[1] *= 0.98  # farthest below the curve
+    assert best(under, times.tolist()) == 1
+
+
+def entered(method: AutoProg, fraction: float) -> None:
+    """A first step, after the questions that come before it."""
+    point = Progress(fraction=fraction)
+    while probes := method.probes(point):
+        for probe in probes:
+            method.observe(ProbeResult(probe, 1.0))
+    method.observe(StepResult(None, None, START, point))
+
+
+def searched(method: AutoProg, stage: int, choose: int) -> None:
+    """Answers a stage's questions so that candidate ``choose`` has the smallest loss."""
+    bounds = [*method.bounds(), 1.0]
+    entered(method, bounds[stage])
+    for part in (0.0, 0.5, 0.625, 0.75, 0.875, 1.0):
+        point = Progress(fraction=bounds[stage] + part * method.search + 1e-9)
+        number = 0
+        while probes := method.probes(point):
+            for probe in probes:
+                value = 1.0 if probe.kind == "seconds" else 1.0 + (number != choose)
+                method.observe(ProbeResult(probe, value))
+                number += 1
+
+
+def test_a_search_from_stage_to_stage():
+    method = AutoProg(around("budget.length=100ep", "augment.randaugment=9", "autoprog.cost=time"))
+    assert [bound * 100 for bound in method.bounds()] == [0, 25, 50, 75]
+    assert method.candidates(0) == [Net(depth, size) for size in (128, 192, 224) for depth in (6, 10, 12)]
+    shapes = {at(method, step=step).shape for step in range(200)}
+    assert {(shape.skipped, shape.input_size) for shape in shapes} == {
+        (skipped, size) for skipped in (tuple(range(6, 12)), (6, 7), ()) for size in (128, 192, None)
+    }
+    assert all(at(method, step=step).feed.size == 224 for step in range(9))
+    order = at(method).shape.slots
+    assert order == (0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11)
+    assert at(method).dials.strength == 1  # the supernet has the last stage's
+    searched(method, 0, choose=0)
+    plan = at(method, fraction=0.1)
+    assert plan.shape == Shape(slots=(0, 1, 2, 3, 4, 5)) and plan.feed.size == 128
+    assert plan.growth.number == 2 and plan.growth.moments == "reset"
+    assert plan.dials.strength == 0 and plan.dials.operations == pytest.approx(4 / 9)
+    assert method.candidates(1) == [Net(depth, size) for size in (128, 160) for depth in (8, 10, 12)]
+    plan = at(method, fraction=0.25)
+    assert plan.growth.number == 3 and plan.growth.average == 3  # the slowest
+    assert plan.growth.blocks == tuple((slot, source) for slot, source in zip(range(6, 12), range(6), strict=True))
+    searched(method, 1, choose=4)
+    plan = at(method, fraction=0.4)
+    assert (len(plan.shape.slots), plan.feed.size) == (10, 160)
+    assert plan.dials.operations == pytest.approx(6 / 9)
+    searched(method, 2, choose=0)
+    assert len(at(method, fraction=0.6).shape.slots or range(12)) == 12
+    last = at(method, fraction=0.9)
+    assert (last.feed.size == 224 and last.shape.slots is None) or len(last.shape.slots) == 12
+    assert (last.dials.strength, last.dials.operations) == (1, 1)
+    depths = [method.chosen(stage).depth for stage in range(4)]
+    sizes = [method.chosen(stage).size for stage in range(4)]
+    assert depths == sorted(depths) and sizes == sorted(sizes)
+    state = json.loads(json.dumps(method.state_dict()))  # plain values
+    assert state["times"]
+
+
+def test_a_search_that_is_interrupted_goes_on():
+    options = ("budget.length=100ep",)
+    whole, first = AutoProg(around(*options)), AutoProg(around(*options))
+    searched(whole, 0, choose=1)
+    probes = first.probes(Progress())
+    for probe in probes[:4]:
+        first.observe(ProbeResult(probe, 1.0))
+    again = AutoProg(around(*options))
+    again.load_state_dict(first.state_dict())
+    assert again.probes(Progress()) == probes[4:]
+    searched(again, 0, choose=6)
+    assert again.decided(0)
+
+
+def test_a_stage_that_is_passed_over_leaves_no_gap():
+    """Killed in the first stage and resumed in the third: what is new there is copied from what there is."""
+    method = AutoProg(around("autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
+    method.observe(StepResult(None, None, START, Progress(fraction=0.1)))
+    plan = at(method, fraction=0.6)
+    there = set(range(6))
+    assert len(plan.shape.slots) == 10 and plan.growth.number == 5
+    for new, source in plan.growth.blocks:
+        assert source in there and new not in there
+    assert set(plan.shape.slots) == there | {new for new, _ in plan.growth.blocks}
+
+
+def test_losses_are_asked_of_nets_that_have_trained():
+    """However long it took to ask for times, the search has its length from its first step on."""
+    method = AutoProg(around("budget.length=1h", "autoprog.search=4%"))
+    late = Progress(fraction=0.04)
+    probes = method.probes(Progress())
+    assert {probe.kind for probe in probes} == {"seconds"}
+    for probe in probes:
+        method.observe(ProbeResult(probe, 1.0))
+    assert not method.probes(late)
+    method.observe(StepResult(None, None, START, late))
+    assert not method.probes(Progress(fraction=0.055))
+    assert {probe.kind for probe in method.probes(Progress(fraction=0.0601))} == {"loss"}
+
+
+def test_size_alone_keeps_the_depth():
+    method = AutoProg(around("autoprog.space=size"))
+    assert {net.depth for net in method.candidates(0)} == {12}
+
+
+def test_ladders_of_small_models():
+    assert ladder(64, 0.5, 4, 16) == (32, 48, 64) and ladder(64, 0.25, 4, 32) == (32, 64)
+    assert ladder(240, 0.5, 4, 32)[-1] == 240 and ladder(96, 0.25, 4, 32) == (32, 64, 96)
+
+
+def test_depth_alone_leaves_sizes_to_the_curriculum():
+    run = around("methods=image_size,autoprog", "autoprog.space=depth", "budget.length=40ep")
+    curriculum, method = build_methods(run)
+    assert method.candidates(0) == [Net(6, None), Net(10, None), Net(12, None)]
+    assert fold([curriculum, method], START, Progress()).feed.size == 32
+
+
+def test_a_given_schedule_is_followed():
+    method = AutoProg(around("autoprog.schedule=6@128px,8@160px,10@192px,12@224px"))
+    plans = []
+    for fraction in (0, 0.3, 0.6, 0.9):
+        plans.append(at(method, fraction=fraction))
+        method.observe(StepResult(None, None, plans[-1], Progress(fraction=fraction)))
+    assert [plan.feed.size for plan in plans] == [128, 160, 192, 224]
+    assert [len(plan.shape.slots or range(12)) for plan in plans] == [6, 8, 10, 12]
+    assert [plan.growth.number for plan in plans] == [0, 3, 5, 7]
+    assert not method.probes(Progress(fraction=0.3))
+
+
+# --- AutoProg-Zero --------------------------------------------------------------------------------------------------
+
+
+def test_groups_of_blocks():
+    found = groups_of(28, 4, "mod")
+    assert found[0] == (0, 4, 8, 12, 16, 20, 24) and [len(group) for group in found] == [7, 14, 21, 28]
+    assert [len(group) for group in groups_of(28, 4, "released")] == [7, 20, 26, 28]
+    assert groups_of(8, 4, "top")[0] == (6, 7) and groups_of(8, 4, "contiguous")[0] == (0, 1)
+    for how in ("mod", "contiguous", "top"):
+        nested = groups_of(12, 4, how)
+        assert all(set(small) < set(large) for small, large in pairwise(nested))
+        assert nested[-1] == tuple(range(12))
+
+
+def test_votes():
+    assert ranks([3.0, 1.0, 2.0], 1e-6) == [3, 1, 2]
+    assert ranks([1.0, 1.0 + 1e-7, 2.0], 1e-6) == [1, 1, 3]
+    assert ranks([float("nan"), float("inf"), 1.0], 1e-6)[2] == 1
+    # Time 1, 2, 3 with 1; conditioning 3, 1, 2 and ZiCo 3, 1, 2 with a half each: 4, 3, 5.
+    assert vote([1.0, 2.0, 3.0], [9.0, 1.0, 5.0], [1.0, 9.0, 5.0], (1, 0.5, 0.5), 1e-6) == 1
+    assert vote([1.0, 2.0], [2.0, 1.0], [1.0, 2.0], (1, 0.5, 0.5), 1e-6) == 0  # a tie: the faster one
+
+
+def test_stages_of_unfreezing():
+    method = Unfreeze(around("model.size=256", "unfreeze.multiple=64"))
+    assert method.sizes == (64, 128, 192, 256)
+    assert method.nets()[0][0] == [Net(1, 64), Net(2, 64), Net(1, 128), Net(2, 128)]
+    for number in range(8):
+        (probe,) = method.probes(Progress())
+        assert probe.kind == ("trainability", "seconds")[number % 2]
+        better = number // 2 == 3
+        method.observe(
+            ProbeResult(probe, (1.0, 5.0) if number % 2 == 0 and better else (3.0, 1.0) if number % 2 == 0 else 1.0)
+        )
+    plan = at(method)
+    assert plan.feed.size == 128 and plan.shape == Shape(trainable=(0, 1, 4, 5, 8, 9), stage=0)
+    assert method.nets()[1][0] == [Net(level, size) for size in (128, 192) for level in (2, 3)]
+    before = at(method, fraction=0.3)
+    assert before.feed.size == 128 and method.probes(Progress(fraction=0.3))  # until it is answered, all stays
+    last = Unfreeze(around("unfreeze.schedule=1@64px,2@128px,3@160px,4@224px"))
+    assert at(last, fraction=0.8).shape == Shape(stage=3) and not last.probes(Progress(fraction=0.8))
+
+
+# --- together -------------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    "image_size,budgeted", "image_size,trilevel", "budgeted,trilevel", "image_size,autoprog", "trilevel,autoprog",
+    "image_size,unfreeze", "strength,budgeted", "budgeted,batch_size", "trilevel,batch_size",
+]  # fmt: skip
+ALLOWING = (
+    "budgeted.grow=heads,hidden", "autoprog.space=depth", "trilevel.levels=examples", "unfreeze.scale=1",
+    "strength.by=budget", "augment.mixup=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_that_go_together(pair: str):
+    methods = build_methods(around(f"methods={pair}", *ALLOWING))
+    for fraction in (0.0, 0.2, 0.5, 0.9):
+        now = Progress(epoch=30 * fraction, fraction=fraction)
+        assert fold(methods, START, now) == fold(methods, START, now)
+
+
+@pytest.mark.parametrize(
+    ("pair", "options", "reason"),
+    [
+        ("image_size,budgeted", (), "both take away tokens"),
+        ("budgeted,trilevel", (), "both take away tokens"),
+        ("trilevel,autoprog", (), "tokens are dropped at blocks that may not be there yet"),
+        ("image_size,autoprog", (), "both set feed.size"),
+        ("budgeted,autoprog", (), "both set growth"),
+        ("autoprog,unfreeze", ("autoprog.space=depth", "unfreeze.scale=1"), "both choose which blocks"),
+    ],
+)
+def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        build_methods(around(f"methods={pair}", *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("methods=budgeted", "budgeted.heads=0.5,1"), "2 values for 3 stages"),
+        (("methods=budgeted", "budgeted.heads=0.5,0.4,1"), "expected growing parts"),
+        (("methods=budgeted", "budgeted.budget=50%", "budgeted.epochs=1,2,3"), "keep one of the two"),
+        (("methods=budgeted", "budgeted.budget=half"), "a part of full training"),
+        (("methods=budgeted", "budgeted.grow=none"), "nothing grows"),
+        (("methods=budgeted", "budgeted.weights=random", "budgeted.noise=1"), "random ones have no copies"),
+        (("methods=budgeted", "budgeted.cost=time", "budget.length=9ep"), "time is for a budget in time"),
+        (("methods=unfreeze", "unfreeze.schedule=[]"), "it is empty"),
+        (("methods=autoprog", "autoprog.search=0%"), "0 leaves nothing"),
+        (("methods=trilevel", "trilevel.levels=none"), "all are off"),
+        (("methods=trilevel", "trilevel.rungs=0"), "set train.compile=no"),
+        (("methods=trilevel", "augment.repeats=3"), "set augment.repeats=1"),
+        (("methods=trilevel", "trilevel.kept=0"), "nothing would be left"),
+        (("methods=trilevel", "trilevel.begin=50%", "trilevel.end=40%"), "does not come after"),
+        (("methods=autoprog", "autoprog.search=2ep"), "give a part, as 2%"),
+        (("methods=autoprog", "autoprog.search=25%"), "search for less"),
+        (("methods=autoprog", "autoprog.schedule=6,12"), "2 nets for 4 stages"),
+        (("methods=autoprog", "autoprog.schedule=8,6,10,12", "autoprog.space=depth"), "must not fall"),
+        (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,5@64px,5@64px"), "of at most 4"),
+        (("methods=unfreeze,image_size",), "image_size sets the sizes"),
+    ],
+)
+def test_what_recipes_may_not_ask(options: tuple[str, ...], problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        around(*options)
+
+
+# --- the worked example ---------------------------------------------------------------------------------------------
+
+
+def test_the_example_in_contributing_is_a_method(configure, decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The code block as it stands there, registered as it says, in a run."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    assert len(code.splitlines()) < 30
+    made = types.ModuleType("joining")
+    monkeypatch.setitem(sys.modules, "joining", made)
+    exec(code, made.__dict__)
+    monkeypatch.setitem(METHODS, "joining", made.Joining)
+    monkeypatch.setitem(SECTIONS, "joining", made.JoiningConfig)
+    config = configure("--budget.length=2ep", "--model.depth=4")
+    config = replace(config, methods=("joining",), own={**config.own, "joining": made.JoiningConfig(0.5)})
+    with open_run(config) as run:
+        assert run.plan().shape.slots == (0, 1)
+        fit(run)
+        assert run.step.shape.slots == (0, 1, 2, 3)

@@ -1,0 +1,431 @@
+"""Every training method, and the pairs that are allowed, in runs: trained, killed, resumed, evaluated, exported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.models.surgery import in_shape
+from vitlocal.models.vit import VisionTransformer
+from vitlocal.plan import WHOLE_MODEL, Probe, Progress, Shape, StepResult
+from vitlocal.train import probes
+from vitlocal.train.checkpoint import load_checkpoint
+from vitlocal.train.log import read_log
+from vitlocal.train.loop import fit, train
+from vitlocal.train.probes import answer, in_place, seconds
+from vitlocal.train.run import CHECKPOINT, Run, open_run
+from vitlocal.train.step import EAGER
+from vitlocal.train.trainability import kernel_condition, tangent_kernel, zico
+
+ROOT = Path(__file__).parent.parent
+# 120 training images in batches of 32: four steps an epoch. The model has 4 blocks and a grid of 6 x 6.
+COMMON = [
+    "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
+    "--augment.mixup=0.8", "--train.ema=0.9",
+]  # fmt: skip
+SEARCH = ["--autoprog.search=0.5ep", "--autoprog.batches=2", "--autoprog.multiple=16", "--augment.randaugment=9"]
+UPDATES = ["--trilevel.every=1ep", "--trilevel.updates=2", "--trilevel.swapped=0.1", "--trilevel.end=80%"]
+METHODS = {
+    "budgeted": ["--methods=budgeted"],
+    "budgeted before": ["--methods=budgeted", "--budgeted.crop=before"],
+    "budgeted deit": ["--methods=budgeted", "--model.name=vitlocal_deit_tiny_patch8_64", "--budgeted.noise=0.1",
+                      "--train.optimizer=muon"],
+    "budgeted compute": ["--methods=budgeted", "--budgeted.budget=1%", "--budgeted.moments=copy"],
+    "trilevel": ["--methods=trilevel", "--trilevel.kept=0.7", *UPDATES],
+    "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg", *UPDATES],
+    "trilevel examples": ["--methods=trilevel", "--trilevel.levels=examples", "--trilevel.score=forgetting", *UPDATES],
+    "autoprog": ["--methods=autoprog", *SEARCH],
+    "autoprog by FLOPs": ["--methods=autoprog", *SEARCH, "--autoprog.cost=flops", "--autoprog.grow=momentum_new",
+                          "--autoprog.moments=keep", "--autoprog.loss_of=online"],
+    "autoprog given": ["--methods=autoprog", "--autoprog.schedule=2@16px,3@32px,3@48px,4@48px"],
+    "unfreeze": ["--methods=unfreeze", "--unfreeze.multiple=16", "--unfreeze.samples=8"],
+    "unfreeze given": ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px",
+                       "--unfreeze.stage_std=0.02", "--model.drop_path=0"],
+    "sizes and budgeted": ["--methods=image_size,budgeted", "--budgeted.grow=heads,hidden"],
+    "sizes and trilevel": ["--methods=image_size,trilevel", *UPDATES],
+    "budgeted and trilevel": ["--methods=budgeted,trilevel", "--trilevel.levels=examples", *UPDATES],
+    "sizes and autoprog": ["--methods=image_size,autoprog", "--autoprog.space=depth", *SEARCH],
+    "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.scale=1", "--unfreeze.samples=8"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def recorded_times(monkeypatch: pytest.MonkeyPatch):
+    """A timed search is replayed from times: here they follow from the candidate."""
+    monkeypatch.setitem(probes.KINDS, "seconds", lambda run, probe: 1e-9 * run.macs(probe.size, probe.shape))
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    original, count = Run.train_on, [0]
+
+    def train_on(self, batch, plan):
+        count[0] += 1
+        if count[0] > steps:
+            raise Killed
+        original(self, batch, plan)
+
+    monkeypatch.setattr(Run, "train_on", train_on)
+
+
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_methods_plan_purely_train_and_go_on(configure, decoder, tmp_path: Path, options: list[str]):
+    """Four steps, a kill, and the rest: bit for bit what an uninterrupted run gives; planning twice gives one plan."""
+    whole, killed = (configure(*COMMON, *options, f"--run.folder={tmp_path}/{name}") for name in ("whole", "killed"))
+    assert train(whole) == 0
+    for steps in (5, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, steps)
+            patch.setattr(Run, "save_due", property(lambda run: run.clock.step % 4 == 3))
+            with pytest.raises(Killed):
+                train(killed)
+    with open_run(killed) as run:
+        assert run.plan() == run.plan()
+        state = [method.state_dict() for method in run.methods]
+        assert str(state) == str([method.state_dict() for method in run.methods])
+    assert train(killed) == 0
+    one, other = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "killed"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert [record["loss"] for record in read_log(tmp_path / "whole")] == pytest.approx(
+        [record["loss"] for record in read_log(tmp_path / "killed")]
+    )
+    exports = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert exports[0] == exports[1]
+    records = read_log(tmp_path / "whole")
+    assert all(record["macs_per_image"] > 0 for record in records if record["loss"] is not None)
+    json.dumps(records)
+
+
+@pytest.mark.parametrize("name", ["budgeted", "trilevel", "autoprog", "unfreeze"])
+def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, name: str):
+    config = configure(*COMMON, *METHODS[name], "--train.ema=none")
+    with open_run(config) as run:
+        fit(run)
+        run.export()
+        images = torch.randn(4, 3, 48, 48)
+        with in_shape(run.model.eval(), run.evaluated_shape(), WHOLE_MODEL), torch.no_grad():
+            expected = run.model(images)
+    exported = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
+    assert isinstance(exported, VisionTransformer)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    seen: list[set[int]] = []
+    original = Run.train_on
+
+    def train_on(self, batch, plan):
+        if self.clock.position.images == 0:
+            seen.append(set())
+        assert not seen[-1] & set(batch.ids.tolist())
+        seen[-1] |= set(batch.ids.tolist())
+        original(self, batch, plan)
+
+    monkeypatch.setattr(Run, "train_on", train_on)
+    with open_run(configure(*COMMON, *METHODS["trilevel examples"])) as run:
+        first = set(run.methods[0].kept.tolist())
+        assert len(first) == 96 and run.clock.images_per_epoch == 96
+        fit(run)
+        assert run.methods[0].version == 3
+    assert seen[0] == first and all(len(rows) == 96 for rows in seen)
+    assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(run.methods[0].kept.tolist())
+
+
+def test_a_net_takes_over_its_slowest_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    """MoGrow: right after growth the net is its slowest average's, mapped; each average is its own, mapped; and all
+    moments begin anew. A candidate of the supernet computes what the net does that is taken out for it."""
+    config = configure(*COMMON, *METHODS["autoprog"], "--train.ema=none", "--autoprog.averages=0.5,0.9")
+    seen: list[bool] = []
+    original = Run._grow
+
+    def grow(self, plan):
+        growing = plan.growth.number != self.grown and plan.growth.blocks
+        before = [
+            {name: value.clone() for name, value in average.model.state_dict().items()} for average in self.copies
+        ]
+        original(self, plan)
+        if not growing:
+            return
+        states = [self.model.state_dict(), *(average.model.state_dict() for average in self.copies)]
+        for state, old in zip(states, (before[-1], *before), strict=True):
+            sources = dict(plan.growth.blocks)
+            for name, value in state.items():
+                if name.startswith("blocks."):
+                    _, slot, rest = name.split(".", 2)
+                    name = f"blocks.{sources.get(int(slot), int(slot))}.{rest}"
+                assert torch.equal(value, old[name])
+        assert not any(value.any() for state in self.optimizer.state.values() for value in state.values())
+        seen.append(True)
+
+    monkeypatch.setattr(Run, "_grow", grow)
+    monkeypatch.setattr("vitlocal.methods.autoprog.best", lambda *told: 0)  # the smallest candidate
+    with open_run(config) as run:
+        fit(run)
+        assert seen and run.clock.step == 16  # as many steps as without the method
+        method = run.methods[0]
+        images = torch.randn(2, 3, 48, 48)
+        run.model.eval()
+        order = method.supernet(1)[0]
+        for net in method.candidates(1):
+            skipped = method.skipped(1, net.depth)
+            with in_shape(run.model, Shape(slots=order, skipped=skipped), WHOLE_MODEL):
+                inside = run.model(images)
+            left = tuple(slot for slot in order if slot not in skipped)
+            assert len(left) == net.depth
+            with in_shape(run.model, Shape(slots=left), WHOLE_MODEL):
+                assert torch.equal(run.model(images), inside)
+
+
+def test_blocks_that_are_skipped_have_no_gradient(configure, decoder):
+    with open_run(configure(*COMMON, *METHODS["autoprog"])) as run:
+        plan = next(plan for plan in (run.plan(Progress(step=step)) for step in range(50)) if plan.shape.skipped)
+        run.step.put(plan.shape)
+        with run.sources.train.open(plan.feed, run.clock.position) as batches:
+            run.step._gradients(next(batches), 0, EAGER)
+        for slot, block in enumerate(run.model.blocks):
+            assert all((p.grad is None) == (slot in plan.shape.skipped) for p in block.parameters())
+
+
+def test_frozen_blocks_stay(configure, decoder):
+    config = configure(*COMMON, *METHODS["unfreeze given"], "--budget.length=1ep", "--train.weight_decay=0.5")
+    with open_run(config) as run:
+        before = {name: value.clone() for name, value in run.model.state_dict().items()}
+        plan = run.plan()
+        assert plan.shape.trainable == (0,)
+        with run.sources.train.open(plan.feed, run.clock.position) as batches:
+            run.train_on(next(batches), plan)
+        after = run.model.state_dict()
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert not any(name.startswith(("blocks.1", "blocks.2", "blocks.3")) for name in moved)
+        assert {"head.weight", "pos_embed"} <= moved and any(name.startswith("blocks.0") for name in moved)
+        assert all(p.grad is None for p in run.model.blocks[1].parameters())
+
+
+def test_probes_leave_no_trace(configure, decoder):
+    with open_run(configure(*COMMON, "--model.norm=batch")) as run:
+        plan = run.plan()
+        with run.sources.train.open(plan.feed, run.clock.position) as batches:
+            run.train_on(next(batches), plan)
+        shape = Shape(slots=(0, 1, 2), skipped=(1,), input_size=32)
+        assert 0 < seconds(run, in_place(run, Probe("seconds", shape, 48, 2))) < 10
+        run.step.put(plan.shape)
+        before = load_like(run)
+        generator = torch.get_rng_state()
+        for probe in (
+            Probe("loss", shape, 48, 2),
+            Probe("seconds", shape, 48, 2),
+            Probe("trainability", Shape(trainable=(1,)), 32, 4, samples=6),
+        ):
+            first, again = answer(run, probe), answer(run, probe)
+            assert first == again and np.isfinite(np.atleast_1d(first)).all()
+        assert run.step.shape == plan.shape and torch.equal(generator, torch.get_rng_state())
+        after = load_like(run)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert all(p.requires_grad for p in run.model.parameters())
+
+
+def load_like(run: Run) -> dict[str, torch.Tensor]:
+    moments = {
+        f"{name}.{key}": value.clone()
+        for name, p in run.model.named_parameters()
+        for key, value in run.optimizer.state[p].items()
+    }
+    return {name: value.clone() for name, value in run.model.state_dict().items()} | moments
+
+
+def test_the_tangent_kernel_of_a_linear_model():
+    """Of y = W·x the gradient of Σy by W repeats x for each output: Θ = C · X·Xᵀ."""
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(5, 3, bias=False), torch.randn(4, 5)
+    kernel = tangent_kernel(model, model(inputs))
+    torch.testing.assert_close(kernel, 3 * (inputs @ inputs.T).double())
+    assert torch.equal(kernel, kernel.T) and float(torch.linalg.eigvalsh(kernel)[0]) > -1e-9
+    values = torch.linalg.eigvalsh(kernel)
+    assert kernel_condition(kernel) == pytest.approx(float(values[-1] / values[0])) and kernel_condition(kernel) >= 1
+    assert kernel_condition(torch.ones(3, 3)) == float("inf")
+    assert kernel_condition(torch.full((2, 2), float("nan"))) == float("inf")
+    with pytest.raises(ValueError, match="give two samples or more"):
+        kernel_condition(torch.ones(1, 1))
+
+
+def test_zico_by_hand():
+    first, second = {"a": torch.tensor([1.0, 2.0, 5.0])}, {"a": torch.tensor([3.0, 2.0, -1.0])}
+    # Means of magnitudes 2, 2, 3; deviations 1, 0 (left out), 3.
+    assert zico([first, second]) == pytest.approx(np.log(2 / 1 + 3 / 3))
+    same = {"b": torch.ones(2)}
+    assert zico([first | same, second | same]) == zico([first, second])
+    with pytest.raises(ValueError, match="two or more"):
+        zico([first])
+
+
+def test_fine_tuning_starts_from_weights(configure, decoder, tmp_path: Path):
+    """A run's folder, another number of classes, another grid; and what is wrong with them."""
+    train(configure("--budget.length=1ep", f"--run.folder={tmp_path}/first"))
+    weights = load_file(tmp_path / "first" / "model.safetensors")
+    with open_run(configure(f"--model.weights={tmp_path}/first", f"--run.folder={tmp_path}/a")) as run:
+        mine = run.model.state_dict()
+        assert all(torch.equal(mine[name], weights[name]) for name in weights) and run.started_anew == []
+    fewer = {name: tensor for name, tensor in weights.items()}
+    fewer["head.weight"], fewer["head.bias"] = torch.zeros(7, 32), torch.zeros(7)
+    torch.save(fewer, tmp_path / "seven.pth")
+    with open_run(configure(f"--model.weights={tmp_path}/seven.pth", f"--run.folder={tmp_path}/b")) as run:
+        assert run.started_anew == ["head.weight", "head.bias"]
+        assert torch.equal(run.model.state_dict()["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+    options = [f"--model.weights={tmp_path}/first", "--model.size=64", f"--run.folder={tmp_path}/c"]
+    with open_run(configure(*options)) as run:
+        table = run.model.pos_embed
+        assert table.shape[1] == 65 and torch.equal(table[:, :1], weights["pos_embed"][:, :1])
+    for folder, problem in (
+        ("nowhere", "is not there"),
+        ("first/classes.json", "cannot be read as weights"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=problem):
+            train(configure(f"--model.weights={tmp_path}/{folder}", f"--run.folder={tmp_path}/d"))
+    with pytest.raises(ConfigError, match="set the model's options as they were"):
+        train(configure(f"--model.weights={tmp_path}/first", "--model.width=64", f"--run.folder={tmp_path}/d"))
+    with pytest.raises(ConfigError, match="another model's"):
+        train(configure(f"--model.weights={tmp_path}/first", "--model.depth=5", f"--run.folder={tmp_path}/d"))
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_method_that_reckons_the_budget(configure, decoder, tmp_path: Path):
+    assert train(configure(*COMMON, "--methods=budgeted", "--budgeted.epochs=1,0,2", "--budget.length=24h")) == 0
+    records = read_log(tmp_path / "run")
+    assert records[-1]["epoch"] == 3 and records[-1]["lr"] == pytest.approx(1e-5)
+    assert train(configure(*COMMON, "--methods=budgeted", "--budgeted.epochs=1,0,2", "--budget.length=24h")) == 0
+
+
+def test_what_the_model_lacks_is_told_and_leaves_nothing(configure, decoder, tmp_path: Path):
+    for options, problem in (
+        (["--methods=budgeted", "--model.name=vitlocal_localvit_tiny_patch8_64"], "hidden width"),
+        (["--methods=autoprog", "--model.name=vit_tiny_patch16_224", "--model.depth=none", "--model.width=none",
+          "--model.heads=none"], "needs a vitlocal_"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=problem):
+            train(configure(*options))
+        assert not (tmp_path / "run").exists()
+
+
+RANKED = ["budgeted", "trilevel", "autoprog", "unfreeze"]
+PROGRAM = """
+import json, sys
+import torch.distributed as dist
+from vitlocal.config import read_config
+from vitlocal.train import probes
+from vitlocal.train.loop import train
+from vitlocal.train.ranks import Ranks
+
+connect = Ranks.connect
+
+def once(ranks, device):  # torchrun's store brings processes together once
+    if dist.is_initialized():
+        ranks.device, ranks._decisions = device, dist.new_group(backend="gloo")
+    else:
+        connect(ranks, device)
+
+Ranks.connect, Ranks.close = once, lambda ranks: None
+probes.KINDS["seconds"] = lambda run, probe: 1e-9 * run.macs(probe.size, probe.shape)
+for options in json.loads(sys.argv[1]):
+    assert train(read_config(options, {})) == 0
+"""
+
+
+def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp_path: Path):
+    """With gloo, as one: what methods saw on both is put together, and rank 0's answers count for both."""
+    runs, plain = [], ["--augment.mixup=0", "--train.ema=none", "--train.batch_size=34", "--trilevel.score=attention"]
+    for name in RANKED:
+        config = configure(*COMMON, *METHODS[name], *plain, f"--run.folder={tmp_path}/one-{name}")
+        assert train(config) == 0
+        options = [f"--{key}={_text(value)}" for key, value in config.flat().items() if key != "run.folder"]
+        runs.append([*options, f"--run.folder={tmp_path}/two-{name}", "--run.threads=1", "--data.workers=1"])
+    (tmp_path / "program.py").write_text(PROGRAM)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*start, str(tmp_path / "program.py"), json.dumps(runs)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in RANKED:
+        one, two = (load_checkpoint(tmp_path / f"{count}-{name}" / CHECKPOINT) for count in ("one", "two"))
+        losses = [[record["loss"] for record in read_log(tmp_path / f"{count}-{name}")] for count in ("one", "two")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4), name
+        farthest = max(float((one["model"][key] - two["model"][key]).abs().max()) for key in one["model"])
+        assert farthest < 1e-3, name
+        if name == "trilevel":
+            assert torch.equal(one["methods"][name]["kept"], two["methods"][name]["kept"])
+
+
+def _text(value) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+
+
+def test_two_methods_ask_at_one_point(configure, decoder, tmp_path: Path):
+    """A new subset is known before the next question is asked."""
+    options = ["--methods=trilevel,unfreeze", "--trilevel.levels=examples", *UPDATES, "--unfreeze.samples=8",
+               "--unfreeze.multiple=16"]  # fmt: skip
+    assert train(configure(*COMMON, *options)) == 0
+    state = load_checkpoint(tmp_path / "run" / CHECKPOINT)["methods"]
+    assert state["trilevel"]["version"] == 3 and len(state["unfreeze"]["times"]) == 3
+
+
+class Pair:
+    """Two ranks in turn: what the first gave to a sum is added to what the second gives."""
+
+    def __init__(self, others: list[torch.Tensor]):
+        self.others = others
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        return values.add_(self.others.pop(0))
+
+
+def test_notes_of_several_processes_are_added_up_and_come_back_once(configure, decoder):
+    with open_run(configure(*COMMON, *METHODS["trilevel examples"], "--trilevel.score=attention")) as run:
+        method = run.methods[0]
+        rows = torch.from_numpy(method.kept)
+        for part, hit in ((rows[:48], True), (rows[48:], False)):  # a half by each process
+            method.observe(StepResult(None, part, run.plan(), Progress(), torch.full((48,), hit), torch.ones(48)))
+            if hit:
+                first = {name: value.clone() for name, value in method.notes().items()}
+                method.records, method.spread = {}, None
+        state = method.state_dict()
+        ranks, run.ranks = run.ranks, Pair([first[name] for name in method.notes()])
+        notes = run._state()["notes"]["trilevel"]
+        run.ranks = ranks
+        method.load_state_dict(state)
+        assert not any(record.any() for record in method.records.values())  # as it is on rank 1
+        method.load_notes(notes)  # and on rank 0
+        (record,) = method.records.values()
+        assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48 and method.spread.sum() == 96
+
+
+def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decoder, tmp_path: Path):
+    train(configure(*COMMON, "--methods=budgeted", "--budgeted.epochs=1,1,2", "--evaluate.every=0"))
+    records = read_log(tmp_path / "run")
+    assert [record.get("shape.heads", "as before") for record in records] == [1, 3, None, "as before"]
+    macs = [record["macs_per_image"] for record in records]
+    assert macs[0] < macs[1] < macs[2] == macs[3]
+
+
+def test_a_run_that_ends_before_its_last_stage_is_exported_as_it_was(configure, decoder, tmp_path: Path):
+    """Heads and hidden units that do not run give nothing in the exported model."""
+    with open_run(configure(*COMMON, "--methods=budgeted", "--budgeted.grow=heads,hidden", "--train.ema=none")) as run:
+        plan = run.plan()
+        with run.sources.train.open(plan.feed, run.clock.position) as batches:
+            run.train_on(next(batches), plan)
+        assert run.step.shape.heads == 1
+        run.export()
+        images = torch.randn(2, 3, 48, 48)
+        expected = run.model.eval()(images)
+    exported = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
+    torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
