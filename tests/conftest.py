@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Of numba, which FFCV's own loader uses. Its other layer, TBB, may hang when a process ends that is held to one core.
@@ -13,6 +15,7 @@ import torch
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.write import WriteConfig, parse_files, write
+from vitlocal.train.run import Run
 
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
 
@@ -64,3 +67,27 @@ def small(folder: Path):
 def configure(small, tmp_path: Path):
     """The small configuration with further options, as from the command line; its run is in ``tmp_path/run``."""
     return lambda *options: small(tmp_path / "run", *options)
+
+
+@pytest.fixture
+def killed_after():
+    """``with killed_after(5): train(…)``: the process 'dies' in the middle of its sixth step, as with kill -9."""
+
+    class Killed(Exception):
+        pass
+
+    @contextmanager
+    def kill(steps: int) -> Iterator[pytest.MonkeyPatch]:
+        original, count = Run.train_on, [0]
+
+        def train_on(self, batch, plan):
+            count[0] += 1
+            if count[0] > steps:
+                raise Killed
+            original(self, batch, plan)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Run, "train_on", train_on)
+            yield patch
+
+    return kill

@@ -64,33 +64,15 @@ def recorded_times(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(probes.KINDS, "seconds", lambda run, probe: 1e-9 * run.macs(probe.size, probe.shape))
 
 
-class Killed(Exception):
-    pass
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    original, count = Run.train_on, [0]
-
-    def train_on(self, batch, plan):
-        count[0] += 1
-        if count[0] > steps:
-            raise Killed
-        original(self, batch, plan)
-
-    monkeypatch.setattr(Run, "train_on", train_on)
-
-
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
-def test_methods_plan_purely_train_and_go_on(configure, decoder, tmp_path: Path, options: list[str]):
+def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, tmp_path: Path, options: list[str]):
     """Four steps, a kill, and the rest: bit for bit what an uninterrupted run gives; planning twice gives one plan."""
     whole, killed = (configure(*COMMON, *options, f"--run.folder={tmp_path}/{name}") for name in ("whole", "killed"))
     assert train(whole) == 0
     for steps in (5, 4):
-        with pytest.MonkeyPatch.context() as patch:
-            kill_after(patch, steps)
+        with killed_after(steps) as patch:
             patch.setattr(Run, "save_due", property(lambda run: run.clock.step % 4 == 3))
-            with pytest.raises(Killed):
-                train(killed)
+            train(killed)
     with open_run(killed) as run:
         assert run.plan() == run.plan()
         state = [method.state_dict() for method in run.methods]

@@ -96,35 +96,16 @@ def test_the_same_seed_gives_the_same_losses(configure, decoder, tmp_path: Path,
     assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-class Killed(Exception):
-    pass
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """The process 'dies' in the middle of a step, as with kill -9: nothing more is saved."""
-    original, count = Run.train_on, [0]
-
-    def train_on(self, batch, plan):
-        count[0] += 1
-        if count[0] > steps:
-            raise Killed
-        original(self, batch, plan)
-
-    monkeypatch.setattr(Run, "train_on", train_on)
-
-
 @pytest.mark.parametrize("save_every", ["3steps", "100ep"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
-    configure, decoder, tmp_path: Path, options: list[str], save_every: str
+    configure, decoder, killed_after, tmp_path: Path, options: list[str], save_every: str
 ):
     train(configure(*options, f"--run.folder={tmp_path}/whole"))
     config = configure(*options, f"--run.folder={tmp_path}/killed", f"--run.save_every={save_every}")
     for steps in (5, 4, 2):
-        with pytest.MonkeyPatch.context() as patch:
-            kill_after(patch, steps)
-            with pytest.raises(Killed):
-                train(config)
+        with killed_after(steps):
+            train(config)
     assert train(config) == 0
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
