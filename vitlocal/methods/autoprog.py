@@ -136,7 +136,15 @@ class AutoProg(Defaults):
             raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe.model.name}")
         self.count, self.seed = run.parts["blocks"], recipe.run.seed
         self.sizes_grow = "size" in self.config.space
-        self.nets = self._nets(recipe.model.size)
+        config = self.config
+        if config.schedule is not None and config.schedule[-1].depth != self.count:
+            raise ConfigError(
+                f"autoprog.schedule: it ends with {config.schedule[-1].depth} blocks, the model has {self.count}"
+            )
+        self.depths = ladder(self.count, config.scale, config.stages, 1) if "depth" in config.space else (self.count,)
+        self.ladder = (
+            ladder(recipe.model.size, config.scale, config.stages, config.multiple) if self.sizes_grow else (None,)
+        )
         self.writes = frozenset(
             {"shape.slots", "shape.skipped", "growth"}
             | ({"feed.size", "shape.input_size"} if self.sizes_grow else set())
@@ -193,25 +201,13 @@ class AutoProg(Defaults):
             found.append("autoprog.scale: 0 leaves no blocks")
         return found
 
-    def _nets(self, size: int) -> list[list[Net]]:
-        """The candidates of each stage, where it is searched with the largest net taken at each; one where not."""
-        config = self.config
-        if config.schedule is not None:
-            if config.schedule[-1].depth != self.count:
-                raise ConfigError(
-                    f"autoprog.schedule: it ends with {config.schedule[-1].depth} blocks, the model has {self.count}"
-                )
-            return [[net] for net in config.schedule]
-        self.depths = ladder(self.count, config.scale, config.stages, 1) if "depth" in config.space else (self.count,)
-        self.ladder = ladder(size, config.scale, config.stages, config.multiple) if self.sizes_grow else (None,)
-        return []
-
     # --- stages ---
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        nets = self.config.schedule or ()
-        return tuple(net.size for net in nets if net.size) if nets else tuple(size for size in self.ladder if size)
+        schedule = self.config.schedule
+        sizes = self.ladder if schedule is None else [net.size for net in schedule]
+        return tuple(size for size in sizes if size)
 
     def bounds(self) -> list[float]:
         """Where the stages begin, as parts of the budget."""
@@ -237,7 +233,7 @@ class AutoProg(Defaults):
     def candidates(self, stage: int) -> list[Net]:
         """What a stage chooses from; one where there is nothing to choose."""
         if self.config.schedule is not None:
-            return self.nets[stage]
+            return [self.config.schedule[stage]]
         if stage == self.config.stages - 1:
             return [Net(self.depths[-1], self.ladder[-1])]
         depths, sizes, before = self.depths, self.ladder, self.before(stage)
