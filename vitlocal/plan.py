@@ -188,6 +188,11 @@ class Dials:
     strength: float = 1.0  # of augmentation and drop path: a part of what the recipe says
     operations: float | None = None  # ... of RandAugment, where it is not the same
 
+    @property
+    def of_operations(self) -> float:
+        """The strength of RandAugment."""
+        return self.strength if self.operations is None else self.operations
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -282,23 +282,23 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     if not isinstance(model, VisionTransformer):
         return state
     places = {slot: place for place, slot in enumerate(model.order)}
+    outgoing = {part.parameter: part for part in slices(model) if part.outgoing}
+    parameters = dict(model.named_parameters())
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        if name == "stage_table":
+            continue
+        plain = name
         if name.startswith("blocks."):
             _, slot, rest = name.split(".", 2)
-            if int(slot) in places:
-                found[f"blocks.{places[int(slot)]}.{rest}"] = tensor
-        elif name != "stage_table":
-            found[name] = tensor
-    for part in slices(model):  # what does not run gives nothing to the rest
-        active = _active(model, part)
-        if part.outgoing and active < part.view[part.axis]:
-            name = next(name for name, p in model.named_parameters() if p is part.parameter)
-            _, slot, rest = name.split(".", 2)
-            if int(slot) in places:
-                name = f"blocks.{places[int(slot)]}.{rest}"
-                found[name] = found[name].clone()
-                part.of(found[name]).narrow(part.axis, active, part.view[part.axis] - active).zero_()
+            if int(slot) not in places:
+                continue
+            plain = f"blocks.{places[int(slot)]}.{rest}"
+        part = outgoing.get(parameters.get(name))
+        if part is not None and (active := _active(model, part)) < (count := part.view[part.axis]):
+            tensor = tensor.clone()  # what does not run gives nothing to the rest
+            part.of(tensor).narrow(part.axis, active, count - active).zero_()
+        found[plain] = tensor
     if model.stage_table is not None:
         row = model.stage_table[-1 if model.stage is None else model.stage].detach()
         table = found["pos_embed"].clone()

@@ -13,13 +13,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from vitlocal.data.source import Batch
 from vitlocal.models.surgery import check_shape, in_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import TRAINING_FLOPS, Feed, Plan, Position, Probe
-from vitlocal.train.step import EAGER
+from vitlocal.train.step import EAGER, buffers_kept
 from vitlocal.train.trainability import condition_number, zico
 from vitlocal.train.watch import wait
 
@@ -133,18 +132,6 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     """PyTorch's generators are afterwards as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """The model's buffers are afterwards as before: BatchNorm's statistics, drop path's rates."""
-    kept = [buffer.clone() for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(model.buffers(), kept, strict=True):
-                buffer.copy_(value)
 
 
 KINDS = {"seconds": seconds, "loss": loss, "trainability": trainability}

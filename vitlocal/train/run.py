@@ -263,8 +263,7 @@ class Run:
 
     def _rehearse(self) -> None:
         """Compiles the evaluation, and finds out what the budget must have left after the last step."""
-        last = self.plans_ahead()[-1]
-        self._evaluated(limit=1, plan=last)
+        self._evaluated(limit=1, plan=self.plans_ahead()[-1])
         if self.clock.room:  # as an earlier process found it
             return
         evaluation = self.evaluation_seconds()
@@ -285,10 +284,10 @@ class Run:
         config = self.config.evaluate
         whole = -(-self.sources.val.count // config.batch_size)
         rehearsed = min(whole, REHEARSED_BATCHES)
-        spent = []
+        spent, last = [], self.plans_ahead()[-1]
         for batches in (1, rehearsed):
             began = perf_counter()
-            self._evaluated(limit=batches, plan=self.plans_ahead()[-1])
+            self._evaluated(limit=batches, plan=last)
             spent.append(perf_counter() - began)
         if rehearsed == whole:
             return spent[1]

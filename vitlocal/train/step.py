@@ -92,6 +92,18 @@ def denormals_flushed(device: torch.device) -> Iterator[None]:
             torch.set_flush_denormal(False)
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """The model's buffers are afterwards as before: BatchNorm's statistics, drop path's rates."""
+    kept = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), kept, strict=True):
+                buffer.copy_(value)
+
+
 class Objective(nn.Module):
     """The loss of a batch as it comes from a source: all that a step differentiates, in one graph."""
 
@@ -113,9 +125,7 @@ class Objective(nn.Module):
         "hits" (B,) bool, whether the highest logit is that of the image's own label (not of what was mixed into it);
         "spread" (B,), see :meth:`VisionTransformer.forward_with_spread`.
         """
-        pixels = self.augment(images, drawn)
-        if self.input_size is not None and self.input_size < pixels.shape[-1]:
-            pixels = resized(pixels, self.input_size)
+        pixels = self.resized(self.augment(images, drawn))
         operands = (pixels,) if noise is None else (pixels, noise)
         spread = None
         with autocast(images.device, self.precision):
@@ -131,13 +141,15 @@ class Objective(nn.Module):
             loss = share * loss + (1 - share) * self._entropy(logits, labels.flip(0))
         return weight * loss, hits, spread
 
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Images (B, 3, S, S) at the input size, where that is smaller: bilinear, antialiased."""
+        size = self.input_size
+        if size is None or size >= pixels.shape[-1]:
+            return pixels
+        return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
     def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="sum")
-
-
-def resized(pixels: Tensor, size: int) -> Tensor:
-    """Images (B, 3, S, S) made smaller, to (B, 3, size, size): bilinear, antialiased, in their memory format."""
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -256,16 +268,15 @@ class Step:
         if not mode.compiled:
             return 0.0
         began = time.perf_counter()
-        kept = [buffer.clone() for buffer in self.model.buffers()]  # BatchNorm's statistics
         places = self.ranks.share.places(feed.batch_size)
         images = torch.zeros((len(places), feed.size, feed.size, 3), dtype=torch.uint8, device=self.device)
         labels = torch.arange(len(places), device=self.device) % classes
         batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, feed.batch_size)
-        for _ in range(3 if mode.graphs else 1):  # a graph is captured in the second run and replayed from the third on
-            self._gradients(batch, 0, mode)  # gradients are left behind
-            self.optimizer.zero_grad(set_to_none=True)
-        for buffer, value in zip(self.model.buffers(), kept, strict=True):
-            buffer.copy_(value)
+        with buffers_kept(self.model):
+            for _ in range(
+                3 if mode.graphs else 1
+            ):  # a graph is captured in the second run, replayed from the third on
+                self.rehearse(batch, mode)
         wait(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
 
@@ -289,18 +300,12 @@ class Step:
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         """The summed cross-entropy of a batch under ``model``'s weights, augmented as in step ``number``: 0-D."""
-        seed, dials = self.config.run.seed, self.dials
-        operations = dials.strength if dials.operations is None else dials.operations
-        images = self.augment.prepare(batch.images, seed, number, batch.places, operations)
-        pixels = self.resized(self.augment.normalize(images))
+        seed = self.config.run.seed
+        images = self.augment.prepare(batch.images, seed, number, batch.places, self.dials.of_operations)
+        pixels = self.bare.resized(self.augment.normalize(images))
         with autocast(self.device, self.precision):
             logits = model(pixels, self._noise(seed, number, batch.places)) if self.draws_paths else model(pixels)
         return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-
-    def resized(self, pixels: Tensor) -> Tensor:
-        """At the present shape's input size, where that is smaller."""
-        size = self.shape.input_size
-        return resized(pixels, size) if size is not None and size < pixels.shape[-1] else pixels
 
     def forward_of(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
         """``model`` as a function of uint8 images (B, 3, S, S), for evaluation; compiled for whole batches."""
@@ -361,8 +366,7 @@ class Step:
         counts, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
         if not has_images:
             batch = self._stand_in(batch)
-        operations = self.dials.strength if self.dials.operations is None else self.dials.operations
-        images = self.augment.prepare(batch.images, seed, step, batch.places, operations)
+        images = self.augment.prepare(batch.images, seed, step, batch.places, self.dials.of_operations)
         drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1], self.dials.strength)
         noise = self._noise(seed, step, batch.places) if self.draws_paths else None
         # Gradients are averaged over the processes, and are to be those of the global batch's mean.

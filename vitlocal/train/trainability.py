@@ -51,7 +51,7 @@ def kernel_condition(kernel: Tensor) -> float:
 def condition_number(step: Step, batch: Batch) -> float:
     """Of the model in its present shape, on a batch."""
     with torch.enable_grad():
-        logits = step.model(step.resized(step.augment.normalize(batch.images)))
+        logits = step.model(step.bare.resized(step.augment.normalize(batch.images)))
         return kernel_condition(tangent_kernel(step.model, logits))
 
 
