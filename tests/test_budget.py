@@ -18,10 +18,11 @@ from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
 from vitlocal.train.evaluate import Accuracy
+from vitlocal.train.folder import CHECKPOINT
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
-from vitlocal.train.run import CHECKPOINT, Run
+from vitlocal.train.run import Run
 from vitlocal.train.spending import Speed, spend
 
 IMAGES, BATCH = 1000, 50

@@ -19,8 +19,9 @@ import torch
 from vitlocal.config import SECTIONS, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
-from vitlocal.methods.autoprog import AutoProg, Net, best, divisible, fitted_exponent, ladder
+from vitlocal.methods.autoprog import AutoProg, best, fitted_exponent
 from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
+from vitlocal.methods.ladders import Net, divisible, ladder
 from vitlocal.methods.method import Surroundings
 from vitlocal.methods.trilevel import Trilevel, forgetting, swap
 from vitlocal.methods.unfreeze import Unfreeze, groups_of, ranks, vote
@@ -38,6 +39,7 @@ from vitlocal.plan import (
 )
 from vitlocal.train.loop import fit
 from vitlocal.train.run import open_run
+from vitlocal.train.spending import curriculum
 
 ROOT = Path(__file__).parent.parent
 DEIT_S = "vitlocal_deit_small_patch16_224"
@@ -124,6 +126,8 @@ def test_stages_by_measured_times():
 def test_growth_is_as_the_options_say():
     method = Budgeted(around("budgeted.moments=reset", "budgeted.scale=0.5", "budgeted.noise=0.1"))
     growth = at(method, fraction=0.9).growth
+    assert growth.sources == "first"
+    assert at(Budgeted(around("budgeted.sources=last")), fraction=0.9).growth.sources == "last"
     assert (growth.moments, growth.scale, growth.noise) == ("reset", 0.5, 0.1) and growth.average is None
 
 
@@ -186,6 +190,15 @@ def watched(method: Trilevel, epochs: int, start: int = 0) -> None:
             method.observe(StepResult(None, part, START, Progress(epoch=epoch + 0.5), part % 2 == 0, part.float()))
 
 
+def test_what_evaluations_drop():
+    narrow, trained = Trilevel(around()), Shape(kept=0.95, attended=0.5, pruned=(3, 6, 9))
+    assert narrow.evaluated(trained) == narrow.evaluated(WHOLE_MODEL) == Shape(kept=0.9, attended=0.1, pruned=(3, 6, 9))
+    assert Trilevel(around("trilevel.evaluate=no")).evaluated(trained) == WHOLE_MODEL
+    own = Trilevel(around("trilevel.masks=own"))
+    assert at(own, fraction=0.9).shape.own_masks and own.evaluated(WHOLE_MODEL).own_masks
+    assert not Trilevel(around("trilevel.masks=own", "trilevel.levels=tokens")).evaluated(WHOLE_MODEL).own_masks
+
+
 def test_easy_examples_leave():
     method = Trilevel(around(*PUBLISHED))
     plan = at(method)
@@ -242,7 +255,7 @@ def entered(method: AutoProg, fraction: float) -> None:
     while probes := method.probes(point):
         for probe in probes:
             method.observe(ProbeResult(probe, 1.0))
-    method.observe(StepResult(None, None, START, point))
+    method.observe(StepResult(None, None, at(method, fraction=fraction), point))
 
 
 def searched(method: AutoProg, stage: int, choose: int) -> None:
@@ -257,6 +270,7 @@ def searched(method: AutoProg, stage: int, choose: int) -> None:
                 value = 1.0 if probe.kind == "seconds" else 1.0 + (number != choose)
                 method.observe(ProbeResult(probe, value))
                 number += 1
+        method.observe(StepResult(None, None, at(method, fraction=point.fraction), point))
 
 
 def test_a_search_from_stage_to_stage():
@@ -336,6 +350,64 @@ def test_losses_are_asked_of_nets_that_have_trained():
     assert {probe.kind for probe in method.probes(Progress(fraction=0.0601))} == {"loss"}
 
 
+def test_when_and_on_what_losses_are_taken():
+    method = AutoProg(around("autoprog.asked=0.25,1", "autoprog.loss_on=val", "autoprog.search=4%"))
+    entered(method, 0.0)
+    assert not method.probes(Progress(fraction=0.009))
+    first = method.probes(Progress(fraction=0.0101))
+    assert {(probe.kind, probe.split) for probe in first} == {("loss", "val")}
+    for probe in first:
+        method.observe(ProbeResult(probe, 1.0))
+    # The round took until 0.05: not of the search's length, and no second one without a step in between.
+    assert not method.probes(Progress(fraction=0.05)) and not method.decided(0)
+    method.observe(StepResult(None, None, START, Progress(fraction=0.05)))
+    again = AutoProg(around("autoprog.asked=0.25,1", "autoprog.loss_on=val", "autoprog.search=4%"))
+    again.load_state_dict(method.state_dict())
+    for one in (method, again):
+        assert not one.probes(Progress(fraction=0.0798))
+        for probe in one.probes(Progress(fraction=0.0801)):
+            one.observe(ProbeResult(probe, 1.0))
+        assert one.decided(0)
+
+
+def test_a_step_of_the_stage_before_begins_no_search():
+    """The clock may pass a stage's bound between planning a step and taking it: nothing has grown yet."""
+    method = AutoProg(around("autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
+    method.observe(StepResult(None, None, at(method, fraction=0.24), Progress(fraction=0.24)))
+    method.observe(StepResult(None, None, at(method, fraction=0.24), Progress(fraction=0.2501)))
+    assert sorted(method.began) == [0]
+    method.observe(StepResult(None, None, at(method, fraction=0.2501), Progress(fraction=0.26)))
+    assert sorted(method.began) == [0, 1]
+
+
+def test_the_last_stage_has_the_recipes_strength():
+    method = AutoProg(around("autoprog.schedule=6,8,10,12", "autoprog.space=depth", "augment.randaugment=7.5"))
+    for fraction in (0.1, 0.3, 0.6):
+        method.observe(StepResult(None, None, at(method, fraction=fraction), Progress(fraction=fraction)))
+    assert at(method, fraction=0.9).dials.operations == 1
+    fixed = AutoProg(around("autoprog.strengthen=no", "autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
+    assert at(fixed, fraction=0.1).dials == START.dials
+
+
+def test_sizes_that_are_known_before_a_run():
+    def fed(*options: str) -> list[str]:
+        return [str(stage) for stage in curriculum(around(*options).recipe)]
+
+    ladder_of = ["128px until 25%", "160px until 50%", "192px until 75%", "224px"]
+    assert fed("methods=autoprog") == ladder_of
+    assert fed("methods=autoprog", "autoprog.space=depth") == ["224px"]
+    assert fed("methods=image_size,autoprog", "autoprog.space=depth", "image_size.init=192") == [
+        "192px until 5ep",
+        "224px",
+    ]
+    assert fed("methods=autoprog", "autoprog.schedule=6@96px,12@224px", "autoprog.stages=2") == [
+        "96px until 50%",
+        "224px",
+    ]
+    assert fed("methods=unfreeze") == ["64px until 25%", "128px until 50%", "160px until 75%", "224px"]
+    assert fed("methods=unfreeze", "unfreeze.scale=1") == fed("methods=budgeted") == ["224px"]
+
+
 def test_size_alone_keeps_the_depth():
     method = AutoProg(around("autoprog.space=size"))
     assert {net.depth for net in method.candidates(0)} == {12}
@@ -404,6 +476,21 @@ def test_stages_of_unfreezing():
     assert method.nets()[1][0] == [Net(level, size) for size in (128, 192) for level in (2, 3)]
     before = at(method, fraction=0.3)
     assert before.feed.size == 128 and method.probes(Progress(fraction=0.3))  # until it is answered, all stays
+    assert method.nets() is method.nets()  # reckoned once, not at every step
+    with pytest.raises(ConfigError, match="use an even number of at least 4"):
+        Unfreeze(replace(around("unfreeze.samples=5"), processes=2))
+    head = Unfreeze(around("unfreeze.outside=head", "unfreeze.moments=reset", "unfreeze.kernel_batches=3",
+                           "unfreeze.zico_batches=4", "unfreeze.timed_batches=5"))  # fmt: skip
+    (probe,) = head.probes(Progress())
+    assert (probe.kernel_batches, probe.batches) == (3, 4) and probe.shape.head_only and "head_only" in probe.sets
+    head.observe(ProbeResult(probe, (1.0, 1.0)))
+    assert head.probes(Progress())[0].batches == 5
+    given = Unfreeze(
+        around("unfreeze.outside=head", "unfreeze.moments=reset", "unfreeze.schedule=1@64px,2@128px,3@160px,4@224px")
+    )
+    plans = [at(given, fraction=fraction) for fraction in (0, 0.3, 0.8)]
+    assert all(plan.shape.head_only for plan in plans)
+    assert [(plan.growth.number, plan.growth.moments) for plan in plans] == [(0, "zero"), (1, "reset"), (3, "reset")]
     last = Unfreeze(around("unfreeze.schedule=1@64px,2@128px,3@160px,4@224px"))
     assert at(last, fraction=0.8).shape == Shape(stage=3) and not last.probes(Progress(fraction=0.8))
 
@@ -456,6 +543,10 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
         (("methods=budgeted", "budgeted.cost=time", "budget.length=9ep"), "time is for a budget in time"),
         (("methods=unfreeze", "unfreeze.schedule=[]"), "it is empty"),
         (("methods=autoprog", "autoprog.search=0%"), "0 leaves nothing"),
+        (("methods=autoprog", "autoprog.asked=1,0.5"), "expected growing parts of the search"),
+        (("methods=autoprog", "autoprog.asked=0.5"), "and 1 at last"),
+        (("methods=budgeted", "budgeted.weights=random", "budgeted.sources=last"), "random ones have no copies"),
+        (("methods=unfreeze", "unfreeze.zico_batches=1"), "at least 2"),
         (("methods=trilevel", "trilevel.levels=none"), "all are off"),
         (("methods=trilevel", "trilevel.rungs=0"), "set train.compile=no"),
         (("methods=trilevel", "augment.repeats=3"), "set augment.repeats=1"),

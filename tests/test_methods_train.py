@@ -19,10 +19,11 @@ from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Probe, Progress, Shape, StepResult
 from vitlocal.train import probes
 from vitlocal.train.checkpoint import load_checkpoint
+from vitlocal.train.folder import CHECKPOINT
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.probes import answer, in_place, seconds
-from vitlocal.train.run import CHECKPOINT, Run, open_run
+from vitlocal.train.run import Run, open_run
 from vitlocal.train.step import EAGER
 from vitlocal.train.trainability import kernel_condition, tangent_kernel, zico
 
@@ -42,14 +43,18 @@ METHODS = {
     "budgeted compute": ["--methods=budgeted", "--budgeted.budget=1%", "--budgeted.moments=copy"],
     "trilevel": ["--methods=trilevel", "--trilevel.kept=0.7", *UPDATES],
     "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg", *UPDATES],
+    "trilevel own masks": ["--methods=trilevel", "--trilevel.masks=own", "--trilevel.levels=attention", *UPDATES],
     "trilevel examples": ["--methods=trilevel", "--trilevel.levels=examples", "--trilevel.score=forgetting", *UPDATES],
     "autoprog": ["--methods=autoprog", *SEARCH],
     "autoprog by FLOPs": ["--methods=autoprog", *SEARCH, "--autoprog.cost=flops", "--autoprog.grow=momentum_new",
                           "--autoprog.moments=keep", "--autoprog.loss_of=online"],
+    "autoprog by validation": ["--methods=autoprog", *SEARCH, "--autoprog.loss_on=val", "--autoprog.asked=0.5,1"],
     "autoprog given": ["--methods=autoprog", "--autoprog.schedule=2@16px,3@32px,3@48px,4@48px"],
     "unfreeze": ["--methods=unfreeze", "--unfreeze.multiple=16", "--unfreeze.samples=8"],
     "unfreeze given": ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px",
                        "--unfreeze.stage_std=0.02", "--model.drop_path=0"],
+    "unfreeze above": ["--methods=unfreeze", "--unfreeze.multiple=16", "--unfreeze.samples=8", "--unfreeze.groups=top",
+                       "--unfreeze.outside=head", "--unfreeze.moments=reset"],
     "sizes and budgeted": ["--methods=image_size,budgeted", "--budgeted.grow=heads,hidden"],
     "sizes and trilevel": ["--methods=image_size,trilevel", *UPDATES],
     "budgeted and trilevel": ["--methods=budgeted,trilevel", "--trilevel.levels=examples", *UPDATES],
@@ -87,10 +92,12 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
     assert exports[0] == exports[1]
     records = read_log(tmp_path / "whole")
     assert all(record["macs_per_image"] > 0 for record in records if record["loss"] is not None)
+    if any("samples" in option or "search" in option for option in options):  # what a search takes is told apart
+        assert 0 < records[-1]["probe_seconds"] < records[-1]["train_seconds"]
     json.dumps(records)
 
 
-@pytest.mark.parametrize("name", ["budgeted", "trilevel", "autoprog", "unfreeze"])
+@pytest.mark.parametrize("name", ["budgeted", "trilevel", "trilevel own masks", "autoprog", "unfreeze"])
 def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, name: str):
     config = configure(*COMMON, *METHODS[name], "--train.ema=none")
     with open_run(config) as run:
@@ -197,7 +204,8 @@ def test_frozen_blocks_stay(configure, decoder):
 
 
 def test_probes_leave_no_trace(configure, decoder):
-    with open_run(configure(*COMMON, "--model.norm=batch")) as run:
+    given = ["--methods=autoprog", "--autoprog.schedule=4@48px", "--autoprog.stages=1"]  # for its averages
+    with open_run(configure(*COMMON, "--model.norm=batch", *given)) as run:
         plan = run.plan()
         with run.sources.train.open(plan.feed, run.clock.position) as batches:
             run.train_on(next(batches), plan)
@@ -208,8 +216,10 @@ def test_probes_leave_no_trace(configure, decoder):
         generator = torch.get_rng_state()
         for probe in (
             Probe("loss", shape, 48, 2),
+            Probe("loss", shape, 48, 2, average=0),
+            Probe("loss", shape, 48, 2, split="val"),
             Probe("seconds", shape, 48, 2),
-            Probe("trainability", Shape(trainable=(1,)), 32, 4, samples=6),
+            Probe("trainability", Shape(trainable=(1,)), 32, 2, 2, samples=6),
         ):
             first, again = answer(run, probe), answer(run, probe)
             assert first == again and np.isfinite(np.atleast_1d(first)).all()
@@ -220,12 +230,17 @@ def test_probes_leave_no_trace(configure, decoder):
 
 
 def load_like(run: Run) -> dict[str, torch.Tensor]:
+    averages = {
+        f"{number}.{name}": value.clone()
+        for number, average in enumerate((run.average, *run.copies))
+        for name, value in average.model.state_dict().items()
+    }
     moments = {
         f"{name}.{key}": value.clone()
         for name, p in run.model.named_parameters()
         for key, value in run.optimizer.state[p].items()
     }
-    return {name: value.clone() for name, value in run.model.state_dict().items()} | moments
+    return {name: value.clone() for name, value in run.model.state_dict().items()} | moments | averages
 
 
 def test_the_tangent_kernel_of_a_linear_model():
@@ -400,12 +415,12 @@ def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decod
 
 
 def test_a_run_that_ends_before_its_last_stage_is_exported_as_it_was(configure, decoder, tmp_path: Path):
-    """Heads and hidden units that do not run give nothing in the exported model."""
-    with open_run(configure(*COMMON, "--methods=budgeted", "--budgeted.grow=heads,hidden", "--train.ema=none")) as run:
+    """Heads and hidden units that do not run give nothing in the exported model, which crops the grid as it did."""
+    with open_run(configure(*COMMON, "--methods=budgeted", "--train.ema=none")) as run:
         plan = run.plan()
         with run.sources.train.open(plan.feed, run.clock.position) as batches:
             run.train_on(next(batches), plan)
-        assert run.step.shape.heads == 1
+        assert run.step.shape.heads == 1 and run.step.shape.grid == 4
         run.export()
         images = torch.randn(2, 3, 48, 48)
         expected = run.model.eval()(images)

@@ -9,6 +9,7 @@ import torch
 from vitlocal.models.flops import count_macs
 from vitlocal.models.selection import (
     EVERYTHING,
+    Selected,
     Selection,
     connection_mask,
     gather_tokens,
@@ -46,28 +47,60 @@ def test_published_counts_and_costs(kept: float, counts: list[int], gmacs: float
             assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
-def attention(batch: int = 2, tokens: int = 10) -> torch.Tensor:
-    return torch.rand(batch, tokens, tokens, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
+def attention(batch: int = 2, tokens: int = 10, heads: int = 3) -> torch.Tensor:
+    return torch.rand(batch, heads, tokens, tokens, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
 
 
 @pytest.mark.parametrize("passing", [0, 1])
 def test_masks(passing: int):
     seen = attention()
     mask = connection_mask(seen, 0.3, passing)
-    assert mask.shape == (2, 1, 10, 10) and mask.dtype == torch.bool and not mask.requires_grad
-    patches = 10 - passing
-    assert torch.equal(mask[:, 0, passing:, passing:].sum(dim=2), torch.full((2, patches), part_of(patches, 0.3)))
+    assert mask.shape == (2, 3, 10, 10) and mask.dtype == torch.bool and not mask.requires_grad
+    patches, inner = 10 - passing, mask[..., passing:, passing:]
+    assert torch.equal(inner.sum(dim=3), torch.full((2, 3, patches), part_of(patches, 0.3)))
     if passing:
-        assert mask[:, 0, 0].all() and mask[:, 0, :, 0].all()
-    kept = seen[:, passing:, passing:].masked_fill(~mask[:, 0, passing:, passing:], 2).min(dim=2).values
-    lost = seen[:, passing:, passing:].masked_fill(mask[:, 0, passing:, passing:], 0).max(dim=2).values
+        assert mask[..., 0, :].all() and mask[..., 0].all()
+    kept = seen[..., passing:, passing:].masked_fill(~inner, 2).min(dim=3).values
+    lost = seen[..., passing:, passing:].masked_fill(inner, 0).max(dim=3).values
     assert (kept >= lost).all()
+
+
+@pytest.mark.parametrize("passing", [0, 1])
+def test_a_second_mask_allows_no_more_than_its_part(passing: int):
+    """Attention that was masked before is zero in many places, all equal: still ⌈r_a · n⌉ a row."""
+    seen = attention(tokens=16)
+    before = connection_mask(seen, 0.25, passing)
+    masked = seen.masked_fill(~before, 0)
+    _, left = narrow(torch.randn(2, 16, 3), masked, Selected(None, before), Selection(0.5, 0.25, True), passing)
+    patches = left.mask.shape[-1] - passing
+    assert (left.mask[..., passing:, passing:].sum(dim=3) == part_of(patches, 0.25)).all()
+    if passing:
+        assert left.mask[..., 0, :].all() and left.mask[..., 0].all()
+
+
+def test_one_mask_for_all_heads_or_one_for_each():
+    tokens, seen = torch.randn(2, 10, 3), attention()
+    _, shared = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5), passing=1)
+    _, own = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5, own_masks=True), passing=1)
+    assert shared.mask.shape == (2, 1, 7, 7) and own.mask.shape == (2, 3, 7, 7)
+    assert torch.equal(shared.places, own.places)  # the same tokens stay
+    for image, places in enumerate(own.places):
+        rows = torch.cat([torch.zeros(1, dtype=torch.int64), places + 1])
+        among = seen[image][:, rows][:, :, rows]
+        assert torch.equal(connection_mask(among[None], 0.5, 1)[0], own.mask[image])
+        assert torch.equal(connection_mask(among.mean(dim=0)[None, None], 0.5, 1)[0], shared.mask[image])
+    assert not torch.equal(own.mask[:, 0], own.mask[:, 1])
+    model, images = a_model(FAMILIES[0]), torch.randn(2, 3, 64, 64)
+    put(model, Shape(kept=0.5, attended=0.25, pruned=(1,)))
+    by_all = model(images)
+    put(model, Shape(kept=0.5, attended=0.25, own_masks=True, pruned=(1,)))
+    assert model(images).isfinite().all() and not torch.allclose(model(images), by_all)
 
 
 def test_tokens_that_stay():
     tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
     left, selected = narrow(tokens, seen, EVERYTHING, Selection(0.5, 1.0), passing=1)
-    best = patch_scores(seen, 1).topk(5, dim=1).indices.sort(dim=1).values
+    best = patch_scores(seen.mean(dim=1), 1).topk(5, dim=1).indices.sort(dim=1).values
     assert torch.equal(selected.places, best) and selected.mask is None
     assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
     again, twice = narrow(left, attention(2, 6), selected, Selection(0.5, 0.5), passing=1)

@@ -21,7 +21,7 @@ from vitlocal.models.surgery import (
     slices,
 )
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import WHOLE_MODEL, Growth, Shape, deepened, duplicated
+from vitlocal.plan import WHOLE_MODEL, Growth, Shape, deepened, duplicated, sources_of
 
 FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
 DEIT_S = "vitlocal_deit_small_patch16_224"
@@ -179,6 +179,61 @@ def test_halved_copies_keep_the_function():
     grow(model, small, larger, Growth(1, scale=0.5), lambda p: {})
     put(model, larger)
     torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_slots_that_are_copied():
+    assert sources_of(4, 6) == [0, 1] and sources_of(4, 6, "last") == [2, 3]
+    assert sources_of(2, 4, "last") == [0, 1] and sources_of(2, 7, "last") == [0, 1, 0, 1, 0]
+    model = a_model()
+    grow(model, Shape(hidden=96), WHOLE_MODEL, Growth(1, sources="last"), lambda p: {})
+    weight = model.blocks[0].mlp.fc1.weight
+    assert torch.equal(weight[96:], weight[64:96])
+
+
+def test_random_slots_are_drawn_as_at_the_start():
+    """Whatever decay did to them while they did not run; and the same in every process."""
+    grown = []
+    for _ in range(2):
+        model = a_model()
+        with torch.no_grad():
+            for part in slices(model):
+                part.parameter.mul_(0.1)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        grow(model, Shape(hidden=64), WHOLE_MODEL, Growth(1, weights="random"), lambda p: {}, [a_model()], seed=3)
+        grown.append(dict(model.named_parameters()))
+        weight, was = model.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"]
+        assert torch.equal(weight[:64], was[:64]) and float(weight[64:].detach().std()) == pytest.approx(0.02, rel=0.1)
+        assert torch.equal(model.blocks[0].attn.qkv.weight, before["blocks.0.attn.qkv.weight"])
+    assert all(torch.equal(grown[0][name], grown[1][name]) for name in grown[0])
+
+
+def test_a_model_from_its_average_keeps_its_own_drop_path():
+    model, average = a_model(drop_path_rate=0.4), a_model(drop_path_rate=0.4)
+    put(model, Shape(slots=(0, 1)))
+    model.set_drop_path(0.4)
+    rates = model.drop_path_rates.clone()
+    grow(model, WHOLE_MODEL, WHOLE_MODEL, Growth(1, average=0), lambda p: {}, [average])
+    assert torch.equal(model.drop_path_rates, rates)
+    assert torch.equal(model.head.weight, average.head.weight)
+
+
+def test_timms_heads_are_found_whatever_they_are_called():
+    model = timm.create_model("efficientnet_b0", num_classes=5)
+    set_trainable(model, Shape(trainable=(6,), head_only=True))
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"blocks", "conv_head", "bn2", "classifier"}
+
+
+def test_the_head_alone_is_trained():
+    model = a_model(pool="token")
+    assert set_trainable(model, Shape(trainable=(3,), head_only=True))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"blocks", "norm", "head"}
+    assert {name.split(".")[1] for name in trained if name.startswith("blocks")} == {"3"}
+    features = []
+    model.blocks[2].register_forward_hook(lambda module, given, found: features.append(found))
+    model(some_images()).sum().backward()
+    assert not features[0].requires_grad  # nothing below has a backward
 
 
 def test_noise_is_the_same_everywhere():

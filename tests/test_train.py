@@ -21,11 +21,12 @@ from vitlocal.plan import Feed, Plan, StepResult
 from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.ema import Average
+from vitlocal.train.folder import CHECKPOINT
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.run import CHECKPOINT, Run, open_run
+from vitlocal.train.run import Run, open_run
 from vitlocal.train.step import Step, choose_precision
 
 ROOT = Path(__file__).parent.parent

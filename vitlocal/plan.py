@@ -126,9 +126,10 @@ class Shape:
     - ``grid``: side, in patches, of the centre crop of the token grid; ``crops_images``: taken before the patches are
       embedded, which gives the same tokens for less.
     - ``kept``: part of the patch tokens that stay at each of the ``pruned`` blocks; ``attended``: part of the tokens
-      that each token attends to, from there on.
+      that each token attends to, from there on, by one mask for all heads or by ``own_masks``.
     - ``slots``: the blocks that there are, in order; ``skipped``: those that this step passes over.
-    - ``trainable``: the blocks that are trained (what lies outside of blocks always is).
+    - ``trainable``: the blocks that are trained; ``head_only``: of what lies outside of blocks, the last norm, the head
+      and the stages' vectors alone are.
     - ``input_size``: images are resized to it on the device, px; at most the feed's size.
     - ``stage``: the number that the model is told, where it has an embedding for that.
     """
@@ -139,10 +140,12 @@ class Shape:
     crops_images: bool = False
     kept: float = 1.0
     attended: float = 1.0
+    own_masks: bool = False
     pruned: tuple[int, ...] = ()
     slots: tuple[int, ...] | None = None
     skipped: tuple[int, ...] = ()
     trainable: tuple[int, ...] | None = None
+    head_only: bool = False
     input_size: int | None = None
     stage: int | None = None
 
@@ -159,10 +162,10 @@ WHOLE_MODEL = Shape()
 class Growth:
     """What to do once to weights and moments: when ``number`` first differs from that of the last growth done.
 
-    New are the heads and hidden units that the shape has beyond those of the shape before the growth, where slot
-    ``old + i`` takes from slot ``i`` (mod ``old``), and the ``blocks``: pairs (new slot, the slot that it takes from).
+    New are the heads and hidden units that the shape has beyond those of the shape before the growth, which take from
+    old ones (``sources``: see :func:`sources_of`), and the ``blocks``: pairs (new slot, the slot that it takes from).
 
-    - ``weights``: what new slots start as: "copy", or "random", as they were drawn. ``scale``: both the copies' and the
+    - ``weights``: what new slots start as: "copy", or "random", drawn anew. ``scale``: both the copies' and the
       sources' outgoing weights are multiplied by it where a source has copies; ``noise``: standard deviation of what
       is added to copies, in standard deviations of the weights.
     - ``average``: before that, all weights become those of this one of the methods' averages; with ``new_only``, none
@@ -172,6 +175,7 @@ class Growth:
 
     number: int
     blocks: tuple[tuple[int, int], ...] = ()
+    sources: str = "first"
     weights: str = "copy"
     scale: float = 1.0
     noise: float = 0.0
@@ -251,8 +255,9 @@ class Probe:
     feed's.
 
     - "seconds": of forward and backward, the mean over ``batches`` batches: a float.
-    - "loss": the mean loss of ``batches`` training batches, the weights being those of ``average``: a float.
-    - "trainability": (mean condition number of the tangent kernel, ZiCo's sum): two floats; ``samples`` a batch.
+    - "loss": the mean loss of ``batches`` batches of ``split``, the weights being those of ``average``: a float.
+    - "trainability": (mean condition number of the tangent kernel over ``kernel_batches`` batches, ZiCo's sum over
+      ``batches`` more): two floats; ``samples`` a batch.
     - "sum": ``value``, a tensor on the device, added up over all processes: a tensor on the CPU.
     """
 
@@ -260,6 +265,8 @@ class Probe:
     shape: Shape = WHOLE_MODEL
     size: int = 0
     batches: int = 0
+    kernel_batches: int = 0
+    split: str = "train"
     average: int | None = None
     samples: int | None = None
     value: Any = None
@@ -342,9 +349,14 @@ def reshaped(plan: Plan, **changes: Any) -> Plan:
 # --- growth: where what is new comes from ----------------------------------------------------------------------------
 
 
-def sources_of(old: int, new: int) -> list[int]:
-    """Where slots ``old`` to ``new`` take from: 0, 1, ... of the old ones, from the start again where these end."""
-    return [place % old for place in range(new - old)]
+def sources_of(old: int, new: int, which: str = "first") -> list[int]:
+    """Where slots ``old`` to ``new`` take from, of the ``old`` ones: the "first" or the "last" as many.
+
+    Of more new slots than old ones all are taken, from the start again where they end.
+    """
+    count = new - old
+    begin = max(0, old - count) if which == "last" else 0
+    return [(begin + place) % old for place in range(count)]
 
 
 def duplicated(before: int, after: int) -> list[int]:

@@ -36,9 +36,9 @@ from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
 from vitlocal.plan import Length
 from vitlocal.train.figures import Line, race
+from vitlocal.train.folder import check_same
 from vitlocal.train.log import read_log
 from vitlocal.train.report import duration
-from vitlocal.train.run import check_same
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
@@ -336,6 +336,10 @@ def read_arms(path: str) -> list[Arm]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         shared, arms = files(content), []
         for name, options in content["arms"].items():
+            if "," in str(name):
+                raise ConfigError(
+                    f"{path}: the arm '{name}' has a comma in its name, which --only cannot name; leave it out"
+                )
             own = dict(options or {})
             recipes = (*shared, *files(own))
             own.pop("recipes", None)

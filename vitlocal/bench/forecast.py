@@ -34,7 +34,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.machine import keep_freed_memory
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.plan import Feed, Length, Plan, Position, Stage, points
+from vitlocal.plan import Feed, Length, Plan, Position, Stage, points, with_size
 from vitlocal.train.rates import parse_rates, rates_for
 from vitlocal.train.report import duration
 from vitlocal.train.run import Run, choose_device
@@ -200,7 +200,8 @@ def plans_by_size(run: Run, stages: Sequence[Stage]) -> dict[int, Plan]:
     now, plans = run.clock.progress, {}
     reached = points([stage.until for stage in stages if stage.until is not None], now)
     for stage, at in zip(stages, (now, *reached), strict=True):
-        plans.setdefault(stage.size, run.plan(at))
+        plan = with_size(run.plan(at), stage.size)
+        plans.setdefault(stage.size, replace(plan, feed=replace(plan.feed, batch_size=run.batch_at(stage.size))))
     return plans
 
 
@@ -394,7 +395,7 @@ def told(found: Forecast, budgets: Sequence[Length]) -> str:
             lines.append(
                 f"{budget!s:>8} {spent[-1].end.epoch:9.2f}   " + " ".join(f"{epochs:10.2f}" for epochs in each)
             )
-        if len(parts) > 1:
+        if len(parts) > 1 and "image_size" in found.config.methods:
             lines.append(f'  --image_size.stages="{", ".join(map(str, parts))}"')
     return "\n".join(lines)
 

@@ -10,48 +10,35 @@ Symbols: S stages, l depth, r image size, L̄ mean loss of a candidate, T its ti
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from fastargs.validation import Checker
 
 from vitlocal.errors import ConfigError
+from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, deepened, reshaped
+from vitlocal.plan import (
+    Growth,
+    Length,
+    Plan,
+    Probe,
+    ProbeResult,
+    Progress,
+    Shape,
+    Stage,
+    StepResult,
+    deepened,
+    reshaped,
+)
 
 T = TypeVar("T")
 
 SPACE = ("depth", "size")
 AVERAGES = (0.998, 0.9986, 0.999, 0.9996)  # decays a step, the fastest first
-ASKED = (0.5, 0.625, 0.75, 0.875, 1.0)  # parts of the search at which candidates' losses are taken
-
-
-class Net(NamedTuple):
-    """A candidate: so many blocks, at this image size (None: what the other methods feed)."""
-
-    depth: int
-    size: int | None
-
-    def __str__(self) -> str:
-        return f"{self.depth}" + (f"@{self.size}px" if self.size else "")
-
-
-class NetText(Checker):
-    """``8@160px``: a depth and a size; ``8``: a depth."""
-
-    def check(self, value: Any) -> Net:
-        match = re.fullmatch(r"(\d+)(?:@(\d+)px)?", str(value).replace(" ", ""))
-        if match is None or not int(match[1]):
-            raise ValueError
-        return Net(int(match[1]), int(match[2]) if match[2] else None)
-
-    def help(self) -> str:
-        return "a depth and a size: 6@128px, 8@160px, 12@224px; or depths alone"
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,11 @@ class AutoProgConfig(Section):
     schedule: tuple[Net, ...] | None = option(
         None, Maybe(Series(NetText())), "the nets of all stages, without search: 6@128px,8@160px,10@192px,12@224px"
     )
-    search: Length = option(Length.parse("2%"), Duration(), "length of a search (published: 2 of 100 epochs)")
+    search: Length = option(
+        Length.parse("2%"),
+        Duration(),
+        "length of a search's training (published: 2 of 100 epochs); asking comes on top",
+    )
     batches: int = option(50, COUNT, "by which a candidate's time and loss are told")
     grow: str = option(
         "momentum", Choice("momentum", "momentum_new", "clone", "random"), "new blocks are copies in a net taken over "
@@ -71,6 +62,12 @@ class AutoProgConfig(Section):
     )  # fmt: skip
     averages: tuple[float, ...] = option(AVERAGES, Series(SHARE), "decays a step, the fastest first")
     loss_of: str = option("average", Choice("average", "online"), "whose loss is taken: the fastest average's")
+    loss_on: str = option(
+        "train", Choice("train", "val"), "of which split's images; val is then no fair judge any more"
+    )
+    asked: tuple[float, ...] = option(
+        (0.5, 0.625, 0.75, 0.875, 1.0), Series(SHARE), "parts of the search at which losses are taken, to be averaged"
+    )
     cost: str = option("time", Choice("time", "flops"), "what a candidate costs")
     exponent: float | None = option(None, Maybe(Number(low=0)), "w in L · T^w; none: fitted to the candidates")
     moments: str = option(
@@ -78,22 +75,6 @@ class AutoProgConfig(Section):
     )
     strengthen: bool = option(True, Flag(), "augmentation and drop path grow with the stages")
     operations: float = option(0.5, SHARE, "part of RandAugment's magnitude in the first stage; the rest starts at 0")
-
-
-def divisible(value: float, divisor: int) -> int:
-    """``value`` as the nearest multiple of ``divisor``, at least one, and not less than nine tenths of it."""
-    found = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return found + divisor if found < 0.9 * value else found
-
-
-def ladder(largest: int, scale: float, stages: int, divisor: int) -> tuple[int, ...]:
-    """From ``scale`` of the largest to all of it in equal steps, each once: 128, 160, 192, 224 for 224, 0.5, 4, 32.
-
-    The last is the largest, also where the divisor does not divide it.
-    """
-    parts = np.linspace(scale, 1.0, stages).tolist() if stages > 1 else [1.0]
-    found = [min(divisible(part * largest, divisor), largest) for part in parts[:-1]]
-    return tuple(dict.fromkeys((*found, largest)))
 
 
 def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
@@ -159,8 +140,13 @@ class AutoProg(Defaults):
         self.times: dict[int, list[float]] = {}
         self.began: dict[int, float] = {}  # the fraction at which each stage's first step was taken
         self.losses: dict[int, list[list[float]]] = {}
-        self.asked = 0  # the stage of the last question
-        self.under_way: list[float] = []  # the losses of a round that is not over
+        self.asking = 0  # the stage of the last question
+        self.under_way: dict[int, list[float]] = {}  # the losses of a round that is not over
+        # Of a search's steps, as a part of the budget: those before its last round of losses, and where those after it
+        # began. What a round takes is not of the search's length.
+        self.searched: dict[int, float] = {}
+        self.since: float | None = None
+        self.round_at = 0.0  # where the present round was asked
         self.memory: dict[tuple[str, int], Any] = {}
 
     @staticmethod
@@ -195,11 +181,25 @@ class AutoProg(Defaults):
             depths = [net.depth for net in config.schedule]
             if depths != sorted(depths):
                 found.append(f"autoprog.schedule: depths {depths} must not fall")
+        if not config.asked or list(config.asked) != sorted(set(config.asked)) or config.asked[-1] != 1:
+            found.append(
+                f"autoprog.asked: got {list(config.asked)}, expected growing parts of the search, and 1 at last"
+            )
         if not config.averages or list(config.averages) != sorted(config.averages):
             found.append(f"autoprog.averages: got {list(config.averages)}, expected growing decays")
         if config.space == ("depth",) and "image_size" not in recipe.methods and not config.scale:
             found.append("autoprog.scale: 0 leaves no blocks")
         return found
+
+    @staticmethod
+    def feeds(recipe: Recipe) -> Sequence[Stage]:
+        """Of a search the ladder: it may take larger sizes sooner."""
+        config: AutoProgConfig = recipe.of("autoprog")
+        if "size" not in config.space:
+            return ()
+        if config.schedule is not None:
+            return stages_of([net.size for net in config.schedule], config.stages)
+        return stages_of(ladder(recipe.model.size, config.scale, config.stages, config.multiple), config.stages)
 
     # --- stages ---
 
@@ -247,7 +247,14 @@ class AutoProg(Defaults):
 
     def decided(self, stage: int) -> bool:
         nets = self.candidates(stage)
-        return len(nets) == 1 or len(self.losses.get(stage, ())) == len(ASKED)
+        return len(nets) == 1 or (
+            self.due_rounds(self.searched.get(stage, 0.0)) == len(self.config.asked)
+            and stage in self.losses and stage not in self.under_way
+        )  # fmt: skip
+
+    def due_rounds(self, searched: float) -> int:
+        """How many rounds of losses are due after so much of a search, as a part of the budget."""
+        return sum(searched >= part * self.search - 1e-12 for part in self.config.asked)
 
     @remembered
     def chosen(self, stage: int) -> Net:
@@ -341,7 +348,7 @@ class AutoProg(Defaults):
         if not self.config.strengthen:
             return plan
         part = self.config.operations + (1 - self.config.operations) * way
-        if self.magnitude >= 1:  # whole magnitudes: 4, 6, 7, 9
+        if self.magnitude >= 1 and way < 1:  # whole magnitudes: 4, 6, 7, 9
             part = math.floor(self.magnitude * part + 1e-9) / self.magnitude
         return replace(plan, dials=replace(plan.dials, strength=way, operations=part))
 
@@ -356,16 +363,22 @@ class AutoProg(Defaults):
         stage = self.stage(at)
         if self.decided(stage):
             return ()
-        self.asked, nets = stage, self.candidates(stage)
+        self.asking, nets = stage, self.candidates(stage)
         timed = len(self.times.get(stage, ()))
         if timed < len(nets):
             return [self._probe("seconds", stage, net) for net in nets[timed:]]
         if stage not in self.began:  # nothing has grown yet: there is nothing to judge
             return ()
-        gone = (at.fraction - self.began[stage]) / self.search
-        if gone < ASKED[len(self.losses.get(stage, ()))] - 1e-12:
-            return ()
-        return [self._probe("loss", stage, net) for net in nets[len(self.under_way) :]]
+        answered = len(self.under_way.get(stage, ()))
+        if not answered:
+            if self.since is None:  # no step was taken since the last round
+                return ()
+            # Of rounds that fall due within one step, one is asked.
+            before = self.searched[stage]
+            if self.due_rounds(before + at.fraction - self.since) == self.due_rounds(before):
+                return ()
+            self.round_at = at.fraction
+        return [self._probe("loss", stage, net) for net in nets[answered:]]
 
     def _probe(self, kind: str, stage: int, net: Net) -> Probe:
         order = self.supernet(stage)[0]
@@ -373,33 +386,47 @@ class AutoProg(Defaults):
         shape = Shape(slots=slots, skipped=self.skipped(stage, net.depth))
         average = 0 if kind == "loss" and self.config.loss_of == "average" else None
         sets = ("slots", "skipped", "input_size")
-        return Probe(kind, shape, net.size or 0, self.config.batches, average, sets=sets)
+        split = self.config.loss_on if kind == "loss" else "train"
+        return Probe(kind, shape, net.size or 0, self.config.batches, split=split, average=average, sets=sets)
 
     def observe(self, seen: StepResult | ProbeResult) -> None:
         if isinstance(seen, StepResult):
-            stage = self.stage(seen.at)
-            if stage not in self.began:
-                self.began[stage] = seen.at.fraction
-                self.memory.clear()
+            self._stepped(seen)
             return
+        stage = self.asking
         if seen.probe.kind == "seconds":
-            self.times.setdefault(self.asked, []).append(seen.value)
+            self.times.setdefault(stage, []).append(seen.value)
         else:
-            self.under_way.append(seen.value)
-            if len(self.under_way) == len(self.candidates(self.asked)):
-                self.losses.setdefault(self.asked, []).append(self.under_way)
-                self.under_way = []
+            if self.since is not None:
+                self.searched[stage] += self.round_at - self.since
+                self.since = None
+            self.under_way.setdefault(stage, []).append(seen.value)
+            if len(self.under_way[stage]) == len(self.candidates(stage)):
+                self.losses.setdefault(stage, []).append(self.under_way.pop(stage))
         self.memory.clear()
+
+    def _stepped(self, seen: StepResult) -> None:
+        stage = self.stage(seen.at)
+        if stage not in self.began:
+            if self.before(stage) is not None and seen.plan.growth.number <= 2 * stage:
+                return  # a step of the stage before, which the clock has left meanwhile: nothing has grown yet
+            self.began[stage], self.searched[stage], self.since = seen.at.fraction, 0.0, None
+            self.memory.clear()
+        if self.since is None:
+            self.since = seen.at.fraction
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "times": dict(self.times),
             "losses": dict(self.losses),
-            "under_way": list(self.under_way),
+            "under_way": dict(self.under_way),
             "began": dict(self.began),
+            "searched": dict(self.searched),
+            "since": self.since,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.times, self.losses, self.began = dict(state["times"]), dict(state["losses"]), dict(state["began"])
-        self.under_way = list(state["under_way"])
+        self.under_way, self.searched = dict(state["under_way"]), dict(state["searched"])
+        self.since = state["since"]
         self.memory.clear()

@@ -70,6 +70,9 @@ class BudgetedConfig(Section):
         "the grid is cropped after the embedding, as published, or before: cheaper, and the same tokens",
     )  # fmt: skip
     weights: str = option("copy", Choice("copy", "random"), "what is new starts as")
+    sources: str = option(
+        "first", Choice("first", "last"), "which heads and hidden units are copied, where not all are"
+    )
     moments: str = option("zero", Choice("zero", "copy", "reset"), "of what is new; reset: of everything")
     scale: float = option(1.0, Number(low=0), "of what slots and their copies give, once copied; 0.5 keeps their sum")
     noise: float = option(0.0, Number(low=0), "added to copies, in standard deviations of the weights")
@@ -144,8 +147,11 @@ class Budgeted(Defaults):
             found.append(f"budgeted.epochs: got {list(config.epochs)}; the last stage, the full model, needs some")
         if not config.grow:
             found.append("budgeted.grow: nothing grows; name some of heads, hidden, tokens, or leave the method out")
-        if config.weights == "random" and (config.moments == "copy" or config.scale != 1 or config.noise):
-            found.append("budgeted.weights: random ones have no copies; leave moments, scale and noise as they are")
+        copies = config.moments == "copy" or config.sources != "first" or config.scale != 1 or config.noise
+        if config.weights == "random" and copies:
+            found.append(
+                "budgeted.weights: random ones have no copies; leave moments, sources, scale and noise as they are"
+            )
         if config.cost == "time" and recipe.budget.length.kind != "seconds":
             found.append(f"budgeted.cost: time is for a budget in time, and budget.length is {recipe.budget.length}")
         if config.cost == "time" and (config.epochs is not None or config.budget is not None):
@@ -223,7 +229,8 @@ class Budgeted(Defaults):
         number = self.stage(at)
         shape, config = self.shapes[number], self.config
         growth = Growth(
-            number, weights=config.weights, scale=config.scale, noise=config.noise, moments=config.moments
+            number, sources=config.sources, weights=config.weights, scale=config.scale, noise=config.noise,
+            moments=config.moments,
         )  # fmt: skip
         plan = reshaped(plan, **{name: getattr(shape, name) for name in self.grown})
         return replace(plan, growth=growth if number else plan.growth)

@@ -97,6 +97,10 @@ class ImageSize(Defaults):
                 found.append(f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then growing numbers")
         return found
 
+    @staticmethod
+    def feeds(recipe: Recipe) -> Sequence[Stage]:
+        return recipe.of("image_size").curriculum
+
     def plan(self, plan: Plan, at: Progress) -> Plan:
         # An epoch's share of images is exact in binary only by luck: 1e-9 of an epoch is less than an image.
         at = replace(at, epoch=at.epoch + 1e-9)

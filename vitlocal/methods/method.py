@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult
+from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, Stage, StepResult
 
 
 class Recipe(Protocol):
@@ -57,6 +57,11 @@ class Defaults:
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
         """What the recipe asks of this method and cannot be: sentences that name option, value and remedy."""
+        return []
+
+    @staticmethod
+    def feeds(recipe: Recipe) -> Sequence[Stage]:
+        """The image sizes that it will feed and until when, as far as that is known before a run; none: not its own."""
         return []
 
     def plan(self, plan: Plan, at: Progress) -> Plan:

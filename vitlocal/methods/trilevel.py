@@ -40,6 +40,7 @@ class TrilevelConfig(Section):
     )  # fmt: skip
     kept: float = option(0.9, SHARE, "r: part of the tokens that stay, at each of the blocks")
     attended: float = option(0.1, SHARE, "r_a: part of the tokens that each attends to, from there on")
+    masks: str = option("shared", Choice("shared", "own"), "whom to attend to is chosen for all heads, or by each")
     blocks: tuple[int, ...] | None = option(
         None,
         Maybe(Series(Number(low=0, whole=True))),
@@ -48,7 +49,7 @@ class TrilevelConfig(Section):
     begin: Length = option(Length.parse("3.3333%"), Duration(), "until when all stay (published: 10 of 300 epochs)")
     end: Length = option(Length.parse("36.6667%"), Duration(), "from when on r and r_a are reached (published: 110)")
     rungs: int = option(8, Number(low=0, whole=True), "steps from 1 to r, each of which compiles; 0: at every step")
-    evaluate: bool = option(True, Flag(), "evaluations drop what training drops in the end, from the start")
+    evaluate: bool = option(True, Flag(), "evaluations drop what training does in the end; no: nothing")
 
 
 def forgetting(record: np.ndarray) -> np.ndarray:
@@ -105,7 +106,8 @@ class Trilevel(Defaults):
         blocks = self.config.blocks or tuple(dict.fromkeys(round(part * depth) for part in PRUNED_AT))
         if wrong := [block for block in blocks if self.narrows and not block < depth]:
             raise ConfigError(f"trilevel.blocks: there is no block {wrong[0]}; the model's {depth} are numbered from 0")
-        self.narrowest = Shape(kept=kept, attended=attended, pruned=blocks) if self.narrows else Shape()
+        own_masks = self.config.masks == "own" and attended < 1
+        self.narrowest = Shape(kept=kept, attended=attended, own_masks=own_masks, pruned=blocks)
         if self.narrows and run.parts is None:
             raise ConfigError(
                 f"trilevel.levels: tokens and attention need a vitlocal_… model, not {run.recipe.model.name}; keep "
@@ -113,7 +115,7 @@ class Trilevel(Defaults):
             )
         self.writes = frozenset(
             ({"feed.subset"} if self.examples else set())
-            | ({"shape.kept", "shape.attended", "shape.pruned"} if self.narrows else set())
+            | ({"shape.kept", "shape.attended", "shape.own_masks", "shape.pruned"} if self.narrows else set())
         )
         if self.narrows:
             self.refuses = {
@@ -180,7 +182,7 @@ class Trilevel(Defaults):
             return plan
         last = self.narrowest
         kept, attended = (end + (1 - end) * open_ for end in (last.kept, last.attended))
-        return reshaped(plan, kept=kept, attended=attended, pruned=last.pruned)
+        return reshaped(plan, kept=kept, attended=attended, own_masks=last.own_masks, pruned=last.pruned)
 
     def changes(self) -> Sequence[Length]:
         if not self.narrows or not self.config.rungs:
@@ -196,10 +198,10 @@ class Trilevel(Defaults):
         return [*found, end]
 
     def evaluated(self, shape: Shape) -> Shape:
-        if not self.narrows or not self.config.evaluate:
+        if not self.narrows:
             return shape
-        last = self.narrowest
-        return replace(shape, kept=last.kept, attended=last.attended, pruned=last.pruned)
+        last = self.narrowest if self.config.evaluate else Shape()
+        return replace(shape, kept=last.kept, attended=last.attended, own_masks=last.own_masks, pruned=last.pruned)
 
     # --- examples ---
 

@@ -16,12 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.autoprog import Net, NetText, ladder
+from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
-
-KERNEL_BATCHES, ZICO_BATCHES, TIMED_BATCHES = 2, 2, 6
+from vitlocal.plan import Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, Stage, StepResult, reshaped
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,20 @@ class UnfreezeConfig(Section):
         "mod", Choice("mod", "contiguous", "top", "released"), "block i is in group i mod S; in runs from the first "
         "block on; from the last; or as the released code's name prefixes have it"
     )  # fmt: skip
+    outside: str = option(
+        "all", Choice("all", "head"), "what is trained outside of the blocks: all, or the last norm and the head, so "
+        "that (without a stage embedding) nothing below the first trained block has a backward"
+    )  # fmt: skip
+    moments: str = option("keep", Choice("keep", "reset"), "the optimizer's, from stage to stage")
     scale: float = option(0.25, SHARE, "smallest image size, as a part of model.size; 1: sizes do not grow")
     multiple: int = option(32, COUNT, "sizes are multiples of this, px")
     schedule: tuple[Net, ...] | None = option(
         None, Maybe(Series(NetText())), "level and size of all stages, without search: 1@64px,2@128px,3@160px,4@224px"
     )
     samples: int = option(16, Number(low=2, whole=True), "images a batch of the scores, over all processes")
+    kernel_batches: int = option(2, COUNT, "by which the tangent kernel's condition is told")
+    zico_batches: int = option(2, Number(low=2, whole=True), "by which ZiCo is told")
+    timed_batches: int = option(6, COUNT, "by which forward and backward are timed")
     votes: tuple[float, float, float] = option(
         (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, conditioning and ZiCo"
     )
@@ -95,10 +101,10 @@ def vote(
 
 
 class Unfreeze(Defaults):
-    """See the module. What lies outside of the blocks (embeddings, norm, head) is always trained.
+    """See the module. What lies outside of the blocks (embeddings, norm, head) is trained throughout.
 
     Frozen blocks have no gradients, hence no decay and no update; what is saved is these. Gradients still pass through
-    all blocks, to the embeddings.
+    all blocks, to the embeddings, unless these are frozen too (``outside=head``).
     """
 
     name = "unfreeze"
@@ -118,18 +124,20 @@ class Unfreeze(Defaults):
         self.told = config.stage_embedding
         self.writes = frozenset(
             {"shape.trainable"} | ({"feed.size"} if len(set(self.sizes)) > 1 else set())
-            | ({"shape.stage"} if self.told else set())
+            | ({"shape.stage"} if self.told else set()) | ({"growth"} if config.moments == "reset" else set())
+            | ({"shape.head_only"} if config.outside == "head" else set())
         )  # fmt: skip
         self.refuses = {"shape.slots": "both choose which blocks there are to train; keep one of the two"}
-        if config.samples < 2 * run.processes:
+        if config.samples < 2 * run.processes or config.samples % 2:
             raise ConfigError(
-                f"unfreeze.samples: {config.samples} images are too few for {run.processes} processes, each of which "
-                f"needs two; use at least {2 * run.processes}"
+                f"unfreeze.samples: got {config.samples} for {run.processes} processes, each of which takes pairs; "
+                f"use an even number of at least {2 * run.processes}"
             )
         self.samples = config.samples
         self.scores: dict[int, list[tuple[float, float]]] = {}  # by stage: conditioning and ZiCo of each candidate
         self.times: dict[int, list[float]] = {}
-        self.asked = 0  # the stage of the last question
+        self.asking = 0  # the stage of the last question
+        self.memory: list[tuple[list[Net], Net | None]] | None = None  # of nets(), until more is known
         self.stage_rows = config.stages + 1 if self.told else 0
 
     @staticmethod
@@ -152,6 +160,14 @@ class Unfreeze(Defaults):
             found.append("unfreeze.scale: image_size sets the sizes; set unfreeze.scale=1, or leave image_size out")
         return found
 
+    @staticmethod
+    def feeds(recipe: Recipe) -> Sequence[Stage]:
+        """Of a search the ladder: it may take larger sizes sooner, or later."""
+        config: UnfreezeConfig = recipe.of("unfreeze")
+        stated = [net.size for net in config.schedule or ()]
+        sizes = stated or ladder(recipe.model.size, config.scale, config.stages, config.multiple)
+        return stages_of(sizes, config.stages) if len(set(sizes)) > 1 else ()
+
     # --- stages ---
 
     def stage(self, at: Progress) -> int:
@@ -163,6 +179,11 @@ class Unfreeze(Defaults):
 
         A stage that the run has passed without asking has the least of its candidates.
         """
+        if self.memory is None:
+            self.memory = self._nets()
+        return self.memory
+
+    def _nets(self) -> list[tuple[list[Net], Net | None]]:
         stages, sizes = self.config.stages, self.sizes
         found: list[tuple[list[Net], Net | None]] = []
         levels, there = range(1, min(2, stages) + 1), sizes[:2]
@@ -196,6 +217,10 @@ class Unfreeze(Defaults):
     def _shaped(self, plan: Plan, net: Net, stage: int) -> Plan:
         blocks = self.groups[net.depth - 1]
         plan = reshaped(plan, trainable=None if len(blocks) == len(self.groups[-1]) else blocks)
+        if self.config.outside == "head":
+            plan = reshaped(plan, head_only=True)
+        if self.config.moments == "reset" and stage:
+            plan = replace(plan, growth=Growth(stage, moments="reset"))
         if "feed.size" in self.writes:
             plan = replace(plan, feed=replace(plan.feed, size=net.size))
         return reshaped(plan, stage=stage) if self.told else plan
@@ -216,24 +241,29 @@ class Unfreeze(Defaults):
         options, chosen = self.nets()[stage]
         if chosen is not None:
             return ()
-        self.asked, number = stage, len(self.times.get(stage, ()))
-        shape = Shape(trainable=self.groups[options[number].depth - 1], stage=stage if self.told else None)
-        sets = ("trainable", "stage") if self.told else ("trainable",)
+        self.asking, number = stage, len(self.times.get(stage, ()))
+        config = self.config
+        shape = Shape(
+            trainable=self.groups[options[number].depth - 1], head_only=config.outside == "head",
+            stage=stage if self.told else None,
+        )  # fmt: skip
+        sets = ("trainable", "head_only", "stage") if self.told else ("trainable", "head_only")
         size = options[number].size if "feed.size" in self.writes else 0
         if len(self.scores.get(stage, ())) == number:
-            batches = KERNEL_BATCHES + ZICO_BATCHES
-            return [Probe("trainability", shape, size, batches, samples=self.samples, sets=sets)]
-        return [Probe("seconds", shape, size, TIMED_BATCHES, samples=self.samples, sets=sets)]
+            batches, kernel = config.zico_batches, config.kernel_batches
+            return [Probe("trainability", shape, size, batches, kernel, samples=self.samples, sets=sets)]
+        return [Probe("seconds", shape, size, config.timed_batches, samples=self.samples, sets=sets)]
 
     def observe(self, seen: StepResult | ProbeResult) -> None:
         if not isinstance(seen, ProbeResult):
             return
         kept = self.scores if seen.probe.kind == "trainability" else self.times
-        kept.setdefault(self.asked, []).append(seen.value)
+        kept.setdefault(self.asking, []).append(seen.value)
+        self.memory = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": dict(self.scores), "times": dict(self.times)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores = {stage: [tuple(pair) for pair in pairs] for stage, pairs in state["scores"].items()}
-        self.times = dict(state["times"])
+        self.times, self.memory = dict(state["times"]), None

@@ -75,6 +75,9 @@ def export_model(
         built["depth"] = len(model.order)
     if shape.pruned and not (shape.kept == 1 and shape.attended == 1):  # as it was evaluated
         built |= {"kept": shape.kept, "attended": shape.attended, "pruned_blocks": list(shape.pruned)}
+        built |= {"own_masks": True} if shape.own_masks else {}
+    if getattr(model, "centre", None) is not None:
+        built["centre"] = model.centre
     described = {
         "architecture": config.name,
         "num_classes": len(classes),

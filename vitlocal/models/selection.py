@@ -1,6 +1,6 @@
 """Fewer tokens and fewer connections, chosen by attention (Kong et al. 2023, arXiv 2211.10801; code Tri-Level-ViT).
 
-Shapes: B batch, M heads, N patch tokens, T tokens in all, n kept patch tokens.
+Shapes: B batch, M heads, N patch tokens, T tokens in all, n kept patch tokens; G masks, one or M.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Selection:
-    """How many a block keeps: this part of the patch tokens, and for each token this part of those to attend to."""
+    """How many a block keeps: this part of the patch tokens, and for each token this part of those to attend to.
+
+    ``own_masks``: each head chooses whom to attend to, where otherwise one mask serves all.
+    """
 
     kept: float
     attended: float
+    own_masks: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -32,7 +36,7 @@ class Selected:
     """What the blocks so far have left. None: everything."""
 
     places: Tensor | None = None  # (B, n) int64, of kept patch tokens in the grid
-    mask: Tensor | None = None  # (B, 1, T, T) bool: who attends (row) to whom (column)
+    mask: Tensor | None = None  # (B, G, T, T) bool: who attends (row) to whom (column)
 
 
 EVERYTHING = Selected()
@@ -70,33 +74,44 @@ def scatter_tokens(tokens: Tensor, places: Tensor, count: int) -> Tensor:
     return whole.scatter(1, places[..., None].expand(-1, -1, tokens.shape[2]), tokens)
 
 
-def connection_mask(attention: Tensor, part: float, passing: int) -> Tensor:
-    """Each patch token attends to the ``part`` of patch tokens that it attends to most: (B, T, T) → (B, 1, T, T) bool.
+def among(attention: Tensor, places: Tensor, passing: int) -> Tensor:
+    """What the ``passing`` tokens and the patch tokens at ``places`` (B, n) pay to each other, of (B, G, T, T)."""
+    first = torch.arange(passing, device=places.device).expand(len(places), -1)
+    index = torch.cat([first, places + passing], dim=1)[:, None]  # (B, 1, passing + n)
+    rows = index[..., None].expand(-1, attention.shape[1], -1, attention.shape[3])
+    attention = attention.gather(2, rows)
+    return attention.gather(3, index[:, :, None].expand(-1, attention.shape[1], attention.shape[2], -1))
 
-    One mask for all heads. Class tokens attend to all, and all to them.
+
+def connection_mask(attention: Tensor, part: float, passing: int) -> Tensor:
+    """Each patch token attends to the ``part`` of patch tokens that it attends to most: (B, G, T, T), bool.
+
+    Class tokens attend to all, and all to them.
     """
-    among = attention[:, passing:, passing:]  # (B, n, n)
-    least = among.topk(part_of(among.shape[2], part), dim=2).values[..., -1:]  # (B, n, 1)
+    patches = attention[..., passing:, passing:]  # (B, G, n, n)
+    # By places and not by the least value: what was masked before has nothing, and many of that are equal.
+    most = patches.topk(part_of(patches.shape[3], part), dim=3).indices  # (B, G, n, k)
     mask = torch.ones_like(attention, dtype=torch.bool)
-    mask[:, passing:, passing:] = among >= least
-    return mask[:, None]
+    mask[..., passing:, passing:] = torch.zeros_like(patches, dtype=torch.bool).scatter(3, most, True)
+    return mask
 
 
 def narrow(
     tokens: Tensor, attention: Tensor, before: Selected, how: Selection, passing: int
 ) -> tuple[Tensor, Selected]:
-    """Drops tokens (B, T, D) and connections by head-mean ``attention`` (B, T, T), which carries no gradient.
+    """Drops tokens (B, T, D) and connections by ``attention`` (B, M, T, T), which carries no gradient.
 
     Dropped tokens are gone: nothing is merged or pooled (as the released code does it).
     """
     attention = attention.detach()
-    count = attention.shape[1] - passing
+    mean = attention.mean(dim=1, keepdim=True)  # over heads
+    count = mean.shape[2] - passing
     places, keep = before.places, part_of(count, how.kept)
+    attention = attention if how.own_masks else mean
     if keep < count:
-        chosen = strongest(patch_scores(attention, passing), keep)  # (B, keep), among those that were left
+        chosen = strongest(patch_scores(mean[:, 0], passing), keep)  # (B, keep), among those that were left
         tokens = gather_tokens(tokens, chosen, passing)
         places = chosen if places is None else places.gather(1, chosen)
-        attention = gather_tokens(attention, chosen, passing)
-        attention = gather_tokens(attention.transpose(1, 2), chosen, passing).transpose(1, 2)
+        attention = among(attention, chosen, passing)
     mask = connection_mask(attention, how.attended, passing) if how.attended < 1 else None
     return tokens, Selected(places, mask)

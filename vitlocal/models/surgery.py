@@ -7,6 +7,7 @@ run get gradients of exactly zero, blocks that do not run, or are frozen, none a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def put(model: nn.Module, shape: Shape) -> None:
 
 
 def _selections(shape: Shape, count: int) -> dict[int, Selection]:
-    how = Selection(shape.kept, shape.attended)
+    how = Selection(shape.kept, shape.attended, shape.own_masks)
     return {} if how.is_whole else {place: how for place in shape.pruned if place < count}
 
 
@@ -117,21 +118,32 @@ def in_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[None]:
 
 
 def set_trainable(model: nn.Module, shape: Shape) -> bool:
-    """Freezes the blocks that the shape does not train, and frees those that it does; returns whether any changed.
+    """Freezes what the shape does not train, and frees the blocks that it does; returns whether any changed.
 
-    Blocks outside of ``shape.slots`` are frozen; skipped ones are not. Frozen parameters have no gradient.
+    Blocks outside of ``shape.slots`` are frozen; skipped ones are not. Frozen parameters have no gradient. What
+    ``shape.head_only`` freezes stays so.
     """
-    if shape.slots is None and shape.trainable is None and not hasattr(model, "blocks"):
+    if shape.slots is None and shape.trainable is None and not shape.head_only and not hasattr(model, "blocks"):
         return False
-    changed = False
+    wished: dict[nn.Parameter, bool] = {}
     for slot, block in enumerate(blocks_of(model)):
         on = (shape.slots is None or slot in shape.slots) and (shape.trainable is None or slot in shape.trainable)
-        for parameter in block.parameters():
-            if parameter.requires_grad != on:
-                parameter.requires_grad_(on)
-                parameter.grad = None
-                changed = True
-    return changed
+        wished |= dict.fromkeys(block.parameters(), on)
+    if shape.head_only:
+        above = {p for module in _above_blocks(model) for p in module.parameters()}
+        above.add(getattr(model, "stage_table", None))
+        wished |= dict.fromkeys((p for p in model.parameters() if p not in above and p not in wished), False)
+    changed = [parameter for parameter, on in wished.items() if parameter.requires_grad != on]
+    for parameter in changed:
+        parameter.requires_grad_(wished[parameter])
+        parameter.grad = None
+    return bool(changed)
+
+
+def _above_blocks(model: nn.Module) -> list[nn.Module]:
+    """What a model runs after its blocks: timm's models, and ours, register their parts in that order."""
+    names = list(dict(model.named_children()))
+    return [getattr(model, name) for name in names[names.index("blocks") + 1 :]]
 
 
 # --- growth ---------------------------------------------------------------------------------------------------------
@@ -181,17 +193,17 @@ def grow(
     where ``growth.average`` names one of them, the model first takes over its weights.
     """
     if growth.average is not None and not growth.new_only:
-        for mine, averaged in zip(model.parameters(), copies[growth.average].parameters(), strict=True):
-            mine.copy_(averaged)
-        for mine, averaged in zip(model.buffers(), copies[growth.average].buffers(), strict=True):
-            mine.copy_(averaged)
+        model.load_state_dict(copies[growth.average].state_dict())
     if growth.weights == "copy":
         for one in (model, *copies):
             source = copies[growth.average] if growth.new_only and growth.average is not None else one
-            _copy_slots(one, _ranges(one, before, shape), growth.scale)
+            _copy_slots(one, _ranges(one, before, shape), growth)
             _copy_blocks(one, growth.blocks, source if one is model else one)
         if growth.noise:
             _add_noise(model, _ranges(model, before, shape), growth, seed)
+    else:
+        for one in (model, *copies):
+            _draw_slots(one, _ranges(one, before, shape), seed * 1000 + growth.number)
     _settle_moments(model, _ranges(model, before, shape), growth, moments)
 
 
@@ -208,17 +220,35 @@ def _ranges(model: nn.Module, before: Shape, shape: Shape) -> dict[str, tuple[in
     return found
 
 
-def _copy_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], scale: float) -> None:
+def _copy_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth: Growth) -> None:
     for part in slices(model):
         if part.unit not in ranges:
             continue
         old, new = ranges[part.unit]
-        seen, sources = part.of(part.parameter), sources_of(old, new)
+        seen, sources = part.of(part.parameter), sources_of(old, new, growth.sources)
         taken = seen.index_select(part.axis, torch.tensor(sources, device=seen.device))
         seen.narrow(part.axis, old, new - old).copy_(taken)
-        if part.outgoing and scale != 1:
+        if part.outgoing and growth.scale != 1:
             touched = torch.tensor(sorted({*sources, *range(old, new)}), device=seen.device)
-            seen.index_copy_(part.axis, touched, seen.index_select(part.axis, touched) * scale)
+            seen.index_copy_(part.axis, touched, seen.index_select(part.axis, touched) * growth.scale)
+
+
+def _draw_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], seed: int) -> None:
+    """As at the model's start: weights that do not run have none but decay, and are not what was drawn any more."""
+    if not ranges:
+        return
+    with torch.random.fork_rng([]):  # on the host: every process draws the same
+        torch.manual_seed(seed)
+        drawn = copy.deepcopy(model).cpu()
+        for module in drawn.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        drawn.init_weights()
+    for part, fresh in zip(slices(model), slices(drawn), strict=True):
+        if part.unit in ranges:
+            old, new = ranges[part.unit]
+            theirs = fresh.of(fresh.parameter).narrow(part.axis, old, new - old)
+            part.of(part.parameter).narrow(part.axis, old, new - old).copy_(theirs)
 
 
 def _copy_blocks(model: nn.Module, pairs: Sequence[tuple[int, int]], source: nn.Module) -> None:
@@ -256,7 +286,8 @@ def _settle_moments(model: nn.Module, ranges: Mapping[str, tuple[int, int]], gro
             seen = part.of(value)
             fresh = seen.narrow(part.axis, old, new - old)
             if growth.moments == "copy":
-                fresh.copy_(seen.index_select(part.axis, torch.tensor(sources_of(old, new), device=seen.device)))
+                sources = torch.tensor(sources_of(old, new, growth.sources), device=seen.device)
+                fresh.copy_(seen.index_select(part.axis, sources))
             else:
                 fresh.zero_()
     for slot, source in growth.blocks:

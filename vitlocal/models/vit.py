@@ -146,6 +146,13 @@ class Attention(nn.Module):
             qkv = F.linear(tokens, weight, bias)
         return qkv.view(batch, count, 3, self.active, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
+    def _part(self, tokens: Tensor, number: int) -> Tensor:
+        """Queries (0), keys (1) or values (2) of the active heads alone, (B, M, T, d)."""
+        weight, bias = self.qkv.weight.chunk(3)[number], self.qkv.bias
+        width = self.active * len(weight) // self.num_heads
+        part = F.linear(tokens, weight[:width], None if bias is None else bias.chunk(3)[number][:width])
+        return part.unflatten(2, (self.active, -1)).transpose(1, 2)
+
     def _merge(self, mixed: Tensor) -> Tensor:
         """The active heads' outputs (B, M, T, d) → (B, T, D)."""
         merged = mixed.transpose(1, 2).flatten(2)
@@ -154,23 +161,23 @@ class Attention(nn.Module):
         return F.linear(merged, self.proj.weight[:, : merged.shape[2]], self.proj.bias)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``mask`` (B, 1, T, T) bool: who attends (row) to whom (column); None: all to all."""
+        """``mask`` (B, 1 or M, T, T) bool: who attends (row) to whom (column); None: all to all."""
         return self._merge(F.scaled_dot_product_attention(*self._project(tokens), attn_mask=mask))
 
     def shown(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, and the attention that it paid, (B, T, T), the mean over heads: written out, and slower."""
+        """:meth:`forward`, and the attention that each head paid, (B, M, T, T): written out, and slower."""
         query, key, value = self._project(tokens)
         scores = (query * query.shape[-1] ** -0.5) @ key.mT
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         attention = scores.float().softmax(dim=-1)
-        return self._merge(attention.to(value.dtype) @ value), attention.mean(dim=1)
+        return self._merge(attention.to(value.dtype) @ value), attention
 
     def paid(self, tokens: Tensor, mask: Tensor | None, passing: int) -> Tensor:
         """What the class token pays to each patch, the mean over heads: (B, N). Without one: what all pay, summed."""
-        query, key, _ = self._project(tokens)
         rows = slice(0, 1) if passing else slice(None)
-        scores = (query[:, :, rows] * query.shape[-1] ** -0.5) @ key.mT  # (B, M, 1 or T, T)
+        query, key = self._part(tokens[:, rows], 0), self._part(tokens, 1)
+        scores = (query * query.shape[-1] ** -0.5) @ key.mT  # (B, M, 1 or T, T)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
         return scores.float().softmax(dim=-1).mean(dim=1).sum(dim=1)[:, passing:]
@@ -234,8 +241,9 @@ class VisionTransformer(nn.Module):
     - ``pool``: "token" reads the class token; "avg" does without one and reads the mean of the patch tokens.
     - ``drop_path_rate``: drop path of the last block, rising linearly from 0 at the first.
     - ``train_position``: False freezes the position table, as it is in effect in the released code.
-    - ``kept``, ``attended``, ``pruned_blocks``: at these blocks, this part of the patch tokens is kept, and each
-      attends to this part of them from there on; see :mod:`vitlocal.models.selection`.
+    - ``kept``, ``attended``, ``own_masks``, ``pruned_blocks``: at these blocks, this part of the patch tokens is kept,
+      and each attends to this part of them from there on; see :mod:`vitlocal.models.selection`.
+    - ``centre``: side, in patches, of the centre crop of the token grid that runs; None: all of it.
     - ``position``: how the table starts, "random" as ``init`` says, or "sincos", see :func:`sincos_table`.
     - ``init``: "trunc_normal" as DeiT; "xavier" as the released code, which leaves biases as PyTorch does.
     """
@@ -261,6 +269,8 @@ class VisionTransformer(nn.Module):
         position: str = "random",
         kept: float = 1.0,
         attended: float = 1.0,
+        own_masks: bool = False,
+        centre: int | None = None,
         pruned_blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -312,9 +322,11 @@ class VisionTransformer(nn.Module):
         self.stage_null, self.stage_tokens = 0.0, "all"
         # The part of the model that runs: surgery.put() alone moves these, and none is in the model's state.
         self.order: tuple[int, ...] = tuple(range(depth))  # of blocks
-        self.centre: int | None = None  # side of the grid's centre crop
+        if centre is not None:
+            check_count("centre", centre)
+        self.centre = centre
         self.crops_images = False  # before the embedding, not after it
-        how = Selection(kept, attended)
+        how = Selection(kept, attended, own_masks)
         # By the block's place in the order.
         self.selections: dict[int, Selection] = {} if how.is_whole else dict.fromkeys(pruned_blocks, how)
         # On the device, so that writing new rates into it costs neither a sync nor a recompilation.

@@ -13,7 +13,7 @@ def fit(run: Run) -> None:
     """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
     if run.unclosed is not None:  # trained, and stopped before it was evaluated
         run.end_pass(run.unclosed)
-    elif run.running is not None and run.plan().feed != run.running.feed:  # time went on while it was killed
+    elif run.running is not None and run.plan().feed != run.running.feed:  # what was spent after the checkpoint counts
         run.end_pass(run.running)
     while not run.over:
         run.inquire()

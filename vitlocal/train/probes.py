@@ -5,20 +5,22 @@ Nothing here leaves a trace: weights, moments, averages, BatchNorm's statistics 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from vitlocal.data.source import Batch
+from vitlocal.errors import ConfigError
 from vitlocal.models.surgery import check_shape, in_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import TRAINING_FLOPS, Feed, Plan, Position, Probe
-from vitlocal.train.step import EAGER, buffers_kept
+from vitlocal.train.step import EAGER, buffers_kept, step_seed
 from vitlocal.train.trainability import condition_number, zico
 from vitlocal.train.watch import wait
 
@@ -35,12 +37,14 @@ def answer(run: Run, probe: Probe) -> Any:
         return run.ranks.total(probe.value.to(run.device)).cpu()  # device sync
     probe = in_place(run, probe)
     check_shape(run.model, probe.shape)
-    before = run.step.shape
+    before = run.step.shape, run.step.dials
+    run.step.turn(run.plan().dials)
     try:
-        with generators_kept(run.device), buffers_kept(run.model):
+        with generators_seeded(run.device, step_seed(run.config.run.seed, 0, run.ranks.rank)), buffers_kept(run.model):
             return run.ranks.told(KINDS[probe.kind](run, probe))
     finally:
-        run.step.put(before)
+        run.step.put(before[0])
+        run.step.turn(before[1])
 
 
 def in_place(run: Run, probe: Probe) -> Probe:
@@ -77,7 +81,7 @@ def seconds(run: Run, probe: Probe) -> float:
 
 @torch.no_grad()
 def loss(run: Run, probe: Probe) -> float:
-    """Mean cross-entropy of the probe's training batches, as in training but for the update."""
+    """Mean cross-entropy of the probe's batches, as in training but for the update."""
     run.step.put(probe.shape)
     model = run.model if probe.average is None else run.copies[probe.average].model
     training = model.training
@@ -99,38 +103,59 @@ def loss(run: Run, probe: Probe) -> float:
 
 
 def trainability(run: Run, probe: Probe) -> tuple[float, float]:
-    """The mean condition number of the tangent kernel, and ZiCo, over the probe's batches of ``samples`` images."""
+    """The mean condition number of the tangent kernel, and ZiCo, over batches of ``samples`` images."""
     run.step.put(probe.shape)
     kept = [parameter.grad for parameter in run.model.parameters()]
     numbers, gradients = [], []
-    half = probe.batches // 2  # for the kernel; the rest for ZiCo
     try:
-        with batches_of(run, probe) as batches:
+        with batches_of(run, probe, extra=probe.kernel_batches) as batches:
             for number, batch in enumerate(batches):
-                if number < half:
-                    numbers.append(condition_number(run.step, batch))
+                if number < probe.kernel_batches:
+                    numbers.append(condition_number(run.step, batch, number))
                 else:
                     gradients.append(run.step.gradients_of(batch))
     finally:
         for parameter, grad in zip(run.model.parameters(), kept, strict=True):
             parameter.grad = grad
-    images = probe.samples * (len(numbers) + len(gradients))
-    run.clock.count_flops(TRAINING_FLOPS * images * run.macs(probe.size, probe.shape))
+    # Each image's gradient is a backward of its own, through the whole batch.
+    backward, macs = TRAINING_FLOPS - FORWARD_FLOPS, run.macs(probe.size, probe.shape)
+    kernels = len(numbers) * probe.samples * (FORWARD_FLOPS + backward * probe.samples)
+    run.clock.count_flops(macs * (kernels + len(gradients) * probe.samples * TRAINING_FLOPS))
     return sum(numbers) / max(len(numbers), 1), zico(gradients)
 
 
 @contextmanager
 def batches_of(run: Run, probe: Probe, extra: int = 0) -> Iterator[Iterator[Batch]]:
-    """The probe's batches, and ``extra`` ones: training images that are the same at every call."""
+    """The probe's batches, and ``extra`` ones, all of them full: images of its split, the same at every call.
+
+    Raises ConfigError where the split has fewer images than a batch.
+    """
+    source, count = getattr(run.sources, probe.split), probe.batches + extra
     feed = Feed(probe.size, probe.samples, run.plan().feed.subset)
-    with run.sources.train.open(feed, Position(EPOCH)) as batches:
-        yield islice(batches, probe.batches + extra)
+    if probe.split == "val":  # which has an order, by class perhaps: from all over it
+        rows = np.linspace(0, source.count - 1, min(source.count, count * probe.samples)).astype(np.int64)
+        source.rows.keep(number := len(rows), rows)
+        feed = replace(feed, subset=number)
+    if source.rows.count(feed.subset) < probe.samples:
+        raise ConfigError(
+            f"methods: a candidate is measured on batches of {probe.samples} images, and there are "
+            f"{source.rows.count(feed.subset)}; use smaller batches"
+        )
+
+    def endless() -> Iterator[Batch]:
+        for epoch in itertools.count(EPOCH):
+            with source.open(feed, Position(epoch)) as batches:
+                yield from (batch for batch in batches if batch.total == probe.samples)
+
+    with closing(endless()) as batches:
+        yield itertools.islice(batches, count)
 
 
 @contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """PyTorch's generators are afterwards as before."""
+def generators_seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """PyTorch's generators start from ``seed`` in here, and are afterwards as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
 
 

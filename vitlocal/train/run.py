@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import shutil
 import signal
@@ -16,14 +15,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_freed_memory
-from vitlocal.methods import BatchSize, Surroundings, build_methods
+from vitlocal.methods import METHODS, BatchSize, Surroundings, build_methods
 from vitlocal.models.factory import build_model, export_model, load_weights
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
@@ -48,7 +46,8 @@ from vitlocal.train.checkpoint import keep_weights, load_checkpoint, save_checkp
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average, build_average
 from vitlocal.train.evaluate import Accuracy, evaluate
-from vitlocal.train.journal import Journal, read_spent
+from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, header, resumes_from, spent_in
+from vitlocal.train.journal import Journal
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer, moments_of
 from vitlocal.train.probes import answer
@@ -57,8 +56,6 @@ from vitlocal.train.report import rehearse_report, write_classes
 from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
 from vitlocal.train.watch import Watch, wait
 
-CHECKPOINT = Path("checkpoints") / "last.pt"
-JOURNAL = Path("spent.json")
 REHEARSAL = ".rehearsal"
 REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
 OUTSIDE_SECONDS = 1.5  # that Python takes to start, and to end with PyTorch loaded: no clock of ours sees them
@@ -228,6 +225,10 @@ class Run:
         warmup, length = self.config.train.warmup, self.config.budget.length
         epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / count}  # in a unit
         found = []
+        if self.started_anew:
+            found.append(
+                f"{', '.join(self.started_anew)} start anew; all other weights are from {self.config.model.weights}"
+            )
         if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
             warmup.kind == length.kind and warmup.value > length.value
         ):
@@ -548,7 +549,7 @@ class Run:
         notes = {method.name: method.notes() for method in self.methods}
         if shared:
             notes = {
-                name: {key: self.ranks.total(value.clone()).cpu() for key, value in each.items()}
+                name: {key: self.ranks.total(value.to(self.device, copy=True)).cpu() for key, value in each.items()}
                 for name, each in notes.items()
             }
         return {
@@ -650,8 +651,8 @@ def check_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError where the patch does not divide a size that the run would come to, hours later perhaps."""
     patch = patch_side(model)
     sizes = {"model.size": [config.model.size], "evaluate.size": [config.evaluate.size]}
-    if "image_size" in config.methods:
-        sizes["image_size: sizes"] = list(config.of("image_size").sizes)
+    for name in config.methods:
+        sizes[f"{name}: sizes"] = [stage.size for stage in METHODS[name].feeds(config)]
     odd = [f"{name} {size}" for name, those in sizes.items() for size in those if size % patch]
     if odd:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
@@ -696,64 +697,6 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     return device
 
 
-def check_same(folder: Path, config: Config) -> None:
-    """Raises ConfigError where ``folder`` holds a run of another configuration."""
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    before = {
-        f"{section}.{key}" if key else section: value
-        for section, inner in stored.items()
-        for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
-    }
-    before = Config().flat() | before  # what an older version did not know of was as it is by default
-    changed = [
-        f"{name} was {before[name]!r} and is now {value!r}"
-        for name, value in config.flat().items()
-        if name not in IMMATERIAL and before[name] != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"run.folder: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options "
-            "to go on with it, or another --run.folder"
-        )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"run.folder: another process is training in {folder}; use another --run.folder"
-            ) from error
-        yield
-
-
-def _check_folder(config: Config, folder: Path) -> bool:
-    """Whether ``folder`` holds a run to go on with; ConfigError where that is not what ``run.resume`` asks for."""
-    checkpoint = folder / CHECKPOINT
-    resumes = checkpoint.exists() and config.run.resume != "never"
-    if config.run.resume == "must" and not resumes:
-        raise ConfigError(f"run.resume: there is no run to go on with in {folder} ({checkpoint} is not there)")
-    if config.run.resume == "never" and checkpoint.exists():
-        raise ConfigError(f"run.resume: {folder} holds a run already; remove it, or use another --run.folder")
-    if resumes:
-        check_same(folder, config)
-    return resumes
-
-
-def _spent(folder: Path, config: Config) -> tuple[float, float]:
-    """What this run has spent so far, even if it was killed before its first checkpoint; nothing if it is a new one."""
-    if not (folder / "config.yaml").exists():
-        return 0.0, 0.0
-    try:
-        check_same(folder, config)
-    except ConfigError:
-        return 0.0, 0.0
-    return read_spent(folder / JOURNAL)
-
-
 def _check_peers(config: Config, ranks: Ranks) -> None:
     """Raises ConfigError where the processes were not all started with the same options."""
     theirs = ranks.told(config.flat())
@@ -772,7 +715,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     """
     ranks = find_ranks()
     folder = Path(config.run.folder)
-    resumes = _check_folder(config, folder) if ranks.first else False
+    resumes = resumes_from(folder, config) if ranks.first else False
     device = choose_device(config.run.device, ranks)
     if device.type == "cpu":
         keep_freed_memory()
@@ -784,17 +727,17 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
         _check_peers(config, ranks)
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
         try:
-            with _claimed(folder) if ranks.first else nullcontext():
+            with claimed(folder) if ranks.first else nullcontext():
                 run = Run(config, folder, sources, device, ranks, began)
                 state = ranks.told(load_checkpoint(folder / CHECKPOINT) if resumes else None)
-                spent = ranks.told(_spent(folder, config) if ranks.first else None)
+                spent = ranks.told(spent_in(folder, config) if ranks.first else None)
                 if state is not None:
                     run.load(state)
                 run.clock.spent_before(*spent)
                 run.start_meter()
                 run.agree()
                 if state is None and ranks.first:
-                    (folder / "config.yaml").write_text(_header() + config.yaml(), encoding="utf-8")
+                    (folder / "config.yaml").write_text(header() + config.yaml(), encoding="utf-8")
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None and run.meter.images > 0))
                 with Journal(folder / JOURNAL, run.clock) if ranks.first else nullcontext():
@@ -804,21 +747,3 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                         run.log.close()
         finally:
             sources.close()
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it; a wrong configuration takes it away again, but for what has been trained."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
-            yield
-    except ConfigError:
-        if is_new and not (folder / CHECKPOINT).exists():
-            shutil.rmtree(folder)
-        raise
-
-
-def _header() -> str:
-    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {' '.join(sys.argv)}\n"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vitlocal.config import Config
+from vitlocal.methods import METHODS
 from vitlocal.plan import Length, Progress, Stage
 
 
@@ -41,8 +42,9 @@ class Spent:
 
 
 def curriculum(config: Config) -> tuple[Stage, ...]:
-    """The recipe's stages; without a curriculum one, at the model's size."""
-    return config.of("image_size").curriculum if "image_size" in config.methods else (Stage(config.model.size),)
+    """The recipe's stages, as far as they are known before a run; where no method feeds sizes one, at the model's."""
+    each = (tuple(METHODS[name].feeds(config)) for name in config.methods)
+    return next((stages for stages in each if stages), (Stage(config.model.size),))
 
 
 def spend(

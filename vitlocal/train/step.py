@@ -235,6 +235,12 @@ class Step:
                 self.wrapped += 1
                 self.objective = self.ranks.wrap(self.bare, whole)
 
+    def turn(self, dials: Dials) -> None:
+        """Augmentation and drop path are as strong as ``dials`` say from now on."""
+        if dials != self.dials:
+            self.dials = dials
+            self._set_drop_path()
+
     def mode(self, feed: Feed) -> Mode:
         """How full batches of ``feed`` run, in the present shape. The last, smaller batch of an epoch runs eagerly."""
         key = (feed.size, feed.batch_size, self.shape)
@@ -300,12 +306,17 @@ class Step:
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         """The summed cross-entropy of a batch under ``model``'s weights, augmented as in step ``number``: 0-D."""
-        seed = self.config.run.seed
-        images = self.augment.prepare(batch.images, seed, number, batch.places, self.dials.of_operations)
+        logits = self.logits_of(model, batch, number, self.precision).float()
+        return F.cross_entropy(logits, batch.labels, reduction="sum")
+
+    def logits_of(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> Tensor:
+        """A batch's logits (B, C) in ``precision``, augmented as in step ``number``, but for mixing and erasing."""
+        seed, places = self.config.run.seed, batch.places[: len(batch)]  # damaged images are left out of some splits
+        images = self.augment.prepare(batch.images, seed, number, places, self.dials.of_operations)
         pixels = self.bare.resized(self.augment.normalize(images))
-        with autocast(self.device, self.precision):
-            logits = model(pixels, self._noise(seed, number, batch.places)) if self.draws_paths else model(pixels)
-        return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        operands = (pixels, self._noise(seed, number, places)) if self.draws_paths else (pixels,)
+        with autocast(self.device, precision):
+            return model(*operands)
 
     def forward_of(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
         """``model`` as a function of uint8 images (B, 3, S, S), for evaluation; compiled for whole batches."""
@@ -332,9 +343,7 @@ class Step:
 
         ``decay`` is the average's, where the recipe does not state it; ``dials`` scale augmentation and drop path.
         """
-        if dials != self.dials:
-            self.dials = dials
-            self._set_drop_path()
+        self.turn(dials)
         with denormals_flushed(self.device):
             outcome = self._gradients(batch, step, mode)
             self._update(lr, decay, step)

@@ -48,10 +48,10 @@ def kernel_condition(kernel: Tensor) -> float:
     return float(values[-1] / values[0])
 
 
-def condition_number(step: Step, batch: Batch) -> float:
-    """Of the model in its present shape, on a batch."""
+def condition_number(step: Step, batch: Batch, number: int) -> float:
+    """Of the model in its present shape, on a batch augmented as in step ``number``, in float32."""
     with torch.enable_grad():
-        logits = step.model(step.bare.resized(step.augment.normalize(batch.images)))
+        logits = step.logits_of(step.model, batch, number, torch.float32)
         return kernel_condition(tangent_kernel(step.model, logits))
 
 

@@ -1,0 +1,96 @@
+"""A run's folder: what lies where in it, whether there is a run to go on with, and who may write there."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from vitlocal.config import IMMATERIAL, Config
+from vitlocal.errors import ConfigError
+from vitlocal.train.journal import read_spent
+
+CHECKPOINT = Path("checkpoints") / "last.pt"
+JOURNAL = Path("spent.json")
+
+
+def check_same(folder: Path, config: Config) -> None:
+    """Raises ConfigError where ``folder`` holds a run of another configuration."""
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    before = {
+        f"{section}.{key}" if key else section: value
+        for section, inner in stored.items()
+        for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
+    }
+    before = Config().flat() | before  # what an older version did not know of was as it is by default
+    changed = [
+        f"{name} was {before[name]!r} and is now {value!r}"
+        for name, value in config.flat().items()
+        if name not in IMMATERIAL and before[name] != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"run.folder: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options "
+            "to go on with it, or another --run.folder"
+        )
+
+
+def resumes_from(folder: Path, config: Config) -> bool:
+    """Whether ``folder`` holds a run to go on with; ConfigError where that is not what ``run.resume`` asks for."""
+    checkpoint = folder / CHECKPOINT
+    resumes = checkpoint.exists() and config.run.resume != "never"
+    if config.run.resume == "must" and not resumes:
+        raise ConfigError(f"run.resume: there is no run to go on with in {folder} ({checkpoint} is not there)")
+    if config.run.resume == "never" and checkpoint.exists():
+        raise ConfigError(f"run.resume: {folder} holds a run already; remove it, or use another --run.folder")
+    if resumes:
+        check_same(folder, config)
+    return resumes
+
+
+def spent_in(folder: Path, config: Config) -> tuple[float, float]:
+    """What this run has spent so far, even if it was killed before its first checkpoint; nothing if it is a new one."""
+    if not (folder / "config.yaml").exists():
+        return 0.0, 0.0
+    try:
+        check_same(folder, config)
+    except ConfigError:
+        return 0.0, 0.0
+    return read_spent(folder / JOURNAL)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run.folder: another process is training in {folder}; use another --run.folder"
+            ) from error
+        yield
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it; a wrong configuration takes it away again, but for what has been trained."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    except ConfigError:
+        if is_new and not (folder / CHECKPOINT).exists():
+            shutil.rmtree(folder)
+        raise
+
+
+def header() -> str:
+    """What stands above a run's configuration: how to repeat it."""
+    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {' '.join(sys.argv)}\n"
