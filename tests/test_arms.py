@@ -134,7 +134,7 @@ def test_names_that_give_one_folder_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [("arms: 3", "expected 'recipes'"), ("recipes: [a.yaml]", "expected 'recipes'"), ("[", "expected 'recipes'"),
-     (None, "cannot be read")],
+     ("arms: {'a, b': {}}", "has a comma in its name"), (None, "cannot be read")],
 )  # fmt: skip
 def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
     path = tmp_path / "arms.yaml"
