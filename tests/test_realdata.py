@@ -1,4 +1,7 @@
-"""Real photos, where there are some: VITLOCAL_REALDATA, or the folder shared/data beside the checkout."""
+"""Real photos, where there are some: VITLOCAL_REALDATA names a folder that holds imagenet-photos-500.tar.
+
+The archive has photos of ImageNet in a folder for each class (CLASS/NAME.JPEG, perhaps within others); some are enough.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,12 @@ from vitlocal.data.torchvision import TorchvisionSource
 from vitlocal.data.write import WriteConfig, write
 from vitlocal.plan import Feed, Position
 
-DATA = Path(os.environ.get("VITLOCAL_REALDATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-PHOTOS = DATA / "imagenet-photos-500.tar"
+PHOTOS = Path(os.environ.get("VITLOCAL_REALDATA", "")) / "imagenet-photos-500.tar"
 COUNT = 24
 
 pytestmark = [
     pytest.mark.realdata,
-    pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is not there: set VITLOCAL_REALDATA to its folder"),
+    pytest.mark.skipif(not PHOTOS.exists(), reason=f"{PHOTOS} is not there: VITLOCAL_REALDATA names its folder"),
 ]
 
 

@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "memory_gib": round(memory / 2**20, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(terse=True),
+        "system": ", ".join([platform.system(), *([" ".join(libc)] if (libc := platform.libc_ver())[0] else [])]),
     }
 
 
