@@ -1,4 +1,4 @@
-# make setup | demo | test | fuzz | lint | clean.  PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.12).
+# make setup | demo | test | test-slow | fuzz | lint | clean.  PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.12).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
