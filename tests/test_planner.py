@@ -39,6 +39,11 @@ LIMITS = Limits(cores=4, disk=10**9, memory=10**9)
 TRAIN = Cropping(random=True)
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitlocal.data.planner.MEASURE_SECONDS", 1.0)
+
+
 def value(files: tuple[Candidate, ...], stages: list[Stage], limits: Limits) -> tuple[int, int, int, int]:
     """How good a set is, by the rules: lower is better."""
     read = [(stage, serving(stage, files)) for stage in stages]
