@@ -15,6 +15,7 @@ import torch
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.write import WriteConfig, parse_files, write
+from vitlocal.train.report import read_run
 from vitlocal.train.run import Run
 
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
@@ -67,6 +68,12 @@ def small(folder: Path):
 def configure(small, tmp_path: Path):
     """The small configuration with further options, as from the command line; its run is in ``tmp_path/run``."""
     return lambda *options: small(tmp_path / "run", *options)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their page and curve, which take as long to draw as such a small run trains."""
+    monkeypatch.setattr("vitlocal.train.loop.write_report", lambda folder: read_run(folder).last)
 
 
 @pytest.fixture

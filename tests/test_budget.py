@@ -173,6 +173,8 @@ def test_parts_that_are_none(option: str):
 
 # --- what a budget buys ---------------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
 
 

@@ -27,6 +27,8 @@ from vitlocal.train.run import Run, open_run
 from vitlocal.train.step import EAGER
 from vitlocal.train.trainability import kernel_condition, tangent_kernel, zico
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 ROOT = Path(__file__).parent.parent
 # 120 training images in batches of 32: four steps an epoch. The model has 4 blocks and a grid of 6 x 6.
 COMMON = [

@@ -89,6 +89,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.usefixtures("no_report")
 def test_the_same_seed_gives_the_same_losses(configure, decoder, tmp_path: Path, options: list[str]):
     for name in ("a", "b"):
         train(configure(*options, f"--run.folder={tmp_path}/{name}"))
@@ -99,6 +100,7 @@ def test_the_same_seed_gives_the_same_losses(configure, decoder, tmp_path: Path,
 
 @pytest.mark.parametrize("save_every", ["3steps", "100ep"])
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.usefixtures("no_report")
 def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
     configure, decoder, killed_after, tmp_path: Path, options: list[str], save_every: str
 ):
@@ -118,6 +120,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
 
 
 @pytest.mark.parametrize("step", [4, 6], ids=["at the end of a pass", "in the middle of one"])
+@pytest.mark.usefixtures("no_report")
 def test_a_signal_saves_and_the_run_goes_on(configure, decoder, tmp_path: Path, monkeypatch, step: int):
     train(configure(f"--run.folder={tmp_path}/whole"))
     original, count = Run.train_on, [0]
@@ -137,6 +140,7 @@ def test_a_signal_saves_and_the_run_goes_on(configure, decoder, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("evaluation", [1, 3], ids=["in the middle", "the last"])
+@pytest.mark.usefixtures("no_report")
 def test_a_signal_while_evaluating(configure, decoder, tmp_path: Path, monkeypatch, evaluation: int):
     train(configure(f"--run.folder={tmp_path}/whole"))
     original, count = Run.evaluate, [0]
@@ -186,6 +190,7 @@ def test_methods_plan_purely_train_and_keep_their_state(configure, decoder, meth
             assert method.state_dict() == state
 
 
+@pytest.mark.usefixtures("no_report")
 def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
     began = time.monotonic()
     assert train(configure("--budget.length=3s", "--evaluate.every=0")) == 0
@@ -333,6 +338,7 @@ def test_the_export_gives_the_same_logits_through_timm_and_predicts(configure, d
         Predictor(tmp_path)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_timms_own_models_train(configure, decoder, tmp_path: Path):
     for name in ("test_vit", "test_resnet"):
         options = [f"--model.{option}=none" for option in ("depth", "width", "heads")]
@@ -368,6 +374,7 @@ def test_precision_on_a_cpu():
     assert choose_precision("bf16", torch.device("cpu")) is torch.bfloat16
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_torchvision_source_trains_the_same_loop(configure, tmp_path: Path):
     config = configure("--data.loader=torchvision", "--data.workers=1", "--budget.length=1ep")
     assert train(config) == 0
