@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitlocal.errors import ConfigError
 from vitlocal.models import local_mix as module
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.local_mix import _fused_backward, fused_local_mix, local_mix, plain_local_mix
+from vitlocal.models.local_mix import _fused_backward, fused_local_mix, fuses, local_mix, plain_local_mix
 from vitlocal.models.vit import BlockShape
 
 triton = pytest.importorskip("triton")
@@ -117,7 +117,9 @@ def test_the_operator_keeps_its_promises() -> None:
     tokens, weight, _ = operands((2, 2), 1, 4, torch.float32)
     arguments = (tokens.contiguous().requires_grad_(), weight.requires_grad_(), 2, 2, "h_swish")
     torch.library.opcheck(fused_local_mix, arguments)
-    torch.library.opcheck(_fused_backward, (tokens.detach(), weight.detach(), torch.ones(1, 4, 4), 2, 2, "h_swish"))
+    torch.library.opcheck(
+        _fused_backward, (tokens.detach(), weight.detach(), torch.ones(1, 4, 4, device=DEVICE), 2, 2, "h_swish")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
@@ -199,3 +201,13 @@ def test_compiled_for_a_gpu_everything_stays_in_registers() -> None:
     assert len(lines) == 4
     for name, width, registers, stack, local in lines:
         assert int(registers) <= 255 and (stack, local) == ("0", "0"), (name, width)
+
+
+def test_a_compiler_can_trace_which_kernel_serves() -> None:
+    """A break here would leave every local FFN of a compiled model in pieces."""
+
+    def chosen(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + 1 if fuses(torch.device("cuda"), (4, 4)) else tokens - 1
+
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == 1

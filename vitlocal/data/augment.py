@@ -10,6 +10,7 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -247,7 +248,7 @@ def randaugment(
     ``strength`` scales the magnitude, and of operations without one the chance.
     ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
     """
-    names = [*COLOURS, *MOVES]
+    names, moving = [*COLOURS, *MOVES], 2 * len(COLOURS)
     chances = np.array([0.5 * strength if name in LEVELLESS else 0.5 for name in names])
     magnitude *= strength
     images = images.clone(memory_format=torch.channels_last)
@@ -259,17 +260,22 @@ def randaugment(
         sign = np.where(sign < 0.5, -1, 1)
         applied = applied < chances[choice]
         levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
-        for number, operation in enumerate(COLOURS.values()):
-            for side in (-1, 1):
-                members = np.flatnonzero(applied & (choice == number) & (sign == side))
-                if len(members):
-                    chosen = send(torch.from_numpy(members), images.device)
-                    images[chosen] = operation(images[chosen], float(levels[number, max(side, 0)]), side)
-        members = np.flatnonzero(applied & (choice >= len(COLOURS)))
-        if len(members):
-            matrices = [MOVES[names[choice[i]]](float(sign[i] * levels[choice[i], max(sign[i], 0)])) for i in members]
-            chosen = send(torch.from_numpy(members), images.device)
-            images[chosen] = move(images[chosen], np.array(matrices))
+        # Sorted by what they go through, so that a group is a slice: one copy to the device, one gather, one scatter.
+        group = np.where(applied, np.minimum(2 * choice + (sign > 0), moving), -1)
+        order = np.argsort(group, kind="stable")
+        ends = np.searchsorted(group[order], np.arange(-1, moving + 1), side="right")
+        rows = send(torch.from_numpy(order), images.device)
+        ordered = images[rows]
+        for number, (first, last) in enumerate(pairwise(ends[:-1])):
+            if first < last:
+                side = 2 * (number % 2) - 1
+                operation, level = COLOURS[names[number // 2]], float(levels[number // 2, number % 2])
+                ordered[first:last] = operation(ordered[first:last], level, side)
+        if (first := ends[-2]) < len(order):
+            matrices = [MOVES[names[choice[i]]](float(sign[i] * levels[choice[i], max(sign[i], 0)]))
+                        for i in order[first:]]  # fmt: skip
+            ordered[first:] = move(ordered[first:], np.array(matrices))
+        images[rows] = ordered
     return images
 
 

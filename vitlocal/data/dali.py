@@ -13,7 +13,7 @@ import io
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -127,7 +127,7 @@ class DALISource:
         box = self.cropping.box(epoch, draw, height, width)
         return sample_of(data, height, width, box, size)
 
-    def _read(self, slices: list[Slice], epoch: int, size: int) -> Iterator[Batch]:
+    def _read(self, slices: Sequence[Slice], epoch: int, size: int) -> Iterator[Batch]:
         # A slice of nothing can only be the last.
         spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
         if spans:

@@ -25,7 +25,7 @@ from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, replacement
 from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.native import RANDOM, Threads, policy_of
-from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.data.shares import WHOLE, Share, Slice, Slices
 from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed, Position
@@ -82,7 +82,8 @@ class Buffers:
         """One (batch_size, S, S, 3) uint8 tensor a slot."""
         shape = (batch_size, self.size, self.size, 3)
         count = batch_size * self.size * self.size * 3
-        with self.lock:
+        # Evaluation runs in inference mode, whose tensors do not know of what they are a view when they are given back.
+        with self.lock, torch.inference_mode(False):
             return [self._take(count)[:count].view(shape) for _ in range(slots)]
 
     def _take(self, count: int) -> torch.Tensor:
@@ -126,7 +127,7 @@ class Decoder:
             self.files[path] = MappedFile(path, classes)
         return self.files[path]
 
-    def start(self, file: MappedFile, slices: list[Slice], policy: np.ndarray, size: int, device: torch.device,
+    def start(self, file: MappedFile, slices: Slices, policy: np.ndarray, size: int, device: torch.device,
               stop: bool) -> Pass:  # fmt: skip
         """Begins to decode the file's ``slices`` to crops of ``size`` px, one after another.
 
@@ -135,7 +136,7 @@ class Decoder:
         loader = self.loader or self._load(file)
         self.loader = loader
         loader.reader, loader.memory_manager = file.reader, file
-        loader.batch_size = max([1, *(len(part.draws) for part in slices)])
+        loader.batch_size = max(1, slices.largest)
         self.buffers.size, self.buffers.pinned = size, device.type == "cuda"
         if device.type == "cuda" and self.copy_stream is None:
             self.copy_stream = torch.cuda.Stream(device)
@@ -164,7 +165,7 @@ class Pass(EpochIterator):
     FFCV's own thread hangs its consumer when it fails, and outlives a pass that ends early.
     """
 
-    def __init__(self, decoder: Decoder, file: MappedFile, slices: list[Slice], policy: np.ndarray,
+    def __init__(self, decoder: Decoder, file: MappedFile, slices: Slices, policy: np.ndarray,
                  device: torch.device, stop: bool):  # fmt: skip
         self.threads, self.buffers, self.copy_stream = decoder.threads, decoder.buffers, decoder.copy_stream
         self.file, self.policy, self.device, self.stop = file, policy, device, stop
@@ -238,7 +239,7 @@ class Pass(EpochIterator):
                 part.places,
                 part.total,
             )
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to the decoders
             event.record(self.copy_stream)
         self.copies[slot] = event
         return batch, event

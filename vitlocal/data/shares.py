@@ -6,6 +6,7 @@ takes mirrored pairs: what it takes, flipped, is again what it takes, and pairs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +40,31 @@ class Share:
         back = total - 1 - front[::-1]
         return np.concatenate([front, back[1:] if total % 2 and last == half and last > first else back])
 
-    def slices(self, draws: np.ndarray, batch_size: int) -> list[Slice]:
+    def slices(self, draws: np.ndarray, batch_size: int) -> Slices:
         """This part of every global batch of ``batch_size``, the last of which is as small as it comes out."""
-        found = []
-        for start in range(0, len(draws), batch_size):
-            batch = draws[start : start + batch_size]
-            places = self.places(len(batch))
-            found.append(Slice(batch[places], places, len(batch)))
-        return found
+        return Slices(self, draws, batch_size)
+
+
+class Slices(Sequence[Slice]):
+    """A part's slices of a pass, cut when they are asked for: small batches are a hundred thousand to an epoch."""
+
+    def __init__(self, share: Share, draws: np.ndarray, batch_size: int):
+        self.share, self.draws, self.batch_size = share, draws, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.draws) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Slice:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        batch = self.draws[number * self.batch_size : (number + 1) * self.batch_size]
+        places = self.share.places(len(batch))
+        return Slice(batch[places], places, len(batch))
+
+    @property
+    def largest(self) -> int:
+        """Samples of the largest slice: the first one."""
+        return len(self.share.places(min(self.batch_size, len(self.draws))))
 
 
 WHOLE = Share()

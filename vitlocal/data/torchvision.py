@@ -6,7 +6,7 @@ The comparison that users know, and the slow twin that the FFCV source is tested
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -66,7 +66,7 @@ class Batches:
     """A batch sampler whose content is set before each pass."""
 
     def __init__(self) -> None:
-        self.slices: list[Slice] = []
+        self.slices: Sequence[Slice] = ()
         self.epoch, self.size = 0, 0
 
     def __iter__(self) -> Iterator[list[Request]]:

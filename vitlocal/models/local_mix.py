@@ -20,6 +20,7 @@ from vitlocal.errors import ConfigError
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish, "gelu": F.gelu}
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 MAX_WIDTH = 16  # columns of a grid that the fused kernel holds in registers: 256 px in patches of 16
 
 
@@ -85,7 +86,7 @@ fused_local_mix.register_autograd(_differentiate, setup_context=_keep)
 
 def fuses(device: torch.device, grid: tuple[int, int]) -> bool:
     """Whether the fused kernel serves tokens on ``device``: a CUDA device, and a grid of at most MAX_WIDTH columns."""
-    return device.type == "cuda" and grid[1] <= MAX_WIDTH and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and grid[1] <= MAX_WIDTH and HAS_TRITON
 
 
 def local_mix(

@@ -28,7 +28,7 @@ def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
-    return x.mT if turned else x
+    return x.mT.contiguous() if turned else x
 
 
 class Muon(torch.optim.Optimizer):

@@ -62,8 +62,9 @@ def fast_attention(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    # Of these PyTorch takes the first that has a kernel for the case: float32 is the last one's alone.
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    # The first where it has a kernel for the case; float32 and masks are the second's. Not cuDNN's, which PyTorch 2.11
+    # prefers on an H100: gradients of not-a-number have been reported of it, with masks and without (pytorch#196678).
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(fused):
         try:
             yield
@@ -274,17 +275,21 @@ class Step:
         if not mode.compiled:
             return 0.0
         began = time.perf_counter()
-        places = self.ranks.share.places(feed.batch_size)
-        images = torch.zeros((len(places), feed.size, feed.size, 3), dtype=torch.uint8, device=self.device)
-        labels = torch.arange(len(places), device=self.device) % classes
-        batch = Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, feed.batch_size)
         with buffers_kept(self.model):
-            for _ in range(
-                3 if mode.graphs else 1
-            ):  # a graph is captured in the second run, replayed from the third on
-                self.rehearse(batch, mode)
+            # A graph is captured in the second run, and replayed from the third on.
+            for _ in range(3 if mode.graphs else 1):
+                self.rehearse(self._blank(feed.size, feed.batch_size, classes), mode)
+            if feed.batch_size > 2 * self.ranks.world:  # an epoch's last batch, which is short: kernels of its own
+                self.rehearse(self._blank(feed.size, feed.batch_size // 2, classes), EAGER)
         wait(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
+
+    def _blank(self, size: int, total: int, classes: int) -> Batch:
+        """This process's part of a batch of ``total`` black images."""
+        places = self.ranks.share.places(total)
+        images = torch.zeros((len(places), size, size, 3), dtype=torch.uint8, device=self.device)
+        labels = torch.arange(len(places), device=self.device) % classes
+        return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, total)
 
     def rehearse(self, batch: Batch, mode: Mode = EAGER) -> None:
         """Forward and backward without an update; the gradients are thrown away."""
@@ -434,7 +439,7 @@ class Step:
     def _hold_back(self) -> None:
         if self.device.type != "cuda":
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record()
         self._ahead.append(event)
         if len(self._ahead) > RUN_AHEAD:
