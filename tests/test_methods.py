@@ -493,6 +493,11 @@ def test_stages_of_unfreezing():
     assert [(plan.growth.number, plan.growth.moments) for plan in plans] == [(0, "zero"), (1, "reset"), (3, "reset")]
     last = Unfreeze(around("unfreeze.schedule=1@64px,2@128px,3@160px,4@224px"))
     assert at(last, fraction=0.8).shape == Shape(stage=3) and not last.probes(Progress(fraction=0.8))
+    small = Unfreeze(around("unfreeze.schedule=1@64px,2@64px,3@64px,4@64px"))
+    assert [at(small, fraction=fraction).feed.size for fraction in (0, 0.8)] == [64, 64]
+    full = "1@224px,2@224px,3@224px,4@224px"
+    both = build_methods(around("methods=image_size,unfreeze", f"unfreeze.schedule={full}"))
+    assert fold(both, START, Progress()).feed.size == 32
 
 
 # --- together -------------------------------------------------------------------------------------------------------

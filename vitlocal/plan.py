@@ -287,7 +287,6 @@ class Method(Protocol):
     refuses: Mapping[str, str]  # fields that no other method may set beside it, and why
     taps: frozenset[str]  # what it wants of each step: "hits", "spread"
     averages: Sequence[float]  # decays of copies of the weights that are to follow them
-    sizes: Sequence[int]  # that it feeds, or resizes images to
     stage_rows: int  # of a table of stages that the model is to have; 0: none
     length: Length | None  # of the run, where the method reckons it
 

@@ -33,10 +33,10 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
 from vitlocal.models.surgery import add_stage_table, put
-from vitlocal.models.vit import VisionTransformer
+from vitlocal.models.vit import VisionTransformer, attention_of
 from vitlocal.plan import Feed, Position, Shape
 from vitlocal.train.checkpoint import KEPT, read_weights
-from vitlocal.train.run import choose_device
+from vitlocal.train.run import prepare_device
 
 EXPLAINED = 0.99  # of the variance
 BATCH = 64
@@ -71,7 +71,9 @@ def components(hidden: Tensor, explained: float = EXPLAINED) -> Tensor:
     """
     x = hidden.double()
     x = x - x.mean(dim=1, keepdim=True)
-    variances = torch.linalg.svdvals(x).square()  # (B, min(N, C)), falling
+    # The eigenvalues of the smaller one of both products: what singular values squared are, and many times as quick.
+    gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
+    variances = torch.linalg.eigvalsh(gram).clamp_min(0).flip(1)  # (B, min(N, C)), falling
     part = variances.cumsum(dim=1) / variances.sum(dim=1, keepdim=True).clamp_min(1e-30)
     return 100 * (1 + (part < explained - 1e-12).sum(dim=1)) / variances.shape[1]
 
@@ -101,8 +103,8 @@ def watching(model: VisionTransformer, seen: dict[int, Seen]) -> Iterator[None]:
 
     def attention_hook(place: int, block: nn.Module) -> Any:
         def hook(module: nn.Module, operands: Any, tokens: Tensor) -> None:
-            query, key, value = block.attn._project(tokens)  # (B, M, T, d) each
-            weights = ((query * query.shape[-1] ** -0.5) @ key.mT).softmax(dim=-1)
+            query, key, value = block.attn.project(tokens)  # (B, M, T, d) each
+            weights = attention_of(query, key)
             outputs = (weights @ value).permute(0, 2, 1, 3).flatten(0, 1)  # (B·T, M, d)
             mean = weights.mean(dim=1)  # (B, T, T)
             row = mean[:, 0, 1:] if passing else mean.mean(dim=1)
@@ -236,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
     config = read_config([f"--config-file={folder / 'config.yaml'}", *data], {})
     files = kept_files(folder)
     classes = len(load_manifest(config.data.root, "val").classes)
-    device = choose_device(config.run.device)
+    device = prepare_device(config)
     batches = validation_batches(config, options.images, device)
     rows: list[dict[str, Any]] = []
     print(f"{'epoch':>7} {'block':>6} {'heads, CKA':>11} {'hidden, %':>10} {'attended, %':>12}")

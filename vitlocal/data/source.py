@@ -5,6 +5,7 @@ Shape letters: B batch, S size (the crop side fed to the model, px).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -87,6 +88,21 @@ class Source(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def full_batches(source: Source, feed: Feed, epoch: int = 0) -> Iterator[Batch]:
+    """Batches of ``feed`` without end, from the start of ``epoch`` on; those that are not full are left out.
+
+    Raises ConfigError where there is no full one.
+    """
+    if (count := source.rows.count(feed.subset)) < feed.batch_size:
+        raise ConfigError(
+            f"train.batch_size, or a method's own: {feed.batch_size} is more than the {count} images, so that there is "
+            "nothing to measure; use smaller batches"
+        )
+    for number in itertools.count(epoch):
+        with source.open(feed, Position(number)) as batches:
+            yield from (batch for batch in batches if batch.total == feed.batch_size)
 
 
 @dataclass(frozen=True)

@@ -203,12 +203,6 @@ class AutoProg(Defaults):
 
     # --- stages ---
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        schedule = self.config.schedule
-        sizes = self.ladder if schedule is None else [net.size for net in schedule]
-        return tuple(size for size in sizes if size)
-
     def bounds(self) -> list[float]:
         """Where the stages begin, as parts of the budget."""
         stages = self.config.stages
@@ -247,10 +241,8 @@ class AutoProg(Defaults):
 
     def decided(self, stage: int) -> bool:
         nets = self.candidates(stage)
-        return len(nets) == 1 or (
-            self.due_rounds(self.searched.get(stage, 0.0)) == len(self.config.asked)
-            and stage in self.losses and stage not in self.under_way
-        )  # fmt: skip
+        whole = self.due_rounds(self.searched.get(stage, 0.0)) == len(self.config.asked)
+        return len(nets) == 1 or (whole and stage not in self.under_way)
 
     def due_rounds(self, searched: float) -> int:
         """How many rounds of losses are due after so much of a search, as a part of the budget."""

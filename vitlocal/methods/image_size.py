@@ -70,7 +70,6 @@ class ImageSize(Defaults):
 
     def __init__(self, run: Surroundings):
         self.stages = run.recipe.of(self.name).curriculum
-        self.sizes = tuple(stage.size for stage in self.stages)
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:

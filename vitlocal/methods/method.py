@@ -49,7 +49,6 @@ class Defaults:
     options: ClassVar[type]
     averages: Sequence[float] = ()  # decays a step of copies of the weights that it wants beside the run's own
     taps: frozenset[str] = frozenset()  # what it wants to be told of each step beside the loss
-    sizes: Sequence[int] = ()  # that it feeds, or resizes images to
     stage_rows: int = 0  # of a table of stages that the model is to have, the last one standing for no stage
     length: Length | None = None  # of the run, where the method reckons it, in place of budget.length
     refuses: Mapping[str, str] = {}  # fields that no other method may set beside it, and why

@@ -22,6 +22,7 @@ from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
 from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
 
+NARROWED = ("kept", "attended", "own_masks", "pruned")  # fields of the shape, by tokens and attention
 LEVELS = ("examples", "tokens", "attention")
 WRONG, RIGHT = 1, 2  # in a record; 0: not seen
 PRUNED_AT = (0.25, 0.5, 0.75)  # of the depth: blocks 3, 6 and 9 of 12
@@ -115,7 +116,7 @@ class Trilevel(Defaults):
             )
         self.writes = frozenset(
             ({"feed.subset"} if self.examples else set())
-            | ({"shape.kept", "shape.attended", "shape.own_masks", "shape.pruned"} if self.narrows else set())
+            | ({f"shape.{name}" for name in NARROWED} if self.narrows else set())
         )
         if self.narrows:
             self.refuses = {
@@ -201,7 +202,7 @@ class Trilevel(Defaults):
         if not self.narrows:
             return shape
         last = self.narrowest if self.config.evaluate else Shape()
-        return replace(shape, kept=last.kept, attended=last.attended, own_masks=last.own_masks, pruned=last.pruned)
+        return replace(shape, **{name: getattr(last, name) for name in NARROWED})
 
     # --- examples ---
 

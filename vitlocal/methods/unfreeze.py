@@ -19,7 +19,19 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, Stage, StepResult, reshaped
+from vitlocal.plan import (
+    Growth,
+    Length,
+    Plan,
+    Probe,
+    ProbeResult,
+    Progress,
+    Shape,
+    Stage,
+    StepResult,
+    reshaped,
+    with_size,
+)
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,10 @@ class Unfreeze(Defaults):
                 f"methods: unfreeze needs a Vision Transformer's blocks, and {recipe.model.name} has none"
             )
         self.groups = groups_of(run.blocks, config.stages, config.groups)
-        self.told = config.stage_embedding
+        self.embeds_stage = config.stage_embedding
         self.writes = frozenset(
-            {"shape.trainable"} | ({"feed.size"} if len(set(self.sizes)) > 1 else set())
-            | ({"shape.stage"} if self.told else set()) | ({"growth"} if config.moments == "reset" else set())
+            {"shape.trainable"} | ({"feed.size"} if set(self.sizes) != {self.size} else set())
+            | ({"shape.stage"} if self.embeds_stage else set()) | ({"growth"} if config.moments == "reset" else set())
             | ({"shape.head_only"} if config.outside == "head" else set())
         )  # fmt: skip
         self.refuses = {"shape.slots": "both choose which blocks there are to train; keep one of the two"}
@@ -138,7 +150,7 @@ class Unfreeze(Defaults):
         self.times: dict[int, list[float]] = {}
         self.asking = 0  # the stage of the last question
         self.memory: list[tuple[list[Net], Net | None]] | None = None  # of nets(), until more is known
-        self.stage_rows = config.stages + 1 if self.told else 0
+        self.stage_rows = config.stages + 1 if self.embeds_stage else 0
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
@@ -156,7 +168,7 @@ class Unfreeze(Defaults):
                 found.append("unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px")
         if config.schedule == ():
             found.append("unfreeze.schedule: it is empty; give level and size of each stage, or none for a search")
-        if "image_size" in recipe.methods and config.scale < 1:
+        if "image_size" in recipe.methods and config.scale < 1 and not config.schedule:
             found.append("unfreeze.scale: image_size sets the sizes; set unfreeze.scale=1, or leave image_size out")
         return found
 
@@ -166,7 +178,7 @@ class Unfreeze(Defaults):
         config: UnfreezeConfig = recipe.of("unfreeze")
         stated = [net.size for net in config.schedule or ()]
         sizes = stated or ladder(recipe.model.size, config.scale, config.stages, config.multiple)
-        return stages_of(sizes, config.stages) if len(set(sizes)) > 1 else ()
+        return stages_of(sizes, config.stages) if set(sizes) != {recipe.model.size} else ()
 
     # --- stages ---
 
@@ -216,17 +228,18 @@ class Unfreeze(Defaults):
 
     def _shaped(self, plan: Plan, net: Net, stage: int) -> Plan:
         blocks = self.groups[net.depth - 1]
-        plan = reshaped(plan, trainable=None if len(blocks) == len(self.groups[-1]) else blocks)
-        if self.config.outside == "head":
-            plan = reshaped(plan, head_only=True)
+        plan = reshaped(
+            plan, trainable=None if len(blocks) == len(self.groups[-1]) else blocks,
+            head_only=self.config.outside == "head", stage=stage if self.embeds_stage else plan.shape.stage,
+        )  # fmt: skip
         if self.config.moments == "reset" and stage:
             plan = replace(plan, growth=Growth(stage, moments="reset"))
         if "feed.size" in self.writes:
-            plan = replace(plan, feed=replace(plan.feed, size=net.size))
-        return reshaped(plan, stage=stage) if self.told else plan
+            plan = with_size(plan, net.size)
+        return plan
 
     def evaluated(self, shape: Shape) -> Shape:
-        if self.told and self.config.evaluated == "last":
+        if self.embeds_stage and self.config.evaluated == "last":
             return replace(shape, stage=self.config.stages - 1)
         return shape
 
@@ -245,9 +258,9 @@ class Unfreeze(Defaults):
         config = self.config
         shape = Shape(
             trainable=self.groups[options[number].depth - 1], head_only=config.outside == "head",
-            stage=stage if self.told else None,
+            stage=stage if self.embeds_stage else None,
         )  # fmt: skip
-        sets = ("trainable", "head_only", "stage") if self.told else ("trainable", "head_only")
+        sets = ("trainable", "head_only", "stage") if self.embeds_stage else ("trainable", "head_only")
         size = options[number].size if "feed.size" in self.writes else 0
         if len(self.scores.get(stage, ())) == number:
             batches, kernel = config.zico_batches, config.kernel_batches

@@ -194,17 +194,19 @@ def grow(
     """
     if growth.average is not None and not growth.new_only:
         model.load_state_dict(copies[growth.average].state_dict())
+    ranges = _ranges(model, before, shape)
     if growth.weights == "copy":
         for one in (model, *copies):
             source = copies[growth.average] if growth.new_only and growth.average is not None else one
-            _copy_slots(one, _ranges(one, before, shape), growth)
+            _copy_slots(one, ranges, growth)
             _copy_blocks(one, growth.blocks, source if one is model else one)
         if growth.noise:
-            _add_noise(model, _ranges(model, before, shape), growth, seed)
-    else:
+            _add_noise(model, ranges, growth, seed)
+    elif ranges:
+        drawn = _drawn_anew(model, seed * 1000 + growth.number)
         for one in (model, *copies):
-            _draw_slots(one, _ranges(one, before, shape), seed * 1000 + growth.number)
-    _settle_moments(model, _ranges(model, before, shape), growth, moments)
+            _take_slots(one, ranges, drawn)
+    _settle_moments(model, ranges, growth, moments)
 
 
 def _ranges(model: nn.Module, before: Shape, shape: Shape) -> dict[str, tuple[int, int]]:
@@ -233,10 +235,8 @@ def _copy_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth:
             seen.index_copy_(part.axis, touched, seen.index_select(part.axis, touched) * growth.scale)
 
 
-def _draw_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], seed: int) -> None:
-    """As at the model's start: weights that do not run have none but decay, and are not what was drawn any more."""
-    if not ranges:
-        return
+def _drawn_anew(model: nn.Module, seed: int) -> nn.Module:
+    """``model`` as at a start: weights that do not run have none but decay, and are not what was drawn any more."""
     with torch.random.fork_rng([]):  # on the host: every process draws the same
         torch.manual_seed(seed)
         drawn = copy.deepcopy(model).cpu()
@@ -244,6 +244,10 @@ def _draw_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], seed: i
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         drawn.init_weights()
+    return drawn
+
+
+def _take_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], drawn: nn.Module) -> None:
     for part, fresh in zip(slices(model), slices(drawn), strict=True):
         if part.unit in ranges:
             old, new = ranges[part.unit]

@@ -124,6 +124,17 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
+def attention_of(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What queries (B, M, R, d) pay to keys (B, M, T, d), (B, M, R, T) float32, written out.
+
+    ``mask`` (B, 1 or M, R, T) bool: who attends (row) to whom (column); None: all to all.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, T, D). ``active``: so many of its heads run, the first ones."""
 
@@ -133,25 +144,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def _project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the active heads, (B, M, T, d) each."""
+    def project(self, tokens: Tensor, parts: slice = slice(3)) -> tuple[Tensor, ...]:
+        """Queries, keys and values (``parts`` of these three) of the active heads, (B, M, T, d) each."""
         batch, count, dim = tokens.shape
-        if self.active == self.num_heads:
+        if self.active == self.num_heads and parts == slice(3):
             qkv = self.qkv(tokens)
         else:
-            weight = self.qkv.weight.view(3, self.num_heads, -1, dim)[:, : self.active].reshape(-1, dim)
+            weight = self.qkv.weight.view(3, self.num_heads, -1, dim)[parts, : self.active].reshape(-1, dim)
             bias = self.qkv.bias
             if bias is not None:
-                bias = bias.view(3, self.num_heads, -1)[:, : self.active].reshape(-1)
+                bias = bias.view(3, self.num_heads, -1)[parts, : self.active].reshape(-1)
             qkv = F.linear(tokens, weight, bias)
-        return qkv.view(batch, count, 3, self.active, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def _part(self, tokens: Tensor, number: int) -> Tensor:
-        """Queries (0), keys (1) or values (2) of the active heads alone, (B, M, T, d)."""
-        weight, bias = self.qkv.weight.chunk(3)[number], self.qkv.bias
-        width = self.active * len(weight) // self.num_heads
-        part = F.linear(tokens, weight[:width], None if bias is None else bias.chunk(3)[number][:width])
-        return part.unflatten(2, (self.active, -1)).transpose(1, 2)
+        return qkv.view(batch, count, -1, self.active, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _merge(self, mixed: Tensor) -> Tensor:
         """The active heads' outputs (B, M, T, d) → (B, T, D)."""
@@ -162,25 +166,20 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: who attends (row) to whom (column); None: all to all."""
-        return self._merge(F.scaled_dot_product_attention(*self._project(tokens), attn_mask=mask))
+        return self._merge(F.scaled_dot_product_attention(*self.project(tokens), attn_mask=mask))
 
     def shown(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`forward`, and the attention that each head paid, (B, M, T, T): written out, and slower."""
-        query, key, value = self._project(tokens)
-        scores = (query * query.shape[-1] ** -0.5) @ key.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        attention = scores.float().softmax(dim=-1)
+        query, key, value = self.project(tokens)
+        attention = attention_of(query, key, mask)
         return self._merge(attention.to(value.dtype) @ value), attention
 
     def paid(self, tokens: Tensor, mask: Tensor | None, passing: int) -> Tensor:
         """What the class token pays to each patch, the mean over heads: (B, N). Without one: what all pay, summed."""
         rows = slice(0, 1) if passing else slice(None)
-        query, key = self._part(tokens[:, rows], 0), self._part(tokens, 1)
-        scores = (query * query.shape[-1] ** -0.5) @ key.mT  # (B, M, 1 or T, T)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
-        return scores.float().softmax(dim=-1).mean(dim=1).sum(dim=1)[:, passing:]
+        (query,), (key,) = self.project(tokens[:, rows], slice(0, 1)), self.project(tokens, slice(1, 2))
+        attention = attention_of(query, key, None if mask is None else mask[:, :, rows])  # (B, M, 1 or T, T)
+        return attention.mean(dim=1).sum(dim=1)[:, passing:]
 
 
 def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

@@ -5,21 +5,19 @@ Nothing here leaves a trace: weights, moments, averages, BatchNorm's statistics 
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from vitlocal.data.source import Batch
-from vitlocal.errors import ConfigError
+from vitlocal.data.source import Batch, full_batches
 from vitlocal.models.surgery import check_shape, in_shape
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import TRAINING_FLOPS, Feed, Plan, Position, Probe
+from vitlocal.plan import TRAINING_FLOPS, Feed, Plan, Probe
 from vitlocal.train.step import EAGER, buffers_kept, step_seed
 from vitlocal.train.trainability import condition_number, zico
 from vitlocal.train.watch import wait
@@ -41,7 +39,7 @@ def answer(run: Run, probe: Probe) -> Any:
     run.step.turn(run.plan().dials)
     try:
         with generators_seeded(run.device, step_seed(run.config.run.seed, 0, run.ranks.rank)), buffers_kept(run.model):
-            return run.ranks.told(KINDS[probe.kind](run, probe))
+            return run.ranks.broadcast(KINDS[probe.kind](run, probe))
     finally:
         run.step.put(before[0])
         run.step.turn(before[1])
@@ -68,12 +66,12 @@ def seconds(run: Run, probe: Probe) -> float:
         for number, batch in enumerate(batches):
             mode = run.step.mode(feed) if batch.total == feed.batch_size else EAGER
             wait(run.device)  # device sync, here and below: this is a measurement
-            began = time.perf_counter()
+            began = run.clock.watch()
             run.step.rehearse(batch, mode)
             wait(run.device)
             all_images += batch.total
             if number:
-                spent += time.perf_counter() - began
+                spent += run.clock.watch() - began
                 images += batch.total
     run.clock.count_flops(TRAINING_FLOPS * all_images * run.macs(probe.size, probe.shape))
     return spent / max(images, 1)
@@ -136,19 +134,8 @@ def batches_of(run: Run, probe: Probe, extra: int = 0) -> Iterator[Iterator[Batc
         rows = np.linspace(0, source.count - 1, min(source.count, count * probe.samples)).astype(np.int64)
         source.rows.keep(number := len(rows), rows)
         feed = replace(feed, subset=number)
-    if source.rows.count(feed.subset) < probe.samples:
-        raise ConfigError(
-            f"methods: a candidate is measured on batches of {probe.samples} images, and there are "
-            f"{source.rows.count(feed.subset)}; use smaller batches"
-        )
-
-    def endless() -> Iterator[Batch]:
-        for epoch in itertools.count(EPOCH):
-            with source.open(feed, Position(epoch)) as batches:
-                yield from (batch for batch in batches if batch.total == probe.samples)
-
-    with closing(endless()) as batches:
-        yield itertools.islice(batches, count)
+    with closing(full_batches(source, feed, EPOCH)) as batches:
+        yield islice(batches, count)
 
 
 @contextmanager
