@@ -19,6 +19,7 @@ from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
 from vitlocal.train.evaluate import Accuracy
 from vitlocal.train.folder import CHECKPOINT
+from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
@@ -215,11 +216,42 @@ def test_the_average_forgets_over_a_part_of_the_budget(configure, decoder, tmp_p
 
 def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path: Path, monkeypatch):
     # The real rehearsal, which the next test makes, would find seconds where other tests keep the machine busy.
-    monkeypatch.setattr(Run, "_rehearsed_finish", lambda run: (0.1, 1.0))
+    monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (0.1, 1.0))
     assert train(configure("--budget.length=6s", "--budget.counts=wall", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
     assert last["train_seconds"] < last["wall_seconds"]
     assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["top1"] is not None
+
+
+def test_an_evaluation_that_leaves_no_step_after_it_waits_for_the_end(configure, decoder, tmp_path: Path, monkeypatch):
+    """By a watch that half a second passes on in each step, and three in each evaluation."""
+    now, step, evaluate = [0.0], Run.train_on, Run.evaluate
+
+    def train_on(self: Run, batch, plan) -> None:
+        now[0] += 0.5
+        step(self, batch, plan)
+
+    def evaluated(self: Run) -> Accuracy | None:
+        now[0] += 3.0
+        return evaluate(self)
+
+    monkeypatch.setattr("vitlocal.train.run.Clock", lambda *budget, began: Clock(*budget, now=lambda: now[0]))
+    monkeypatch.setattr("vitlocal.train.run.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Run, "evaluation_seconds", lambda run: 3.0)
+    monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (0.0, 0.0))
+    monkeypatch.setattr(Run, "train_on", train_on)
+    monkeypatch.setattr(Run, "evaluate", evaluated)
+    options = ("--budget.length=16.4s", "--budget.counts=wall", "--methods=none", "--train.batch_size=32")
+    assert train(configure(*options)) == 0  # epochs of two seconds: the third ends at 12, and 13.4 is the end
+    records = read_log(tmp_path / "run")
+    assert [record["epoch"] for record in records if record["top1"] is not None] == [1, 2, records[-1]["epoch"]]
+    assert records[-1]["epoch"] > 3 and records[-1]["lr"] == pytest.approx(1e-5)
+    assert now[0] == pytest.approx(16.4, abs=0.5)
+
+
+def test_a_damaged_journal_leaves_what_the_checkpoint_knows(tmp_path: Path, capsys):
+    (tmp_path / "spent.json").write_text("")
+    assert read_spent(tmp_path / "spent.json") == (0.0, 0.0) and "is damaged" in capsys.readouterr().err
 
 
 def test_a_budget_with_no_time_to_train_is_refused(configure, decoder, tmp_path: Path):

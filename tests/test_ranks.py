@@ -97,6 +97,14 @@ def test_two_processes_stopped_go_on_as_one(folder: Path, alone: Path, tmp_path:
     assert farthest(run, alone) < 1e-5
 
 
+def test_two_processes_end_together_when_the_time_is_up(folder: Path, tmp_path: Path):
+    start = command(2, folder, tmp_path / "run", "--budget.length=2s", "--methods=none", "--evaluate.every=0")
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["fraction"] == 1 and last["top1"] is not None
+
+
 def test_wrong_starts_are_named(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = configure("--train.batch_size=3", "--evaluate.size=32")
     monkeypatch.setattr(Ranks, "wrap", lambda ranks, module: module)  # no other process is there
@@ -147,5 +155,7 @@ def test_short_batches_are_for_the_first_processes():
 def test_alone_everything_is_free():
     ranks = find_ranks({})
     module = torch.nn.Linear(2, 2)
-    assert ranks.first and ranks.wrap(module) is module and ranks.decided([1.5]) == [1.5] and ranks.told("x") == "x"
+    assert (
+        ranks.first and ranks.wrap(module) is module and ranks.decided([1.5]) == [1.5] and ranks.broadcast("x") == "x"
+    )
     assert ranks.share.places(5).tolist() == [0, 1, 2, 3, 4]

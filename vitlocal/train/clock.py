@@ -23,7 +23,7 @@ class Clock:
 
     ``train_seconds`` leaves out what happens in :meth:`paused` (evaluation, saving), ``wall_seconds`` nothing since
     ``began``, a reading of ``now`` (without it: since the clock was made); time while no process runs counts nowhere.
-    ``now`` is for tests.
+    ``watch`` is what tells training time: ``now``, or processor time where that counts. ``now`` is for tests.
 
     A budget in time is spent when less is left than half a step takes. Where all counts, ``room`` is what is kept of it
     for the work after training, and ``origin`` what has gone by before the first step, both in seconds: the fraction
@@ -35,14 +35,17 @@ class Clock:
         began: float | None = None,
     ):  # fmt: skip
         self.budget, self.images_per_epoch, self.now = budget, images_per_epoch, now
+        self.watch = time.process_time if budget.counts == "cpu" else now
         self.step = 0
         self.images_seen = 0
         self._batch = 0  # images of the last step
         self.flops = self._step_flops = 0.0  # of all steps, and of the last
         self.position = Position()
-        self._train = self._wall = 0.0  # up to the last restart or pause
+        self._wall = 0.0  # up to the last restart
         self._wall_since = now() if began is None else began
-        self._train_since: float | None = None
+        # Up to the last restart or pause, and since when the watch runs. In one piece: the journal reads it from a
+        # thread of its own.
+        self._training: tuple[float, float | None] = 0.0, None
         self.room = 0.0
         self.origin = 0.0
         self._reached = 0.0  # the largest fraction so far: room may grow, and no schedule goes back
@@ -52,7 +55,8 @@ class Clock:
 
     @property
     def train_seconds(self) -> float:
-        return self._train + (self.now() - self._train_since if self._train_since is not None else 0.0)
+        before, since = self._training
+        return before if since is None else before + self.watch() - since
 
     @property
     def wall_seconds(self) -> float:
@@ -66,7 +70,7 @@ class Clock:
     @property
     def seconds(self) -> float:
         """The budget's, on this process's watch."""
-        return self.train_seconds if self.budget.counts == "train" else self.wall_seconds
+        return self.wall_seconds if self.budget.counts == "wall" else self.train_seconds
 
     @property
     def pace(self) -> float:
@@ -99,6 +103,12 @@ class Clock:
         length, (seconds, pace) = self.budget.length, self._now
         left = length.value - self.room - seconds
         return length.kind == "seconds" and left <= steps * pace * self._batch
+
+    def has_room_for(self, seconds: float) -> bool:
+        """Whether so many seconds of something else would leave a budget that counts them with time for a step."""
+        now, pace = self._now
+        left = self.budget.length.value - self.room - now
+        return not self.counts_all or left - seconds >= pace * self._batch
 
     def _fraction(self, at: Progress, tolerance: float, flops: float) -> float:
         """``tolerance`` and ``flops``: what may be left of a budget in time or FLOPs when it counts as spent."""
@@ -134,18 +144,19 @@ class Clock:
 
     def start(self) -> None:
         """Training time begins to run."""
-        if self._train_since is None:
-            self._train_since = self.now()
-            self._ticked = self._train
+        before, since = self._training
+        if since is None:
+            self._training = before, self.watch()
+            self._ticked = before
 
     def stop(self) -> None:
         """Training time stands still until :meth:`start`."""
-        self._train, self._train_since = self.train_seconds, None
+        self._training = self.train_seconds, None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time in here is not training time."""
-        running = self._train_since is not None
+        running = self._training[1] is not None
         self.stop()
         try:
             yield
@@ -186,7 +197,7 @@ class Clock:
         self.step, self.images_seen = state["step"], state["images_seen"]
         self.position = Position(state["epoch"], state["images"])
         # What this process has already spent, on start-up say, counts on top.
-        self._train, self._wall = state["train_seconds"], state["wall_seconds"]
+        self._training, self._wall = (state["train_seconds"], self._training[1]), state["wall_seconds"]
         self._paces.extend(state["paces"])
         self.flops, self._step_flops = state.get("flops", 0.0), state.get("step_flops", 0.0)
         self._batch, self._reached = state["batch"], state["reached"]
@@ -195,5 +206,6 @@ class Clock:
     def spent_before(self, train: float, wall: float) -> None:
         """Counts what earlier processes spent, where that is more than :meth:`load_state_dict` knew: steps that were
         taken after the last checkpoint, and will be taken again, count."""
-        self._train, self._wall = max(self._train, train), max(self._wall, wall)
+        before, since = self._training
+        self._training, self._wall = (max(before, train), since), max(self._wall, wall)
         self._ticked = self.train_seconds

@@ -78,7 +78,7 @@ def curves(lines: Sequence[Line], along: str) -> Figure:
         most = max(line.records[-1]["images_seen"] for line in lines)
         scale, unit = (1e6, "millions") if most > 2e6 else (1e3, "thousands")
         key, label = "images_seen", f"images, {unit}"
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(4.4, 4.6), layout="constrained")  # at a phone's width, text is of 11 px
     top1, loss = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
@@ -90,7 +90,7 @@ def curves(lines: Sequence[Line], along: str) -> Figure:
     loss.set_ylabel("training loss")
     loss.set_xlabel(label)
     if len(lines) > 1:
-        top1.legend(frameon=False, fontsize=8)
+        top1.legend(frameon=False, fontsize=9)
     for axes in (top1, loss):
         _plain(axes)
     return figure
@@ -112,7 +112,7 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Sequence[s
     rows[1].set_ylim(0)
     for axes, dial in zip(rows[2:], dials, strict=True):
         _stairs(axes, line, dial, scale, GREY)
-        axes.set_ylabel(dial.rpartition(".")[2].replace("_", "\n"), fontsize=8)
+        axes.set_ylabel(dial.rpartition(".")[2].replace("_", "\n"), fontsize=9)
     rows[-1].set_xlabel(f"training time, {unit}")
     for axes in rows:
         _plain(axes)
@@ -138,7 +138,7 @@ def _name_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
     for start, record in zip(line.starts, line.records, strict=True):
         size = record["image_size"]
         if size != before:
-            style = {"textcoords": "offset points", "fontsize": 8, "color": GREY}
+            style = {"textcoords": "offset points", "fontsize": 9, "color": GREY}
             axes.annotate(form.format(size), (start / scale, size), (2, -10), **style)
         before = size
 
@@ -162,7 +162,7 @@ def throughput(lines: Sequence[Line]) -> Figure:
     wait_axes.set_ylim(0, max(1.0, wait_axes.get_ylim()[1]))
     wait_axes.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
     if len(lines) > 1:
-        rate_axes.legend(frameon=False, fontsize=8)
+        rate_axes.legend(frameon=False, fontsize=9)
     for axes in (rate_axes, wait_axes):
         _plain(axes)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -13,11 +14,18 @@ EVERY_SECONDS = 1.0
 
 
 def read_spent(path: Path) -> tuple[float, float]:
-    """Training seconds and seconds in all, as :class:`Journal` left them; zeros where there is no journal."""
-    if not path.exists():
+    """Training seconds and seconds in all, as :class:`Journal` left them; zeros where there is no journal.
+
+    So too where it cannot be read, as after the power failed: the checkpoint then tells what was spent until it.
+    """
+    try:
+        spent = json.loads(path.read_text(encoding="utf-8"))
+        return float(spent["train_seconds"]), float(spent["wall_seconds"])
+    except FileNotFoundError:
         return 0.0, 0.0
-    spent = json.loads(path.read_text(encoding="utf-8"))
-    return float(spent["train_seconds"]), float(spent["wall_seconds"])
+    except (ValueError, KeyError, TypeError):
+        print(f"{path} is damaged; the budget goes on from what the checkpoint knows", file=sys.stderr)
+        return 0.0, 0.0
 
 
 class Journal:

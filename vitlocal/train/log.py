@@ -54,7 +54,10 @@ class Log:
             return
         kept = [record for record in read_log(self.folder) if record["step"] <= step]
         temporary = self.path.with_name(".log.jsonl.writing")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
         self.board = self._writer_type(str(self.folder / "tensorboard"), purge_step=step + 1)
 

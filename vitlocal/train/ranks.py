@@ -71,7 +71,7 @@ class Ranks:
         dist.broadcast(told, 0, group=self._decisions)
         return told.tolist()
 
-    def told(self, thing: Any) -> Any:
+    def broadcast(self, thing: Any) -> Any:
         """Rank 0's ``thing``, any plain object or tensors on the CPU, on every rank."""
         box = [thing]
         if self.world > 1:

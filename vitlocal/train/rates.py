@@ -16,10 +16,10 @@ from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.plan import TRAINING_FLOPS
+from vitlocal.plan import TRAINING_FLOPS, Feed
 from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.run import check_sizes, choose_device
+from vitlocal.train.run import check_sizes, prepare_device
 from vitlocal.train.spending import Speed, curriculum, spend
 from vitlocal.train.step import Step, choose_precision
 from vitlocal.train.watch import wait
@@ -99,7 +99,7 @@ def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
 
 def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
     """Images/s of the recipe's training step on this machine, on pixels of noise that lie on the device."""
-    device = choose_device(config.run.device)
+    device = prepare_device(config)
     model, _ = build_model(config.model, CLASSES)
     check_sizes(config, model)
     model = model.to(device, memory_format=torch.channels_last).train()
@@ -118,12 +118,15 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
         noise = np.random.default_rng(size).integers(0, 256, (count, 3, size, size), np.uint8)
         images = torch.from_numpy(noise).to(device).contiguous(memory_format=torch.channels_last)
         batch = Batch.whole(images, torch.arange(count, device=device) % CLASSES, torch.arange(count))
-        step(batch, 0, 1e-6)  # the first is slow: kernels are loaded, memory is taken
+        feed = Feed(size, count)
+        step.warm(feed, CLASSES)
+        mode = step.mode(feed)
+        step(batch, 0, 1e-6, mode)  # the first is slow: kernels are loaded, memory is taken
         wait(device)
         done, began = 0, time.perf_counter()
         while not done or time.perf_counter() - began < MEASURE_SECONDS:
             done += 1
-            step(batch, done, 1e-6)
+            step(batch, done, 1e-6, mode)
         wait(device)
         rates[size] = done * count / (time.perf_counter() - began)
     print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)

@@ -42,7 +42,7 @@ h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2.5rem }} .lead {{ font-size: 1.25re
 .grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem }}
 figure {{ margin: 0; break-inside: avoid }} figure svg {{ width: 100%; height: auto }}
 figcaption {{ color: #57606a; font-size: .9rem }}
-.wide {{ max-width: 54rem }} .scroll {{ overflow-x: auto }}
+.wide {{ max-width: 54rem; overflow-x: auto }} .wide svg {{ min-width: 30rem }} .scroll {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #d0d7de; white-space: nowrap }}
 td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
@@ -51,7 +51,8 @@ td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
 @media (max-width: 40rem) {{ .crops span {{ width: 100% }} }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 85% }}
 @media print {{ body {{ margin: 0; max-width: none; font-size: 11pt }} details {{ display: none }}
-  .scroll {{ overflow: visible }} .grid {{ grid-template-columns: 1fr 1fr }} tr {{ break-inside: avoid }} }}
+  .scroll, .wide {{ overflow: visible }} .wide svg {{ min-width: 0 }} td, th {{ white-space: normal }}
+  .grid {{ grid-template-columns: 1fr 1fr }} tr {{ break-inside: avoid }} }}
 </style></head><body>
 <h1>{title}</h1><p class="lead">{lead}</p>
 {body}
@@ -66,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Told:
+class RunRecord:
     """A run as it lies in its folder."""
 
     folder: Path
@@ -85,7 +86,7 @@ class Told:
         return Line(self.name, self.records)
 
 
-def read_run(folder: Path, name: str | None = None) -> Told:
+def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """The run in ``folder``; ConfigError where there is none, or none that was evaluated."""
     records = read_log(folder)
     if not any(record["top1"] is not None for record in records) or not (folder / "config.yaml").exists():
@@ -93,7 +94,7 @@ def read_run(folder: Path, name: str | None = None) -> Told:
     classes = folder / "classes.json"
     found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
     config = read_config(["--config-file", str(folder / "config.yaml")], {})
-    return Told(folder, name or folder.name, records, config, found)
+    return RunRecord(folder, name or folder.name, records, config, found)
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
@@ -122,7 +123,7 @@ def _figure(drawing: str, caption: str, kind: str = "") -> str:
     return f'<figure class="{kind}">{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
-def summary_part(runs: Sequence[Told]) -> str:
+def summary_part(runs: Sequence[RunRecord]) -> str:
     head = ["run", "top-1 %", "top-5 %", "epochs", "images", "trained", "in all", "images/s"]
     rows = []
     for run in runs:
@@ -135,7 +136,7 @@ def summary_part(runs: Sequence[Told]) -> str:
     return rows_table(head, rows)
 
 
-def curves_part(runs: Sequence[Told]) -> str:
+def curves_part(runs: Sequence[RunRecord]) -> str:
     lines = [run.line for run in runs]
     drawn = [
         _figure(svg(curves(lines, along), f"curves-{along}"), f"Top-1 and loss against {along}")
@@ -144,22 +145,22 @@ def curves_part(runs: Sequence[Told]) -> str:
     return f'<h2>Curves</h2><div class="grid">{"".join(drawn)}</div>'
 
 
-def learning_rates(run: Told) -> list[tuple[float, float]]:
+def learning_rates(run: RunRecord) -> list[tuple[float, float]]:
     """(training seconds, learning rate), by the recipe's schedule between the passes' ends."""
     rate_at = Schedule(run.config.train)
     clock = "wall_seconds" if run.config.budget.counts == "wall" else "train_seconds"
-    fields = ("epoch", "step", "images_seen", clock, "fraction")
+    fields = ("epoch", "step", "images_seen", clock, "fraction", "flops")
     points, scale = [], 1.0
     for before, record in pairwise([dict.fromkeys((*fields, "train_seconds"), 0.0), *run.records]):
         scale = record.get("dials.lr_scale", scale)
         for part in np.linspace(0, 1, RATE_POINTS):
-            epoch, step, images, spent, fraction = ((1 - part) * before[f] + part * record[f] for f in fields)
+            epoch, step, images, *others = ((1 - part) * before.get(f, 0.0) + part * record.get(f, 0.0) for f in fields)
             seconds = (1 - part) * before["train_seconds"] + part * record["train_seconds"]
-            points.append((seconds, scale * rate_at(Progress(epoch, int(step), int(images), spent, fraction))))
+            points.append((seconds, scale * rate_at(Progress(epoch, int(step), int(images), *others))))
     return points
 
 
-def schedule_part(runs: Sequence[Told]) -> str:
+def schedule_part(runs: Sequence[RunRecord]) -> str:
     drawn = []
     for number, run in enumerate(runs):
         dials = [dial for dial in DIALS if len({record[dial] for record in run.records if dial in record}) > 1]
@@ -168,7 +169,7 @@ def schedule_part(runs: Sequence[Told]) -> str:
     return "<h2>Schedule</h2>" + "".join(drawn)
 
 
-def throughput_part(runs: Sequence[Told]) -> str:
+def throughput_part(runs: Sequence[RunRecord]) -> str:
     rows = [
         [run.name, f"{size} px", f"{row['epochs']:.2f}", f"{row['images']:,.0f}", duration(row["seconds"]),
          f"{row['images_per_second']:,.0f}", f"{row['data_wait_fraction']:.1%}"]
@@ -180,7 +181,7 @@ def throughput_part(runs: Sequence[Told]) -> str:
     return f"<h2>Throughput</h2>{_figure(drawing, caption, 'wide')}{rows_table(head, rows)}"
 
 
-def costs_part(runs: Sequence[Told]) -> str:
+def costs_part(runs: Sequence[RunRecord]) -> str:
     """What each stage's images cost, in multiply-adds and in time, and what the stages before the full model saved."""
     rows, lines = [], []
     for run in runs:
@@ -205,7 +206,7 @@ def costs_part(runs: Sequence[Told]) -> str:
     return f"<h2>What images cost</h2>{rows_table(head, rows)}<p>{'<br>'.join(lines)}</p>"
 
 
-def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
+def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     """Of each image size, the first training crops (S, S, 3) as the model saw them, augmentation and all.
 
     Crops and augmentation are keyed, so that they are made again here. Raises ConfigError or DataError where the data
@@ -239,7 +240,7 @@ def stage_crops(run: Told) -> list[tuple[int, list[np.ndarray]]]:
     return found
 
 
-def crops_part(runs: Sequence[Told]) -> str:
+def crops_part(runs: Sequence[RunRecord]) -> str:
     rows = []
     for run in runs:
         title = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
@@ -261,7 +262,7 @@ def _png(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def classes_part(runs: Sequence[Told]) -> str:
+def classes_part(runs: Sequence[RunRecord]) -> str:
     drawn = []
     for run in runs:
         known = [entry for entry in run.classes if entry["images"]]
@@ -274,7 +275,7 @@ def classes_part(runs: Sequence[Told]) -> str:
     return f'<h2>The ten worst classes</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 
-def differences(runs: Sequence[Told]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """The options in which runs differ, with each run's value; not where the run was kept."""
     flat = [run.config.flat() for run in runs]
     return {
@@ -284,7 +285,7 @@ def differences(runs: Sequence[Told]) -> dict[str, list[Any]]:
     }
 
 
-def differences_part(runs: Sequence[Told]) -> str:
+def differences_part(runs: Sequence[RunRecord]) -> str:
     found = differences(runs)
     if len(runs) < 2:
         return ""
@@ -298,7 +299,7 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n...").strip()
 
 
-def configuration_part(runs: Sequence[Told]) -> str:
+def configuration_part(runs: Sequence[RunRecord]) -> str:
     parts = []
     for run in runs:
         text = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
@@ -309,7 +310,7 @@ def configuration_part(runs: Sequence[Told]) -> str:
 # --- pages ----------------------------------------------------------------------------------------------------------
 
 
-def page_of(runs: Sequence[Told], crops: bool, more: Sequence[str] = ()) -> str:
+def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) -> str:
     """The page: HTML in one piece. With ``crops``, the data are read; ``more`` are further parts."""
     if len(runs) == 1:
         last = runs[0].last
@@ -339,7 +340,7 @@ def rehearse_report(folder: Path, config: Config) -> None:
         for number, size in enumerate((32, 64, 96), start=1)
     ]
     (folder / "config.yaml").write_text(config.yaml(), encoding="utf-8")
-    run = Told(folder, "", records, config, [])
+    run = RunRecord(folder, "", records, config, [])
     draw_curve(run.line, folder / "curve.png")
     page_of([run], crops=False)
 

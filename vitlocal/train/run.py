@@ -96,7 +96,6 @@ class Run:
                 len(getattr(self.model, "blocks", ())), ranks.world,
             )
         )  # fmt: skip
-        check_method_sizes(self.methods, config, model)
         for method in self.methods:
             if method.stage_rows:
                 own = config.of(method.name)
@@ -253,7 +252,7 @@ class Run:
     def warm_up(self) -> None:
         """Has the source make ready (start workers), and the step compile, before the clock runs."""
         feed = self.plan().feed
-        with self.sources.train.open(Feed(feed.size, min(feed.batch_size, 8)), Position()) as batches:
+        with self.sources.train.open(Feed(feed.size, min(feed.batch_size, 64)), Position()) as batches:
             next(iter(batches))
         for plan in self.plans_ahead() if self.config.train.warm == "start" else ():
             self.warm(plan)
@@ -264,12 +263,12 @@ class Run:
 
     def _rehearse(self) -> None:
         """Compiles the evaluation, and finds out what the budget must have left after the last step."""
-        self._evaluated(limit=1, plan=self.plans_ahead()[-1])
         if self.clock.room:  # as an earlier process found it
+            self._evaluated(limit=1, plan=self.plans_ahead()[-1])
             return
         evaluation = self.evaluation_seconds()
         if self.ranks.first:
-            self.saving, self.finishing = self._rehearsed_finish()
+            self.saving, self.finishing = self.rehearsed_finish()
         self._keep_room(evaluation)
         self.agree()
         length, spent, room = self.config.budget.length, self.clock.progress.seconds, self.clock.room
@@ -281,11 +280,12 @@ class Run:
             )
 
     def evaluation_seconds(self) -> float:
-        """How long an evaluation takes, told from a few of its batches."""
+        """How long an evaluation takes, told from a few of its batches; the first one, which compiles, apart."""
         config = self.config.evaluate
         whole = -(-self.sources.val.count // config.batch_size)
         rehearsed = min(whole, REHEARSED_BATCHES)
         spent, last = [], self.plans_ahead()[-1]
+        self._evaluated(limit=1, plan=last)
         for batches in (1, rehearsed):
             began = perf_counter()
             self._evaluated(limit=batches, plan=last)
@@ -295,7 +295,7 @@ class Run:
         # Opening the source and waiting for its first batch happen once.
         return spent[1] + (whole - rehearsed) * max(0.0, spent[1] - spent[0]) / (rehearsed - 1)
 
-    def _rehearsed_finish(self) -> tuple[float, float]:
+    def rehearsed_finish(self) -> tuple[float, float]:
         """Seconds that a checkpoint takes, and export and report, tried in a folder that is removed again."""
         folder = self.folder / REHEARSAL
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
@@ -315,7 +315,7 @@ class Run:
     def _keep_room(self, evaluation: float) -> None:
         """Keeps room for an evaluation of so many seconds, for saving before and after it, and for what follows."""
         if self.clock.counts_all:
-            self.clock.room = self.ranks.told(evaluation + 2 * self.saving + self.finishing)
+            self.clock.room = self.ranks.broadcast(evaluation + 2 * self.saving + self.finishing)
 
     def warm(self, plan: Plan) -> None:
         """Compiles the step for full batches under ``plan``, once."""
@@ -348,9 +348,9 @@ class Run:
     def waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for each on the pass's meter."""
         while True:
-            before = perf_counter()
+            before = self.clock.watch()
             batch = next(batches, None)
-            self.meter.waited += perf_counter() - before
+            self.meter.waited += self.clock.watch() - before
             if batch is None:
                 return
             yield batch
@@ -460,7 +460,9 @@ class Run:
             at = self.clock.progress
             every = self.config.evaluate.every
             accuracy = None
-            if last or (every and at.epoch - self.evaluated_epoch >= every - 1e-9):
+            due = every and at.epoch - self.evaluated_epoch >= every - 1e-9
+            # One that would leave no step after it is left to the end: the last step has the schedule's last rate.
+            if last or (due and self.clock.has_room_for(self.clock.room)):
                 if last:
                     self.save()  # killed from here on, it has but this evaluation left to do
                 began = perf_counter()
@@ -502,7 +504,7 @@ class Run:
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         at, meter = self.clock.progress, self.meter
         return {
-            "epoch": round(at.epoch, 6),
+            "epoch": round(at.epoch, 9),  # less than an image of a billion
             "step": at.step,
             "images_seen": at.images_seen,
             "image_size": plan.feed.size,
@@ -648,26 +650,15 @@ def patch_side(model: nn.Module) -> int:
 
 
 def check_sizes(config: Config, model: nn.Module) -> None:
-    """Raises ConfigError where the patch does not divide a size that the run would come to, hours later perhaps."""
-    patch = patch_side(model)
-    sizes = {"model.size": [config.model.size], "evaluate.size": [config.evaluate.size]}
-    for name in config.methods:
-        sizes[f"{name}: sizes"] = [stage.size for stage in METHODS[name].feeds(config)]
-    odd = [f"{name} {size}" for name, those in sizes.items() for size in those if size % patch]
+    """Raises ConfigError where the model does not take a size that the run would come to, hours later perhaps."""
+    patch, largest = patch_side(model), config.model.size
+    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].feeds(config)]
+    stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
+    odd = [f"{name} {size}" for name, size in (*stated, *fed) if size % patch]
     if odd:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
-
-
-def check_method_sizes(methods: Sequence[Method], config: Config, model: nn.Module) -> None:
-    """Raises ConfigError where a method would come to an image size that the model does not take."""
-    patch, largest = patch_side(model), config.model.size
-    for method in methods:
-        odd = sorted({size for size in method.sizes if size % patch or size > largest})
-        if odd:
-            raise ConfigError(
-                f"{method.name}: sizes of {', '.join(map(str, odd))} px; expected multiples of {patch}, the patch side "
-                f"of {config.model.name}, and at most model.size ({largest})"
-            )
+    if above := [f"{name} {size}" for name, size in fed if size > largest]:
+        raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
 
 
 def settled(config: Config, methods: Sequence[Method]) -> Config:
@@ -697,9 +688,23 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     return device
 
 
+def prepare_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
+    """The device of ``run.device``, made the current one; threads and memory of this process as training wants them."""
+    device = choose_device(config.run.device, ranks)
+    if config.budget.counts == "cpu" and device.type != "cpu":
+        raise ConfigError(f"budget.counts: cpu is for training on a CPU, and run.device is {device.type}; use train")
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # streams and events are made on the current device
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    return device
+
+
 def _check_peers(config: Config, ranks: Ranks) -> None:
     """Raises ConfigError where the processes were not all started with the same options."""
-    theirs = ranks.told(config.flat())
+    theirs = ranks.broadcast(config.flat())
     apart = [name for name, value in config.flat().items() if name not in IMMATERIAL and theirs[name] != value]
     if apart:
         raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
@@ -716,21 +721,15 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     ranks = find_ranks()
     folder = Path(config.run.folder)
     resumes = resumes_from(folder, config) if ranks.first else False
-    device = choose_device(config.run.device, ranks)
-    if device.type == "cpu":
-        keep_freed_memory()
-    elif device.index is not None:
-        torch.cuda.set_device(device)  # streams and events are made on the current device
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    device = prepare_device(config, ranks)
     with connected(ranks, device):
         _check_peers(config, ranks)
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
         try:
             with claimed(folder) if ranks.first else nullcontext():
                 run = Run(config, folder, sources, device, ranks, began)
-                state = ranks.told(load_checkpoint(folder / CHECKPOINT) if resumes else None)
-                spent = ranks.told(spent_in(folder, config) if ranks.first else None)
+                state = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if resumes else None)
+                spent = ranks.broadcast(spent_in(folder, config) if ranks.first else None)
                 if state is not None:
                     run.load(state)
                 run.clock.spent_before(*spent)

@@ -21,7 +21,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Spent:
+class StageForecast:
     """One stage: from ``start`` to ``end``, in crops of ``size`` px."""
 
     size: int
@@ -49,7 +49,7 @@ def curriculum(config: Config) -> tuple[Stage, ...]:
 
 def spend(
     stages: tuple[Stage, ...], budget: Length, images: int, speeds: Mapping[int, Speed], used: float = 0.0
-) -> tuple[Spent, ...]:
+) -> tuple[StageForecast, ...]:
     """Spends ``budget`` on ``stages``, for a training set of ``images`` and ``speeds`` by size.
 
     Stages that the budget does not reach are left in, and get nothing. ``used``: the part of a budget in time that is
@@ -81,6 +81,6 @@ def spend(
             fraction=at.fraction + seconds * rates["fraction"],
             flops=at.flops + seconds * rates["flops"],
         )
-        spent.append(Spent(stage.size, at, end))
+        spent.append(StageForecast(stage.size, at, end))
         at = end
     return tuple(spent)
