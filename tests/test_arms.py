@@ -71,6 +71,10 @@ def test_arms_that_groups_share_run_once():
     [
         (["--scale=96"], "--scale: there is no"),
         (["--scale=64", "--patch=7"], "--patch: 7 px do not divide 64"),
+        (["--scale=64", "--patch=0"], "--patch: 0 px do not divide 64"),
+        (["--patch=4"], "give --scale 64"),
+        (["--budget.length=6h"], "--budget.length: the bench sets it for each run; use --budget"),
+        (["--no-run"], "has none of these runs"),
         (["--budget=24"], "--budget: got '24'"),
         (["--seeds=a"], "--seeds: got 'a'"),
         (["--data=/nowhere"], "/nowhere/train.json is not there"),
@@ -109,21 +113,20 @@ def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
 
 @pytest.mark.slow
 def test_a_bench_that_is_stopped_goes_on(two: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "vitlocal.bench", "arms", str(two), "--budget=40steps", "--only=plain",
+    command = [sys.executable, "-m", "vitlocal.bench", "arms", str(two), "--budget=300steps", "--only=plain",
                f"--folder={tmp_path}/runs", "--evaluate.every=0", "--run.save_every=100ep"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    run = tmp_path / "runs" / "plain-40steps-seed0"
+    run = tmp_path / "runs" / "plain-300steps-seed0"
     for _ in range(600):
         if len(read_log(run)) >= 2:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    if process.returncode == 130:  # it may have ended before
-        assert "the runs save what they have" in out
-        assert not (run / "model.safetensors").exists() and (run / "checkpoints" / "last.pt").exists()
+    assert process.returncode == 130 and "the runs save what they have" in out
+    assert not (run / "model.safetensors").exists() and (run / "checkpoints" / "last.pt").exists()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert read_log(run)[-1]["step"] == 40 and (run / "report.html").exists()
+    assert read_log(run)[-1]["step"] == 300 and (run / "report.html").exists()
 
 
 def test_names_that_give_one_folder_are_refused(tmp_path: Path):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from vitlocal.bench import clock
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.contestants import Contestant, closing_all
 from vitlocal.errors import ConfigError, DataError, run_command
+from vitlocal.plan import Length
 
 ROW = {"source", "images_per_second", "per_core", "spread", "n", "workers", "rss_mib"}
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}
@@ -57,6 +59,26 @@ def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not any((tmp_path / "out").iterdir())  # nothing is left of what was written
 
 
+@pytest.mark.slow
+def test_the_bench_of_the_clock(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "TRIALS", [clock.Trial("busy", kills=(0.3,), load=(0.5, 0.7))])
+    main(["clock", "--budgets", "3s", f"--data.root={folder}", "--train.batch_size=16", "--methods=none",
+          "--model.width=32", "--model.depth=1", "--json", str(tmp_path / "clock.json")])  # fmt: skip
+    measured = json.loads((tmp_path / "clock.json").read_text())
+    (row,) = measured["rows"]
+    assert measured.keys() >= FORM and (row["budget"], row["trial"], row["counts"]) == ("3s", "busy", "train")
+    assert abs(row["spent_seconds"] - 3) < 1 and row["alive_seconds"] > 3 and row["steps"] > 1
+    assert row["lr"] == pytest.approx(row["end_lr"]) and "busy" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_shown_by_the_bench_of_the_clock(folder: Path, tmp_path: Path) -> None:
+    wrong = [f"--data.root={folder}", "--model.patch_size=7", "--methods=none"]
+    with pytest.raises(DataError, match="patch_size"):
+        clock.attempt(clock.Trial("left alone"), Length.parse("3s"), wrong, tmp_path / "run")
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, ["--help"]) == 0
     shown = capsys.readouterr().out
@@ -81,11 +103,14 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["loader", "--workers", "4096"], "cores of this machine"),
         (["loader", "--rounds", "0"], "expected at least 1"),
         (["loader", "--only", "torchvision", "--source", "nowhere"], "nowhere"),
+        (["clock", "--budgets", "3ep"], "expected lengths of time"),
+        (["clock", "--budgets", "3s", "--data.root=nowhere"], "nowhere"),
+        (["report", "runs/one", "--json", "out.json"], "give --forecast"),
         (["write", "--images", "0"], "at least 1"),
         (["write", "--sides", "64:png"], "not a format"),
         (
             ["nothing"],
-            "expected the name of a bench (arms, forecast, loader, paper, profile, redundancy, report, runs, step",
+            "expected the name of a bench (arms, clock, forecast, loader, paper, profile, redundancy, report, runs",
         ),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.report import compare, names_of
-from vitlocal.config import AugmentConfig
+from vitlocal.config import AugmentConfig, read_config
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Length, Position, Stage
@@ -35,10 +35,14 @@ window.onload = () => {
     const shapes = [...drawing.querySelectorAll("path, use, rect")].filter(s => s.getBoundingClientRect().width > 0);
     return box.width < 100 || box.height < 50 || shapes.length < 10;
   }).length;
+  const small = [...document.querySelectorAll("figure svg")].filter(drawing => {
+    const scale = drawing.getBoundingClientRect().width / drawing.viewBox.baseVal.width;
+    return [...drawing.querySelectorAll("text")].some(t => parseFloat(getComputedStyle(t).fontSize) * scale < 9);
+  }).length;
   const broken = [...document.images].filter(image => !image.naturalWidth).length;
   const wide = document.documentElement.scrollWidth > window.innerWidth + 1;
   const ids = [...document.querySelectorAll("[id]")].map(element => element.id);
-  document.title = JSON.stringify({errors, flat, broken, wide, twice: ids.length - new Set(ids).size,
+  document.title = JSON.stringify({errors, flat, small, broken, wide, twice: ids.length - new Set(ids).size,
     figures: document.querySelectorAll("figure svg").length, images: document.images.length});
 };
 </script>"""
@@ -81,7 +85,7 @@ def test_a_browser_draws_every_figure(runs: list[Path], tmp_path: Path, width: i
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     seen = json.loads(re.search(r"<title>(.*?)</title>", dumped)[1])
     assert seen == {
-        "errors": [], "flat": 0, "broken": 0, "wide": False, "twice": 0, "figures": 6, "images": 36,
+        "errors": [], "flat": 0, "small": 0, "broken": 0, "wide": False, "twice": 0, "figures": 6, "images": 36,
     }  # fmt: skip
 
 
@@ -189,8 +193,10 @@ def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path
     rows = compare(said, read_run(runs[0]))
     assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first accuracy, s"]
     assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
-    main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops"])
+    main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
+          "--json", str(tmp_path / "compared.json")])  # fmt: skip
     assert "Forecast and run" in (tmp_path / "page.html").read_text()
+    assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
 
 
 def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
@@ -206,6 +212,18 @@ def test_a_forecast_for_another_machine(capsys):
     assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
     last = next(line for line in out.splitlines() if line.startswith(" 224"))
     assert "1,000" in last
+
+
+def test_a_curriculum_that_the_budget_does_not_finish_fits_others_whole(capsys):
+    """The largest size has as long as the one before it, and not nothing."""
+    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
+    out = capsys.readouterr().out
+    assert "the budget ends before" in out and "192px until" in out
+    given = re.search(r'--image_size.stages="(.*)"', out)[1]
+    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).of("image_size").stages
+    assert [stage.size for stage in stages] == list(range(32, 225, 32))
+    ends = [stage.until.value for stage in stages[:-1]]
+    assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)
 
 
 @pytest.mark.parametrize(

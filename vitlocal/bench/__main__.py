@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 
-from vitlocal.bench import arms, forecast, loader, paper, profile, redundancy, report, runs, step, write
+# As the trainer does: threads that wait must not spin. Read when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from vitlocal.bench import arms, clock, forecast, loader, paper, profile, redundancy, report, runs, step, write
 from vitlocal.errors import ConfigError, run_command
 
 BENCHES = {
     "arms": arms.main,
+    "clock": clock.main,
     "forecast": forecast.main,
     "loader": loader.main,
     "paper": paper.main,

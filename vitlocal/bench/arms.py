@@ -12,6 +12,7 @@ names recipes beside it and the options that an arm changes:
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ from vitlocal.train.report import duration
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -115,18 +118,24 @@ class Place:
 
 
 class Runner:
-    """Trains entries, ``jobs`` at a time, each on its share of the cores (and a GPU of its own, where there are)."""
+    """Trains entries in ``jobs`` places at a time, each a part of the cores (and a GPU of its own, where there are).
 
-    def __init__(self, jobs: int, folder: Path):
-        self.jobs, self.folder = jobs, folder
+    In a place ``together`` of them run at once. They take turns there, and meet the same good and bad minutes.
+    """
+
+    def __init__(self, jobs: int, together: int, folder: Path):
+        self.folder = folder
         mine = sorted(os.sched_getaffinity(0))
         if not 1 <= jobs <= len(mine):
             raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(mine)}, a core for each")
         self.gpus = _gpus()
         if 0 < len(self.gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(self.gpus)}, a GPU for each")
+        if self.gpus and together > 1:
+            raise ConfigError("--together: runs on a GPU cannot share it and be timed; leave it out")
         share = len(mine) // jobs
-        self.free = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
+        places = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
+        self.free = [place for place in places for _ in range(together)]
         self.running: dict[subprocess.Popen[bytes], tuple[Entry, Place, float]] = {}
         self.signal: int | None = None
 
@@ -154,7 +163,7 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
                 stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes by us
-                preexec_fn=lambda: os.sched_setaffinity(0, there.cores),
+                preexec_fn=lambda: _settle(there),
             )  # fmt: skip
         self.running[process] = entry, there, time.monotonic()
         if self.signal is not None:  # it came while the process was started
@@ -187,7 +196,7 @@ class Runner:
             for process in self.running:
                 process.send_signal(signal.SIGTERM)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             yield
         finally:
@@ -195,6 +204,12 @@ class Runner:
                 process.kill()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _settle(there: Place) -> None:
+    """In a run's process, before it starts: on its cores, and told to save and stop should this one be killed."""
+    os.sched_setaffinity(0, there.cores)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _gpus() -> list[str]:
@@ -270,6 +285,13 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--data", metavar="DIR", help="the data folder (default: what the recipes say)")
     made.add_argument("--seeds", default="0", metavar="LIST", help="0,1,2 for three runs an arm (default: 0)")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores (default: 1)")
+    made.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each job: so many runs share its cores, and time is processor time (default: 1)",
+    )
     made.add_argument("--folder", default=f"runs/{name}", metavar="DIR", help=f"of the runs (default: runs/{name})")
     made.add_argument("--no-run", action="store_true", help="train nothing: tabulate and draw what is there")
     made.add_argument("--json", metavar="FILE", help="write rows and curves")
@@ -298,30 +320,58 @@ def check_budget(text: str, option: str = "--budget") -> str:
     return str(length)
 
 
-def carry_out(runs: Sequence[Entry], jobs: int, folder: Path, no_run: bool) -> list[Entry]:
-    """Checks every run's configuration, then trains those that are not done; returns the failed ones."""
+def shared_options(options: argparse.Namespace, stated: Sequence[str]) -> list[str]:
+    """The trainer's options that all runs have; ConfigError for those that the bench sets itself."""
+    if options.together < 1:
+        raise ConfigError(f"--together: got {options.together}, expected at least 1")
+    own = {"run.seed": "--seeds", "run.folder": "--folder", "budget.length": "--budget", "run.progress": None}
+    for word in stated:
+        name = word.removeprefix("--").partition("=")[0]
+        if name in own:
+            better = f"; use {own[name]}" if own[name] else ""
+            raise ConfigError(f"--{name}: the bench sets it for each run{better}")
+    data = [f"--data.root={options.data}"] if options.data else []
+    return [*data, *(["--budget.counts=cpu"] if options.together > 1 else []), *stated]
+
+
+def carry_out(runs: Sequence[Entry], options: argparse.Namespace) -> None:
+    """Checks every run's configuration, then trains those that are not done.
+
+    Raises ConfigError before anything is trained, DataError where runs failed, Interrupted when all have saved.
+    """
     for run in runs:
         config = read_config(run.options)
-        for split in () if no_run else ("train", "val"):
+        for split in () if options.no_run else ("train", "val"):
             load_manifest(config.data.root, split)  # or an error that says how to write it
     waiting = [run for run in runs if not run.done]
-    if no_run or not waiting:
-        return []
-    runner = Runner(jobs, folder)
+    if options.no_run and len(waiting) == len(runs):
+        raise ConfigError(
+            f"--no-run: {options.folder} has none of these runs; leave it out to train them, or name another"
+        )
+    if options.no_run or not waiting:
+        return
+    jobs = options.jobs
+    runner = Runner(jobs, options.together, Path(options.folder))
     budget = Length.parse(runs[0].budget)
     if budget.kind == "seconds":
         hours = budget.value * -(-len(waiting) // jobs) / 3600
         print(
             f"{len(waiting)} of {len(runs)} runs to train, {jobs} at a time on {cores()} cores: {hours:.1f} h and more"
         )
-    return runner.run(waiting)
-
-
-def finish(failed: Sequence[Entry]) -> None:
-    """Raises DataError where runs failed."""
-    if failed:
+    if failed := runner.run(waiting):
         names = ", ".join(entry.folder.name for entry in failed)
         raise DataError(f"{len(failed)} of the runs failed ({names}); what they said lies beside their folders")
+
+
+@contextmanager
+def telling(write: Callable[[], None]) -> Iterator[None]:
+    """Writes what there is at the end, also where runs failed or were stopped."""
+    try:
+        yield
+    except (DataError, Interrupted):
+        write()
+        raise
+    write()
 
 
 def read_arms(path: str) -> list[Arm]:
@@ -366,15 +416,17 @@ def main(argv: Sequence[str]) -> None:
         if unknown := set(names) - {arm.name for arm in arms}:
             raise ConfigError(f"--only: {options.arms} has no arm {', '.join(sorted(unknown))}")
         arms = [arm for arm in arms if arm.name in names]
-    shared = [*([f"--data.root={options.data}"] if options.data else []), *shared]
-    folder = Path(options.folder)
-    runs = entries(arms, seeds_of(options.seeds), check_budget(options.budget), folder, shared)
-    failed = carry_out(runs, options.jobs, folder, options.no_run)
-    rows = rows_of(runs)
-    print(table(rows, arms))
-    if options.json:
-        what = f"training runs of {options.budget} each, arm by arm: the accuracy that they reached, and their passes"
-        write_json(options.json, measurement(what, rows, curves=curves_of(runs)))
-    if options.plot and rows:
-        draw(runs, Path(options.plot), f"{options.budget} a run")
-    finish(failed)
+    folder, budget = Path(options.folder), check_budget(options.budget)
+    runs = entries(arms, seeds_of(options.seeds), budget, folder, shared_options(options, shared))
+
+    def write_results() -> None:
+        rows = rows_of(runs)
+        print(table(rows, arms))
+        if options.json:
+            what = f"training runs of {budget} each, arm by arm: the accuracy that they reached, and their passes"
+            write_json(options.json, measurement(what, rows, curves=curves_of(runs)))
+        if options.plot and rows:
+            draw(runs, Path(options.plot), f"{budget} a run")
+
+    with telling(write_results):
+        carry_out(runs, options)

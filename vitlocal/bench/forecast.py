@@ -4,7 +4,7 @@ Measures, at each image size of the recipe, the training step alone, the loader 
 training, in under two minutes (compiling apart), and walks through the recipe's budget with what it found. For other
 budgets (--budgets) it gives each size the same part. Without a data folder, it measures the step on noise, and takes
 --images images for an epoch, ImageNet's number. With --rates (images/s, as 32:60000,224:5000; other sizes by FLOPs) it
-measures nothing and reckons for another machine.
+measures nothing and reckons for another machine, by as many images as the data folder has, if it is there.
 
 `python -m vitlocal.bench report RUN --forecast FILE` compares a forecast (--json FILE) with the run that followed.
 """
@@ -12,6 +12,7 @@ measures nothing and reckons for another machine.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,17 @@ from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
-from vitlocal.data.source import Batch, Rows, Source, Sources, load_manifest, open_sources
+from vitlocal.data.source import Batch, Rows, Sources, full_batches, load_manifest, open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.machine import keep_freed_memory
+from vitlocal.methods import BatchSize, Surroundings
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.plan import Feed, Length, Plan, Position, Stage, points, with_size
+from vitlocal.models.memory import activation_bytes
+from vitlocal.plan import TRAINING_FLOPS, Feed, Length, Plan, Position, Stage, points, with_size
 from vitlocal.train.rates import parse_rates, rates_for
 from vitlocal.train.report import duration
-from vitlocal.train.run import Run, choose_device
-from vitlocal.train.spending import Speed, Spent, curriculum, spend
+from vitlocal.train.run import Run, prepare_device
+from vitlocal.train.spending import Speed, StageForecast, curriculum, spend
 from vitlocal.train.step import Mode
 from vitlocal.train.watch import wait
 
@@ -47,10 +50,10 @@ BUDGETS = "1h,6h,24h"
 SECONDS = 80.0  # for all that is measured, shared among the sizes
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of a size's seconds
 CPU_STEP_SECONDS = 1.5  # of a measured step on a CPU: where the recipe's batch takes longer, a part of it is measured
+CPU_EVALUATED = 32  # images of a measured batch of an evaluation on a CPU
 LR = 1e-6  # the weights hardly move
 STARTING_SECONDS = 10.0  # until the first step, but for compiling: a guess, for budgets in which everything counts
 FED = ("image_size", "strength", "batch_size")  # methods that leave the model as it is
-FORWARD_AND_BACKWARD = 3  # in forward passes
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class Measured:
     data_wait_fraction: float = 0.0
     compile_seconds: float = 0.0
     device_mib: float | None = None  # peak, of a GPU
+
+    @property
+    def speed(self) -> Speed:
+        return Speed(self.together, self.batch_size, 1e9 * self.gflops)
 
     @property
     def bottleneck(self) -> str:
@@ -96,21 +103,6 @@ class NoiseSource:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def endless(source: Source, feed: Feed) -> Iterator[Batch]:
-    """Full batches of ``feed``, epoch after epoch."""
-    epoch = 0
-    while True:
-        with source.open(feed, Position(epoch)) as batches:
-            for batch in batches:
-                if batch.total == feed.batch_size:
-                    yield batch
-        epoch += 1
-        if source.count < feed.batch_size:
-            raise ConfigError(
-                f"train.batch_size: {feed.batch_size} is more than the {source.count} images: nothing to measure"
-            )
-
-
 class Rehearsal:
     """Trains at one size for some seconds, on data, on one batch that is there already, or reads data alone."""
 
@@ -125,7 +117,7 @@ class Rehearsal:
 
     def together(self, seconds: float) -> tuple[float, float]:
         """Images/s of reading and training, and the part of the time that was spent waiting for data."""
-        with closing(endless(self.run.sources.train, self.feed)) as batches:
+        with closing(full_batches(self.run.sources.train, self.feed)) as batches:
             self.step(next(batches))
             return self._timed(seconds, lambda: self.step(self._waited_for(batches)))
 
@@ -137,7 +129,7 @@ class Rehearsal:
         return self._timed(seconds, lambda: self.step(batch))[0]
 
     def reading(self, seconds: float) -> float:
-        with closing(endless(self.run.sources.train, self.feed)) as batches:
+        with closing(full_batches(self.run.sources.train, self.feed)) as batches:
             next(batches)
             return self._timed(seconds, lambda: next(batches))[0]
 
@@ -172,11 +164,11 @@ def measure(run: Run, plan: Plan, seconds: float) -> Measured:
     """One size, in about so many seconds and what compiling takes."""
     size = plan.feed.size
     real = not isinstance(run.sources.train, NoiseSource)
+    if run.device.type == "cuda":  # before a CUDA graph takes its memory, which its replays no longer ask for
+        torch.cuda.reset_peak_memory_stats(run.device)
     compile_seconds = run.step.warm(plan.feed, len(run.sources.train.classes))
     feed = smaller_batch(run, plan)
     mode = run.step.mode(plan.feed) if feed == plan.feed else Mode()
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
     rehearsal = Rehearsal(run, plan, feed, mode)
     alone = rehearsal.alone(seconds * SHARES["step"])
     together, waited = rehearsal.together(seconds * SHARES["together"]) if real else (alone, 0.0)
@@ -190,7 +182,7 @@ def measure(run: Run, plan: Plan, seconds: float) -> Measured:
         loader=rehearsal.reading(seconds * SHARES["loader"]) if real else None,
         data_wait_fraction=waited,
         compile_seconds=compile_seconds,
-        gflops=2e-9 * FORWARD_AND_BACKWARD * count_macs(run.model, size),
+        gflops=1e-9 * TRAINING_FLOPS * count_macs(run.model, size),
         device_mib=torch.cuda.max_memory_allocated(run.device) / 2**20 if run.device.type == "cuda" else None,
     )
 
@@ -210,24 +202,42 @@ def plans_by_size(run: Run, stages: Sequence[Stage]) -> dict[int, Plan]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What was measured, and what it means for the recipe's own budget."""
+    """What was measured, and what it means for the recipe's own budget and others."""
 
     config: Config
     images: int
     sizes: tuple[Measured, ...]
-    stages: tuple[Spent, ...]
     evaluation_seconds: float | None = None
+    other_seconds: float = 0.0  # starting, compiling, saving, the report: what a budget counts that counts everything
     disk_bytes: int | None = None
     resident_mib: float | None = None
 
-    @property
-    def speeds(self) -> dict[int, Speed]:
-        return {one.size: Speed(one.together, one.batch_size, 1e9 * one.gflops) for one in self.sizes}
+    @cached_property
+    def stages(self) -> tuple[StageForecast, ...]:
+        """The recipe's budget, stage by stage."""
+        return self.spending(curriculum(self.config), self.config.budget.length)
+
+    def spending(self, stages: tuple[Stage, ...], length: Length) -> tuple[StageForecast, ...]:
+        """``length`` spent on ``stages``; where all counts, less what is no training. ConfigError: nothing is left."""
+        speeds = {one.size: one.speed for one in self.sizes}
+        spent = spend(stages, length, self.images, speeds)
+        if self.config.budget.counts == "train" or length.kind != "seconds":
+            return spent
+        every = self.config.evaluate.every
+        for _ in range(8):  # evaluations take time for epochs, after which fewer evaluations are due
+            count = 1 + (int(spent[-1].end.epoch / every) if every else 0)
+            used = self.other_seconds + count * (self.evaluation_seconds or 0.0)
+            if used >= length.value:
+                raise ConfigError(
+                    f"budget.length: of {length} in all, {used:.0f} s go to starting, {count} evaluations and saving: "
+                    "nothing is left to train. Give more time, or let only training count: budget.counts=train"
+                )
+            spent = spend(stages, length, self.images, speeds, used)
+        return spent
 
     @property
     def flops(self) -> float:
-        each = {one.size: one.gflops * 1e9 for one in self.sizes}
-        return sum(each[stage.size] * stage.images for stage in self.stages)
+        return self.stages[-1].end.flops
 
     @property
     def epochs(self) -> float:
@@ -235,12 +245,51 @@ class Forecast:
 
     @property
     def first_point(self) -> float | None:
-        """Seconds of training until the first accuracy, if there is one before the end."""
-        every = self.config.evaluate.every
+        """Seconds of training until the first accuracy, if there is one before the end: where an epoch ends."""
+        every = math.ceil(self.config.evaluate.every)
         return None if not every or every >= self.epochs else seconds_at(self.stages, every)
 
+    @property
+    def parts(self) -> tuple[Stage, ...]:
+        """The recipe's curriculum with each size's part of its own budget, so that it fits any other.
 
-def seconds_at(stages: Sequence[Spent], epoch: float) -> float:
+        Where that budget ends before the last size, the parts are those of a budget that gives it as long as the size
+        before.
+        """
+        stages, length, spent = curriculum(self.config), self.config.budget.length, self.stages
+        while spent[-1].seconds <= 0:
+            length = replace(length, value=2 * length.value)
+            spent = spend(stages, length, self.images, {one.size: one.speed for one in self.sizes})
+        whole = (
+            spent[-1].end.seconds
+            if length.value == self.config.budget.length.value
+            else (spent[-1].start.seconds + spent[-2].seconds)
+        )
+        found, before = [], 0.0
+        for part in spent[:-1]:
+            percent = round(100 * part.end.seconds / whole, 4)
+            if before < percent < 100:
+                found.append(Stage.parse(f"{part.size}px until {percent:.4f}".rstrip("0").rstrip(".") + "%"))
+                before = percent
+        return (*found, Stage(spent[-1].size))
+
+    def within(self, budgets: Sequence[Length]) -> list[dict[str, Any]]:
+        """What other budgets buy with the same parts, a row each: epochs in all and by size; None: too short."""
+        found = []
+        for budget in budgets:
+            sizes = dict.fromkeys((stage.size for stage in self.parts), 0.0)
+            try:
+                spent = self.spending(self.parts, budget)
+            except ConfigError:
+                found.append({"budget": str(budget), "epochs": None, "epochs_by_size": None})
+                continue
+            for part in spent:
+                sizes[part.size] += part.epochs
+            found.append({"budget": str(budget), "epochs": spent[-1].end.epoch, "epochs_by_size": sizes})
+        return found
+
+
+def seconds_at(stages: Sequence[StageForecast], epoch: float) -> float:
     """When training has come to ``epoch``."""
     for stage in stages:
         if stage.epochs and epoch <= stage.end.epoch + 1e-9:
@@ -250,12 +299,9 @@ def seconds_at(stages: Sequence[Spent], epoch: float) -> float:
 
 def forecast(config: Config, images: int | None) -> Forecast:
     """Measures here; without data in ``config.data.root``, the step alone, for epochs of ``images``."""
-    device = choose_device(config.run.device)
+    device, stated, real = prepare_device(config), config.evaluate, images is None
     if device.type == "cpu":
-        keep_freed_memory()
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    real = images is None
+        config = replace(config, evaluate=replace(stated, batch_size=min(stated.batch_size, CPU_EVALUATED)))
     if real:
         sources = open_sources(config, device)
     else:
@@ -264,8 +310,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
     try:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(config, Path(folder), sources, device)
-            stages = curriculum(config)
-            plans = plans_by_size(run, stages)
+            plans = plans_by_size(run, curriculum(config))
             found = []
             for number, (size, plan) in enumerate(plans.items()):
                 print(
@@ -273,14 +318,15 @@ def forecast(config: Config, images: int | None) -> Forecast:
                 )
                 found.append(measure(run, plan, SECONDS / len(plans)))
             evaluation = run.evaluation_seconds() if real else None
+            other = STARTING_SECONDS + sum(one.compile_seconds for one in found)
+            if run.clock.counts_all:
+                saving, finishing = run.rehearsed_finish()
+                other += 2 * saving + finishing
             run.log.close()
             print("\r" + " " * 60, end="\r", file=sys.stderr)
-            speeds = {one.size: Speed(one.together, one.batch_size, 1e9 * one.gflops) for one in found}
-            starting = STARTING_SECONDS + sum(one.compile_seconds for one in found)
-            spent = walk(config, stages, sources.train.count, speeds, evaluation or 0.0, starting)
             return Forecast(
-                config, sources.train.count, tuple(found), spent, evaluation, disk_bytes(config) if real else None,
-                resident_mib(os.getpid()),
+                replace(run.config, evaluate=stated), sources.train.count, tuple(found), evaluation, other,
+                disk_bytes(config) if real else None, resident_mib(os.getpid()),
             )  # fmt: skip
     finally:
         sources.close()
@@ -289,27 +335,16 @@ def forecast(config: Config, images: int | None) -> Forecast:
 def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
     """For another machine, of stated speeds (see :func:`vitlocal.train.rates.rates_for`)."""
     model, _ = build_model(config.model, 1000)
+
+    def image_bytes(size: int) -> int:
+        return activation_bytes(model, size, torch.bfloat16, config.train.kernel != "plain")
+
+    batches = BatchSize(Surroundings(config, images, image_bytes)) if "batch_size" in config.methods else None
     sizes = []
     for size, rate in rates_for(config, stated).items():
-        gflops = 2e-9 * FORWARD_AND_BACKWARD * count_macs(model, size)
-        sizes.append(Measured(size, config.train.batch_size, rate, rate, gflops))
-    speeds = {one.size: Speed(one.together, one.batch_size, 1e9 * one.gflops) for one in sizes}
-    return Forecast(config, images, tuple(sizes), walk(config, curriculum(config), images, speeds, 0.0, 0.0))
-
-
-def walk(
-    config: Config, stages: tuple[Stage, ...], images: int, speeds: dict[int, Speed], evaluation: float,
-    starting: float,
-) -> tuple[Spent, ...]:  # fmt: skip
-    """The recipe's budget, stage by stage; where all counts, less the seconds of starting and of evaluations."""
-    length, every = config.budget.length, config.evaluate.every
-    spent = spend(stages, length, images, speeds)
-    if config.budget.counts == "wall" and length.kind == "seconds":
-        for _ in range(8):  # evaluations take time for epochs, after which fewer evaluations are due
-            count = 1 + (int(spent[-1].end.epoch / every) if every else 0)
-            used = min(starting + count * evaluation, 0.99 * length.value)
-            spent = spend(stages, length, images, speeds, used)
-    return spent
+        batch = config.train.batch_size if batches is None else batches.batch_at(size)
+        sizes.append(Measured(size, batch, rate, rate, 1e-9 * TRAINING_FLOPS * count_macs(model, size)))
+    return Forecast(config, images, tuple(sizes))
 
 
 def disk_bytes(config: Config) -> int | None:
@@ -318,19 +353,6 @@ def disk_bytes(config: Config) -> int | None:
         return None
     manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
     return sum(file.bytes for one in manifests for file in one.files)
-
-
-def same_parts(found: Forecast) -> tuple[Stage, ...]:
-    """The recipe's curriculum with each size's part of its own budget, so that it fits any other."""
-    whole = found.stages[-1].end.seconds
-    reached = [part for part in found.stages if part.seconds > 0]
-    stages, before = [], 0.0
-    for part in reached[:-1]:
-        percent = round(100 * part.end.seconds / whole, 4)
-        if before < percent < 100:
-            stages.append(Stage.parse(f"{part.size}px until {percent:.4f}".rstrip("0").rstrip(".") + "%"))
-            before = percent
-    return (*stages, Stage(reached[-1].size))
 
 
 # --- telling --------------------------------------------------------------------------------------------------------
@@ -354,7 +376,7 @@ def table(found: Forecast) -> list[str]:
     return lines
 
 
-def told(found: Forecast, budgets: Sequence[Length]) -> str:
+def as_text(found: Forecast, budgets: Sequence[Length]) -> str:
     """All of it, as text."""
     config, last = found.config, found.stages[-1].end
     counts = " in all" if config.budget.counts == "wall" and config.budget.length.kind == "seconds" else " of training"
@@ -386,15 +408,15 @@ def told(found: Forecast, budgets: Sequence[Length]) -> str:
         )
     if budgets:
         lines += ["", "the same curriculum in other budgets, each size with the same part:", ""]
-        parts = same_parts(found)
+        parts = found.parts
         sizes = list(dict.fromkeys(stage.size for stage in parts))
         lines.append(f"{'budget':>8} {'epochs':>9}   " + " ".join(f"{size:>7} px" for size in sizes) + "   (epochs)")
-        for budget in budgets:
-            spent = spend(parts, budget, found.images, found.speeds)
-            each = [sum(part.epochs for part in spent if part.size == size) for size in sizes]
-            lines.append(
-                f"{budget!s:>8} {spent[-1].end.epoch:9.2f}   " + " ".join(f"{epochs:10.2f}" for epochs in each)
-            )
+        for row in found.within(budgets):
+            if row["epochs"] is None:
+                lines.append(f"{row['budget']:>8}   is spent on starting, evaluating and saving")
+                continue
+            each = " ".join(f"{epochs:10.2f}" for epochs in row["epochs_by_size"].values())
+            lines.append(f"{row['budget']:>8} {row['epochs']:9.2f}   {each}")
         if len(parts) > 1 and "image_size" in found.config.methods:
             lines.append(f'  --image_size.stages="{", ".join(map(str, parts))}"')
     return "\n".join(lines)
@@ -434,14 +456,17 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--budgets: got '{options.budgets}', expected times with commas between, as in 1h,6h,24h")
     if options.images is not None and options.images < config.train.batch_size:
         raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
-    images = options.images
-    if images is None and not options.rates and not Path(config.data.root).exists():
+    images, there = options.images, Path(config.data.root).exists()
+    if images is None and not there:
         images = IMAGENET
-        print(f"{config.data.root} is not there: the step alone, on noise, for epochs of {images:,} images")
-    found = (
-        reckoned(config, images or IMAGENET, parse_rates(options.rates)) if options.rates else forecast(config, images)
-    )
-    print(told(found, budgets))
+        what = "" if options.rates else "the step alone, on noise, "
+        print(f"{config.data.root} is not there: {what}for epochs of {images:,} images")
+    if options.rates:
+        count = load_manifest(config.data.root, "train").count if images is None else images
+        found = reckoned(config, count, parse_rates(options.rates))
+    else:
+        found = forecast(config, images)
+    print(as_text(found, budgets))
     if shaping := [name for name in config.methods if name not in FED]:
         print(f"note: {', '.join(shaping)} change what an image costs; this is a forecast of the full model throughout")
     if options.json:
@@ -452,6 +477,7 @@ def main(argv: Sequence[str]) -> None:
             "budget": str(config.budget.length), "counts": config.budget.counts, "images": found.images,
             "epochs": found.epochs, "flops": found.flops, "evaluation_seconds": found.evaluation_seconds,
             "first_point_seconds": found.first_point, "disk_bytes": found.disk_bytes,
-            "resident_mib": found.resident_mib, "curriculum": [str(stage) for stage in same_parts(found)],
+            "resident_mib": found.resident_mib, "curriculum": [str(stage) for stage in found.parts],
+            "budgets": found.within(budgets), "recipe": found.config.flat(),
         }  # fmt: skip
         write_json(options.json, measurement(what, rows(found), **more))

@@ -149,7 +149,7 @@ def profiled(
             told = Progress(3 * len(feeds))
             for feed in feeds:
                 told.bar.set_description_str(f"{feed.size} px, {run.step.mode(feed)}, made ready")
-                run.step.warm(feed, len(run.sources.train.classes))
+                run.warm(Plan(feed))
                 run.clock.start()
                 with closing(batches_of(run, feed)) as batches:
                     train_on(run, feed, batches, WARMING, Stopwatch(device))

@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.errors import ConfigError
-from vitlocal.train.figures import Line, race
+from vitlocal.train.figures import Line, by_size, race
 from vitlocal.train.log import read_log
-from vitlocal.train.report import duration
+from vitlocal.train.report import duration, read_run
 
 
 def summary(folder: Path) -> dict[str, Any]:
     """One row: where the run ended, and its curve. ConfigError where ``folder`` holds no evaluated run."""
-    records = read_log(folder) if folder.is_dir() else []
-    scored = [record for record in records if record["top1"] is not None]
-    if not scored:
-        raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
-    last = scored[-1]
-    ends = [0.0, *(record["train_seconds"] for record in records)]
-    waited = sum(
-        record["data_wait_fraction"] * (end - start)
-        for record, start, end in zip(records, ends, ends[1:], strict=False)
-    )
+    run = read_run(folder)
+    last = run.last
+    waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run.line).values())
     return {
         "run": folder.name,
         "top1": last["top1"],
@@ -35,7 +27,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "train_seconds": last["train_seconds"],
         "wall_seconds": last["wall_seconds"],
         "images_per_second": round(last["images_seen"] / last["train_seconds"], 1),
-        "data_wait_fraction": round(waited / ends[-1], 5),
+        "data_wait_fraction": round(waited / run.records[-1]["train_seconds"], 5),
     }
 
 

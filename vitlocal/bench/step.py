@@ -41,14 +41,13 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
-from vitlocal.machine import keep_freed_memory
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
 from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.run import choose_device
+from vitlocal.train.run import choose_device, prepare_device
 from vitlocal.train.step import Mode, Step, choose_precision
 from vitlocal.train.watch import wait
 
@@ -549,12 +548,7 @@ def main(argv: Sequence[str]) -> None:
     arms = chosen_arms(options.arms, device)
     sizes = sorted(set(numbers(options.sizes or SIZES[device.type])))
     check_multiples(sizes, shape_of(config)[1], config.model.name)
-    if device.type == "cpu":
-        keep_freed_memory()  # as the trainer does
-    elif device.index is not None:
-        torch.cuda.set_device(device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    prepare_device(config)
     precision = choose_precision(config.train.precision, device)
     peak, how = measured_peak(precision, device)
     rows = compare(config, arms, sizes, options.rounds, options.seconds, device, peak)
