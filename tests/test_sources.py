@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import threading
@@ -60,6 +61,15 @@ def test_a_pass_holds_every_row_once_with_its_label(folder: Path, shared):
     assert images.is_contiguous(memory_format=torch.channels_last)
     names = [it.manifest.entries[i].split("/")[1] for i in ids]
     assert [it.classes[label] for label in labels] == names
+
+
+def test_memory_is_for_the_largest_slice():
+    """Of a last batch, a process may get a pair more than of whole ones."""
+    for world, batch, count in itertools.product(range(1, 9), (33, 150), range(100, 200)):
+        for rank in range(world):
+            slices = Share(rank, world).slices(np.arange(count), batch)
+            assert slices.largest == max(len(part.draws) for part in slices)
+            assert sum(part.total for part in slices) == count and len(slices) == -(-count // batch)
 
 
 def test_batches_repeat_bit_for_bit(folder: Path, shared):

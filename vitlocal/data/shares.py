@@ -63,8 +63,9 @@ class Slices(Sequence[Slice]):
 
     @property
     def largest(self) -> int:
-        """Samples of the largest slice: the first one."""
-        return len(self.share.places(min(self.batch_size, len(self.draws))))
+        """Samples of the largest slice: a whole batch's or the last one's, of which a part may get a pair more."""
+        whole, rest = min(self.batch_size, len(self.draws)), len(self.draws) % self.batch_size
+        return max(len(self.share.places(total)) for total in (whole, rest))
 
 
 WHOLE = Share()
