@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,10 +25,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def two(small, tmp_path: Path) -> Path:
-    """A file of two arms, of which the second is wider."""
+    """A file of two arms, of which the second is shallower."""
     (tmp_path / "small.yaml").write_text(small(tmp_path / "unused").yaml())
     path = tmp_path / "arms.yaml"
-    path.write_text("recipes: [small.yaml]\narms:\n  plain: {}\n  half as deep: {model.depth: 1}\n")
+    path.write_text(
+        "recipes: [small.yaml]\noptions: {model.width: 48}\narms:\n  plain: {}\n  half as deep: {model.depth: 1}\n"
+    )
     return path
 
 
@@ -90,25 +91,24 @@ def test_wrong_benches_of_the_paper(words: list[str], part: str, folder: Path, t
 
 def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
     two.write_text(two.read_text() + "  broken: {train.lr: 1.0e+30}\n")
-    jobs = min(2, len(os.sched_getaffinity(0)))
-    command = ["arms", str(two), "--budget=1ep", "--seeds=3", f"--folder={tmp_path}/runs", f"--jobs={jobs}",
+    command = ["arms", str(two), "--budget=1ep", "--seeds=3", f"--folder={tmp_path}/runs", "--together=2",
+               "--only=half as deep,broken",
                f"--json={tmp_path}/arms.json", f"--plot={tmp_path}/arms.png"]  # fmt: skip
     with pytest.raises(DataError, match=r"1 of the runs failed \(broken-1ep-seed3\)"):
         main(command)
     out = capsys.readouterr().out
     assert "broken-1ep-seed3: failed" in out and "diverged" in out and "| half as deep |" in out
     measured = json.loads((tmp_path / "arms.json").read_text())
-    assert [(row["arm"], row["seed"]) for row in measured["rows"]] == [("plain", 3), ("half as deep", 3)]
-    assert len(measured["curves"]) == 2 and (tmp_path / "arms.png").stat().st_size > 0
-    folders = [tmp_path / "runs" / f"{name}-1ep-seed3" for name in ("plain", "half_as_deep")]
-    configs = [read_config(["-C", str(folder / "config.yaml")], {}) for folder in folders]
-    assert [(config.model.depth, config.run.seed) for config in configs] == [(2, 3), (1, 3)]
-    before = [(folder / "log.jsonl").stat().st_mtime_ns for folder in folders]
-    main([*command, "--only=plain,half as deep"])
-    assert "1 of" not in capsys.readouterr().out
-    assert [(folder / "log.jsonl").stat().st_mtime_ns for folder in folders] == before
+    assert [(row["arm"], row["seed"]) for row in measured["rows"]] == [("half as deep", 3)]
+    assert len(measured["curves"]) == 1 and (tmp_path / "arms.png").stat().st_size > 0
+    run = tmp_path / "runs" / "half_as_deep-1ep-seed3"
+    config = read_config(["-C", str(run / "config.yaml")], {})
+    assert (config.model.depth, config.model.width, config.run.seed, config.budget.counts) == (1, 48, 3, "cpu")
+    before = (run / "log.jsonl").stat().st_mtime_ns
+    main([*command, "--only=half as deep"])
+    assert "1 of" not in capsys.readouterr().out and (run / "log.jsonl").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="holds a run of another configuration: evaluate.part was 'all'"):
-        main([*command, "--only=plain", "--evaluate.part=odd"])
+        main([*command, "--only=half as deep", "--evaluate.part=odd"])
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ FORM = {"what", "command", "machine", "versions", "commit", "rows"}
 
 def test_the_loader_bench(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "loader.json"
-    main(["loader", "--data", str(folder), "--sizes", "16,32", "--only", "ours,torchvision", "--rounds", "1",
+    main(["loader", "--data", str(folder), "--sizes", "32", "--only", "ours,torchvision", "--rounds", "1",
           "--seconds", "0", "--images", "50", "--json", str(out), "--plot",
           str(tmp_path / "plots" / "loader.png")])  # fmt: skip
     measured = json.loads(out.read_text())
@@ -31,7 +31,7 @@ def test_the_loader_bench(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     for row in measured["rows"]:
         assert row.keys() >= ROW | {"stored", "size", "chosen"} and row["images_per_second"] > 0 and row["n"] == 1
     chosen = [(row["size"], row["stored"]) for row in measured["rows"] if row["chosen"]]
-    assert chosen == [(16, "train_48_raw.beton"), (32, "train_48_raw.beton")]
+    assert chosen == [(32, "train_48_raw.beton")]
     assert all(row["to_torchvision"] > 1 for row in measured["rows"] if row["chosen"])
     shown = capsys.readouterr().out
     assert "*ours" in shown and "torchvision" in shown
@@ -69,13 +69,13 @@ def test_the_bench_of_the_clock(
     measured = json.loads((tmp_path / "clock.json").read_text())
     (row,) = measured["rows"]
     assert measured.keys() >= FORM and (row["budget"], row["trial"], row["counts"]) == ("3s", "busy", "train")
-    assert abs(row["spent_seconds"] - 3) < 1 and row["alive_seconds"] > 3 and row["steps"] > 1
-    assert row["lr"] == pytest.approx(row["end_lr"]) and "busy" in capsys.readouterr().out
+    assert row["train_seconds"] == row["spent_seconds"] > 2 and row["alive_seconds"] > 3 and row["steps"] > 1
+    assert row["lr"] >= row["end_lr"] == 1e-5 and "busy" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_shown_by_the_bench_of_the_clock(folder: Path, tmp_path: Path) -> None:
-    wrong = [f"--data.root={folder}", "--model.patch_size=7", "--methods=none"]
-    with pytest.raises(DataError, match="patch_size"):
+    wrong = [f"--data.root={folder}", "--model.patch_size=5"]
+    with pytest.raises(DataError, match=r"exit status 2\)[^!]*the patch of 5x5 pixels"):
         clock.attempt(clock.Trial("left alone"), Length.parse("3s"), wrong, tmp_path / "run")
 
 

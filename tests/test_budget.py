@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,15 @@ def test_an_evaluation_that_leaves_no_step_after_it_waits_for_the_end(configure,
     assert [record["epoch"] for record in records if record["top1"] is not None] == [1, 2, records[-1]["epoch"]]
     assert records[-1]["epoch"] > 3 and records[-1]["lr"] == pytest.approx(1e-5)
     assert now[0] == pytest.approx(16.4, abs=0.5)
+
+
+def test_processor_time_stands_while_others_have_the_processor():
+    clock = Clock(BudgetConfig(Length.parse("1h"), "cpu"), IMAGES)
+    clock.start()
+    before, began = clock.train_seconds, clock.wall_seconds
+    time.sleep(0.3)
+    assert clock.train_seconds - before < 0.2 and clock.wall_seconds - began >= 0.3
+    assert not clock.counts_all and clock.seconds < 0.3
 
 
 def test_a_damaged_journal_leaves_what_the_checkpoint_knows(tmp_path: Path, capsys):

@@ -97,6 +97,7 @@ def test_two_processes_stopped_go_on_as_one(folder: Path, alone: Path, tmp_path:
     assert farthest(run, alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_end_together_when_the_time_is_up(folder: Path, tmp_path: Path):
     start = command(2, folder, tmp_path / "run", "--budget.length=2s", "--methods=none", "--evaluate.every=0")
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)

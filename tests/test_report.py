@@ -195,7 +195,8 @@ def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path
     assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
     main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
           "--json", str(tmp_path / "compared.json")])  # fmt: skip
-    assert "Forecast and run" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Forecast and run" in page and "of another recipe: augment.mixup, augment.erase differ" in page
     assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
 
 

@@ -157,11 +157,9 @@ class EvaluateConfig:
 class BudgetConfig:
     length: Length = option(Length.parse("24h"), Duration(part=False), "24h, 30m, 45s, 90ep, 5000steps or 3PF")
     counts: str = option(
-        "train",
-        Choice("train", "wall", "cpu"),
-        "of a length in time: train: evaluation and saving are free; wall: all "
-        "counts; cpu: as train, in processor time, for runs that share a processor",
-    )
+        "train", Choice("train", "wall", "cpu"), "of a length in time: train: evaluation and saving are free; wall: "
+        "all counts; cpu: as train, in all threads' processor time, for runs that share cores"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -492,9 +490,8 @@ def _contradictions(config: Config) -> list[str]:
         found.append("train.schedule_by: epoch needs a train.schedule_length in epochs, as in 300ep")
     if config.budget.length.value == 0:
         found.append("budget.length: nothing can be trained in a budget of 0")
-    if config.budget.counts == "wall" and config.budget.length.kind != "seconds":
+    if config.budget.counts == "cpu" and config.data.loader != "ffcv":
         found.append(
-            f"budget.counts: wall is for budgets in time, and budget.length is {config.budget.length}; state hours, or "
-            "leave it out"
+            f"budget.counts: cpu counts this process alone, and data.loader={config.data.loader} has others; use train"
         )
     return found

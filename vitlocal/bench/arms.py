@@ -3,7 +3,8 @@
 Each arm is trained once for each seed, under the same budget; an interrupted bench goes on where it was. The yaml file
 names recipes beside it and the options that an arm changes:
 
-    recipes: [paper_64px.yaml]          # what all arms share
+    recipes: [paper_64px.yaml]          # what all arms share, and options over them
+    options: {model.pool: avg}
     arms:
       base: {}
       larger rate: {train.lr: 2.0e-3}
@@ -21,10 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -132,10 +133,12 @@ class Runner:
         if 0 < len(self.gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(self.gpus)}, a GPU for each")
         if self.gpus and together > 1:
-            raise ConfigError("--together: runs on a GPU cannot share it and be timed; leave it out")
+            raise ConfigError(
+                "--together: runs that share a GPU cannot be timed; leave it out, or hide it: CUDA_VISIBLE_DEVICES="
+            )
         share = len(mine) // jobs
         places = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
-        self.free = [place for place in places for _ in range(together)]
+        self.free = [place for _ in range(together) for place in places]
         self.running: dict[subprocess.Popen[bytes], tuple[Entry, Place, float]] = {}
         self.signal: int | None = None
 
@@ -158,7 +161,7 @@ class Runner:
     def _start(self, entry: Entry, number: int, total: int) -> None:
         there = self.free.pop(0)
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[there.number]} if self.gpus else {})
-        print(f"{number} of {total}: {entry.folder.name} ...", flush=True)
+        say(f"{number} of {total}: {entry.folder.name} ...")
         with open(self._output(entry), "ab") as output:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
@@ -177,11 +180,11 @@ class Runner:
         self.free.append(there)
         if process.returncode == 0:
             row = summary(entry.folder)
-            print(f"  {entry.folder.name}: {row['top1']:.2f} %, {duration(time.monotonic() - began)}", flush=True)
+            say(f"  {entry.folder.name}: {row['top1']:.2f} %, {duration(time.monotonic() - began)}")
             return []
         if self.signal is None:
             last = self._output(entry).read_text(errors="replace").strip().splitlines()[-1:]
-            print(f"  {entry.folder.name}: failed ({' '.join(last)}); see {self._output(entry)}", flush=True)
+            say(f"  {entry.folder.name}: failed ({' '.join(last)}); see {self._output(entry)}")
             return [entry]
         return []
 
@@ -190,13 +193,16 @@ class Runner:
         """Signals reach the runs, which save; at a second one they leave at once."""
 
         def forward(number: int, frame: object) -> None:
-            if self.signal is None:
-                print("\nstopping: the runs save what they have; the same command goes on", file=sys.stderr)
-            self.signal = number
+            first, self.signal = self.signal is None, number
             for process in self.running:
                 process.send_signal(signal.SIGTERM)
+            if first:
+                say("\nstopping: the runs save what they have; the same command goes on", sys.stderr)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            heard.append(signal.SIGHUP)
+        before = {number: signal.signal(number, forward) for number in heard}
         try:
             yield
         finally:
@@ -206,10 +212,21 @@ class Runner:
                 signal.signal(number, handler)
 
 
+def say(text: str, to: TextIO | None = None) -> None:
+    """Prints, unless who listened is gone: runs go on, and save, without their terminal."""
+    with suppress(OSError):
+        print(text, file=to, flush=True)
+
+
+def fall_with_parent(number: int) -> None:
+    """In a child, before it starts: it gets the signal ``number`` when its parent dies, however that comes about."""
+    LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
 def _settle(there: Place) -> None:
     """In a run's process, before it starts: on its cores, and told to save and stop should this one be killed."""
     os.sched_setaffinity(0, there.cores)
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    fall_with_parent(signal.SIGTERM)
 
 
 def _gpus() -> list[str]:
@@ -325,6 +342,8 @@ def shared_options(options: argparse.Namespace, stated: Sequence[str]) -> list[s
     if options.together < 1:
         raise ConfigError(f"--together: got {options.together}, expected at least 1")
     own = {"run.seed": "--seeds", "run.folder": "--folder", "budget.length": "--budget", "run.progress": None}
+    if options.together > 1:
+        own["budget.counts"] = None
     for word in stated:
         name = word.removeprefix("--").partition("=")[0]
         if name in own:
@@ -356,7 +375,8 @@ def carry_out(runs: Sequence[Entry], options: argparse.Namespace) -> None:
     if budget.kind == "seconds":
         hours = budget.value * -(-len(waiting) // jobs) / 3600
         print(
-            f"{len(waiting)} of {len(runs)} runs to train, {jobs} at a time on {cores()} cores: {hours:.1f} h and more"
+            f"{len(waiting)} of {len(runs)} runs to train, {jobs * options.together} at a time on {cores()} cores: "
+            f"{hours:.1f} h and more, if each keeps its cores busy"
         )
     if failed := runner.run(waiting):
         names = ", ".join(entry.folder.name for entry in failed)
@@ -384,13 +404,13 @@ def read_arms(path: str) -> list[Arm]:
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        shared, arms = files(content), []
+        shared, common, arms = files(content), content.get("options") or {}, []
         for name, options in content["arms"].items():
             if "," in str(name):
                 raise ConfigError(
                     f"{path}: the arm '{name}' has a comma in its name, which --only cannot name; leave it out"
                 )
-            own = dict(options or {})
+            own = {**common, **(options or {})}
             recipes = (*shared, *files(own))
             own.pop("recipes", None)
             arms.append(Arm(str(name), recipes, own))

@@ -9,6 +9,7 @@ that is, and the last step's learning rate beside the schedule's last.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.arms import RECIPES, ROOT, check_budget
+from vitlocal.bench.arms import RECIPES, ROOT, check_budget, fall_with_parent
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.config import read_config
 from vitlocal.data.source import load_manifest
@@ -71,8 +72,9 @@ class Attempts:
         began = time.monotonic()
         with open(self.output, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_imagenet.py"), *self.options], stdout=output, stderr=output
-            )
+                [sys.executable, str(ROOT / "train_imagenet.py"), *self.options], stdout=output, stderr=output,
+                preexec_fn=lambda: fall_with_parent(signal.SIGTERM),
+            )  # fmt: skip
         try:
             yield process
         finally:
@@ -100,8 +102,11 @@ class Attempts:
 @contextmanager
 def other_load() -> Iterator[None]:
     """Keeps every core busy meanwhile."""
-    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(cores())]
+    busy = []
     try:
+        for _ in range(cores()):
+            command = [sys.executable, "-c", BUSY]
+            busy.append(subprocess.Popen(command, preexec_fn=lambda: fall_with_parent(signal.SIGKILL)))
         yield
     finally:
         for process in busy:
@@ -123,7 +128,8 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
             with other_load():
                 run.until(process, end * budget.value)
         run.finish(process)
-    last = read_log(folder)[-1]
+    records = read_log(folder)
+    last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # What the command took is told from outside; what training took, only the run can tell.
     spent = run.alive if trial.counts == "wall" else last["train_seconds"]
     schedule = Schedule(read_config(run.options).train)
@@ -133,7 +139,7 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
         "counts": trial.counts,
         "spent_seconds": round(spent, 3),
         "off_percent": round(100 * (spent / budget.value - 1), 3),
-        "step_seconds": round(last["batch_size"] / last["images_per_second"], 3),
+        "step_seconds": round(trained["batch_size"] / trained["images_per_second"], 3),
         "lr": last["lr"],
         "end_lr": min(schedule.config.end_lr, schedule.peak),
         "steps": last["step"],
@@ -158,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--budgets", default="45s,3m", metavar="LIST", help="lengths of time (default: 45s,3m)")
     parser.add_argument("--json", metavar="FILE", help="write the measurement")
     options, shared = parser.parse_known_args(list(argv))
-    recipe = [] if any(one.startswith("--config-file") for one in shared) else [RECIPES / "demo.yaml"]
+    recipe = [] if any(word.startswith(("--config-file", "-C")) for word in shared) else [RECIPES / "demo.yaml"]
     trained = [*(f"--config-file={path}" for path in recipe), "--run.save_every=10s", "--evaluate.every=0", *shared]
     budgets = budgets_of(options.budgets)
     config = read_config(trained)

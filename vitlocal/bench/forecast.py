@@ -50,6 +50,7 @@ BUDGETS = "1h,6h,24h"
 SECONDS = 80.0  # for all that is measured, shared among the sizes
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of a size's seconds
 CPU_STEP_SECONDS = 1.5  # of a measured step on a CPU: where the recipe's batch takes longer, a part of it is measured
+DOUBLINGS = 40  # of a budget that does not come to its curriculum's last size, to find one that does
 CPU_EVALUATED = 32  # images of a measured batch of an evaluation on a CPU
 LR = 1e-6  # the weights hardly move
 STARTING_SECONDS = 10.0  # until the first step, but for compiling: a guess, for budgets in which everything counts
@@ -221,19 +222,34 @@ class Forecast:
         """``length`` spent on ``stages``; where all counts, less what is no training. ConfigError: nothing is left."""
         speeds = {one.size: one.speed for one in self.sizes}
         spent = spend(stages, length, self.images, speeds)
-        if self.config.budget.counts == "train" or length.kind != "seconds":
+        if self.config.budget.counts != "wall" or length.kind != "seconds":
             return spent
-        every = self.config.evaluate.every
-        for _ in range(8):  # evaluations take time for epochs, after which fewer evaluations are due
-            count = 1 + (int(spent[-1].end.epoch / every) if every else 0)
-            used = self.other_seconds + count * (self.evaluation_seconds or 0.0)
-            if used >= length.value:
-                raise ConfigError(
-                    f"budget.length: of {length} in all, {used:.0f} s go to starting, {count} evaluations and saving: "
-                    "nothing is left to train. Give more time, or let only training count: budget.counts=train"
-                )
-            spent = spend(stages, length, self.images, speeds, used)
-        return spent
+        every, evaluation = self.config.evaluate.every, self.evaluation_seconds or 0.0
+
+        def due(spent: Sequence[StageForecast]) -> int:
+            return 1 + (int(spent[-1].end.epoch / every) if every else 0)
+
+        def left(count: int) -> tuple[StageForecast, ...] | None:
+            used = self.other_seconds + count * evaluation
+            return spend(stages, length, self.images, speeds, used) if used < length.value else None
+
+        # Evaluations take time for epochs, after which fewer of them are due: the least number that is enough.
+        low, high = 1, due(spent)
+        while low < high:
+            middle = (low + high) // 2
+            after = left(middle)
+            if after is None or due(after) <= middle:
+                high = middle
+            else:
+                low = middle + 1
+        found = left(low) or left(max(1, low - 1))
+        if found is None:
+            raise ConfigError(
+                f"budget.length: of {length} in all, {self.other_seconds + evaluation:.0f} s go to starting, saving "
+                "and one evaluation: nothing is left to train. Give more time, or let only training count: "
+                "budget.counts=train"
+            )
+        return found
 
     @property
     def flops(self) -> float:
@@ -254,17 +270,19 @@ class Forecast:
         """The recipe's curriculum with each size's part of its own budget, so that it fits any other.
 
         Where that budget ends before the last size, the parts are those of a budget that gives it as long as the size
-        before.
+        before; a size that no budget comes to is left out.
         """
         stages, length, spent = curriculum(self.config), self.config.budget.length, self.stages
-        while spent[-1].seconds <= 0:
+        for _ in range(DOUBLINGS):
+            if spent[-1].seconds > 0:
+                break
             length = replace(length, value=2 * length.value)
             spent = spend(stages, length, self.images, {one.size: one.speed for one in self.sizes})
-        whole = (
-            spent[-1].end.seconds
-            if length.value == self.config.budget.length.value
-            else (spent[-1].start.seconds + spent[-2].seconds)
-        )
+        spent = [part for part in spent if part.seconds > 0]
+        if length == self.config.budget.length or len(spent) < 2:
+            whole = spent[-1].end.seconds
+        else:
+            whole = spent[-1].start.seconds + spent[-2].seconds
         found, before = [], 0.0
         for part in spent[:-1]:
             percent = round(100 * part.end.seconds / whole, 4)
@@ -469,6 +487,8 @@ def main(argv: Sequence[str]) -> None:
     print(as_text(found, budgets))
     if shaping := [name for name in config.methods if name not in FED]:
         print(f"note: {', '.join(shaping)} change what an image costs; this is a forecast of the full model throughout")
+    if config.budget.counts == "cpu":
+        print("note: the budget counts processor time; this is a forecast for a run that has its cores for itself")
     if options.json:
         what = (
             "what a budget is forecast to buy: images/s by size, as measured, and the budget walked through with them"
@@ -478,6 +498,6 @@ def main(argv: Sequence[str]) -> None:
             "epochs": found.epochs, "flops": found.flops, "evaluation_seconds": found.evaluation_seconds,
             "first_point_seconds": found.first_point, "disk_bytes": found.disk_bytes,
             "resident_mib": found.resident_mib, "curriculum": [str(stage) for stage in found.parts],
-            "budgets": found.within(budgets), "recipe": found.config.flat(),
+            "budgets": found.within(budgets), "recipe": config.flat(),
         }  # fmt: skip
         write_json(options.json, measurement(what, rows(found), **more))

@@ -50,7 +50,7 @@ def _compared(what: str, forecast: float, happened: float) -> dict[str, Any]:
 
 def mismatch(forecast: dict[str, Any], run: RunRecord) -> list[str]:
     """In what the forecast's recipe is not the run's, and whether the run has come to its end: sentences."""
-    said, done = forecast["recipe"], json.loads(json.dumps(run.config.flat()))
+    said, done = forecast.get("recipe", {}), json.loads(json.dumps(run.config.flat()))
     apart = [name for name in said if name in done and name not in ASIDE and said[name] != done[name]]
     found = []
     if apart:

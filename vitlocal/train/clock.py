@@ -104,11 +104,11 @@ class Clock:
         left = length.value - self.room - seconds
         return length.kind == "seconds" and left <= steps * pace * self._batch
 
-    def has_room_for(self, seconds: float) -> bool:
-        """Whether so many seconds of something else would leave a budget that counts them with time for a step."""
+    def has_room_for(self, seconds: float, images: int) -> bool:
+        """Whether so many seconds of something else would leave time for a step over ``images``, where all counts."""
         now, pace = self._now
         left = self.budget.length.value - self.room - now
-        return not self.counts_all or left - seconds >= pace * self._batch
+        return not self.counts_all or left - seconds >= pace * images
 
     def _fraction(self, at: Progress, tolerance: float, flops: float) -> float:
         """``tolerance`` and ``flops``: what may be left of a budget in time or FLOPs when it counts as spent."""

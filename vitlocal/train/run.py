@@ -129,6 +129,7 @@ class Run:
         self.warmed: set[tuple[Feed, Shape, int]] = set()
         self.saving = 0.0  # seconds of the slowest checkpoint
         self.finishing = 0.0  # seconds that export and report take
+        self.evaluating = 0.0  # seconds that an evaluation and its checkpoint take, where all counts
         self.running: Plan | None = None  # the plan of the pass that is open
         self.agree()
 
@@ -234,6 +235,8 @@ class Run:
             found.append(
                 f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never gets up"
             )
+        if self.config.budget.counts == "wall" and length.kind != "seconds":
+            found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
         if batch > count:
             found.append(f"train.batch_size is {batch}, and there are {count} images: each epoch is one step")
         return found
@@ -315,7 +318,8 @@ class Run:
     def _keep_room(self, evaluation: float) -> None:
         """Keeps room for an evaluation of so many seconds, for saving before and after it, and for what follows."""
         if self.clock.counts_all:
-            self.clock.room = self.ranks.broadcast(evaluation + 2 * self.saving + self.finishing)
+            room = evaluation + 2 * self.saving + self.finishing
+            self.clock.room, self.evaluating = self.ranks.broadcast((room, evaluation + self.saving))
 
     def warm(self, plan: Plan) -> None:
         """Compiles the step for full batches under ``plan``, once."""
@@ -462,7 +466,7 @@ class Run:
             accuracy = None
             due = every and at.epoch - self.evaluated_epoch >= every - 1e-9
             # One that would leave no step after it is left to the end: the last step has the schedule's last rate.
-            if last or (due and self.clock.has_room_for(self.clock.room)):
+            if last or (due and self.clock.has_room_for(self.evaluating, plan.feed.batch_size)):
                 if last:
                     self.save()  # killed from here on, it has but this evaluation left to do
                 began = perf_counter()
@@ -575,6 +579,7 @@ class Run:
             "running": self.running and self.running.state_dict(),
             "saving": self.saving,
             "finishing": self.finishing,
+            "evaluating": self.evaluating,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -607,6 +612,7 @@ class Run:
         self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
         self.running = state["running"] and Plan.from_state(state["running"])
         self.saving, self.finishing = state["saving"], state["finishing"]
+        self.evaluating = state.get("evaluating", 0.0)
         self.agree()
         self.saved_at = self.clock.progress
 
@@ -691,8 +697,6 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 def prepare_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
     """The device of ``run.device``, made the current one; threads and memory of this process as training wants them."""
     device = choose_device(config.run.device, ranks)
-    if config.budget.counts == "cpu" and device.type != "cpu":
-        raise ConfigError(f"budget.counts: cpu is for training on a CPU, and run.device is {device.type}; use train")
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:
@@ -722,6 +726,8 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     folder = Path(config.run.folder)
     resumes = resumes_from(folder, config) if ranks.first else False
     device = prepare_device(config, ranks)
+    if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
+        raise ConfigError("budget.counts: cpu is for one process on a CPU; set run.device=cpu, or let training count")
     with connected(ranks, device):
         _check_peers(config, ranks)
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
