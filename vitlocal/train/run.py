@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ from vitlocal.train.watch import Watch, wait
 
 REHEARSAL = ".rehearsal"
 REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
-OUTSIDE_SECONDS = 1.5  # that Python takes to start, and to end with PyTorch loaded: no clock of ours sees them
+LEAVING = 0.36  # of the time that loading took: what Python takes to end, which no clock of ours sees
+LEAVING_SECONDS = 1.5  # the same, where the time of loading is not known
 MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
@@ -128,7 +129,8 @@ class Run:
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[tuple[Feed, Shape, int]] = set()
         self.saving = 0.0  # seconds of the slowest checkpoint
-        self.finishing = 0.0  # seconds that export and report take
+        self.leaving = LEAVING_SECONDS
+        self.finishing = 0.0  # seconds that export and report take, and leaving
         self.evaluating = 0.0  # seconds that an evaluation and its checkpoint take, where all counts
         self.running: Plan | None = None  # the plan of the pass that is open
         self.agree()
@@ -313,7 +315,7 @@ class Run:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         # The optimizer's moments are not there yet: two numbers to each weight.
-        return MOMENTS * (times[1] - times[0]), times[2] - times[1] + OUTSIDE_SECONDS
+        return MOMENTS * (times[1] - times[0]), times[2] - times[1] + self.leaving
 
     def _keep_room(self, evaluation: float) -> None:
         """Keeps room for an evaluation of so many seconds, for saving before and after it, and for what follows."""
@@ -722,6 +724,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     the first alone reads and writes the folder. ``began`` is when the command did, by ``time.monotonic``: from there
     on a budget that counts everything counts.
     """
+    leaving = LEAVING_SECONDS if began is None else LEAVING * (monotonic() - began)
     ranks = find_ranks()
     folder = Path(config.run.folder)
     resumes = resumes_from(folder, config) if ranks.first else False
@@ -734,6 +737,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
         try:
             with claimed(folder) if ranks.first else nullcontext():
                 run = Run(config, folder, sources, device, ranks, began)
+                run.leaving = leaving
                 state = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if resumes else None)
                 spent = ranks.broadcast(spent_in(folder, config) if ranks.first else None)
                 if state is not None:
