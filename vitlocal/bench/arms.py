@@ -303,12 +303,9 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--seeds", default="0", metavar="LIST", help="0,1,2 for three runs an arm (default: 0)")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores (default: 1)")
     made.add_argument(
-        "--together",
-        type=int,
-        default=1,
-        metavar="N",
+        "--together", type=int, default=1, metavar="N",
         help="of each job: so many runs share its cores, and time is processor time (default: 1)",
-    )
+    )  # fmt: skip
     made.add_argument("--folder", default=f"runs/{name}", metavar="DIR", help=f"of the runs (default: runs/{name})")
     made.add_argument("--no-run", action="store_true", help="train nothing: tabulate and draw what is there")
     made.add_argument("--json", metavar="FILE", help="write rows and curves")
@@ -335,6 +332,14 @@ def check_budget(text: str, option: str = "--budget") -> str:
     except ValueError:
         raise ConfigError(f"{option}: got '{text}', expected a length such as 24h, 15m or 90ep") from None
     return str(length)
+
+
+def budgets_of(text: str) -> list[Length]:
+    """Budgets in time with commas between; ConfigError for anything else."""
+    found = [Length.parse(check_budget(part, "--budgets")) for part in text.split(",")]
+    if any(length.kind != "seconds" for length in found):
+        raise ConfigError(f"--budgets: got '{text}', expected lengths of time with commas between, as in 45s,1h")
+    return found
 
 
 def shared_options(options: argparse.Namespace, stated: Sequence[str]) -> list[str]:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.arms import RECIPES, ROOT, check_budget, fall_with_parent
+from vitlocal.bench.arms import RECIPES, ROOT, budgets_of, fall_with_parent
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.config import read_config
 from vitlocal.data.source import load_manifest
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.plan import Length
 from vitlocal.train.folder import JOURNAL
@@ -147,14 +147,6 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
         "train_seconds": last["train_seconds"],
         "alive_seconds": round(run.alive, 3),
     }
-
-
-def budgets_of(text: str) -> list[Length]:
-    """Budgets in time with commas between; ConfigError for anything else."""
-    found = [Length.parse(check_budget(part, "--budgets")) for part in text.split(",")]
-    if any(length.kind != "seconds" for length in found):
-        raise ConfigError(f"--budgets: got '{text}', expected lengths of time, as in 45s,3m")
-    return found
 
 
 def main(argv: Sequence[str]) -> None:

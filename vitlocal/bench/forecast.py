@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from vitlocal.bench.arms import check_budget
+from vitlocal.bench.arms import budgets_of
 from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.step import noise
@@ -218,9 +218,13 @@ class Forecast:
         """The recipe's budget, stage by stage."""
         return self.spending(curriculum(self.config), self.config.budget.length)
 
+    @property
+    def speeds(self) -> dict[int, Speed]:
+        return {one.size: one.speed for one in self.sizes}
+
     def spending(self, stages: tuple[Stage, ...], length: Length) -> tuple[StageForecast, ...]:
         """``length`` spent on ``stages``; where all counts, less what is no training. ConfigError: nothing is left."""
-        speeds = {one.size: one.speed for one in self.sizes}
+        speeds = self.speeds
         spent = spend(stages, length, self.images, speeds)
         if self.config.budget.counts != "wall" or length.kind != "seconds":
             return spent
@@ -265,7 +269,7 @@ class Forecast:
         every = math.ceil(self.config.evaluate.every)
         return None if not every or every >= self.epochs else seconds_at(self.stages, every)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Stage, ...]:
         """The recipe's curriculum with each size's part of its own budget, so that it fits any other.
 
@@ -277,7 +281,7 @@ class Forecast:
             if spent[-1].seconds > 0:
                 break
             length = replace(length, value=2 * length.value)
-            spent = spend(stages, length, self.images, {one.size: one.speed for one in self.sizes})
+            spent = spend(stages, length, self.images, self.speeds)
         spent = [part for part in spent if part.seconds > 0]
         if length == self.config.budget.length or len(spent) < 2:
             whole = spent[-1].end.seconds
@@ -468,10 +472,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     options, arguments = parser.parse_known_args(list(argv))
     config = read_config(arguments)
-    texts = [] if options.budgets == "none" else options.budgets.split(",")
-    budgets = [Length.parse(check_budget(text, "--budgets")) for text in texts]
-    if any(budget.kind != "seconds" for budget in budgets):
-        raise ConfigError(f"--budgets: got '{options.budgets}', expected times with commas between, as in 1h,6h,24h")
+    budgets = [] if options.budgets == "none" else budgets_of(options.budgets)
     if options.images is not None and options.images < config.train.batch_size:
         raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
     images, there = options.images, Path(config.data.root).exists()

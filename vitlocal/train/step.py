@@ -275,10 +275,11 @@ class Step:
         if not mode.compiled:
             return 0.0
         began = time.perf_counter()
+        batch = self._blank(feed.size, feed.batch_size, classes)
         with buffers_kept(self.model):
             # A graph is captured in the second run, and replayed from the third on.
             for _ in range(3 if mode.graphs else 1):
-                self.rehearse(self._blank(feed.size, feed.batch_size, classes), mode)
+                self.rehearse(batch, mode)
             if feed.batch_size > 2 * self.ranks.world:  # an epoch's last batch, which is short: kernels of its own
                 self.rehearse(self._blank(feed.size, feed.batch_size // 2, classes), EAGER)
         wait(self.device)  # device sync, before the clock runs
