@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.bench import arms as bench
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.arms import Arm, Entry, entries, read_arms, rows_of, table
+from vitlocal.bench.entries import Arm, entries, read_arms
+from vitlocal.bench.outcomes import Outcome, table
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError, DataError
@@ -147,13 +147,57 @@ def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
         read_arms(str(path))
 
 
-def test_tables_say_mean_and_deviation(monkeypatch, tmp_path: Path):
-    made = {"top1": 40.0, "top5": 70.0, "epochs": 3.0, "images_per_second": 100.0, "run": "x"}
-    monkeypatch.setattr(bench, "summary", lambda folder: made | {"top1": 40.0 + 2 * ("seed1" in folder.name)})
-    monkeypatch.setattr(Entry, "done", property(lambda self: True))
-    arm = Arm("ours", (), {}, "about", 53.98)
-    text = table(rows_of(entries([arm], [0, 1], "1ep", tmp_path, ())), [arm])
-    assert text.splitlines()[2] == "| ours: about | 53.98 | 41.00 ± 1.41 | 40.00, 42.00 | 3.0 | 100 |"
+def outcome(arm: str, seed: int, top1: float) -> Outcome:
+    row = {"arm": arm, "seed": seed, "budget": "1ep", "top1": top1, "epochs": 3.0, "images_per_second": 100.0}
+    return Outcome(f"{arm}-1ep-seed{seed}", row, [])
+
+
+def test_tables_say_mean_and_deviation_and_compare_seed_by_seed():
+    arms = [Arm("ours", (), {}, "about", 53.98), Arm("absent", ()), Arm("other", ()), Arm("apart", ())]
+    found = [outcome("ours", 0, 40.0), outcome("ours", 1, 42.0), outcome("other", 1, 43.0), outcome("other", 0, 42.0),
+             outcome("apart", 2, 30.0)]  # fmt: skip
+    assert table(found, arms).splitlines()[0] == (
+        "| arm | paper, top-1 % | top-1 % | against ours | seeds | epochs | images/s |"
+    )
+    assert table(found, arms).splitlines()[2:] == [
+        "| ours: about | 53.98 | 41.00 ± 1.41 |  | 40.00, 42.00 | 3.0 | 100 |",
+        "| other |  | 42.50 ± 0.71 | +1.50 ± 0.71 | 43.00, 42.00 | 3.0 | 100 |",
+        "| apart |  | 30.00 |  | 30.00 | 3.0 | 100 |",
+    ]
+    assert table(found[:2], arms).splitlines()[0] == "| arm | paper, top-1 % | top-1 % | seeds | epochs | images/s |"
+
+
+def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsys):
+    command = ["arms", str(two), "--budget=2steps", f"--json={tmp_path}/all.json"]
+    main([*command, f"--folder={tmp_path}/there", "--only=plain", f"--json={tmp_path}/there.json"])
+    there = json.loads((tmp_path / "there.json").read_text())
+    main([*command, f"--folder={tmp_path}/here", f"--add={tmp_path}/there.json"])
+    assert not (tmp_path / "here" / "plain-2steps-seed0").exists()
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [row["arm"] for row in found["rows"]] == ["plain", "half as deep"] and len(found["curves"]) == 2
+    assert found["rows"][0] == there["rows"][0] | {
+        "commit": there["commit"],
+        "cpu": there["machine"]["cpu"],
+        "gpu": None,
+    }
+    assert "commit" not in found["rows"][1]
+    # What was added may be added further, and keeps its machine.
+    found["machine"]["cpu"] = "another"
+    (tmp_path / "all.json").write_text(json.dumps(found))
+    capsys.readouterr()
+    main([*command, f"--folder={tmp_path}/nothing", f"--add={tmp_path}/all.json", "--no-run"])
+    assert "| half as deep |" in capsys.readouterr().out
+    again = json.loads((tmp_path / "all.json").read_text())
+    assert [row["cpu"] for row in again["rows"]] == [there["machine"]["cpu"], "another"]
+
+
+@pytest.mark.parametrize(("text", "part"), [(None, "cannot be read"), ("[1]", "is not what"), ("{}", "is not what")])
+def test_files_without_outcomes(two: Path, tmp_path: Path, text: str | None, part: str):
+    path = tmp_path / "made.json"
+    if text:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"--add: {path} {part}"):
+        main(["arms", str(two), "--budget=2steps", f"--folder={tmp_path}/runs", f"--add={path}"])
 
 
 def test_the_files_of_arms_in_rcfg_are_configurations():

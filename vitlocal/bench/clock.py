@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.arms import RECIPES, ROOT, budgets_of, fall_with_parent
+from vitlocal.bench.arms import budgets_of
+from vitlocal.bench.entries import RECIPES, ROOT
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.runner import fall_with_parent
 from vitlocal.config import read_config
 from vitlocal.data.source import load_manifest
 from vitlocal.errors import DataError

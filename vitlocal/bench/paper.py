@@ -22,22 +22,16 @@ from pathlib import Path
 import torch
 
 from vitlocal.bench.arms import (
-    RECIPES,
-    Arm,
-    Entry,
     carry_out,
     check_budget,
-    curves_of,
-    draw,
-    entries,
+    made_elsewhere,
     parser,
-    rows_of,
     seeds_of,
     shared_options,
-    table,
     telling,
 )
-from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.entries import RECIPES, Arm, entries
+from vitlocal.bench.outcomes import Outcome, draw, outcomes, table, write_outcomes
 from vitlocal.config import ModelConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
@@ -144,21 +138,20 @@ def chosen(text: str | None) -> list[Arm]:
     return [ARMS[name] for name in dict.fromkeys(names)]
 
 
-def write_results(runs: Sequence[Entry], arms: Sequence[Arm], folder: Path, json: str | None, budget: str) -> None:
+def write_results(found: Sequence[Outcome], arms: Sequence[Arm], folder: Path, json: str | None, budget: str) -> None:
     """The table and the plots of what is done, into ``folder``."""
-    rows = rows_of(runs)
-    text = table(rows, arms)
+    text = table(found, arms)
     print(text)
-    if rows:
+    if found:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     for name, members in PLOTS.items():
-        drawn = sorted((run for run in runs if run.arm.name in members and run.done),
-                       key=lambda run: members.index(run.arm.name))  # fmt: skip
-        if len({run.arm.name for run in drawn}) > 1:
+        drawn = [outcome for member in members for outcome in found if outcome.row["arm"] == member]
+        if len({outcome.row["arm"] for outcome in drawn}) > 1:
             draw(drawn, folder / name, f"{name.removesuffix('.png')}, {budget} a run")
     if json:
         what = f"the arms of arXiv 2211.05187, {budget} of training each: the accuracy that they reached, their passes"
-        write_json(json, measurement(what, rows, curves=curves_of(runs)))
+        write_outcomes(json, what, found)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -175,5 +168,6 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--patch: it is for a smaller benchmark; give --scale 64 too")
     folder, budget = Path(options.folder), check_budget(options.budget)
     runs = entries(arms, seeds_of(options.seeds), budget, folder, shared_options(options, shared))
-    with telling(lambda: write_results(runs, arms, folder, options.json, budget)):
-        carry_out(runs, options)
+    elsewhere = made_elsewhere(options)
+    with telling(lambda: write_results(outcomes(runs, elsewhere), arms, folder, options.json, budget)):
+        carry_out(runs, options, elsewhere)

@@ -1,0 +1,152 @@
+"""Trains entries, some at a time, each on its part of the machine; what is stopped has saved."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from vitlocal.bench.entries import ROOT, Entry
+from vitlocal.bench.runs import summary
+from vitlocal.errors import ConfigError, Interrupted
+from vitlocal.train.report import duration
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one of several runs at a time has to itself."""
+
+    number: int  # of its GPU
+    cores: frozenset[int]
+
+
+class Runner:
+    """Trains entries in ``jobs`` places at a time, each a part of the cores (and a GPU of its own, where there are).
+
+    In a place ``together`` of them run at once. They take turns there, and meet the same good and bad minutes.
+    """
+
+    def __init__(self, jobs: int, together: int, folder: Path):
+        self.folder = folder
+        mine = sorted(os.sched_getaffinity(0))
+        if not 1 <= jobs <= len(mine):
+            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(mine)}, a core for each")
+        self.gpus = _gpus()
+        if 0 < len(self.gpus) < jobs:
+            raise ConfigError(f"--jobs: got {jobs}, expected at most {len(self.gpus)}, a GPU for each")
+        if self.gpus and together > 1:
+            raise ConfigError(
+                "--together: runs that share a GPU cannot be timed; leave it out, or hide it: CUDA_VISIBLE_DEVICES="
+            )
+        share = len(mine) // jobs
+        places = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
+        self.free = [place for _ in range(together) for place in places]
+        self.running: dict[subprocess.Popen[bytes], tuple[Entry, Place, float]] = {}
+        self.signal: int | None = None
+
+    def run(self, waiting: Sequence[Entry]) -> list[Entry]:
+        """Returns the entries that failed; raises Interrupted, when all have saved, after Ctrl-C or SIGTERM."""
+        left, failed, total = list(waiting), [], len(waiting)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._forwarding():
+            while left or self.running:
+                while left and self.free and self.signal is None:
+                    self._start(left.pop(0), total - len(left), total)
+                for process in list(self.running):
+                    if process.poll() is not None:
+                        failed += self._ended(process)
+                if self.signal is not None and not self.running:
+                    raise Interrupted(self.signal)
+                time.sleep(0.2)
+        return failed
+
+    def _start(self, entry: Entry, number: int, total: int) -> None:
+        there = self.free.pop(0)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[there.number]} if self.gpus else {})
+        say(f"{number} of {total}: {entry.folder.name} ...")
+        with open(self._output(entry), "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
+                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes by us
+                preexec_fn=lambda: _settle(there),
+            )  # fmt: skip
+        self.running[process] = entry, there, time.monotonic()
+        if self.signal is not None:  # it came while the process was started
+            process.send_signal(signal.SIGTERM)
+
+    def _output(self, entry: Entry) -> Path:
+        return self.folder / f"{entry.folder.name}.txt"
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> list[Entry]:
+        entry, there, began = self.running.pop(process)
+        self.free.append(there)
+        if process.returncode == 0:
+            row = summary(entry.folder)
+            say(f"  {entry.folder.name}: {row['top1']:.2f} %, {duration(time.monotonic() - began)}")
+            return []
+        if self.signal is None:
+            last = self._output(entry).read_text(errors="replace").strip().splitlines()[-1:]
+            say(f"  {entry.folder.name}: failed ({' '.join(last)}); see {self._output(entry)}")
+            return [entry]
+        return []
+
+    @contextmanager
+    def _forwarding(self) -> Iterator[None]:
+        """Signals reach the runs, which save; at a second one they leave at once."""
+
+        def forward(number: int, frame: object) -> None:
+            first, self.signal = self.signal is None, number
+            for process in self.running:
+                process.send_signal(signal.SIGTERM)
+            if first:
+                say("\nstopping: the runs save what they have; the same command goes on", sys.stderr)
+
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            heard.append(signal.SIGHUP)
+        before = {number: signal.signal(number, forward) for number in heard}
+        try:
+            yield
+        finally:
+            for process in self.running:
+                process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def say(text: str, to: TextIO | None = None) -> None:
+    """Prints, unless who listened is gone: runs go on, and save, without their terminal."""
+    with suppress(OSError):
+        print(text, file=to, flush=True)
+
+
+def fall_with_parent(number: int) -> None:
+    """In a child, before it starts: it gets the signal ``number`` when its parent dies, however that comes about."""
+    LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+def _settle(there: Place) -> None:
+    """In a run's process, before it starts: on its cores, and told to save and stop should this one be killed."""
+    os.sched_setaffinity(0, there.cores)
+    fall_with_parent(signal.SIGTERM)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that are this process's to use, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
