@@ -15,9 +15,11 @@ from vitlocal.bench.__main__ import main
 from vitlocal.bench.entries import Arm, entries, read_arms
 from vitlocal.bench.outcomes import Outcome, table
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size
+from vitlocal.bench.runner import Runner
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.models.factory import build_model
+from vitlocal.train.folder import stated
 from vitlocal.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +79,9 @@ def test_arms_that_groups_share_run_once():
         (["--budget.length=6h"], "--budget.length: the bench sets it for each run; use --budget"),
         (["--no-run"], "has none of these runs"),
         (["--budget=24"], "--budget: got '24'"),
-        (["--seeds=a"], "--seeds: got 'a'"),
+        (["--seeds=a"], "--seeds: got 'a', expected whole numbers from 0"),
+        (["--run.resume=never"], "--run.resume: the bench sets it for each run; leave it out"),
+        (["--together=2", "--budget.counts=wall"], "--budget.counts: the bench sets it for each run; --together"),
         (["--data=/nowhere"], "/nowhere/train.json is not there"),
         (["--nonsense=1"], "nonsense"),
         (["--jobs=99", "--data", "FOLDER"], "--jobs: got 99"),
@@ -147,22 +151,22 @@ def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
         read_arms(str(path))
 
 
-def outcome(arm: str, seed: int, top1: float) -> Outcome:
+def outcome(arm: str, seed: int, top1: float, cpu: str = "fast") -> Outcome:
     row = {"arm": arm, "seed": seed, "budget": "1ep", "top1": top1, "epochs": 3.0, "images_per_second": 100.0}
-    return Outcome(f"{arm}-1ep-seed{seed}", row, [])
+    return Outcome(row | {"run": f"{arm}-1ep-seed{seed}", "cpu": cpu, "gpu": None}, [], {})
 
 
 def test_tables_say_mean_and_deviation_and_compare_seed_by_seed():
     arms = [Arm("ours", (), {}, "about", 53.98), Arm("absent", ()), Arm("other", ()), Arm("apart", ())]
     found = [outcome("ours", 0, 40.0), outcome("ours", 1, 42.0), outcome("other", 1, 43.0), outcome("other", 0, 42.0),
-             outcome("apart", 2, 30.0)]  # fmt: skip
+             outcome("apart", 2, 30.0), outcome("apart", 0, 30.0, "slow")]  # fmt: skip
     assert table(found, arms).splitlines()[0] == (
         "| arm | paper, top-1 % | top-1 % | against ours | seeds | epochs | images/s |"
     )
     assert table(found, arms).splitlines()[2:] == [
         "| ours: about | 53.98 | 41.00 ± 1.41 |  | 40.00, 42.00 | 3.0 | 100 |",
         "| other |  | 42.50 ± 0.71 | +1.50 ± 0.71 | 43.00, 42.00 | 3.0 | 100 |",
-        "| apart |  | 30.00 |  | 30.00 | 3.0 | 100 |",
+        "| apart |  | 30.00 ± 0.00 |  | 30.00, 30.00 | 3.0 | 100 |",
     ]
     assert table(found[:2], arms).splitlines()[0] == "| arm | paper, top-1 % | top-1 % | seeds | epochs | images/s |"
 
@@ -171,24 +175,41 @@ def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsy
     command = ["arms", str(two), "--budget=2steps", f"--json={tmp_path}/all.json"]
     main([*command, f"--folder={tmp_path}/there", "--only=plain", f"--json={tmp_path}/there.json"])
     there = json.loads((tmp_path / "there.json").read_text())
+    assert there["configs"]["plain-2steps-seed0"]["model.width"] == 48
+    there["rows"][0]["cpu"] = "another"
+    (tmp_path / "there.json").write_text(json.dumps(there))
     main([*command, f"--folder={tmp_path}/here", f"--add={tmp_path}/there.json"])
     assert not (tmp_path / "here" / "plain-2steps-seed0").exists()
     found = json.loads((tmp_path / "all.json").read_text())
     assert [row["arm"] for row in found["rows"]] == ["plain", "half as deep"] and len(found["curves"]) == 2
-    assert found["rows"][0] == there["rows"][0] | {
-        "commit": there["commit"],
-        "cpu": there["machine"]["cpu"],
-        "gpu": None,
-    }
-    assert "commit" not in found["rows"][1]
+    assert found["rows"][0] == there["rows"][0] and found["rows"][1]["cpu"] == found["machine"]["cpu"]
     # What was added may be added further, and keeps its machine.
-    found["machine"]["cpu"] = "another"
-    (tmp_path / "all.json").write_text(json.dumps(found))
     capsys.readouterr()
     main([*command, f"--folder={tmp_path}/nothing", f"--add={tmp_path}/all.json", "--no-run"])
     assert "| half as deep |" in capsys.readouterr().out
-    again = json.loads((tmp_path / "all.json").read_text())
-    assert [row["cpu"] for row in again["rows"]] == [there["machine"]["cpu"], "another"]
+    assert json.loads((tmp_path / "all.json").read_text())["rows"] == found["rows"]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--seeds=1"], "has none of these runs; it has 'plain' with seed 0 and 2steps"),
+        (["--evaluate.part=odd"], "has 'plain' with seed 0 of another configuration: evaluate.part was 'all' and is"),
+        (["--add=AGAIN"], "has 'plain' with seed 0, and so has another file"),
+    ],
+)
+def test_runs_of_something_else_are_not_added(two: Path, tmp_path: Path, options: list[str], part: str):
+    row = outcome("plain", 0, 40.0).row | {"budget": "2steps"}
+    config = read_config([*read_arms(str(two))[0].command_line(), "--budget.length=2steps"])
+    made = {"rows": [row], "curves": {row["run"]: [{}]}, "configs": {row["run"]: stated(config)}}
+    for name in ("made.json", "again.json"):
+        (tmp_path / name).write_text(json.dumps(made))
+    options = [word.replace("AGAIN", f"{tmp_path}/again.json") for word in options]
+    with pytest.raises(ConfigError, match=part):
+        main(
+            ["arms", str(two), "--budget=2steps", f"--folder={tmp_path}/runs", f"--add={tmp_path}/made.json", *options]
+        )
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("text", "part"), [(None, "cannot be read"), ("[1]", "is not what"), ("{}", "is not what")])
@@ -198,6 +219,50 @@ def test_files_without_outcomes(two: Path, tmp_path: Path, text: str | None, par
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"--add: {path} {part}"):
         main(["arms", str(two), "--budget=2steps", f"--folder={tmp_path}/runs", f"--add={path}"])
+
+
+def test_what_a_bench_sets_is_not_for_arms(two: Path, tmp_path: Path):
+    command = ["arms", str(two), "--budget=2steps", f"--folder={tmp_path}/runs"]
+    with pytest.raises(ConfigError, match="--model.depth: the arm 'half as deep' has model.depth=1; leave out one"):
+        main([*command, "--model.depth=2"])
+    two.write_text(two.read_text() + "  long: {budget.length: 3ep}\n")
+    with pytest.raises(ConfigError, match="the arm 'long': the bench sets budget.length for each run; use --budget"):
+        main(command)
+
+
+def test_a_scaled_benchmark_has_a_scaled_budget():
+    arms = [scaled(arm, 64, 8) for arm in chosen("table1")]
+    assert {str(read_config(arm.command_line(), {}).budget.length) for arm in arms} == {"15m"}
+
+
+def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, monkeypatch):
+    begun: list[tuple[int, set[int]]] = []
+
+    class Process:
+        """Ends when it has been asked a few times."""
+
+        def __init__(self, seed: int):
+            self.seed, self.asked, self.returncode = seed, 0, 0
+
+        def poll(self) -> int | None:
+            self.asked += 1
+            return 0 if self.asked > 3 + self.seed else None
+
+    def start(options: list[str], *_: object, **__: object) -> Process:
+        process = Process(read_config(options).run.seed)
+        begun.append((process.seed, {other.seed for other in runner.running}))
+        return process
+
+    monkeypatch.setattr("vitlocal.bench.runner.start_trainer", start)
+    monkeypatch.setattr("vitlocal.bench.runner.summary", lambda folder: {"top1": 1.0})
+    monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: None)
+    runs = entries([Arm("a", ()), Arm("b", ()), Arm("c", ())], [0, 1], "1ep", tmp_path, ())
+    runner = Runner(1, 4, tmp_path)
+    assert runner.run(runs) == []
+    assert [seed for seed, _ in begun] == [0, 0, 0, 1, 1, 1] and all(beside <= {seed} for seed, beside in begun)
+    begun.clear()
+    runner = Runner(1, 1, tmp_path)
+    assert runner.run(runs) == [] and [seed for seed, _ in begun] == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_files_of_arms_in_rcfg_are_configurations():

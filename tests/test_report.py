@@ -15,14 +15,14 @@ import torch
 
 from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.report import compare, names_of
+from vitlocal.bench.report import compare
 from vitlocal.config import AugmentConfig, read_config
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Length, Position, Stage
 from vitlocal.train.figures import Line, by_cost, by_size, savings
 from vitlocal.train.loop import train
-from vitlocal.train.report import learning_rates, page_of, read_run, stage_crops
+from vitlocal.train.report import learning_rates, names_of, page_of, read_run, stage_crops
 from vitlocal.train.spending import Speed, spend
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")

@@ -171,7 +171,9 @@ class RunConfig:
     )
     device: str = option("auto", Text(), "auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(low=0, whole=True), "PyTorch's CPU threads; 0: as PyTorch decides")
-    save_every: Length = option(Length.parse("10m"), Duration(), "between checkpoints (ep, s, m, h or steps)")
+    save_every: tuple[Length, ...] = option(
+        (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "between checkpoints, what comes first"
+    )
     keep_weights: bool = option(False, Flag(), "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, Flag(), "draw a progress bar")
 

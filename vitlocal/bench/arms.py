@@ -13,18 +13,18 @@ names recipes beside it and the options that an arm changes:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vitlocal.bench.entries import Entry, entries, read_arms
+from vitlocal.bench.entries import Arm, Entry, Key, entries, option_names, read_arms
 from vitlocal.bench.outcomes import Outcome, draw, outcomes, read_outcomes, table, write_outcomes
-from vitlocal.bench.runner import Runner
-from vitlocal.config import read_config
+from vitlocal.bench.parsing import budget, names, numbers, plot_file
+from vitlocal.bench.runner import Runner, say, visible_gpus
 from vitlocal.data.source import load_manifest
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
 from vitlocal.plan import Length
+from vitlocal.train.folder import changes
 
 
 def parser(name: str, about: str | None) -> argparse.ArgumentParser:
@@ -50,96 +50,80 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def seeds_of(text: str) -> list[int]:
-    """Seeds with commas between; ConfigError for anything else."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [-1]
-    if min(found) < 0:
-        raise ConfigError(f"--seeds: got '{text}', expected whole numbers with commas between, as in 0,1,2")
-    return list(dict.fromkeys(found))
+def planned(arms: Sequence[Arm], length: str, options: argparse.Namespace, stated: Sequence[str]) -> list[Entry]:
+    """The runs, all with the trainer's options ``stated``; ConfigError for those that the bench sets itself."""
+    if options.together < 1:
+        raise ConfigError(f"--together: got {options.together}, expected at least 1")
+    shared = [f"--data.root={options.data}"] if options.data else []
+    if options.together > 1:
+        option_names(stated, {"budget.counts": "--together counts processor time"})
+        shared.append("--budget.counts=cpu")
+    seeds = numbers(options.seeds, "--seeds", least=0)
+    return entries(arms, seeds, length, Path(options.folder), [*shared, *stated])
 
 
-def check_budget(text: str, option: str = "--budget") -> str:
-    """``text`` as a budget; ConfigError where it is none."""
-    try:
-        length = Length.parse(text)
-        if length.kind == "fraction" or not length.value:
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"{option}: got '{text}', expected a length such as 24h, 15m or 90ep") from None
-    return str(length)
-
-
-def budgets_of(text: str) -> list[Length]:
-    """Budgets in time with commas between; ConfigError for anything else."""
-    found = [Length.parse(check_budget(part, "--budgets")) for part in text.split(",")]
-    if any(length.kind != "seconds" for length in found):
-        raise ConfigError(f"--budgets: got '{text}', expected lengths of time with commas between, as in 45s,1h")
+def made_elsewhere(runs: Sequence[Entry], files: Sequence[str]) -> dict[Key, Outcome]:
+    """Those of ``runs`` that the files of --add have; ConfigError where one has none, or none of this configuration."""
+    wanted, found = {run.key: run for run in runs}, {}
+    for path in files:
+        here = {outcome.key: outcome for outcome in read_outcomes(path)}
+        mine = here.keys() & wanted.keys()
+        if not mine:
+            had = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(here)[:3])
+            raise ConfigError(f"--add: {path} has none of these runs; it has {had or 'no runs'}, and so on")
+        if twice := mine & found.keys():
+            raise ConfigError(f"--add: {path} has '{min(twice)[0]}' with seed {min(twice)[1]}, and so has another file")
+        for key in mine:
+            if apart := changes(here[key].config, wanted[key].config()):
+                raise ConfigError(
+                    f"--add: {path} has '{key[0]}' with seed {key[1]} of another configuration: {'; '.join(apart)}"
+                )
+        found |= {key: here[key] for key in mine}
     return found
 
 
-def shared_options(options: argparse.Namespace, stated: Sequence[str]) -> list[str]:
-    """The trainer's options that all runs have; ConfigError for those that the bench sets itself."""
-    if options.together < 1:
-        raise ConfigError(f"--together: got {options.together}, expected at least 1")
-    own = {"run.seed": "--seeds", "run.folder": "--folder", "budget.length": "--budget", "run.progress": None}
-    if options.together > 1:
-        own["budget.counts"] = None
-    for word in stated:
-        name = word.removeprefix("--").partition("=")[0]
-        if name in own:
-            better = f"; use {own[name]}" if own[name] else ""
-            raise ConfigError(f"--{name}: the bench sets it for each run{better}")
-    data = [f"--data.root={options.data}"] if options.data else []
-    return [*data, *(["--budget.counts=cpu"] if options.together > 1 else []), *stated]
-
-
-def made_elsewhere(options: argparse.Namespace) -> dict[tuple[str, int, str], Outcome]:
-    """The runs of --add, by arm, seed and budget."""
-    return {outcome.key: outcome for path in options.add for outcome in read_outcomes(path)}
-
-
-def carry_out(runs: Sequence[Entry], options: argparse.Namespace, elsewhere: Collection[tuple[str, int, str]]) -> None:
-    """Checks every run's configuration, then trains those that are not done, here or ``elsewhere`` (their keys).
+def carry_out(runs: Sequence[Entry], options: argparse.Namespace) -> None:
+    """Trains the runs that are not done.
 
     Raises ConfigError before anything is trained, DataError where runs failed, Interrupted when all have saved.
     """
+    configs = [run.config() for run in runs]
+    for root in {config.data.root for config in configs}:
+        for split in ("train", "val"):
+            load_manifest(root, split)  # or an error that says how to write it
+    on_gpus = any(config.run.device != "cpu" for config in configs)
+    runner = Runner(options.jobs, options.together, Path(options.folder), visible_gpus() if on_gpus else ())
+    length = Length.parse(runs[0].budget)
+    at_once = options.jobs * options.together
+    if length.kind == "seconds":
+        busy = options.jobs if options.together == 1 else min(at_once, cores())
+        hours = length.value * -(-len(runs) // busy) / 3600
+        say(f"{len(runs)} runs to train, {at_once} at a time on {cores()} cores: {hours:.1f} h and more")
+    if failed := runner.run(runs):
+        which = ", ".join(entry.folder.name for entry in failed)
+        raise DataError(f"{len(failed)} of the runs failed ({which}); what they said lies beside their folders")
+
+
+def compete(runs: Sequence[Entry], options: argparse.Namespace, write: Callable[[Sequence[Outcome]], None]) -> None:
+    """Trains what is not done, here or elsewhere, and has ``write`` tell of all there is, also after an interruption.
+
+    Raises as :func:`carry_out` does, and ConfigError where nothing is to be trained and nothing is there.
+    """
     for run in runs:
-        config = read_config(run.options)
-        for split in () if options.no_run else ("train", "val"):
-            load_manifest(config.data.root, split)  # or an error that says how to write it
+        run.config()
+    elsewhere = made_elsewhere(runs, options.add)
     waiting = [run for run in runs if not run.done and run.key not in elsewhere]
     if options.no_run and len(waiting) == len(runs):
         raise ConfigError(
             f"--no-run: {options.folder} has none of these runs; leave it out to train them, or name another"
         )
-    if options.no_run or not waiting:
-        return
-    jobs = options.jobs
-    runner = Runner(jobs, options.together, Path(options.folder))
-    budget = Length.parse(runs[0].budget)
-    if budget.kind == "seconds":
-        hours = budget.value * -(-len(waiting) // jobs) / 3600
-        print(
-            f"{len(waiting)} of {len(runs)} runs to train, {jobs * options.together} at a time on {cores()} cores: "
-            f"{hours:.1f} h and more, if each keeps its cores busy"
-        )
-    if failed := runner.run(waiting):
-        names = ", ".join(entry.folder.name for entry in failed)
-        raise DataError(f"{len(failed)} of the runs failed ({names}); what they said lies beside their folders")
-
-
-@contextmanager
-def telling(write: Callable[[], None]) -> Iterator[None]:
-    """Writes what there is at the end, also where runs failed or were stopped."""
     try:
-        yield
+        if waiting and not options.no_run:
+            carry_out(waiting, options)
     except (DataError, Interrupted):
-        write()
+        write(outcomes(runs, elsewhere))
         raise
-    write()
+    write(outcomes(runs, elsewhere))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,26 +131,20 @@ def main(argv: Sequence[str]) -> None:
     reader.add_argument("arms", metavar="ARMS.yaml")
     reader.add_argument("--budget", required=True, metavar="LENGTH", help="of each run: 4m, 90ep, 24h")
     reader.add_argument("--only", metavar="LIST", help="names of arms, with commas between")
-    reader.add_argument("--plot", metavar="FILE", help="draw top-1 against training time")
-    options, shared = reader.parse_known_args(list(argv))
+    reader.add_argument("--plot", type=plot_file, metavar="FILE", help="draw top-1 against training time")
+    options, stated = reader.parse_known_args(list(argv))
     arms = read_arms(options.arms)
     if options.only:
-        names = [name.strip() for name in options.only.split(",")]
-        if unknown := set(names) - {arm.name for arm in arms}:
-            raise ConfigError(f"--only: {options.arms} has no arm {', '.join(sorted(unknown))}")
-        arms = [arm for arm in arms if arm.name in names]
-    folder, budget = Path(options.folder), check_budget(options.budget)
-    runs = entries(arms, seeds_of(options.seeds), budget, folder, shared_options(options, shared))
-    elsewhere = made_elsewhere(options)
+        chosen = names(options.only, [arm.name for arm in arms])
+        arms = [arm for arm in arms if arm.name in chosen]
+    length = budget(options.budget)
 
-    def write_results() -> None:
-        found = outcomes(runs, elsewhere)
-        print(table(found, arms))
+    def write(found: Sequence[Outcome]) -> None:
         if options.json:
-            what = f"training runs of {budget} each, arm by arm: the accuracy that they reached, and their passes"
+            what = f"training runs of {length} each, arm by arm: the accuracy that they reached, and their passes"
             write_outcomes(options.json, what, found)
         if options.plot and found:
-            draw(found, Path(options.plot), f"{budget} a run")
+            draw(found, options.plot, f"{length} a run")
+        say(table(found, arms))
 
-    with telling(write_results):
-        carry_out(runs, options, elsewhere)
+    compete(planned(arms, length, options, stated), options, write)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.arms import budgets_of
-from vitlocal.bench.entries import RECIPES, ROOT
+from vitlocal.bench.entries import RECIPES, option_names
 from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.bench.runner import fall_with_parent
+from vitlocal.bench.parsing import times
+from vitlocal.bench.runner import fall_with_parent, start_trainer
 from vitlocal.config import read_config
 from vitlocal.data.source import load_manifest
 from vitlocal.errors import DataError
@@ -34,6 +34,10 @@ from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.optim import Schedule
 
+# The trainer's options that the bench sets for each run, and what of its own stands for them.
+OWN = {"budget.length": "use --budgets"} | dict.fromkeys(
+    ("budget.counts", "run.folder", "run.progress", "run.resume"), "leave it out"
+)
 POLL_SECONDS = 0.05
 BUSY = "while True: pass"
 
@@ -73,11 +77,7 @@ class Attempts:
     @contextmanager
     def started(self) -> Iterator[subprocess.Popen[bytes]]:
         began = time.monotonic()
-        with open(self.output, "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_imagenet.py"), *self.options], stdout=output, stderr=output,
-                preexec_fn=lambda: fall_with_parent(signal.SIGTERM),
-            )  # fmt: skip
+        process = start_trainer(self.options, self.output)
         try:
             yield process
         finally:
@@ -159,9 +159,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--budgets", default="45s,3m", metavar="LIST", help="lengths of time (default: 45s,3m)")
     parser.add_argument("--json", metavar="FILE", help="write the measurement")
     options, shared = parser.parse_known_args(list(argv))
+    option_names(shared, OWN)
     recipe = [] if any(word.startswith(("--config-file", "-C")) for word in shared) else [RECIPES / "demo.yaml"]
     trained = [*(f"--config-file={path}" for path in recipe), "--run.save_every=10s", "--evaluate.every=0", *shared]
-    budgets = budgets_of(options.budgets)
+    budgets = times(options.budgets)
     config = read_config(trained)
     for split in ("train", "val"):
         load_manifest(config.data.root, split)  # or an error that says how to write it

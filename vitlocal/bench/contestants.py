@@ -147,22 +147,3 @@ def rates_row(rates: Sequence[float], workers: int) -> dict[str, Any]:
         "workers": workers, "images_per_second": round(median, 1), "per_core": round(median / workers, 1),
         "spread": round((max(rates) - min(rates)) / median, 3), "n": len(rates),
     }  # fmt: skip
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between; ConfigError for anything else."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise ConfigError(f"got '{text}', expected whole numbers such as 32,96,224")
-    return values
-
-
-def chosen_names(text: str, known: Sequence[str]) -> list[str]:
-    """Names with commas between, of those that are known; ConfigError for others."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--only: got {', '.join(unknown)}, expected some of {', '.join(known)}")
-    return names

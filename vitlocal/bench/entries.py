@@ -10,12 +10,24 @@ from typing import Any
 
 import yaml
 
-from vitlocal.config import read_config
+from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.train.folder import check_same
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
+
+
+# The trainer's options that the bench sets for each run, and what of its own stands for them.
+OWN = {
+    "run.seed": "use --seeds",
+    "run.folder": "use --folder",
+    "budget.length": "use --budget",
+    "run.progress": "leave it out",
+    "run.resume": "leave it out",
+}
+
+Key = tuple[str, int, str]  # of a run: arm, seed, budget
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Entry:
     shared: tuple[str, ...] = ()  # the trainer's options that all have
 
     @property
-    def key(self) -> tuple[str, int, str]:
+    def key(self) -> Key:
         return self.arm.name, self.seed, self.budget
 
     @property
@@ -59,25 +71,52 @@ class Entry:
         own = [f"--run.seed={self.seed}", f"--budget.length={self.budget}", f"--run.folder={self.folder}"]
         return [*self.arm.command_line(), *self.shared, *own, "--run.progress=no"]
 
+    def config(self) -> Config:
+        """What will be trained. ConfigError where that is none, or where the folder holds a run of another."""
+        config = read_config(self.options)
+        if (self.folder / "config.yaml").exists():
+            check_same(self.folder, config, "folder")
+        return config
+
     @property
     def done(self) -> bool:
-        """Whether the run is finished; ConfigError where the folder holds another one."""
-        if not (self.folder / "model.safetensors").exists():  # written when the budget is spent
-            return False
-        check_same(self.folder, read_config(self.options))
-        return True
+        return (self.folder / "model.safetensors").exists()  # written when the budget is spent
 
 
 def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]) -> list[Entry]:
-    """Seed by seed, so that what there is after an interruption can be compared."""
-    found = [
-        Entry(arm, seed, budget, folder / f"{re.sub(r'[^a-zA-Z0-9_.=+-]', '_', arm.name)}-{budget}-seed{seed}",
-              tuple(shared))
-        for seed in seeds
-        for arm in arms
-    ]  # fmt: skip
-    if len({entry.folder for entry in found}) < len(found):
-        raise ConfigError("arms: two of them have names that give one folder; name them apart")
+    """Seed by seed, so that what there is after an interruption can be compared.
+
+    Raises ConfigError where arms cannot be told apart, or state what the bench sets, or what all ``shared`` state.
+    """
+    common = option_names(shared, OWN)
+    for arm in arms:
+        for name in arm.options:
+            if name in OWN:
+                raise ConfigError(f"the arm '{arm.name}': the bench sets {name} for each run; {OWN[name]}")
+            if name in common:
+                raise ConfigError(
+                    f"--{name}: the arm '{arm.name}' has {name}={_text(arm.options[name])}; leave out one of them"
+                )
+    found, owners = [], {}
+    for seed in seeds:
+        for arm in arms:
+            place = folder / f"{re.sub(r'[^a-zA-Z0-9_.=+-]', '_', arm.name)}-{budget}-seed{seed}"
+            if place in owners:
+                raise ConfigError(
+                    f"the arms '{owners[place]}' and '{arm.name}' would both train in {place}; name them apart"
+                )
+            owners[place] = arm.name
+            found.append(Entry(arm, seed, budget, place, tuple(shared)))
+    return found
+
+
+def option_names(words: Sequence[str], own: Mapping[str, str]) -> set[str]:
+    """Of the trainer's command line, as ``train.lr`` of ``--train.lr=1e-3``; ConfigError for what a bench sets
+    itself, ``own`` and what stands for it."""
+    found = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    for name in found:
+        if name in own:
+            raise ConfigError(f"--{name}: the bench sets it for each run; {own[name]}")
     return found
 
 
@@ -101,10 +140,12 @@ def read_arms(path: str) -> list[Arm]:
             recipes = (*shared, *files(own))
             own.pop("recipes", None)
             arms.append(Arm(str(name), recipes, own))
+        if not arms:
+            raise TypeError("there are no arms")
         return arms
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a yaml file of arms") from error
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: expected 'recipes', a list of files, and 'arms', each a name with options ({error})"
         ) from error

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from vitlocal.bench.arms import budgets_of
 from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.parsing import times
 from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch, Rows, Sources, full_batches, load_manifest, open_sources
@@ -228,10 +228,10 @@ class Forecast:
         spent = spend(stages, length, self.images, speeds)
         if self.config.budget.counts != "wall" or length.kind != "seconds":
             return spent
-        every, evaluation = self.config.evaluate.every, self.evaluation_seconds or 0.0
+        every, evaluation = math.ceil(self.config.evaluate.every), self.evaluation_seconds or 0.0  # where an epoch ends
 
         def due(spent: Sequence[StageForecast]) -> int:
-            return 1 + (int(spent[-1].end.epoch / every) if every else 0)
+            return 1 + (int(spent[-1].end.epoch) // every if every else 0)
 
         def left(count: int) -> tuple[StageForecast, ...] | None:
             used = self.other_seconds + count * evaluation
@@ -414,6 +414,8 @@ def as_text(found: Forecast, budgets: Sequence[Length]) -> str:
         f"in all {last.epoch:.2f} epochs, {last.images_seen:,} images, {found.flops:.3g} FLOPs, "
         f"{duration(last.seconds)} of training"
     )
+    if counts == " in all" and found.evaluation_seconds is None:
+        lines.append("not reckoned: starting, evaluations and saving, which this budget counts")
     if found.evaluation_seconds is not None:
         first = found.first_point
         when = "at the end alone" if first is None else f"the first after {duration(first)} of training"
@@ -472,7 +474,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     options, arguments = parser.parse_known_args(list(argv))
     config = read_config(arguments)
-    budgets = [] if options.budgets == "none" else budgets_of(options.budgets)
+    budgets = [] if options.budgets == "none" else times(options.budgets)
     if options.images is not None and options.images < config.train.batch_size:
         raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
     images, there = options.images, Path(config.data.root).exists()

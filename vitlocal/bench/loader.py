@@ -22,18 +22,18 @@ from typing import Any
 from vitlocal.bench.contestants import (
     Contestant,
     Progress,
-    chosen_names,
     closing_all,
     cores_for,
-    numbers,
     rates_row,
     resident_mib,
 )
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.source import Source, load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Position
+from vitlocal.train.figures import save
 
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
@@ -223,7 +223,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Images a second and core against size, on a logarithmic axis, a line a contestant."""
     from matplotlib.figure import Figure
 
@@ -251,7 +251,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -267,18 +267,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="least length of a turn")
     parser.add_argument("--images", type=int, default=IMAGES, help="of a pass, at most")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE")
     options = parser.parse_args(argv)
     if options.rounds < 1 or options.images < 1 or options.seconds < 0:
         raise ConfigError(
             f"--rounds {options.rounds} --images {options.images} --seconds {options.seconds:g}: expected at least "
             "1, 1 and 0"
         )
-    names = chosen_names(options.only, list(READERS))
+    chosen = names(options.only, list(READERS))
     data = options.data or sample_folder()
+    sizes, workers = numbers(options.sizes, "--sizes"), numbers(options.workers, "--workers")
     rows = compare(
-        data, options.source, numbers(options.sizes), numbers(options.workers), names, options.rounds, options.seconds,
-        options.images,
+        data, options.source, sizes, workers, chosen, options.rounds, options.seconds, options.images
     )  # fmt: skip
     print(table(rows))
     if options.json:

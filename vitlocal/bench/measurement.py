@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def measurement(what: str, rows: Sequence[dict[str, Any]], **more: Any) -> dict[
     command = ["python", *(["-m", "vitlocal.bench"] if module else [Path(sys.argv[0]).name]), *sys.argv[1:]]
     return {
         "what": what,
-        "command": " ".join(command),
+        "command": shlex.join(command),
         **more,
         "machine": machine(),
         "versions": versions(),

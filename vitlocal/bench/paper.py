@@ -21,17 +21,11 @@ from pathlib import Path
 
 import torch
 
-from vitlocal.bench.arms import (
-    carry_out,
-    check_budget,
-    made_elsewhere,
-    parser,
-    seeds_of,
-    shared_options,
-    telling,
-)
-from vitlocal.bench.entries import RECIPES, Arm, entries
-from vitlocal.bench.outcomes import Outcome, draw, outcomes, table, write_outcomes
+from vitlocal.bench.arms import compete, parser, planned
+from vitlocal.bench.entries import RECIPES, Arm
+from vitlocal.bench.outcomes import Outcome, draw, table, write_outcomes
+from vitlocal.bench.parsing import budget, names
+from vitlocal.bench.runner import say
 from vitlocal.config import ModelConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
@@ -130,44 +124,43 @@ def chosen(text: str | None) -> list[Arm]:
     """Arms by their names and groups; each once. ConfigError for an unknown one."""
     if text is None:
         return list(ARMS.values())
-    names: list[str] = []
-    for name in text.split(","):
-        if name not in GROUPS and name not in ARMS:
-            raise ConfigError(f"--only: got '{name}', expected some of {', '.join((*GROUPS, *ARMS))}")
-        names += GROUPS.get(name, (name,))
-    return [ARMS[name] for name in dict.fromkeys(names)]
+    found = [one for name in names(text, (*GROUPS, *ARMS)) for one in GROUPS.get(name, (name,))]
+    return [ARMS[name] for name in dict.fromkeys(found)]
 
 
-def write_results(found: Sequence[Outcome], arms: Sequence[Arm], folder: Path, json: str | None, budget: str) -> None:
+def write_results(found: Sequence[Outcome], arms: Sequence[Arm], folder: Path, json: str | None, length: str) -> None:
     """The table and the plots of what is done, into ``folder``."""
     text = table(found, arms)
-    print(text)
     if found:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     for name, members in PLOTS.items():
         drawn = [outcome for member in members for outcome in found if outcome.row["arm"] == member]
         if len({outcome.row["arm"] for outcome in drawn}) > 1:
-            draw(drawn, folder / name, f"{name.removesuffix('.png')}, {budget} a run")
+            draw(drawn, folder / name, f"{name.removesuffix('.png')}, {length} a run")
     if json:
-        what = f"the arms of arXiv 2211.05187, {budget} of training each: the accuracy that they reached, their passes"
+        what = f"the arms of arXiv 2211.05187, {length} of training each: the accuracy that they reached, their passes"
         write_outcomes(json, what, found)
+    say(text)
 
 
 def main(argv: Sequence[str]) -> None:
     reader = parser("paper", __doc__)
-    reader.add_argument("--budget", default="24h", metavar="LENGTH", help="of each run (default: 24h)")
+    reader.add_argument(
+        "--budget", metavar="LENGTH", help="of each run (default: 24h; under --scale what its recipe says: 15m)"
+    )
     reader.add_argument("--only", metavar="LIST", help="arms and groups, with commas between (default: all)")
     reader.add_argument("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
     reader.add_argument("--patch", type=int, metavar="PX", help=f"patch side under --scale (default: {SCALED_PATCH})")
-    options, shared = reader.parse_known_args(list(argv))
+    options, stated = reader.parse_known_args(list(argv))
     arms = chosen(options.only)
     if options.scale is not None:
         arms = [scaled(arm, options.scale, SCALED_PATCH if options.patch is None else options.patch) for arm in arms]
     elif options.patch is not None:
         raise ConfigError("--patch: it is for a smaller benchmark; give --scale 64 too")
-    folder, budget = Path(options.folder), check_budget(options.budget)
-    runs = entries(arms, seeds_of(options.seeds), budget, folder, shared_options(options, shared))
-    elsewhere = made_elsewhere(options)
-    with telling(lambda: write_results(outcomes(runs, elsewhere), arms, folder, options.json, budget)):
-        carry_out(runs, options, elsewhere)
+    length = budget(options.budget or str(read_config(arms[0].command_line(), {}).budget.length))
+
+    def write(found: Sequence[Outcome]) -> None:
+        write_results(found, arms, Path(options.folder), options.json, length)
+
+    compete(planned(arms, length, options, stated), options, write)

@@ -28,9 +28,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vitlocal.bench.contestants import Progress, numbers
+from vitlocal.bench.contestants import Progress
 from vitlocal.bench.loader import sample_folder
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.parsing import numbers
 from vitlocal.bench.step import PHASES, Stopwatch, check_multiples
 from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch
@@ -235,7 +236,7 @@ def main(argv: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     if options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: expected at least 1")
-    sizes = None if options.sizes is None else sorted(set(numbers(options.sizes)))
+    sizes = None if options.sizes is None else sorted(numbers(options.sizes, "--sizes"))
     config = configured(rest)
     if sizes is not None:
         check_sizes(sizes, config)  # before the run is opened

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.parsing import plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.source import load_manifest, open_sources
@@ -36,6 +37,7 @@ from vitlocal.models.surgery import add_stage_table, put
 from vitlocal.models.vit import VisionTransformer, attention_of
 from vitlocal.plan import Feed, Position, Shape
 from vitlocal.train.checkpoint import KEPT, read_weights
+from vitlocal.train.figures import save
 from vitlocal.train.run import prepare_device
 
 EXPLAINED = 0.99  # of the variance
@@ -183,19 +185,20 @@ def kept_files(run: Path) -> list[Path]:
 
 
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
-    """The first ``images`` of the validation split spread over its classes, normalised, in batches."""
+    """``images`` of the validation split, spread over all of it, normalised, in batches."""
     sources = open_sources(config, device)
     normalize = Normalize().to(device)
-    step = max(1, sources.val.count // images)
+    count = sources.val.count
+    wanted = torch.tensor([place * count // images for place in range(images)]).unique()  # all, where there are fewer
     found: list[Tensor] = []
     try:
         with sources.val.open(Feed(config.evaluate.size, config.evaluate.batch_size), Position()) as batches:
             for batch in batches:
-                chosen = (batch.ids % step == 0).nonzero().flatten().to(device)
+                chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
                 found.append(normalize(batch.images[chosen]).clone())
     finally:
         sources.close()
-    return list(torch.cat(found)[:images].split(BATCH))
+    return list(torch.cat(found).split(BATCH))
 
 
 def drawn(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -227,7 +230,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=512, metavar="N", help="of the validation split (default: 512)")
     parser.add_argument("--data", metavar="DIR", help="the data folder (default: what the run had)")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
-    parser.add_argument("--plot", metavar="FILE", help="draw them (png, svg or pdf)")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw them (png, svg or pdf)")
     options = parser.parse_args(argv)
     if options.images < 2:
         raise ConfigError(f"--images: got {options.images}, expected at least 2")
@@ -254,4 +257,4 @@ def main(argv: Sequence[str]) -> None:
         what = f"redundancy of a model's parts as it trains, on {sum(map(len, batches))} validation images"
         write_json(options.json, measurement(what, rows))
     if options.plot:
-        drawn(rows).savefig(options.plot, dpi=120)
+        save(drawn(rows), options.plot)

@@ -17,7 +17,7 @@ from typing import Any
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.errors import ConfigError
 from vitlocal.train.figures import by_size
-from vitlocal.train.report import RunRecord, duration, page_of, read_run, rows_table
+from vitlocal.train.report import RunRecord, duration, names_of, page_of, read_run, rows_table
 
 # Options that change nothing that is forecast.
 ASIDE = {"data.root", "data.source"} | {
@@ -66,14 +66,6 @@ def comparison_part(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> str
     return "<h2>Forecast and run</h2>" + said + rows_table(["", "forecast", "happened", "off by"], cells)
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path as tells them apart."""
-    parts = 1
-    while len({folder.parts[-parts:] for folder in folders}) < len(set(folders)) and parts < 20:
-        parts += 1
-    return ["/".join(folder.parts[-parts:]) for folder in folders]
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vitlocal.bench report", description=__doc__, allow_abbrev=False,
@@ -93,11 +85,12 @@ def main(argv: Sequence[str]) -> None:
     if options.forecast:
         try:
             forecast = json.loads(Path(options.forecast).read_text(encoding="utf-8"))
-            rows, notes = compare(forecast, runs[0]), mismatch(forecast, runs[0])
+            rows = compare(forecast, runs[0])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--forecast: {options.forecast} is not what bench forecast --json writes ({error})"
             ) from error
+        notes = mismatch(forecast, runs[0])
         more = [comparison_part(rows, notes)]
         print(f"{'':24} {'forecast':>12} {'happened':>12} {'off by':>7}")
         for row in rows:

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -33,28 +33,41 @@ class Place:
     cores: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run under way; of its ``output``, ``said`` bytes are of attempts before."""
+
+    entry: Entry
+    place: Place
+    began: float
+    output: Path
+    said: int
+
+
 class Runner:
     """Trains entries in ``jobs`` places at a time, each a part of the cores (and a GPU of its own, where there are).
 
-    In a place ``together`` of them run at once. They take turns there, and meet the same good and bad minutes.
+    In a place ``together`` of them run at once. They take turns there, and meet the same good and bad minutes; so that
+    this is so for all that are compared, runs of a seed begin when those of the seed before have ended.
+
+    Raises ConfigError where there are not so many places. ``gpus``: as CUDA_VISIBLE_DEVICES names them.
     """
 
-    def __init__(self, jobs: int, together: int, folder: Path):
-        self.folder = folder
+    def __init__(self, jobs: int, together: int, folder: Path, gpus: Sequence[str] = ()):
+        self.folder, self.gpus, self.by_seeds = folder, gpus, together > 1
         mine = sorted(os.sched_getaffinity(0))
         if not 1 <= jobs <= len(mine):
             raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(mine)}, a core for each")
-        self.gpus = _gpus()
         if 0 < len(self.gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(self.gpus)}, a GPU for each")
         if self.gpus and together > 1:
             raise ConfigError(
-                "--together: runs that share a GPU cannot be timed; leave it out, or hide it: CUDA_VISIBLE_DEVICES="
+                "--together: runs that share a GPU cannot be timed; leave it out, or train on the CPU: --run.device=cpu"
             )
         share = len(mine) // jobs
         places = [Place(number, frozenset(mine[number * share : (number + 1) * share])) for number in range(jobs)]
         self.free = [place for _ in range(together) for place in places]
-        self.running: dict[subprocess.Popen[bytes], tuple[Entry, Place, float]] = {}
+        self.running: dict[subprocess.Popen[bytes], Started] = {}
         self.signal: int | None = None
 
     def run(self, waiting: Sequence[Entry]) -> list[Entry]:
@@ -63,7 +76,7 @@ class Runner:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._forwarding():
             while left or self.running:
-                while left and self.free and self.signal is None:
+                while left and self.free and self.signal is None and not self._must_wait(left[0]):
                     self._start(left.pop(0), total - len(left), total)
                 for process in list(self.running):
                     if process.poll() is not None:
@@ -73,34 +86,34 @@ class Runner:
                 time.sleep(0.2)
         return failed
 
+    def _must_wait(self, entry: Entry) -> bool:
+        return self.by_seeds and any(run.entry.seed != entry.seed for run in self.running.values())
+
     def _start(self, entry: Entry, number: int, total: int) -> None:
-        there = self.free.pop(0)
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[there.number]} if self.gpus else {})
+        place = self.free.pop(0)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[place.number]} if self.gpus else {})
         say(f"{number} of {total}: {entry.folder.name} ...")
-        with open(self._output(entry), "ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_imagenet.py"), *entry.options],
-                stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,  # Ctrl-C comes by us
-                preexec_fn=lambda: _settle(there),
-            )  # fmt: skip
-        self.running[process] = entry, there, time.monotonic()
+        output = self.folder / f"{entry.folder.name}.txt"
+        said = output.stat().st_size if output.exists() else 0
+        process = start_trainer(entry.options, output, place.cores, env=environment, start_new_session=True)
+        self.running[process] = Started(entry, place, time.monotonic(), output, said)
         if self.signal is not None:  # it came while the process was started
             process.send_signal(signal.SIGTERM)
 
-    def _output(self, entry: Entry) -> Path:
-        return self.folder / f"{entry.folder.name}.txt"
-
     def _ended(self, process: subprocess.Popen[bytes]) -> list[Entry]:
-        entry, there, began = self.running.pop(process)
-        self.free.append(there)
+        run = self.running.pop(process)
+        self.free.append(run.place)
         if process.returncode == 0:
-            row = summary(entry.folder)
-            say(f"  {entry.folder.name}: {row['top1']:.2f} %, {duration(time.monotonic() - began)}")
+            row = summary(run.entry.folder)
+            say(f"  {run.entry.folder.name}: {row['top1']:.2f} %, {duration(time.monotonic() - run.began)}")
             return []
         if self.signal is None:
-            last = self._output(entry).read_text(errors="replace").strip().splitlines()[-1:]
-            say(f"  {entry.folder.name}: failed ({' '.join(last)}); see {self._output(entry)}")
-            return [entry]
+            with open(run.output, "rb") as output:
+                output.seek(run.said)
+                last = output.read().decode(errors="replace").strip().splitlines()[-1:]
+            why = "; ".join([*last, f"exit status {process.returncode}"])
+            say(f"  {run.entry.folder.name}: failed ({why}); see {run.output}")
+            return [run.entry]
         return []
 
     @contextmanager
@@ -138,13 +151,25 @@ def fall_with_parent(number: int) -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
-def _settle(there: Place) -> None:
-    """In a run's process, before it starts: on its cores, and told to save and stop should this one be killed."""
-    os.sched_setaffinity(0, there.cores)
-    fall_with_parent(signal.SIGTERM)
+def start_trainer(
+    options: Sequence[str], output: Path, on: Collection[int] = (), **more: Any
+) -> subprocess.Popen[bytes]:
+    """Starts the trainer on the cores ``on`` (or all); what it says is appended to ``output``.
+
+    Should this process be killed, the trainer is told to save and stop.
+    """
+
+    def settle() -> None:
+        if on:
+            os.sched_setaffinity(0, on)
+        fall_with_parent(signal.SIGTERM)
+
+    command = [sys.executable, str(ROOT / "train_imagenet.py"), *options]
+    with open(output, "ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=settle, **more)
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that are this process's to use, as CUDA_VISIBLE_DEVICES names them."""
     if not torch.cuda.is_available():
         return []

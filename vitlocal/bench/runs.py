@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.train.figures import Line, by_size, race
+from vitlocal.bench.parsing import plot_file
+from vitlocal.train.figures import Line, by_size, race, save
 from vitlocal.train.log import read_log
-from vitlocal.train.report import duration, read_run
+from vitlocal.train.report import duration, names_of, read_run
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -35,10 +36,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m vitlocal.bench runs", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument("--json", metavar="FILE", help="write the rows and the curves")
-    parser.add_argument("--plot", metavar="FILE", help="draw top-1 against training time (png, svg or pdf)")
+    parser.add_argument(
+        "--plot", type=plot_file, metavar="FILE", help="draw top-1 against training time (png, svg or pdf)"
+    )
     options = parser.parse_args(argv)
     folders = [Path(run) for run in options.runs]
-    rows = [summary(folder) for folder in folders]
+    names = names_of(folders)
+    rows = [summary(folder) | {"run": name} for folder, name in zip(folders, names, strict=True)]
+    curves = {name: read_log(folder) for folder, name in zip(folders, names, strict=True)}
     print(f"{'run':32} {'top-1 %':>8} {'top-5 %':>8} {'epochs':>7} {'trained':>9} {'in all':>9} {'images/s':>9}")
     for row in rows:
         print(
@@ -46,8 +51,7 @@ def main(argv: Sequence[str]) -> None:
             f"{duration(row['train_seconds']):>9} {duration(row['wall_seconds']):>9} {row['images_per_second']:9,.0f}"
         )
     if options.json:
-        curves = {folder.name: read_log(folder) for folder in folders}
         what = "training runs: the accuracy that each reached, and the log of its passes"
         write_json(options.json, measurement(what, rows, curves=curves))
     if options.plot:
-        race({folder.name: [Line(folder.name, read_log(folder))] for folder in folders}).savefig(options.plot, dpi=120)
+        save(race({name: [Line(name, curve)] for name, curve in curves.items()}), options.plot)

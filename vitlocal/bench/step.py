@@ -36,8 +36,9 @@ import timm
 import torch
 from torch import nn
 
-from vitlocal.bench.contestants import Progress, numbers
+from vitlocal.bench.contestants import Progress
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.parsing import numbers, plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
@@ -46,6 +47,7 @@ from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
 from vitlocal.train.ema import build_average
+from vitlocal.train.figures import save
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import choose_device, prepare_device
 from vitlocal.train.step import Mode, Step, choose_precision
@@ -468,7 +470,7 @@ def _falls_back(row: dict[str, Any]) -> bool:
     return row["peak_mib"] is not None and row["kernel"] == "plain" and "plain" not in row["arm"]
 
 
-def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Images a second against size, on a logarithmic axis, and below it the part of the peak; a line an arm."""
     from matplotlib.figure import Figure
 
@@ -495,7 +497,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*rates.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -538,7 +540,7 @@ def main(argv: Sequence[str]) -> None:
         "--seconds", type=float, default=SECONDS, help="about the length of a turn, one step at least (%(default)s)"
     )
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE")
     options, rest = parser.parse_known_args(argv)
     if options.rounds < 1 or options.seconds < 0:
         raise ConfigError(f"--rounds {options.rounds} --seconds {options.seconds:g}: expected at least 1 and 0")
@@ -546,7 +548,7 @@ def main(argv: Sequence[str]) -> None:
         rest.append(f"--train.batch_size={options.batch}")
     config, device = configured(rest)
     arms = chosen_arms(options.arms, device)
-    sizes = sorted(set(numbers(options.sizes or SIZES[device.type])))
+    sizes = sorted(numbers(options.sizes or SIZES[device.type], "--sizes"))
     check_multiples(sizes, shape_of(config)[1], config.model.name)
     prepare_device(config)
     precision = choose_precision(config.train.precision, device)

@@ -26,16 +26,16 @@ from vitlocal.bench.contestants import (
     Contestant,
     PeakMemory,
     Progress,
-    chosen_names,
     closing_all,
     cores_for,
-    numbers,
     rates_row,
 )
 from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, write
 from vitlocal.errors import ConfigError
+from vitlocal.train.figures import save
 
 SAMPLE_SOURCE = "data/bench/source"
 SAMPLE_PER_CLASS = 20
@@ -182,7 +182,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Images a second by writer, a group of bars for each number of workers."""
     from matplotlib.figure import Figure
 
@@ -201,7 +201,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -216,15 +216,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--images", type=int, default=IMAGES, help="of the source, at most")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE")
     options = parser.parse_args(argv)
     if options.images < 1 or options.rounds < 1:
         raise ConfigError(f"--images {options.images} --rounds {options.rounds}: expected at least 1 of each")
-    names = chosen_names(options.only, list(WRITERS))
+    chosen = names(options.only, list(WRITERS))
     files = parse_files("" if options.sides == "auto" else options.sides) or DEFAULT_FILES["train"]
     source = options.source or sample_source()
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    rows = compare(source, options.out, files, numbers(options.workers), names, options.rounds, options.images)
+    rows = compare(
+        source, options.out, files, numbers(options.workers, "--workers"), chosen, options.rounds, options.images
+    )
     print(table(rows))
     if options.json:
         what = "images a second of the writers, all files of a split, each held to as many cores as workers"

@@ -117,6 +117,8 @@ def _stage_problems(stages: Sequence[Stage]) -> list[str]:
             "until when, and the last not, as in 32px until 10%, 64px until 30%, 224px"
         ]
     ends = [stage.until for stage in stages[:-1]]
+    if stages[0].until is not None and not stages[0].until.value:
+        return [f"image_size.stages: {stages[0]} ends where it begins; leave it out"]
     return [
         f"image_size.stages: {after} does not come after {before}; expected growing lengths"
         for before, after in pairwise(ends)

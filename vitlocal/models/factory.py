@@ -94,6 +94,8 @@ def export_model(
             "num_classes": len(classes),
         },
     }
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    # The weights come last: who finds them finds all.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state(model).items()}
     temporary = folder / ".model.safetensors.writing"
     try:
@@ -101,7 +103,6 @@ def export_model(
         os.replace(temporary, folder / "model.safetensors")
     finally:
         temporary.unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> list[str]:

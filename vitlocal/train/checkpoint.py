@@ -70,6 +70,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise DataError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}). Remove it and run the same command "
-            "again to train from the start"
+            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}). Remove {path.parents[1]} and run the "
+            "same command again to train from the start"
         ) from error

@@ -131,6 +131,10 @@ class Clock:
         if self.counts_all and not self.step:
             self.origin = self._now[0]
 
+    def pass_over(self, seconds: float) -> None:
+        """Counts seconds that will go by when nothing reads this clock any more."""
+        self._wall += seconds
+
     def _epoch(self, position: Position) -> float:
         return position.epoch + position.images / self.images_per_epoch
 

@@ -67,6 +67,11 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def curves(lines: Sequence[Line], along: str) -> Figure:
     """Top-1 and loss of runs ``along`` "time", "epochs" or "images"."""
     if along == "time":
@@ -244,7 +249,7 @@ def draw_curve(line: Line, path: Path) -> None:
     axes[2].set_xlabel(f"training time, {unit}")
     for ax in axes:
         _plain(ax)
-    figure.savefig(path, dpi=120)
+    save(figure, path)
 
 
 def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:

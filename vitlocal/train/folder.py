@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
 from vitlocal.train.journal import read_spent
+from vitlocal.train.log import read_log
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
 
 
-def check_same(folder: Path, config: Config) -> None:
-    """Raises ConfigError where ``folder`` holds a run of another configuration."""
+def changes(before: Mapping[str, Any], config: Config) -> list[str]:
+    """In what ``config`` is another one than that of the options ``before``, by their dotted names: a phrase each."""
+    before = Config().flat() | before  # what an older version did not know of was as it is by default
+    return [
+        f"{name} was {before[name]!r} and is now {value!r}"
+        for name, value in config.flat().items()
+        if name not in IMMATERIAL and before[name] != value
+    ]
+
+
+def stated(config: Config) -> dict[str, Any]:
+    """What makes ``config`` itself: the options that matter to a result and are not as by default."""
+    default = Config().flat()
+    return {name: value for name, value in config.flat().items() if name not in IMMATERIAL and default[name] != value}
+
+
+def check_same(folder: Path, config: Config, option: str = "run.folder") -> None:
+    """Raises ConfigError where ``folder``, which ``option`` names, holds a run of another configuration."""
     stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     before = {
         f"{section}.{key}" if key else section: value
         for section, inner in stored.items()
         for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
     }
-    before = Config().flat() | before  # what an older version did not know of was as it is by default
-    changed = [
-        f"{name} was {before[name]!r} and is now {value!r}"
-        for name, value in config.flat().items()
-        if name not in IMMATERIAL and before[name] != value
-    ]
-    if changed:
+    if changed := changes(before, config):
         raise ConfigError(
-            f"run.folder: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options "
-            "to go on with it, or another --run.folder"
+            f"{option}: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options "
+            f"to go on with it, or another --{option}"
         )
 
 
@@ -50,12 +63,18 @@ def resumes_from(folder: Path, config: Config) -> bool:
         raise ConfigError(f"run.resume: {folder} holds a run already; remove it, or use another --run.folder")
     if resumes:
         check_same(folder, config)
+    # A run of one pass may have been killed between its line and its checkpoint; one of several had a checkpoint.
+    elif (folder / "model.safetensors").exists() or len(read_log(folder)) > 1:
+        raise ConfigError(
+            f"run.folder: {folder} holds what a run has left, and no checkpoint to go on from ({checkpoint} is not "
+            "there); remove the folder, or use another --run.folder"
+        )
     return resumes
 
 
 def spent_in(folder: Path, config: Config) -> tuple[float, float]:
     """What this run has spent so far, even if it was killed before its first checkpoint; nothing if it is a new one."""
-    if not (folder / "config.yaml").exists():
+    if config.run.resume == "never" or not (folder / "config.yaml").exists():
         return 0.0, 0.0
     try:
         check_same(folder, config)
@@ -93,4 +112,4 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def header() -> str:
     """What stands above a run's configuration: how to repeat it."""
-    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {' '.join(sys.argv)}\n"
+    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {shlex.join(sys.argv)}\n"

@@ -37,6 +37,7 @@ class Journal:
         self._thread = threading.Thread(target=self._write_on, name="journal", daemon=True)
 
     def __enter__(self) -> Journal:
+        self._write()  # what starting took
         self._thread.start()
         return self
 

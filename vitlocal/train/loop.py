@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from vitlocal.config import Config
+from vitlocal.errors import DataError
 from vitlocal.train.report import write_report
 from vitlocal.train.run import Run, open_run
 
@@ -38,6 +39,11 @@ def fit(run: Run) -> None:
             run.end_pass(trained)
         else:
             run.save()  # interrupted, or a method has a question
+    if run.clock.spent and not run.clock.step:
+        raise DataError(
+            f"the budget of {run.config.budget.length} is spent, and nothing that it bought was saved; remove "
+            f"{run.folder} to train anew, with checkpoints more often (--run.save_every)"
+        )
     if run.unevaluated and not run.interrupted:  # what a process that was killed had spent leaves no further step
         run.end_pass(run.running or run.logged_plan or run.plan())
     run.clock.stop()

@@ -86,6 +86,14 @@ class RunRecord:
         return Line(self.name, self.records)
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of the path as tells them apart."""
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(set(folders)) and parts < 20:
+        parts += 1
+    return ["/".join(folder.parts[-parts:]) for folder in folders]
+
+
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """The run in ``folder``; ConfigError where there is none, or none that was evaluated."""
     records = read_log(folder)

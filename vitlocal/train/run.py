@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import statistics
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -57,6 +59,7 @@ from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
 from vitlocal.train.watch import Watch, wait
 
 REHEARSAL = ".rehearsal"
+EVALUATIONS = 3  # by which the length of the next one is told
 REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
 LEAVING = 0.36  # of the time that loading took: what Python takes to end, which no clock of ours sees
 LEAVING_SECONDS = 1.5  # the same, where the time of loading is not known
@@ -128,10 +131,11 @@ class Run:
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[tuple[Feed, Shape, int]] = set()
-        self.saving = 0.0  # seconds of the slowest checkpoint
+        self.saving = 0.0  # seconds of the slowest checkpoint, as rank 0 has it
         self.leaving = LEAVING_SECONDS
         self.finishing = 0.0  # seconds that export and report take, and leaving
         self.evaluating = 0.0  # seconds that an evaluation and its checkpoint take, where all counts
+        self.evaluations: deque[float] = deque(maxlen=EVALUATIONS)  # seconds of the last ones
         self.running: Plan | None = None  # the plan of the pass that is open
         self.agree()
 
@@ -268,19 +272,18 @@ class Run:
 
     def _rehearse(self) -> None:
         """Compiles the evaluation, and finds out what the budget must have left after the last step."""
-        if self.clock.room:  # as an earlier process found it
-            self._evaluated(limit=1, plan=self.plans_ahead()[-1])
-            return
-        evaluation = self.evaluation_seconds()
-        if self.ranks.first:
+        evaluation, resumed = self.evaluation_seconds(), self.clock.room > 0
+        if self.ranks.first and not resumed:
             self.saving, self.finishing = self.rehearsed_finish()
         self._keep_room(evaluation)
         self.agree()
+        if resumed:
+            return
         length, spent, room = self.config.budget.length, self.clock.progress.seconds, self.clock.room
         if room + spent >= length.value:
             raise ConfigError(
-                f"budget.length: of {length} in all, {spent:.0f} s are spent on starting, and the last evaluation and "
-                f"saving need {room:.0f} s: nothing is left to train. Give more time, or let only training count: "
+                f"budget.length: of {length} in all, {spent:.0f} s go by before the first step, and the last evaluation"
+                f" and saving need {room:.0f} s: nothing is left to train. Give more time, or let only training count: "
                 "budget.counts=train"
             )
 
@@ -318,8 +321,14 @@ class Run:
         return MOMENTS * (times[1] - times[0]), times[2] - times[1] + self.leaving
 
     def _keep_room(self, evaluation: float) -> None:
-        """Keeps room for an evaluation of so many seconds, for saving before and after it, and for what follows."""
+        """Keeps room for an evaluation, for saving before and after it, and for what follows.
+
+        ``evaluation``: how many seconds it took now. Of this and the ones before the median counts: one of them may
+        have been held up.
+        """
         if self.clock.counts_all:
+            self.evaluations.append(evaluation)
+            evaluation = statistics.median(self.evaluations)
             room = evaluation + 2 * self.saving + self.finishing
             self.clock.room, self.evaluating = self.ranks.broadcast((room, evaluation + self.saving))
 
@@ -445,8 +454,10 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        every = self.config.run.save_every
-        return every.spent(self.clock.progress) - every.spent(self.saved_at) >= every.value
+        """Whether it is time for a checkpoint, and the budget has room for it."""
+        now, before = self.clock.progress, self.saved_at
+        due = any(every.spent(now) - every.spent(before) >= every.value for every in self.config.run.save_every)
+        return due and self.clock.has_room_for(self.saving, self.plan().feed.batch_size)
 
     def ended(self, plan: Plan) -> bool:
         """Whether the pass under ``plan`` is over: by the budget, the epoch or another feed, not by a signal."""
@@ -486,7 +497,8 @@ class Run:
                     write_classes(self.folder, self.sources.train.classes, accuracy.by_class)
             self.log.record(self._record(plan, accuracy))
             self.logged_plan, self.unclosed, self.running, self.meter = plan, None, None, PassMeter()
-            self.save()
+            if last or self.clock.has_room_for(self.saving, plan.feed.batch_size):
+                self.save()
         self.agree()
 
     def evaluate(self) -> Accuracy | None:
@@ -549,7 +561,8 @@ class Run:
             if self.ranks.first:
                 save_checkpoint(self.folder / CHECKPOINT, state)
             self.ranks.wait()
-            self.saving = max(self.saving, perf_counter() - began)
+            # Rank 0's, on every rank: whether there is room for another is for all to decide alike.
+            self.saving = float(self.ranks.broadcast(max(self.saving, perf_counter() - began)))
         self.saved_at = self.clock.progress
 
     def _state(self, shared: bool = True) -> dict[str, Any]:
@@ -754,5 +767,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                         yield run
                     finally:
                         run.log.close()
+                        if run.interrupted:  # the next process goes on from this one's end
+                            run.clock.pass_over(run.leaving)
         finally:
             sources.close()
