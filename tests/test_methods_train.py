@@ -60,6 +60,17 @@ METHODS = {
     "sizes and trilevel": ["--methods=image_size,trilevel", *UPDATES],
     "budgeted and trilevel": ["--methods=budgeted,trilevel", "--trilevel.levels=examples", *UPDATES],
     "sizes and autoprog": ["--methods=image_size,autoprog", "--autoprog.space=depth", *SEARCH],
+    "trilevel and autoprog": ["--methods=trilevel,autoprog", "--trilevel.levels=examples", *UPDATES, *SEARCH],
+    "budgeted and unfreeze": ["--methods=budgeted,unfreeze", "--budgeted.grow=heads,hidden", "--unfreeze.multiple=16",
+                              "--unfreeze.samples=8"],
+    "trilevel and unfreeze": ["--methods=trilevel,unfreeze", *UPDATES, "--unfreeze.multiple=16",
+                              "--unfreeze.samples=8"],
+    "strength and trilevel": ["--methods=strength,trilevel", "--strength.by=budget", *UPDATES],
+    "strength and autoprog": ["--methods=strength,autoprog", "--strength.by=budget", "--autoprog.strengthen=no",
+                              *SEARCH],
+    "budgeted and batches": ["--methods=budgeted,batch_size", "--batch_size.limit=64"],
+    "unfreeze and batches": ["--methods=unfreeze,batch_size", "--batch_size.limit=64", "--unfreeze.multiple=16",
+                             "--unfreeze.samples=8"],
     "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.scale=1", "--unfreeze.samples=8"],
 }  # fmt: skip
 
@@ -80,9 +91,9 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
             patch.setattr(Run, "save_due", property(lambda run: run.clock.step % 4 == 3))
             train(killed)
     with open_run(killed) as run:
-        assert run.plan() == run.plan()
-        state = [method.state_dict() for method in run.methods]
-        assert str(state) == str([method.state_dict() for method in run.methods])
+        state = str([method.state_dict() for method in run.methods])
+        assert run.plan() == run.plan() and run.plans_ahead() == run.plans_ahead()
+        assert str([method.state_dict() for method in run.methods]) == state
     assert train(killed) == 0
     one, other = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "killed"))
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -205,6 +216,45 @@ def test_frozen_blocks_stay(configure, decoder):
         assert all(p.grad is None for p in run.model.blocks[1].parameters())
 
 
+def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder):
+    """Decay and moments, too: the blocks of later stages are what they were drawn as until theirs begins."""
+    schedule = ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px", "--train.weight_decay=0.5"]
+    with open_run(configure(*COMMON, *schedule)) as run:
+        before = {name: value.clone() for name, value in run.model.state_dict().items()}
+        seen = 0
+        while (plan := run.plan()).shape.trainable in ((0,), (0, 1)):
+            run.begin_pass(plan)
+            with run.sources.train.open(plan.feed, run.clock.position) as batches:
+                run.train_on(next(batches), plan)
+            frozen = [slot for slot in range(4) if slot not in plan.shape.trainable]
+            for slot in frozen:
+                for name, value in run.model.blocks[slot].state_dict().items():
+                    assert torch.equal(value, before[f"blocks.{slot}.{name}"]), (slot, name)
+            seen += len(frozen)
+        assert seen == 4 * 3 + 4 * 2  # two stages of four steps
+
+
+def test_a_step_does_not_tell_some_images_their_stage(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    """About unfreeze.stage_null of them, drawn by the step, also where nothing else is drawn for a block."""
+    untold = []
+    original = VisionTransformer._told_stage
+
+    def told_stage(self, tokens, noise):
+        found = original(self, tokens, noise)
+        if self.training:
+            row = (found - tokens)[:, 0].detach()
+            untold.append(torch.isclose(row, self.stage_table[-1], atol=1e-5).all(dim=1))
+        return found
+
+    monkeypatch.setattr(VisionTransformer, "_told_stage", told_stage)
+    config = configure("--methods=unfreeze", "--model.depth=4", "--unfreeze.schedule=1@16px,2@16px,3@16px,4@16px",
+                       "--model.drop_path=0", "--unfreeze.stage_null=0.3", "--budget.length=6ep",
+                       "--unfreeze.stage_std=0.5")  # fmt: skip
+    with open_run(config) as run:
+        fit(run)
+    assert float(torch.cat(untold).float().mean()) == pytest.approx(0.3, abs=0.06)  # of 720 images
+
+
 def test_probes_leave_no_trace(configure, decoder):
     given = ["--methods=autoprog", "--autoprog.schedule=4@48px", "--autoprog.stages=1"]  # for its averages
     with open_run(configure(*COMMON, "--model.norm=batch", *given)) as run:
@@ -318,7 +368,7 @@ def test_what_the_model_lacks_is_told_and_leaves_nothing(configure, decoder, tmp
         assert not (tmp_path / "run").exists()
 
 
-RANKED = ["budgeted", "trilevel", "autoprog", "unfreeze"]
+RANKED = ["budgeted", "trilevel", "autoprog", "unfreeze", "sizes and budgeted", "trilevel and autoprog"]
 PROGRAM = """
 import json, sys
 import torch.distributed as dist
@@ -346,23 +396,28 @@ def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp
     """With gloo, as one: what methods saw on both is put together, and rank 0's answers count for both."""
     runs, plain = [], ["--augment.mixup=0", "--train.ema=none", "--train.batch_size=34", "--trilevel.score=attention"]
     for name in RANKED:
-        config = configure(*COMMON, *METHODS[name], *plain, f"--run.folder={tmp_path}/one-{name}")
+        config = configure(*COMMON, *METHODS[name], *plain, f"--run.folder={tmp_path}/one-{_folder(name)}")
         assert train(config) == 0
         options = [f"--{key}={_text(value)}" for key, value in config.flat().items() if key != "run.folder"]
-        runs.append([*options, f"--run.folder={tmp_path}/two-{name}", "--run.threads=1", "--data.workers=1"])
+        runs.append([*options, f"--run.folder={tmp_path}/two-{_folder(name)}", "--run.threads=1", "--data.workers=1"])
     (tmp_path / "program.py").write_text(PROGRAM)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*start, str(tmp_path / "program.py"), json.dumps(runs)], cwd=ROOT, capture_output=True,
                           text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name in RANKED:
-        one, two = (load_checkpoint(tmp_path / f"{count}-{name}" / CHECKPOINT) for count in ("one", "two"))
-        losses = [[record["loss"] for record in read_log(tmp_path / f"{count}-{name}")] for count in ("one", "two")]
+        folders = [tmp_path / f"{count}-{_folder(name)}" for count in ("one", "two")]
+        one, two = (load_checkpoint(run / CHECKPOINT) for run in folders)
+        losses = [[record["loss"] for record in read_log(run)] for run in folders]
         assert losses[0] == pytest.approx(losses[1], abs=1e-4), name
         farthest = max(float((one["model"][key] - two["model"][key]).abs().max()) for key in one["model"])
         assert farthest < 1e-3, name
-        if name == "trilevel":
-            assert torch.equal(one["methods"][name]["kept"], two["methods"][name]["kept"])
+        if "trilevel" in one["methods"]:
+            assert torch.equal(one["methods"]["trilevel"]["kept"], two["methods"]["trilevel"]["kept"])
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _text(value) -> str:

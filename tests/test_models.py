@@ -399,6 +399,15 @@ def test_the_position_matrix_is_pytorchs_resize(grid):
     torch.testing.assert_close(single.sum(1), torch.ones(len(matrix)), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", [2, 4, 6, 8, 10, 12, 14])
+def test_only_the_tables_own_grid_comes_back_as_it_was(side: int):
+    """Resampled to a smaller grid and back, as the released code does around each evaluation."""
+    there = position_matrix((14, 14), (side, side), CPU, torch.float64)
+    back = position_matrix((side, side), (14, 14), CPU, torch.float64)
+    whole = torch.eye(196, dtype=torch.float64)
+    assert torch.allclose(back @ there, whole, atol=1e-9) == (side == 14)
+
+
 def test_a_table_of_another_shape_is_read_in_order():
     model = narrow(img_size=(48, 80))  # 3 x 5
     with torch.no_grad():

@@ -48,7 +48,8 @@ def test_planning_is_pure_and_conflicts_are_named():
     method = ImageSize(around())
     at = Progress(epoch=7.0)
     assert fold([method], START, at) == fold([method], START, at)
-    (problem,) = conflicts([method, ImageSize(around())])
+    claims = ImageSize.claims(around().recipe)
+    (problem,) = conflicts([claims, claims])
     assert "feed.size" in problem
 
 

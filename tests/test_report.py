@@ -22,7 +22,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Length, Position, Stage
 from vitlocal.train.figures import Line, by_cost, by_size, savings
 from vitlocal.train.loop import train
-from vitlocal.train.report import learning_rates, names_of, page_of, read_run, stage_crops
+from vitlocal.train.report import dials_of, learning_rates, names_of, page_of, read_run, stage_crops
 from vitlocal.train.spending import Speed, spend
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -146,10 +146,16 @@ def test_costs_are_told_apart():
 
 
 def test_the_page_tells_what_stages_cost(configure, decoder, tmp_path: Path):
-    options = ["--methods=budgeted", "--budgeted.grow=heads,hidden", "--budget.length=3ep", "--budgeted.alpha=0"]
+    """Stages end within epochs: each is a pass of its own, and its cost not mixed with the next one's."""
+    options = ["--methods=budgeted", "--budgeted.grow=heads,hidden", "--budget.length=0.0055TF", "--budgeted.alpha=0"]
     train(configure(*options, "--evaluate.every=0"))
+    run = read_run(tmp_path / "run")
+    assert len({round(record["macs_per_image"], -4) for record in run.records}) == len(by_cost(run.line)) == 3
+    assert len([record for record in run.records if record["epoch"] % 1]) >= 2
+    assert dials_of(run) == {"shape.heads": 2, "shape.hidden": 128}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "What images cost" in page and "fewer multiply-adds" in page
+    assert "<!-- heads -->" in page or ">heads<" in page
 
 
 def test_names_tell_folders_apart():

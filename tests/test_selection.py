@@ -138,14 +138,48 @@ def test_gradients_do_not_pass_by_the_choice(name: str):
         torch.testing.assert_close(p.grad, whole[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_under_a_mask(heads: int):
+    """Who is masked is paid nothing, the rest sums to 1; and the fused attention computes the same."""
+    block = a_model(FAMILIES[0]).blocks[0].attn
+    tokens, mask = torch.randn(3, 9, 32), torch.rand(3, heads, 9, 9) < 0.4
+    mask |= torch.eye(9, dtype=torch.bool)
+    merged, attention = block.shown(tokens, mask)
+    assert attention.masked_select(~mask.expand_as(attention)).count_nonzero() == 0
+    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(3, 2, 9))
+    torch.testing.assert_close(block(tokens, mask), merged, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(block(tokens), merged, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_dropped_token_has_no_more_say(name: str):
-    """In a model whose local parts see one patch alone, a token that was dropped cannot change the rest."""
+def test_a_dropped_token_has_no_more_say(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Where attention mixes nothing, what a patch held that was dropped at the first block cannot change the logits."""
     model = a_model(name, pool="avg")
-    put(model, Shape(kept=0.25, attended=0.5, pruned=(0,)))
-    images = torch.randn(1, 3, 64, 64, requires_grad=True)
-    model(images).sum().backward()
-    assert model(images).isfinite().all() and images.grad.isfinite().all()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.attn.proj.bias)
+    seen, original = [], type(model.blocks[0]).narrowed
+
+    def narrowed(self, *operands):
+        tokens, left = original(self, *operands)
+        seen.append(left.places[0].tolist())
+        return tokens, left
+
+    monkeypatch.setattr(type(model.blocks[0]), "narrowed", narrowed)
+    images, mark = torch.randn(1, 3, 64, 64), 1e-3 * torch.randn(3, 8, 8)
+    with torch.no_grad():
+        whole = model(images)
+        put(model, Shape(kept=0.25, pruned=(0,)))
+        narrow_logits = model(images)
+        side = model.grid[0]
+        patch = 64 // side
+        gone = min(set(range(side * side)) - set(seen[0]))
+        y, x = patch * (gone // side), patch * (gone % side)
+        marked = images.clone()
+        marked[0, :, y : y + 8, x : x + 8] += mark
+        assert torch.equal(model(marked), narrow_logits) and seen[0] == seen[1]
+        put(model, Shape())
+        assert not torch.equal(model(marked), whole)
 
 
 def test_the_spread_of_attention():

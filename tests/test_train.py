@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,45 @@ def test_other_data_are_refused(configure, decoder, folder: Path, tmp_path: Path
         train(configure("--budget.length=1ep", f"--data.root={tmp_path}/data"))
 
 
+def test_what_a_run_has_left_is_not_trained_over(configure, decoder, tmp_path: Path):
+    """Without its checkpoint a run cannot go on: what it had spent would leave an untrained model in its place."""
+    train(configure())
+    run = tmp_path / "run"
+    (run / CHECKPOINT).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=f"not a readable checkpoint .* Remove {run} and run the same command again"):
+        train(configure())
+    (run / CHECKPOINT).unlink()
+    before = (run / "model.safetensors").read_bytes()
+    for part in (set(), {"model.safetensors"}):  # by its log alone, too
+        for name in part:
+            (run / name).unlink()
+        with pytest.raises(ConfigError, match="no checkpoint to go on from .* remove the folder"):
+            train(configure())
+        assert part or (run / "model.safetensors").read_bytes() == before
+    shutil.rmtree(run)
+    assert train(configure()) == 0 and (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_budget_that_bought_nothing_is_told(configure, decoder, tmp_path: Path):
+    """Killed before its first checkpoint when all was spent: no random weights are exported."""
+    config = configure("--budget.length=2s", "--methods=none")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config.yaml())
+    (tmp_path / "run" / "spent.json").write_text(json.dumps({"train_seconds": 3.0, "wall_seconds": 3.0}))
+    with pytest.raises(DataError, match="nothing that it bought was saved; remove"):
+        train(config)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_short_runs_are_saved_ten_times(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    steps = []
+    original = Run.save
+    monkeypatch.setattr(Run, "save", lambda run: (steps.append(run.clock.step), original(run)))
+    with open_run(configure("--budget.length=100steps", "--methods=none", "--evaluate.every=0")) as run:
+        fit(run)
+    assert steps[:4] == [10, 20, 30, 40] or all(after - before <= 10 for before, after in pairwise([0, *steps]))
+
+
 def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_path: Path):
     with pytest.raises(ConfigError, match="there is no run to go on with"):
         train(configure("--run.resume=must"))
@@ -418,9 +458,10 @@ def test_the_position_table_stays_one_trained_parameter(configure, decoder):
 
 def test_a_frozen_position_table_stays(configure, decoder):
     with open_run(configure("--model.train_position=no")) as run:
-        before = run.model.pos_embed.detach().clone()
+        table, before = run.model.pos_embed, run.model.pos_embed.detach().clone()
+        assert not any(table is p for group in run.optimizer.param_groups for p in group["params"])
         fit(run)
-        assert torch.equal(run.model.pos_embed, before)
+        assert run.model.pos_embed is table and torch.equal(table, before)
 
 
 def test_kill_9_of_the_command_then_the_same_command(configure, folder: Path, tmp_path: Path):

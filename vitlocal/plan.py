@@ -200,12 +200,17 @@ class Dials:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a method may decide. A change of ``feed`` starts a new pass of the loader."""
+    """All that a method may decide. A change of ``feed`` or ``shape`` starts a new pass of the loader."""
 
     feed: Feed
     dials: Dials = Dials()
     shape: Shape = WHOLE_MODEL
     growth: Growth = Growth(0)
+
+    @property
+    def of_pass(self) -> tuple[Feed, Shape]:
+        """What stays as it is within a pass: all that a step feeds and runs, but for what each step may draw anew."""
+        return self.feed, replace(self.shape, skipped=(), input_size=None)
 
     def changed(self, before: Plan | None) -> dict[str, Any]:
         """The fields in which this plan differs from ``before``; without one, from a plan that asks for nothing."""
@@ -279,16 +284,29 @@ class ProbeResult:
     value: Any
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What a recipe has a method set, fields of the plan, such as "feed.size", or "budget.length"; and what no other
+    may set beside it, and why."""
+
+    name: str
+    writes: frozenset[str]
+    refuses: Mapping[str, str]
+
+
 class Method(Protocol):
     """A way to train cheaply. ``plan`` is pure: with the same state, the same progress gives the same plan."""
 
     name: str
     writes: frozenset[str]  # the plan's fields it may set, such as "feed.size"
-    refuses: Mapping[str, str]  # fields that no other method may set beside it, and why
     taps: frozenset[str]  # what it wants of each step: "hits", "spread"
     averages: Sequence[float]  # decays of copies of the weights that are to follow them
     stage_rows: int  # of a table of stages that the model is to have; 0: none
     length: Length | None  # of the run, where the method reckons it
+
+    def claims(self, recipe: Any) -> Claims: ...  # the same, told before anything is built, and what goes not beside it
+
+    def doubts(self, recipe: Any) -> list[str]: ...  # what the recipe may hardly mean: sentences
 
     def plan(self, plan: Plan, at: Progress) -> Plan: ...
 
@@ -311,7 +329,7 @@ class Method(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def conflicts(methods: Sequence[Method]) -> list[str]:
+def conflicts(methods: Sequence[Claims]) -> list[str]:
     """Names every pair of methods that do not go together, and why."""
     found = []
     for place, first in enumerate(methods):

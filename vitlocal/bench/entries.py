@@ -12,6 +12,7 @@ import yaml
 
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
+from vitlocal.methods import claimed
 from vitlocal.train.folder import check_same
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,11 @@ class Entry:
     def config(self) -> Config:
         """What will be trained. ConfigError where that is none, or where the folder holds a run of another."""
         config = read_config(self.options)
+        if "budget.length" in claimed(config):
+            raise ConfigError(
+                f"the arm '{self.arm.name}': budgeted.epochs or budgeted.budget set the run's length, and all arms are "
+                "to have the same; leave them out"
+            )
         if (self.folder / "config.yaml").exists():
             check_same(self.folder, config, "folder")
         return config

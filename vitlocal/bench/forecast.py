@@ -33,7 +33,8 @@ from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch, Rows, Sources, full_batches, load_manifest, open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.methods import BatchSize, Surroundings
+from vitlocal.methods import Surroundings, claimed
+from vitlocal.methods.batch_size import BatchSize
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
@@ -356,6 +357,11 @@ def forecast(config: Config, images: int | None) -> Forecast:
 
 def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
     """For another machine, of stated speeds (see :func:`vitlocal.train.rates.rates_for`)."""
+    if "budget.length" in claimed(config):
+        raise ConfigError(
+            "--rates: budgeted.epochs or budgeted.budget set the run's length, which is known once it is built; leave "
+            "--rates out, or give --budget.length alone"
+        )
     model, _ = build_model(config.model, 1000)
 
     def image_bytes(size: int) -> int:

@@ -18,7 +18,8 @@ from vitlocal.train.figures import Line, race, save
 from vitlocal.train.folder import stated
 from vitlocal.train.log import read_log
 
-PASS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second")
+PASS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
+        "macs_per_image", "flops")  # fmt: skip
 FIELDS = {"arm", "seed", "budget", "run", "top1", "epochs", "images_per_second", "cpu", "gpu"}
 
 
@@ -44,7 +45,7 @@ def outcome_of(run: Entry) -> Outcome:
     """Of a finished run; of its passes only what differs between them and is drawn."""
     about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
     place = {"cpu": machine()["cpu"], "gpu": machine()["gpu"], "commit": commit()}
-    passes = [{name: record[name] for name in PASS} for record in read_log(run.folder)]
+    passes = [{name: record.get(name) for name in PASS} for record in read_log(run.folder)]
     return Outcome(about | summary(run.folder) | place, passes, stated(run.config()))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,10 @@ def analysed(model: VisionTransformer, batches: Sequence[Tensor]) -> list[dict[s
 
 
 def model_of(file: Path, config: Config, classes: int) -> tuple[float, VisionTransformer]:
-    """The epoch at which ``file`` was kept, and the model with its weights, in the shape that it had."""
+    """The epoch at which ``file`` was kept, and the model with its weights, in the shape that it had.
+
+    But for connections that tri-level training cuts: heads are looked at with all of them.
+    """
     state, about = read_weights(file)
     model, _ = build_model(config.model, classes)
     if not isinstance(model, VisionTransformer):
@@ -170,7 +173,7 @@ def model_of(file: Path, config: Config, classes: int) -> tuple[float, VisionTra
     if (table := state.get("stage_table")) is not None:
         add_stage_table(model, len(table), 0.0, 0.0, config.of("unfreeze").stage_tokens)
     model.load_state_dict(state)
-    put(model, Shape.from_state(about["shape"]))
+    put(model, replace(Shape.from_state(about["shape"]), attended=1.0, own_masks=False))
     return about["epoch"], model.eval()
 
 

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from vitlocal.errors import ConfigError
-from vitlocal.methods.autoprog import AutoProg
-from vitlocal.methods.batch_size import BatchSize
-from vitlocal.methods.budgeted import Budgeted
-from vitlocal.methods.image_size import ImageSize
+from importlib import import_module
+
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
-from vitlocal.methods.strength import Strength
-from vitlocal.methods.trilevel import Trilevel
-from vitlocal.methods.unfreeze import Unfreeze
 from vitlocal.plan import Method, conflicts
 
-CLASSES = (ImageSize, Strength, BatchSize, Budgeted, Trilevel, AutoProg, Unfreeze)  # a new method: a line here
-METHODS: dict[str, type[Defaults]] = {method.name: method for method in CLASSES}
+# Files of this folder that hold a method each. A new method: its file's name here.
+MODULES = ("image_size", "strength", "batch_size", "budgeted", "trilevel", "autoprog", "unfreeze")
+
+
+def _method_of(module: str) -> type[Defaults]:
+    """The method that is defined in ``module``."""
+    found = vars(import_module(f"{__name__}.{module}")).values()
+    (method,) = (
+        one for one in found
+        if isinstance(one, type) and issubclass(one, Defaults) and one.__module__ == f"{__name__}.{module}"
+    )  # fmt: skip
+    return method
+
+
+METHODS: dict[str, type[Defaults]] = {method.name: method for method in map(_method_of, MODULES)}
 
 
 def build_methods(run: Surroundings) -> list[Method]:
-    """The recipe's methods in its order; raises ConfigError where two of them do not go together."""
-    methods = [METHODS[name](run) for name in run.recipe.methods]
-    if problems := conflicts(methods):
-        raise ConfigError("\n".join(problems))
-    return methods
+    """The recipe's methods in its order."""
+    return [METHODS[name](run) for name in run.recipe.methods]
+
+
+def claimed(recipe: Recipe) -> frozenset[str]:
+    """All that the recipe's methods set, as :class:`vitlocal.plan.Claims` has it."""
+    return frozenset().union(*(METHODS[name].claims(recipe).writes for name in recipe.methods))
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """What the recipe's methods find wrong with it."""
-    return [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
+    """What the recipe's methods find wrong with it, and which of them do not go together."""
+    methods = [METHODS[name] for name in dict.fromkeys(recipe.methods)]
+    found = [problem for method in methods for problem in method.problems(recipe)]
+    return found or conflicts([method.claims(recipe) for method in methods])

@@ -22,6 +22,7 @@ from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
 from vitlocal.plan import (
+    Claims,
     Growth,
     Length,
     Plan,
@@ -117,6 +118,7 @@ class AutoProg(Defaults):
             raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe.model.name}")
         self.count, self.seed = run.parts["blocks"], recipe.run.seed
         self.sizes_grow = "size" in self.config.space
+        self.writes = self.claims(run.recipe).writes
         config = self.config
         if config.schedule is not None and config.schedule[-1].depth != self.count:
             raise ConfigError(
@@ -125,11 +127,6 @@ class AutoProg(Defaults):
         self.depths = ladder(self.count, config.scale, config.stages, 1) if "depth" in config.space else (self.count,)
         self.ladder = (
             ladder(recipe.model.size, config.scale, config.stages, config.multiple) if self.sizes_grow else (None,)
-        )
-        self.writes = frozenset(
-            {"shape.slots", "shape.skipped", "growth"}
-            | ({"feed.size", "shape.input_size"} if self.sizes_grow else set())
-            | ({"dials.strength", "dials.operations"} if self.config.strengthen else set())
         )
         self.magnitude = recipe.augment.randaugment
         searches = self.config.schedule is None
@@ -148,6 +145,13 @@ class AutoProg(Defaults):
         self.since: float | None = None
         self.round_at = 0.0  # where the present round was asked
         self.memory: dict[tuple[str, int], Any] = {}
+
+    @classmethod
+    def claims(cls, recipe: Recipe) -> Claims:
+        config: AutoProgConfig = recipe.of(cls.name)
+        sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
+        dials = {"dials.strength", "dials.operations"} if config.strengthen else set()
+        return Claims(cls.name, frozenset({"shape.slots", "shape.skipped", "growth"} | sizes | dials), {})
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
@@ -189,6 +193,11 @@ class AutoProg(Defaults):
             found.append(f"autoprog.averages: got {list(config.averages)}, expected growing decays")
         if config.space == ("depth",) and "image_size" not in recipe.methods and not config.scale:
             found.append("autoprog.scale: 0 leaves no blocks")
+        if config.schedule is None and "depth" in config.space and recipe.model.weights:
+            found.append(
+                "autoprog.space: a search of depth begins with the blocks in an order of its own, which would shuffle "
+                "those of model.weights; set autoprog.space=size, give autoprog.schedule, or train from scratch"
+            )
         return found
 
     @staticmethod
@@ -328,8 +337,11 @@ class AutoProg(Defaults):
         searched = len(self.candidates(stage)) > 1
         if not searching and searched:
             return Growth(2 * stage + 2, moments=moments)  # taken out of the supernet
-        if self.before(stage) is None:
+        before = self.before(stage)
+        if before is None:
             return None
+        if not searched and self.candidates(stage)[0] == self.chosen(before):
+            return self._growth(before, False, self.supernet(before)[1])  # nothing grows
         how, last = self.config.grow, len(self.averages) - 1
         return Growth(
             2 * stage + 1, pairs, "random" if how == "random" else "copy", moments=moments,

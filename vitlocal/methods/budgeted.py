@@ -21,7 +21,7 @@ from fastargs.validation import Checker
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Maybe, Number, Section, Series, option
-from vitlocal.plan import Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
+from vitlocal.plan import Claims, Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
 
 GROWS = ("heads", "hidden", "tokens")
 FEWEST_TOKENS = 0.5  # of all, in the first stage: 50 %, 75 %, 100 % for three
@@ -78,6 +78,12 @@ class BudgetedConfig(Section):
     noise: float = option(0.0, Number(low=0), "added to copies, in standard deviations of the weights")
 
 
+def grown(config: BudgetedConfig) -> list[str]:
+    """The fields of the shape that grow."""
+    fields = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crops_images")}
+    return [name for unit in config.grow for name in fields[unit]]
+
+
 def stage_weights(stages: int, alpha: float, seeds: Sequence[float]) -> tuple[float, ...]:
     """t_k = exp(α · s_k), the proportions of the stages' epochs; seeds in ascending order, as later stages are longer.
 
@@ -116,12 +122,22 @@ class Budgeted(Defaults):
         self.epochs = self._epochs(run.recipe)
         if self.epochs is not None:
             self.length = Length.parse(f"{sum(self.epochs)}ep")
-        fields = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crops_images")}
-        self.grown = [name for unit in self.config.grow for name in fields[unit]]  # fields of the shape
-        self.writes = frozenset({"growth", *(f"shape.{name}" for name in self.grown)})
-        if "tokens" in self.config.grow:
-            reason = "both take away tokens; leave them out of one of the two, as with budgeted.grow=heads,hidden"
-            self.refuses = {"feed.size": reason, "shape.kept": reason}
+        self.grown = grown(self.config)
+        self.writes = self.claims(run.recipe).writes
+
+    @classmethod
+    def claims(cls, recipe: Recipe) -> Claims:
+        config: BudgetedConfig = recipe.of(cls.name)
+        reason = "both take away tokens; leave them out of one of the two, as with budgeted.grow=heads,hidden"
+        refuses = {"feed.size": reason, "shape.kept": reason} if "tokens" in config.grow else {}
+        length = {"budget.length"} if config.epochs is not None or config.budget is not None else set()
+        return Claims(cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown(config)), *length}), refuses)
+
+    @staticmethod
+    def doubts(recipe: Recipe) -> list[str]:
+        if "budget.length" not in Budgeted.claims(recipe).writes:
+            return []
+        return [f"budgeted.epochs or budgeted.budget set the run's length; {recipe.budget.length} has no say"]
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, Stage, StepResult
+from vitlocal.plan import Claims, Length, Plan, Probe, ProbeResult, Progress, Shape, Stage, StepResult
 
 
 class Recipe(Protocol):
@@ -53,9 +53,19 @@ class Defaults:
     length: Length | None = None  # of the run, where the method reckons it, in place of budget.length
     refuses: Mapping[str, str] = {}  # fields that no other method may set beside it, and why
 
+    @classmethod
+    def claims(cls, recipe: Recipe) -> Claims:
+        """What the recipe has it set, told before anything is built; overridden where that hangs on its options."""
+        return Claims(cls.name, cls.writes, cls.refuses)
+
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
         """What the recipe asks of this method and cannot be: sentences that name option, value and remedy."""
+        return []
+
+    @staticmethod
+    def doubts(recipe: Recipe) -> list[str]:
+        """What the recipe asks of this method and may hardly mean: sentences, told when the run begins."""
         return []
 
     @staticmethod

@@ -20,7 +20,7 @@ from torch import Tensor
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
+from vitlocal.plan import Claims, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
 
 NARROWED = ("kept", "attended", "own_masks", "pruned")  # fields of the shape, by tokens and attention
 LEVELS = ("examples", "tokens", "attention")
@@ -51,6 +51,12 @@ class TrilevelConfig(Section):
     end: Length = option(Length.parse("36.6667%"), Duration(), "from when on r and r_a are reached (published: 110)")
     rungs: int = option(8, Number(low=0, whole=True), "steps from 1 to r, each of which compiles; 0: at every step")
     evaluate: bool = option(True, Flag(), "evaluations drop what training does in the end; no: nothing")
+
+
+def narrowed_to(config: TrilevelConfig) -> tuple[float, float]:
+    """r and r_a in the end; 1 for a level that is off."""
+    kept = config.kept if "tokens" in config.levels else 1.0
+    return kept, config.attended if "attention" in config.levels else 1.0
 
 
 def forgetting(record: np.ndarray) -> np.ndarray:
@@ -99,9 +105,9 @@ class Trilevel(Defaults):
     def __init__(self, run: Surroundings):
         self.config: TrilevelConfig = run.recipe.of(self.name)
         self.seed, self.count = run.recipe.run.seed, run.images
+        self.writes = self.claims(run.recipe).writes
         self.examples = "examples" in self.config.levels
-        kept = self.config.kept if "tokens" in self.config.levels else 1.0
-        attended = self.config.attended if "attention" in self.config.levels else 1.0
+        kept, attended = narrowed_to(self.config)
         self.narrows = kept < 1 or attended < 1
         depth = run.parts["blocks"] if run.parts is not None else 0
         blocks = self.config.blocks or tuple(dict.fromkeys(round(part * depth) for part in PRUNED_AT))
@@ -114,14 +120,6 @@ class Trilevel(Defaults):
                 f"trilevel.levels: tokens and attention need a vitlocal_… model, not {run.recipe.model.name}; keep "
                 "trilevel.levels=examples"
             )
-        self.writes = frozenset(
-            ({"feed.subset"} if self.examples else set())
-            | ({f"shape.{name}" for name in NARROWED} if self.narrows else set())
-        )
-        if self.narrows:
-            self.refuses = {
-                "shape.slots": "tokens are dropped at blocks that may not be there yet; set trilevel.levels=examples"
-            }
         by_attention = self.examples and self.config.score == "attention"
         self.taps = frozenset(({"hits"} if self.examples else set()) | ({"spread"} if by_attention else set()))
         self.version = 1  # of the subset
@@ -132,6 +130,15 @@ class Trilevel(Defaults):
         self.records: dict[int, Tensor] = {}  # by epoch: (n,) uint8 on the device
         self.spread: Tensor | None = None  # (n,) summed over the window
         self._asked, self._answers = Progress(), []
+
+    @classmethod
+    def claims(cls, recipe: Recipe) -> Claims:
+        config: TrilevelConfig = recipe.of(cls.name)
+        examples = {"feed.subset"} if "examples" in config.levels else set()
+        if narrowed_to(config) == (1.0, 1.0):
+            return Claims(cls.name, frozenset(examples), {})
+        reason = "tokens are dropped at blocks that may not be there yet; set trilevel.levels=examples"
+        return Claims(cls.name, frozenset(examples | {f"shape.{name}" for name in NARROWED}), {"shape.slots": reason})
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
@@ -148,6 +155,11 @@ class Trilevel(Defaults):
                 )
             if not 0 < config.held_out < 1:
                 found.append(f"trilevel.held_out: got {config.held_out:g}, expected a part between 0 and 1")
+            if recipe.data.on_error != "stop":
+                found.append(
+                    "trilevel.levels: with data.on_error=skip an example that is held out may take a damaged one's "
+                    "place; write the files without damaged images (--on-error skip), or leave examples out"
+                )
             if not config.every.value:
                 found.append("trilevel.every: got 0, expected a length")
             if config.score == "attention" and not recipe.model.name.startswith("vitlocal_"):

@@ -20,6 +20,7 @@ from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
 from vitlocal.plan import (
+    Claims,
     Growth,
     Length,
     Plan,
@@ -112,6 +113,13 @@ def vote(
     return min(range(len(sums)), key=lambda place: (sums[place], times[place], place))
 
 
+def sizes_of(recipe: Recipe) -> tuple[int, ...]:
+    """The image sizes of its stages, or of the ladder that a search climbs."""
+    config: UnfreezeConfig = recipe.of("unfreeze")
+    stated = tuple(net.size for net in config.schedule or ())
+    return stated or ladder(recipe.model.size, config.scale, config.stages, config.multiple)
+
+
 class Unfreeze(Defaults):
     """See the module. What lies outside of the blocks (embeddings, norm, head) is trained throughout.
 
@@ -126,20 +134,14 @@ class Unfreeze(Defaults):
         self.config: UnfreezeConfig = run.recipe.of(self.name)
         recipe, config = run.recipe, self.config
         self.size = recipe.model.size
-        stated = tuple(net.size for net in config.schedule or ())
-        self.sizes = stated or ladder(self.size, config.scale, config.stages, config.multiple)
+        self.writes = self.claims(run.recipe).writes
+        self.sizes, self.sizes_grow = sizes_of(recipe), bool(self.feeds(recipe))
         if not run.blocks:
             raise ConfigError(
                 f"methods: unfreeze needs a Vision Transformer's blocks, and {recipe.model.name} has none"
             )
         self.groups = groups_of(run.blocks, config.stages, config.groups)
         self.embeds_stage = config.stage_embedding
-        self.writes = frozenset(
-            {"shape.trainable"} | ({"feed.size"} if set(self.sizes) != {self.size} else set())
-            | ({"shape.stage"} if self.embeds_stage else set()) | ({"growth"} if config.moments == "reset" else set())
-            | ({"shape.head_only"} if config.outside == "head" else set())
-        )  # fmt: skip
-        self.refuses = {"shape.slots": "both choose which blocks there are to train; keep one of the two"}
         if config.samples < 2 * run.processes or config.samples % 2:
             raise ConfigError(
                 f"unfreeze.samples: got {config.samples} for {run.processes} processes, each of which takes pairs; "
@@ -151,6 +153,14 @@ class Unfreeze(Defaults):
         self.asking = 0  # the stage of the last question
         self.memory: list[tuple[list[Net], Net | None]] | None = None  # of nets(), until more is known
         self.stage_rows = config.stages + 1 if self.embeds_stage else 0
+
+    @classmethod
+    def claims(cls, recipe: Recipe) -> Claims:
+        config: UnfreezeConfig = recipe.of(cls.name)
+        writes = {"shape.trainable": True, "feed.size": cls.feeds(recipe), "shape.stage": config.stage_embedding,
+                  "growth": config.moments == "reset", "shape.head_only": config.outside == "head"}  # fmt: skip
+        refuses = {"shape.slots": "both choose which blocks there are to train; keep one of the two"}
+        return Claims(cls.name, frozenset(field for field, does in writes.items() if does), refuses)
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
@@ -173,12 +183,19 @@ class Unfreeze(Defaults):
         return found
 
     @staticmethod
+    def doubts(recipe: Recipe) -> list[str]:
+        if recipe.model.weights:
+            return []
+        return [
+            "unfreeze is for fine-tuning, and without model.weights most blocks stay as they were drawn until their "
+            "stage comes; give --model.weights=RUN or a file"
+        ]
+
+    @staticmethod
     def feeds(recipe: Recipe) -> Sequence[Stage]:
         """Of a search the ladder: it may take larger sizes sooner, or later."""
-        config: UnfreezeConfig = recipe.of("unfreeze")
-        stated = [net.size for net in config.schedule or ()]
-        sizes = stated or ladder(recipe.model.size, config.scale, config.stages, config.multiple)
-        return stages_of(sizes, config.stages) if set(sizes) != {recipe.model.size} else ()
+        sizes = sizes_of(recipe)
+        return stages_of(sizes, recipe.of("unfreeze").stages) if set(sizes) != {recipe.model.size} else ()
 
     # --- stages ---
 
@@ -234,7 +251,7 @@ class Unfreeze(Defaults):
         )  # fmt: skip
         if self.config.moments == "reset" and stage:
             plan = replace(plan, growth=Growth(stage, moments="reset"))
-        if "feed.size" in self.writes:
+        if self.sizes_grow:
             plan = with_size(plan, net.size)
         return plan
 
@@ -261,7 +278,7 @@ class Unfreeze(Defaults):
             stage=stage if self.embeds_stage else None,
         )  # fmt: skip
         sets = ("trainable", "head_only", "stage") if self.embeds_stage else ("trainable", "head_only")
-        size = options[number].size if "feed.size" in self.writes else 0
+        size = options[number].size if self.sizes_grow else 0
         if len(self.scores.get(stage, ())) == number:
             batches, kernel = config.zico_batches, config.kernel_batches
             return [Probe("trainability", shape, size, batches, kernel, samples=self.samples, sets=sets)]

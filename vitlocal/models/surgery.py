@@ -202,10 +202,11 @@ def grow(
             _copy_blocks(one, growth.blocks, source if one is model else one)
         if growth.noise:
             _add_noise(model, ranges, growth, seed)
-    elif ranges:
+    elif ranges or growth.blocks:
         drawn = _drawn_anew(model, seed * 1000 + growth.number)
         for one in (model, *copies):
             _take_slots(one, ranges, drawn)
+            _copy_blocks(one, [(slot, slot) for slot, _ in growth.blocks], drawn)
     _settle_moments(model, ranges, growth, moments)
 
 

@@ -101,8 +101,9 @@ def curves(lines: Sequence[Line], along: str) -> Figure:
     return figure
 
 
-def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Sequence[str]) -> Figure:
-    """The run as a strip over training time: image size, learning rate, and each of ``dials`` (fields of the log).
+def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Mapping[str, float]) -> Figure:
+    """The run as a strip over training time: image size, learning rate, and each of ``dials``: fields of the log, and
+    what stands for none of them (a part of the model: all there is).
 
     ``rates``: (training seconds, learning rate), as finely as is known.
     """
@@ -115,21 +116,27 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Sequence[s
     rows[1].plot([at / scale for at, _ in rates], [rate for _, rate in rates], color=ORANGE)
     rows[1].set_ylabel("learning rate")
     rows[1].set_ylim(0)
-    for axes, dial in zip(rows[2:], dials, strict=True):
-        _stairs(axes, line, dial, scale, GREY)
-        axes.set_ylabel(dial.rpartition(".")[2].replace("_", "\n"), fontsize=9)
+    for axes, (dial, whole) in zip(rows[2:], dials.items(), strict=True):
+        _stairs(axes, line, dial, scale, GREY, whole=whole)
+        name = {"shape.slots": "blocks", "shape.trainable": "trained_blocks"}.get(dial, dial.rpartition(".")[2])
+        axes.set_ylabel(name.replace("_", "\n"), fontsize=9)
     rows[-1].set_xlabel(f"training time, {unit}")
     for axes in rows:
         _plain(axes)
     return figure
 
 
-def _stairs(axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False) -> None:
-    """A field of the log over training time, pass by pass; one that is logged when it changes goes on until then."""
-    values, value = [], 1.0 if field.startswith("shape.") else math.nan  # a part of the whole, until it is logged
+def _stairs(
+    axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False, whole: float = math.nan
+) -> None:
+    """A field of the log over training time, pass by pass; one that is logged when it changes goes on until then.
+
+    ``whole`` is drawn until it is logged and where it is None; of a list, the length is.
+    """
+    values, value = [], None
     for record in line.records:
         value = record.get(field, value)
-        values.append(math.nan if value is None else value)
+        values.append(whole if value is None else len(value) if isinstance(value, list) else value)
     edges = [at / scale for at in (*line.starts, line.records[-1]["train_seconds"])]
     if filled:
         axes.stairs(values, edges, color=colour, alpha=0.25, fill=True)

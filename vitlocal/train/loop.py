@@ -14,7 +14,7 @@ def fit(run: Run) -> None:
     """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
     if run.unclosed is not None:  # trained, and stopped before it was evaluated
         run.end_pass(run.unclosed)
-    elif run.running is not None and run.plan().feed != run.running.feed:  # what was spent after the checkpoint counts
+    elif run.running is not None and run.plan().of_pass != run.running.of_pass:  # the time since the checkpoint counts
         run.end_pass(run.running)
     while not run.over:
         run.inquire()
@@ -22,14 +22,14 @@ def fit(run: Run) -> None:
             run.save()
             break
         plan = run.plan()
-        if run.running is not None and plan.feed != run.running.feed:  # by what was found out
+        if run.running is not None and plan.of_pass != run.running.of_pass:  # by what was found out
             run.end_pass(run.running)
         run.begin_pass(plan)
-        with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed
+        with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed and shape
             for batch in run.waited_for(batches):
                 run.train_on(batch, plan)
                 ahead = run.plan()
-                if run.over or ahead.feed != plan.feed or run.asks:
+                if run.over or ahead.of_pass != plan.of_pass or run.asks:
                     break
                 if run.save_due and not run.ended(plan):
                     run.save()

@@ -7,7 +7,7 @@ import html
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods import Surroundings
 from vitlocal.methods.strength import Strength
-from vitlocal.plan import Feed, Plan, Position, Progress, fold
+from vitlocal.models.factory import build_model
+from vitlocal.models.surgery import blocks_of, parts_of
+from vitlocal.plan import Dials, Feed, Plan, Position, Progress, fold
 from vitlocal.train.figures import Line, by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.train.log import read_log
 from vitlocal.train.optim import Schedule
@@ -31,8 +33,11 @@ from vitlocal.train.optim import Schedule
 WORST = 10  # classes
 CROPS = 6  # of each size
 RATE_POINTS = 40  # of the learning rate, a pass
-# Shown where they change.
+# Shown where they change. Of shapes: what there is of each in the whole model, as parts_of() has it.
 DIALS = ("batch_size", "dials.strength", "dials.operations", "dials.lr_scale", "shape.kept", "shape.attended")
+PARTS = {"shape.heads": "heads", "shape.hidden": "hidden", "shape.grid": "grid", "shape.slots": "blocks",
+         "shape.trainable": "blocks"}  # fmt: skip
+TURNED = ("strength", "operations")  # dials that crops show
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -168,11 +173,27 @@ def learning_rates(run: RunRecord) -> list[tuple[float, float]]:
     return points
 
 
+def dials_of(run: RunRecord) -> dict[str, float]:
+    """What the run's methods turned, fields of its log, and what each is where the log has none."""
+    found, changing = {}, {name for name in (*DIALS, *PARTS) if _changes(run.records, name)}
+    if changing & PARTS.keys():
+        with torch.device("meta"):  # its shapes are all that counts
+            model, _ = build_model(run.config.model, len(run.classes) or 1)
+        parts = parts_of(model) or {"blocks": len(blocks_of(model))}
+        found |= {name: float(parts[PARTS[name]]) for name in PARTS if name in changing and PARTS[name] in parts}
+    return {name: 1.0 for name in DIALS if name in changing} | found
+
+
+def _changes(records: Sequence[dict[str, Any]], name: str) -> bool:
+    """Whether a field that is logged when it changes, or always, does so after the first record."""
+    values = [record[name] for record in records if name in record]
+    return bool(values) and (name not in records[0] or any(value != values[0] for value in values))
+
+
 def schedule_part(runs: Sequence[RunRecord]) -> str:
     drawn = []
     for number, run in enumerate(runs):
-        dials = [dial for dial in DIALS if len({record[dial] for record in run.records if dial in record}) > 1]
-        figure = schedule(run.line, learning_rates(run), dials)
+        figure = schedule(run.line, learning_rates(run), dials_of(run))
         drawn.append(_figure(svg(figure, f"schedule-{number}"), run.name, "wide"))
     return "<h2>Schedule</h2>" + "".join(drawn)
 
@@ -217,10 +238,10 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
 def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     """Of each image size, the first training crops (S, S, 3) as the model saw them, augmentation and all.
 
-    Crops and augmentation are keyed, so that they are made again here. Raises ConfigError or DataError where the data
-    are not there any more.
+    Crops and augmentation are keyed, so that they are made again here; where a method chose among examples, of all of
+    them: the log does not tell which it chose. Raises ConfigError or DataError where the data are not there any more.
     """
-    device, found, seen = torch.device("cpu"), [], set()
+    device, found, seen, dials = torch.device("cpu"), [], set(), Dials()
     augment = Augment(run.config.augment)
     methods = [Strength(Surroundings(run.config))] if "strength" in run.config.methods else []
     sources = open_sources(run.config, device)
@@ -228,17 +249,20 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
         began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
         for before, record in pairwise([began, *run.records]):
             size = record["image_size"]
+            turned = {name: record[f"dials.{name}"] for name in TURNED if f"dials.{name}" in record}
+            dials = replace(dials, **turned)
             if size in seen or record["step"] == before["step"]:
                 continue
             seen.add(size)
             feed, at = Feed(size, record["batch_size"]), Progress(fraction=before["fraction"])
-            strength = fold(methods, Plan(feed), at).dials.strength
+            # The log has a pass's last dials; this method's change within one, and are told anew.
+            then = fold(methods, Plan(feed), at).dials if methods else dials
             done = round(before["epoch"] % 1 * sources.train.count)  # (of a subset, whose rows are not kept: about)
             with sources.train.open(feed, Position(int(before["epoch"]), done)) as batches:
                 batch = next(batches)
                 key = run.config.run.seed, before["step"]
-                images = augment.prepare(batch.images, *key, batch.places, strength)
-                drawn = augment.draw(*key, batch.places, batch.total, size, strength)
+                images = augment.prepare(batch.images, *key, batch.places, then.of_operations)
+                drawn = augment.draw(*key, batch.places, batch.total, size, then.strength)
                 pixels = augment(images, drawn)[:CROPS]
             levels = (pixels - augment.normalize.shift) / augment.normalize.scale
             crops = levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

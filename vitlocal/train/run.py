@@ -23,7 +23,8 @@ from vitlocal.config import IMMATERIAL, Config
 from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_freed_memory
-from vitlocal.methods import METHODS, BatchSize, Surroundings, build_methods
+from vitlocal.methods import METHODS, Surroundings, build_methods
+from vitlocal.methods.batch_size import BatchSize
 from vitlocal.models.factory import build_model, export_model, load_weights
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
@@ -104,6 +105,7 @@ class Run:
             if method.stage_rows:
                 own = config.of(method.name)
                 add_stage_table(self.model, method.stage_rows, own.stage_std, own.stage_null, own.stage_tokens)
+        self.doubts = [doubt for method in self.methods for doubt in method.doubts(config)]
         self.config = config = settled(config, self.methods)
         self.optimizer = build_optimizer(self.model, config.train, choose_precision(config.train.precision, device))
         self.average = build_average(self.model, config.train)
@@ -230,7 +232,7 @@ class Run:
         count, batch = self.sources.train.count, self.config.train.batch_size
         warmup, length = self.config.train.warmup, self.config.budget.length
         epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / count}  # in a unit
-        found = []
+        found = list(self.doubts)
         if self.started_anew:
             found.append(
                 f"{', '.join(self.started_anew)} start anew; all other weights are from {self.config.model.weights}"
@@ -421,20 +423,20 @@ class Run:
         if not self.asks or self.over:
             return
         self.clock.start()
-        began = self.clock.train_seconds
         for method in self.methods:
             while not self.over and (wanted := method.probes(self.clock.progress)):
                 for probe in wanted:
+                    began = self.clock.train_seconds
                     method.observe(ProbeResult(probe, answer(self, probe)))
+                    spent = self.clock.train_seconds - began
+                    self.probing += spent
+                    self.pass_began += spent  # no part of the pass that is open
                     self.follow_rows()  # where the answer made a new subset
                     self.agree()
                     if self.over:
                         break
                     if self.save_due:
                         self.save()
-        spent = self.clock.train_seconds - began
-        self.probing += spent
-        self.pass_began += spent  # no part of the pass that is open
         self.clock.stop()  # the next step's pace is not told by this
         self.clock.start()
 
@@ -460,8 +462,8 @@ class Run:
         return due and self.clock.has_room_for(self.saving, self.plan().feed.batch_size)
 
     def ended(self, plan: Plan) -> bool:
-        """Whether the pass under ``plan`` is over: by the budget, the epoch or another feed, not by a signal."""
-        return self.clock.spent or self.clock.position.images == 0 or self.plan().feed != plan.feed
+        """Whether the pass under ``plan`` is over: by budget, epoch or another feed or shape, and not by a signal."""
+        return self.clock.spent or self.clock.position.images == 0 or self.plan().of_pass != plan.of_pass
 
     def end_pass(self, plan: Plan) -> None:
         """Evaluates if it is time, writes the pass's line, saves. The budget's training clock stands meanwhile.
