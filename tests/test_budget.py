@@ -7,6 +7,8 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,12 @@ from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
-from vitlocal.train.evaluate import Accuracy
-from vitlocal.train.folder import CHECKPOINT
+from vitlocal.train.folder import CHECKPOINT, JOURNAL
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
-from vitlocal.train.run import Run
+from vitlocal.train.run import Run, open_run
 from vitlocal.train.spending import Speed, spend
 
 IMAGES, BATCH = 1000, 50
@@ -224,30 +225,68 @@ def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path
     assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["top1"] is not None
 
 
-def test_an_evaluation_that_leaves_no_step_after_it_waits_for_the_end(configure, decoder, tmp_path: Path, monkeypatch):
-    """By a watch that half a second passes on in each step, and three in each evaluation."""
-    now, step, evaluate = [0.0], Run.train_on, Run.evaluate
+class Watched:
+    """A watch on which half a second passes in each step, two in the export, and what is said in each evaluation."""
 
-    def train_on(self: Run, batch, plan) -> None:
-        now[0] += 0.5
-        step(self, batch, plan)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, evaluations: Iterator[float]):
+        self.now = 0.0
 
-    def evaluated(self: Run) -> Accuracy | None:
-        now[0] += 3.0
-        return evaluate(self)
+        def taking(name: str, seconds: Callable[[], float]) -> None:
+            original = getattr(Run, name)
 
-    monkeypatch.setattr("vitlocal.train.run.Clock", lambda *budget, began: Clock(*budget, now=lambda: now[0]))
-    monkeypatch.setattr("vitlocal.train.run.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Run, "evaluation_seconds", lambda run: 3.0)
-    monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (0.0, 0.0))
-    monkeypatch.setattr(Run, "train_on", train_on)
-    monkeypatch.setattr(Run, "evaluate", evaluated)
-    options = ("--budget.length=16.4s", "--budget.counts=wall", "--methods=none", "--train.batch_size=32")
-    assert train(configure(*options)) == 0  # epochs of two seconds: the third ends at 12, and 13.4 is the end
+            def timed(run: Run, *operands: object) -> object:
+                self.now += seconds()
+                return original(run, *operands)
+
+            monkeypatch.setattr(Run, name, timed)
+
+        monkeypatch.setattr("vitlocal.train.run.Clock", lambda *budget, began: Clock(*budget, now=lambda: self.now))
+        monkeypatch.setattr("vitlocal.train.run.perf_counter", lambda: self.now)
+        monkeypatch.setattr(Run, "evaluation_seconds", lambda run: 3.0)
+        monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (0.0, 2.0))
+        taking("train_on", lambda: 0.5)
+        taking("evaluate", lambda: next(evaluations))
+        taking("export", lambda: 2.0)
+
+
+COUNTED = ("--budget.counts=wall", "--methods=none", "--train.batch_size=32")  # epochs of two seconds
+
+
+def test_room_is_kept_for_what_comes_after_training(configure, decoder, tmp_path: Path, monkeypatch):
+    """An evaluation that would leave no step waits for the end: the third epoch ends at 12, training at 13.4."""
+    watch = Watched(monkeypatch, repeat(3.0))
+    assert train(configure("--budget.length=18.4s", *COUNTED)) == 0
     records = read_log(tmp_path / "run")
     assert [record["epoch"] for record in records if record["top1"] is not None] == [1, 2, records[-1]["epoch"]]
     assert records[-1]["epoch"] > 3 and records[-1]["lr"] == pytest.approx(1e-5)
-    assert now[0] == pytest.approx(16.4, abs=0.5)
+    assert watch.now == pytest.approx(18.4, abs=0.5)
+
+
+def test_an_evaluation_that_was_held_up_does_not_end_the_run_early(configure, decoder, tmp_path: Path, monkeypatch):
+    watch = Watched(monkeypatch, chain([3.0, 9.0], repeat(3.0)))
+    assert train(configure("--budget.length=40s", *COUNTED)) == 0
+    assert watch.now == pytest.approx(40, abs=0.5)
+    assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_a_checkpoint_that_leaves_no_step_after_it_is_left_out(configure, decoder, tmp_path: Path, monkeypatch):
+    """Saving takes 1.5 seconds here; the second epoch ends 1.2 before the room that is kept."""
+    watch = Watched(monkeypatch, repeat(3.0))
+    monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (1.5, 2.0))
+
+    def save(path: Path, state: dict) -> None:
+        watch.now += 1.5
+
+    monkeypatch.setattr("vitlocal.train.run.save_checkpoint", save)
+    options = ("--budget.length=14.7s", "--evaluate.every=0", "--run.save_every=none")
+    assert train(configure(*options, *COUNTED)) == 0
+    assert watch.now == pytest.approx(14.7, abs=0.5) and read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_what_python_takes_to_end_is_counted_when_a_run_is_stopped(configure, decoder, tmp_path: Path):
+    with open_run(configure("--budget.length=1h", "--budget.counts=wall")) as run:
+        run.leaving, run.interrupted = 50.0, signal.SIGINT
+    assert 50 < read_spent(tmp_path / "run" / JOURNAL)[1] < 150
 
 
 def test_processor_time_stands_while_others_have_the_processor():
@@ -274,7 +313,7 @@ def test_a_run_killed_in_its_last_evaluation_has_only_that_left(configure, decod
     class Killed(Exception):
         pass
 
-    def evaluate(self: Run) -> Accuracy:
+    def evaluate(self: Run) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

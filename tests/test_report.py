@@ -20,7 +20,7 @@ from vitlocal.config import AugmentConfig, read_config
 from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Length, Position, Stage
-from vitlocal.train.figures import Line, by_cost, by_size, savings
+from vitlocal.train.figures import COLOURS, Line, by_cost, by_size, savings
 from vitlocal.train.loop import train
 from vitlocal.train.report import dials_of, learning_rates, names_of, page_of, read_run, stage_crops
 from vitlocal.train.spending import Speed, spend
@@ -28,12 +28,14 @@ from vitlocal.train.spending import Speed, spend
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 # What a browser made of the page, as the document's title, which --dump-dom prints.
 PROBE = """<script>
-const errors = []; window.onerror = text => { errors.push(text); };
+const colours = COLOURS, errors = []; window.onerror = text => { errors.push(text); };
 window.onload = () => {
   const flat = [...document.querySelectorAll("figure svg")].filter(drawing => {
     const box = drawing.getBoundingClientRect();
     const shapes = [...drawing.querySelectorAll("path, use, rect")].filter(s => s.getBoundingClientRect().width > 0);
-    return box.width < 100 || box.height < 50 || shapes.length < 10;
+    const data = shapes.filter(s => colours.some(c => (s.getAttribute("style") || "").includes(c)));
+    return box.width < 100 || box.height < 50 || shapes.length < 10 ||
+      !data.some(s => !s.closest('[id*="legend"]'));  // axes and a grid alone are no figure
   }).length;
   const small = [...document.querySelectorAll("figure svg")].filter(drawing => {
     const scale = drawing.getBoundingClientRect().width / drawing.viewBox.baseVal.width;
@@ -79,7 +81,9 @@ def test_the_page_tells_all_without_links(runs: list[Path], tmp_path: Path, caps
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_browser_draws_every_figure(runs: list[Path], tmp_path: Path, width: int):
     page = page_of([read_run(run) for run in runs], crops=True)
-    (tmp_path / "page.html").write_text(page.replace("<title>", PROBE + "<title>", 1))
+    (tmp_path / "page.html").write_text(
+        page.replace("<title>", PROBE.replace("COLOURS", json.dumps(COLOURS)) + "<title>", 1)
+    )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom",
                f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/page.html"]  # fmt: skip
     dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
