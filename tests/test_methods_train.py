@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.models.factory import load_weights
 from vitlocal.models.surgery import in_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Probe, Progress, Shape, StepResult
@@ -348,6 +349,35 @@ def test_fine_tuning_starts_from_weights(configure, decoder, tmp_path: Path):
     with pytest.raises(ConfigError, match="another model's"):
         train(configure(f"--model.weights={tmp_path}/first", "--model.depth=5", f"--run.folder={tmp_path}/d"))
     assert not (tmp_path / "d").exists()
+
+
+def test_timms_own_model_is_fine_tuned_from_its_file(configure, decoder, tmp_path: Path):
+    """With registers beside its class token, at another size and for other classes, unfrozen block by block."""
+    theirs = timm.create_model("test_vit", num_classes=7, img_size=64, reg_tokens=3)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    mine = timm.create_model("test_vit", num_classes=20, img_size=48, reg_tokens=3)
+    assert load_weights(mine, str(tmp_path / "theirs.pth")) == ["head.weight", "head.bias"]
+    assert mine.pos_embed.shape == (1, 4 + 9, 64) and torch.equal(mine.pos_embed[:, :4], theirs.pos_embed[:, :4])
+    plain = timm.create_model("test_vit", num_classes=7, img_size=64).state_dict()
+    torch.save(plain, tmp_path / "plain.pth")
+    options = ["--model.name=test_vit", "--model.depth=none", "--model.width=none", "--model.heads=none",
+               f"--model.weights={tmp_path}/plain.pth", "--methods=unfreeze", "--unfreeze.stage_embedding=no",
+               "--unfreeze.stages=3", "--unfreeze.schedule=1@32px,2@48px,3@48px",
+               "--train.weight_decay=0.5"]  # fmt: skip
+    with open_run(configure("--budget.length=3ep", *options)) as run:
+        assert run.started_anew == ["head.weight", "head.bias"]
+        while (plan := run.plan()).shape.trainable is not None:
+            run.begin_pass(plan)
+            with run.sources.train.open(plan.feed, run.clock.position) as batches:
+                run.train_on(next(batches), plan)
+        assert run.clock.step == 8 and plan.feed.size == 48
+        moved = {
+            slot for slot in range(6) for name, value in run.model.blocks[slot].state_dict().items()
+            if not torch.equal(value, plain[f"blocks.{slot}.{name}"])
+        }  # fmt: skip
+        assert moved == {0, 1, 3, 4}  # the last group's are as they came
+    with pytest.raises(ConfigError, match="set unfreeze.stage_embedding=no"):
+        train(configure(*options, "--unfreeze.stage_embedding=yes", f"--run.folder={tmp_path}/told"))
 
 
 def test_a_method_that_reckons_the_budget(configure, decoder, tmp_path: Path):

@@ -161,11 +161,14 @@ def _label_names(path: Path) -> list[str] | None:
 
 
 def _resampled_positions(model: nn.Module, table: Tensor) -> Tensor:
-    """A position table (1, T', D) of a square grid, with or without a class token, at the model's grid."""
-    passing = int(getattr(model, "cls_token", None) is not None)
+    """A position table (1, T', D) of a square grid, with rows for as many other tokens as the model's, at its grid."""
     grid = getattr(model, "grid", None) or model.patch_embed.grid_size
+    passing = model.pos_embed.shape[1] - grid[0] * grid[1]  # of a class token, registers and the like
     side = math.isqrt(table.shape[1] - passing)
     if side * side != table.shape[1] - passing:
-        raise ConfigError(f"model.weights: a position table of {table.shape[1]} rows is of no square grid")
+        raise ConfigError(
+            f"model.weights: a position table of {table.shape[1]} rows, {passing} of them of no patch as in "
+            f"{type(model).__name__}, is of no square grid; use weights of the same model"
+        )
     matrix = position_matrix((side, side), tuple(grid), table.device, table.dtype)
     return torch.cat([table[:, :passing], (matrix @ table[0, passing:])[None]], dim=1)

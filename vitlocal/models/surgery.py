@@ -99,7 +99,9 @@ def _selections(shape: Shape, count: int) -> dict[int, Selection]:
 def add_stage_table(model: nn.Module, rows: int, std: float, null: float, tokens: str) -> None:
     """Gives ``model`` a vector for each stage, and one for none; ``std`` of 0 leaves its outputs as they were."""
     if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"{type(model).__name__} is timm's own and cannot be told stages; set stage_embedding=no")
+        raise ConfigError(
+            f"{type(model).__name__} is timm's own and cannot be told stages; set unfreeze.stage_embedding=no"
+        )
     if tokens == "class" and model.cls_token is None:
         raise ConfigError("unfreeze.stage_tokens: this model has no class token (model.pool=avg); use all")
     table = torch.randn(rows, model.embed_dim) * std
