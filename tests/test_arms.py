@@ -171,13 +171,19 @@ def test_tables_say_mean_and_deviation_and_compare_seed_by_seed():
     assert table(found[:2], arms).splitlines()[0] == "| arm | paper, top-1 % | top-1 % | seeds | epochs | images/s |"
 
 
+def made_elsewhere(arms: Path, path: Path) -> dict:
+    """A file as another machine's bench would have written it, of the first arm."""
+    row = outcome("plain", 0, 40.0, "another").row | {"budget": "2steps"}
+    config = read_config([*read_arms(str(arms))[0].command_line(), "--budget.length=2steps"])
+    made = {"rows": [row], "curves": {row["run"]: [{"epoch": 1.0}]}, "configs": {row["run"]: stated(config)}}
+    path.write_text(json.dumps(made))
+    return made
+
+
 def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsys):
+    there = made_elsewhere(two, tmp_path / "there.json")
+    assert there["configs"]["plain-1ep-seed0"]["model.width"] == 48
     command = ["arms", str(two), "--budget=2steps", f"--json={tmp_path}/all.json"]
-    main([*command, f"--folder={tmp_path}/there", "--only=plain", f"--json={tmp_path}/there.json"])
-    there = json.loads((tmp_path / "there.json").read_text())
-    assert there["configs"]["plain-2steps-seed0"]["model.width"] == 48
-    there["rows"][0]["cpu"] = "another"
-    (tmp_path / "there.json").write_text(json.dumps(there))
     main([*command, f"--folder={tmp_path}/here", f"--add={tmp_path}/there.json"])
     assert not (tmp_path / "here" / "plain-2steps-seed0").exists()
     found = json.loads((tmp_path / "all.json").read_text())
@@ -199,11 +205,8 @@ def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsy
     ],
 )
 def test_runs_of_something_else_are_not_added(two: Path, tmp_path: Path, options: list[str], part: str):
-    row = outcome("plain", 0, 40.0).row | {"budget": "2steps"}
-    config = read_config([*read_arms(str(two))[0].command_line(), "--budget.length=2steps"])
-    made = {"rows": [row], "curves": {row["run"]: [{}]}, "configs": {row["run"]: stated(config)}}
     for name in ("made.json", "again.json"):
-        (tmp_path / name).write_text(json.dumps(made))
+        made_elsewhere(two, tmp_path / name)
     options = [word.replace("AGAIN", f"{tmp_path}/again.json") for word in options]
     with pytest.raises(ConfigError, match=part):
         main(
