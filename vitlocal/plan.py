@@ -209,8 +209,8 @@ class Plan:
 
     @property
     def of_pass(self) -> tuple[Feed, Shape]:
-        """What stays as it is within a pass: all that a step feeds and runs, but for what each step may draw anew."""
-        return self.feed, replace(self.shape, skipped=(), input_size=None)
+        """What stays as it is within a pass: all that a step feeds and runs, but for what may move at every step."""
+        return self.feed, replace(self.shape, skipped=(), input_size=None, kept=1.0, attended=1.0)
 
     def changed(self, before: Plan | None) -> dict[str, Any]:
         """The fields in which this plan differs from ``before``; without one, from a plan that asks for nothing."""
