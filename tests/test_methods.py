@@ -570,6 +570,7 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
         (("methods=autoprog", "autoprog.schedule=8,6,10,12", "autoprog.space=depth"), "must not fall"),
         (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,5@64px,5@64px"), "of at most 4"),
         (("methods=unfreeze,image_size",), "image_size sets the sizes"),
+        (("methods=trilevel,trilevel",), "trilevel and trilevel both set"),
         (("methods=autoprog", "model.weights=a.pth"), "would shuffle those of model.weights"),
         (("methods=trilevel", "data.on_error=skip"), "an example that is held out may take a damaged one's place"),
     ],

@@ -433,7 +433,7 @@ def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp
     (tmp_path / "program.py").write_text(PROGRAM)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*start, str(tmp_path / "program.py"), json.dumps(runs)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+                          text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name in RANKED:
         folders = [tmp_path / f"{count}-{_folder(name)}" for count in ("one", "two")]

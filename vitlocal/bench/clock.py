@@ -36,7 +36,7 @@ from vitlocal.train.optim import Schedule
 
 # The trainer's options that the bench sets for each run, and what of its own stands for them.
 OWN = {"budget.length": "use --budgets"} | dict.fromkeys(
-    ("budget.counts", "run.folder", "run.progress", "run.resume"), "leave it out"
+    ("budget.counts", "run.folder", "run.progress", "run.resume", "resume"), "leave it out"
 )
 POLL_SECONDS = 0.05
 BUSY = "while True: pass"

@@ -26,6 +26,7 @@ OWN = {
     "budget.length": "use --budget",
     "run.progress": "leave it out",
     "run.resume": "leave it out",
+    "resume": "leave it out",
 }
 
 Key = tuple[str, int, str]  # of a run: arm, seed, budget

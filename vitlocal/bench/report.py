@@ -21,7 +21,7 @@ from vitlocal.train.report import RunRecord, duration, names_of, page_of, read_r
 
 # Options that change nothing that is forecast.
 ASIDE = {"data.root", "data.source"} | {
-    f"run.{name}" for name in ("seed", "folder", "resume", "progress", "keep_weights")
+    f"run.{name}" for name in ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
 }
 
 

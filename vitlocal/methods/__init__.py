@@ -36,6 +36,5 @@ def claimed(recipe: Recipe) -> frozenset[str]:
 
 def problems(recipe: Recipe) -> list[str]:
     """What the recipe's methods find wrong with it, and which of them do not go together."""
-    methods = [METHODS[name] for name in dict.fromkeys(recipe.methods)]
-    found = [problem for method in methods for problem in method.problems(recipe)]
-    return found or conflicts([method.claims(recipe) for method in methods])
+    found = [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
+    return found or conflicts([METHODS[name].claims(recipe) for name in recipe.methods])

@@ -24,6 +24,8 @@ def fit(run: Run) -> None:
         plan = run.plan()
         if run.running is not None and plan.of_pass != run.running.of_pass:  # by what was found out
             run.end_pass(run.running)
+            if run.over:
+                break
         run.begin_pass(plan)
         with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed and shape
             for batch in run.waited_for(batches):

@@ -129,7 +129,7 @@ class Run:
         self.unclosed: Plan | None = None  # the plan of a pass that is trained and not yet evaluated and logged
         self.evaluated_epoch = 0.0
         self.evaluated_step = -1
-        self.saved_at = self.clock.progress
+        self.saved_at, self.saved = self.clock.progress, False  # when, and whether there is a checkpoint at all
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[tuple[Feed, Shape, int]] = set()
@@ -325,14 +325,16 @@ class Run:
     def _keep_room(self, evaluation: float) -> None:
         """Keeps room for an evaluation, for saving before and after it, and for what follows.
 
-        ``evaluation``: how many seconds it took now. Of this and the ones before the median counts: one of them may
-        have been held up.
+        ``evaluation``: how many seconds it took now. Of this and the ones before the median counts, of two the longer:
+        one of them may have been held up.
         """
         if self.clock.counts_all:
             self.evaluations.append(evaluation)
-            evaluation = statistics.median(self.evaluations)
+            evaluation = statistics.median_high(self.evaluations)
             room = evaluation + 2 * self.saving + self.finishing
-            self.clock.room, self.evaluating = self.ranks.broadcast((room, evaluation + self.saving))
+            self.clock.room, self.evaluating, self.saving = self.ranks.broadcast(
+                (room, evaluation + self.saving, self.saving)
+            )
 
     def warm(self, plan: Plan) -> None:
         """Compiles the step for full batches under ``plan``, once."""
@@ -458,7 +460,7 @@ class Run:
     def save_due(self) -> bool:
         """Whether it is time for a checkpoint, and the budget has room for it."""
         now, before = self.clock.progress, self.saved_at
-        due = any(every.spent(now) - every.spent(before) >= every.value for every in self.config.run.save_every)
+        due = any(every.spent(now) - every.spent(before) >= every.value - 1e-9 for every in self.config.run.save_every)
         return due and self.clock.has_room_for(self.saving, self.plan().feed.batch_size)
 
     def ended(self, plan: Plan) -> bool:
@@ -499,7 +501,7 @@ class Run:
                     write_classes(self.folder, self.sources.train.classes, accuracy.by_class)
             self.log.record(self._record(plan, accuracy))
             self.logged_plan, self.unclosed, self.running, self.meter = plan, None, None, PassMeter()
-            if last or self.clock.has_room_for(self.saving, plan.feed.batch_size):
+            if last or not self.saved or self.clock.has_room_for(self.saving, plan.feed.batch_size):
                 self.save()
         self.agree()
 
@@ -565,7 +567,7 @@ class Run:
             self.ranks.wait()
             # Rank 0's, on every rank: whether there is room for another is for all to decide alike.
             self.saving = float(self.ranks.broadcast(max(self.saving, perf_counter() - began)))
-        self.saved_at = self.clock.progress
+        self.saved_at, self.saved = self.clock.progress, True
 
     def _state(self, shared: bool = True) -> dict[str, Any]:
         """What a checkpoint holds; with ``shared``, what each process has noted is put together, by all of them."""
@@ -597,6 +599,7 @@ class Run:
             "saving": self.saving,
             "finishing": self.finishing,
             "evaluating": self.evaluating,
+            "evaluations": list(self.evaluations),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -630,6 +633,8 @@ class Run:
         self.running = state["running"] and Plan.from_state(state["running"])
         self.saving, self.finishing = state["saving"], state["finishing"]
         self.evaluating = state.get("evaluating", 0.0)
+        self.evaluations.extend(state.get("evaluations", ()))
+        self.saved = True
         self.agree()
         self.saved_at = self.clock.progress
 
