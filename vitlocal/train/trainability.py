@@ -35,7 +35,7 @@ def tangent_kernel(model: nn.Module, outputs: Tensor) -> Tensor:
         if grads[0] is not None:
             stacked = torch.stack([grad.flatten() for grad in grads]).double()  # (n, p)
             kernel += stacked @ stacked.T
-    return kernel
+    return (kernel + kernel.T) / 2  # to the last bit, which not every machine's matrix product is
 
 
 def kernel_condition(kernel: Tensor) -> float:
