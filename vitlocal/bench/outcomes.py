@@ -41,17 +41,18 @@ class Outcome:
         return self.row["cpu"], self.row["gpu"]
 
 
-def outcome_of(run: Entry) -> Outcome:
-    """Of a finished run; of its passes only what differs between them and is drawn."""
+def outcome_of(run: Entry, place: Mapping[str, Any]) -> Outcome:
+    """Of a run finished here, at ``place``; of its passes only what differs between them and is drawn."""
     about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
-    place = {"cpu": machine()["cpu"], "gpu": machine()["gpu"], "commit": commit()}
     passes = [{name: record.get(name) for name in PASS} for record in read_log(run.folder)]
-    return Outcome(about | summary(run.folder) | place, passes, stated(run.config()))
+    return Outcome({**about, **summary(run.folder), **place}, passes, stated(run.config()))
 
 
 def outcomes(runs: Sequence[Entry], elsewhere: Mapping[Key, Outcome]) -> list[Outcome]:
     """Of the runs that are done, here or ``elsewhere``, in their order."""
-    return [elsewhere.get(run.key) or outcome_of(run) for run in runs if run.key in elsewhere or run.done]
+    here = machine()
+    place = {"cpu": here["cpu"], "gpu": here["gpu"], "commit": commit()}
+    return [elsewhere.get(run.key) or outcome_of(run, place) for run in runs if run.key in elsewhere or run.done]
 
 
 def read_outcomes(path: str) -> list[Outcome]:
