@@ -218,7 +218,7 @@ def test_the_average_forgets_over_a_part_of_the_budget(configure, decoder, tmp_p
 
 def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path: Path, monkeypatch):
     # The real rehearsal, which the next test makes, would find seconds where other tests keep the machine busy.
-    monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (0.1, 1.0))
+    monkeypatch.setattr("vitlocal.train.room.rehearse_finish", lambda run: (0.1, 1.0))
     assert train(configure("--budget.length=6s", "--budget.counts=wall", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
     assert last["train_seconds"] < last["wall_seconds"]
@@ -242,8 +242,8 @@ class Watched:
 
         monkeypatch.setattr("vitlocal.train.run.Clock", lambda *budget, began: Clock(*budget, now=lambda: self.now))
         monkeypatch.setattr("vitlocal.train.run.perf_counter", lambda: self.now)
-        monkeypatch.setattr(Run, "evaluation_seconds", lambda run: 3.0)
-        monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (0.0, 2.0))
+        monkeypatch.setattr("vitlocal.train.room.rehearse_evaluation", lambda run: 3.0)
+        monkeypatch.setattr("vitlocal.train.room.rehearse_finish", lambda run: (0.0, 2.0))
         taking("train_on", lambda: 0.5)
         taking("evaluate", lambda: next(evaluations))
         taking("export", lambda: 2.0)
@@ -272,7 +272,7 @@ def test_an_evaluation_that_was_held_up_does_not_end_the_run_early(configure, de
 def test_a_checkpoint_that_leaves_no_step_after_it_is_left_out(configure, decoder, tmp_path: Path, monkeypatch):
     """Saving takes 1.5 seconds here; the second epoch ends 1.2 before the room that is kept."""
     watch = Watched(monkeypatch, repeat(3.0))
-    monkeypatch.setattr(Run, "rehearsed_finish", lambda run: (1.5, 2.0))
+    monkeypatch.setattr("vitlocal.train.room.rehearse_finish", lambda run: (1.5, 2.0))
 
     def save(path: Path, state: dict) -> None:
         watch.now += 1.5

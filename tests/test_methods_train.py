@@ -484,7 +484,7 @@ def test_notes_of_several_processes_are_added_up_and_come_back_once(configure, d
                 method.records, method.spread = {}, None
         state = method.state_dict()
         ranks, run.ranks = run.ranks, Pair([first[name] for name in method.notes()])
-        notes = run._state()["notes"]["trilevel"]
+        notes = run.state()["notes"]["trilevel"]
         run.ranks = ranks
         method.load_state_dict(state)
         assert not any(record.any() for record in method.records.values())  # as it is on rank 1

@@ -20,6 +20,7 @@ from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Plan, StepResult
 from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
+from vitlocal.train.checks import hardly_meant
 from vitlocal.train.ema import Average
 from vitlocal.train.folder import CHECKPOINT
 from vitlocal.train.journal import read_spent
@@ -315,7 +316,7 @@ def test_what_is_hardly_meant_is_said(configure, decoder, capsys, tmp_path: Path
     assert "note: train.batch_size is 500, and there are 120 images" in said and "warm-up" not in said
     options = ["--train.warmup=2ep", "--budget.length=3steps", f"--run.folder={tmp_path}/other"]
     with open_run(configure(*options)) as run:
-        (said,) = run.warns()
+        (said,) = hardly_meant(run)
         assert "the warm-up (2ep) is longer than the budget (3steps)" in said
 
 
@@ -330,6 +331,9 @@ def test_a_damaged_checkpoint_is_named(configure, decoder, tmp_path: Path):
     path = tmp_path / "run" / CHECKPOINT
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataError, match="last.pt is not a readable checkpoint"):
+        train(configure("--budget.length=1ep"))
+    torch.save({"model": {}}, path)
+    with pytest.raises(DataError, match=r"another version of vitlocal \(format 1, expected 2\)"):
         train(configure("--budget.length=1ep"))
 
 

@@ -39,9 +39,11 @@ from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
 from vitlocal.plan import TRAINING_FLOPS, Feed, Length, Plan, Position, Stage, points, with_size
+from vitlocal.train.devices import prepare_device
 from vitlocal.train.rates import parse_rates, rates_for
 from vitlocal.train.report import duration
-from vitlocal.train.run import Run, prepare_device
+from vitlocal.train.room import rehearse_evaluation, rehearse_finish
+from vitlocal.train.run import Run
 from vitlocal.train.spending import Speed, StageForecast, curriculum, spend
 from vitlocal.train.step import Mode
 from vitlocal.train.watch import wait
@@ -340,10 +342,10 @@ def forecast(config: Config, images: int | None) -> Forecast:
                     f"\rmeasuring {size} px, {number + 1} of {len(plans)} sizes  ", end="", file=sys.stderr, flush=True
                 )
                 found.append(measure(run, plan, SECONDS / len(plans)))
-            evaluation = run.evaluation_seconds() if real else None
+            evaluation = rehearse_evaluation(run) if real else None
             other = STARTING_SECONDS + sum(one.compile_seconds for one in found)
             if run.clock.counts_all:
-                saving, finishing = run.rehearsed_finish()
+                saving, finishing = rehearse_finish(run)
                 other += 2 * saving + finishing
             run.log.close()
             print("\r" + " " * 60, end="\r", file=sys.stderr)

@@ -39,7 +39,9 @@ from vitlocal.data.write import WriteConfig, write
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.run import Run, choose_device, open_run, patch_side
+from vitlocal.train.checks import patch_side
+from vitlocal.train.devices import choose_device
+from vitlocal.train.run import Run, open_run
 from vitlocal.train.watch import wait
 
 RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}

@@ -37,8 +37,8 @@ from vitlocal.models.surgery import add_stage_table, put
 from vitlocal.models.vit import VisionTransformer, attention_of
 from vitlocal.plan import Feed, Position, Shape
 from vitlocal.train.checkpoint import KEPT, read_weights
+from vitlocal.train.devices import prepare_device
 from vitlocal.train.figures import save
-from vitlocal.train.run import prepare_device
 
 EXPLAINED = 0.99  # of the variance
 BATCH = 64

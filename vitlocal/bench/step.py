@@ -46,10 +46,10 @@ from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
+from vitlocal.train.devices import choose_device, prepare_device
 from vitlocal.train.ema import build_average
 from vitlocal.train.figures import save
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.run import choose_device, prepare_device
 from vitlocal.train.step import Mode, Step, choose_precision
 from vitlocal.train.watch import wait
 

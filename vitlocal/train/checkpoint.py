@@ -19,6 +19,7 @@ from vitlocal.errors import DataError
 from vitlocal.plan import Shape
 
 KEPT = Path("checkpoints") / "kept"
+FORMAT = 2  # of what a checkpoint holds; another number where an older one cannot be gone on from
 
 
 def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: float, shape: Shape) -> None:
@@ -47,7 +48,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     try:
         try:
             with open(temporary, "wb") as file:
-                torch.save(state, file)
+                torch.save({"format": FORMAT, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:
@@ -65,11 +66,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :func:`save_checkpoint` wrote, on the CPU; DataError where the file is damaged."""
+    """The state that :func:`save_checkpoint` wrote, on the CPU; DataError where the file is damaged, or of old."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise DataError(
             f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}). Remove {path.parents[1]} and run the "
             "same command again to train from the start"
         ) from error
+    if state.get("format") != FORMAT:
+        raise DataError(
+            f"{path} was written by another version of vitlocal (format {state.get('format', 1)}, expected {FORMAT}). "
+            f"Go on with that version, or remove {path.parents[1]} and run the same command again to train anew"
+        )
+    return state

@@ -203,7 +203,7 @@ class Clock:
         # What this process has already spent, on start-up say, counts on top.
         self._training, self._wall = (state["train_seconds"], self._training[1]), state["wall_seconds"]
         self._paces.extend(state["paces"])
-        self.flops, self._step_flops = state.get("flops", 0.0), state.get("step_flops", 0.0)
+        self.flops, self._step_flops = state["flops"], state["step_flops"]
         self._batch, self._reached = state["batch"], state["reached"]
         self.room, self.origin = state["room"], state["origin"]
 

@@ -6,6 +6,7 @@ import signal
 
 from vitlocal.config import Config
 from vitlocal.errors import DataError
+from vitlocal.train.checks import hardly_meant
 from vitlocal.train.report import write_report
 from vitlocal.train.run import Run, open_run
 
@@ -65,7 +66,7 @@ def train(config: Config, began: float | None = None) -> int:
             f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
             + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         )
-        for warning in run.warns():
+        for warning in hardly_meant(run):
             say(f"note: {warning}")
         if run.clock.step:
             spent = run.clock.progress

@@ -17,9 +17,10 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.plan import TRAINING_FLOPS, Feed
+from vitlocal.train.checks import check_sizes
+from vitlocal.train.devices import prepare_device
 from vitlocal.train.ema import build_average
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.run import check_sizes, prepare_device
 from vitlocal.train.spending import Speed, curriculum, spend
 from vitlocal.train.step import Step, choose_precision
 from vitlocal.train.watch import wait

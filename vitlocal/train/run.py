@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 import signal
-import statistics
 import sys
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,19 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlocal.config import IMMATERIAL, Config
+from vitlocal.config import Config
 from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
-from vitlocal.machine import keep_freed_memory
-from vitlocal.methods import METHODS, Surroundings, build_methods
+from vitlocal.methods import Surroundings, build_methods
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.models.factory import build_model, export_model, load_weights
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.models.memory import activation_bytes
-from vitlocal.models.surgery import add_stage_table, check_shape, grow, in_shape, parts_of
+from vitlocal.models.surgery import add_stage_table, grow, in_shape, parts_of
 from vitlocal.plan import (
-    FIELDS,
     TRAINING_FLOPS,
     WHOLE_MODEL,
     Feed,
@@ -46,7 +40,9 @@ from vitlocal.plan import (
     points,
 )
 from vitlocal.train.checkpoint import keep_weights, load_checkpoint, save_checkpoint
+from vitlocal.train.checks import check_peers, check_plans, check_sizes, patch_side
 from vitlocal.train.clock import Clock
+from vitlocal.train.devices import prepare_device
 from vitlocal.train.ema import Average, build_average
 from vitlocal.train.evaluate import Accuracy, evaluate
 from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, header, resumes_from, spent_in
@@ -55,16 +51,13 @@ from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer, moments_of
 from vitlocal.train.probes import answer
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
-from vitlocal.train.report import rehearse_report, write_classes
+from vitlocal.train.report import write_classes
+from vitlocal.train.room import Room, rehearse
 from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
 from vitlocal.train.watch import Watch, wait
 
-REHEARSAL = ".rehearsal"
-EVALUATIONS = 3  # by which the length of the next one is told
-REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
 LEAVING = 0.36  # of the time that loading took: what Python takes to end, which no clock of ours sees
 LEAVING_SECONDS = 1.5  # the same, where the time of loading is not known
-MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
 @dataclass
@@ -83,7 +76,7 @@ class Run:
 
     def __init__(
         self, config: Config, folder: Path, sources: Sources, device: torch.device, ranks: Ranks = ALONE,
-        began: float | None = None,
+        began: float | None = None, leaving: float = LEAVING_SECONDS,
     ):  # fmt: skip
         self.folder, self.sources, self.device, self.ranks = folder, sources, device, ranks
         self.config = config
@@ -118,8 +111,7 @@ class Run:
         self.born = self.plan().shape  # the shape that has weights: the first, or that of the last growth
         self.probing = 0.0  # seconds spent on what methods wanted to know
         self.follow_rows()
-        self.check_shares()
-        self.check_shapes()
+        check_plans(self)
         self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
         self.watch: Watch[tuple[Progress, float, int, float]] = Watch(device)  # on the loss
         self.meter = PassMeter()
@@ -133,11 +125,8 @@ class Run:
         self.interrupted: signal.Signals | None = None
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[tuple[Feed, Shape, int]] = set()
-        self.saving = 0.0  # seconds of the slowest checkpoint, as rank 0 has it
-        self.leaving = LEAVING_SECONDS
-        self.finishing = 0.0  # seconds that export and report take, and leaving
-        self.evaluating = 0.0  # seconds that an evaluation and its checkpoint take, where all counts
-        self.evaluations: deque[float] = deque(maxlen=EVALUATIONS)  # seconds of the last ones
+        self.room = Room()
+        self.leaving = leaving  # seconds that Python will take to end
         self.running: Plan | None = None  # the plan of the pass that is open
         self.agree()
 
@@ -198,11 +187,6 @@ class Run:
             rows.keep(subset, method.rows(subset))
         self.clock.images_per_epoch = rows.count(subset)
 
-    def check_shapes(self) -> None:
-        """Raises ConfigError where the model lacks a part that a method counts on."""
-        for plan in self.plans_ahead():
-            check_shape(self.model, plan.shape)
-
     def _image_bytes(self, size: int) -> int:
         side = size // patch_side(self.model)
         fused = self.config.train.kernel != "plain" and fuses(self.device, (side, side))
@@ -227,38 +211,7 @@ class Run:
         self.clock.agreed = seconds, pace
         self.interrupted = signal.Signals(int(stop)) if stop else None
 
-    def warns(self) -> list[str]:
-        """What is allowed, and hardly meant."""
-        count, batch = self.sources.train.count, self.config.train.batch_size
-        warmup, length = self.config.train.warmup, self.config.budget.length
-        epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / count}  # in a unit
-        found = list(self.doubts)
-        if self.started_anew:
-            found.append(
-                f"{', '.join(self.started_anew)} start anew; all other weights are from {self.config.model.weights}"
-            )
-        if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
-            warmup.kind == length.kind and warmup.value > length.value
-        ):
-            found.append(
-                f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never gets up"
-            )
-        if self.config.budget.counts == "wall" and length.kind != "seconds":
-            found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
-        if batch > count:
-            found.append(f"train.batch_size is {batch}, and there are {count} images: each epoch is one step")
-        return found
-
     # --- training ---
-
-    def check_shares(self) -> None:
-        """Raises ConfigError where a batch is too small for the processes that share it."""
-        small = min(feed.batch_size for feed in self.feeds_ahead())
-        if small < 2 * self.ranks.world:
-            raise ConfigError(
-                f"train.batch_size: {small} is too small for {self.ranks.world} processes, which take pairs of images; "
-                f"use at least {2 * self.ranks.world}"
-            )
 
     def warm_up(self) -> None:
         """Has the source make ready (start workers), and the step compile, before the clock runs."""
@@ -268,73 +221,16 @@ class Run:
         for plan in self.plans_ahead() if self.config.train.warm == "start" else ():
             self.warm(plan)
         if self.clock.counts_all:
-            self._rehearse()
+            rehearse(self)
         self.agree()  # making ready took time
         self.clock.begin()
 
-    def _rehearse(self) -> None:
-        """Compiles the evaluation, and finds out what the budget must have left after the last step."""
-        evaluation, resumed = self.evaluation_seconds(), self.clock.room > 0
-        if self.ranks.first and not resumed:
-            self.saving, self.finishing = self.rehearsed_finish()
-        self._keep_room(evaluation)
-        self.agree()
-        if resumed:
-            return
-        length, spent, room = self.config.budget.length, self.clock.progress.seconds, self.clock.room
-        if room + spent >= length.value:
-            raise ConfigError(
-                f"budget.length: of {length} in all, {spent:.0f} s go by before the first step, and the last evaluation"
-                f" and saving need {room:.0f} s: nothing is left to train. Give more time, or let only training count: "
-                "budget.counts=train"
-            )
-
-    def evaluation_seconds(self) -> float:
-        """How long an evaluation takes, told from a few of its batches; the first one, which compiles, apart."""
-        config = self.config.evaluate
-        whole = -(-self.sources.val.count // config.batch_size)
-        rehearsed = min(whole, REHEARSED_BATCHES)
-        spent, last = [], self.plans_ahead()[-1]
-        self._evaluated(limit=1, plan=last)
-        for batches in (1, rehearsed):
-            began = perf_counter()
-            self._evaluated(limit=batches, plan=last)
-            spent.append(perf_counter() - began)
-        if rehearsed == whole:
-            return spent[1]
-        # Opening the source and waiting for its first batch happen once.
-        return spent[1] + (whole - rehearsed) * max(0.0, spent[1] - spent[0]) / (rehearsed - 1)
-
-    def rehearsed_finish(self) -> tuple[float, float]:
-        """Seconds that a checkpoint takes, and export and report, tried in a folder that is removed again."""
-        folder = self.folder / REHEARSAL
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
-        folder.mkdir()
-        try:
-            times = [perf_counter()]
-            save_checkpoint(folder / "checkpoint.pt", self._state(shared=False))
-            times.append(perf_counter())
-            self.export(folder)
-            rehearse_report(folder, self.config)
-            times.append(perf_counter())
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        # The optimizer's moments are not there yet: two numbers to each weight.
-        return MOMENTS * (times[1] - times[0]), times[2] - times[1] + self.leaving
-
-    def _keep_room(self, evaluation: float) -> None:
-        """Keeps room for an evaluation, for saving before and after it, and for what follows.
-
-        ``evaluation``: how many seconds it took now. Of this and the ones before the median counts, of two the longer:
-        one of them may have been held up.
-        """
+    def keep_room(self, evaluation: float) -> None:
+        """Where everything counts, keeps room for what follows training; an evaluation took so many seconds now."""
         if self.clock.counts_all:
-            self.evaluations.append(evaluation)
-            evaluation = statistics.median_high(self.evaluations)
-            room = evaluation + 2 * self.saving + self.finishing
-            self.clock.room, self.evaluating, self.saving = self.ranks.broadcast(
-                (room, evaluation + self.saving, self.saving)
-            )
+            self.room.evaluated(evaluation)
+            self.room = self.ranks.broadcast(self.room)  # rank 0's: all must decide alike what there is room for
+            self.clock.room = self.room.whole
 
     def warm(self, plan: Plan) -> None:
         """Compiles the step for full batches under ``plan``, once."""
@@ -461,7 +357,7 @@ class Run:
         """Whether it is time for a checkpoint, and the budget has room for it."""
         now, before = self.clock.progress, self.saved_at
         due = any(every.spent(now) - every.spent(before) >= every.value - 1e-9 for every in self.config.run.save_every)
-        return due and self.clock.has_room_for(self.saving, self.plan().feed.batch_size)
+        return due and self.clock.has_room_for(self.room.saving, self.plan().feed.batch_size)
 
     def ended(self, plan: Plan) -> bool:
         """Whether the pass under ``plan`` is over: by budget, epoch or another feed or shape, and not by a signal."""
@@ -483,7 +379,8 @@ class Run:
             accuracy = None
             due = every and at.epoch - self.evaluated_epoch >= every - 1e-9
             # One that would leave no step after it is left to the end: the last step has the schedule's last rate.
-            if last or (due and self.clock.has_room_for(self.evaluating, plan.feed.batch_size)):
+            between = self.room.evaluating + self.room.saving
+            if last or (due and self.clock.has_room_for(between, plan.feed.batch_size)):
                 if last:
                     self.save()  # killed from here on, it has but this evaluation left to do
                 began = perf_counter()
@@ -492,7 +389,7 @@ class Run:
                     self.save()
                     return
                 if not last:
-                    self._keep_room(perf_counter() - began)
+                    self.keep_room(perf_counter() - began)
                 self.evaluated_epoch, self.evaluated_step = at.epoch, at.step
                 if self.ranks.first:
                     if self.config.run.keep_weights:
@@ -501,7 +398,7 @@ class Run:
                     write_classes(self.folder, self.sources.train.classes, accuracy.by_class)
             self.log.record(self._record(plan, accuracy))
             self.logged_plan, self.unclosed, self.running, self.meter = plan, None, None, PassMeter()
-            if last or not self.saved or self.clock.has_room_for(self.saving, plan.feed.batch_size):
+            if last or not self.saved or self.clock.has_room_for(self.room.saving, plan.feed.batch_size):
                 self.save()
         self.agree()
 
@@ -512,11 +409,12 @@ class Run:
             self.agree()
             return self.interrupted is not None
 
-        return self._evaluated(stop)
+        return self.accuracy(stop)
 
-    def _evaluated(
+    def accuracy(
         self, stop: Callable[[], bool] = lambda: False, limit: int | None = None, plan: Plan | None = None
     ) -> Accuracy | None:
+        """On the validation split, or its first ``limit`` batches, in the shape that weights have under ``plan``."""
         config = self.config.evaluate
         model = self.model if self.average is None else self.average.model
         feed = Feed(config.size, config.batch_size)
@@ -559,17 +457,16 @@ class Run:
         """Writes the checkpoint that a run killed from now on goes on from."""
         if self.meter.images:
             self._read_meter()
-        state = self._state()
+        state = self.state()
         with self.clock.paused():
             began = perf_counter()
             if self.ranks.first:
                 save_checkpoint(self.folder / CHECKPOINT, state)
             self.ranks.wait()
-            # Rank 0's, on every rank: whether there is room for another is for all to decide alike.
-            self.saving = float(self.ranks.broadcast(max(self.saving, perf_counter() - began)))
+            self.room.saving = self.ranks.broadcast(max(self.room.saving, perf_counter() - began))
         self.saved_at, self.saved = self.clock.progress, True
 
-    def _state(self, shared: bool = True) -> dict[str, Any]:
+    def state(self, shared: bool = True) -> dict[str, Any]:
         """What a checkpoint holds; with ``shared``, what each process has noted is put together, by all of them."""
         notes = {method.name: method.notes() for method in self.methods}
         if shared:
@@ -596,10 +493,7 @@ class Run:
             "born": asdict(self.born),
             "probing": self.probing,
             "running": self.running and self.running.state_dict(),
-            "saving": self.saving,
-            "finishing": self.finishing,
-            "evaluating": self.evaluating,
-            "evaluations": list(self.evaluations),
+            "room": asdict(self.room),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -614,7 +508,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])
-        for average, weights in zip(self.copies, state.get("copies", ()), strict=True):
+        for average, weights in zip(self.copies, state["copies"], strict=True):
             average.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step.scaler.load_state_dict(state["scaler"])
@@ -622,18 +516,15 @@ class Run:
         self.meter = PassMeter(**state["meter"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
-            if self.ranks.first and (notes := state.get("notes", {}).get(method.name)):
+            if self.ranks.first and (notes := state["notes"].get(method.name)):
                 method.load_notes(notes)
-        if "born" in state:  # not in those of older versions
-            self.grown, self.born, self.probing = state["grown"], Shape.from_state(state["born"]), state["probing"]
+        self.grown, self.born, self.probing = state["grown"], Shape.from_state(state["born"]), state["probing"]
         self.follow_rows()
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
         self.unclosed = state["unclosed"] and Plan.from_state(state["unclosed"])
         self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
         self.running = state["running"] and Plan.from_state(state["running"])
-        self.saving, self.finishing = state["saving"], state["finishing"]
-        self.evaluating = state.get("evaluating", 0.0)
-        self.evaluations.extend(state.get("evaluations", ()))
+        self.room = Room(**state["room"])
         self.saved = True
         self.agree()
         self.saved_at = self.clock.progress
@@ -671,69 +562,12 @@ class Run:
 # --- opening ----------------------------------------------------------------------------------------------
 
 
-def patch_side(model: nn.Module) -> int:
-    """What must divide the model's image sizes: the side of its patches, 1 where it has none."""
-    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    return max(patch) if isinstance(patch, (tuple, list)) else patch
-
-
-def check_sizes(config: Config, model: nn.Module) -> None:
-    """Raises ConfigError where the model does not take a size that the run would come to, hours later perhaps."""
-    patch, largest = patch_side(model), config.model.size
-    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].feeds(config)]
-    stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
-    odd = [f"{name} {size}" for name, size in (*stated, *fed) if size % patch]
-    if odd:
-        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
-    if above := [f"{name} {size}" for name, size in fed if size > largest]:
-        raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
-
-
 def settled(config: Config, methods: Sequence[Method]) -> Config:
     """``config`` with the budget that a method reckoned, where one does."""
     for method in methods:
         if method.length is not None:
             config = replace(config, budget=replace(config.budget, length=method.length))
     return config
-
-
-def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device that ``run.device`` names; of several processes on a machine, each gets a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda:") and ranks.neighbours > 1:
-        raise ConfigError(f"run.device: {ranks.neighbours} processes cannot share {name}; use cuda, a GPU for each")
-    if name == "cuda" and ranks.world > 1:
-        name = f"cuda:{ranks.local_rank}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"run.device: '{name}' cannot be used here ({str(error).splitlines()[0]})"
-            + (f"; {ranks.neighbours} processes want a GPU each" if ranks.world > 1 else "")
-        ) from error
-    return device
-
-
-def prepare_device(config: Config, ranks: Ranks = ALONE) -> torch.device:
-    """The device of ``run.device``, made the current one; threads and memory of this process as training wants them."""
-    device = choose_device(config.run.device, ranks)
-    if device.type == "cpu":
-        keep_freed_memory()
-    elif device.index is not None:
-        torch.cuda.set_device(device)  # streams and events are made on the current device
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    return device
-
-
-def _check_peers(config: Config, ranks: Ranks) -> None:
-    """Raises ConfigError where the processes were not all started with the same options."""
-    theirs = ranks.broadcast(config.flat())
-    apart = [name for name, value in config.flat().items() if name not in IMMATERIAL and theirs[name] != value]
-    if apart:
-        raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
 
 
 @contextmanager
@@ -752,12 +586,11 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
         raise ConfigError("budget.counts: cpu is for one process on a CPU; set run.device=cpu, or let training count")
     with connected(ranks, device):
-        _check_peers(config, ranks)
+        check_peers(config, ranks)
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
         try:
             with claimed(folder) if ranks.first else nullcontext():
-                run = Run(config, folder, sources, device, ranks, began)
-                run.leaving = leaving
+                run = Run(config, folder, sources, device, ranks, began, leaving)
                 state = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if resumes else None)
                 spent = ranks.broadcast(spent_in(folder, config) if ranks.first else None)
                 if state is not None:

@@ -1,0 +1,76 @@
+"""What is wrong with a run, or hardly meant, told before its first step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from vitlocal.config import IMMATERIAL, Config
+from vitlocal.errors import ConfigError
+from vitlocal.methods import METHODS
+from vitlocal.models.surgery import check_shape
+from vitlocal.plan import FIELDS
+from vitlocal.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from vitlocal.train.run import Run
+
+
+def patch_side(model: nn.Module) -> int:
+    """What must divide the model's image sizes: the side of its patches, 1 where it has none."""
+    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return max(patch) if isinstance(patch, (tuple, list)) else patch
+
+
+def check_sizes(config: Config, model: nn.Module) -> None:
+    """Raises ConfigError where the model does not take a size that the run would come to, hours later perhaps."""
+    patch, largest = patch_side(model), config.model.size
+    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].feeds(config)]
+    stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
+    odd = [f"{name} {size}" for name, size in (*stated, *fed) if size % patch]
+    if odd:
+        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
+    if above := [f"{name} {size}" for name, size in fed if size > largest]:
+        raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+
+
+def check_peers(config: Config, ranks: Ranks) -> None:
+    """Raises ConfigError where the processes were not all started with the same options."""
+    theirs = ranks.broadcast(config.flat())
+    apart = [name for name, value in config.flat().items() if name not in IMMATERIAL and theirs[name] != value]
+    if apart:
+        raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
+
+
+def check_plans(run: Run) -> None:
+    """Raises ConfigError where a batch is too small to be shared, or the model lacks a part that a method counts on."""
+    plans, world = run.plans_ahead(), run.ranks.world
+    small = min(plan.feed.batch_size for plan in plans)
+    if small < 2 * world:
+        raise ConfigError(
+            f"train.batch_size: {small} is too small for {world} processes, which take pairs of images; use at least "
+            f"{2 * world}"
+        )
+    for plan in plans:
+        check_shape(run.model, plan.shape)
+
+
+def hardly_meant(run: Run) -> list[str]:
+    """What is allowed, and may be a mistake: a sentence each."""
+    config, count = run.config, run.sources.train.count
+    warmup, length, batch = config.train.warmup, config.budget.length, config.train.batch_size
+    epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / count}  # in a unit
+    found = list(run.doubts)
+    if run.started_anew:
+        found.append(f"{', '.join(run.started_anew)} start anew; all other weights are from {config.model.weights}")
+    if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
+        warmup.kind == length.kind and warmup.value > length.value
+    ):
+        found.append(f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never gets up")
+    if config.budget.counts == "wall" and length.kind != "seconds":
+        found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
+    if batch > count:
+        found.append(f"train.batch_size is {batch}, and there are {count} images: each epoch is one step")
+    return found
