@@ -20,6 +20,7 @@ from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.train.loop import train
 from vitlocal.train.ranks import ALONE, Ranks, find_ranks
+from vitlocal.train.room import Room
 from vitlocal.train.run import Run, open_run
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +145,15 @@ def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, 
         run.ranks = Follower(lost)
         with pytest.raises(DataError, match=r"has lost the others at step 0 \(Connection closed"):
             run.agree(plan)
+        run.ranks = ALONE
+
+
+def test_rank_0_decides_how_much_room_a_budget_keeps(configure, decoder):
+    with open_run(configure("--budget.length=1h", "--budget.counts=wall")) as run:
+        run.ranks = Follower(lambda *values: list(values))
+        run.ranks.broadcast = lambda mine: Room(saving=1.0, finishing=2.0, evaluations=[3.0, 9.0, 4.0])
+        run.keep_room(100.0)
+        assert (run.clock.room, run.room.between) == (4 + 2 * 1 + 2, 4 + 1)
         run.ranks = ALONE
 
 

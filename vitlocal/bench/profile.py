@@ -37,9 +37,8 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.source import Batch
 from vitlocal.data.write import WriteConfig, write
 from vitlocal.errors import ConfigError
-from vitlocal.models.factory import build_model
+from vitlocal.models.factory import build_model, patch_side
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.checks import patch_side
 from vitlocal.train.devices import choose_device
 from vitlocal.train.run import Run, open_run
 from vitlocal.train.watch import wait
@@ -124,7 +123,7 @@ def check_sizes(sizes: Sequence[int], config: Config) -> None:
 
 def feeds_for(run: Run, sizes: Sequence[int] | None) -> list[Feed]:
     """What the recipe feeds, or would at ``sizes``."""
-    feeds = run.feeds_ahead()
+    feeds = list(dict.fromkeys(plan.feed for plan in run.plans_ahead()))
     if sizes is None:
         return feeds
     batch = {feed.size: feed.batch_size for feed in feeds}

@@ -172,3 +172,9 @@ def _resampled_positions(model: nn.Module, table: Tensor) -> Tensor:
         )
     matrix = position_matrix((side, side), tuple(grid), table.device, table.dtype)
     return torch.cat([table[:, :passing], (matrix @ table[0, passing:])[None]], dim=1)
+
+
+def patch_side(model: nn.Module) -> int:
+    """What must divide the model's image sizes: the side of its patches, 1 where it has none."""
+    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return max(patch) if isinstance(patch, (tuple, list)) else patch

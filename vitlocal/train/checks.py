@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
+from vitlocal.models.factory import patch_side
 from vitlocal.models.surgery import check_shape
 from vitlocal.plan import FIELDS
 from vitlocal.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from vitlocal.train.run import Run
-
-
-def patch_side(model: nn.Module) -> int:
-    """What must divide the model's image sizes: the side of its patches, 1 where it has none."""
-    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    return max(patch) if isinstance(patch, (tuple, list)) else patch
 
 
 def check_sizes(config: Config, model: nn.Module) -> None:
@@ -34,6 +30,12 @@ def check_sizes(config: Config, model: nn.Module) -> None:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch side of {config.model.name}")
     if above := [f"{name} {size}" for name, size in fed if size > largest]:
         raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+
+
+def check_clock(config: Config, device: torch.device, ranks: Ranks) -> None:
+    """Raises ConfigError where processor time would not be that of training."""
+    if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
+        raise ConfigError("budget.counts: cpu is for one process on a CPU; set run.device=cpu, or let training count")
 
 
 def check_peers(config: Config, ranks: Ranks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
 from vitlocal.errors import ConfigError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 REHEARSAL = ".rehearsal"
 EVALUATIONS = 3  # by which the length of the next one is told
 REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
+LEAVING = 0.36  # of the time that loading took: what Python takes to end, which no clock of ours sees
+LEAVING_SECONDS = 1.5  # the same, where the time of loading is not known
 MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
@@ -31,8 +33,14 @@ class Room:
 
     @property
     def evaluating(self) -> float:
-        """The median, of two evaluations the longer: one of them may have been held up."""
+        """What the next evaluation will take: the median of the last ones, which may have been held up; of two the
+        longer."""
         return statistics.median_high(self.evaluations) if self.evaluations else 0.0
+
+    @property
+    def between(self) -> float:
+        """An evaluation on the way, and its checkpoint."""
+        return self.evaluating + self.saving
 
     @property
     def whole(self) -> float:
@@ -40,7 +48,13 @@ class Room:
         return self.evaluating + 2 * self.saving + self.finishing
 
     def evaluated(self, seconds: float) -> None:
+        """Notes what an evaluation took."""
         self.evaluations = [*self.evaluations, seconds][-EVALUATIONS:]
+
+
+def leaving_seconds(began: float | None) -> float:
+    """What Python will take to end, told by what loading took since ``began``, a reading of ``time.monotonic``."""
+    return LEAVING_SECONDS if began is None else LEAVING * (monotonic() - began)
 
 
 def rehearse(run: Run) -> None:

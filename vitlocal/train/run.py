@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.methods import Surroundings, build_methods
 from vitlocal.methods.batch_size import BatchSize
-from vitlocal.models.factory import build_model, export_model, load_weights
+from vitlocal.models.factory import build_model, export_model, load_weights, patch_side
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.models.memory import activation_bytes
@@ -40,7 +40,7 @@ from vitlocal.plan import (
     points,
 )
 from vitlocal.train.checkpoint import keep_weights, load_checkpoint, save_checkpoint
-from vitlocal.train.checks import check_peers, check_plans, check_sizes, patch_side
+from vitlocal.train.checks import check_clock, check_peers, check_plans, check_sizes
 from vitlocal.train.clock import Clock
 from vitlocal.train.devices import prepare_device
 from vitlocal.train.ema import Average, build_average
@@ -52,12 +52,9 @@ from vitlocal.train.optim import Schedule, build_optimizer, moments_of
 from vitlocal.train.probes import answer
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
 from vitlocal.train.report import write_classes
-from vitlocal.train.room import Room, rehearse
+from vitlocal.train.room import LEAVING_SECONDS, Room, leaving_seconds, rehearse
 from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
 from vitlocal.train.watch import Watch, wait
-
-LEAVING = 0.36  # of the time that loading took: what Python takes to end, which no clock of ours sees
-LEAVING_SECONDS = 1.5  # the same, where the time of loading is not known
 
 
 @dataclass
@@ -153,10 +150,6 @@ class Run:
         plans = [self.plan(point) for point in (now, *later)]
         return list({(plan.feed, plan.shape): plan for plan in plans}.values())
 
-    def feeds_ahead(self) -> list[Feed]:
-        """What the run will be fed from now on, as far as its methods know, in order and each once."""
-        return list(dict.fromkeys(plan.feed for plan in self.plans_ahead()))
-
     def batch_at(self, size: int) -> int:
         """Images of a batch at ``size`` px."""
         for method in self.methods:
@@ -226,7 +219,7 @@ class Run:
         self.clock.begin()
 
     def keep_room(self, evaluation: float) -> None:
-        """Where everything counts, keeps room for what follows training; an evaluation took so many seconds now."""
+        """Where everything counts, keeps room for what follows training; the evaluation now took so many seconds."""
         if self.clock.counts_all:
             self.room.evaluated(evaluation)
             self.room = self.ranks.broadcast(self.room)  # rank 0's: all must decide alike what there is room for
@@ -379,8 +372,7 @@ class Run:
             accuracy = None
             due = every and at.epoch - self.evaluated_epoch >= every - 1e-9
             # One that would leave no step after it is left to the end: the last step has the schedule's last rate.
-            between = self.room.evaluating + self.room.saving
-            if last or (due and self.clock.has_room_for(between, plan.feed.batch_size)):
+            if last or (due and self.clock.has_room_for(self.room.between, plan.feed.batch_size)):
                 if last:
                     self.save()  # killed from here on, it has but this evaluation left to do
                 began = perf_counter()
@@ -414,7 +406,10 @@ class Run:
     def accuracy(
         self, stop: Callable[[], bool] = lambda: False, limit: int | None = None, plan: Plan | None = None
     ) -> Accuracy | None:
-        """On the validation split, or its first ``limit`` batches, in the shape that weights have under ``plan``."""
+        """As :meth:`evaluate`, of the first ``limit`` batches alone, or as if ``plan`` had been trained last.
+
+        None where ``stop``, asked before each batch, said so.
+        """
         config = self.config.evaluate
         model = self.model if self.average is None else self.average.model
         feed = Feed(config.size, config.batch_size)
@@ -463,6 +458,7 @@ class Run:
             if self.ranks.first:
                 save_checkpoint(self.folder / CHECKPOINT, state)
             self.ranks.wait()
+            # Rank 0's: all must decide alike whether there is room for another.
             self.room.saving = self.ranks.broadcast(max(self.room.saving, perf_counter() - began))
         self.saved_at, self.saved = self.clock.progress, True
 
@@ -578,13 +574,12 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     the first alone reads and writes the folder. ``began`` is when the command did, by ``time.monotonic``: from there
     on a budget that counts everything counts.
     """
-    leaving = LEAVING_SECONDS if began is None else LEAVING * (monotonic() - began)
+    leaving = leaving_seconds(began)
     ranks = find_ranks()
     folder = Path(config.run.folder)
     resumes = resumes_from(folder, config) if ranks.first else False
     device = prepare_device(config, ranks)
-    if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
-        raise ConfigError("budget.counts: cpu is for one process on a CPU; set run.device=cpu, or let training count")
+    check_clock(config, device, ranks)
     with connected(ranks, device):
         check_peers(config, ranks)
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
