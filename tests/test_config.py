@@ -52,12 +52,14 @@ def test_a_base_that_cannot_be_is_named(tmp_path: Path, base: str):
 
 def test_all_problems_are_reported_at_once(tmp_path: Path):
     text = "train: {batchsize: 4, betas: [0.9], warmup: 5, lr: null}\nmethods: [image_sise]\nmodle: {depth: 2}"
-    arguments = ["-C", recipe(tmp_path, text), "--run.sead=1", "--train.batch_size=0.5", "--run.progress=maybe"]
+    wrong = ["--run.sead=1", "--train.learning_rate=1", "--train.batch_size=0.5", "--run.progress=maybe"]
+    arguments = ["-C", recipe(tmp_path, text), *wrong]
     with pytest.raises(ConfigError) as caught:
         read_config(arguments, {})
     message = str(caught.value)
     for part in (
         "no option 'train.batchsize'; did you mean train.batch_size?",
+        "no option 'train.learning_rate'; did you mean train.lr?",
         "no option 'modle.depth'; did you mean model.depth?",
         "no option 'run.sead'; did you mean run.seed?",
         "train.betas: got [0.9]",

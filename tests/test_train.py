@@ -320,6 +320,23 @@ def test_what_is_hardly_meant_is_said(configure, decoder, capsys, tmp_path: Path
         assert "the warm-up (2ep) is longer than the budget (3steps)" in said
 
 
+def test_what_the_budget_did_not_buy_is_said_at_the_end(configure, decoder, no_report, capsys):
+    options = ["--methods=image_size", "--image_size.stages=16px until 1ep, 32px until 2ep, 48px"]
+    short = [*options, "--train.warmup=2ep", "--budget.length=2steps"]
+    assert train(configure(*short)) == 0
+    said = capsys.readouterr().out
+    assert "note: the budget ended before images of 32, 48 px" in said
+    assert "note: the budget ended in the warm-up (2ep)" in said
+    assert train(configure(*short)) == 0 and "this run is finished" in capsys.readouterr().out
+
+
+def test_an_export_can_be_read_by_all_who_may_read_the_run(configure, decoder, no_report, tmp_path: Path):
+    assert train(configure("--budget.length=1steps", "--run.keep_weights=yes")) == 0
+    run = tmp_path / "run"
+    (kept,) = (run / "checkpoints" / "kept").iterdir()
+    assert {path.stat().st_mode for path in (kept, run / "model.safetensors")} == {(run / "config.json").stat().st_mode}
+
+
 def test_two_processes_cannot_train_in_one_folder(configure, decoder):
     with open_run(configure()):
         with pytest.raises(ConfigError, match="another process is training"):

@@ -788,7 +788,7 @@ def test_a_truncated_file_is_found_out(tmp_path: Path, reference: dict[str, byte
         path.write_bytes(data)
         for cut in sorted(cuts, reverse=True):
             os.truncate(path, cut)
-            with pytest.raises(DataError, match=r"cut.beton: .*(cut off|expected|no images).*write it again"):
+            with pytest.raises(DataError, match=r"cut.beton: .*(cut off|expected|no images).*write that again"):
                 check_beton(path)
         path.write_bytes(data + b"\0")
         with pytest.raises(DataError, match=r"damaged"):
@@ -817,7 +817,7 @@ def test_damaged_and_foreign_files(tmp_path: Path, reference: dict[str, bytes]) 
         changed = data.copy()
         changed[at] = value
         path.write_bytes(changed.tobytes())
-        with pytest.raises(DataError, match=r"bad.beton: .*write it again"):
+        with pytest.raises(DataError, match=r"bad.beton: .*write that again"):
             check_beton(path, classes=3)
     path.write_bytes(np.random.default_rng(0).bytes(5000))
     with pytest.raises(DataError, match=r"not a .beton file"):

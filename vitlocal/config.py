@@ -335,7 +335,8 @@ class Reader:
         return {} if self.problems else {name: self.fastargs[name] for name in self.options}
 
     def _unknown(self, name: str, where: str) -> None:
-        near = difflib.get_close_matches(name, self.options, n=1, cutoff=0.5)
+        initials = name.rpartition(".")[0] + "." + "".join(word[:1] for word in name.rpartition(".")[2].split("_"))
+        near = [initials] if initials in self.options else difflib.get_close_matches(name, self.options, 1, cutoff=0.5)
         near = near or [known for known in self.options if known.rpartition(".")[2] == name.rpartition(".")[2]][:1]
         self.problems.append(f"{where}: there is no option '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
 
@@ -344,7 +345,13 @@ class Reader:
         try:
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
-            self.problems.append(f"{file}: cannot be read as a recipe ({error.strerror}); rcfg/ holds ours")
+            there = [path.name for path in Path(file).parent.glob("*.yaml")]
+            near = difflib.get_close_matches(Path(file).name, there, n=1)
+            self.problems.append(
+                f"{file}: cannot be read as a recipe ({error.strerror})"
+                + (f", which is the base of {within[-1]}" if within else "")
+                + (f"; did you mean {Path(file).with_name(near[0])}?" if near else "; rcfg/ holds vitlocal's recipes")
+            )
             return {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.problems.append(f"{file}: is not yaml: {' '.join(str(error).split())}")

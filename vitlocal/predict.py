@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     predictor = Predictor(options.run)
     for photo in options.photos:
         print(photo)
-        for guess in predictor(decode_rgb(Path(photo).read_bytes(), photo)):
+        for guess in predictor(decode_rgb(Path(photo).read_bytes(), photo, "expected photos after --run")):
             print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
 
 

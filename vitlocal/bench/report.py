@@ -103,4 +103,5 @@ def main(argv: Sequence[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page_of(runs, not options.no_crops, more), encoding="utf-8")
     said = ", ".join(f"{run.name} {run.last['top1']:.2f} %" for run in runs)
-    print(f"{out}: {said}, {duration(sum(run.last['train_seconds'] for run in runs))} of training")
+    in_all = " in all" if len(runs) > 1 else ""
+    print(f"{out}: {said}, {duration(sum(run.last['train_seconds'] for run in runs))} of training{in_all}")

@@ -92,6 +92,9 @@ class BetonInfo:
     max_label: int
 
 
+_REMEDY = "Remove its split's files, the .json among them, and write that again, with the command that wrote it"
+
+
 def check_beton(path: str | os.PathLike[str], classes: int | None = None) -> BetonInfo:
     """Checks all of a .beton file but its pixels; raises as :func:`read_beton` does."""
     return read_beton(path, classes)[0]
@@ -107,14 +110,14 @@ def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tupl
     path = Path(path)
 
     def wrong(what: str) -> DataError:
-        return DataError(f"{path}: {what}. Remove the file and write it again (python write_dataset.py).")
+        return DataError(f"{path}: {what}. {_REMEDY}")
 
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             return _check(file, path, length, classes, wrong)
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist. Write it with python write_dataset.py.") from None
+        raise DataError(f"{path} does not exist. {_REMEDY}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its rights.") from error
 

@@ -304,7 +304,7 @@ def _finished(plan: _Plan) -> Manifest | None:
         try:
             info = check_beton(path, len(manifest.classes))
         except DataError as error:
-            raise DataError(f"{plan.manifest_path} is finished, but: {error} {remedy}") from None
+            raise DataError(f"{error}. They are {' '.join(map(str, (plan.manifest_path, *paths)))}") from None
         if (info.bytes, info.count) != (file.bytes, manifest.count):
             raise DataError(
                 f"{path} has {info.bytes} bytes and {info.count} images; {plan.manifest_path} says {file.bytes} "

@@ -11,7 +11,8 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import save
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def export_model(
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state(model).items()}
     temporary = folder / ".model.safetensors.writing"
     try:
-        save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(weights, {"format": "pt"}))  # save_file would let nobody else read it
         os.replace(temporary, folder / "model.safetensors")
     finally:
         temporary.unlink(missing_ok=True)
@@ -141,15 +142,32 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> li
     if missing := sorted(set(mine) - set(given)):
         raise ConfigError(
             f"model.weights: {file} lacks {', '.join(missing[:3])} (of {len(missing)}): it is another model's"
+            + _as_it_was(file.parent)
         )
     odd = [name for name, tensor in mine.items() if given[name].shape != tensor.shape]
     if odd:
         raise ConfigError(
             f"model.weights: in {file}, {odd[0]} is {tuple(given[odd[0]].shape)}, and this model's is "
-            f"{tuple(mine[odd[0]].shape)}; set the model's options as they were"
+            f"{tuple(mine[odd[0]].shape)}; set the model's options as they were" + _as_it_was(file.parent)
         )
     model.load_state_dict({name: given[name] for name in mine})
     return anew
+
+
+def _as_it_was(run: Path) -> str:
+    """The options that describe the model of the run in that folder; nothing where it holds none."""
+    try:
+        stated = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"].items()
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return ""
+    default = vars(ModelConfig())
+    words = {None: "none", True: "yes", False: "no"}
+    given = [
+        f"--model.{name}={words[value] if value is None or isinstance(value, bool) else value}"
+        for name, value in stated
+        if name not in ("weights", "drop_path") and (name == "name" or value != default.get(name))
+    ]
+    return f". That run was given {' '.join(given)}"
 
 
 def _label_names(path: Path) -> list[str] | None:

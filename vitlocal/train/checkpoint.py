@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vitlocal.errors import DataError
@@ -29,7 +29,8 @@ def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: fl
     temporary = path.with_name(f".{path.name}.writing")
     about = {"format": "pt", "about": json.dumps({"step": step, "epoch": epoch, "shape": asdict(shape)})}
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, about)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        temporary.write_bytes(save(weights, about))  # save_file would let nobody else read it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

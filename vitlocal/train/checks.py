@@ -13,11 +13,13 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
 from vitlocal.models.factory import patch_side
 from vitlocal.models.surgery import check_shape
-from vitlocal.plan import FIELDS
+from vitlocal.plan import FIELDS, points
 from vitlocal.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from vitlocal.train.run import Run
+
+SEARCHED = 0.25  # of the time: more than that for searches is told
 
 
 def check_sizes(config: Config, model: nn.Module) -> None:
@@ -75,4 +77,21 @@ def hardly_meant(run: Run) -> list[str]:
         found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
     if batch > count:
         found.append(f"train.batch_size is {batch}, and there are {count} images: each epoch is one step")
+    return found
+
+
+def left_undone(run: Run) -> list[str]:
+    """What the recipe asks for and the budget did not buy, at its end: a sentence each."""
+    config, at, found = run.config, run.clock.progress, []
+    later = [run.plan(point) for method in run.methods for point in points(method.changes(), at)]
+    sizes = sorted({plan.feed.size for plan in later} - {run.plan().feed.size})
+    if sizes:
+        found.append(f"the budget ended before images of {', '.join(map(str, sizes))} px")
+    if config.train.warmup.value and config.train.warmup.done(at) < 1:
+        found.append(f"the budget ended in the warm-up ({config.train.warmup})")
+    if run.probing > SEARCHED * run.clock.train_seconds:
+        found.append(
+            f"searches took {run.probing:.0f} of {run.clock.train_seconds:.0f} s, which is much: in so short a budget, "
+            "search less often (stages) or by fewer batches (autoprog.batches; unfreeze.kernel_batches, timed_batches)"
+        )
     return found

@@ -6,7 +6,8 @@ import signal
 
 from vitlocal.config import Config
 from vitlocal.errors import DataError
-from vitlocal.train.checks import hardly_meant
+from vitlocal.models.factory import patch_side
+from vitlocal.train.checks import hardly_meant, left_undone
 from vitlocal.train.report import write_report
 from vitlocal.train.run import Run, open_run
 
@@ -61,7 +62,8 @@ def train(config: Config, began: float | None = None) -> int:
         say, folder = run.log.say, run.folder
         parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
         say(
-            f"{config.model.name}: {parameters:.2f} M parameters, {run.sources.train.count:,} images of "
+            f"{config.model.name}: {parameters:.2f} M parameters, up to {config.model.size} px in patches of "
+            f"{patch_side(run.model)}, {run.sources.train.count:,} images of "
             f"{len(run.sources.train.classes)} classes, {run.config.budget.length} on {run.device}, "
             f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
             + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
@@ -70,7 +72,10 @@ def train(config: Config, began: float | None = None) -> int:
             say(f"note: {warning}")
         if run.clock.step:
             spent = run.clock.progress
-            say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")
+            if run.clock.spent and not run.unevaluated:
+                say("this run is finished; what it leaves is written anew")
+            else:
+                say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")
         if not (run.clock.spent and run.clock.step):
             run.warm_up()
         fit(run)
@@ -81,5 +86,7 @@ def train(config: Config, began: float | None = None) -> int:
             return 0
         run.export()
         best = write_report(folder)
+        for warning in left_undone(run):
+            say(f"note: {warning}")
         say(f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {folder}/report.html")
     return 0

@@ -225,9 +225,9 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
         macs, seconds = savings(stages)
         probing = run.records[-1].get("probe_seconds")
         lines.append(
-            f"{html.escape(run.name)}: than as many images at the cost of its dearest stage, {100 * macs:.0f} % fewer "
-            f"multiply-adds, {100 * seconds:.0f} % less time"
-            + (f"; and {duration(probing)} of searching." if probing else ".")
+            f"{html.escape(run.name)}: its images took {100 * macs:.0f} % fewer multiply-adds, and "
+            f"{100 * seconds:.0f} % less time, than if all had cost what they cost in its dearest stage"
+            + (f"; searches took {duration(probing)} beside." if probing else ".")
         )
     if not rows:
         return ""

@@ -6,12 +6,14 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vitlocal.errors import DataError
 
+REMEDY = "restore the file, or write the data folder without such images: write_dataset.py --on-error skip"
 
-def decode_rgb(data: bytes, name: str) -> Image.Image:
+
+def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
     """Decodes an image of any format that Pillow reads to RGB, turned upright by its EXIF orientation.
 
     16-bit values are scaled, not clipped; transparent parts are laid on white; an animation gives its
@@ -31,11 +33,12 @@ def decode_rgb(data: bytes, name: str) -> Image.Image:
             problem = "it is empty"
         elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             problem = f"too large to decode safely: {error}"
+        elif isinstance(error, UnidentifiedImageError):
+            problem = "of no format that Pillow knows"
         else:
             problem = str(error) or type(error).__name__
         raise DataError(
-            f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); "
-            "restore the file, or write the data folder without such images: write_dataset.py --on-error skip"
+            f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); {remedy}"
         ) from error
 
 
