@@ -192,7 +192,7 @@ def _encode_rows(images: ImageSet, span: range, job: Job, encoder: Encoder, stop
             failure = DataError(
                 f"cannot read the image {images.entry(index)!r} of {images.spec}: {reason}. "
                 + ("" if known else "Mend it, or leave such images out with --on-error skip. ")
-                + "The same command goes on where this one stopped, with either option."
+                + "The same command goes on where this one stopped, with that option or without."
             )
         except MemoryError:
             failure = DataError(

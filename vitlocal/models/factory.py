@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -34,14 +35,11 @@ def build_model(config: ModelConfig, classes: int) -> tuple[nn.Module, dict[str,
     name or an option that the model does not have.
     """
     if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:3]
+        near = difflib.get_close_matches(config.name, timm.list_models(), 3)
         raise ConfigError(
             f"model.name: timm knows no model '{config.name}'"
-            + (
-                f"; did you mean {', '.join(near)}?"
-                if near
-                else f"; ours are {', '.join(timm.list_models(OURS + '*'))}"
-            )
+            + (f"; did you mean {', '.join(near)}?" if near else ".")
+            + f" Ours are {', '.join(timm.list_models(OURS + '*'))}"
         )
     arguments = config.arguments()
     if config.name.startswith(OURS):
