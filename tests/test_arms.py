@@ -18,6 +18,7 @@ from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, sca
 from vitlocal.bench.runner import Runner
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import build_model
 from vitlocal.train.folder import stated
 from vitlocal.train.log import read_log
@@ -238,7 +239,7 @@ def test_a_scaled_benchmark_has_a_scaled_budget():
     assert {str(read_config(arm.command_line(), {}).budget.length) for arm in arms} == {"15m"}
 
 
-def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, monkeypatch):
+def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, monkeypatch, capsys):
     begun: list[tuple[int, set[int]]] = []
 
     class Process:
@@ -260,12 +261,25 @@ def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, mo
     monkeypatch.setattr("vitlocal.bench.runner.summary", lambda folder: {"top1": 1.0})
     monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: None)
     runs = entries([Arm("a", ()), Arm("b", ()), Arm("c", ())], [0, 1], "1ep", tmp_path, ())
+    monkeypatch.setattr("vitlocal.bench.runner.memory_stalls", lambda: 0.0)
     runner = Runner(1, 4, tmp_path)
     assert runner.run(runs) == []
     assert [seed for seed, _ in begun] == [0, 0, 0, 1, 1, 1] and all(beside <= {seed} for seed, beside in begun)
+    assert "memory is short" not in capsys.readouterr().out
     begun.clear()
+    monkeypatch.setattr("vitlocal.bench.runner.memory_stalls", lambda: 0.3)
     runner = Runner(1, 1, tmp_path)
     assert runner.run(runs) == [] and [seed for seed, _ in begun] == [0, 0, 0, 1, 1, 1]
+    assert capsys.readouterr().out.count("note: memory is short (nothing ran for 30% of the last minute)") == 1
+
+
+def test_how_long_memory_stalled_is_read_from_linux(tmp_path: Path):
+    pressure = tmp_path / "memory"
+    pressure.write_text(
+        "some avg10=0.00 avg60=9.00 avg300=0.10 total=18\nfull avg10=0.00 avg60=3.50 avg300=0.05 total=13\n"
+    )
+    assert memory_stalls(pressure) == 0.035
+    assert memory_stalls(tmp_path / "none") == 0
 
 
 def test_the_files_of_arms_in_rcfg_are_configurations():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 
@@ -21,6 +22,15 @@ def memory() -> int:
         except (OSError, ValueError):  # not there, or "max"
             continue
     return there
+
+
+def memory_stalls(pressure: Path = Path("/proc/pressure/memory")) -> float:
+    """The part of the last minute in which nothing ran, for want of memory; 0 where Linux does not tell."""
+    try:
+        full = next(line for line in pressure.read_text().splitlines() if line.startswith("full"))
+        return float(re.search(r"avg60=([\d.]+)", full)[1]) / 100
+    except (OSError, StopIteration, TypeError):
+        return 0.0
 
 
 def keep_freed_memory() -> None:

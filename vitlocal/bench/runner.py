@@ -19,10 +19,12 @@ import torch
 from vitlocal.bench.entries import ROOT, Entry
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
+from vitlocal.machine import memory_stalls
 from vitlocal.train.report import duration
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STALLED = 0.02  # of a minute: more of it without memory is told
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Runner:
         self.free = [place for _ in range(together) for place in places]
         self.running: dict[subprocess.Popen[bytes], Started] = {}
         self.signal: int | None = None
+        self.stalled = False  # for want of memory: told once
 
     def run(self, waiting: Sequence[Entry]) -> list[Entry]:
         """Returns the entries that failed; raises Interrupted, when all have saved, after Ctrl-C or SIGTERM."""
@@ -83,8 +86,19 @@ class Runner:
                         failed += self._ended(process)
                 if self.signal is not None and not self.running:
                     raise Interrupted(self.signal)
+                self._watch_memory()
                 time.sleep(0.2)
         return failed
+
+    def _watch_memory(self) -> None:
+        """Processor time counts the machine's search for free pages as well: it would be taken for training."""
+        stalls = memory_stalls()
+        if stalls > STALLED and not self.stalled:
+            self.stalled = True
+            say(
+                f"note: memory is short (nothing ran for {stalls:.0%} of the last minute): what runs now is slowed "
+                "down, and not to be compared. Stop, remove those runs' folders, and use fewer --jobs or --together"
+            )
 
     def _must_wait(self, entry: Entry) -> bool:
         return self.by_seeds and any(run.entry.seed != entry.seed for run in self.running.values())
