@@ -53,6 +53,19 @@ def fit(run: Run) -> None:
     run.clock.stop()
 
 
+def described(run: Run) -> str:
+    """The run on one line: its model, data, budget and machine."""
+    model, train, patch = run.config.model, run.sources.train, patch_side(run.model)
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    return (
+        f"{model.name}: {parameters:.2f} M parameters, up to {model.size} px"
+        + (f" in patches of {patch}" if patch > 1 else "")
+        + f", {train.count:,} images of {len(train.classes)} classes, {run.config.budget.length} on {run.device}, "
+        f"{str(run.step.precision).removeprefix('torch.')}, in {run.folder}"
+        + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
+    )
+
+
 def train(config: Config, began: float | None = None) -> int:
     """Builds or resumes the run, trains, exports and reports; returns the command's exit status.
 
@@ -60,14 +73,7 @@ def train(config: Config, began: float | None = None) -> int:
     """
     with open_run(config, began) as run, run.stopping_on_signals():
         say, folder = run.log.say, run.folder
-        parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-        say(
-            f"{config.model.name}: {parameters:.2f} M parameters, up to {config.model.size} px in patches of "
-            f"{patch_side(run.model)}, {run.sources.train.count:,} images of "
-            f"{len(run.sources.train.classes)} classes, {run.config.budget.length} on {run.device}, "
-            f"{str(run.step.precision).removeprefix('torch.')}, in {folder}"
-            + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
-        )
+        say(described(run))
         for warning in hardly_meant(run):
             say(f"note: {warning}")
         if run.clock.step:
