@@ -335,9 +335,10 @@ class Reader:
         return {} if self.problems else {name: self.fastargs[name] for name in self.options}
 
     def _unknown(self, name: str, where: str) -> None:
-        initials = name.rpartition(".")[0] + "." + "".join(word[:1] for word in name.rpartition(".")[2].split("_"))
+        section, _, key = name.rpartition(".")
+        initials = f"{section}.{''.join(word[:1] for word in key.split('_'))}"
         near = [initials] if initials in self.options else difflib.get_close_matches(name, self.options, 1, cutoff=0.5)
-        near = near or [known for known in self.options if known.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+        near = near or [known for known in self.options if known.rpartition(".")[2] == key][:1]
         self.problems.append(f"{where}: there is no option '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
 
     def _recipe(self, file: str, within: tuple[str, ...] = ()) -> dict[str, Any]:

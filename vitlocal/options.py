@@ -176,6 +176,13 @@ class Section:
         return self
 
 
+def as_argument(value: Any) -> str:
+    """A value that yaml gave, as the command line takes it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(as_argument, value)) or "none"
+    return "none" if value is None else str(value)
+
+
 def plain_value(value: Any) -> Any:
     """``value`` as yaml has it, in the form that its kind reads: numbers, text, and lists of them."""
     if value is None or isinstance(value, (str, int, float, bool)):

@@ -13,6 +13,7 @@ import yaml
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import claimed
+from vitlocal.options import as_argument
 from vitlocal.train.folder import check_same
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,8 @@ class Arm:
 
     def command_line(self) -> list[str]:
         """The trainer's options."""
-        stated = [f"--{name}={_text(value)}" for name, value in self.options.items()]
+        stated = [f"--{name}={as_argument(value)}" for name, value in self.options.items()]
         return [*(f"--config-file={recipe}" for recipe in self.recipes), *stated]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(_text, value)) or "none"
-    return "none" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path
                 raise ConfigError(f"the arm '{arm.name}': the bench sets {name} for each run; {OWN[name]}")
             if name in common:
                 raise ConfigError(
-                    f"--{name}: the arm '{arm.name}' has {name}={_text(arm.options[name])}; leave out one of them"
+                    f"--{name}: the arm '{arm.name}' has {name}={as_argument(arm.options[name])}; leave out one of them"
                 )
     found, owners = [], {}
     for seed in seeds:

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vitlocal.config import EvaluateConfig, ModelConfig
 from vitlocal.errors import ConfigError
 from vitlocal.models.surgery import plain_state
 from vitlocal.models.vit import VisionTransformer, position_matrix
+from vitlocal.options import as_argument
 from vitlocal.plan import WHOLE_MODEL, Shape
 
 OURS = "vitlocal_"
@@ -95,11 +96,16 @@ def export_model(
     }
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     # The weights come last: who finds them finds all.
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state(model).items()}
-    temporary = folder / ".model.safetensors.writing"
+    write_weights(folder / "model.safetensors", plain_state(model))
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor], **about: str) -> None:
+    """Writes a model's weights, and what is said ``about`` them, for safetensors to read; whole, or not at all."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_bytes(save(weights, {"format": "pt"}))  # save_file would let nobody else read it
-        os.replace(temporary, folder / "model.safetensors")
+        temporary.write_bytes(save(weights, {"format": "pt", **about}))  # save_file would let nobody else read it
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -159,9 +165,8 @@ def _as_it_was(run: Path) -> str:
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         return ""
     default = vars(ModelConfig())
-    words = {None: "none", True: "yes", False: "no"}
     given = [
-        f"--model.{name}={words[value] if value is None or isinstance(value, bool) else value}"
+        f"--model.{name}={as_argument(value)}"
         for name, value in stated
         if name not in ("weights", "drop_path") and (name == "name" or value != default.get(name))
     ]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from vitlocal.errors import DataError
+from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 
 KEPT = Path("checkpoints") / "kept"
@@ -25,15 +25,8 @@ FORMAT = 2  # of what a checkpoint holds; another number where an older one cann
 def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: float, shape: Shape) -> None:
     """Writes the weights at ``step`` into the run's ``folder``, with epoch and shape; whole, or not at all."""
     (folder / KEPT).mkdir(parents=True, exist_ok=True)
-    path = folder / KEPT / f"{step:09d}.safetensors"
-    temporary = path.with_name(f".{path.name}.writing")
-    about = {"format": "pt", "about": json.dumps({"step": step, "epoch": epoch, "shape": asdict(shape)})}
-    try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        temporary.write_bytes(save(weights, about))  # save_file would let nobody else read it
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    about = json.dumps({"step": step, "epoch": epoch, "shape": asdict(shape)})
+    write_weights(folder / KEPT / f"{step:09d}.safetensors", state, about=about)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
