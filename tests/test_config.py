@@ -156,8 +156,22 @@ def test_recipes_are_the_papers():
 def test_writer_options_have_plain_flags():
     options = read_write_options(["--split", "val", "--source=sample", "--on-error", "skip", "--sides=64:raw"], {})
     assert (options.split, options.source, options.on_error, options.sides) == ("val", "sample", "skip", "64:raw")
-    with pytest.raises(ConfigError, match="did you mean write.quality"):
+    with pytest.raises(ConfigError, match="did you mean --quality"):
         read_write_options(["--qualty=3"], {})
+    with pytest.raises(ConfigError, match=r"(?s)^write.quality: got '300' \(env.*--on-error: got 'go'"):
+        read_write_options(["--on-error=go"], {"write.quality": "300"})
+
+
+def test_help_shows_all_options_or_one_sections(capsys):
+    whole = (["--help"], ["--train.lr ", "--unfreeze."], [])
+    for words, shown, hidden in (whole, (["--help", "budget"], ["--budget.length"], ["--train.", "--unfreeze."])):
+        with pytest.raises(SystemExit) as left:
+            read_config(words, {})
+        said = capsys.readouterr().out
+        assert left.value.code == 0
+        assert all(part in said for part in shown) and not any(part in said for part in hidden)
+    with pytest.raises(ConfigError, match=r"no section 'bugdet'.* budget,"):
+        read_config(["--help=bugdet"], {})
 
 
 @pytest.mark.parametrize(

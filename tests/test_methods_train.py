@@ -493,10 +493,13 @@ def test_notes_of_several_processes_are_added_up_and_come_back_once(configure, d
         assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48 and method.spread.sum() == 96
 
 
-def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decoder, tmp_path: Path):
+def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decoder, tmp_path: Path, capsys):
     train(configure(*COMMON, "--methods=budgeted", "--budgeted.epochs=1,1,2", "--evaluate.every=0"))
     records = read_log(tmp_path / "run")
     assert [record.get("shape.heads", "as before") for record in records] == [1, 3, None, "as before"]
+    assert [record.get("grid") for record in records] == [4, 5, None, None]
+    said = capsys.readouterr().out
+    assert said.count("48 px, tokens 4×4  batch") == 1 and said.count("48 px  batch") == 2
     macs = [record["macs_per_image"] for record in records]
     assert macs[0] < macs[1] < macs[2] == macs[3]
 

@@ -4,6 +4,7 @@ import pytest
 
 from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
+from vitlocal.methods import METHODS
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
 from vitlocal.methods.method import Surroundings
@@ -51,6 +52,9 @@ def test_planning_is_pure_and_conflicts_are_named():
     claims = ImageSize.claims(around().recipe)
     (problem,) = conflicts([claims, claims])
     assert "feed.size" in problem
+    budgeted, autoprog = (METHODS[name].claims(around().recipe) for name in ("budgeted", "autoprog"))
+    (problem,) = conflicts([budgeted, autoprog])  # which refuses image sizes beside it, too
+    assert problem == "methods: budgeted and autoprog both set growth; keep one of the two"
 
 
 @pytest.mark.parametrize(("rule", "scale"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])

@@ -138,14 +138,21 @@ def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, 
         run.ranks = Follower(lambda seconds, pace, stop, mark: [78.0, pace, 0.0, mark + 1])
         with pytest.raises(RuntimeError, match="rank 1 has gone apart from rank 0"):
             run.agree(plan)
-
-        def lost(*values: float) -> list[float]:
-            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
-
-        run.ranks = Follower(lost)
-        with pytest.raises(DataError, match=r"has lost the others at step 0 \(Connection closed"):
-            run.agree(plan)
         run.ranks = ALONE
+
+
+def test_a_process_that_is_left_alone_says_so(monkeypatch: pytest.MonkeyPatch):
+    """As where rank 0 refuses a checkpoint."""
+
+    def lost(*_, **__) -> None:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+
+    for name in ("broadcast", "broadcast_object_list", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, lost)
+    ranks = Ranks(1, 2, 1, 2)
+    for hears in (lambda: ranks.decided([1.0]), lambda: ranks.broadcast({}), ranks.wait):
+        with pytest.raises(DataError, match=r"rank 1 has lost the others \(Connection closed"):
+            hears()
 
 
 def test_rank_0_decides_how_much_room_a_budget_keeps(configure, decoder):

@@ -318,6 +318,11 @@ def test_what_is_hardly_meant_is_said(configure, decoder, capsys, tmp_path: Path
     with open_run(configure(*options)) as run:
         (said,) = hardly_meant(run)
         assert "the warm-up (2ep) is longer than the budget (3steps)" in said
+        run.sources.train.side = 32
+        assert "at up to 48 px, and stored with long edges of at most 32 px" in hardly_meant(run)[-1]
+        assert "--sides 72" in hardly_meant(run)[-1]
+        run.sources.train.side = None  # original images
+        assert len(hardly_meant(run)) == 1
 
 
 def test_what_the_budget_did_not_buy_is_said_at_the_end(configure, decoder, no_report, capsys):

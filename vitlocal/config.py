@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -283,10 +284,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class Reader:
-    """Reads one set of options, given as ``{dotted name: dataclass field}``, from all their sources."""
+    """Reads one set of options, given as ``{dotted name: dataclass field}``, from all their sources.
+
+    ``flags``: other names that the command line has for some, ``{"--split": "write.split"}``.
+    """
 
     def __init__(self, options: Mapping[str, Any], flags: Mapping[str, str], about: str):
-        self.options = options
+        self.options, self.flags, self.about = options, flags, about
         self.fastargs = fastargs.Config()
         self.problems: list[str] = []
         self.origin: dict[str, str] = {}
@@ -296,10 +300,13 @@ class Reader:
             usage="%(prog)s [--config-file YAML] [--option VALUE ...]",
             description=about,
             allow_abbrev=False,
+            add_help=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.parser.add_argument("--config-file", "-C", action="append", default=[], metavar="YAML",
                                  help="a recipe; may be repeated, later ones win")  # fmt: skip
+        self.parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION",
+                                 help=f"shows the options, of one section or of all: {self.sections}")  # fmt: skip
         groups: dict[str, Any] = {}
         for name, spec in options.items():
             section = name.rpartition(".")[0]
@@ -323,6 +330,8 @@ class Reader:
         """The value of every option; later sources win: environment, recipes, command line."""
         known, unknown = self.parser.parse_known_args(list(argv))
         given = vars(known)
+        if (section := given.pop("help")) is not None:
+            self._help(section)
         self.files = given.pop("config_file")
         for text in unknown:
             self._unknown(text.lstrip("-").split("=")[0], f"command line: {text}")
@@ -334,12 +343,28 @@ class Reader:
         self._validate()
         return {} if self.problems else {name: self.fastargs[name] for name in self.options}
 
+    @property
+    def sections(self) -> str:
+        return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self.options if "." in name))
+
+    def _help(self, section: str) -> None:
+        """Prints the options, or those of ``section``, and leaves."""
+        shown = {name: spec for name, spec in self.options.items() if name.rpartition(".")[0] == section or not section}
+        if not shown:
+            raise ConfigError(f"--help: there is no section '{section}'; the sections are {self.sections}")
+        (Reader(shown, self.flags, self.about) if section else self).parser.print_help()
+        sys.exit(0)
+
     def _unknown(self, name: str, where: str) -> None:
         section, _, key = name.rpartition(".")
+        known = [*(flag.lstrip("-") for flag in self.flags), *self.options]
         initials = f"{section}.{''.join(word[:1] for word in key.split('_'))}"
-        near = [initials] if initials in self.options else difflib.get_close_matches(name, self.options, 1, cutoff=0.5)
-        near = near or [known for known in self.options if known.rpartition(".")[2] == key][:1]
-        self.problems.append(f"{where}: there is no option '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
+        near = [initials] if initials in self.options else difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        near = near or [option for option in known if option.rpartition(".")[2] == key][:1]
+        dashes = "--" if near and f"--{near[0]}" in self.flags else ""
+        self.problems.append(
+            f"{where}: there is no option '{name}'" + (f"; did you mean {dashes}{near[0]}?" if near else "")
+        )
 
     def _recipe(self, file: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
         """The options that a yaml file states, over those of its ``base``."""
@@ -387,9 +412,10 @@ class Reader:
             try:
                 self.fastargs[name]
             except (MissingValueError, ValidationError):
-                got = self.fastargs.content[tuple(name.split("."))]
+                got, origin = self.fastargs.content[tuple(name.split("."))], self.origin[name]
+                named = [flag for flag, target in self.flags.items() if target == name and origin == "command line"]
                 self.problems.append(
-                    f"{name}: got {got!r} ({self.origin[name]}), expected {spec.metadata['kind'].help()}"
+                    f"{(*named, name)[0]}: got {got!r} ({origin}), expected {spec.metadata['kind'].help()}"
                 )
 
     def check(self) -> None:

@@ -338,6 +338,7 @@ def conflicts(methods: Sequence[Claims]) -> list[str]:
                 found.append(
                     f"methods: {first.name} and {second.name} both set {', '.join(sorted(both))}; keep one of the two"
                 )
+                continue  # one reason is enough
             for one, other in ((first, second), (second, first)):
                 reasons = [reason for field, reason in one.refuses.items() if field in other.writes - one.writes]
                 found += [f"methods: {one.name} and {other.name} do not go together: {reason}" for reason in reasons]

@@ -92,7 +92,7 @@ class NoiseSource:
         self.count, self.device = count, device
         self.classes = tuple(str(number) for number in range(classes))
         self.damaged: Collection[int] = ()
-        self.rows = Rows(count)
+        self.rows, self.side = Rows(count), None
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:

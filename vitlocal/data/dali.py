@@ -106,7 +106,7 @@ class DALISource:
         self.images, self.numbers = open_originals(root, spec, split)
         self.classes, self.count = tuple(self.images.classes), len(self.numbers)
         self.cropping, self.device, self.workers, self.damaged, self.share = cropping, device, workers, (), share
-        self.rows = Rows(self.count)
+        self.rows, self.side = Rows(self.count), None
         self.readers = ThreadPoolExecutor(workers)  # they wait for the disk, and read headers
         self.own = threading.local()  # each reader's copy of the images, for reading may move what they hold
         self.pipeline: Any = None

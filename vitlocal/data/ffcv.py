@@ -316,7 +316,7 @@ class FFCVSource:
         self.device, self.decoder, self.stop, self.share = device, decoder, on_error == "stop", share
         self.damaged: set[int] = set()  # rows that were left out so far, where that is asked for
         self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
-        self.rows = Rows(self.count)
+        self.rows, self.side = Rows(self.count), max(file.side for file in manifest.files)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
 
     def choose(self, size: int) -> BetonFile:

@@ -79,6 +79,7 @@ class Source(Protocol):
     count: int
     rows: Rows
     damaged: Collection[int]  # rows that were left out so far, where that is asked for
+    side: int | None  # long edge that images have at most, px, where they were stored with one
 
     def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
         """One pass: from ``at`` to the end of its epoch, in the epoch's order, over the rows of ``feed.subset``.

@@ -88,7 +88,7 @@ class TorchvisionSource:
         images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
         self.cropping, self.device, self.damaged, self.share = cropping, device, (), share
-        self.rows = Rows(self.count)
+        self.rows, self.side = Rows(self.count), None
         self.batches = Batches()
         self.loader = DataLoader(
             CropDataset(images, rows, cropping),

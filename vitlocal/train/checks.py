@@ -77,6 +77,13 @@ def hardly_meant(run: Run) -> list[str]:
         found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
     if batch > count:
         found.append(f"train.batch_size is {batch}, and there are {count} images: each epoch is one step")
+    largest, stored = max(plan.feed.size for plan in run.plans_ahead()), run.sources.train.side
+    if stored is not None and largest > stored:
+        found.append(
+            f"images are trained on at up to {largest} px, and stored with long edges of at most {stored} px: they are "
+            f"enlarged. If the photos are larger, write them so: write_dataset.py --sides "
+            f"{math.ceil(largest * config.data.side_ratio)}"
+        )
     return found
 
 

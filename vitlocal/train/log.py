@@ -90,8 +90,9 @@ class Log:
             if values[name] is not None:
                 self.board.add_scalar(f"val/{name}", values[name], values["step"])
         accuracy = "" if values["top1"] is None else f"  top-1 {values['top1']:5.2f} %  top-5 {values['top5']:5.2f} %"
+        grid = f", tokens {values['grid']}×{values['grid']}" if "grid" in values else ""
         self.say(
-            f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px  batch {values['batch_size']}  "
+            f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px{grid}  batch {values['batch_size']}  "
             + ("" if values["loss"] is None else f"loss {values['loss']:.4f}")
             + f"{accuracy}  "
             f"{values['images_per_second']:,.0f} images/s  waited for data {100 * values['data_wait_fraction']:.1f} %"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlocal.data.shares import Share
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DataError
 
 
 class Ranks:
@@ -68,14 +68,16 @@ class Ranks:
         if self.world == 1:
             return values
         told = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(told, 0, group=self._decisions)
+        with self._peers():
+            dist.broadcast(told, 0, group=self._decisions)
         return told.tolist()
 
     def broadcast(self, thing: Any) -> Any:
         """Rank 0's ``thing``, any plain object or tensors on the CPU, on every rank."""
         box = [thing]
         if self.world > 1:
-            dist.broadcast_object_list(box, 0, group=self._decisions)
+            with self._peers():
+                dist.broadcast_object_list(box, 0, group=self._decisions)
         return box[0]
 
     def total(self, values: Tensor) -> Tensor:
@@ -93,7 +95,19 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
-            dist.barrier(group=self._decisions)
+            with self._peers():
+                dist.barrier(group=self._decisions)
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """Turns what gloo says where another process has left, by an error of its own or killed, into a DataError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise DataError(
+                f"rank {self.rank} has lost the others ({str(error).splitlines()[0]}); what stopped them stands in "
+                "their output. Once that is mended, the same command goes on from the last checkpoint"
+            ) from None
 
     def close(self) -> None:
         if self._decisions is not None:

@@ -191,14 +191,8 @@ class Run:
             self.interrupted = self._signal
             return
         mark = zlib.crc32(repr((plan, self.clock.step, self.clock.position)).encode())
-        try:
-            mine = [self.clock.seconds, self.clock.pace, float(self._signal or 0), float(mark)]
-            seconds, pace, stop, theirs = self.ranks.decided(mine)
-        except RuntimeError as error:
-            raise DataError(
-                f"rank {self.ranks.rank} has lost the others at step {self.clock.step} ({str(error).splitlines()[0]}); "
-                "what stopped them stands in their output. The same command goes on from the last checkpoint"
-            ) from None
+        mine = [self.clock.seconds, self.clock.pace, float(self._signal or 0), float(mark)]
+        seconds, pace, stop, theirs = self.ranks.decided(mine)
         if mark != theirs:
             raise RuntimeError(f"rank {self.ranks.rank} has gone apart from rank 0: {plan} at step {self.clock.step}")
         self.clock.agreed = seconds, pace
@@ -423,6 +417,7 @@ class Run:
             "step": at.step,
             "images_seen": at.images_seen,
             "image_size": plan.feed.size,
+            **({"grid": plan.shape.grid} if plan.shape.grid is not None else {}),
             "batch_size": plan.feed.batch_size,
             "processes": self.ranks.world,
             "loss": meter.loss / meter.images if meter.images else None,  # evaluated without a further step
