@@ -25,6 +25,7 @@ from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
+from vitlocal.train.room import leaving_seconds, rehearse_evaluation
 from vitlocal.train.run import Run, open_run
 from vitlocal.train.spending import Speed, spend
 
@@ -217,7 +218,7 @@ def test_the_average_forgets_over_a_part_of_the_budget(configure, decoder, tmp_p
 
 
 def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path: Path, monkeypatch):
-    # The real rehearsal, which the next test makes, would find seconds where other tests keep the machine busy.
+    # The real rehearsal would find seconds where other tests keep the machine busy.
     monkeypatch.setattr("vitlocal.train.room.rehearse_finish", lambda run: (0.1, 1.0))
     assert train(configure("--budget.length=6s", "--budget.counts=wall", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
@@ -226,10 +227,18 @@ def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path
 
 
 class Watched:
-    """A watch on which half a second passes in each step, two in the export, and what is said in each evaluation."""
+    """A watch on which half a second passes in each step, two in the export, and what is said in each evaluation and
+    checkpoint."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, evaluations: Iterator[float]):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, evaluations: Iterator[float], saves: Iterator[float] | None = None
+    ):  # fmt: skip
         self.now = 0.0
+
+        def save(path: Path, state: dict) -> None:
+            self.now += next(saves) if saves else 0.0
+
+        monkeypatch.setattr("vitlocal.train.run.save_checkpoint", save)
 
         def taking(name: str, seconds: Callable[[], float]) -> None:
             original = getattr(Run, name)
@@ -271,16 +280,41 @@ def test_an_evaluation_that_was_held_up_does_not_end_the_run_early(configure, de
 
 def test_a_checkpoint_that_leaves_no_step_after_it_is_left_out(configure, decoder, tmp_path: Path, monkeypatch):
     """Saving takes 1.5 seconds here; the second epoch ends 1.2 before the room that is kept."""
-    watch = Watched(monkeypatch, repeat(3.0))
+    watch = Watched(monkeypatch, repeat(3.0), repeat(1.5))
     monkeypatch.setattr("vitlocal.train.room.rehearse_finish", lambda run: (1.5, 2.0))
-
-    def save(path: Path, state: dict) -> None:
-        watch.now += 1.5
-
-    monkeypatch.setattr("vitlocal.train.run.save_checkpoint", save)
     options = ("--budget.length=14.7s", "--evaluate.every=0", "--run.save_every=none")
     assert train(configure(*options, *COUNTED)) == 0
     assert watch.now == pytest.approx(14.7, abs=0.5) and read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("saves", [(0.0, 6.0, 0.0), (4.0,)], ids=["one held up", "slower than rehearsed"])
+def test_checkpoints_keep_the_room_that_they_take(saves, configure, decoder, tmp_path: Path, monkeypatch):
+    watch = Watched(monkeypatch, repeat(3.0), chain(saves, repeat(saves[-1])))
+    options = ("--budget.length=60s", "--evaluate.every=0", "--run.save_every=10%")
+    assert train(configure(*options, *COUNTED)) == 0
+    assert watch.now == pytest.approx(60, abs=0.6)
+    assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_a_batch_that_was_held_up_is_not_multiplied(configure, decoder, monkeypatch):
+    """Five batches of eight are rehearsed, at 0.1 s each and 0.2 s to open the source; one takes a second more."""
+    with open_run(configure("--budget.length=1h", "--budget.counts=wall", "--evaluate.batch_size=10")) as run:
+        now, held_up = [0.0], chain([0.0] * 3, [1.0], repeat(0.0))
+
+        def accuracy(stop: Callable[[], bool] = lambda: False, limit: int = 99, plan: Plan | None = None) -> None:
+            now[0] += 0.2
+            for _ in range(limit):
+                stop()
+                now[0] += 0.1 + next(held_up)
+
+        run.accuracy = accuracy
+        monkeypatch.setattr("vitlocal.train.room.perf_counter", lambda: now[0])
+        assert rehearse_evaluation(run) == pytest.approx(0.2 + 8 * 0.1 + 1.0)
+
+
+def test_a_cold_disk_does_not_make_leaving_slow(monkeypatch):
+    monkeypatch.setattr("vitlocal.train.room.process_time", lambda: 5.0)
+    assert leaving_seconds(began=0.0) == pytest.approx(1.8)  # a minute after, say
 
 
 def test_what_python_takes_to_end_is_counted_when_a_run_is_stopped(configure, decoder, tmp_path: Path):

@@ -158,8 +158,8 @@ def test_a_process_that_is_left_alone_says_so(monkeypatch: pytest.MonkeyPatch):
 def test_rank_0_decides_how_much_room_a_budget_keeps(configure, decoder):
     with open_run(configure("--budget.length=1h", "--budget.counts=wall")) as run:
         run.ranks = Follower(lambda *values: list(values))
-        run.ranks.broadcast = lambda mine: Room(saving=1.0, finishing=2.0, evaluations=[3.0, 9.0, 4.0])
-        run.keep_room(100.0)
+        run.ranks.broadcast = lambda mine: Room(finishing=2.0, saves=[1.0], evaluations=[3.0, 9.0, 4.0])
+        run.keep_room()
         assert (run.clock.room, run.room.between) == (4 + 2 * 1 + 2, 4 + 1)
         run.ranks = ALONE
 

@@ -1,9 +1,9 @@
 """Does a run end with its budget? python -m vitlocal.bench clock [--budgets 45s,3m] [THE TRAINER'S OPTIONS]
 
 Trains a recipe (rcfg/demo.yaml, or what --config-file names) under each budget as a user would, by the command: left
-alone; killed by SIGKILL and resumed twice on the way; the same, with other work on every core for a fifth of it; and
-with all that the command takes counted. The table has the seconds that were spent in the end, how far from the budget
-that is, and the last step's learning rate beside the schedule's last.
+alone; killed by SIGKILL and resumed twice on the way; the same, with other work on every core for a fifth of it; and,
+with all that the command takes counted, left alone, with such other work, and killed. The table has the seconds that
+were spent in the end, how far from the budget that is, and the last step's learning rate beside the schedule's last.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ TRIALS = (
     Trial("killed twice", kills=(0.3, 0.55)),
     Trial("killed twice, other load", kills=(0.2, 0.4), load=(0.6, 0.8)),
     Trial("all counted", counts="wall"),
+    Trial("all counted, other load", counts="wall", load=(0.4, 0.6)),
     Trial("all counted, killed twice", counts="wall", kills=(0.4, 0.7), shortest=120.0),
 )
 

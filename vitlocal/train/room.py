@@ -5,21 +5,23 @@ from __future__ import annotations
 import shutil
 import statistics
 from dataclasses import dataclass, field
-from time import monotonic, perf_counter
+from itertools import pairwise
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING
 
 from vitlocal.errors import ConfigError
 from vitlocal.train.checkpoint import save_checkpoint
 from vitlocal.train.report import rehearse_report
+from vitlocal.train.watch import wait
 
 if TYPE_CHECKING:
     from vitlocal.train.run import Run
 
 REHEARSAL = ".rehearsal"
-EVALUATIONS = 3  # by which the length of the next one is told
-REHEARSED_BATCHES = 3  # of the last evaluation, to know how long it will take
-LEAVING = 0.36  # of the time that loading took: what Python takes to end, which no clock of ours sees
-LEAVING_SECONDS = 1.5  # the same, where the time of loading is not known
+KNOWN = 3  # evaluations and checkpoints, the last ones, by which the length of the next is told
+REHEARSED_BATCHES = 5  # of the last evaluation, to know how long it will take
+LEAVING = 0.36  # of the processor time that loading took: what Python takes to end, which no clock of ours sees
+LEAVING_SECONDS = 1.5  # the same, where that of loading is not known
 MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
@@ -27,9 +29,14 @@ MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer
 class Room:
     """Seconds that what follows training takes, as far as is known; saved with the run, and rank 0's on every rank."""
 
-    saving: float = 0.0  # the slowest checkpoint
     finishing: float = 0.0  # export, report, and Python's own end
-    evaluations: list[float] = field(default_factory=list)  # the last ones
+    saves: list[float] = field(default_factory=list)  # the last checkpoints, the first of them rehearsed
+    evaluations: list[float] = field(default_factory=list)  # the last ones, likewise
+
+    @property
+    def saving(self) -> float:
+        """What the next checkpoint will take: the median of the last ones, of which a disk may have held one up."""
+        return statistics.median(self.saves) if self.saves else 0.0
 
     @property
     def evaluating(self) -> float:
@@ -49,12 +56,19 @@ class Room:
 
     def evaluated(self, seconds: float) -> None:
         """Notes what an evaluation took."""
-        self.evaluations = [*self.evaluations, seconds][-EVALUATIONS:]
+        self.evaluations = [*self.evaluations, seconds][-KNOWN:]
+
+    def saved(self, seconds: float) -> None:
+        """Notes what a checkpoint took."""
+        self.saves = [*self.saves, seconds][-KNOWN:]
 
 
 def leaving_seconds(began: float | None) -> float:
-    """What Python will take to end, told by what loading took since ``began``, a reading of ``time.monotonic``."""
-    return LEAVING_SECONDS if began is None else LEAVING * (monotonic() - began)
+    """What Python will take to end, told by what loading took in a process that ``began`` as a command; asked early.
+
+    By its processor time: a cold disk makes loading slow, and not leaving.
+    """
+    return LEAVING_SECONDS if began is None else LEAVING * process_time()
 
 
 def rehearse(run: Run) -> None:
@@ -62,8 +76,10 @@ def rehearse(run: Run) -> None:
     resumed = run.clock.room > 0
     evaluation = rehearse_evaluation(run)
     if run.ranks.first and not resumed:
-        run.room.saving, run.room.finishing = rehearse_finish(run)
-    run.keep_room(evaluation)
+        saving, run.room.finishing = rehearse_finish(run)
+        run.room.saved(saving)
+    run.room.evaluated(evaluation)
+    run.keep_room()
     run.agree()
     if resumed:
         return
@@ -77,19 +93,24 @@ def rehearse(run: Run) -> None:
 
 
 def rehearse_evaluation(run: Run) -> float:
-    """Seconds that an evaluation takes, told from a few of its batches; the first one, which compiles, apart."""
+    """Seconds that an evaluation takes, told from its first batches in one pass; the very first, which compiles, apart.
+
+    The others are taken to be as long as the median of these, so that one that was held up is not multiplied.
+    """
     whole = -(-run.sources.val.count // run.config.evaluate.batch_size)
-    rehearsed = min(whole, REHEARSED_BATCHES)
-    spent, last = [], run.plans_ahead()[-1]
+    last, times = run.plans_ahead()[-1], []
     run.accuracy(limit=1, plan=last)
-    for batches in (1, rehearsed):
-        began = perf_counter()
-        run.accuracy(limit=batches, plan=last)
-        spent.append(perf_counter() - began)
-    if rehearsed == whole:
-        return spent[1]
-    # Opening the source and waiting for its first batch happen once.
-    return spent[1] + (whole - rehearsed) * max(0.0, spent[1] - spent[0]) / (rehearsed - 1)
+
+    def note() -> bool:  # asked before each batch
+        wait(run.device)
+        times.append(perf_counter())
+        return False
+
+    began = perf_counter()
+    run.accuracy(note, limit=REHEARSED_BATCHES, plan=last)
+    times.append(perf_counter())
+    each = statistics.median(after - before for before, after in pairwise(times))
+    return times[-1] - began + max(0, whole - REHEARSED_BATCHES) * each
 
 
 def rehearse_finish(run: Run) -> tuple[float, float]:

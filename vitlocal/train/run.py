@@ -45,7 +45,7 @@ from vitlocal.train.clock import Clock
 from vitlocal.train.devices import prepare_device
 from vitlocal.train.ema import Average, build_average
 from vitlocal.train.evaluate import Accuracy, evaluate
-from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, header, resumes_from, spent_in
+from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, header, note_origin, resumes_from, spent_in
 from vitlocal.train.journal import Journal
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer, moments_of
@@ -212,10 +212,9 @@ class Run:
         self.agree()  # making ready took time
         self.clock.begin()
 
-    def keep_room(self, evaluation: float) -> None:
-        """Where everything counts, keeps room for what follows training; the evaluation now took so many seconds."""
+    def keep_room(self) -> None:
+        """Where everything counts, keeps room for what follows training, as it is known by now."""
         if self.clock.counts_all:
-            self.room.evaluated(evaluation)
             self.room = self.ranks.broadcast(self.room)  # rank 0's: all must decide alike what there is room for
             self.clock.room = self.room.whole
 
@@ -239,6 +238,7 @@ class Run:
                 for variant in method.variants(plan, self.clock.progress):
                     self.warm(variant)
             self.warm(plan)
+        self.agree()  # compiling may have taken time
         self.clock.start()
         self.start_meter()
 
@@ -374,8 +374,9 @@ class Run:
                 if accuracy is None:
                     self.save()
                     return
+                self.room.evaluated(perf_counter() - began)
                 if not last:
-                    self.keep_room(perf_counter() - began)
+                    self.keep_room()
                 self.evaluated_epoch, self.evaluated_step = at.epoch, at.step
                 if self.ranks.first:
                     if self.config.run.keep_weights:
@@ -453,8 +454,10 @@ class Run:
             if self.ranks.first:
                 save_checkpoint(self.folder / CHECKPOINT, state)
             self.ranks.wait()
-            # Rank 0's: all must decide alike whether there is room for another.
-            self.room.saving = self.ranks.broadcast(max(self.room.saving, perf_counter() - began))
+            self.room.saved(perf_counter() - began)
+            if not self.clock.spent:  # and stays so, whatever this one took
+                self.keep_room()
+        self.agree()  # where everything counts, this has taken time
         self.saved_at, self.saved = self.clock.progress, True
 
     def state(self, shared: bool = True) -> dict[str, Any]:
@@ -590,6 +593,8 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                 run.agree()
                 if state is None and ranks.first:
                     (folder / "config.yaml").write_text(header() + config.yaml(), encoding="utf-8")
+                if ranks.first and not run.clock.spent:
+                    note_origin(folder)
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None and run.meter.images > 0))
                 with Journal(folder / JOURNAL, run.clock) if ranks.first else nullcontext():
