@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+from vitlocal.bench.outcomes import place_of
 from vitlocal.data.ffcv import FFCVSource
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
@@ -22,7 +23,7 @@ from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.checks import hardly_meant
 from vitlocal.train.ema import Average
-from vitlocal.train.folder import CHECKPOINT
+from vitlocal.train.folder import CHECKPOINT, origin_of
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import fit, train
@@ -536,3 +537,21 @@ def test_killed_runs_have_spent_what_they_had(configure, folder: Path, tmp_path:
 def test_sources_are_the_ones_configured(configure, decoder):
     with open_run(configure()) as run:
         assert isinstance(run.sources.train, FFCVSource)
+
+
+def test_a_run_tells_all_machines_that_it_was_trained_by(configure, decoder, no_report, tmp_path: Path, monkeypatch):
+    run, options = tmp_path / "run", ("--budget.length=2steps", "--run.save_every=1steps")
+    monkeypatch.setattr("vitlocal.train.folder.hardware", lambda: {"cpu": "one", "gpu": None})
+    with open_run(configure(*options)) as opened:
+        opened.warm_up()
+        with opened.sources.train.open(opened.plan().feed, opened.clock.position) as batches:
+            opened.train_on(next(batches), opened.plan())
+        opened.save()
+    monkeypatch.setattr("vitlocal.train.folder.hardware", lambda: {"cpu": "two", "gpu": "H"})
+    assert train(configure(*options)) == 0
+    monkeypatch.setattr("vitlocal.train.folder.hardware", lambda: {"cpu": "three", "gpu": None})
+    assert train(configure(*options)) == 0  # trains no more
+    assert [origin["machine"]["cpu"] for origin in origin_of(run)] == ["one", "two"]
+    assert origin_of(run)[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (place_of(run)["cpu"], place_of(run)["gpu"]) == ("one, two", "H")
+    assert place_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}

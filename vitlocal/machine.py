@@ -1,11 +1,18 @@
-"""What this process may use of the machine."""
+"""This machine: what a process may use of it, and what is told of it where something was measured."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
+import subprocess
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-python", "pillow", "nvidia-dali-cuda120")
 
 
 def cores() -> int:
@@ -43,3 +50,40 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPU."""
+    import torch  # it takes seconds, and not all who ask for cores want it
+
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": cores(),
+        "memory_gib": round(memory / 2**20, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": ", ".join([platform.system(), *([" ".join(libc)] if (libc := platform.libc_ver())[0] else [])]),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the libraries that results may depend on, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this code, ``-dirty`` where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.bench.entries import Arm, Entry, Key
-from vitlocal.bench.measurement import commit, machine, measurement, write_json
+from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError
 from vitlocal.train.figures import Line, race, save
-from vitlocal.train.folder import stated
+from vitlocal.train.folder import origin_of, stated
 from vitlocal.train.log import read_log
 
 PASS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
@@ -36,23 +36,29 @@ class Outcome:
         return self.row["arm"], self.row["seed"], self.row["budget"]
 
     @property
-    def place(self) -> tuple[str, str | None]:
+    def place(self) -> tuple[str | None, str | None]:
         """The machine that it was trained on."""
         return self.row["cpu"], self.row["gpu"]
 
 
-def outcome_of(run: Entry, place: Mapping[str, Any]) -> Outcome:
-    """Of a run finished here, at ``place``; of its passes only what differs between them and is drawn."""
+def place_of(folder: Path) -> dict[str, Any]:
+    """Processor, GPU and commit by which a run was trained: None where it does not say, of several all."""
+    origins = origin_of(folder)
+    found = {"cpu": [one["machine"]["cpu"] for one in origins], "gpu": [one["machine"]["gpu"] for one in origins],
+             "commit": [one["commit"] for one in origins]}  # fmt: skip
+    return {name: ", ".join(dict.fromkeys(filter(None, values))) or None for name, values in found.items()}
+
+
+def outcome_of(run: Entry) -> Outcome:
+    """Of a run finished here; of its passes only what differs between them and is drawn."""
     about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
     passes = [{name: record.get(name) for name in PASS} for record in read_log(run.folder)]
-    return Outcome({**about, **summary(run.folder), **place}, passes, stated(run.config()))
+    return Outcome({**about, **summary(run.folder), **place_of(run.folder)}, passes, stated(run.config()))
 
 
 def outcomes(runs: Sequence[Entry], elsewhere: Mapping[Key, Outcome]) -> list[Outcome]:
     """Of the runs that are done, here or ``elsewhere``, in their order."""
-    here = machine()
-    place = {"cpu": here["cpu"], "gpu": here["gpu"], "commit": commit()}
-    return [elsewhere.get(run.key) or outcome_of(run, place) for run in runs if run.key in elsewhere or run.done]
+    return [elsewhere.get(run.key) or outcome_of(run) for run in runs if run.key in elsewhere or run.done]
 
 
 def read_outcomes(path: str) -> list[Outcome]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import os
 import shlex
 import shutil
 import sys
@@ -15,11 +17,13 @@ import yaml
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
+from vitlocal.machine import commit, hardware, versions
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
+ORIGIN = Path("trained_on.json")
 
 
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:
@@ -113,3 +117,18 @@ def claimed(folder: Path) -> Iterator[None]:
 def header() -> str:
     """What stands above a run's configuration: how to repeat it."""
     return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {shlex.join(sys.argv)}\n"
+
+
+def note_origin(folder: Path) -> None:
+    """Writes down on what machine, with what code and libraries the run is trained: again only where they change."""
+    found, here = origin_of(folder), {"machine": hardware(), "versions": versions(), "commit": commit()}
+    if not found or found[-1] != here:
+        temporary = folder / f".{ORIGIN}.writing"
+        temporary.write_text(json.dumps([*found, here], indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / ORIGIN)
+
+
+def origin_of(folder: Path) -> list[dict[str, Any]]:
+    """What :func:`note_origin` wrote, in order; nothing where it is not there."""
+    path = folder / ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
