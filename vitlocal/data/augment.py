@@ -10,6 +10,7 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -290,45 +291,44 @@ GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's
 def three_augment(images: Tensor, strength: float, seed: int, step: int, places: np.ndarray) -> Tensor:
     """Grey, solarised or blurred, one of them to each image, then brightness, contrast and saturation jittered.
 
-    As DeiT III (Touvron et al. 2022, arXiv 2204.07118). All images go through it together: some thirty operations on
-    the device, where RandAugment takes some hundred. ``strength`` is the chance of the first and scales the second.
+    As DeiT III (Touvron et al. 2022, arXiv 2204.07118). Each operation is done once, on all images that want it: some
+    thirty calls, where RandAugment makes some hundred. ``strength`` is the chance of the first and scales the second.
     ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
     """
     draws = uniform((seed, step, THREE), places, 6)
     chosen = np.where(draws[:, 0] < strength, (draws[:, 1] * 3).astype(int), -1)
-    deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[:, 2]) * images.shape[-1] / 224
     factors = 1 + strength * JITTER * (2 * draws[:, 3:] - 1)  # (B, 3)
-
-    x = images.float()
-    for number, change in enumerate((_grey, _solarised)):
-        x = torch.where(_mask(chosen == number, x.device), change(x), x)
-    blurred = np.flatnonzero(chosen == 2)
-    if len(blurred):
-        rows = send(torch.from_numpy(blurred), x.device)
-        x[rows] = _blurred(x[rows], deviations[blurred])
-    brightness, contrast, saturation = send(torch.from_numpy(factors.astype(np.float32)), x.device)[
+    # Sorted by what they go through, so that a group is a slice.
+    order = np.argsort(chosen, kind="stable")
+    ends = np.searchsorted(chosen[order], np.arange(-1, 3), side="right")
+    deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
+    rows = send(torch.from_numpy(order), images.device)
+    x = images[rows].float()
+    for (first, last), change in zip(pairwise(ends), (_grey, _solarised, partial(_blurred, deviations)), strict=True):
+        if first < last:
+            x[first:last] = change(x[first:last])
+    brightness, contrast, saturation = send(torch.from_numpy(factors[order].astype(np.float32)), x.device)[
         ..., None, None, None
     ].unbind(1)  # (B, 1, 1, 1) each
-    x = (x * brightness).clamp(0, 255)
-    x = torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast).clamp(0, 255)
-    x = torch.lerp(_grey(x), x, saturation)
-    return x.round().clamp(0, 255).to(images.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _mask(chosen: np.ndarray, device: torch.device) -> Tensor:
-    return send(torch.from_numpy(chosen), device).view(-1, 1, 1, 1)
+    x.mul_(brightness).clamp_(0, 255)
+    torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast, out=x).clamp_(0, 255)
+    torch.lerp(_grey(x), x, saturation, out=x)
+    done = torch.empty_like(images, memory_format=torch.channels_last)
+    done[rows] = x.round_().clamp_(0, 255).to(images.dtype)
+    return done
 
 
 def _grey(x: Tensor) -> Tensor:
+    """(n, 1, S, S) of (n, 3, S, S)."""
     red, green, blue = x.split(1, dim=1)  # weights as numbers: nothing is copied to the device
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).expand_as(x)
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
 
 def _solarised(x: Tensor) -> Tensor:
-    return torch.where(x < 128, x, 255 - x)
+    return torch.minimum(x, 255 - x)  # of whole numbers up to 255: those from 128 on are inverted
 
 
-def _blurred(x: Tensor, deviations: np.ndarray) -> Tensor:
+def _blurred(deviations: np.ndarray, x: Tensor) -> Tensor:
     """(n, 3, S, S) float, each image blurred by a Gaussian of its own deviation (n,), px; edges are continued."""
     count, channels, size, _ = x.shape
     reach = min(TAPS, size - 1)
