@@ -191,6 +191,19 @@ def test_a_net_takes_over_its_slowest_average(configure, decoder, monkeypatch: p
                 assert torch.equal(run.model(images), inside)
 
 
+def test_new_blocks_may_be_as_drawn(configure, decoder):
+    """autoprog.grow=random: they are no copies, neither of their sources nor of what lay in their slots."""
+    options = ["--methods=autoprog", "--autoprog.space=depth", "--autoprog.stages=2", "--autoprog.schedule=2,4"]
+    with open_run(configure(*COMMON, *options, "--autoprog.grow=random")) as run:
+        run.methods[0].observe(StepResult(None, None, run.plan(), Progress()))
+        plan, before = run.plan(Progress(fraction=0.5)), {n: v.clone() for n, v in run.model.state_dict().items()}
+        run._grow(plan)
+        for slot, source in plan.growth.blocks:
+            new = run.model.blocks[slot].attn.qkv.weight
+            assert not any(torch.equal(new, before[f"blocks.{old}.attn.qkv.weight"]) for old in (slot, source))
+        assert len(plan.growth.blocks) == 2 and torch.equal(run.model.head.weight, before["head.weight"])
+
+
 def test_blocks_that_are_skipped_have_no_gradient(configure, decoder):
     with open_run(configure(*COMMON, *METHODS["autoprog"])) as run:
         plan = next(plan for plan in (run.plan(Progress(step=step)) for step in range(50)) if plan.shape.skipped)

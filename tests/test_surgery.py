@@ -269,7 +269,7 @@ def test_blocks_that_do_not_run_and_copies_of_blocks():
     assert all(p.grad is None for p in model.blocks[2].parameters())
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.blocks[2].state_dict().items())
     whole = Shape(slots=order)
-    grow(model, start, whole, Growth(1, pairs), lambda p: optimizer.state[p])
+    grow(model, start, whole, Growth(1, blocks=pairs), lambda p: optimizer.state[p])
     put(model, whole)
     set_trainable(model, whole)
     for new, source in pairs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 UNITS = {"ep": ("epochs", 1.0), "steps": ("steps", 1.0), "s": ("seconds", 1.0), "m": ("seconds", 60.0),
@@ -174,6 +174,7 @@ class Growth:
     """
 
     number: int
+    _: KW_ONLY
     blocks: tuple[tuple[int, int], ...] = ()
     sources: str = "first"
     weights: str = "copy"

@@ -344,7 +344,7 @@ class AutoProg(Defaults):
             return self._growth(before, False, self.supernet(before)[1])  # nothing grows
         how, last = self.config.grow, len(self.averages) - 1
         return Growth(
-            2 * stage + 1, pairs, "random" if how == "random" else "copy", moments=moments,
+            2 * stage + 1, blocks=pairs, weights="random" if how == "random" else "copy", moments=moments,
             average=last if how.startswith("momentum") else None, new_only=how == "momentum_new",
         )  # fmt: skip
 
