@@ -528,14 +528,35 @@ def test_pairs_that_go_together(pair: str):
 
 
 @pytest.mark.parametrize(
+    ("pair", "options"),
+    [
+        ("budgeted,trilevel", ("trilevel.levels=attention",)),
+        ("budgeted,trilevel", ("trilevel.levels=examples,attention",)),
+        ("budgeted,trilevel", ("trilevel.kept=1",)),
+        ("trilevel,autoprog", ("autoprog.space=size",)),
+        ("trilevel,autoprog", ("autoprog.schedule=12@128px,12@224px", "autoprog.stages=2")),
+        ("unfreeze,autoprog", ("autoprog.space=size", "unfreeze.scale=1")),
+    ],
+)
+def test_pairs_that_go_together_as_their_options_are(pair: str, options: tuple[str, ...]):
+    """What a method leaves alone by its options, another may set."""
+    methods = build_methods(around(f"methods={pair}", *options))
+    for fraction in (0.0, 0.1, 0.3, 0.6, 0.9):
+        fold(methods, START, Progress(epoch=30 * fraction, fraction=fraction))
+
+
+@pytest.mark.parametrize(
     ("pair", "options", "reason"),
     [
         ("image_size,budgeted", (), "both take away tokens"),
         ("budgeted,trilevel", (), "both take away tokens"),
-        ("trilevel,autoprog", (), "tokens are dropped at blocks that may not be there yet"),
+        ("budgeted,trilevel", ("trilevel.levels=tokens",), "both take away tokens"),
+        ("trilevel,autoprog", (), "tokens and connections go at blocks that may not be there yet"),
+        ("trilevel,autoprog", ("trilevel.kept=1",), "tokens and connections go at blocks that may not be there yet"),
         ("image_size,autoprog", (), "both set feed.size"),
         ("budgeted,autoprog", (), "both set growth"),
         ("autoprog,unfreeze", ("autoprog.space=depth", "unfreeze.scale=1"), "both choose which blocks"),
+        ("autoprog,unfreeze", ("autoprog.space=size",), "both set feed.size"),
     ],
 )
 def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):

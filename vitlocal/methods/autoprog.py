@@ -78,6 +78,13 @@ class AutoProgConfig(Section):
     operations: float = option(0.5, SHARE, "part of RandAugment's magnitude in the first stage; the rest starts at 0")
 
 
+def deepens(config: AutoProgConfig) -> bool:
+    """Whether depth grows."""
+    if config.schedule is not None:
+        return len({net.depth for net in config.schedule}) > 1
+    return "depth" in config.space and config.scale < 1 and config.stages > 1
+
+
 def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
     """w of the power law L ≈ a · T^-w through the candidates (least squares of logs); 0 where it does not fall."""
     if len(set(times)) < 2:
@@ -149,9 +156,10 @@ class AutoProg(Defaults):
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         config: AutoProgConfig = recipe.of(cls.name)
+        blocks = {"shape.slots", "shape.skipped"} if deepens(config) else set()
         sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
         dials = {"dials.strength", "dials.operations"} if config.strengthen else set()
-        return Claims(cls.name, frozenset({"shape.slots", "shape.skipped", "growth"} | sizes | dials), {})
+        return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials), {})
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:

@@ -135,10 +135,13 @@ class Trilevel(Defaults):
     def claims(cls, recipe: Recipe) -> Claims:
         config: TrilevelConfig = recipe.of(cls.name)
         examples = {"feed.subset"} if "examples" in config.levels else set()
-        if narrowed_to(config) == (1.0, 1.0):
-            return Claims(cls.name, frozenset(examples), {})
-        reason = "tokens are dropped at blocks that may not be there yet; set trilevel.levels=examples"
-        return Claims(cls.name, frozenset(examples | {f"shape.{name}" for name in NARROWED}), {"shape.slots": reason})
+        kept, attended = narrowed_to(config)
+        narrowed = ({"kept", "pruned"} if kept < 1 else set()) | (
+            {"attended", "own_masks", "pruned"} if attended < 1 else set()
+        )
+        reason = "tokens and connections go at blocks that may not be there yet; set trilevel.levels=examples"
+        refuses = {"shape.slots": reason} if narrowed else {}
+        return Claims(cls.name, frozenset(examples | {f"shape.{name}" for name in narrowed}), refuses)
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
