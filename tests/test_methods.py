@@ -292,7 +292,7 @@ def test_a_search_from_stage_to_stage():
     assert plan.dials.strength == 0 and plan.dials.operations == pytest.approx(4 / 9)
     assert method.candidates(1) == [Net(depth, size) for size in (128, 160) for depth in (8, 10, 12)]
     plan = at(method, fraction=0.25)
-    assert plan.growth.number == 3 and plan.growth.average == 3  # the slowest
+    assert plan.growth.number == 3 and plan.growth.average == 1  # the slow one
     assert plan.growth.blocks == tuple((slot, source) for slot, source in zip(range(6, 12), range(6), strict=True))
     searched(method, 1, choose=4)
     plan = at(method, fraction=0.4)
@@ -378,6 +378,28 @@ def test_a_step_of_the_stage_before_begins_no_search():
     assert sorted(method.began) == [0]
     method.observe(StepResult(None, None, at(method, fraction=0.2501), Progress(fraction=0.26)))
     assert sorted(method.began) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "averages"),
+    [
+        ((), (0.998, 0.9996)),
+        (("autoprog.grow=clone",), (0.998,)),
+        (("autoprog.loss_of=online",), (0.9996,)),
+        (("autoprog.loss_of=online", "autoprog.grow=random"), ()),
+        (("autoprog.space=depth", "autoprog.schedule=6,8,10,12"), (0.9996,)),
+        (("autoprog.space=depth", "autoprog.schedule=6,8,10,12", "autoprog.grow=clone"), ()),
+    ],
+)
+def test_averages_that_nothing_reads_are_not_kept(options: tuple[str, ...], averages: tuple[float, ...]):
+    method = AutoProg(around(*options))
+    assert method.averages == averages
+    if method.config.schedule is None and method.config.loss_of == "average":
+        assert averages[method._probe("loss", 0, Net(6, None)).average] == 0.998
+    entered(method, 0.0)
+    grown = at(method, fraction=0.3).growth
+    if method.config.grow.startswith("momentum") and method.config.schedule:
+        assert averages[grown.average] == 0.9996
 
 
 def test_the_last_stage_has_the_recipes_strength():
@@ -578,6 +600,8 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
         (("methods=autoprog", "autoprog.search=0%"), "0 leaves nothing"),
         (("methods=autoprog", "autoprog.asked=1,0.5"), "expected growing parts of the search"),
         (("methods=autoprog", "autoprog.asked=0.5"), "and 1 at last"),
+        (("methods=autoprog", "autoprog.averages=0.9,0.99,0.999"), "expected two decays"),
+        (("methods=autoprog", "autoprog.averages=0.99,0.9"), "the smaller one first"),
         (("methods=budgeted", "budgeted.weights=random", "budgeted.sources=last"), "random ones have no copies"),
         (("methods=unfreeze", "unfreeze.zico_batches=1"), "at least 2"),
         (("methods=trilevel", "trilevel.levels=none"), "all are off"),

@@ -150,8 +150,8 @@ def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.Monk
     assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(run.methods[0].kept.tolist())
 
 
-def test_a_net_takes_over_its_slowest_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
-    """MoGrow: right after growth the net is its slowest average's, mapped; each average is its own, mapped; and all
+def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    """MoGrow: right after growth the net is its slow average's, mapped; each average is its own, mapped; and all
     moments begin anew. A candidate of the supernet computes what the net does that is taken out for it."""
     config = configure(*COMMON, *METHODS["autoprog"], "--train.ema=none", "--autoprog.averages=0.5,0.9")
     seen: list[bool] = []

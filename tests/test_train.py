@@ -23,7 +23,7 @@ from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.checks import hardly_meant
 from vitlocal.train.ema import Average
-from vitlocal.train.folder import CHECKPOINT, origin_of
+from vitlocal.train.folder import CHECKPOINT, changes, origin_of
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 from vitlocal.train.loop import fit, train
@@ -341,6 +341,14 @@ def test_an_export_can_be_read_by_all_who_may_read_the_run(configure, decoder, n
     run = tmp_path / "run"
     (kept,) = (run / "checkpoints" / "kept").iterdir()
     assert {path.stat().st_mode for path in (kept, run / "model.safetensors")} == {(run / "config.json").stat().st_mode}
+
+
+def test_options_of_methods_that_are_not_there_make_no_other_run(configure):
+    """A default may have changed since the run began: it has no say unless one of the two recipes has the method."""
+    plain, searched = configure("--methods=image_size"), configure("--methods=autoprog")
+    older = {"autoprog.averages": [0.998, 0.9986, 0.999, 0.9996]}
+    assert changes(plain.flat() | older, plain) == []
+    assert [phrase.split()[0] for phrase in changes(searched.flat() | older, searched)] == ["autoprog.averages"]
 
 
 def test_two_processes_cannot_train_in_one_folder(configure, decoder):

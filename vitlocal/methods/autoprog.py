@@ -39,7 +39,7 @@ from vitlocal.plan import (
 T = TypeVar("T")
 
 SPACE = ("depth", "size")
-AVERAGES = (0.998, 0.9986, 0.999, 0.9996)  # decays a step, the fastest first
+AVERAGES = (0.998, 0.9996)  # decays a step; the published code keeps two between them, which nothing reads
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,13 @@ class AutoProgConfig(Section):
     batches: int = option(50, COUNT, "by which a candidate's time and loss are told")
     grow: str = option(
         "momentum", Choice("momentum", "momentum_new", "clone", "random"), "new blocks are copies in a net taken over "
-        "from its slowest average; copies of averages in the net as it is; copies; or as drawn"
+        "from its slow average; copies of averages in the net as it is; copies; or as drawn"
     )  # fmt: skip
-    averages: tuple[float, ...] = option(AVERAGES, Series(SHARE), "decays a step, the fastest first")
-    loss_of: str = option("average", Choice("average", "online"), "whose loss is taken: the fastest average's")
+    averages: tuple[float, ...] = option(
+        AVERAGES, Series(SHARE), "decays a step: of the fast one, whose loss is taken, and of the slow one, from which "
+        "nets grow"
+    )  # fmt: skip
+    loss_of: str = option("average", Choice("average", "online"), "whose loss is taken: the fast average's")
     loss_on: str = option(
         "train", Choice("train", "val"), "of which split's images; val is then no fair judge any more"
     )
@@ -136,9 +139,10 @@ class AutoProg(Defaults):
             ladder(recipe.model.size, config.scale, config.stages, config.multiple) if self.sizes_grow else (None,)
         )
         self.magnitude = recipe.augment.randaugment
-        searches = self.config.schedule is None
-        averaged = searches or self.config.grow.startswith("momentum")
-        self.averages = self.config.averages if averaged else ()
+        fast, slow = config.averages
+        judged = config.schedule is None and config.loss_of == "average"
+        # The first is what is judged, the last what nets grow from.
+        self.averages = (fast,) * judged + (slow,) * config.grow.startswith("momentum")
         self.length_kind, self.whole = recipe.budget.length.kind, recipe.budget.length.value
         # What searches found, stage by stage and candidate by candidate: seconds an image, and rounds of losses.
         self.times: dict[int, list[float]] = {}
@@ -197,8 +201,8 @@ class AutoProg(Defaults):
             found.append(
                 f"autoprog.asked: got {list(config.asked)}, expected growing parts of the search, and 1 at last"
             )
-        if not config.averages or list(config.averages) != sorted(config.averages):
-            found.append(f"autoprog.averages: got {list(config.averages)}, expected growing decays")
+        if len(config.averages) != 2 or list(config.averages) != sorted(config.averages):
+            found.append(f"autoprog.averages: got {list(config.averages)}, expected two decays, the smaller one first")
         if config.space == ("depth",) and "image_size" not in recipe.methods and not config.scale:
             found.append("autoprog.scale: 0 leaves no blocks")
         if config.schedule is None and "depth" in config.space and recipe.model.weights:

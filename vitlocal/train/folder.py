@@ -18,6 +18,7 @@ import yaml
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
 from vitlocal.machine import commit, hardware, versions
+from vitlocal.methods import METHODS
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
 
@@ -29,10 +30,11 @@ ORIGIN = Path("trained_on.json")
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:
     """In what ``config`` is another one than that of the options ``before``, by their dotted names: a phrase each."""
     before = Config().flat() | before  # what an older version did not know of was as it is by default
+    idle = METHODS.keys() - {*before["methods"], *config.methods}  # whose options have no say, whatever their defaults
     return [
         f"{name} was {before[name]!r} and is now {value!r}"
         for name, value in config.flat().items()
-        if name not in IMMATERIAL and before[name] != value
+        if name not in IMMATERIAL and name.partition(".")[0] not in idle and before[name] != value
     ]
 
 
