@@ -188,3 +188,12 @@ def test_the_spread_of_attention():
         logits, spread = model.forward_with_spread(images)
         torch.testing.assert_close(logits, model(images))
         assert spread.shape == (3,) and (spread > 0).all() and not spread.requires_grad
+
+
+def test_the_spread_tells_images_of_all_sizes_apart_alike(monkeypatch: pytest.MonkeyPatch):
+    """The same contrast among four times as many patches, each of a quarter the weight, is the same spread."""
+    model, contrast = a_model(FAMILIES[1]), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    paid = [contrast / contrast.sum(), contrast.repeat(1, 4) / (4 * contrast.sum()), torch.ones(1, 1)]
+    monkeypatch.setattr(type(model.blocks[0].attn), "paid", lambda *operands: paid.pop(0))
+    few, many, single = (float(model.forward_with_spread(torch.randn(1, 3, 64, 64))[1]) for _ in range(3))
+    assert few == pytest.approx(3.5 / 9) and many == pytest.approx(few) and single == 0

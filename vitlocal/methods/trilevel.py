@@ -121,7 +121,9 @@ class Trilevel(Defaults):
                 "trilevel.levels=examples"
             )
         by_attention = self.examples and self.config.score == "attention"
-        self.taps = frozenset(({"hits"} if self.examples else set()) | ({"spread"} if by_attention else set()))
+        # To the run's end, also after the last update: without them the step would be compiled anew.
+        taps = ({"hits"} if self.examples else set()) | ({"spread"} if by_attention else set())
+        self.taps = frozenset(taps if self.config.updates else ())
         self.version = 1  # of the subset
         self.updated = Progress()  # when it was made
         order = np.random.default_rng((self.seed, 0x3E1)).permutation(self.count)

@@ -481,12 +481,15 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(images, noise))
 
     def forward_with_spread(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`forward`, and the variance of the last block's attention from the class token to patches, (B,).
+        """:meth:`forward`, and how unevenly the last block's class token attends to patches, (B,): the variance of what
+        it pays to each, relative to the squared mean, so that it says the same of many patches as of few.
 
-        Without a class token: of what patches get from all.
+        Without a class token: of what patches get from all. Of one patch it is 0. (The released code's is the variance
+        alone, at one image size.)
         """
         tokens, attention = self._features(images, noise, shows=True)
-        return self.forward_head(tokens), attention.var(dim=1)
+        mean = attention.mean(dim=1)
+        return self.forward_head(tokens), attention.var(dim=1, unbiased=False) / mean.square().clamp_min(1e-30)
 
     # From here on: what timm's tools expect of a model.
 
