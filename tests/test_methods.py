@@ -220,6 +220,7 @@ def test_easy_examples_leave():
 def test_updates_end():
     method = Trilevel(around(*PUBLISHED, "trilevel.updates=2", "trilevel.score=forgetting"))
     assert method.taps == {"hits"}
+    assert not Trilevel(around("trilevel.updates=0", "trilevel.score=attention")).taps  # nobody would look
     for update in range(4):
         watched(method, 30, 30 * update)
         for probe in method.probes(Progress(epoch=30 * (update + 1))):
@@ -525,6 +526,16 @@ def test_stages_of_unfreezing():
     full = "1@224px,2@224px,3@224px,4@224px"
     both = build_methods(around("methods=image_size,unfreeze", f"unfreeze.schedule={full}"))
     assert fold(both, START, Progress()).feed.size == 32
+
+
+def test_times_of_batches_are_compared():
+    """The published tolerance, 1e-6, is of seconds a batch: 3e-7 s an image apart are 5e-6 s a batch of 16."""
+    method = Unfreeze(around("unfreeze.votes=1,0,0"))
+    for number, probe in enumerate(method.probes(Progress())[0] for _ in range(8)):
+        seconds = 1e-3 - 3e-7 * (number // 2)
+        method.observe(ProbeResult(probe, (1.0, 1.0) if number % 2 == 0 else seconds))
+    assert method.times[0][0] == pytest.approx(16e-3)
+    assert ranks(method.times[0], method.config.tolerance) == [4, 3, 2, 1]
 
 
 # --- together -------------------------------------------------------------------------------------------------------

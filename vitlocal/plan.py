@@ -250,7 +250,7 @@ class StepResult:
     plan: Plan
     at: Progress = Progress()  # before the step
     hits: Any = None  # (B,) bool: the class of highest logit is the row's own; tap "hits"
-    spread: Any = None  # (B,) variance of the last block's class-token attention; tap "spread"
+    spread: Any = None  # (B,) how unevenly the last block's class token attends; tap "spread"
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Probe:
     ``sets`` names the fields in which the candidate differs from the present plan's shape; ``size`` of 0 is the present
     feed's.
 
-    - "seconds": of forward and backward, the mean over ``batches`` batches: a float.
+    - "seconds": of forward and backward, an image, the mean over ``batches`` batches: a float.
     - "loss": the mean loss of ``batches`` batches of ``split``, the weights being those of ``average``: a float.
     - "trainability": (mean condition number of the tangent kernel over ``kernel_batches`` batches, ZiCo's sum over
       ``batches`` more): two floats; ``samples`` a batch.

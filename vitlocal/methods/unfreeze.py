@@ -59,7 +59,7 @@ class UnfreezeConfig(Section):
     votes: tuple[float, float, float] = option(
         (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, conditioning and ZiCo"
     )
-    tolerance: float = option(1e-6, Number(low=0), "numbers that differ by less share a rank")
+    tolerance: float = option(1e-6, Number(low=0), "numbers that differ by less share a rank; times in seconds a batch")
     stage_embedding: bool = option(True, Flag(), "the model is told the stage, by a learned vector")
     stage_std: float = option(
         0.0, Number(low=0), "of that vector's start (published: 0.02; 0 leaves the pretrained model as it is)"
@@ -149,7 +149,7 @@ class Unfreeze(Defaults):
             )
         self.samples = config.samples
         self.scores: dict[int, list[tuple[float, float]]] = {}  # by stage: conditioning and ZiCo of each candidate
-        self.times: dict[int, list[float]] = {}
+        self.times: dict[int, list[float]] = {}  # ... and its seconds a batch
         self.asking = 0  # the stage of the last question
         self.memory: list[tuple[list[Net], Net | None]] | None = None  # of nets(), until more is known
         self.stage_rows = config.stages + 1 if self.embeds_stage else 0
@@ -287,8 +287,10 @@ class Unfreeze(Defaults):
     def observe(self, seen: StepResult | ProbeResult) -> None:
         if not isinstance(seen, ProbeResult):
             return
-        kept = self.scores if seen.probe.kind == "trainability" else self.times
-        kept.setdefault(self.asking, []).append(seen.value)
+        if seen.probe.kind == "trainability":
+            self.scores.setdefault(self.asking, []).append(seen.value)
+        else:
+            self.times.setdefault(self.asking, []).append(seen.value * self.samples)
         self.memory = None
 
     def state_dict(self) -> dict[str, Any]:
