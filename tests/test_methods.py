@@ -19,7 +19,7 @@ import torch
 
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
-from vitlocal.methods import build_methods
+from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.autoprog import AutoProg, best, fitted_exponent
 from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
 from vitlocal.methods.ladders import Net, divisible, ladder
@@ -627,13 +627,44 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
         (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,5@64px,5@64px"), "of at most 4"),
         (("methods=unfreeze,image_size",), "image_size sets the sizes"),
         (("methods=trilevel,trilevel",), "trilevel and trilevel both set"),
-        (("methods=autoprog", "model.weights=a.pth"), "would shuffle those of model.weights"),
+        (("methods=autoprog", "model.weights=a.pth"), "give an autoprog.schedule of one depth"),
+        (
+            ("methods=autoprog", "model.weights=a.pth", "autoprog.space=depth", "autoprog.schedule=6,8,10,12"),
+            "copies take the places of blocks of model.weights",
+        ),
         (("methods=trilevel", "data.on_error=skip"), "an example that is held out may take a damaged one's place"),
     ],
 )
 def test_what_recipes_may_not_ask(options: tuple[str, ...], problem: str):
     with pytest.raises(ConfigError, match=problem):
         around(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "doubt"),
+    [
+        (
+            ("methods=image_size,budgeted", "budgeted.budget=50%"),
+            r"budget \(50%\) is .* model.size.* with image_size the",
+        ),
+        (("methods=budgeted,trilevel", "budgeted.budget=50%"), "with trilevel the run will cost less"),
+        (("methods=budgeted,trilevel,unfreeze", "budgeted.budget=50%"), "with trilevel and unfreeze the run"),
+        (("methods=image_size,budgeted", "budgeted.cost=time"), "changes with image_size, and the stages"),
+        (("methods=budgeted", "model.weights=a.pth"), "the first stage's heads and hidden units alone are used"),
+        (("methods=budgeted,unfreeze", "model.weights=a.pth"), "is overwritten as the model grows"),
+        (("methods=budgeted", "budgeted.budget=50%"), None),
+        (("methods=image_size,budgeted",), None),
+        (("methods=budgeted", "budgeted.grow=tokens", "model.weights=a.pth"), None),
+        (("methods=autoprog", "autoprog.space=size", "model.weights=a.pth"), None),
+        (("methods=autoprog", "autoprog.schedule=12@128px,12@224px", "autoprog.stages=2", "model.weights=a.pth"), None),
+    ],
+)
+def test_what_recipes_may_hardly_mean(options: tuple[str, ...], doubt: str | None):
+    grow = [] if any(option.startswith("budgeted.grow") for option in options) else ["budgeted.grow=heads,hidden"]
+    recipe = around("trilevel.levels=examples", *grow, *options).recipe
+    found = [doubt for name in recipe.methods for doubt in METHODS[name].doubts(recipe)]
+    found = [sentence for sentence in found if "set the run's length" not in sentence]
+    assert (not found) if doubt is None else re.search(doubt, " ".join(found))
 
 
 # --- the worked example ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fastargs.exceptions import MissingValueError, ValidationError
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
+from vitlocal.methods import claims as method_claims
 from vitlocal.methods import problems as method_problems
 from vitlocal.options import (
     COUNT,
@@ -38,7 +39,7 @@ from vitlocal.options import (
     option,
     plain_value,
 )
-from vitlocal.plan import Length
+from vitlocal.plan import Claims, Length
 
 LARGEST_ERASED = 836  # px: three channels have as many pixels as data/augment.py has noise
 KERNELS = ("auto", "fused", "plain")  # of the local FFN
@@ -194,6 +195,11 @@ class Config:
     def of(self, method: str) -> Any:
         """The options of ``method``, whether the recipe names it or not."""
         return self.own[method] if method in self.own else METHODS[method].options().completed(self.model)
+
+    @property
+    def claims(self) -> list[Claims]:
+        """What each of its methods sets."""
+        return method_claims(self)
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""

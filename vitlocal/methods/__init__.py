@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
-from vitlocal.plan import Method, conflicts
+from vitlocal.plan import Claims, Method, conflicts
 
 # Files of this folder that hold a method each. A new method: its file's name here.
 MODULES = ("image_size", "strength", "batch_size", "budgeted", "trilevel", "autoprog", "unfreeze")
@@ -29,12 +29,17 @@ def build_methods(run: Surroundings) -> list[Method]:
     return [METHODS[name](run) for name in run.recipe.methods]
 
 
+def claims(recipe: Recipe) -> list[Claims]:
+    """What each of the recipe's methods sets, told before anything is built."""
+    return [METHODS[name].claims(recipe) for name in recipe.methods]
+
+
 def claimed(recipe: Recipe) -> frozenset[str]:
-    """All that the recipe's methods set, as :class:`vitlocal.plan.Claims` has it."""
-    return frozenset().union(*(METHODS[name].claims(recipe).writes for name in recipe.methods))
+    """All that the recipe's methods set."""
+    return frozenset().union(*(one.writes for one in claims(recipe)))
 
 
 def problems(recipe: Recipe) -> list[str]:
     """What the recipe's methods find wrong with it, and which of them do not go together."""
     found = [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
-    return found or conflicts([METHODS[name].claims(recipe) for name in recipe.methods])
+    return found or conflicts(claims(recipe))

@@ -205,10 +205,11 @@ class AutoProg(Defaults):
             found.append(f"autoprog.averages: got {list(config.averages)}, expected two decays, the smaller one first")
         if config.space == ("depth",) and "image_size" not in recipe.methods and not config.scale:
             found.append("autoprog.scale: 0 leaves no blocks")
-        if config.schedule is None and "depth" in config.space and recipe.model.weights:
+        if deepens(config) and recipe.model.weights:
             found.append(
-                "autoprog.space: a search of depth begins with the blocks in an order of its own, which would shuffle "
-                "those of model.weights; set autoprog.space=size, give autoprog.schedule, or train from scratch"
+                "autoprog.space: where depth grows, copies take the places of blocks of model.weights, and a search "
+                "begins with them in another order; set autoprog.space=size, give an autoprog.schedule of one depth, "
+                "or train from scratch"
             )
         return found
 

@@ -26,6 +26,7 @@ from vitlocal.plan import Claims, Growth, Length, Plan, Probe, ProbeResult, Prog
 GROWS = ("heads", "hidden", "tokens")
 FEWEST_TOKENS = 0.5  # of all, in the first stage: 50 %, 75 %, 100 % for three
 PROBED_BATCHES = 4
+CHEAPENED = frozenset({"feed.size", "feed.subset", "shape.kept"})  # what changes an epoch's cost beside it
 
 
 class Compute(Checker):
@@ -135,9 +136,29 @@ class Budgeted(Defaults):
 
     @staticmethod
     def doubts(recipe: Recipe) -> list[str]:
-        if "budget.length" not in Budgeted.claims(recipe).writes:
-            return []
-        return [f"budgeted.epochs or budgeted.budget set the run's length; {recipe.budget.length} has no say"]
+        config: BudgetedConfig = recipe.of("budgeted")
+        found = []
+        if "budget.length" in Budgeted.claims(recipe).writes:
+            found.append(f"budgeted.epochs or budgeted.budget set the run's length; {recipe.budget.length} has no say")
+        beside = " and ".join(claims.name for claims in recipe.claims if claims.writes & CHEAPENED)
+        if config.budget is not None and beside:
+            found.append(
+                f"budgeted.budget ({config.budget}) is reckoned for images of model.size, all of them and all of their "
+                f"tokens; with {beside} the run will cost less, and its stages other parts of that"
+            )
+        if config.cost == "time" and beside:
+            found.append(
+                "budgeted.cost=time measures all stages as the run begins; what an image costs then changes with "
+                f"{beside}, and the stages will take other parts of the time"
+            )
+        if recipe.model.weights and {"heads", "hidden"} & set(config.grow):
+            names = {"heads": "heads", "hidden": "hidden units"}
+            units = " and ".join(name for unit, name in names.items() if unit in config.grow)
+            found.append(
+                f"of model.weights the first stage's {units} alone are used: what lies beyond them is overwritten as "
+                "the model grows; leave budgeted out to train all that was loaded"
+            )
+        return found
 
     @property
     def size(self) -> int:

@@ -23,6 +23,9 @@ class Recipe(Protocol):
 
     def of(self, method: str) -> Any: ...  # that method's own options
 
+    @property
+    def claims(self) -> Sequence[Claims]: ...  # of its methods
+
 
 @dataclass(frozen=True)
 class Surroundings:
