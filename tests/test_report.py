@@ -154,6 +154,31 @@ def test_costs_are_told_apart():
     assert by_cost(Line("an older run", records)) == []
 
 
+def test_stages_of_frozen_blocks_are_told_apart():
+    """A forward pass costs the same whatever is trained, time does not; what moves within passes makes no stage."""
+    fields = [{"shape.trainable": [0], "shape.head_only": True}, {"shape.kept": 0.9}, {"shape.trainable": [0, 1]}, {},
+              {"shape.trainable": None}]  # fmt: skip
+    records = [
+        {"image_size": 64, "images_seen": 100 * number, "epoch": number, "macs_per_image": 1_000_000,
+         "images_per_second": rate, **changed}
+        for number, (rate, changed) in enumerate(zip((40.0, 40.0, 25.0, 25.0, 20.0), fields, strict=True), 1)
+    ]  # fmt: skip
+    stages = by_cost(Line("run", records))
+    assert [(row["images"], row["seconds"], row["trained"]) for row in stages] == [
+        (200, 5, 1),
+        (200, 8, 2),
+        (100, 5, None),
+    ]
+    assert savings(stages) == pytest.approx((0, 1 - 18 / 25))
+
+
+def test_the_page_tells_what_unfreezing_costs(configure, decoder, tmp_path: Path):
+    schedule = "--unfreeze.schedule=1@48px,2@48px"
+    train(configure("--methods=unfreeze", "--unfreeze.stages=2", schedule, "--budget.length=2ep"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What images cost" in page and "<th>blocks trained</th>" in page and "<td>all</td>" in page
+
+
 def test_the_page_tells_what_stages_cost(configure, decoder, tmp_path: Path):
     """Stages end within epochs: each is a pass of its own, and its cost not mixed with the next one's."""
     options = ["--methods=budgeted", "--budgeted.grow=heads,hidden", "--budget.length=0.0055TF", "--budgeted.alpha=0"]

@@ -198,25 +198,33 @@ def by_size(line: Line) -> dict[int, Record]:
     return found
 
 
-SAME_COST = 0.01  # multiply-adds that differ by less are of one stage
+SAME_COST = 0.01  # multiply-adds that differ by less are the same
+MOVING = frozenset(f"shape.{name}" for name in ("kept", "attended", "skipped", "input_size"))  # within a pass, too
 
 
 def by_cost(line: Line) -> list[Record]:
-    """The run's stages: passes in a row whose images cost alike, with images, epochs, seconds, and multiply-adds an
-    image. Empty for a run whose log does not tell costs."""
+    """The run's stages: passes in a row whose images cost alike and are trained alike, with images, epochs, seconds,
+    multiply-adds an image, and how many blocks are trained (None: all). Empty for a run whose log does not tell costs.
+
+    Frozen blocks have their forward pass all the same: by multiply-adds alone, stages of theirs would be one.
+    """
     found: list[Record] = []
     images_before = epoch_before = 0.0
+    reshaped, trained = True, None
     for record in line.records:
         images, epochs = record["images_seen"] - images_before, record["epoch"] - epoch_before
         images_before, epoch_before = record["images_seen"], record["epoch"]
         macs = record.get("macs_per_image")
+        reshaped |= any(name.startswith("shape.") and name not in MOVING for name in record)
+        trained = record.get("shape.trainable", trained)
         if not images:
             continue
         if macs is None:
             return []
-        if not found or abs(macs / found[-1]["macs"] - 1) > SAME_COST:
-            found.append({"macs": macs, "images": 0, "epochs": 0.0, "seconds": 0.0, "size": record["image_size"]})
-        row = found[-1]
+        if reshaped or abs(macs / found[-1]["macs"] - 1) > SAME_COST:
+            found.append({"macs": macs, "images": 0, "epochs": 0.0, "seconds": 0.0, "size": record["image_size"],
+                          "trained": None if trained is None else len(trained)})  # fmt: skip
+        row, reshaped = found[-1], False
         row["macs"] = (row["macs"] * row["images"] + macs * images) / (row["images"] + images)
         row["images"] += images
         row["epochs"] += epochs
@@ -226,7 +234,9 @@ def by_cost(line: Line) -> list[Record]:
 
 def savings(stages: Sequence[Record]) -> tuple[float, float]:
     """Parts saved of multiply-adds and of time, against as many images at the cost of the dearest stage."""
-    dearest = max(stages, key=lambda row: row["macs"])
+    most = max(row["macs"] for row in stages)
+    full = [row for row in stages if row["macs"] > (1 - SAME_COST) * most]
+    dearest = max(full, key=lambda row: row["seconds"] / row["images"])  # of frozen blocks and none, the latter
     images = sum(row["images"] for row in stages)
     macs = sum(row["macs"] * row["images"] for row in stages) / (dearest["macs"] * images)
     pace = dearest["seconds"] / dearest["images"]

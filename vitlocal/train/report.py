@@ -213,13 +213,15 @@ def throughput_part(runs: Sequence[RunRecord]) -> str:
 def costs_part(runs: Sequence[RunRecord]) -> str:
     """What each stage's images cost, in multiply-adds and in time, and what the stages before the full model saved."""
     rows, lines = [], []
-    for run in runs:
-        stages = by_cost(run.line)
+    told = [by_cost(run.line) for run in runs]
+    freezes = any(stage["trained"] is not None for stages in told for stage in stages)
+    for run, stages in zip(runs, told, strict=True):
         if len(stages) < 2:
             continue
         for stage in stages:
+            trained = ["all" if stage["trained"] is None else str(stage["trained"])] if freezes else []
             rows.append([
-                run.name, f"{stage['size']} px", f"{stage['epochs']:.2f}", f"{stage['macs'] / 1e9:.3g} G",
+                run.name, f"{stage['size']} px", *trained, f"{stage['epochs']:.2f}", f"{stage['macs'] / 1e9:.3g} G",
                 f"{1000 * stage['seconds'] / stage['images']:.3g} ms",
             ])  # fmt: skip
         macs, seconds = savings(stages)
@@ -231,7 +233,8 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
         )
     if not rows:
         return ""
-    head = ["run", "size", "epochs", "multiply-adds an image, forward", "time an image"]
+    frozen = ["blocks trained"] if freezes else []
+    head = ["run", "size", *frozen, "epochs", "multiply-adds an image, forward", "time an image"]
     return f"<h2>What images cost</h2>{rows_table(head, rows)}<p>{'<br>'.join(lines)}</p>"
 
 
