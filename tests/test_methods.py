@@ -436,6 +436,11 @@ def test_size_alone_keeps_the_depth():
     assert {net.depth for net in method.candidates(0)} == {12}
 
 
+def test_the_least_of_all_is_a_block():
+    method = AutoProg(around("methods=autoprog", "autoprog.space=depth", "autoprog.scale=0"))
+    assert {net.depth for net in method.candidates(0)} == {1, 8, 12}
+
+
 def test_ladders_of_small_models():
     assert ladder(64, 0.5, 4, 16) == (32, 48, 64) and ladder(64, 0.25, 4, 32) == (32, 64)
     assert ladder(240, 0.5, 4, 32)[-1] == 240 and ladder(96, 0.25, 4, 32) == (32, 64, 96)
@@ -611,6 +616,7 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
         (("methods=autoprog", "autoprog.search=0%"), "0 leaves nothing"),
         (("methods=autoprog", "autoprog.asked=1,0.5"), "expected growing parts of the search"),
         (("methods=autoprog", "autoprog.asked=0.5"), "and 1 at last"),
+        (("methods=autoprog", "autoprog.asked=0,1"), "expected growing parts of the search above 0"),
         (("methods=autoprog", "autoprog.averages=0.9,0.99,0.999"), "expected two decays"),
         (("methods=autoprog", "autoprog.averages=0.99,0.9"), "the smaller one first"),
         (("methods=budgeted", "budgeted.weights=random", "budgeted.sources=last"), "random ones have no copies"),
@@ -625,6 +631,8 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
         (("methods=autoprog", "autoprog.schedule=6,12"), "2 nets for 4 stages"),
         (("methods=autoprog", "autoprog.schedule=8,6,10,12", "autoprog.space=depth"), "must not fall"),
         (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,5@64px,5@64px"), "of at most 4"),
+        (("methods=unfreeze", "unfreeze.schedule=1@224px,2@160px,3@224px,4@224px"), "got sizes .224, 160.* not fall"),
+        (("methods=autoprog", "autoprog.schedule=6@224px,8@160px,10@192px,12@224px"), "got sizes .224, 160.* not fall"),
         (("methods=unfreeze,image_size",), "image_size sets the sizes"),
         (("methods=trilevel,trilevel",), "trilevel and trilevel both set"),
         (("methods=autoprog", "model.weights=a.pth"), "give an autoprog.schedule of one depth"),
@@ -652,6 +660,16 @@ def test_what_recipes_may_not_ask(options: tuple[str, ...], problem: str):
         (("methods=image_size,budgeted", "budgeted.cost=time"), "changes with image_size, and the stages"),
         (("methods=budgeted", "model.weights=a.pth"), "the first stage's heads and hidden units alone are used"),
         (("methods=budgeted,unfreeze", "model.weights=a.pth"), "is overwritten as the model grows"),
+        (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,3@64px,3@224px"), "level 3 of 4: .* never trained"),
+        (
+            ("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,3@64px,4@192px"),
+            "192 px, and model.size is 224",
+        ),
+        (
+            ("methods=autoprog", "autoprog.schedule=6@64px,12@192px", "autoprog.stages=2"),
+            "12@192px, and model.size",
+        ),
+        (("methods=autoprog", "autoprog.schedule=6,12", "autoprog.stages=2", "autoprog.space=depth"), None),
         (("methods=budgeted", "budgeted.budget=50%"), None),
         (("methods=image_size,budgeted",), None),
         (("methods=budgeted", "budgeted.grow=tokens", "model.weights=a.pth"), None),

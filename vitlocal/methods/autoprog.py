@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
+from vitlocal.methods.ladders import Net, NetText, falls, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
 from vitlocal.plan import (
@@ -46,7 +46,7 @@ AVERAGES = (0.998, 0.9996)  # decays a step; the published code keeps two betwee
 class AutoProgConfig(Section):
     stages: int = option(4, COUNT, "S, of equal length")
     space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; sizes may be left to image_size")
-    scale: float = option(0.5, SHARE, "smallest depth and size, as a part of the largest")
+    scale: float = option(0.5, SHARE, "smallest depth and size, as a part of the largest; 0: the least")
     multiple: int = option(32, COUNT, "sizes are multiples of this, px")
     schedule: tuple[Net, ...] | None = option(
         None, Maybe(Series(NetText())), "the nets of all stages, without search: 6@128px,8@160px,10@192px,12@224px"
@@ -197,14 +197,14 @@ class AutoProg(Defaults):
             depths = [net.depth for net in config.schedule]
             if depths != sorted(depths):
                 found.append(f"autoprog.schedule: depths {depths} must not fall")
-        if not config.asked or list(config.asked) != sorted(set(config.asked)) or config.asked[-1] != 1:
-            found.append(
-                f"autoprog.asked: got {list(config.asked)}, expected growing parts of the search, and 1 at last"
-            )
+            sizes = [net.size for net in config.schedule]
+            if falls(sizes):
+                found.append(f"autoprog.schedule: got sizes {sizes}, expected ones that do not fall, up to model.size")
+        asked = list(config.asked)
+        if not asked or asked != sorted(set(asked)) or not asked[0] or asked[-1] != 1:
+            found.append(f"autoprog.asked: got {asked}, expected growing parts of the search above 0, and 1 at last")
         if len(config.averages) != 2 or list(config.averages) != sorted(config.averages):
             found.append(f"autoprog.averages: got {list(config.averages)}, expected two decays, the smaller one first")
-        if config.space == ("depth",) and "image_size" not in recipe.methods and not config.scale:
-            found.append("autoprog.scale: 0 leaves no blocks")
         if deepens(config) and recipe.model.weights:
             found.append(
                 "autoprog.space: where depth grows, copies take the places of blocks of model.weights, and a search "
@@ -212,6 +212,15 @@ class AutoProg(Defaults):
                 "or train from scratch"
             )
         return found
+
+    @staticmethod
+    def doubts(recipe: Recipe) -> list[str]:
+        schedule, size = recipe.of("autoprog").schedule, recipe.model.size
+        if not schedule or schedule[-1].size in (None, size):
+            return []
+        return [
+            f"autoprog.schedule ends with {schedule[-1]}, and model.size is {size}: nothing is trained at that size"
+        ]
 
     @staticmethod
     def feeds(recipe: Recipe) -> Sequence[Stage]:

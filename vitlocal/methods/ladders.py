@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,11 @@ class NetText(Checker):
 
     def help(self) -> str:
         return "a depth and a size: 6@128px, 8@160px, 12@224px; or depths alone"
+
+
+def falls(sizes: Sequence[int | None]) -> bool:
+    """Whether a size is followed by a smaller one."""
+    return any(size is not None and then is not None and then < size for size, then in pairwise(sizes))
 
 
 def divisible(value: float, divisor: int) -> int:

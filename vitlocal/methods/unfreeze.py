@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.ladders import Net, NetText, ladder, stages_of
+from vitlocal.methods.ladders import Net, NetText, falls, ladder, stages_of
 from vitlocal.methods.method import Defaults, Recipe, Surroundings
 from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
 from vitlocal.plan import (
@@ -176,6 +176,9 @@ class Unfreeze(Defaults):
                 found.append(f"unfreeze.schedule: levels {levels}, expected growing ones, of at most {config.stages}")
             if any(net.size is None or net.size > recipe.model.size for net in config.schedule):
                 found.append("unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px")
+            sizes = [net.size for net in config.schedule]
+            if falls(sizes):
+                found.append(f"unfreeze.schedule: got sizes {sizes}, expected ones that do not fall, up to model.size")
         if config.schedule == ():
             found.append("unfreeze.schedule: it is empty; give level and size of each stage, or none for a search")
         if "image_size" in recipe.methods and config.scale < 1 and not config.schedule:
@@ -184,12 +187,25 @@ class Unfreeze(Defaults):
 
     @staticmethod
     def doubts(recipe: Recipe) -> list[str]:
-        if recipe.model.weights:
-            return []
-        return [
-            "unfreeze is for fine-tuning, and without model.weights most blocks stay as they were drawn until their "
-            "stage comes; give --model.weights=RUN or a file"
-        ]
+        config, size, found = recipe.of("unfreeze"), recipe.model.size, []
+        if config.schedule:
+            last = config.schedule[-1]
+            if last.depth < config.stages:
+                found.append(
+                    f"unfreeze.schedule ends with level {last.depth} of {config.stages}: the other groups' blocks are "
+                    "never trained"
+                )
+            if last.size != size:
+                found.append(
+                    f"unfreeze.schedule ends with {last.size} px, and model.size is {size}: nothing is trained at that "
+                    "size"
+                )
+        if not recipe.model.weights:
+            found.append(
+                "unfreeze is for fine-tuning, and without model.weights most blocks stay as they were drawn until "
+                "their stage comes; give --model.weights=RUN or a file"
+            )
+        return found
 
     @staticmethod
     def feeds(recipe: Recipe) -> Sequence[Stage]:
