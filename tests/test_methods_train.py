@@ -234,16 +234,22 @@ def test_frozen_blocks_stay(configure, decoder):
         assert all(p.grad is None for p in run.model.blocks[1].parameters())
 
 
-def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder):
-    """Decay and moments, too: the blocks of later stages are what they were drawn as until theirs begins."""
+@pytest.mark.parametrize("model", ["--model.norm=layer", "--model.norm=batch",
+                                   "--model.name=vitlocal_localvit_tiny_patch8_64"])  # fmt: skip
+def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model: str):
+    """Decay and moments, too, and BatchNorms' statistics: the blocks of later stages are what they were drawn as until
+    theirs begins, also after evaluations."""
     schedule = ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px", "--train.weight_decay=0.5"]
-    with open_run(configure(*COMMON, *schedule)) as run:
+    with open_run(configure(*COMMON, *schedule, model)) as run:
         before = {name: value.clone() for name, value in run.model.state_dict().items()}
         seen = 0
         while (plan := run.plan()).shape.trainable in ((0,), (0, 1)):
             run.begin_pass(plan)
+            run.accuracy(limit=1)
             with run.sources.train.open(plan.feed, run.clock.position) as batches:
                 run.train_on(next(batches), plan)
+            trained = run.model.blocks[0].state_dict()
+            assert not any(torch.equal(trained[n], before[f"blocks.0.{n}"]) for n in trained if "running" in n)
             frozen = [slot for slot in range(4) if slot not in plan.shape.trainable]
             for slot in frozen:
                 for name, value in run.model.blocks[slot].state_dict().items():

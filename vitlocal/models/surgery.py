@@ -89,6 +89,11 @@ def put(model: nn.Module, shape: Shape) -> None:
             if isinstance(block.mlp, SLICED):
                 block.mlp.active = shape.hidden or block.mlp.hidden
         model.stage = shape.stage
+        trained = range(len(model.blocks)) if shape.trainable is None else shape.trainable
+        frozen = tuple(slot for slot in range(len(model.blocks)) if slot not in trained)
+        if frozen != model.frozen:
+            model.frozen = frozen
+            model.train(model.training)
 
 
 def _selections(shape: Shape, count: int) -> dict[int, Selection]:

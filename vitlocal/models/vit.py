@@ -325,6 +325,7 @@ class VisionTransformer(nn.Module):
             check_count("centre", centre)
         self.centre = centre
         self.crops_images = False  # before the embedding, not after it
+        self.frozen: tuple[int, ...] = ()  # slots of blocks that are not trained
         how = Selection(kept, attended, own_masks)
         # By the block's place in the order.
         self.selections: dict[int, Selection] = {} if how.is_whole else dict.fromkeys(pruned_blocks, how)
@@ -333,6 +334,15 @@ class VisionTransformer(nn.Module):
         # Per grid, device and dtype. Not buffers: they follow from the sizes, and belong in no checkpoint.
         self._position_matrices: dict[tuple[Any, ...], Tensor] = {}
         self.init_weights()
+
+    def train(self, mode: bool = True) -> VisionTransformer:
+        """As ever; but a frozen block's BatchNorms keep their statistics, and normalise by these."""
+        super().train(mode)
+        for slot in self.frozen:
+            for module in self.blocks[slot].modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     @torch.no_grad()
     def init_weights(self) -> None:
