@@ -21,10 +21,11 @@ from vitlocal.plan import WHOLE_MODEL, Probe, Progress, Shape, StepResult
 from vitlocal.train import probes
 from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.folder import CHECKPOINT
-from vitlocal.train.log import read_log
+from vitlocal.train.log import read_lines, read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.probes import answer, in_place, seconds
 from vitlocal.train.run import Run, open_run
+from vitlocal.train.searches import SEARCHES
 from vitlocal.train.step import EAGER
 from vitlocal.train.trainability import kernel_condition, tangent_kernel, zico
 
@@ -112,6 +113,8 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
     if any("samples" in option or "search" in option for option in options):  # what a search takes is told apart
         assert 0 < records[-1]["probe_seconds"] < records[-1]["train_seconds"]
     json.dumps(records)
+    asked = [read_lines(tmp_path / name / SEARCHES) for name in ("whole", "killed")]
+    assert asked[0] == asked[1] and bool(asked[0]) == any("samples" in o or "search" in o for o in options)
 
 
 @pytest.mark.parametrize("name", ["budgeted", "trilevel", "trilevel deit", "autoprog", "unfreeze"])

@@ -176,6 +176,9 @@ class RunConfig:
     save_every: tuple[Length, ...] = option(
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "between checkpoints, what comes first"
     )
+    replay: str | None = option(
+        None, Maybe(Text()), "a run's folder: searches are told the times that it measured, and choose as it did"
+    )
     keep_weights: bool = option(False, Flag(), "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, Flag(), "draw a progress bar")
 

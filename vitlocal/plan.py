@@ -321,6 +321,8 @@ class Method(Protocol):
 
     def observe(self, seen: StepResult | ProbeResult) -> None: ...  # must not wait for the device
 
+    def choices(self) -> Sequence[str]: ...  # what it has decided by what it was told, in order
+
     def notes(self) -> dict[str, Any]: ...  # of state_dict's kind, each process's own: tensors, to be added up
 
     def load_notes(self, notes: dict[str, Any]) -> None: ...  # the sums, on rank 0 alone

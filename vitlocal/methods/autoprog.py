@@ -431,6 +431,9 @@ class AutoProg(Defaults):
                 self.losses.setdefault(stage, []).append(self.under_way.pop(stage))
         self.memory.clear()
 
+    def choices(self) -> Sequence[str]:
+        return [str(self.chosen(stage)) for stage in sorted(self.times) if self.decided(stage)]
+
     def _stepped(self, seen: StepResult) -> None:
         stage = self.stage(seen.at)
         if stage not in self.began:

@@ -287,6 +287,10 @@ class Budgeted(Defaults):
         if isinstance(seen, ProbeResult):
             self.measured.append(seen.value)
 
+    def choices(self) -> Sequence[str]:
+        """Where the stages end, once they are measured."""
+        return [str(end) for end in self.ends()] if len(self.measured) == len(self.costs) else []
+
     def state_dict(self) -> dict[str, Any]:
         return {"measured": list(self.measured)}
 

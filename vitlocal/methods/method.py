@@ -94,6 +94,9 @@ class Defaults:
     def observe(self, seen: StepResult | ProbeResult) -> None:
         pass
 
+    def choices(self) -> Sequence[str]:
+        return []
+
     def notes(self) -> dict[str, Any]:
         return {}
 

@@ -309,6 +309,9 @@ class Unfreeze(Defaults):
             self.times.setdefault(self.asking, []).append(seen.value * self.samples)
         self.memory = None
 
+    def choices(self) -> Sequence[str]:
+        return [str(self.nets()[stage][1]) for stage in sorted(self.times) if self.nets()[stage][1] is not None]
+
     def state_dict(self) -> dict[str, Any]:
         return {"scores": dict(self.scores), "times": dict(self.times)}
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ REFRESH_SECONDS = 1.0
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's log, oldest first; a last line cut short by a kill is left out."""
-    path = folder / "log.jsonl"
+    return read_lines(folder / "log.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of one a line, up to one cut short by a kill; none where there is no file."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -27,6 +32,24 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Replaces ``path`` by these, one a line, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to ``path``, on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Log:
@@ -52,13 +75,7 @@ class Log:
         """Drops what was logged after ``step``: it will be done again."""
         if not self.speaks:
             return
-        kept = [record for record in read_log(self.folder) if record["step"] <= step]
-        temporary = self.path.with_name(".log.jsonl.writing")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_lines(self.path, [record for record in read_log(self.folder) if record["step"] <= step])
         self.board = self._writer_type(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def due(self) -> bool:
@@ -82,10 +99,7 @@ class Log:
         """Closes a pass: one line in the log, one on the screen."""
         if not self.speaks:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, values)
         for name in ("top1", "top5"):
             if values[name] is not None:
                 self.board.add_scalar(f"val/{name}", values[name], values["step"])

@@ -49,10 +49,11 @@ from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, header, note_ori
 from vitlocal.train.journal import Journal
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer, moments_of
-from vitlocal.train.probes import answer
+from vitlocal.train.probes import answer, in_place
 from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
 from vitlocal.train.report import write_classes
 from vitlocal.train.room import LEAVING_SECONDS, Room, leaving_seconds, rehearse
+from vitlocal.train.searches import Searches
 from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
 from vitlocal.train.watch import Watch, wait
 
@@ -110,6 +111,7 @@ class Run:
         self.follow_rows()
         check_plans(self)
         self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
+        self.searches = Searches(folder, config.run.replay, ranks.first)
         self.watch: Watch[tuple[Progress, float, int, float]] = Watch(device)  # on the loss
         self.meter = PassMeter()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -311,8 +313,10 @@ class Run:
         for method in self.methods:
             while not self.over and (wanted := method.probes(self.clock.progress)):
                 for probe in wanted:
-                    began = self.clock.train_seconds
-                    method.observe(ProbeResult(probe, answer(self, probe)))
+                    at, began, before = self.clock.progress, self.clock.train_seconds, len(method.choices())
+                    placed, value = in_place(self, probe), answer(self, probe)
+                    method.observe(ProbeResult(probe, value))
+                    self.searches.record(at, method.name, placed, value, method.choices()[before:])
                     spent = self.clock.train_seconds - began
                     self.probing += spent
                     self.pass_began += spent  # no part of the pass that is open
@@ -488,6 +492,7 @@ class Run:
             "probing": self.probing,
             "running": self.running and self.running.state_dict(),
             "room": asdict(self.room),
+            "searches": self.searches.state_dict(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -519,6 +524,7 @@ class Run:
         self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
         self.running = state["running"] and Plan.from_state(state["running"])
         self.room = Room(**state["room"])
+        self.searches.load_state_dict(state.get("searches", self.searches.state_dict()))
         self.saved = True
         self.agree()
         self.saved_at = self.clock.progress
@@ -597,6 +603,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                     note_origin(folder)
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None and run.meter.images > 0))
+                run.searches.begin()
                 with Journal(folder / JOURNAL, run.clock) if ranks.first else nullcontext():
                     try:
                         yield run

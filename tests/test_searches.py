@@ -1,0 +1,102 @@
+"""What searches are told is kept in the run's folder, and can be told again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitlocal.errors import ConfigError
+from vitlocal.plan import Probe, Progress, Shape
+from vitlocal.train import probes
+from vitlocal.train.checkpoint import load_checkpoint
+from vitlocal.train.folder import CHECKPOINT
+from vitlocal.train.log import read_lines, read_log
+from vitlocal.train.loop import train
+from vitlocal.train.searches import SEARCHES, Searches, plain_answer, plain_probe
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+COMMON = ["--model.depth=4", "--budget.length=4ep", "--evaluate.every=0"]
+SEARCHED = {
+    "autoprog": ["--methods=autoprog", "--autoprog.search=0.5ep", "--autoprog.batches=1", "--autoprog.multiple=16",
+                 "--autoprog.asked=1"],
+    "unfreeze": ["--methods=unfreeze", "--unfreeze.multiple=16", "--unfreeze.samples=8", "--unfreeze.timed_batches=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SEARCHED.values(), ids=SEARCHED)
+def test_a_search_is_repeated_from_another_runs_times(
+    configure, decoder, killed_after, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
+):
+    """Times are never the same twice. With those of the first run, the second makes its choices, and is it, bit for
+    bit; killed and resumed in between."""
+    first = configure(*COMMON, *options, f"--run.folder={tmp_path}/first")
+    again = configure(*COMMON, *options, f"--run.folder={tmp_path}/again", f"--run.replay={tmp_path}/first")
+    assert train(first) == 0
+    lines = read_lines(tmp_path / "first" / SEARCHES)
+    times = [line["answer"] for line in lines if line["probe"]["kind"] == "seconds"]
+    assert len(set(times)) == len(times) > 4 and min(times) > 0  # measured
+    assert len([line for line in lines if "chosen" in line]) == 3  # of four stages the last has nothing to choose
+
+    def measured(run, probe):
+        raise AssertionError("no time is to be measured")
+
+    monkeypatch.setitem(probes.KINDS, "seconds", measured)
+    with killed_after(6):
+        train(again)
+    assert train(again) == 0
+    assert read_lines(tmp_path / "again" / SEARCHES) == lines
+    states = [load_checkpoint(tmp_path / name / CHECKPOINT)["model"] for name in ("first", "again")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    flops = [read_log(tmp_path / name)[-1]["flops"] for name in ("first", "again")]
+    assert flops[0] == flops[1]
+
+
+def test_what_cannot_be_told_again(configure, decoder, tmp_path: Path):
+    """A folder without times, and one whose times are of other candidates; nothing is left behind at a start."""
+    folder = tmp_path / "other"
+    options = [*COMMON, *SEARCHED["unfreeze"], f"--run.replay={folder}"]
+    with pytest.raises(ConfigError, match=r"other has no searches.jsonl; name the folder of a run of this recipe"):
+        train(configure(*options))
+    folder.mkdir()
+    (folder / SEARCHES).write_text(json.dumps({"probe": {"kind": "loss"}, "answer": 1.0}) + "\n")
+    with pytest.raises(ConfigError, match="no time in its searches.jsonl"):
+        train(configure(*options))
+    line = {"probe": {"kind": "seconds", "size": 224, "shape": {}}, "answer": 0.1}
+    (folder / SEARCHES).write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match=r'time 1 in .* is of .*"size": 224.*asks for that of .*"size": 16'):
+        train(configure(*options))
+    assert not (tmp_path / "run").exists()
+    searches = Searches(tmp_path, str(folder))
+    searches.record(Progress(), "unfreeze", Probe("seconds", size=224), 0.1)
+    with pytest.raises(ConfigError, match="has 1 times, and this run asks for one more"):
+        searches.told(Probe("seconds", size=32))
+
+
+def test_lines_that_a_checkpoint_does_not_know_are_dropped(tmp_path: Path):
+    searches = Searches(tmp_path)
+    searches.begin()  # nothing is there yet
+    for size in (16, 32, 48):
+        searches.record(Progress(epoch=0.5, step=2), "unfreeze", Probe("seconds", size=size), 1e-3 * size)
+        if size == 32:
+            state = searches.state_dict()
+    searches.record(Progress(), "trilevel", Probe("sum", value=torch.ones(3)), torch.ones(3))  # no search's
+    assert searches.lines == 3
+    again = Searches(tmp_path)
+    again.load_state_dict(state)
+    again.begin()
+    again.record(Progress(epoch=0.5, step=2), "unfreeze", Probe("seconds", size=48), 0.5, ["1@48px"])
+    lines = read_lines(tmp_path / SEARCHES)
+    assert [line["answer"] for line in lines] == [1e-3 * 16, 1e-3 * 32, 0.5]
+    assert lines[-1] == {"epoch": 0.5, "step": 2, "method": "unfreeze", "answer": 0.5, "chosen": ["1@48px"],
+                         "probe": {"kind": "seconds", "size": 48, "shape": {}}}  # fmt: skip
+
+
+def test_questions_and_answers_are_plain():
+    probe = Probe("trainability", Shape(trainable=(0, 2)), 32, 2, 3, samples=8, sets=("trainable",))
+    assert plain_probe(probe) == {"kind": "trainability", "size": 32, "batches": 2, "kernel_batches": 3, "samples": 8,
+                                  "shape": {"trainable": [0, 2]}}  # fmt: skip
+    assert plain_answer((float("inf"), 0.1 + 0.2)) == ["inf", 0.1 + 0.2] and plain_answer(float("nan")) == "nan"
