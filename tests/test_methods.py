@@ -311,6 +311,13 @@ def test_a_search_from_stage_to_stage():
     assert state["times"]
 
 
+def test_a_search_by_flops_measures_no_time():
+    method = AutoProg(around("budget.length=100ep", "autoprog.cost=flops", "autoprog.exponent=0"))
+    assert not method.probes(Progress()) and not method.choices()
+    searched(method, 0, choose=4)
+    assert not method.times and method.choices() == [str(method.candidates(0)[4])]
+
+
 def test_a_search_that_is_interrupted_goes_on():
     options = ("budget.length=100ep",)
     whole, first = AutoProg(around(*options)), AutoProg(around(*options))

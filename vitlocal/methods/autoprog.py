@@ -391,7 +391,7 @@ class AutoProg(Defaults):
             return ()
         self.asking, nets = stage, self.candidates(stage)
         timed = len(self.times.get(stage, ()))
-        if timed < len(nets):
+        if self.config.cost == "time" and timed < len(nets):
             return [self._probe("seconds", stage, net) for net in nets[timed:]]
         if stage not in self.began:  # nothing has grown yet: there is nothing to judge
             return ()
@@ -432,7 +432,7 @@ class AutoProg(Defaults):
         self.memory.clear()
 
     def choices(self) -> Sequence[str]:
-        return [str(self.chosen(stage)) for stage in sorted(self.times) if self.decided(stage)]
+        return [str(self.chosen(stage)) for stage in sorted(self.losses) if self.decided(stage)]
 
     def _stepped(self, seen: StepResult) -> None:
         stage = self.stage(seen.at)
