@@ -245,6 +245,8 @@ def test_the_fitted_trade_off():
     assert fitted_exponent([1.0, 1.1, 1.2, 1.3], times.tolist()) == 0
     assert best([1.0, 1.1, 0.9, 1.3], times.tolist()) == 2
     assert best([1.1, 1.0, 1.2], [1, 2, 3], 0.0) == 1
+    for rounding in (-1e-7, 0.0, 1e-7):  # two candidates lie on the curve fitted to them: the cheaper one is taken
+        assert best([2.9402629 + rounding, 2.9393359], [1.1e-3, 2.3e-3]) == 0
     under = (2 * times**-0.05).tolist()
     under[1] *= 0.98  # farthest below the curve
     assert best(under, times.tolist()) == 1

@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 SPACE = ("depth", "size")
 AVERAGES = (0.998, 0.9996)  # decays a step; the published code keeps two between them, which nothing reads
+ROUNDING = 1e-6  # candidates whose L · T^w differ by less, as a part of it, are equal: losses are told no more exactly
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
 
 
 def best(losses: Sequence[float], times: Sequence[float], exponent: float | None = None) -> int:
-    """The candidate of least L · T^w; of equal ones the first."""
+    """The candidate of least L · T^w; of equal ones the first. (Of two candidates, both lie on the fitted curve.)"""
     w = fitted_exponent(losses, times) if exponent is None else exponent
-    return int(np.argmin([loss * time**w for loss, time in zip(losses, times, strict=True)]))
+    scores = np.array([loss * time**w for loss, time in zip(losses, times, strict=True)])
+    return int(np.argmax(scores <= scores.min() * (1 + ROUNDING)))
 
 
 def remembered(reckon: Callable[[AutoProg, int], T]) -> Callable[[AutoProg, int], T]:
