@@ -72,9 +72,16 @@ METHODS = {
     "trilevel and unfreeze": ["--methods=trilevel,unfreeze", *UPDATES, "--unfreeze.multiple=16",
                               "--unfreeze.samples=8"],
     "strength and trilevel": ["--methods=strength,trilevel", "--strength.by=budget", *UPDATES],
+    "sizes and strength": ["--methods=image_size,strength", "--augment.randaugment=9"],
+    "strength and budgeted": ["--methods=strength,budgeted", "--strength.by=budget", "--augment.randaugment=9"],
+    "strength and unfreeze": ["--methods=strength,unfreeze", "--strength.by=budget", "--unfreeze.multiple=16",
+                              "--unfreeze.samples=8"],
     "strength and autoprog": ["--methods=strength,autoprog", "--strength.by=budget", "--autoprog.strengthen=no",
                               *SEARCH],
     "budgeted and batches": ["--methods=budgeted,batch_size", "--batch_size.limit=64"],
+    "sizes and batches": ["--methods=image_size,batch_size", "--batch_size.limit=64"],
+    "trilevel and batches": ["--methods=trilevel,batch_size", "--batch_size.limit=64", *UPDATES],
+    "autoprog and batches": ["--methods=autoprog,batch_size", "--batch_size.limit=64", *SEARCH],
     "unfreeze and batches": ["--methods=unfreeze,batch_size", "--batch_size.limit=64", "--unfreeze.multiple=16",
                              "--unfreeze.samples=8"],
     "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.scale=1", "--unfreeze.samples=8"],
@@ -424,9 +431,9 @@ def test_what_the_model_lacks_is_told_and_leaves_nothing(configure, decoder, tmp
         assert not (tmp_path / "run").exists()
 
 
-RANKED = ["budgeted", "trilevel", "autoprog", "unfreeze", "sizes and budgeted", "trilevel and autoprog"]
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import torch.distributed as dist
 from vitlocal.config import read_config
 from vitlocal.train import probes
@@ -443,25 +450,27 @@ def once(ranks, device):  # torchrun's store brings processes together once
 
 Ranks.connect, Ranks.close = once, lambda ranks: None
 probes.KINDS["seconds"] = lambda run, probe: 1e-9 * run.macs(probe.size, probe.shape)
-for options in json.loads(sys.argv[1]):
+for options in json.loads(Path(sys.argv[1]).read_text()):
     assert train(read_config(options, {})) == 0
 """
 
 
-def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("names", [list(METHODS)[::2], list(METHODS)[1::2]], ids=["even", "odd"])
+def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp_path: Path, names: list[str]):
     """With gloo, as one: what methods saw on both is put together, and rank 0's answers count for both."""
     runs, plain = [], ["--augment.mixup=0", "--train.ema=none", "--train.batch_size=34", "--trilevel.score=attention"]
-    for name in RANKED:
+    for name in names:
         config = configure(*COMMON, *METHODS[name], *plain, f"--run.folder={tmp_path}/one-{_folder(name)}")
         assert train(config) == 0
         options = [f"--{key}={_text(value)}" for key, value in config.flat().items() if key != "run.folder"]
         runs.append([*options, f"--run.folder={tmp_path}/two-{_folder(name)}", "--run.threads=1", "--data.workers=1"])
-    (tmp_path / "program.py").write_text(PROGRAM)
+    program, listed = tmp_path / "program.py", tmp_path / "runs.json"  # too long for a command line
+    program.write_text(PROGRAM)
+    listed.write_text(json.dumps(runs))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*start, str(tmp_path / "program.py"), json.dumps(runs)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    done = subprocess.run([*start, str(program), str(listed)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    for name in RANKED:
+    for name in names:
         folders = [tmp_path / f"{count}-{_folder(name)}" for count in ("one", "two")]
         one, two = (load_checkpoint(run / CHECKPOINT) for run in folders)
         losses = [[record["loss"] for record in read_log(run)] for run in folders]
