@@ -19,7 +19,7 @@ from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 
 KEPT = Path("checkpoints") / "kept"
-FORMAT = 2  # of what a checkpoint holds; another number where an older one cannot be gone on from
+FORMAT = 3  # of what a checkpoint holds; another number where an older one cannot be gone on from
 
 
 def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: float, shape: Shape) -> None:

@@ -524,7 +524,7 @@ class Run:
         self.evaluated_epoch, self.evaluated_step = state["evaluated_epoch"], state["evaluated_step"]
         self.running = state["running"] and Plan.from_state(state["running"])
         self.room = Room(**state["room"])
-        self.searches.load_state_dict(state.get("searches", self.searches.state_dict()))
+        self.searches.load_state_dict(state["searches"])
         self.saved = True
         self.agree()
         self.saved_at = self.clock.progress
