@@ -364,7 +364,7 @@ def test_a_damaged_checkpoint_is_named(configure, decoder, tmp_path: Path):
     with pytest.raises(DataError, match="last.pt is not a readable checkpoint"):
         train(configure("--budget.length=1ep"))
     torch.save({"model": {}}, path)
-    with pytest.raises(DataError, match=r"another version of vitlocal \(format 1, expected 2\)"):
+    with pytest.raises(DataError, match=r"another version of vitlocal \(format 1, expected 3\)"):
         train(configure("--budget.length=1ep"))
 
 
