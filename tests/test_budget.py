@@ -15,6 +15,7 @@ import pytest
 
 from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
+from vitlocal.machine import awake_seconds
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
@@ -312,8 +313,16 @@ def test_a_batch_that_was_held_up_is_not_multiplied(configure, decoder, monkeypa
         assert rehearse_evaluation(run) == pytest.approx(0.2 + 8 * 0.1 + 1.0)
 
 
-def test_a_cold_disk_does_not_make_leaving_slow(monkeypatch):
-    monkeypatch.setattr("vitlocal.train.room.process_time", lambda: 5.0)
+def test_a_cold_disk_does_not_make_leaving_slow_and_a_busy_machine_does(tmp_path: Path, monkeypatch):
+    before = awake_seconds()
+    time.sleep(0.5)
+    assert awake_seconds() - before < 0.4
+    (tmp_path / "schedstat").write_text("3500000000 1500000000 965\n")
+    assert awake_seconds(tmp_path / "schedstat") == 5.0
+    (tmp_path / "schedstat").write_text("0 0 0\n")  # a kernel that does not count
+    for path in (tmp_path / "schedstat", tmp_path / "none"):
+        assert awake_seconds(path) == pytest.approx(time.process_time(), abs=0.1)
+    monkeypatch.setattr("vitlocal.train.room.awake_seconds", lambda: 5.0)
     assert leaving_seconds(began=0.0) == pytest.approx(1.8)  # a minute after, say
 
 

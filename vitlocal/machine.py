@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,18 @@ def memory_stalls(pressure: Path = Path("/proc/pressure/memory")) -> float:
         return float(re.search(r"avg60=([\d.]+)", full)[1]) / 100
     except (OSError, StopIteration, TypeError):
         return 0.0
+
+
+def awake_seconds(schedule: Path = Path("/proc/self/schedstat")) -> float:
+    """What this process's main thread has spent on a processor or waiting for one; not for a disk, say.
+
+    Where Linux does not tell, the processor time of all its threads.
+    """
+    try:
+        running, waiting = schedule.read_text().split()[:2]
+        return (int(running) + int(waiting)) / 1e9 or time.process_time()
+    except (OSError, ValueError):
+        return time.process_time()
 
 
 def keep_freed_memory() -> None:

@@ -6,10 +6,11 @@ import shutil
 import statistics
 from dataclasses import dataclass, field
 from itertools import pairwise
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from vitlocal.errors import ConfigError
+from vitlocal.machine import awake_seconds
 from vitlocal.train.checkpoint import save_checkpoint
 from vitlocal.train.report import rehearse_report
 from vitlocal.train.watch import wait
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 REHEARSAL = ".rehearsal"
 KNOWN = 3  # evaluations and checkpoints, the last ones, by which the length of the next is told
 REHEARSED_BATCHES = 5  # of the last evaluation, to know how long it will take
-LEAVING = 0.36  # of the processor time that loading took: what Python takes to end, which no clock of ours sees
-LEAVING_SECONDS = 1.5  # the same, where that of loading is not known
+LEAVING = 0.36  # of what loading took: what Python takes to end, which no clock of ours sees
+LEAVING_SECONDS = 1.5  # the same, where what loading took is not known
 MOMENTS = 3  # times what it takes without them, a checkpoint with the optimizer's moments takes at most
 
 
@@ -66,9 +67,9 @@ class Room:
 def leaving_seconds(began: float | None) -> float:
     """What Python will take to end, told by what loading took in a process that ``began`` as a command; asked early.
 
-    By its processor time: a cold disk makes loading slow, and not leaving.
+    A busy machine makes both slow, a cold disk loading alone: waiting for a disk is left out.
     """
-    return LEAVING_SECONDS if began is None else LEAVING * process_time()
+    return LEAVING_SECONDS if began is None else LEAVING * awake_seconds()
 
 
 def rehearse(run: Run) -> None:
