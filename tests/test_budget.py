@@ -288,10 +288,13 @@ def test_a_checkpoint_that_leaves_no_step_after_it_is_left_out(configure, decode
     assert watch.now == pytest.approx(14.7, abs=0.5) and read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("saves", [(0.0, 6.0, 0.0), (4.0,)], ids=["one held up", "slower than rehearsed"])
-def test_checkpoints_keep_the_room_that_they_take(saves, configure, decoder, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    ("saves", "every"), [((0.0, 6.0, 0.0), "10%"), ((4.0,), "10%"), ((4.0,), "60%")],
+    ids=["one held up", "slower than rehearsed", "slower than rehearsed, and one"],
+)  # fmt: skip
+def test_checkpoints_keep_the_room_that_they_take(saves, every, configure, decoder, tmp_path: Path, monkeypatch):
     watch = Watched(monkeypatch, repeat(3.0), chain(saves, repeat(saves[-1])))
-    options = ("--budget.length=60s", "--evaluate.every=0", "--run.save_every=10%")
+    options = ("--budget.length=60s", "--evaluate.every=0", f"--run.save_every={every}")
     assert train(configure(*options, *COUNTED)) == 0
     assert watch.now == pytest.approx(60, abs=0.6)
     assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
@@ -323,7 +326,9 @@ def test_a_cold_disk_does_not_make_leaving_slow_and_a_busy_machine_does(tmp_path
     for path in (tmp_path / "schedstat", tmp_path / "none"):
         assert awake_seconds(path) == pytest.approx(time.process_time(), abs=0.1)
     monkeypatch.setattr("vitlocal.train.room.awake_seconds", lambda: 5.0)
-    assert leaving_seconds(began=0.0) == pytest.approx(1.8)  # a minute after, say
+    monkeypatch.setattr("vitlocal.train.room.monotonic", lambda: 100.0)
+    assert leaving_seconds(began=40.0) == pytest.approx(1.8)
+    assert leaving_seconds(began=99.0) == pytest.approx(0.36)  # in a process that did something else before
 
 
 def test_what_python_takes_to_end_is_counted_when_a_run_is_stopped(configure, decoder, tmp_path: Path):

@@ -170,6 +170,10 @@ def test_help_shows_all_options_or_one_sections(capsys):
         said = capsys.readouterr().out
         assert left.value.code == 0
         assert all(part in said for part in shown) and not any(part in said for part in hidden)
+    with pytest.raises(SystemExit):
+        read_config(["--help", "methods"], {})
+    said = capsys.readouterr().out
+    assert "--methods" in said and "trilevel, autoprog" in " ".join(said.split()) and "--train.lr" not in said
     with pytest.raises(ConfigError, match=r"no section 'bugdet'.* budget,"):
         read_config(["--help=bugdet"], {})
 

@@ -154,6 +154,13 @@ def test_a_process_that_is_left_alone_says_so(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(DataError, match=r"rank 1 has lost the others \(Connection closed"):
             hears()
 
+    def broken(*_, **__) -> None:
+        raise RuntimeError("op.preamble.length <= op.nbytes. 32 vs 24")
+
+    monkeypatch.setattr(torch.distributed, "barrier", broken)
+    with pytest.raises(RuntimeError, match="preamble"):  # our own mistake keeps its traceback
+        ranks.wait()
+
 
 def test_rank_0_decides_how_much_room_a_budget_keeps(configure, decoder):
     with open_run(configure("--budget.length=1h", "--budget.counts=wall")) as run:

@@ -177,8 +177,9 @@ class RunConfig:
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "between checkpoints, what comes first"
     )
     replay: str | None = option(
-        None, Maybe(Text()), "a run's folder: searches are told the times that it measured, and choose as it did"
-    )
+        None, Maybe(Text()), "a run's folder: searches are told the times that it measured, and on one CPU choose as "
+        "it did"
+    )  # fmt: skip
     keep_weights: bool = option(False, Flag(), "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, Flag(), "draw a progress bar")
 
@@ -298,8 +299,10 @@ class Reader:
     ``flags``: other names that the command line has for some, ``{"--split": "write.split"}``.
     """
 
-    def __init__(self, options: Mapping[str, Any], flags: Mapping[str, str], about: str):
+    def __init__(self, options: Mapping[str, Any], flags: Mapping[str, str], about: str, sections: str = ""):
         self.options, self.flags, self.about = options, flags, about
+        names = dict.fromkeys(name.rpartition(".")[0] or name for name in options)
+        self.sections = sections or ", ".join(names)  # that --help may be asked for
         self.fastargs = fastargs.Config()
         self.problems: list[str] = []
         self.origin: dict[str, str] = {}
@@ -352,16 +355,13 @@ class Reader:
         self._validate()
         return {} if self.problems else {name: self.fastargs[name] for name in self.options}
 
-    @property
-    def sections(self) -> str:
-        return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self.options if "." in name))
-
     def _help(self, section: str) -> None:
         """Prints the options, or those of ``section``, and leaves."""
-        shown = {name: spec for name, spec in self.options.items() if name.rpartition(".")[0] == section or not section}
+        of = {name: name.rpartition(".")[0] or name for name in self.options}
+        shown = {name: spec for name, spec in self.options.items() if section in ("", of[name])}
         if not shown:
             raise ConfigError(f"--help: there is no section '{section}'; the sections are {self.sections}")
-        (Reader(shown, self.flags, self.about) if section else self).parser.print_help()
+        (Reader(shown, self.flags, self.about, self.sections) if section else self).parser.print_help()
         sys.exit(0)
 
     def _unknown(self, name: str, where: str) -> None:

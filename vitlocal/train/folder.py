@@ -131,6 +131,10 @@ def note_origin(folder: Path) -> None:
 
 
 def origin_of(folder: Path) -> list[dict[str, Any]]:
-    """What :func:`note_origin` wrote, in order; nothing where it is not there."""
+    """What :func:`note_origin` wrote, in order; nothing where it is not there, or damaged."""
     path = folder / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError:
+        print(f"{path} is damaged; what trained the run until now is not known any more", file=sys.stderr)
+        return []

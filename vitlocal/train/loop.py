@@ -37,6 +37,8 @@ def fit(run: Run) -> None:
                     break
                 if run.save_due and not run.ended(plan):
                     run.save()
+                    if run.over:  # what was left of a budget that counts everything has gone by
+                        break
                 plan = ahead
         trained = run.running or plan  # the last step's: what comes next may be another shape
         if run.ended(trained):

@@ -7,6 +7,7 @@ of one, and every call here is then free.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
+
+LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNORECASE)  # what gloo says of a peer
 
 
 class Ranks:
@@ -83,14 +86,16 @@ class Ranks:
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place. Device sync only where the caller reads it."""
         if self.world > 1:
-            dist.all_reduce(values)
+            with self._peers():
+                dist.all_reduce(values)
         return values
 
     @torch.no_grad()
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Rank 0's buffers for everyone: BatchNorm's running statistics."""
         for buffer in buffers if self.world > 1 else ():
-            dist.broadcast(buffer, 0)
+            with self._peers():
+                dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -104,10 +109,12 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if not LOST.search(str(error)):
+                raise
             raise DataError(
                 f"rank {self.rank} has lost the others ({str(error).splitlines()[0]}); what stopped them stands in "
                 "their output. Once that is mended, the same command goes on from the last checkpoint"
-            ) from None
+            ) from error
 
     def close(self) -> None:
         if self._decisions is not None:

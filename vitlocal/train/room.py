@@ -6,7 +6,7 @@ import shutil
 import statistics
 from dataclasses import dataclass, field
 from itertools import pairwise
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
 from vitlocal.errors import ConfigError
@@ -36,13 +36,13 @@ class Room:
 
     @property
     def saving(self) -> float:
-        """What the next checkpoint will take: the median of the last ones, of which a disk may have held one up."""
-        return statistics.median(self.saves) if self.saves else 0.0
+        """What the next checkpoint will take: the median of the last ones, of which a disk may have held one up; of two
+        the longer."""
+        return statistics.median_high(self.saves) if self.saves else 0.0
 
     @property
     def evaluating(self) -> float:
-        """What the next evaluation will take: the median of the last ones, which may have been held up; of two the
-        longer."""
+        """What the next evaluation will take, likewise."""
         return statistics.median_high(self.evaluations) if self.evaluations else 0.0
 
     @property
@@ -65,11 +65,11 @@ class Room:
 
 
 def leaving_seconds(began: float | None) -> float:
-    """What Python will take to end, told by what loading took in a process that ``began`` as a command; asked early.
+    """What Python will take to end, told by what loading took since ``began``, a reading of ``time.monotonic``.
 
     A busy machine makes both slow, a cold disk loading alone: waiting for a disk is left out.
     """
-    return LEAVING_SECONDS if began is None else LEAVING * awake_seconds()
+    return LEAVING_SECONDS if began is None else LEAVING * min(awake_seconds(), monotonic() - began)
 
 
 def rehearse(run: Run) -> None:

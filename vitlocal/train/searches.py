@@ -81,7 +81,9 @@ class Searches:
         if line["probe"] != asked:
             raise ConfigError(
                 f"run.replay: time {number} in {self.replay} is of {json.dumps(line['probe'])}, and this run asks for "
-                f"that of {json.dumps(asked)}; name the folder of a run of this recipe"
+                f"that of {json.dumps(asked)}. Name the folder of a run of this recipe; if it is one, losses or "
+                "scores, which are taken anew, were rounded otherwise on another device and chose otherwise: train "
+                "anew without it"
             )
         return line["answer"]
 
