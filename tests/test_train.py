@@ -563,5 +563,5 @@ def test_a_run_tells_all_machines_that_it_was_trained_by(configure, decoder, no_
     assert origin_of(run)[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert (place_of(run)["cpu"], place_of(run)["gpu"]) == ("one, two", "H")
     assert place_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}
-    (run / "trained_on.json").write_text("")
+    (run / "trained_on.jsonl").write_text("{")
     assert origin_of(run) == []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import shlex
 import shutil
 import sys
@@ -20,11 +18,11 @@ from vitlocal.errors import ConfigError
 from vitlocal.machine import commit, hardware, versions
 from vitlocal.methods import METHODS
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_log
+from vitlocal.train.log import read_lines, read_log, write_lines
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
-ORIGIN = Path("trained_on.json")
+ORIGIN = Path("trained_on.jsonl")
 
 
 def changes(before: Mapping[str, Any], config: Config) -> list[str]:
@@ -125,16 +123,9 @@ def note_origin(folder: Path) -> None:
     """Writes down on what machine, with what code and libraries the run is trained: again only where they change."""
     found, here = origin_of(folder), {"machine": hardware(), "versions": versions(), "commit": commit()}
     if not found or found[-1] != here:
-        temporary = folder / f".{ORIGIN}.writing"
-        temporary.write_text(json.dumps([*found, here], indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / ORIGIN)
+        write_lines(folder / ORIGIN, [*found, here])
 
 
 def origin_of(folder: Path) -> list[dict[str, Any]]:
     """What :func:`note_origin` wrote, in order; nothing where it is not there, or damaged."""
-    path = folder / ORIGIN
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError:
-        print(f"{path} is damaged; what trained the run until now is not known any more", file=sys.stderr)
-        return []
+    return read_lines(folder / ORIGIN)
