@@ -307,7 +307,8 @@ def test_probes_leave_no_trace(configure, decoder):
             Probe("seconds", shape, 48, 2),
             Probe("trainability", Shape(trainable=(1,)), 32, 2, 2, samples=6),
         ):
-            first, again = answer(run, probe), answer(run, probe)
+            placed = in_place(run, probe)
+            first, again = answer(run, placed), answer(run, placed)
             assert first == again and np.isfinite(np.atleast_1d(first)).all()
         assert run.step.shape == plan.shape and torch.equal(generator, torch.get_rng_state())
         after = load_like(run)

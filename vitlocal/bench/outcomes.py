@@ -112,7 +112,7 @@ def table(found: Sequence[Outcome], arms: Sequence[Arm]) -> str:
             pairs = [
                 outcome.row["top1"] - other.row["top1"]
                 for seed, outcome in mine.items()
-                if (other := of[first].get(seed)) and other.place == outcome.place and None not in outcome.place[:1]
+                if (other := of[first].get(seed)) and outcome.row["cpu"] and other.place == outcome.place
             ]
             cells += [over_seeds(pairs, "+") if pairs and arm.name != first else ""]
         cells += [", ".join(f"{one:.2f}" for one in top1)]

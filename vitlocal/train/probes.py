@@ -30,10 +30,12 @@ EPOCH = 1_000_000  # whose order and crops are for probes: every candidate sees 
 
 
 def answer(run: Run, probe: Probe) -> Any:
-    """What ``probe`` asks for, the same on every rank. Every rank must call it. It is of the budget, FLOPs and all."""
+    """What ``probe`` asks for, the same on every rank. Every rank must call it. It is of the budget, FLOPs and all.
+
+    ``probe`` leaves nothing open: see :func:`in_place`.
+    """
     if probe.kind == "sum":
         return run.ranks.total(probe.value.to(run.device)).cpu()  # device sync
-    probe = in_place(run, probe)
     check_shape(run.model, probe.shape)
     if probe.kind == "seconds" and run.searches.replay is not None:
         count_timing(run, probe)  # as if it had been measured: a budget in FLOPs is to go as it went

@@ -314,7 +314,8 @@ class Run:
             while not self.over and (wanted := method.probes(self.clock.progress)):
                 for probe in wanted:
                     at, began, before = self.clock.progress, self.clock.train_seconds, len(method.choices())
-                    placed, value = in_place(self, probe), answer(self, probe)
+                    placed = in_place(self, probe)
+                    value = answer(self, placed)
                     method.observe(ProbeResult(probe, value))
                     self.searches.record(at, method.name, placed, value, method.choices()[before:])
                     spent = self.clock.train_seconds - began
