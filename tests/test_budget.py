@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
@@ -327,14 +330,33 @@ def test_a_cold_disk_does_not_make_leaving_slow_and_a_busy_machine_does(tmp_path
         assert awake_seconds(path) == pytest.approx(time.process_time(), abs=0.1)
     monkeypatch.setattr("vitlocal.train.room.awake_seconds", lambda: 5.0)
     monkeypatch.setattr("vitlocal.train.room.monotonic", lambda: 100.0)
-    assert leaving_seconds(began=40.0) == pytest.approx(1.8)
-    assert leaving_seconds(began=99.0) == pytest.approx(0.36)  # in a process that did something else before
+    assert leaving_seconds(began=40.0) == pytest.approx(0.3)
+    assert leaving_seconds(began=99.0) == pytest.approx(0.06)  # in a process that did something else before
 
 
-def test_what_python_takes_to_end_is_counted_when_a_run_is_stopped(configure, decoder, tmp_path: Path):
+def test_what_a_process_takes_to_end_is_counted_when_a_run_is_stopped(configure, decoder, tmp_path: Path):
     with open_run(configure("--budget.length=1h", "--budget.counts=wall")) as run:
         run.leaving, run.interrupted = 50.0, signal.SIGINT
     assert 50 < read_spent(tmp_path / "run" / JOURNAL)[1] < 150
+
+
+def test_a_process_leaves_with_all_said_and_nothing_taken_apart():
+    code = """
+import atexit, sys
+from vitlocal.machine import leave
+atexit.register(print, "taken apart")
+print("said"), print("and why", file=sys.stderr)
+leave(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "and why\n")
+
+
+def test_the_collector_spares_what_stays_while_a_run_trains(configure, decoder):
+    with open_run(configure("--budget.length=1h")) as run:
+        run.warm_up()
+        assert gc.get_freeze_count() > 100_000 and gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_processor_time_stands_while_others_have_the_processor():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-python", "pillow", "nvidia-dali-cuda120")
 
@@ -63,6 +65,26 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+
+
+def keep_objects() -> None:
+    """Takes the objects that there are, libraries and all, out of the garbage collector's rounds.
+
+    A round through them stops the process for half a second, amid steps. ``gc.unfreeze()`` undoes it.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process with ``status``, at once: what was opened must be closed by now.
+
+    Python would take every module and object apart, two seconds' work, of what the system takes back in 0.1 s.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a closed pipe, a closed stream
+            stream.flush()
+    os._exit(status)
 
 
 def hardware() -> dict[str, Any]:

@@ -366,13 +366,16 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
 
 
-def rehearse_report(folder: Path, config: Config) -> None:
-    """Makes a made-up run's report in ``folder``: takes the time that one takes, and has fonts loaded by then."""
+def rehearse_report(folder: Path, config: Config, sizes: Sequence[int]) -> None:
+    """Makes the report of a made-up run through image ``sizes`` in ``folder``.
+
+    It takes the time that such a run's takes, and has fonts loaded by then.
+    """
     fields = ("loss", "top1", "top5", "lr", "epoch", "step", "images_seen", "fraction", "data_wait_fraction")
     records = [
         dict.fromkeys(fields, 0.1 * number)
         | {"train_seconds": number, "wall_seconds": number, "image_size": size, "images_per_second": 1.0}
-        for number, size in enumerate((32, 64, 96), start=1)
+        for number, size in enumerate(sizes, start=1)
     ]
     (folder / "config.yaml").write_text(config.yaml(), encoding="utf-8")
     run = RunRecord(folder, "", records, config, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import zlib
@@ -18,6 +19,7 @@ from torch import nn
 from vitlocal.config import Config
 from vitlocal.data.source import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
+from vitlocal.machine import keep_objects
 from vitlocal.methods import Surroundings, build_methods
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.models.factory import build_model, export_model, load_weights, patch_side
@@ -125,7 +127,7 @@ class Run:
         self._signal: signal.Signals | None = None  # this process's, which all obey once rank 0 has told them
         self.warmed: set[tuple[Feed, Shape, int]] = set()
         self.room = Room()
-        self.leaving = leaving  # seconds that Python will take to end
+        self.leaving = leaving  # seconds that the process will take to end
         self.running: Plan | None = None  # the plan of the pass that is open
         self.agree()
 
@@ -209,6 +211,7 @@ class Run:
             next(iter(batches))
         for plan in self.plans_ahead() if self.config.train.warm == "start" else ():
             self.warm(plan)
+        keep_objects()
         if self.clock.counts_all:
             rehearse(self)
         self.agree()  # making ready took time
@@ -230,6 +233,7 @@ class Run:
         self.warmed.add(key)
         seconds = self.step.warm(feed, len(self.sources.train.classes))
         if seconds:
+            keep_objects()  # compiling makes many
             self.log.say(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
     def begin_pass(self, plan: Plan) -> None:
@@ -614,3 +618,4 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                             run.clock.pass_over(run.leaving)
         finally:
             sources.close()
+            gc.unfreeze()
