@@ -18,13 +18,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from vitlocal.config import read_config
 from vitlocal.errors import run_command
 from vitlocal.machine import leave
-from vitlocal.train.loop import train
-
-gc.enable()
 
 
 def main(argv: Sequence[str]) -> int:
-    return train(read_config(argv), BEGAN)
+    config = read_config(argv)  # what is wrong is told now: all else takes seconds to import
+
+    from vitlocal.train.loop import train
+
+    gc.enable()
+    return train(config, BEGAN)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from vitlocal.machine import awake_seconds
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import Surroundings
 from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
+from vitlocal.train.checks import left_undone
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import Average
 from vitlocal.train.folder import CHECKPOINT, JOURNAL
@@ -377,6 +378,12 @@ def test_a_budget_with_no_time_to_train_is_refused(configure, decoder, tmp_path:
     with pytest.raises(ConfigError, match="nothing is left to train"):
         train(configure("--budget.length=0.01s", "--budget.counts=wall"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("counts", "told"), [("wall", True), ("train", False)])
+def test_a_run_that_hardly_trained_says_so(configure, decoder, counts: str, told: bool):
+    with open_run(configure("--budget.length=1h", f"--budget.counts={counts}"), time.monotonic() - 100) as run:
+        assert any(note.startswith("0 of 100 s were training") for note in left_undone(run)) == told
 
 
 def test_a_run_killed_in_its_last_evaluation_has_only_that_left(configure, decoder, tmp_path: Path, monkeypatch):

@@ -208,18 +208,26 @@ def test_verify_finds_what_is_damaged(folder: Path, damaged: Path):
     assert "train_48_raw.beton" not in told and "train_96_raw.beton" not in told
 
 
+def test_a_missing_split_is_written_from_where_the_other_was(folder: Path, tmp_path: Path):
+    manifest = load_manifest(str(folder), "train")
+    for files, sides in ((manifest.files, ""), (manifest.files[:1], r" --sides \d+:\w+")):
+        dataclasses.replace(manifest, files=files).save(tmp_path / "train.json")
+        with pytest.raises(ConfigError, match=rf"--split val --out \S+ --source \S+{sides}$"):
+            load_manifest(str(tmp_path), "val")
+
+
 def test_a_truncated_file_is_named(folder: Path, tmp_path: Path, shared):
     shutil.copytree(folder, tmp_path / "data")
     path = tmp_path / "data" / "train_48_raw.beton"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(DataError, match="train_48_raw.beton"):
-        read(source(tmp_path / "data", shared), Feed(16, 40))
+    with pytest.raises(DataError, match="train_48_raw.beton has .*cut off.*write_dataset.py --split train"):
+        source(tmp_path / "data", shared)  # before a run that needs it later is begun
 
 
 def test_a_file_of_another_writing_is_refused(folder: Path, tmp_path: Path, shared):
     shutil.copytree(folder, tmp_path / "data")
     shutil.copy(tmp_path / "data" / "val_96_raw.beton", tmp_path / "data" / "train_48_raw.beton")
-    with pytest.raises(DataError, match="its manifest says 120"):
+    with pytest.raises(DataError, match=r"train_48_raw.beton has \d+ bytes, its manifest says \d+: .*another one"):
         read(source(tmp_path / "data", shared), Feed(16, 40))
 
 

@@ -326,13 +326,16 @@ def test_what_is_hardly_meant_is_said(configure, decoder, capsys, tmp_path: Path
         assert len(hardly_meant(run)) == 1
 
 
-def test_what_the_budget_did_not_buy_is_said_at_the_end(configure, decoder, no_report, capsys):
+def test_what_the_budget_did_not_buy_is_said_at_the_end(configure, decoder, no_report, capsys, tmp_path: Path):
     options = ["--methods=image_size", "--image_size.stages=16px until 1ep, 32px until 2ep, 48px"]
     short = [*options, "--train.warmup=2ep", "--budget.length=2steps"]
     assert train(configure(*short)) == 0
     said = capsys.readouterr().out
     assert "note: the budget ended before images of 32, 48 px" in said
     assert "note: the budget ended in the warm-up (2ep)" in said
+    border = [*options, "--budget.length=1ep", f"--run.folder={tmp_path}/border"]  # the next stage would begin
+    assert train(configure(*border)) == 0
+    assert "note: the budget ended before images of 32, 48 px" in capsys.readouterr().out
     assert train(configure(*short)) == 0 and "this run is finished" in capsys.readouterr().out
 
 

@@ -74,8 +74,9 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"{photo} is not a file; expected photos after --run")
     predictor = Predictor(options.run)
     for photo in options.photos:
+        guesses = predictor(decode_rgb(Path(photo).read_bytes(), photo, "leave it out, or restore it"))
         print(photo)
-        for guess in predictor(decode_rgb(Path(photo).read_bytes(), photo, "expected photos after --run")):
+        for guess in guesses:
             print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
 
 

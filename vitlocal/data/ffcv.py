@@ -318,6 +318,14 @@ class FFCVSource:
         self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
         self.rows, self.side = Rows(self.count), max(file.side for file in manifest.files)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
+        for file in manifest.files:  # before a run is begun that would fail at its third size, hours later
+            path = self.root / file.file
+            if path.exists() and path.stat().st_size != file.bytes:
+                raise DataError(
+                    f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: cut off, or another one. "
+                    f"Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write them again with "
+                    f"the command that wrote them: python write_dataset.py --split {manifest.split} --out {root} …"
+                )
 
     def choose(self, size: int) -> BetonFile:
         """The file for crops of ``size`` px, by :func:`choose_file`."""

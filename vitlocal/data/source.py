@@ -6,6 +6,7 @@ Shape letters: B batch, S size (the crop side fed to the model, px).
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -128,10 +129,20 @@ def load_manifest(root: str, split: str) -> Manifest:
     ours = (Path(root) / work_name(split)).exists() or any("." not in file.stem for file in Path(root).glob("*.json"))
     manifest = None if ours else described(root, split)
     if manifest is None:
-        raise ConfigError(
-            f"data.root: {path} is not there. Write it: python write_dataset.py --split {split} --out {root}"
-        )
+        command = f"python write_dataset.py --split {split} --out {root}{_as_written(root)}"
+        raise ConfigError(f"data.root: {path} is not there. Write it: {command}")
     return manifest
+
+
+def _as_written(root: str) -> str:
+    """The writer's options for another split of what lies in ``root``, as far as is known."""
+    there = next(iter(sorted(Path(root).glob("*.json"))), None)
+    if there is None or there.stem not in ("train", "val"):
+        return ""
+    other = Manifest.load(there)
+    # Of several files, ImageNet's, each split has its own by default.
+    sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
+    return f" --source {shlex.quote(other.source.spec)}{sides}"
 
 
 def open_sources(config: Config, device: torch.device, share: Share = WHOLE, neighbours: int = 1) -> Sources:

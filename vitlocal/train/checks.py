@@ -14,11 +14,13 @@ from vitlocal.methods import METHODS
 from vitlocal.models.factory import patch_side
 from vitlocal.models.surgery import check_shape
 from vitlocal.plan import FIELDS, points
+from vitlocal.train.log import read_log
 from vitlocal.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from vitlocal.train.run import Run
 
+TRAINED = 0.5  # of the time, where everything counts: less than that is told
 SEARCHED = 0.25  # of the time: more than that for searches is told
 
 
@@ -90,10 +92,16 @@ def hardly_meant(run: Run) -> list[str]:
 def left_undone(run: Run) -> list[str]:
     """What the recipe asks for and the budget did not buy, at its end: a sentence each."""
     config, at, found = run.config, run.clock.progress, []
-    later = [run.plan(point) for method in run.methods for point in points(method.changes(), at)]
-    sizes = sorted({plan.feed.size for plan in later} - {run.plan().feed.size})
+    later = [run.plan(), *(run.plan(point) for method in run.methods for point in points(method.changes(), at))]
+    sizes = sorted({plan.feed.size for plan in later} - {record["image_size"] for record in read_log(run.folder)})
     if sizes:
         found.append(f"the budget ended before images of {', '.join(map(str, sizes))} px")
+    clock = run.clock
+    if clock.counts_all and clock.train_seconds < TRAINED * clock.wall_seconds:
+        found.append(
+            f"{clock.train_seconds:.0f} of {clock.wall_seconds:.0f} s were training: starting, evaluating and saving "
+            "took the others; with budget.counts=train they do not count"
+        )
     if config.train.warmup.value and config.train.warmup.done(at) < 1:
         found.append(f"the budget ended in the warm-up ({config.train.warmup})")
     if run.probing > SEARCHED * run.clock.train_seconds:
