@@ -10,18 +10,21 @@ import time
 from collections.abc import Sequence
 
 BEGAN = time.monotonic()  # what is imported below counts too, where everything does
-gc.disable()  # what is imported below stays: going through it for garbage took a quarter of the time that it takes
 
 # PyTorch's and FFCV's threads share the cores; while they wait, they must not spin. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitlocal.config import read_config
 from vitlocal.errors import run_command
 from vitlocal.machine import leave
 
 
 def main(argv: Sequence[str]) -> int:
-    config = read_config(argv)  # what is wrong is told now: all else takes seconds to import
+    # Importing takes seconds: Ctrl-C may come in, and what is wrong with the options is told before most of it. What is
+    # imported stays: going through it for garbage meanwhile took a quarter of the time.
+    gc.disable()
+    from vitlocal.config import read_config
+
+    config = read_config(argv)
 
     from vitlocal.train.loop import train
 
