@@ -353,10 +353,11 @@ leave(3)
     assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "and why\n")
 
 
-def test_the_collector_spares_what_stays_while_a_run_trains(configure, decoder):
+def test_the_collector_spares_what_compiling_made_while_a_run_trains(configure, decoder):
     with open_run(configure("--budget.length=1h")) as run:
+        run.step.warm = lambda feed, classes: 1.0  # seconds that it took to compile
         run.warm_up()
-        assert gc.get_freeze_count() > 100_000 and gc.isenabled()
+        assert gc.get_freeze_count() > 100_000
     assert gc.get_freeze_count() == 0
 
 

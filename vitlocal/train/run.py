@@ -211,7 +211,6 @@ class Run:
             next(iter(batches))
         for plan in self.plans_ahead() if self.config.train.warm == "start" else ():
             self.warm(plan)
-        keep_objects()
         if self.clock.counts_all:
             rehearse(self)
         self.agree()  # making ready took time
