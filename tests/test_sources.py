@@ -15,6 +15,7 @@ from PIL import Image
 
 from vitlocal.data.crops import centre_box, cut
 from vitlocal.data.ffcv import Decoder, FFCVSource, MappedFile
+from vitlocal.data.manifest import Manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.source import Cropping, load_manifest, open_sources
 from vitlocal.data.torchvision import TorchvisionSource
@@ -228,6 +229,13 @@ def test_a_file_of_another_writing_is_refused(folder: Path, tmp_path: Path, shar
     shutil.copytree(folder, tmp_path / "data")
     shutil.copy(tmp_path / "data" / "val_96_raw.beton", tmp_path / "data" / "train_48_raw.beton")
     with pytest.raises(DataError, match=r"train_48_raw.beton has \d+ bytes, its manifest says \d+: .*another one"):
+        source(tmp_path / "data", shared)
+    path = tmp_path / "data" / "train.json"  # of the same length by chance
+    manifest = Manifest.load(path)
+    lengths = [(tmp_path / "data" / file.file).stat().st_size for file in manifest.files]
+    files = [dataclasses.replace(file, bytes=each) for file, each in zip(manifest.files, lengths, strict=True)]
+    dataclasses.replace(manifest, files=tuple(files)).save(path)
+    with pytest.raises(DataError, match="its manifest says 120"):
         read(source(tmp_path / "data", shared), Feed(16, 40))
 
 

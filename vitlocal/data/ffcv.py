@@ -306,7 +306,10 @@ def choose_file(manifest: Manifest, costs: Costs, cropping: Cropping, side_ratio
 
 
 class FFCVSource:
-    """A split stored in ``.beton`` files. Serves a size from the file that is good enough for it at the least cost."""
+    """A split stored in ``.beton`` files. Serves a size from the file that is good enough for it at the least cost.
+
+    DataError where a file has another length than its manifest says.
+    """
 
     def __init__(
         self, root: str, manifest: Manifest, cropping: Cropping, side_ratio: float, device: torch.device,
@@ -318,7 +321,7 @@ class FFCVSource:
         self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
         self.rows, self.side = Rows(self.count), max(file.side for file in manifest.files)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
-        for file in manifest.files:  # before a run is begun that would fail at its third size, hours later
+        for file in manifest.files:  # now, and not when the curriculum comes to the size that this one serves
             path = self.root / file.file
             if path.exists() and path.stat().st_size != file.bytes:
                 raise DataError(

@@ -136,8 +136,8 @@ def load_manifest(root: str, split: str) -> Manifest:
 
 def _as_written(root: str) -> str:
     """The writer's options for another split of what lies in ``root``, as far as is known."""
-    there = next(iter(sorted(Path(root).glob("*.json"))), None)
-    if there is None or there.stem not in ("train", "val"):
+    there = next((path for split in ("train", "val") if (path := Path(root) / f"{split}.json").exists()), None)
+    if there is None:
         return ""
     other = Manifest.load(there)
     # Of several files, ImageNet's, each split has its own by default.
