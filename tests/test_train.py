@@ -18,14 +18,14 @@ from vitlocal.data.ffcv import FFCVSource
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.method import Surroundings
-from vitlocal.plan import Feed, Plan, StepResult
+from vitlocal.plan import Feed, Length, Plan, Progress, StepResult
 from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.checks import hardly_meant
 from vitlocal.train.ema import Average
 from vitlocal.train.folder import CHECKPOINT, changes, origin_of
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_log
+from vitlocal.train.log import Log, read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import Run, open_run
@@ -568,3 +568,21 @@ def test_a_run_tells_all_machines_that_it_was_trained_by(configure, decoder, no_
     assert place_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}
     (run / "trained_on.jsonl").write_text("{")
     assert origin_of(run) == []
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_long_pass_is_told_of_where_there_is_no_terminal(tmp_path: Path, monkeypatch, capsys, progress: bool):
+    """After 10 seconds without a line, then 20, 40, and at last every ten minutes."""
+    now = 1000.0
+    monkeypatch.setattr("vitlocal.train.log.time.monotonic", lambda: now)
+    monkeypatch.setattr("vitlocal.train.log.sys.stderr.isatty", lambda: False)
+    log, told = Log(tmp_path, Length.parse("24h"), progress), []
+    log.begin(0)
+    for _ in range(3000):
+        now += 1
+        log.show(Progress(epoch=0.25, step=int(now), fraction=0.1), 6.9, 1e-3, 128, 2345.6)
+        if lines := capsys.readouterr().out:
+            told.append(now - 1000)
+            assert lines == "10.0 % of 24h: epoch 0.25  128 px  loss 6.900  2,346 images/s\n"
+    log.close()
+    assert told == ([10, 30, 70, 150, 310, 630, 1230, 1830, 2430] if progress else [])

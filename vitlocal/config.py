@@ -181,7 +181,7 @@ class RunConfig:
         "it did"
     )  # fmt: skip
     keep_weights: bool = option(False, Flag(), "keep the weights at each evaluation, for bench redundancy")
-    progress: bool = option(True, Flag(), "draw a progress bar")
+    progress: bool = option(True, Flag(), "draw a progress bar, or tell of long passes where there is no terminal")
 
 
 @dataclass(frozen=True)

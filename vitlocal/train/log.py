@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vitlocal.plan import Length, Progress
 
 REFRESH_SECONDS = 1.0
+FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line, where no bar is drawn
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -59,9 +60,13 @@ class Log:
         self.speaks = speaks  # of several processes, one does
         self.folder, self.path = folder, folder / "log.jsonl"
         self.length = length
-        # A bar that redraws itself is for a terminal; in a file, the line at the end of each pass tells enough.
+        # A bar that redraws itself is for a terminal. Elsewhere a pass of half an hour has some lines between those at
+        # the ends of passes: the first soon, for one may hang on it, and then ever fewer.
+        drawn = speaks and progress and sys.stderr.isatty()
+        self.tells = progress and not drawn
+        self._silence, self._said = FIRST_SILENCE, time.monotonic()
         self.bar = tqdm(
-            total=100.0, disable=not (speaks and progress and sys.stderr.isatty()), leave=False, dynamic_ncols=True,
+            total=100.0, disable=not drawn, leave=False, dynamic_ncols=True,
             bar_format="{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}",
         )  # fmt: skip
         with warnings.catch_warnings():
@@ -87,11 +92,13 @@ class Log:
         self._next = time.monotonic() + REFRESH_SECONDS
 
     def show(self, at: Progress, loss: float, lr: float, size: int, rate: float) -> None:
-        self.bar.set_postfix_str(
-            f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s", refresh=False
-        )
+        now = f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s"
+        self.bar.set_postfix_str(now, refresh=False)
         self.bar.n = 100 * at.fraction
         self.bar.refresh()
+        if self.tells and time.monotonic() >= self._said + self._silence:
+            self.say(f"{self.bar.n:.1f} % of {self.length}: {now}")
+            self._silence = min(2 * self._silence, LONGEST_SILENCE)
         for name, value in (("loss", loss), ("lr", lr), ("image_size", size), ("images_per_second", rate)):
             self.board.add_scalar(f"train/{name}", value, at.step)
 
@@ -116,6 +123,7 @@ class Log:
         if self.speaks:
             tqdm.write(text)
             sys.stdout.flush()
+            self._said = time.monotonic()
 
     def close(self) -> None:
         self.bar.close()
