@@ -236,7 +236,10 @@ class WriteOptions:
         "sample, the built-in set; none: $IMAGENET_DIR, else data/source"
     )  # fmt: skip
     out: str = option("data/imagenet", Text(), "the data folder to fill")
-    sides: str = option("auto", Text(), "long edges, px: 64,160,256 or 64:raw,256:jpg; auto: the split's own")
+    sides: str = option(
+        "auto", Text(),
+        "long edges, px: 64,160,256 or 64:raw,256:jpg; auto: the split's own; photos of val keep a short edge of 256",
+    )  # fmt: skip
     format: str = option("auto", Choice("auto", "raw", "jpg"), "of the sides without one; auto: raw up to 160")
     quality: int | None = option(None, Maybe(Number(low=1, high=100, whole=True)), "of JPEG; none: as planned, or 90")
     sampling: str | None = option(
@@ -330,13 +333,15 @@ class Reader:
             param.section = fastargs_section
             self.fastargs.add_entry((), name, param)
             default = "none" if spec.default in (None, ()) else plain_value(spec.default)
-            meaning = f"{spec.metadata['meaning']}; {spec.metadata['kind'].help()} (default: {default})"
-            named = [flag for flag, target in flags.items() if target == name]
             kind = spec.metadata["kind"]
+            takes: dict[str, Any] = {"metavar": ""}
+            meaning = f"{spec.metadata['meaning']}; {kind.help()} (default: {default})"
+            if isinstance(kind, Flag):  # `--run.resume` alone says true
+                takes = {"nargs": "?", "const": "true", "metavar": "true|false"}
+                meaning = f"{spec.metadata['meaning']} (default: {default})"
+            named = [flag for flag, target in flags.items() if target == name]
             groups[section].add_argument(f"--{name}", *named, dest=name, help=meaning.replace("%", "%%"),
-                                         metavar="", default=argparse.SUPPRESS,
-                                         **({"nargs": "?", "const": "true"} if isinstance(kind, Flag) else {})
-                                         )  # fmt: skip
+                                         default=argparse.SUPPRESS, **takes)  # fmt: skip
 
     def read(self, argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
         """The value of every option; later sources win: environment, recipes, command line."""
