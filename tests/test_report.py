@@ -214,6 +214,7 @@ def recipe(small, tmp_path: Path) -> str:
 
 def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path: Path, monkeypatch, capsys, decoder):
     monkeypatch.setattr(forecast, "SECONDS", 0.3)
+    monkeypatch.setattr(forecast, "ROUND_SECONDS", 0.03)
     file = tmp_path / "forecast.json"
     main(["forecast", recipe, f"--json={file}", "--budgets=1m,1h"])
     said = json.loads(file.read_text())
@@ -221,9 +222,11 @@ def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path
     assert said["epochs"] == pytest.approx(3) and said["images"] == 120
     assert said["flops"] == pytest.approx(sum(row["gflops"] * 1e9 * row["images"] for row in said["rows"]))
     assert all(row["step"] > 0 and row["loader"] > 0 and row["together"] > 0 for row in said["rows"])
-    assert said["evaluation_seconds"] > 0 and said["disk_bytes"] > 0
-    out = capsys.readouterr().out
-    assert "16px until" in out and "the first after" in out
+    assert said["evaluation_seconds"] > 0 and said["disk_bytes"] > 0 and said["measured_seconds"] > 0.3
+    out, shown = capsys.readouterr()
+    assert "16px until" in out and "the first after" in out and "s, but for compiling" in out
+    turns = re.findall(r"measuring (\d+) px, . of 3 sizes, round (\d) of 3", shown)
+    assert turns == [(str(size), str(number)) for number in (1, 2, 3) for size in (16, 32, 48)]
     # What it proposes fits: the parts are those of its own budget, and options take it.
     stages = tuple(Stage.parse(text) for text in said["curriculum"])
     speeds = {row["size"]: Speed(row["together"], row["batch_size"]) for row in said["rows"]}

@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -52,6 +52,7 @@ IMAGENET = 1_281_167
 BUDGETS = "1h,6h,24h"
 SECONDS = 80.0  # for all that is measured, shared among the sizes
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of a size's seconds
+ROUNDS, ROUND_SECONDS = 3, 8.0  # in which sizes take turns, where each has so long a turn
 CPU_STEP_SECONDS = 1.5  # of a measured step on a CPU: where the recipe's batch takes longer, a part of it is measured
 DOUBLINGS = 40  # of a budget that does not come to its curriculum's last size, to find one that does
 CPU_EVALUATED = 32  # images of a measured batch of an evaluation on a CPU
@@ -107,35 +108,52 @@ class NoiseSource:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Tally:
+    """What was timed so far."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # for data
+
+    @property
+    def rate(self) -> float:
+        """Images/s."""
+        return self.images / self.seconds
+
+
 class Rehearsal:
-    """Trains at one size for some seconds, on data, on one batch that is there already, or reads data alone."""
+    """Trains at one size for some seconds, on data or on one batch that is there already, or reads data alone; what was
+    timed adds up, under the names of ``SHARES``."""
 
     def __init__(self, run: Run, plan: Plan, feed: Feed, mode: Mode):
         self.run, self.plan, self.feed, self.mode = run, plan, feed, mode
         self.device = run.device
         self.steps = 0
+        self.timed: dict[str, Tally] = {}
 
     def step(self, batch: Batch) -> None:
         self.run.step(batch, self.steps, LR, self.mode, None, self.plan.dials)
         self.steps += 1
 
-    def together(self, seconds: float) -> tuple[float, float]:
-        """Images/s of reading and training, and the part of the time that was spent waiting for data."""
+    def together(self, seconds: float) -> None:
+        """Reads and trains."""
         with closing(full_batches(self.run.sources.train, self.feed)) as batches:
-            self.step(next(batches))
-            return self._timed(seconds, lambda: self.step(self._waited_for(batches)))
+            next(batches)
+            self._time("together", seconds, lambda: self.step(self._waited_for(batches)))
 
-    def alone(self, seconds: float) -> float:
+    def alone(self, seconds: float) -> None:
         images, labels = noise(self.feed, self.device)
         classes = len(self.run.sources.train.classes)
         batch = Batch.whole(images, labels % classes, torch.arange(self.feed.batch_size))
-        self.step(batch)
-        return self._timed(seconds, lambda: self.step(batch))[0]
+        if "step" not in self.timed:
+            self.step(batch)
+        self._time("step", seconds, lambda: self.step(batch))
 
-    def reading(self, seconds: float) -> float:
+    def reading(self, seconds: float) -> None:
         with closing(full_batches(self.run.sources.train, self.feed)) as batches:
             next(batches)
-            return self._timed(seconds, lambda: next(batches))[0]
+            self._time("loader", seconds, lambda: next(batches))
 
     def _waited_for(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
@@ -143,15 +161,19 @@ class Rehearsal:
         self.waited += time.perf_counter() - began
         return batch
 
-    def _timed(self, seconds: float, work: Any) -> tuple[float, float]:
+    def _time(self, name: str, seconds: float, work: Callable[[], object]) -> None:
+        """Does ``work`` for so many seconds, once at least and twice in the first round, and adds it to ``name``."""
         wait(self.device)
+        least = 1 if name in self.timed else 2
         self.waited, done, began = 0.0, 0, time.perf_counter()
-        while done < 2 or time.perf_counter() - began < seconds:
+        while done < least or time.perf_counter() - began < seconds:
             work()
             done += 1
         wait(self.device)
-        spent = time.perf_counter() - began
-        return done * self.feed.batch_size / spent, self.waited / spent
+        tally = self.timed.setdefault(name, Tally())
+        tally.images += done * self.feed.batch_size
+        tally.seconds += time.perf_counter() - began
+        tally.waited += self.waited
 
 
 def smaller_batch(run: Run, plan: Plan) -> Feed:
@@ -160,35 +182,74 @@ def smaller_batch(run: Run, plan: Plan) -> Feed:
     if run.device.type != "cpu" or feed.batch_size <= 8:
         return feed
     tried = Rehearsal(run, plan, replace(feed, batch_size=8), Mode())
-    images_per_second = tried.alone(0.0)
-    return replace(feed, batch_size=max(8, min(feed.batch_size, int(CPU_STEP_SECONDS * images_per_second))))
+    tried.alone(0.0)
+    return replace(feed, batch_size=max(8, min(feed.batch_size, int(CPU_STEP_SECONDS * tried.timed["step"].rate))))
 
 
-def measure(run: Run, plan: Plan, seconds: float) -> Measured:
-    """One size, in about so many seconds and what compiling takes."""
-    size = plan.feed.size
-    real = not isinstance(run.sources.train, NoiseSource)
-    if run.device.type == "cuda":  # before a CUDA graph takes its memory, which its replays no longer ask for
-        torch.cuda.reset_peak_memory_stats(run.device)
-    compile_seconds = run.step.warm(plan.feed, len(run.sources.train.classes))
-    feed = smaller_batch(run, plan)
-    mode = run.step.mode(plan.feed) if feed == plan.feed else Mode()
-    rehearsal = Rehearsal(run, plan, feed, mode)
-    alone = rehearsal.alone(seconds * SHARES["step"])
-    together, waited = rehearsal.together(seconds * SHARES["together"]) if real else (alone, 0.0)
-    return Measured(
-        size=size,
-        batch_size=plan.feed.batch_size,
-        measured_batch=feed.batch_size,
-        step_mode=str(mode),
-        together=together,
-        step=alone,
-        loader=rehearsal.reading(seconds * SHARES["loader"]) if real else None,
-        data_wait_fraction=waited,
-        compile_seconds=compile_seconds,
-        gflops=1e-9 * TRAINING_FLOPS * count_macs(run.model, size),
-        device_mib=torch.cuda.max_memory_allocated(run.device) / 2**20 if run.device.type == "cuda" else None,
-    )
+class Size:
+    """One of the recipe's sizes, which is compiled, and then measured by turns."""
+
+    def __init__(self, run: Run, plan: Plan):
+        self.run, self.plan = run, plan
+        self.real = not isinstance(run.sources.train, NoiseSource)
+        self.device_mib: float | None = None
+        with self._memory():
+            self.compile_seconds = run.step.warm(plan.feed, len(run.sources.train.classes))
+            feed = smaller_batch(run, plan)
+            self.rehearsal = Rehearsal(run, plan, feed, run.step.mode(feed) if feed == plan.feed else Mode())
+
+    def turn(self, seconds: float) -> None:
+        with self._memory():
+            self.rehearsal.alone(seconds * SHARES["step"])
+            if self.real:
+                self.rehearsal.together(seconds * SHARES["together"])
+                self.rehearsal.reading(seconds * SHARES["loader"])
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Keeps the largest peak. A CUDA graph takes its memory when it is compiled, and its replays ask for none."""
+        on_gpu = self.run.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.run.device)
+        yield
+        if on_gpu:
+            self.device_mib = max(self.device_mib or 0.0, torch.cuda.max_memory_allocated(self.run.device) / 2**20)
+
+    def measured(self) -> Measured:
+        rehearsal, timed, size = self.rehearsal, self.rehearsal.timed, self.plan.feed.size
+        both = timed["together" if self.real else "step"]
+        return Measured(
+            size=size,
+            batch_size=self.plan.feed.batch_size,
+            measured_batch=rehearsal.feed.batch_size,
+            step_mode=str(rehearsal.mode),
+            together=both.rate,
+            step=timed["step"].rate,
+            loader=timed["loader"].rate if self.real else None,
+            data_wait_fraction=both.waited / both.seconds,
+            compile_seconds=self.compile_seconds,
+            gflops=1e-9 * TRAINING_FLOPS * count_macs(self.run.model, size),
+            device_mib=self.device_mib,
+        )
+
+
+def measure(run: Run, plans: Sequence[Plan]) -> list[Measured]:
+    """Each plan's size, in about ``SECONDS`` in all and what compiling takes.
+
+    Where there is time for it sizes take turns, so that a machine that grows slower meanwhile does so for all.
+    """
+    share = SECONDS / len(plans)
+    rounds = max(1, min(ROUNDS, int(share / ROUND_SECONDS)))
+    sizes: list[Size] = []
+    for number in range(rounds):
+        for place, plan in enumerate(plans):
+            told = f"measuring {plan.feed.size} px, {place + 1} of {len(plans)} sizes, round {number + 1} of {rounds}  "
+            print(f"\r{told}", end="", file=sys.stderr, flush=True)
+            if number == 0:
+                sizes.append(Size(run, plan))
+            sizes[place].turn(share / rounds)
+    print("\r" + " " * 60, end="\r", file=sys.stderr)
+    return [size.measured() for size in sizes]
 
 
 def plans_by_size(run: Run, stages: Sequence[Stage]) -> dict[int, Plan]:
@@ -215,6 +276,7 @@ class Forecast:
     other_seconds: float = 0.0  # starting, compiling, saving, the report: what a budget counts that counts everything
     disk_bytes: int | None = None
     resident_mib: float | None = None
+    measured_seconds: float | None = None  # what measuring took, but for compiling
 
     @cached_property
     def stages(self) -> tuple[StageForecast, ...]:
@@ -335,23 +397,19 @@ def forecast(config: Config, images: int | None) -> Forecast:
     try:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(config, Path(folder), sources, device)
-            plans = plans_by_size(run, curriculum(config))
-            found = []
-            for number, (size, plan) in enumerate(plans.items()):
-                print(
-                    f"\rmeasuring {size} px, {number + 1} of {len(plans)} sizes  ", end="", file=sys.stderr, flush=True
-                )
-                found.append(measure(run, plan, SECONDS / len(plans)))
+            began = time.perf_counter()
+            found = measure(run, list(plans_by_size(run, curriculum(config)).values()))
             evaluation = rehearse_evaluation(run) if real else None
             other = STARTING_SECONDS + sum(one.compile_seconds for one in found)
             if run.clock.counts_all:
                 saving, finishing = rehearse_finish(run)
                 other += 2 * saving + finishing
             run.log.close()
-            print("\r" + " " * 60, end="\r", file=sys.stderr)
+            compiling = sum(one.compile_seconds for one in found)
             return Forecast(
                 replace(run.config, evaluate=stated), sources.train.count, tuple(found), evaluation, other,
                 disk_bytes(config) if real else None, resident_mib(os.getpid()),
+                time.perf_counter() - began - compiling,
             )  # fmt: skip
     finally:
         sources.close()
@@ -428,6 +486,8 @@ def as_text(found: Forecast, budgets: Sequence[Length]) -> str:
         first = found.first_point
         when = "at the end alone" if first is None else f"the first after {duration(first)} of training"
         lines.append(f"accuracy: {when}; an evaluation takes {found.evaluation_seconds:.1f} s")
+    if found.measured_seconds is not None:
+        lines.append(f"measured in {found.measured_seconds:.0f} s, but for compiling")
     unreached = [str(stage.size) for stage in found.stages if stage.seconds <= 0]
     if unreached:
         lines.append(f"note: the budget ends before {', '.join(unreached)} px")
@@ -509,6 +569,7 @@ def main(argv: Sequence[str]) -> None:
             "epochs": found.epochs, "flops": found.flops, "evaluation_seconds": found.evaluation_seconds,
             "first_point_seconds": found.first_point, "disk_bytes": found.disk_bytes,
             "resident_mib": found.resident_mib, "curriculum": [str(stage) for stage in found.parts],
+            "measured_seconds": found.measured_seconds,
             "budgets": found.within(budgets), "recipe": config.flat(),
         }  # fmt: skip
         write_json(options.json, measurement(what, rows(found), **more))
