@@ -304,6 +304,22 @@ def test_checkpoints_keep_the_room_that_they_take(saves, every, configure, decod
     assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
 
 
+def test_compiling_that_takes_what_was_left_is_followed_by_no_step(configure, decoder, tmp_path: Path, monkeypatch):
+    """Of 24 seconds, 17 are for training; compiling for the second epoch takes 20."""
+    watch, warm, warmed = Watched(monkeypatch, repeat(3.0)), Run.warm, []
+
+    def compiling(run: Run, plan: Plan) -> None:
+        warmed.append(run.clock.step)
+        watch.now += 20.0 if run.clock.step == 4 else 0.0
+        warm(run, plan)
+
+    monkeypatch.setattr(Run, "warm", compiling)
+    options = ("--budget.length=24s", "--evaluate.every=0", "--train.warm=stage", *COUNTED)
+    assert train(configure(*options)) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert warmed == [0, 4] and last["step"] == 4 and last["top1"] is not None
+
+
 def test_a_batch_that_was_held_up_is_not_multiplied(configure, decoder, monkeypatch):
     """Five batches of eight are rehearsed, at 0.1 s each and 0.2 s to open the source; one takes a second more."""
     with open_run(configure("--budget.length=1h", "--budget.counts=wall", "--evaluate.batch_size=10")) as run:

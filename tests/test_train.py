@@ -15,6 +15,7 @@ import torch
 
 from vitlocal.bench.outcomes import place_of
 from vitlocal.data.ffcv import FFCVSource
+from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.method import Surroundings
@@ -23,7 +24,7 @@ from vitlocal.predict import Predictor
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.checks import hardly_meant
 from vitlocal.train.ema import Average
-from vitlocal.train.folder import CHECKPOINT, changes, origin_of
+from vitlocal.train.folder import CHECKPOINT, changes, claimed, locked, origin_of
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import Log, read_log
 from vitlocal.train.loop import fit, train
@@ -358,6 +359,56 @@ def test_two_processes_cannot_train_in_one_folder(configure, decoder):
     with open_run(configure()):
         with pytest.raises(ConfigError, match="another process is training"):
             train(configure())
+
+
+def test_who_comes_second_to_a_new_folder_leaves_it_alone(tmp_path: Path, monkeypatch):
+    """Both found none, both made it, and one was the first to lock it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with locked(folder):
+        (folder / "config.yaml").touch()
+        monkeypatch.setattr(Path, "exists", lambda path: False)
+        with pytest.raises(ConfigError, match="another process is training"), claimed(folder):
+            pass
+        assert (folder / "config.yaml").is_file()
+
+
+def test_a_run_that_was_trained_while_this_process_started_is_gone_on_with(configure, decoder, monkeypatch):
+    """As when a scheduler starts the command again while the process before is still saving."""
+    config, opened = configure(), []
+
+    def open_later(*arguments):
+        if not opened:
+            opened.append(True)
+            with open_run(config) as before:
+                before.warm_up()
+                with before.sources.train.open(before.plan().feed, before.clock.position) as batches:
+                    before.train_on(next(batches), before.plan())
+                before.save()
+        return open_sources(*arguments)
+
+    monkeypatch.setattr("vitlocal.train.run.open_sources", open_later)
+    with open_run(config) as run:
+        assert run.clock.step == 1
+
+
+def test_what_loading_takes_is_journalled(configure, decoder, killed_after, tmp_path: Path, monkeypatch):
+    """Where everything counts, a run that is killed while it is loaded has spent that time."""
+    options = ("--budget.length=30s", "--budget.counts=wall", "--run.save_every=1steps", "--evaluate.every=0")
+    with killed_after(2):
+        train(configure(*options))
+    spent, killed = [], RuntimeError("killed")
+
+    def load(path: Path) -> None:
+        for _ in range(2):
+            spent.append(read_spent(tmp_path / "run" / "spent.json")[1])
+            time.sleep(0.5)
+        raise killed
+
+    monkeypatch.setattr("vitlocal.train.run.load_checkpoint", load)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(configure(*options), time.monotonic() - 5.0)
+    assert spent[0] > 5 and 0.3 < spent[1] - spent[0] < 5
 
 
 def test_a_damaged_checkpoint_is_named(configure, decoder, tmp_path: Path):

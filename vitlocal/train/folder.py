@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,18 @@ def spent_in(folder: Path, config: Config) -> tuple[float, float]:
     return read_spent(folder / JOURNAL)
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process is training in ``folder``."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second process out of the folder."""
@@ -105,13 +118,13 @@ def claimed(folder: Path) -> Iterator[None]:
     """Makes the folder and locks it; a wrong configuration takes it away again, but for what has been trained."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
+    with locked(folder):
+        try:
             yield
-    except ConfigError:
-        if is_new and not (folder / CHECKPOINT).exists():
-            shutil.rmtree(folder)
-        raise
+        except ConfigError:
+            if is_new and not (folder / CHECKPOINT).exists():
+                shutil.rmtree(folder)
+            raise
 
 
 def header() -> str:
@@ -119,9 +132,16 @@ def header() -> str:
     return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {shlex.join(sys.argv)}\n"
 
 
-def note_origin(folder: Path) -> None:
-    """Writes down on what machine, with what code and libraries the run is trained: again only where they change."""
-    found, here = origin_of(folder), {"machine": hardware(), "versions": versions(), "commit": commit()}
+def data_of(count: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What tells training images apart: their number, that of their classes, and a digest of these."""
+    digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return {"images": count, "classes": len(classes), "digest": digest}
+
+
+def note_origin(folder: Path, data: Mapping[str, Any]) -> None:
+    """Writes down on what machine, with what code and libraries and on what ``data`` (:func:`data_of`) the run is
+    trained: again only where they change."""
+    found, here = origin_of(folder), {"machine": hardware(), "versions": versions(), "commit": commit(), "data": data}
     if not found or found[-1] != here:
         write_lines(folder / ORIGIN, [*found, here])
 

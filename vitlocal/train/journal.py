@@ -1,4 +1,4 @@
-"""What a run has spent, written down every second: a run that is killed loses no more of its count than that."""
+"""What a run has spent, written down all the time: a run that is killed loses next to nothing of its count."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import os
 import sys
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from vitlocal.plan import Length
 from vitlocal.train.clock import Clock
 
 EVERY_SECONDS = 1.0
+EVERY_PART = 1e-3  # of a budget in time, where that is less: a second is much of three minutes
 
 
 def read_spent(path: Path) -> tuple[float, float]:
@@ -28,11 +32,30 @@ def read_spent(path: Path) -> tuple[float, float]:
         return 0.0, 0.0
 
 
-class Journal:
-    """Writes ``clock``'s seconds to ``path`` while it is open, in a thread: steps, evaluation and saving all count."""
+@dataclass(frozen=True)
+class Loading:
+    """In the place of a clock while there is none yet: what was spent before, and the time since ``began``."""
 
-    def __init__(self, path: Path, clock: Clock):
+    train_seconds: float
+    wall_seconds_before: float
+    began: float
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.wall_seconds_before + time.monotonic() - self.began
+
+
+class Journal:
+    """Writes ``clock``'s seconds to ``path`` while it is open, in a thread: steps, evaluation and saving all count.
+
+    A kill loses what was spent since the last writing: at most a second, or a thousandth of ``budget``.
+    """
+
+    def __init__(self, path: Path, clock: Clock | Loading, budget: Length):
         self.path, self.clock = path, clock
+        self.every = EVERY_SECONDS
+        if budget.kind == "seconds":
+            self.every = min(EVERY_SECONDS, EVERY_PART * budget.value)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="journal", daemon=True)
 
@@ -47,7 +70,7 @@ class Journal:
         self._write()
 
     def _write_on(self) -> None:
-        while not self._done.wait(EVERY_SECONDS):
+        while not self._done.wait(self.every):
             self._write()
 
     def _write(self) -> None:

@@ -28,7 +28,12 @@ def fit(run: Run) -> None:
             run.end_pass(run.running)
             if run.over:
                 break
+        before = run.running
         run.begin_pass(plan)
+        if run.over:  # compiling took what was left of a budget that counts everything
+            run.running = before
+            run.save()
+            break
         with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed and shape
             for batch in run.waited_for(batches):
                 run.train_on(batch, plan)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -47,8 +48,8 @@ from vitlocal.train.clock import Clock
 from vitlocal.train.devices import prepare_device
 from vitlocal.train.ema import Average, build_average
 from vitlocal.train.evaluate import Accuracy, evaluate
-from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, header, note_origin, resumes_from, spent_in
-from vitlocal.train.journal import Journal
+from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, data_of, header, note_origin, resumes_from, spent_in
+from vitlocal.train.journal import Journal, Loading
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer, moments_of
 from vitlocal.train.probes import answer, in_place
@@ -574,6 +575,17 @@ def settled(config: Config, methods: Sequence[Method]) -> Config:
     return config
 
 
+def loading(
+    folder: Path, config: Config, spent: tuple[float, float] | None, began: float | None
+) -> AbstractContextManager:
+    """The journal of a run that is still being loaded goes on from what it had spent; a new run, and every process but
+    the first, has none."""
+    if spent is None or not (folder / "config.yaml").exists():
+        return nullcontext()
+    clock = Loading(*spent, time.monotonic() if began is None else began)
+    return Journal(folder / JOURNAL, clock, config.budget.length)
+
+
 @contextmanager
 def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     """Builds the run, or goes on with the one that its folder holds (``run.resume``).
@@ -585,7 +597,8 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     leaving = leaving_seconds(began)
     ranks = find_ranks()
     folder = Path(config.run.folder)
-    resumes = resumes_from(folder, config) if ranks.first else False
+    if ranks.first:
+        resumes_from(folder, config)  # a wrong folder is told at once
     device = prepare_device(config, ranks)
     check_clock(config, device, ranks)
     with connected(ranks, device):
@@ -593,22 +606,26 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
         sources = open_sources(config, device, ranks.share, ranks.neighbours)
         try:
             with claimed(folder) if ranks.first else nullcontext():
-                run = Run(config, folder, sources, device, ranks, began, leaving)
-                state = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if resumes else None)
-                spent = ranks.broadcast(spent_in(folder, config) if ranks.first else None)
-                if state is not None:
-                    run.load(state)
-                run.clock.spent_before(*spent)
-                run.start_meter()
-                run.agree()
+                # Asked again: until the folder was this process's own, another one may have trained in it.
+                resumes = ranks.first and resumes_from(folder, config)
+                spent = spent_in(folder, config) if ranks.first else None
+                with loading(folder, config, spent, began):
+                    run = Run(config, folder, sources, device, ranks, began, leaving)
+                    state = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if resumes else None)
+                    spent = ranks.broadcast(spent)
+                    if state is not None:
+                        run.load(state)
+                    run.clock.spent_before(*spent)
+                    run.start_meter()
+                    run.agree()
                 if state is None and ranks.first:
                     (folder / "config.yaml").write_text(header() + config.yaml(), encoding="utf-8")
                 if ranks.first and not run.clock.spent:
-                    note_origin(folder)
+                    note_origin(folder, data_of(sources.train.count, sources.train.classes))
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None and run.meter.images > 0))
                 run.searches.begin()
-                with Journal(folder / JOURNAL, run.clock) if ranks.first else nullcontext():
+                with Journal(folder / JOURNAL, run.clock, config.budget.length) if ranks.first else nullcontext():
                     try:
                         yield run
                     finally:
