@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,14 @@ import pytest
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.entries import Arm, entries, read_arms
 from vitlocal.bench.outcomes import Outcome, table
-from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size
+from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_results
 from vitlocal.bench.runner import Runner
 from vitlocal.config import read_config
+from vitlocal.data.source import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import build_model
-from vitlocal.train.folder import stated
+from vitlocal.train.folder import data_of, locked, note_origin, stated
 from vitlocal.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +117,55 @@ def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
     assert "1 of" not in capsys.readouterr().out and (run / "log.jsonl").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="holds a run of another configuration: evaluate.part was 'all'"):
         main([*command, "--only=half as deep", "--evaluate.part=odd"])
+
+
+def test_a_run_on_other_images_is_not_taken_for_one_on_these(two: Path, folder: Path, tmp_path: Path):
+    (entry,) = entries([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
+    config = entry.config()
+    entry.folder.mkdir()
+    (entry.folder / "config.yaml").write_text(config.yaml())
+    assert entry.config() == config  # an older run, which does not say
+    here = load_manifest(str(folder), "train")
+    note_origin(entry.folder, data_of(here.count, here.classes))
+    assert entry.config() == config
+    for images, classes in ((119, here.classes), (120, (*here.classes[1:], "another"))):
+        (entry.folder / "trained_on.jsonl").unlink()
+        note_origin(entry.folder, data_of(images, classes))
+        with pytest.raises(ConfigError, match=rf"trained on {images} images of 20 classes.* \(120 of 20\)"):
+            entry.config()
+
+
+def test_runs_that_still_save_are_waited_for(two: Path, tmp_path: Path, monkeypatch, capsys):
+    """As after a bench that was killed: its runs are told to stop, and their folders are theirs until they have."""
+    started = []
+    monkeypatch.setattr(Runner, "_start", lambda runner, entry, *_: started.append(entry))
+    monkeypatch.setattr(Runner, "_watch_memory", lambda runner: None)
+    (entry,) = entries([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
+    entry.folder.mkdir()
+    runner, saving = Runner(1, 1, tmp_path), locked(entry.folder)
+    saving.__enter__()
+    naps = iter([None, None, lambda: saving.__exit__(None, None, None)])
+    monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: (nap := next(naps)) and nap())
+    naps = chain(naps, repeat(None))
+    assert runner.run([entry]) == [] and started == [entry]
+    assert capsys.readouterr().out == f"waiting for another process to leave {entry.folder} ...\n"
+
+
+def test_what_the_paper_bench_leaves(tmp_path: Path, capsys):
+    """The table with the paper's numbers beside, both plots of figure 2, and the measurement."""
+    arms = chosen("table1,curriculum_64_5_32")
+    passes = [{"train_seconds": 10.0 * part, "top1": 5.0 * part, "epoch": part} for part in (1, 2)]
+    found = [replace(outcome(arm.name, seed, 40.0 + seed), curve=passes) for arm in arms for seed in (0, 1)]
+    write_results(found, arms, tmp_path / "paper", str(tmp_path / "paper.json"), "15m")
+    lines = (tmp_path / "paper" / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + 5 and lines[2].startswith("| deit: DeiT-S | 43.05 | 40.50 ± 0.71 |")
+    assert all((tmp_path / "paper" / name).stat().st_size > 3000 for name in ("architectures.png", "curricula.png"))
+    measured = json.loads((tmp_path / "paper.json").read_text())
+    assert len(measured["rows"]) == 10 and measured["curves"]["ours-1ep-seed0"] == passes
+    assert capsys.readouterr().out.splitlines() == lines
+    # One arm alone is tabulated, and there is nothing to draw it against.
+    write_results(found[:2], arms[:1], tmp_path / "one", None, "15m")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["table.md"]
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from vitlocal.config import Config, read_config
+from vitlocal.data.source import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.methods import claimed
 from vitlocal.options import as_argument
-from vitlocal.train.folder import check_same
+from vitlocal.train.folder import check_same, data_of, origin_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
@@ -78,11 +79,27 @@ class Entry:
             )
         if (self.folder / "config.yaml").exists():
             check_same(self.folder, config, "folder")
+            check_data(self.folder, config)
         return config
 
     @property
     def done(self) -> bool:
         return (self.folder / "model.safetensors").exists()  # written when the budget is spent
+
+
+def check_data(folder: Path, config: Config) -> None:
+    """ConfigError where the run in ``folder`` says that it was trained on other images than ``config``'s."""
+    if config.data.loader != "ffcv" or not (Path(config.data.root) / "train.json").exists():
+        return  # the trainer knows what there is
+    manifest = load_manifest(config.data.root, "train")
+    now = data_of(manifest.count, manifest.classes)
+    for before in (origin["data"] for origin in origin_of(folder) if "data" in origin):
+        if before != now:
+            raise ConfigError(
+                f"folder: {folder} holds a run that was trained on {before['images']} images of {before['classes']} "
+                f"classes, and {config.data.root} has others ({now['images']} of {now['classes']}); use another "
+                "--folder, or the same data"
+            )
 
 
 def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]) -> list[Entry]:

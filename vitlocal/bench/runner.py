@@ -20,6 +20,7 @@ from vitlocal.bench.entries import ROOT, Entry
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
+from vitlocal.train.folder import in_use
 from vitlocal.train.report import duration
 
 LIBC = ctypes.CDLL(None)
@@ -72,6 +73,7 @@ class Runner:
         self.running: dict[subprocess.Popen[bytes], Started] = {}
         self.signal: int | None = None
         self.stalled = False  # for want of memory: told once
+        self.awaited: set[Path] = set()  # folders in which others were training: told once each
 
     def run(self, waiting: Sequence[Entry]) -> list[Entry]:
         """Returns the entries that failed; raises Interrupted, when all have saved, after Ctrl-C or SIGTERM."""
@@ -101,7 +103,14 @@ class Runner:
             )
 
     def _must_wait(self, entry: Entry) -> bool:
-        return self.by_seeds and any(run.entry.seed != entry.seed for run in self.running.values())
+        if self.by_seeds and any(run.entry.seed != entry.seed for run in self.running.values()):
+            return True
+        if not in_use(entry.folder):
+            return False
+        if entry.folder not in self.awaited:  # as after a bench that was killed: its runs were told to save
+            self.awaited.add(entry.folder)
+            say(f"waiting for another process to leave {entry.folder} ...")
+        return True
 
     def _start(self, entry: Entry, number: int, total: int) -> None:
         place = self.free.pop(0)
