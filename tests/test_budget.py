@@ -320,6 +320,31 @@ def test_compiling_that_takes_what_was_left_is_followed_by_no_step(configure, de
     assert warmed == [0, 4] and last["step"] == 4 and last["top1"] is not None
 
 
+def test_a_signal_while_compiling_takes_what_was_left_leaves_evaluation_to_the_next(
+    configure, decoder, tmp_path: Path, monkeypatch
+):
+    """Nothing is exported that was not evaluated; the same command evaluates it."""
+    options = ("--budget.length=30s", "--evaluate.every=0", "--train.warm=stage", "--run.save_every=1steps", *COUNTED)
+    with monkeypatch.context() as patch:
+        warm, count = Run.warm, [0]
+
+        def compiling(run: Run, plan: Plan) -> None:
+            count[0] += 1
+            if run.clock.step == 4:
+                run.clock.pass_over(30.0)
+                os.kill(os.getpid(), signal.SIGTERM)
+            warm(run, plan)
+
+        patch.setattr(Run, "warm", compiling)
+        assert train(configure(*options)) == 143
+    run = tmp_path / "run"
+    assert not (run / "model.safetensors").exists() and (run / CHECKPOINT).exists()
+    monkeypatch.setattr(Run, "train_on", None)
+    assert train(configure(*options)) == 0
+    last = read_log(run)[-1]
+    assert last["step"] == 4 and last["top1"] is not None and (run / "model.safetensors").exists()
+
+
 def test_a_batch_that_was_held_up_is_not_multiplied(configure, decoder, monkeypatch):
     """Five batches of eight are rehearsed, at 0.1 s each and 0.2 s to open the source; one takes a second more."""
     with open_run(configure("--budget.length=1h", "--budget.counts=wall", "--evaluate.batch_size=10")) as run:

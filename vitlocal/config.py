@@ -336,7 +336,7 @@ class Reader:
             kind = spec.metadata["kind"]
             takes: dict[str, Any] = {"metavar": ""}
             meaning = f"{spec.metadata['meaning']}; {kind.help()} (default: {default})"
-            if isinstance(kind, Flag):  # `--run.resume` alone says true
+            if isinstance(kind, Flag):  # `--run.keep_weights` alone says true
                 takes = {"nargs": "?", "const": "true", "metavar": "true|false"}
                 meaning = f"{spec.metadata['meaning']} (default: {default})"
             named = [flag for flag, target in flags.items() if target == name]

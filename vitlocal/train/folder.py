@@ -123,7 +123,7 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         except ConfigError:
             if is_new and not (folder / CHECKPOINT).exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed must not hide what is wrong
             raise
 
 

@@ -14,7 +14,7 @@ from vitlocal.plan import Length
 from vitlocal.train.clock import Clock
 
 EVERY_SECONDS = 1.0
-EVERY_PART = 1e-3  # of a budget in time, where that is less: a second is much of three minutes
+EVERY_PART, LEAST_SECONDS = 1e-3, 0.02  # of a budget in time, where that is less: a second is much of three minutes
 
 
 def read_spent(path: Path) -> tuple[float, float]:
@@ -55,7 +55,7 @@ class Journal:
         self.path, self.clock = path, clock
         self.every = EVERY_SECONDS
         if budget.kind == "seconds":
-            self.every = min(EVERY_SECONDS, EVERY_PART * budget.value)
+            self.every = max(LEAST_SECONDS, min(EVERY_SECONDS, EVERY_PART * budget.value))
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._write_on, name="journal", daemon=True)
 

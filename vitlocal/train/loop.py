@@ -30,9 +30,10 @@ def fit(run: Run) -> None:
                 break
         before = run.running
         run.begin_pass(plan)
-        if run.over:  # compiling took what was left of a budget that counts everything
+        if run.over:  # compiling took what was left of a budget that counts everything, or a signal came
             run.running = before
-            run.save()
+            if run.interrupted or not run.unevaluated:  # else evaluating saves
+                run.save()
             break
         with run.sources.train.open(plan.feed, run.clock.position) as batches:  # one pass: a fixed feed and shape
             for batch in run.waited_for(batches):
@@ -53,7 +54,8 @@ def fit(run: Run) -> None:
     if run.clock.spent and not run.clock.step:
         raise DataError(
             f"the budget of {run.config.budget.length} is spent, and nothing that it bought was saved; remove "
-            f"{run.folder} to train anew, with checkpoints more often (--run.save_every)"
+            f"{run.folder} to train anew, with checkpoints more often (--run.save_every), or, where starting and "
+            "compiling took it all, with more time or --budget.counts=train"
         )
     if run.unevaluated and not run.interrupted:  # what a process that was killed had spent leaves no further step
         run.end_pass(run.running or run.logged_plan or run.plan())
@@ -85,14 +87,14 @@ def train(config: Config, began: float | None = None) -> int:
             say(f"note: {warning}")
         if run.clock.step:
             spent = run.clock.progress
-            if run.clock.spent and not run.unevaluated:
+            if run.finished:
                 say("this run is finished; what it leaves is written anew")
             else:
                 say(f"going on at epoch {spent.epoch:.2f}, step {spent.step}: {100 * spent.fraction:.1f} % is spent")
         if not (run.clock.spent and run.clock.step):
             run.warm_up()
         fit(run)
-        if run.interrupted and not (run.clock.spent and run.unclosed is None):
+        if run.interrupted and not run.finished:
             say(f"stopped by {run.interrupted.name} at step {run.clock.step}, all saved; the same command goes on")
             return 130 if run.interrupted is signal.SIGINT else 143
         if not run.ranks.first:

@@ -145,6 +145,11 @@ class Run:
         return self.clock.spent and self.evaluated_step != self.clock.step
 
     @property
+    def finished(self) -> bool:
+        """Whether the budget is spent, and what it bought is evaluated and logged."""
+        return self.clock.spent and not self.unevaluated and self.unclosed is None
+
+    @property
     def over(self) -> bool:
         return self.clock.spent or self.interrupted is not None
 
@@ -580,7 +585,7 @@ def loading(
 ) -> AbstractContextManager:
     """The journal of a run that is still being loaded goes on from what it had spent; a new run, and every process but
     the first, has none."""
-    if spent is None or not (folder / "config.yaml").exists():
+    if spent is None or not any(spent):
         return nullcontext()
     clock = Loading(*spent, time.monotonic() if began is None else began)
     return Journal(folder / JOURNAL, clock, config.budget.length)
