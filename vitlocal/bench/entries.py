@@ -93,13 +93,13 @@ def check_data(folder: Path, config: Config) -> None:
         return  # the trainer knows what there is
     manifest = load_manifest(config.data.root, "train")
     now = data_of(manifest.count, manifest.classes)
-    for before in (origin["data"] for origin in origin_of(folder) if "data" in origin):
-        if before != now:
-            raise ConfigError(
-                f"folder: {folder} holds a run that was trained on {before['images']} images of {before['classes']} "
-                f"classes, and {config.data.root} has others ({now['images']} of {now['classes']}); use another "
-                "--folder, or the same data"
-            )
+    before = [origin["data"] for origin in origin_of(folder) if "data" in origin][-1:]
+    if before not in ([], [now]):
+        raise ConfigError(
+            f"folder: {folder} holds a run that was trained on {before[0]['images']} images of "
+            f"{before[0]['classes']} classes, and {config.data.root} has others ({now['images']} of "
+            f"{now['classes']}); use another --folder, or the same data"
+        )
 
 
 def entries(arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]) -> list[Entry]:

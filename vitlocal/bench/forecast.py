@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +139,7 @@ class Rehearsal:
     def together(self, seconds: float) -> None:
         """Reads and trains."""
         with closing(full_batches(self.run.sources.train, self.feed)) as batches:
-            next(batches)
+            self.step(next(batches))  # meanwhile the loader reads ahead, as it does in training
             self._time("together", seconds, lambda: self.step(self._waited_for(batches)))
 
     def alone(self, seconds: float) -> None:
@@ -199,7 +199,7 @@ class Size:
             self.rehearsal = Rehearsal(run, plan, feed, run.step.mode(feed) if feed == plan.feed else Mode())
 
     def turn(self, seconds: float) -> None:
-        with self._memory():
+        with nullcontext() if self.rehearsal.timed else self._memory():  # the first: no larger size is there yet
             self.rehearsal.alone(seconds * SHARES["step"])
             if self.real:
                 self.rehearsal.together(seconds * SHARES["together"])
@@ -276,7 +276,7 @@ class Forecast:
     other_seconds: float = 0.0  # starting, compiling, saving, the report: what a budget counts that counts everything
     disk_bytes: int | None = None
     resident_mib: float | None = None
-    measured_seconds: float | None = None  # what measuring took, but for compiling
+    measured_seconds: float | None = None  # what measuring the sizes took, but for compiling
 
     @cached_property
     def stages(self) -> tuple[StageForecast, ...]:
@@ -399,17 +399,17 @@ def forecast(config: Config, images: int | None) -> Forecast:
             run = Run(config, Path(folder), sources, device)
             began = time.perf_counter()
             found = measure(run, list(plans_by_size(run, curriculum(config)).values()))
+            compiling = sum(one.compile_seconds for one in found)
+            took = time.perf_counter() - began - compiling
             evaluation = rehearse_evaluation(run) if real else None
-            other = STARTING_SECONDS + sum(one.compile_seconds for one in found)
+            other = STARTING_SECONDS + compiling
             if run.clock.counts_all:
                 saving, finishing = rehearse_finish(run)
                 other += 2 * saving + finishing
             run.log.close()
-            compiling = sum(one.compile_seconds for one in found)
             return Forecast(
                 replace(run.config, evaluate=stated), sources.train.count, tuple(found), evaluation, other,
-                disk_bytes(config) if real else None, resident_mib(os.getpid()),
-                time.perf_counter() - began - compiling,
+                disk_bytes(config) if real else None, resident_mib(os.getpid()), took,
             )  # fmt: skip
     finally:
         sources.close()

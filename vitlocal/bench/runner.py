@@ -81,8 +81,9 @@ class Runner:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._forwarding():
             while left or self.running:
-                while left and self.free and self.signal is None and not self._must_wait(left[0]):
-                    self._start(left.pop(0), total - len(left), total)
+                while self.free and self.signal is None and (entry := self._next(left)) is not None:
+                    left.remove(entry)
+                    self._start(entry, total - len(left), total)
                 for process in list(self.running):
                     if process.poll() is not None:
                         failed += self._ended(process)
@@ -102,15 +103,17 @@ class Runner:
                 "down, and not to be compared. Stop, remove those runs' folders, and use fewer --jobs or --together"
             )
 
-    def _must_wait(self, entry: Entry) -> bool:
-        if self.by_seeds and any(run.entry.seed != entry.seed for run in self.running.values()):
-            return True
-        if not in_use(entry.folder):
-            return False
-        if entry.folder not in self.awaited:  # as after a bench that was killed: its runs were told to save
-            self.awaited.add(entry.folder)
-            say(f"waiting for another process to leave {entry.folder} ...")
-        return True
+    def _next(self, left: Sequence[Entry]) -> Entry | None:
+        """The first that can start now, if one can."""
+        for entry in left:
+            if self.by_seeds and any(run.entry.seed != entry.seed for run in self.running.values()):
+                return None
+            if not in_use(entry.folder):
+                return entry
+            if entry.folder not in self.awaited:  # as after a bench that was killed: its runs were told to save
+                self.awaited.add(entry.folder)
+                say(f"waiting for another process to leave {entry.folder} ...")
+        return None
 
     def _start(self, entry: Entry, number: int, total: int) -> None:
         place = self.free.pop(0)
