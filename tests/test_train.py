@@ -25,7 +25,7 @@ from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.checks import hardly_meant
 from vitlocal.train.ema import Average
 from vitlocal.train.folder import CHECKPOINT, changes, claimed, locked, origin_of
-from vitlocal.train.journal import read_spent
+from vitlocal.train.journal import Journal, Loading, read_spent
 from vitlocal.train.log import Log, read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.optim import build_optimizer
@@ -409,6 +409,13 @@ def test_what_loading_takes_is_journalled(configure, decoder, killed_after, tmp_
     with pytest.raises(RuntimeError, match="killed"):
         train(configure(*options), time.monotonic() - 5.0)
     assert spent[0] > 5 and 0.3 < spent[1] - spent[0] < 5
+
+
+def test_what_ending_takes_is_journalled_until_a_process_has_ended(tmp_path: Path):
+    path = tmp_path / "spent.json"
+    with Journal(path, Loading(1.0, 2.0, time.monotonic()), Length.parse("24h"), 7.0):
+        assert read_spent(path)[0] == 1.0 and 9.0 < read_spent(path)[1] < 10.0  # killed now, it has spent this
+    assert 2.0 < read_spent(path)[1] < 3.0
 
 
 def test_a_damaged_checkpoint_is_named(configure, decoder, tmp_path: Path):

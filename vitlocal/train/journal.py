@@ -48,11 +48,12 @@ class Loading:
 class Journal:
     """Writes ``clock``'s seconds to ``path`` while it is open, in a thread: steps, evaluation and saving all count.
 
-    A kill loses what was spent since the last writing: at most a second, or a thousandth of ``budget``.
+    A kill loses what was spent since the last writing: at most a second, or a thousandth of ``budget``. ``ending``
+    seconds, which a process takes to end when it is killed, are written down as spent until it ends otherwise.
     """
 
-    def __init__(self, path: Path, clock: Clock | Loading, budget: Length):
-        self.path, self.clock = path, clock
+    def __init__(self, path: Path, clock: Clock | Loading, budget: Length, ending: float):
+        self.path, self.clock, self.ending = path, clock, ending
         self.every = EVERY_SECONDS
         if budget.kind == "seconds":
             self.every = max(LEAST_SECONDS, min(EVERY_SECONDS, EVERY_PART * budget.value))
@@ -67,6 +68,7 @@ class Journal:
     def __exit__(self, *raised: object) -> None:
         self._done.set()
         self._thread.join()
+        self.ending = 0.0
         self._write()
 
     def _write_on(self) -> None:
@@ -74,7 +76,7 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
-        spent = {"train_seconds": self.clock.train_seconds, "wall_seconds": self.clock.wall_seconds}
+        spent = {"train_seconds": self.clock.train_seconds, "wall_seconds": self.clock.wall_seconds + self.ending}
         temporary = self.path.with_name(f".{self.path.name}.writing")
         try:
             # Whole or not at all if the process is killed. Not synced: that would wait for the disk every second.

@@ -581,14 +581,14 @@ def settled(config: Config, methods: Sequence[Method]) -> Config:
 
 
 def loading(
-    folder: Path, config: Config, spent: tuple[float, float] | None, began: float | None
+    folder: Path, config: Config, spent: tuple[float, float] | None, began: float | None, leaving: float
 ) -> AbstractContextManager:
     """The journal of a run that is still being loaded goes on from what it had spent; a new run, and every process but
     the first, has none."""
     if spent is None or not any(spent):
         return nullcontext()
     clock = Loading(*spent, time.monotonic() if began is None else began)
-    return Journal(folder / JOURNAL, clock, config.budget.length)
+    return Journal(folder / JOURNAL, clock, config.budget.length, leaving)
 
 
 @contextmanager
@@ -614,7 +614,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                 # Asked again: until the folder was this process's own, another one may have trained in it.
                 resumes = ranks.first and resumes_from(folder, config)
                 spent = spent_in(folder, config) if ranks.first else None
-                with loading(folder, config, spent, began):
+                with loading(folder, config, spent, began, leaving):
                     run = Run(config, folder, sources, device, ranks, began, leaving)
                     state = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if resumes else None)
                     spent = ranks.broadcast(spent)
@@ -630,7 +630,8 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
                 # The line of a pass that is not closed yet will be written again.
                 run.log.begin(run.clock.step - (run.unclosed is not None and run.meter.images > 0))
                 run.searches.begin()
-                with Journal(folder / JOURNAL, run.clock, config.budget.length) if ranks.first else nullcontext():
+                journal = Journal(folder / JOURNAL, run.clock, config.budget.length, leaving)
+                with journal if ranks.first else nullcontext():
                     try:
                         yield run
                     finally:
