@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,19 @@ class Entry:
         return (self.folder / "model.safetensors").exists()  # written when the budget is spent
 
 
+@lru_cache
+def data_in(root: str) -> dict[str, Any]:
+    """:func:`data_of` the training split: once for all runs, as ImageNet's manifest takes seconds to read."""
+    manifest = load_manifest(root, "train")
+    return data_of(manifest.count, manifest.classes)
+
+
 def check_data(folder: Path, config: Config) -> None:
     """ConfigError where the run in ``folder`` says that it was trained on other images than ``config``'s."""
     if config.data.loader != "ffcv" or not (Path(config.data.root) / "train.json").exists():
         return  # the trainer knows what there is
-    manifest = load_manifest(config.data.root, "train")
-    now = data_of(manifest.count, manifest.classes)
     before = [origin["data"] for origin in origin_of(folder) if "data" in origin][-1:]
-    if before not in ([], [now]):
+    if before and before != [now := data_in(config.data.root)]:
         raise ConfigError(
             f"folder: {folder} holds a run that was trained on {before[0]['images']} images of "
             f"{before[0]['classes']} classes, and {config.data.root} has others ({now['images']} of "
