@@ -22,11 +22,11 @@ def main(argv: Sequence[str]) -> None:
 
         plan_files(options)
     elif options.verify:
-        from vitlocal.data.verify import verify
+        from vitlocal.data.writer.verify import verify
 
         verify(options.out, options.split, options.workers)
     else:
-        from vitlocal.data.write import write_as_asked
+        from vitlocal.data.writer.write import write_as_asked
 
         write_as_asked(options)
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from vitlocal.config import Config, read_config
-from vitlocal.data.write import WriteConfig, parse_files, write
-from vitlocal.train.report import read_run
+from vitlocal.data.writer.write import WriteConfig, parse_files, write
+from vitlocal.report.page import read_run
 from vitlocal.train.run import Run
 
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared():
     """One decoder for all tests of this process."""
-    from vitlocal.data.ffcv import Decoder
+    from vitlocal.data.loader import Decoder
 
     return Decoder(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
 
@@ -44,7 +44,7 @@ def shared():
 @pytest.fixture
 def decoder(shared, monkeypatch: pytest.MonkeyPatch):
     """Sources opened in this test use the shared decoder, whatever number of workers they ask for."""
-    monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: shared)
+    monkeypatch.setattr("vitlocal.data.loader.Decoder", lambda workers=0: shared)
     return shared
 
 

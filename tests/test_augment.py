@@ -13,14 +13,14 @@ from vitlocal.data.augment import (
     NOISE,
     THREE,
     Augment,
-    Drawn,
+    AugmentParams,
     Normalize,
     mixture,
     move,
     randaugment,
     three_augment,
 )
-from vitlocal.data.keyed import generator, uniform
+from vitlocal.data.random_keys import generator, uniform
 from vitlocal.data.shares import Share
 
 
@@ -38,7 +38,7 @@ def test_normalisation():
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def drawn(augment: Augment, step: int, count: int = 12, size: int = 24) -> Drawn:
+def drawn(augment: Augment, step: int, count: int = 12, size: int = 24) -> AugmentParams:
     return augment.draw(1, step, np.arange(count), count, size)
 
 

@@ -11,7 +11,7 @@ from vitlocal.bench import clock
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.contestants import Contestant, closing_all
 from vitlocal.errors import ConfigError, DataError, run_command
-from vitlocal.plan import Length
+from vitlocal.progress import Length
 
 ROW = {"source", "images_per_second", "per_core", "spread", "n", "workers", "rss_mib"}
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}

@@ -20,11 +20,12 @@ from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.machine import awake_seconds
 from vitlocal.methods.image_size import ImageSize
-from vitlocal.methods.method import Surroundings
-from vitlocal.plan import Feed, Length, Plan, Progress, Stage, fold
-from vitlocal.train.checks import left_undone
+from vitlocal.methods.method import MethodContext
+from vitlocal.plan import Feed, Plan, fold
+from vitlocal.progress import Length, Progress, Stage
+from vitlocal.train.checks import end_warnings
 from vitlocal.train.clock import Clock
-from vitlocal.train.ema import Average
+from vitlocal.train.ema import ModelEma
 from vitlocal.train.folder import CHECKPOINT, JOURNAL
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
@@ -32,7 +33,7 @@ from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
 from vitlocal.train.room import leaving_seconds, rehearse_evaluation
 from vitlocal.train.run import Run, open_run
-from vitlocal.train.spending import Speed, spend
+from vitlocal.train.simulate import Speed, spend
 
 IMAGES, BATCH = 1000, 50
 
@@ -138,7 +139,7 @@ def test_room_is_kept_of_a_budget_in_which_all_counts():
 
 def sizes_at(stages: str, *points: Progress) -> list[int]:
     config = read_config([f"--image_size.stages={stages}"], {})
-    method, start = ImageSize(Surroundings(config)), Plan(Feed(224, 8))
+    method, start = ImageSize(MethodContext(config)), Plan(Feed(224, 8))
     return [fold([method], start, at).feed.size for at in points]
 
 
@@ -199,8 +200,8 @@ def test_spending_walks_through_stages():
 def test_spending_by_parts(budget: str):
     stages = (Stage.parse("32px until 25%"), Stage.parse("64px"))
     first, last = spend(stages, Length.parse(budget), 1000, SPEEDS)
-    assert Length.parse(budget).done(first.end) == pytest.approx(0.25)
-    assert Length.parse(budget).done(last.end) == pytest.approx(1)
+    assert Length.parse(budget).fraction_done(first.end) == pytest.approx(0.25)
+    assert Length.parse(budget).fraction_done(last.end) == pytest.approx(1)
 
 
 def test_spending_ends_where_the_budget_does():
@@ -213,7 +214,7 @@ def test_spending_ends_where_the_budget_does():
 
 
 def test_the_average_forgets_over_a_part_of_the_budget(configure, decoder, tmp_path: Path):
-    average = Average.__new__(Average)
+    average = ModelEma.__new__(ModelEma)
     average.decay, average.length = None, Length.parse("10%")
     kept = average.decay_between(Progress(fraction=0.30), Progress(fraction=0.35))
     assert kept == pytest.approx(math.exp(-0.5))
@@ -425,7 +426,7 @@ def test_a_budget_with_no_time_to_train_is_refused(configure, decoder, tmp_path:
 @pytest.mark.parametrize(("counts", "told"), [("wall", True), ("train", False)])
 def test_a_run_that_hardly_trained_says_so(configure, decoder, counts: str, told: bool):
     with open_run(configure("--budget.length=1h", f"--budget.counts={counts}"), time.monotonic() - 100) as run:
-        assert any(note.startswith("0 of 100 s were training") for note in left_undone(run)) == told
+        assert any(note.startswith("0 of 100 s were training") for note in end_warnings(run)) == told
 
 
 def test_a_run_killed_in_its_last_evaluation_has_only_that_left(configure, decoder, tmp_path: Path, monkeypatch):

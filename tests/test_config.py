@@ -8,7 +8,7 @@ import pytest
 
 from vitlocal.config import read_config, read_write_options
 from vitlocal.errors import ConfigError
-from vitlocal.methods import Surroundings, build_methods
+from vitlocal.methods import MethodContext, build_methods
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "rcfg").glob("*.yaml"))
@@ -132,7 +132,7 @@ def test_the_default_folder_tells_variants_apart():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid_and_open_with_their_facts(path: Path):
     config = read_config(["-C", str(path)], {})
-    build_methods(Surroundings(config, macs=lambda size, shape: 1 + (shape.heads or 9), parts=PARTS, blocks=12))
+    build_methods(MethodContext(config, macs=lambda size, shape: 1 + (shape.heads or 9), parts=PARTS, blocks=12))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"--config-file rcfg/{path.name}" in "\n".join(head) or path.name == "demo.yaml"
     for fact in ("Hardware:", "easured"):

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from vitlocal.data.batch import Cropping
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, centre_box, crop_key, cut, epoch_order, random_box
 from vitlocal.data.native import native_box, policy_of
-from vitlocal.data.source import Cropping
 
 POLICY = ((0.08, 1.0), (0.75, 4 / 3), 0.5)
 

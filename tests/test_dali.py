@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from vitlocal.data.batch import open_sources
 from vitlocal.data.crops import Cropping
-from vitlocal.data.source import open_sources
-from vitlocal.data.torchvision import TorchvisionSource
+from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.plan import Feed, Position
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 CPU = torch.device("cpu")
 TRAIN, VAL = Cropping(random=True, seed=3), Cropping(random=False)
@@ -23,7 +24,7 @@ TRAIN, VAL = Cropping(random=True, seed=3), Cropping(random=False)
 
 def test_without_dali(configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.delitem(sys.modules, "vitlocal.data.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "vitlocal.data.peers.dali", raising=False)
     with pytest.raises(ConfigError, match=r"data.loader: dali.*vitlocal\[dali\]"):
         open_sources(configure("--data.loader=dali"), CPU)
 
@@ -53,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dali(photos: Path):
     pytest.importorskip("nvidia.dali", reason="DALI is an extra: pip install -e .[dali]")
-    from vitlocal.data.dali import DALISource
+    from vitlocal.data.peers.dali import DALISource
 
     opened = []
 

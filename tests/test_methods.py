@@ -22,24 +22,16 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.autoprog import AutoProg, best, fitted_exponent
 from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
-from vitlocal.methods.ladders import Net, divisible, ladder
-from vitlocal.methods.method import Surroundings
+from vitlocal.methods.method import MethodContext, ProbeResult, StepResult
+from vitlocal.methods.search import Net, divisible, ladder
 from vitlocal.methods.trilevel import Trilevel, forgetting, swap
 from vitlocal.methods.unfreeze import Unfreeze, groups_of, ranks, vote
 from vitlocal.models.flops import count_macs
-from vitlocal.models.surgery import in_shape, parts_of
-from vitlocal.plan import (
-    WHOLE_MODEL,
-    Feed,
-    Plan,
-    ProbeResult,
-    Progress,
-    Shape,
-    StepResult,
-    fold,
-)
+from vitlocal.models.shape import in_shape, parts_of
+from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
+from vitlocal.progress import Progress
 from vitlocal.train.log import read_log
-from vitlocal.train.spending import curriculum
+from vitlocal.train.simulate import curriculum
 
 ROOT = Path(__file__).parent.parent
 DEIT_S = "vitlocal_deit_small_patch16_224"
@@ -58,10 +50,10 @@ def macs(size: int, shape: Shape) -> int:
         return count_macs(deit_s(), shape.input_size or size)
 
 
-def around(*options: str, images: int = 1000) -> Surroundings:
+def around(*options: str, images: int = 1000) -> MethodContext:
     """A DeiT-S whose recipe has these options."""
     config = read_config([f"--model.name={DEIT_S}", *(f"--{option}" for option in options)], {})
-    return Surroundings(config, images, macs=macs, parts=parts_of(deit_s()), blocks=12)
+    return MethodContext(config, images, macs=macs, parts=parts_of(deit_s()), blocks=12)
 
 
 def at(method, **progress) -> Plan:
@@ -96,16 +88,16 @@ def test_the_solver():
 
 def test_budgets_of_every_kind():
     half = Budgeted(around("budgeted.budget=50%", "budgeted.alpha=0"))
-    assert len(set(half.epochs)) == 1 and half.length.value == sum(half.epochs)
+    assert len(set(half.epochs)) == 1 and half.budget_length.value == sum(half.epochs)
     spent = sum(c * e for c, e in zip(half.costs, half.epochs, strict=True))
     assert 0.5 * 300 * half.costs[-1] - sum(half.costs) < spent <= 0.5 * 300 * half.costs[-1]
     stated = Budgeted(around("budgeted.budget=691.2GFLOPs"))
     assert sum(c * e for c, e in zip(stated.costs, stated.epochs, strict=True)) <= 691.2e9
     given = Budgeted(around("budgeted.epochs=49,71,113"))
-    assert given.length.text == "233ep"
+    assert given.budget_length.text == "233ep"
     assert [at(given, epoch=epoch).shape.heads for epoch in (0, 48.9, 49, 119.9, 120, 233)] == [2, 2, 4, 4, None, None]
     epochs = Budgeted(around("budget.length=30ep", "budgeted.alpha=0"))
-    assert epochs.length is None and [end.value for end in epochs.changes()] == [10, 20]
+    assert epochs.budget_length is None and [end.value for end in epochs.changes()] == [10, 20]
     hours = Budgeted(around("budget.length=24h", "budgeted.alpha=0"))
     parts = [end.value for end in hours.changes()]
     assert parts == pytest.approx((np.cumsum(hours.costs) / sum(hours.costs))[:-1].tolist())
@@ -146,16 +138,18 @@ PUBLISHED = ("budget.length=300ep", "trilevel.begin=10ep", "trilevel.end=110ep",
 
 def test_the_schedule_of_tokens():
     method = Trilevel(around(*PUBLISHED, "trilevel.kept=0.7", "trilevel.attended=0.3", *EXACT))
-    kept = [at(method, epoch=epoch).shape.kept for epoch in (0, 9, 35, 60, 85, 110, 300)]
+    kept = [at(method, epoch=epoch).shape.token_keep_rate for epoch in (0, 9, 35, 60, 85, 110, 300)]
     assert kept == pytest.approx([1, 1, 0.956, 0.85, 0.744, 0.7, 0.7], abs=1e-3)
-    assert at(method, epoch=60).shape.pruned == (3, 6, 9)
-    assert method.evaluated(WHOLE_MODEL) == Shape(kept=0.7, attended=0.3, pruned=(3, 6, 9))
+    assert at(method, epoch=60).shape.pruned_blocks == (3, 6, 9)
+    assert method.evaluation_shape(WHOLE_MODEL) == Shape(
+        token_keep_rate=0.7, attention_keep_rate=0.3, pruned_blocks=(3, 6, 9)
+    )
 
 
 def test_rungs_change_where_they_say():
     method = Trilevel(around("trilevel.kept=0.5"))
     fractions = np.linspace(0, 1, 2001)
-    kept = [at(method, fraction=float(part)).shape.kept for part in fractions]
+    kept = [at(method, fraction=float(part)).shape.token_keep_rate for part in fractions]
     assert len(set(kept)) == 9 and kept == sorted(kept, reverse=True) and kept[-1] == 0.5
     turned = [part for part, before, now in zip(fractions[1:], kept, kept[1:], strict=False) if now != before]
     assert turned == pytest.approx(sorted({end.value for end in method.changes()})[1:], abs=1e-3)
@@ -191,12 +185,20 @@ def watched(method: Trilevel, epochs: int, start: int = 0) -> None:
 
 
 def test_what_evaluations_drop():
-    narrow, trained = Trilevel(around()), Shape(kept=0.95, attended=0.5, pruned=(3, 6, 9))
-    assert narrow.evaluated(trained) == narrow.evaluated(WHOLE_MODEL) == Shape(kept=0.9, attended=0.1, pruned=(3, 6, 9))
-    assert Trilevel(around("trilevel.evaluate=no")).evaluated(trained) == WHOLE_MODEL
+    narrow, trained = Trilevel(around()), Shape(token_keep_rate=0.95, attention_keep_rate=0.5, pruned_blocks=(3, 6, 9))
+    assert (
+        narrow.evaluation_shape(trained)
+        == narrow.evaluation_shape(WHOLE_MODEL)
+        == Shape(token_keep_rate=0.9, attention_keep_rate=0.1, pruned_blocks=(3, 6, 9))
+    )
+    assert Trilevel(around("trilevel.evaluate=no")).evaluation_shape(trained) == WHOLE_MODEL
     own = Trilevel(around("trilevel.masks=own"))
-    assert at(own, fraction=0.9).shape.own_masks and own.evaluated(WHOLE_MODEL).own_masks
-    assert not Trilevel(around("trilevel.masks=own", "trilevel.levels=tokens")).evaluated(WHOLE_MODEL).own_masks
+    assert at(own, fraction=0.9).shape.per_head_masks and own.evaluation_shape(WHOLE_MODEL).per_head_masks
+    assert (
+        not Trilevel(around("trilevel.masks=own", "trilevel.levels=tokens"))
+        .evaluation_shape(WHOLE_MODEL)
+        .per_head_masks
+    )
 
 
 def test_easy_examples_leave():
@@ -219,8 +221,8 @@ def test_easy_examples_leave():
 
 def test_updates_end():
     method = Trilevel(around(*PUBLISHED, "trilevel.updates=2", "trilevel.score=forgetting"))
-    assert method.taps == {"hits"}
-    assert not Trilevel(around("trilevel.updates=0", "trilevel.score=attention")).taps  # nobody would look
+    assert method.step_outputs == {"correct"}
+    assert not Trilevel(around("trilevel.updates=0", "trilevel.score=attention")).step_outputs  # nobody would look
     for update in range(4):
         watched(method, 30, 30 * update)
         for probe in method.probes(Progress(epoch=30 * (update + 1))):
@@ -281,31 +283,31 @@ def test_a_search_from_stage_to_stage():
     assert [bound * 100 for bound in method.bounds()] == [0, 25, 50, 75]
     assert method.candidates(0) == [Net(depth, size) for size in (128, 192, 224) for depth in (6, 10, 12)]
     shapes = {at(method, step=step).shape for step in range(200)}
-    assert {(shape.skipped, shape.input_size) for shape in shapes} == {
+    assert {(shape.skipped_blocks, shape.input_size) for shape in shapes} == {
         (skipped, size) for skipped in (tuple(range(6, 12)), (6, 7), ()) for size in (128, 192, None)
     }
     assert all(at(method, step=step).feed.size == 224 for step in range(9))
-    order = at(method).shape.slots
+    order = at(method).shape.block_order
     assert order == (0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11)
     assert at(method).dials.strength == 1  # the supernet has the last stage's
     searched(method, 0, choose=0)
     plan = at(method, fraction=0.1)
-    assert plan.shape == Shape(slots=(0, 1, 2, 3, 4, 5)) and plan.feed.size == 128
+    assert plan.shape == Shape(block_order=(0, 1, 2, 3, 4, 5)) and plan.feed.size == 128
     assert plan.growth.number == 2 and plan.growth.moments == "reset"
-    assert plan.dials.strength == 0 and plan.dials.operations == pytest.approx(4 / 9)
+    assert plan.dials.strength == 0 and plan.dials.randaugment_strength == pytest.approx(4 / 9)
     assert method.candidates(1) == [Net(depth, size) for size in (128, 160) for depth in (8, 10, 12)]
     plan = at(method, fraction=0.25)
     assert plan.growth.number == 3 and plan.growth.average == 1  # the slow one
     assert plan.growth.blocks == tuple((slot, source) for slot, source in zip(range(6, 12), range(6), strict=True))
     searched(method, 1, choose=4)
     plan = at(method, fraction=0.4)
-    assert (len(plan.shape.slots), plan.feed.size) == (10, 160)
-    assert plan.dials.operations == pytest.approx(6 / 9)
+    assert (len(plan.shape.block_order), plan.feed.size) == (10, 160)
+    assert plan.dials.randaugment_strength == pytest.approx(6 / 9)
     searched(method, 2, choose=0)
-    assert len(at(method, fraction=0.6).shape.slots or range(12)) == 12
+    assert len(at(method, fraction=0.6).shape.block_order or range(12)) == 12
     last = at(method, fraction=0.9)
-    assert last.feed.size == 224 and sorted(last.shape.slots or range(12)) == list(range(12))
-    assert (last.dials.strength, last.dials.operations) == (1, 1)
+    assert last.feed.size == 224 and sorted(last.shape.block_order or range(12)) == list(range(12))
+    assert (last.dials.strength, last.dials.randaugment_strength) == (1, 1)
     depths = [method.chosen(stage).depth for stage in range(4)]
     sizes = [method.chosen(stage).size for stage in range(4)]
     assert depths == sorted(depths) and sizes == sorted(sizes)
@@ -340,10 +342,10 @@ def test_a_stage_that_is_passed_over_leaves_no_gap():
     method.observe(StepResult(None, None, START, Progress(fraction=0.1)))
     plan = at(method, fraction=0.6)
     there = set(range(6))
-    assert len(plan.shape.slots) == 10 and plan.growth.number == 5
+    assert len(plan.shape.block_order) == 10 and plan.growth.number == 5
     for new, source in plan.growth.blocks:
         assert source in there and new not in there
-    assert set(plan.shape.slots) == there | {new for new, _ in plan.growth.blocks}
+    assert set(plan.shape.block_order) == there | {new for new, _ in plan.growth.blocks}
 
 
 def test_losses_are_asked_of_nets_that_have_trained():
@@ -403,7 +405,7 @@ def test_a_step_of_the_stage_before_begins_no_search():
 )
 def test_averages_that_nothing_reads_are_not_kept(options: tuple[str, ...], averages: tuple[float, ...]):
     method = AutoProg(around(*options))
-    assert method.averages == averages
+    assert method.ema_decays == averages
     if method.config.schedule is None and method.config.loss_of == "average":
         assert averages[method._probe("loss", 0, Net(6, None)).average] == 0.998
     entered(method, 0.0)
@@ -416,7 +418,7 @@ def test_the_last_stage_has_the_recipes_strength():
     method = AutoProg(around("autoprog.schedule=6,8,10,12", "autoprog.space=depth", "augment.randaugment=7.5"))
     for fraction in (0.1, 0.3, 0.6):
         method.observe(StepResult(None, None, at(method, fraction=fraction), Progress(fraction=fraction)))
-    assert at(method, fraction=0.9).dials.operations == 1
+    assert at(method, fraction=0.9).dials.randaugment_strength == 1
     fixed = AutoProg(around("autoprog.strengthen=no", "autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
     assert at(fixed, fraction=0.1).dials == START.dials
 
@@ -469,7 +471,7 @@ def test_a_given_schedule_is_followed():
         plans.append(at(method, fraction=fraction))
         method.observe(StepResult(None, None, plans[-1], Progress(fraction=fraction)))
     assert [plan.feed.size for plan in plans] == [128, 160, 192, 224]
-    assert [len(plan.shape.slots or range(12)) for plan in plans] == [6, 8, 10, 12]
+    assert [len(plan.shape.block_order or range(12)) for plan in plans] == [6, 8, 10, 12]
     assert [plan.growth.number for plan in plans] == [0, 3, 5, 7]
     still = AutoProg(around("autoprog.schedule=6@128px,8@160px,12@224px,12@224px"))
     for fraction in (0, 0.3, 0.6):
@@ -514,7 +516,7 @@ def test_stages_of_unfreezing():
             ProbeResult(probe, (1.0, 5.0) if number % 2 == 0 and better else (3.0, 1.0) if number % 2 == 0 else 1.0)
         )
     plan = at(method)
-    assert plan.feed.size == 128 and plan.shape == Shape(trainable=(0, 1, 4, 5, 8, 9), stage=0)
+    assert plan.feed.size == 128 and plan.shape == Shape(trainable_blocks=(0, 1, 4, 5, 8, 9), stage=0)
     assert method.nets()[1][0] == [Net(level, size) for size in (128, 192) for level in (2, 3)]
     before = at(method, fraction=0.3)
     assert before.feed.size == 128 and method.probes(Progress(fraction=0.3))  # until it is answered, all stays
@@ -689,7 +691,7 @@ def test_what_recipes_may_not_ask(options: tuple[str, ...], problem: str):
 def test_what_recipes_may_hardly_mean(options: tuple[str, ...], doubt: str | None):
     grow = [] if any(option.startswith("budgeted.grow") for option in options) else ["budgeted.grow=heads,hidden"]
     recipe = around("trilevel.levels=examples", *grow, *options).recipe
-    found = [doubt for name in recipe.methods for doubt in METHODS[name].doubts(recipe)]
+    found = [doubt for name in recipe.methods for doubt in METHODS[name].config_warnings(recipe)]
     found = [sentence for sentence in found if "set the run's length" not in sentence]
     assert (not found) if doubt is None else re.search(doubt, " ".join(found))
 
@@ -720,5 +722,9 @@ def test_the_example_in_contributing_is_a_method(folder: Path, tmp_path: Path):
     done = subprocess.run([sys.executable, *command, *small], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     records = read_log(tmp_path / "run")
-    assert [record["shape.slots"] for record in records if "shape.slots" in record] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert [record["shape.block_order"] for record in records if "shape.block_order" in record] == [
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+    ]
     assert records[0]["macs_per_image"] < records[-1]["macs_per_image"]

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.methods.method import Probe, StepResult
 from vitlocal.models.factory import load_weights
-from vitlocal.models.surgery import in_shape
+from vitlocal.models.shape import in_shape
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import WHOLE_MODEL, Probe, Progress, Shape, StepResult
+from vitlocal.plan import WHOLE_MODEL, Shape
+from vitlocal.progress import Progress
 from vitlocal.train import probes
 from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.folder import CHECKPOINT
@@ -197,11 +199,11 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
         order = method.supernet(1)[0]
         for net in method.candidates(1):
             skipped = method.skipped(1, net.depth)
-            with in_shape(run.model, Shape(slots=order, skipped=skipped), WHOLE_MODEL):
+            with in_shape(run.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
                 inside = run.model(images)
             left = tuple(slot for slot in order if slot not in skipped)
             assert len(left) == net.depth
-            with in_shape(run.model, Shape(slots=left), WHOLE_MODEL):
+            with in_shape(run.model, Shape(block_order=left), WHOLE_MODEL):
                 assert torch.equal(run.model(images), inside)
 
 
@@ -220,12 +222,12 @@ def test_new_blocks_may_be_as_drawn(configure, decoder):
 
 def test_blocks_that_are_skipped_have_no_gradient(configure, decoder):
     with open_run(configure(*COMMON, *METHODS["autoprog"])) as run:
-        plan = next(plan for plan in (run.plan(Progress(step=step)) for step in range(50)) if plan.shape.skipped)
+        plan = next(plan for plan in (run.plan(Progress(step=step)) for step in range(50)) if plan.shape.skipped_blocks)
         run.step.put(plan.shape)
         with run.sources.train.open(plan.feed, run.clock.position) as batches:
             run.step._gradients(next(batches), 0, EAGER)
         for slot, block in enumerate(run.model.blocks):
-            assert all((p.grad is None) == (slot in plan.shape.skipped) for p in block.parameters())
+            assert all((p.grad is None) == (slot in plan.shape.skipped_blocks) for p in block.parameters())
 
 
 def test_frozen_blocks_stay(configure, decoder):
@@ -234,7 +236,7 @@ def test_frozen_blocks_stay(configure, decoder):
     with open_run(config) as run:
         before = {name: value.clone() for name, value in run.model.state_dict().items()}
         plan = run.plan()
-        assert plan.shape.trainable == (0,)
+        assert plan.shape.trainable_blocks == (0,)
         with run.sources.train.open(plan.feed, run.clock.position) as batches:
             run.train_on(next(batches), plan)
         after = run.model.state_dict()
@@ -253,14 +255,14 @@ def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model
     with open_run(configure(*COMMON, *schedule, model)) as run:
         before = {name: value.clone() for name, value in run.model.state_dict().items()}
         seen = 0
-        while (plan := run.plan()).shape.trainable in ((0,), (0, 1)):
+        while (plan := run.plan()).shape.trainable_blocks in ((0,), (0, 1)):
             run.begin_pass(plan)
             run.accuracy(limit=1)
             with run.sources.train.open(plan.feed, run.clock.position) as batches:
                 run.train_on(next(batches), plan)
             trained = run.model.blocks[0].state_dict()
             assert not any(torch.equal(trained[n], before[f"blocks.0.{n}"]) for n in trained if "running" in n)
-            frozen = [slot for slot in range(4) if slot not in plan.shape.trainable]
+            frozen = [slot for slot in range(4) if slot not in plan.shape.trainable_blocks]
             for slot in frozen:
                 for name, value in run.model.blocks[slot].state_dict().items():
                     assert torch.equal(value, before[f"blocks.{slot}.{name}"]), (slot, name)
@@ -295,7 +297,7 @@ def test_probes_leave_no_trace(configure, decoder):
         plan = run.plan()
         with run.sources.train.open(plan.feed, run.clock.position) as batches:
             run.train_on(next(batches), plan)
-        shape = Shape(slots=(0, 1, 2), skipped=(1,), input_size=32)
+        shape = Shape(block_order=(0, 1, 2), skipped_blocks=(1,), input_size=32)
         assert 0 < seconds(run, in_place(run, Probe("seconds", shape, 48, 2))) < 10
         run.step.put(plan.shape)
         before = load_like(run)
@@ -305,7 +307,7 @@ def test_probes_leave_no_trace(configure, decoder):
             Probe("loss", shape, 48, 2, average=0),
             Probe("loss", shape, 48, 2, split="val"),
             Probe("seconds", shape, 48, 2),
-            Probe("trainability", Shape(trainable=(1,)), 32, 2, 2, samples=6),
+            Probe("trainability", Shape(trainable_blocks=(1,)), 32, 2, 2, samples=6),
         ):
             placed = in_place(run, probe)
             first, again = answer(run, placed), answer(run, placed)
@@ -400,7 +402,7 @@ def test_timms_own_model_is_fine_tuned_from_its_file(configure, decoder, tmp_pat
                "--train.weight_decay=0.5"]  # fmt: skip
     with open_run(configure("--budget.length=3ep", *options)) as run:
         assert run.started_anew == ["head.weight", "head.bias"]
-        while (plan := run.plan()).shape.trainable is not None:
+        while (plan := run.plan()).shape.trainable_blocks is not None:
             run.begin_pass(plan)
             with run.sources.train.open(plan.feed, run.clock.position) as batches:
                 run.train_on(next(batches), plan)
@@ -439,7 +441,7 @@ import torch.distributed as dist
 from vitlocal.config import read_config
 from vitlocal.train import probes
 from vitlocal.train.loop import train
-from vitlocal.train.ranks import Ranks
+from vitlocal.train.distributed import Ranks
 
 connect = Ranks.connect
 
@@ -516,15 +518,15 @@ def test_notes_of_several_processes_are_added_up_and_come_back_once(configure, d
         for part, hit in ((rows[:48], True), (rows[48:], False)):  # a half by each process
             method.observe(StepResult(None, part, run.plan(), Progress(), torch.full((48,), hit), torch.ones(48)))
             if hit:
-                first = {name: value.clone() for name, value in method.notes().items()}
+                first = {name: value.clone() for name, value in method.local_state().items()}
                 method.records, method.spread = {}, None
         state = method.state_dict()
-        ranks, run.ranks = run.ranks, Pair([first[name] for name in method.notes()])
+        ranks, run.ranks = run.ranks, Pair([first[name] for name in method.local_state()])
         notes = run.state()["notes"]["trilevel"]
         run.ranks = ranks
         method.load_state_dict(state)
         assert not any(record.any() for record in method.records.values())  # as it is on rank 1
-        method.load_notes(notes)  # and on rank 0
+        method.load_local_state(notes)  # and on rank 0
         (record,) = method.records.values()
         assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48 and method.spread.sum() == 96
 

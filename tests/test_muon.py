@@ -10,7 +10,7 @@ from vitlocal.config import ModelConfig, TrainConfig
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.vit import sincos_table
-from vitlocal.train.muon import COEFFICIENTS, ITERATIONS, UPDATE_RMS, Muon, Together, orthogonalized
+from vitlocal.train.muon import COEFFICIENTS, ITERATIONS, UPDATE_RMS, CombinedOptimizer, Muon, orthogonalized
 from vitlocal.train.optim import block_matrices, build_optimizer
 
 
@@ -61,7 +61,7 @@ def test_matrices_of_blocks_go_to_muon_and_all_else_to_adamw():
     small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=2, width=32, heads=2)
     model, _ = build_model(small, 10)
     optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
-    assert isinstance(optimizer, Together)
+    assert isinstance(optimizer, CombinedOptimizer)
     adamw, muon = optimizer.members
     held = [{id(p) for group in member.param_groups for p in group["params"]} for member in (adamw, muon)]
     assert held[1] == {id(p) for p in block_matrices(model).values()} and not held[0] & held[1]

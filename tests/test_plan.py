@@ -7,17 +7,18 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
-from vitlocal.methods.method import Surroundings
-from vitlocal.plan import Feed, Length, Plan, Progress, conflicts, fold
+from vitlocal.methods.method import MethodContext, conflicts
+from vitlocal.plan import Feed, Plan, fold
+from vitlocal.progress import Length, Progress
 from vitlocal.train.clock import Clock
 from vitlocal.train.optim import Schedule
 
 START = Plan(Feed(224, 64))
 
 
-def around(*options: str, **facts) -> Surroundings:
+def around(*options: str, **facts) -> MethodContext:
     """A run whose recipe has these options."""
-    return Surroundings(read_config([f"--{option}" for option in options], {}), **facts)
+    return MethodContext(read_config([f"--{option}" for option in options], {}), **facts)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,10 @@ def test_batches_grow_as_images_shrink(rule: str, scale: float):
 def test_batches_fill_the_memory_of_every_device():
     options = ["train.batch_size=20", "batch_size.memory=10KB", "batch_size.limit=10000", "batch_size.multiple=7"]
     one, four = (BatchSize(around(*options, image_bytes=lambda size: size * 10, processes=count)) for count in (1, 4))
-    assert (one.batch_at(32), four.batch_at(32)) == (28, 119)  # 31 on each device, and multiples of 7
+    assert (one.batch_size_at(32), four.batch_size_at(32)) == (28, 119)  # 31 on each device, and multiples of 7
     with pytest.raises(ConfigError, match="hold 15 images of 64 px"):  # the recipe's own batch is not made smaller
-        one.batch_at(64)
-    assert four.batch_at(64) == 56
+        one.batch_size_at(64)
+    assert four.batch_size_at(64) == 56
 
 
 def test_what_changed():
@@ -82,7 +83,7 @@ def test_what_changed():
     assert small.changed(small) == {}
     assert small.changed(None) == {
         "feed.size": 32, "feed.batch_size": 64, "feed.subset": 0, "dials.lr_scale": 1.0, "dials.strength": 1.0,
-        "dials.operations": None,
+        "dials.randaugment_strength": None,
     }  # fmt: skip
 
 

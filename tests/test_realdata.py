@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from vitlocal.data.ffcv import FFCVSource
-from vitlocal.data.source import Cropping, load_manifest
-from vitlocal.data.torchvision import TorchvisionSource
-from vitlocal.data.write import WriteConfig, write
-from vitlocal.plan import Feed, Position
+from vitlocal.data.batch import Cropping, load_manifest
+from vitlocal.data.loader import FFCVSource
+from vitlocal.data.peers.torchvision import TorchvisionSource
+from vitlocal.data.writer.write import WriteConfig, write
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 PHOTOS = Path(os.environ.get("VITLOCAL_REALDATA", "")) / "imagenet-photos-500.tar"
 COUNT = 24

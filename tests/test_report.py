@@ -17,13 +17,14 @@ from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.report import compare
 from vitlocal.config import AugmentConfig, read_config
-from vitlocal.data.source import open_sources
+from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Feed, Length, Position, Stage
-from vitlocal.train.figures import COLOURS, Line, by_cost, by_size, savings
+from vitlocal.plan import Feed
+from vitlocal.progress import Length, Position, Stage
+from vitlocal.report.figures import COLOURS, Line, by_cost, by_size, savings
+from vitlocal.report.page import dials_of, learning_rates, names_of, page_of, read_run, stage_crops
 from vitlocal.train.loop import train
-from vitlocal.train.report import dials_of, learning_rates, names_of, page_of, read_run, stage_crops
-from vitlocal.train.spending import Speed, spend
+from vitlocal.train.simulate import Speed, spend
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 # What a browser made of the page, told to the page around it, whose title that becomes: --dump-dom prints it. A frame
@@ -156,8 +157,8 @@ def test_costs_are_told_apart():
 
 def test_stages_of_frozen_blocks_are_told_apart():
     """A forward pass costs the same whatever is trained, time does not; what moves within passes makes no stage."""
-    fields = [{"shape.trainable": [0], "shape.head_only": True}, {"shape.kept": 0.9}, {"shape.trainable": [0, 1]}, {},
-              {"shape.trainable": None}]  # fmt: skip
+    fields = [{"shape.trainable_blocks": [0], "shape.head_only": True}, {"shape.token_keep_rate": 0.9}, {"shape.trainable_blocks": [0, 1]}, {},
+              {"shape.trainable_blocks": None}]  # fmt: skip
     records = [
         {"image_size": 64, "images_seen": 100 * number, "epoch": number, "macs_per_image": 1_000_000,
          "images_per_second": rate, **changed}

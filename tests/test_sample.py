@@ -15,7 +15,7 @@ from PIL import Image
 
 import vitlocal
 from vitlocal.data.images import ImageSet, decode_rgb, open_images
-from vitlocal.data.sample import CLASSES, IMAGES_PER_CLASS, SampleImages
+from vitlocal.data.images.sample import CLASSES, IMAGES_PER_CLASS, SampleImages
 from vitlocal.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ def test_the_same_bytes_in_any_order_and_in_another_process() -> None:
     program = (  # an empty vitlocal: its own __init__ imports torch, which takes seconds
         "import hashlib, sys, types; package = sys.modules['vitlocal'] = types.ModuleType('vitlocal');"
         f"package.__path__ = [{str(Path(vitlocal.__file__).parent)!r}];"
-        "from vitlocal.data.sample import SampleImages; s = SampleImages('train', 2, 3);"
+        "from vitlocal.data.images.sample import SampleImages; s = SampleImages('train', 2, 3);"
         f"print(*[hashlib.sha256(s.read(i)).hexdigest() for i in {rows}])"
     )
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

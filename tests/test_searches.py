@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Probe, Progress, Shape
+from vitlocal.methods.method import Probe
+from vitlocal.plan import Shape
+from vitlocal.progress import Progress
 from vitlocal.train import probes
 from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.folder import CHECKPOINT
@@ -96,7 +98,7 @@ def test_lines_that_a_checkpoint_does_not_know_are_dropped(tmp_path: Path):
 
 
 def test_questions_and_answers_are_plain():
-    probe = Probe("trainability", Shape(trainable=(0, 2)), 32, 2, 3, samples=8, sets=("trainable",))
+    probe = Probe("trainability", Shape(trainable_blocks=(0, 2)), 32, 2, 3, samples=8, sets=("trainable_blocks",))
     assert plain_probe(probe) == {"kind": "trainability", "size": 32, "batches": 2, "kernel_batches": 3, "samples": 8,
-                                  "shape": {"trainable": [0, 2]}}  # fmt: skip
+                                  "shape": {"trainable_blocks": [0, 2]}}  # fmt: skip
     assert plain_answer((float("inf"), 0.1 + 0.2)) == ["inf", 0.1 + 0.2] and plain_answer(float("nan")) == "nan"

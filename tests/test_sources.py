@@ -13,16 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
+from vitlocal.data.batch import Cropping, load_manifest, open_sources
 from vitlocal.data.crops import centre_box, cut
-from vitlocal.data.ffcv import Decoder, FFCVSource, MappedFile
+from vitlocal.data.loader import Decoder, FFCVSource, MappedFile
 from vitlocal.data.manifest import Manifest
+from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.shares import WHOLE, Share
-from vitlocal.data.source import Cropping, load_manifest, open_sources
-from vitlocal.data.torchvision import TorchvisionSource
-from vitlocal.data.verify import verify
-from vitlocal.data.write import WriteConfig, parse_files, write
+from vitlocal.data.writer.verify import verify
+from vitlocal.data.writer.write import WriteConfig, parse_files, write
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.plan import Feed, Position
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 CPU = torch.device("cpu")
 TRAIN = Cropping(random=True, seed=3)
@@ -240,7 +241,7 @@ def test_a_file_of_another_writing_is_refused(folder: Path, tmp_path: Path, shar
 
 
 def test_errors_in_the_thread_do_not_hang(folder: Path, shared, monkeypatch: pytest.MonkeyPatch):
-    from vitlocal.data.ffcv import Pass
+    from vitlocal.data.loader import Pass
 
     def fail(*arguments):
         raise MemoryError("no memory for the batch")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from vitlocal.data.source import Batch
+from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.plan import Feed
-from vitlocal.train.ema import Average
+from vitlocal.train.ema import ModelEma
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.step import EAGER, Mode, Step, choose_precision, fast_attention, micro_batches
 from vitlocal.train.watch import Watch
@@ -34,7 +34,7 @@ def a_step(configure, *options: str, device: torch.device = CPU) -> Step:
     config = configure("--model.size=24", "--methods=none", "--model.drop_path=0.3", *AUGMENTED, *options)
     torch.manual_seed(0)
     model = build_model(config.model, CLASSES)[0].to(device, memory_format=torch.channels_last).train()
-    average = Average(model, 0.9) if config.train.ema else None
+    average = ModelEma(model, 0.9) if config.train.ema else None
     return Step(model, build_optimizer(model, config.train), average, config, device)
 
 

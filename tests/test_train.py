@@ -14,16 +14,17 @@ import timm
 import torch
 
 from vitlocal.bench.outcomes import place_of
-from vitlocal.data.ffcv import FFCVSource
-from vitlocal.data.source import open_sources
+from vitlocal.data.batch import open_sources
+from vitlocal.data.loader import FFCVSource
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
-from vitlocal.methods.method import Surroundings
-from vitlocal.plan import Feed, Length, Plan, Progress, StepResult
+from vitlocal.methods.method import MethodContext, StepResult
+from vitlocal.plan import Feed, Plan
 from vitlocal.predict import Predictor
+from vitlocal.progress import Length, Progress
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
-from vitlocal.train.checks import hardly_meant
-from vitlocal.train.ema import Average
+from vitlocal.train.checks import config_warnings
+from vitlocal.train.ema import ModelEma
 from vitlocal.train.folder import CHECKPOINT, changes, claimed, locked, origin_of
 from vitlocal.train.journal import Journal, Loading, read_spent
 from vitlocal.train.log import Log, read_log
@@ -293,7 +294,7 @@ def test_what_cannot_be_built_is_told_and_leaves_nothing(
     configure, tmp_path: Path, options: list[str], part: str, monkeypatch, shared
 ):
     if "workers" not in options[0]:
-        monkeypatch.setattr("vitlocal.data.ffcv.Decoder", lambda workers=0: shared)
+        monkeypatch.setattr("vitlocal.data.loader.Decoder", lambda workers=0: shared)
     with pytest.raises(ConfigError, match=part):
         train(configure(*options))
     assert not (tmp_path / "run").exists()
@@ -318,13 +319,13 @@ def test_what_is_hardly_meant_is_said(configure, decoder, capsys, tmp_path: Path
     assert "note: train.batch_size is 500, and there are 120 images" in said and "warm-up" not in said
     options = ["--train.warmup=2ep", "--budget.length=3steps", f"--run.folder={tmp_path}/other"]
     with open_run(configure(*options)) as run:
-        (said,) = hardly_meant(run)
+        (said,) = config_warnings(run)
         assert "the warm-up (2ep) is longer than the budget (3steps)" in said
         run.sources.train.side = 32
-        assert "at up to 48 px, and stored with long edges of at most 32 px" in hardly_meant(run)[-1]
-        assert "--sides 72" in hardly_meant(run)[-1]
+        assert "at up to 48 px, and stored with long edges of at most 32 px" in config_warnings(run)[-1]
+        assert "--sides 72" in config_warnings(run)[-1]
         run.sources.train.side = None  # original images
-        assert len(hardly_meant(run)) == 1
+        assert len(config_warnings(run)) == 1
 
 
 def test_what_the_budget_did_not_buy_is_said_at_the_end(configure, decoder, no_report, capsys, tmp_path: Path):
@@ -495,7 +496,7 @@ def test_no_decay_on_norms_biases_embeddings_and_tokens(configure):
 
 def test_the_average_follows():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    average = Average(model, 0.9)
+    average = ModelEma(model, 0.9)
     before = average.model[0].weight.clone()
     with torch.no_grad():
         model[0].weight.add_(1)
@@ -538,9 +539,9 @@ def test_growing_batches_stay_when_a_run_goes_on(configure, decoder, tmp_path: P
         (method,) = (method for method in run.methods if method.name == "batch_size")
         batches = dict(method._batches)
     assert sorted(batches) == [16, 32, 48] and batches[16] > batches[48] == 16
-    again = BatchSize(Surroundings(configure(*options), image_bytes=lambda size: 1))
+    again = BatchSize(MethodContext(configure(*options), image_bytes=lambda size: 1))
     again.load_state_dict(method.state_dict())
-    assert {size: again.batch_at(size) for size in batches} == batches
+    assert {size: again.batch_size_at(size) for size in batches} == batches
 
 
 def test_the_position_table_stays_one_trained_parameter(configure, decoder):

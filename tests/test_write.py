@@ -25,12 +25,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitlocal.data import beton, encode, journal, native
-from vitlocal.data import write as write_module
+from vitlocal.data import beton, native
 from vitlocal.data.beton import check_beton
 from vitlocal.data.images import decode_rgb
 from vitlocal.data.manifest import Manifest, checksum, joined_crc32
-from vitlocal.data.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, stored_size, write
+from vitlocal.data.writer import encode, journal
+from vitlocal.data.writer import write as write_module
+from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, stored_size, write
 from vitlocal.errors import ConfigError, DataError
 
 FILES = (StoredFile(64, "raw"), StoredFile(96, "jpg"))
@@ -88,7 +89,7 @@ def finished_names(folder: Path) -> list[str]:
 @pytest.fixture(autouse=True, scope="module")
 def often() -> Iterator[None]:
     """Commits after every chunk, of a few rows, on pages of 2 MiB; meanwhile the server of children starts."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["vitlocal.data.write"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["vitlocal.data.writer.write"])
     multiprocessing.forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
         make_frequent(patch.setattr)
@@ -422,10 +423,10 @@ def test_jpegs_may_be_encoded_anew(tmp_path: Path) -> None:
 
 
 def test_kept_jpegs_are_cut_as_pillow_would(tmp_path: Path) -> None:
+    from vitlocal.data.batch import Cropping
     from vitlocal.data.crops import cut, random_box
-    from vitlocal.data.ffcv import Decoder
+    from vitlocal.data.loader import Decoder
     from vitlocal.data.native import FULL, policy_of
-    from vitlocal.data.source import Cropping
 
     images = FileImages({name: data for name, (data, kept) in KINDS_OF_FILES.items() if kept})
     write(config(tmp_path, files=(StoredFile(160, "jpg"),)), images, progress=False)

@@ -25,6 +25,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
 from vitlocal.methods import claims as method_claims
 from vitlocal.methods import problems as method_problems
+from vitlocal.methods.method import Claims
 from vitlocal.options import (
     COUNT,
     SHARE,
@@ -39,7 +40,7 @@ from vitlocal.options import (
     option,
     plain_value,
 )
-from vitlocal.plan import Claims, Length
+from vitlocal.progress import Length
 
 LARGEST_ERASED = 836  # px: three channels have as many pixels as data/augment.py has noise
 KERNELS = ("auto", "fused", "plain")  # of the local FFN

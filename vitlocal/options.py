@@ -8,7 +8,7 @@ from typing import Any
 
 from fastargs.validation import Checker
 
-from vitlocal.plan import Length, Stage
+from vitlocal.progress import Length, Stage
 
 
 class Text(Checker):

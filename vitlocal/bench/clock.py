@@ -25,10 +25,10 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import times
 from vitlocal.bench.runner import fall_with_parent, start_trainer
 from vitlocal.config import read_config
-from vitlocal.data.source import load_manifest
+from vitlocal.data.batch import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
-from vitlocal.plan import Length
+from vitlocal.progress import Length
 from vitlocal.train.folder import JOURNAL
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log

@@ -31,20 +31,21 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import times
 from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
-from vitlocal.data.source import Batch, Rows, Sources, full_batches, load_manifest, open_sources
+from vitlocal.data.batch import Batch, Rows, Sources, full_batches, load_manifest, open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.methods import Surroundings, claimed
+from vitlocal.methods import MethodContext, claimed
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
-from vitlocal.plan import TRAINING_FLOPS, Feed, Length, Plan, Position, Stage, points, with_size
+from vitlocal.plan import Feed, Plan, with_size
+from vitlocal.progress import TRAINING_FLOPS, Length, Position, Stage, upcoming_changes
+from vitlocal.report.page import duration
 from vitlocal.train.devices import prepare_device
 from vitlocal.train.rates import parse_rates, rates_for
-from vitlocal.train.report import duration
 from vitlocal.train.room import rehearse_evaluation, rehearse_finish
 from vitlocal.train.run import Run
-from vitlocal.train.spending import Speed, StageForecast, curriculum, spend
+from vitlocal.train.simulate import Speed, StageForecast, curriculum, spend
 from vitlocal.train.step import Mode
 from vitlocal.train.watch import wait
 
@@ -255,10 +256,10 @@ def measure(run: Run, plans: Sequence[Plan]) -> list[Measured]:
 def plans_by_size(run: Run, stages: Sequence[Stage]) -> dict[int, Plan]:
     """The plan under which each of the recipe's sizes begins."""
     now, plans = run.clock.progress, {}
-    reached = points([stage.until for stage in stages if stage.until is not None], now)
+    reached = upcoming_changes([stage.until for stage in stages if stage.until is not None], now)
     for stage, at in zip(stages, (now, *reached), strict=True):
         plan = with_size(run.plan(at), stage.size)
-        plans.setdefault(stage.size, replace(plan, feed=replace(plan.feed, batch_size=run.batch_at(stage.size))))
+        plans.setdefault(stage.size, replace(plan, feed=replace(plan.feed, batch_size=run.batch_size_at(stage.size))))
     return plans
 
 
@@ -427,10 +428,10 @@ def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Foreca
     def image_bytes(size: int) -> int:
         return activation_bytes(model, size, torch.bfloat16, config.train.kernel != "plain")
 
-    batches = BatchSize(Surroundings(config, images, image_bytes)) if "batch_size" in config.methods else None
+    batches = BatchSize(MethodContext(config, images, image_bytes)) if "batch_size" in config.methods else None
     sizes = []
     for size, rate in rates_for(config, stated).items():
-        batch = config.train.batch_size if batches is None else batches.batch_at(size)
+        batch = config.train.batch_size if batches is None else batches.batch_size_at(size)
         sizes.append(Measured(size, batch, rate, rate, 1e-9 * TRAINING_FLOPS * count_macs(model, size)))
     return Forecast(config, images, tuple(sizes))
 

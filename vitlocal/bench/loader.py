@@ -29,11 +29,12 @@ from vitlocal.bench.contestants import (
 )
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
+from vitlocal.data.batch import Source, load_manifest
 from vitlocal.data.manifest import Manifest
-from vitlocal.data.source import Source, load_manifest
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Feed, Position
-from vitlocal.train.figures import save
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
+from vitlocal.report.figures import save
 
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
@@ -60,7 +61,7 @@ def ours(data: str, source: str | None, stored: str, workers: int, count: int) -
     import torch
 
     from vitlocal.data.crops import Cropping
-    from vitlocal.data.ffcv import Decoder, FFCVSource
+    from vitlocal.data.loader import Decoder, FFCVSource
 
     manifest = load_manifest(data, "train")
     manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
@@ -71,7 +72,7 @@ def ours(data: str, source: str | None, stored: str, workers: int, count: int) -
 
 def ffcv(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
     from vitlocal.data.crops import epoch_order
-    from vitlocal.data.decode import torch_threads_kept  # imports ffcv quietly
+    from vitlocal.data.peers.crop_decoder import torch_threads_kept  # imports ffcv quietly
 
     rows = epoch_order(load_manifest(data, "train").count, 0, 0)[-count:]  # those that ours takes
     with torch_threads_kept():
@@ -99,7 +100,7 @@ def torchvision(data: str, source: str | None, stored: str, workers: int, count:
     import torch
 
     from vitlocal.data.crops import Cropping
-    from vitlocal.data.torchvision import TorchvisionSource
+    from vitlocal.data.peers.torchvision import TorchvisionSource
 
     cpu = torch.device("cpu")
     return _passes_of(TorchvisionSource(data, source, "train", Cropping(random=True), cpu, workers), count)
@@ -109,7 +110,7 @@ def dali(data: str, source: str | None, stored: str, workers: int, count: int) -
     import torch
 
     from vitlocal.data.crops import Cropping
-    from vitlocal.data.dali import DALISource
+    from vitlocal.data.peers.dali import DALISource
 
     return _passes_of(DALISource(data, source, "train", Cropping(random=True), torch.device("cpu"), workers), count)
 
@@ -139,7 +140,7 @@ def reader(name: str, *arguments: Any) -> Callable[[int, float], float]:
 def chosen_file(data: str, manifest: Manifest, size: int) -> str:
     from vitlocal.data.costs import Costs
     from vitlocal.data.crops import Cropping
-    from vitlocal.data.ffcv import choose_file
+    from vitlocal.data.loader import choose_file
 
     return choose_file(manifest, Costs.load(data, manifest), Cropping(random=True), 1.5, size).file
 
@@ -147,7 +148,7 @@ def chosen_file(data: str, manifest: Manifest, size: int) -> str:
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written where it is not there yet."""
     from vitlocal.data.costs import keep_costs
-    from vitlocal.data.write import WriteConfig, write
+    from vitlocal.data.writer.write import WriteConfig, write
 
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
         keep_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))

@@ -14,7 +14,7 @@ from vitlocal.bench.entries import Arm, Entry, Key
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError
-from vitlocal.train.figures import Line, race, save
+from vitlocal.report.figures import Line, race, save
 from vitlocal.train.folder import origin_of, stated
 from vitlocal.train.log import read_log
 

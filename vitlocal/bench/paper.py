@@ -30,7 +30,7 @@ from vitlocal.config import ModelConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.plan import Stage
+from vitlocal.progress import Stage
 
 # Top-1 of table 1. Those of the curricula are read off the released code's plot, within a point, where ours has 50.0;
 # of ablations the paper's text has differences alone.

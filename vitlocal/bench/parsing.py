@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Length
+from vitlocal.progress import Length
 
 
 def numbers(text: str, option: str, least: int = 1) -> list[int]:

@@ -34,8 +34,8 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import numbers
 from vitlocal.bench.step import PHASES, Stopwatch, check_multiples
 from vitlocal.config import Config, read_config
-from vitlocal.data.source import Batch
-from vitlocal.data.write import WriteConfig, write
+from vitlocal.data.batch import Batch
+from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model, patch_side
 from vitlocal.plan import Feed, Plan

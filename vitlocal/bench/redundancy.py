@@ -29,16 +29,17 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.source import load_manifest, open_sources
+from vitlocal.data.batch import load_manifest, open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
-from vitlocal.models.surgery import add_stage_table, put
+from vitlocal.models.shape import add_stage_table, put
 from vitlocal.models.vit import VisionTransformer, attention_of
-from vitlocal.plan import Feed, Position, Shape
+from vitlocal.plan import Feed, Shape
+from vitlocal.progress import Position
+from vitlocal.report.figures import save
 from vitlocal.train.checkpoint import KEPT, read_weights
 from vitlocal.train.devices import prepare_device
-from vitlocal.train.figures import save
 
 EXPLAINED = 0.99  # of the variance
 BATCH = 64
@@ -101,7 +102,7 @@ class Seen:
 def watching(model: VisionTransformer, seen: dict[int, Seen]) -> Iterator[None]:
     """Each forward pass leaves in ``seen``, block by block, what the block showed."""
     removers = []
-    passing = int(model.cls_token is not None)
+    num_prefix_tokens = int(model.cls_token is not None)
 
     def attention_hook(place: int, block: nn.Module) -> Any:
         def hook(module: nn.Module, operands: Any, tokens: Tensor) -> None:
@@ -109,14 +110,16 @@ def watching(model: VisionTransformer, seen: dict[int, Seen]) -> Iterator[None]:
             weights = attention_of(query, key)
             outputs = (weights @ value).permute(0, 2, 1, 3).flatten(0, 1)  # (B·T, M, d)
             mean = weights.mean(dim=1)  # (B, T, T)
-            row = mean[:, 0, 1:] if passing else mean.mean(dim=1)
+            row = mean[:, 0, 1:] if num_prefix_tokens else mean.mean(dim=1)
             seen[place] = Seen(outputs, row, torch.empty(0))
 
         return hook
 
     def hidden_hook(place: int) -> Any:
         def hook(module: nn.Module, operands: tuple[Any, ...]) -> None:
-            extra = passing if isinstance(module, FeedForward) else 0  # DeiT's class token has hidden units, too
+            extra = (
+                num_prefix_tokens if isinstance(module, FeedForward) else 0
+            )  # DeiT's class token has hidden units, too
             seen[place].hidden = module.widened(*operands)[:, extra:]
 
         return hook
@@ -173,7 +176,7 @@ def model_of(file: Path, config: Config, classes: int) -> tuple[float, VisionTra
     if (table := state.get("stage_table")) is not None:
         add_stage_table(model, len(table), 0.0, 0.0, config.of("unfreeze").stage_tokens)
     model.load_state_dict(state)
-    put(model, replace(Shape.from_state(about["shape"]), attended=1.0, own_masks=False))
+    put(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
     return about["epoch"], model.eval()
 
 

@@ -20,8 +20,8 @@ from vitlocal.bench.entries import ROOT, Entry
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
+from vitlocal.report.page import duration
 from vitlocal.train.folder import in_use
-from vitlocal.train.report import duration
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -9,9 +9,9 @@ from typing import Any
 
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
-from vitlocal.train.figures import Line, by_size, race, save
+from vitlocal.report.figures import Line, by_size, race, save
+from vitlocal.report.page import duration, names_of, read_run
 from vitlocal.train.log import read_log
-from vitlocal.train.report import duration, names_of, read_run
 
 
 def summary(folder: Path) -> dict[str, Any]:

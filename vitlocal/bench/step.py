@@ -40,15 +40,15 @@ from vitlocal.bench.contestants import Progress
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import numbers, plot_file
 from vitlocal.config import Config, read_config
-from vitlocal.data.source import Batch
+from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.plan import Feed
+from vitlocal.report.figures import save
 from vitlocal.train.devices import choose_device, prepare_device
-from vitlocal.train.ema import build_average
-from vitlocal.train.figures import save
+from vitlocal.train.ema import build_ema
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.step import Mode, Step, choose_precision
 from vitlocal.train.watch import wait
@@ -230,7 +230,7 @@ class Ours:
         torch.manual_seed(config.run.seed)
         model, _ = build_model(config.model, CLASSES)
         self.model = model.to(device, memory_format=torch.channels_last).train()
-        average = build_average(self.model, config.train)
+        average = build_ema(self.model, config.train)
         self.step = Step(
             self.model,
             build_optimizer(self.model, config.train, choose_precision(config.train.precision, device)),

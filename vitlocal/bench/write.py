@@ -33,9 +33,9 @@ from vitlocal.bench.contestants import (
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.images import ImageSet, open_images
-from vitlocal.data.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, write
+from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, write
 from vitlocal.errors import ConfigError
-from vitlocal.train.figures import save
+from vitlocal.report.figures import save
 
 SAMPLE_SOURCE = "data/bench/source"
 SAMPLE_PER_CLASS = 20

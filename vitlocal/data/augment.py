@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.config import AugmentConfig
-from vitlocal.data.keyed import generator, uniform
+from vitlocal.data.random_keys import generator, uniform
 
 OPERATIONS = 2  # of RandAugment, an image
 MAGNITUDE_STD = 0.5  # timm's rand-m9-mstd0.5-inc1, which DeiT trains with
@@ -32,7 +32,7 @@ NOISE = 1 << 21  # normal numbers that erased pixels are taken from, 8 MB on the
 ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE = range(6)
 
 
-class Drawn(NamedTuple):
+class AugmentParams(NamedTuple):
     """What one step draws for its part of the batch, on the device; None where the recipe has no use for it."""
 
     boxes: Tensor | None = None  # (B, 4) int64: first and last + 1 row and column to erase; empty where none is
@@ -65,7 +65,9 @@ class Augment(torch.nn.Module):
         table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.erase else torch.empty(0)
         self.register_buffer("table", table, persistent=False)
 
-    def draw(self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0) -> Drawn:
+    def draw(
+        self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0
+    ) -> AugmentParams:
         """What :meth:`forward` needs, on the augmentation's device, for ``places`` of a global batch of ``total``.
 
         ``strength`` scales the chances of erasing and mixing.
@@ -76,7 +78,7 @@ class Augment(torch.nn.Module):
             boxes, noise = self._sent(box), self._sent((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
         if self.mixes:
             mix = self._sent(mixture(config, generator((seed, step, MIX)), total, size, strength))
-        return Drawn(boxes, noise, mix)
+        return AugmentParams(boxes, noise, mix)
 
     def _sent(self, values: np.ndarray) -> Tensor:
         return send(torch.from_numpy(values), self.normalize.scale.device)
@@ -92,7 +94,7 @@ class Augment(torch.nn.Module):
             return randaugment(images, self.config.randaugment, seed, step, places, strength)
         return images
 
-    def forward(self, images: Tensor, drawn: Drawn) -> Tensor:
+    def forward(self, images: Tensor, drawn: AugmentParams) -> Tensor:
         """(B, 3, S, S) uint8 → float32, normalised, erased and mixed, channels-last."""
         pixels = self.normalize(images)
         if drawn.boxes is not None:
@@ -119,7 +121,7 @@ def _inside(boxes: Tensor, size: int) -> Tensor:
 def mixture(
     config: AugmentConfig, draw: np.random.Generator, total: int, size: int, strength: float = 1.0
 ) -> np.ndarray:
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch, as :attr:`Drawn.mix`: (6,) float32.
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch, as :attr:`AugmentParams.mix`: (6,) float32.
 
     Each image is mixed with that of its mirror place, labels in the share that its own pixels keep.
     """
@@ -139,7 +141,7 @@ def mixture(
 
 
 def paste(pixels: Tensor, mix: Tensor) -> Tensor:
-    """``pixels`` (B, 3, S, S) mixed with the batch's mirror image, by :attr:`Drawn.mix`."""
+    """``pixels`` (B, 3, S, S) mixed with the batch's mirror image, by :attr:`AugmentParams.mix`."""
     mirrored = pixels.flip(0)
     blended = torch.lerp(mirrored, pixels, mix[0])
     return torch.where(_inside(mix[2:], pixels.shape[-1]), mirrored, blended)

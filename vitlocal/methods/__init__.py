@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
-from vitlocal.plan import Claims, Method, conflicts
+from vitlocal.methods.method import Claims, Method, MethodContext, Recipe, conflicts
 
 # Files of this folder that hold a method each. A new method: its file's name here.
 MODULES = ("image_size", "strength", "batch_size", "budgeted", "trilevel", "autoprog", "unfreeze")
 
 
-def _method_of(module: str) -> type[Defaults]:
+def _method_of(module: str) -> type[Method]:
     """The method that is defined in ``module``."""
     found = vars(import_module(f"{__name__}.{module}")).values()
     (method,) = (
         one for one in found
-        if isinstance(one, type) and issubclass(one, Defaults) and one.__module__ == f"{__name__}.{module}"
+        if isinstance(one, type) and issubclass(one, Method) and one.__module__ == f"{__name__}.{module}"
     )  # fmt: skip
     return method
 
 
-METHODS: dict[str, type[Defaults]] = {method.name: method for method in map(_method_of, MODULES)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in map(_method_of, MODULES)}
 
 
-def build_methods(run: Surroundings) -> list[Method]:
+def build_methods(run: MethodContext) -> list[Method]:
     """The recipe's methods in its order."""
     return [METHODS[name](run) for name in run.recipe.methods]
 

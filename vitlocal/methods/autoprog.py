@@ -18,23 +18,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.ladders import Net, NetText, falls, ladder, stages_of
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.search import Net, NetText, falls, ladder, stages_of
 from vitlocal.options import COUNT, SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import (
-    Claims,
-    Growth,
-    Length,
-    Plan,
-    Probe,
-    ProbeResult,
-    Progress,
-    Shape,
-    Stage,
-    StepResult,
-    deepened,
-    reshaped,
-)
+from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape
+from vitlocal.progress import Length, Progress, Stage
 
 T = TypeVar("T")
 
@@ -117,13 +105,13 @@ def remembered(reckon: Callable[[AutoProg, int], T]) -> Callable[[AutoProg, int]
     return reckoned
 
 
-class AutoProg(Defaults):
+class AutoProg(Method):
     """See the module. With ``schedule`` the nets of all stages are given, and nothing is searched."""
 
     name = "autoprog"
     options = AutoProgConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         self.config: AutoProgConfig = run.recipe.of(self.name)
         self.run, recipe = run, run.recipe
         if run.parts is None:
@@ -144,7 +132,7 @@ class AutoProg(Defaults):
         fast, slow = config.averages
         judged = config.schedule is None and config.loss_of == "average"
         # The first is what is judged, the last what nets grow from.
-        self.averages = (fast,) * judged + (slow,) * config.grow.startswith("momentum")
+        self.ema_decays = (fast,) * judged + (slow,) * config.grow.startswith("momentum")
         self.length_kind, self.whole = recipe.budget.length.kind, recipe.budget.length.value
         # What searches found, stage by stage and candidate by candidate: seconds an image, and rounds of losses.
         self.times: dict[int, list[float]] = {}
@@ -162,9 +150,9 @@ class AutoProg(Defaults):
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         config: AutoProgConfig = recipe.of(cls.name)
-        blocks = {"shape.slots", "shape.skipped"} if deepens(config) else set()
+        blocks = {"shape.block_order", "shape.skipped_blocks"} if deepens(config) else set()
         sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
-        dials = {"dials.strength", "dials.operations"} if config.strengthen else set()
+        dials = {"dials.strength", "dials.randaugment_strength"} if config.strengthen else set()
         return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials), {})
 
     @staticmethod
@@ -216,7 +204,7 @@ class AutoProg(Defaults):
         return found
 
     @staticmethod
-    def doubts(recipe: Recipe) -> list[str]:
+    def config_warnings(recipe: Recipe) -> list[str]:
         schedule, size = recipe.of("autoprog").schedule, recipe.model.size
         if not schedule or schedule[-1].size in (None, size):
             return []
@@ -225,7 +213,7 @@ class AutoProg(Defaults):
         ]
 
     @staticmethod
-    def feeds(recipe: Recipe) -> Sequence[Stage]:
+    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
         """Of a search the ladder: it may take larger sizes sooner."""
         config: AutoProgConfig = recipe.of("autoprog")
         if "size" not in config.space:
@@ -297,7 +285,7 @@ class AutoProg(Defaults):
             return self.times[stage]
         size = self.run.recipe.model.size
         return [
-            float(self.run.macs(net.size or size, Shape(slots=tuple(range(net.depth)))))
+            float(self.run.macs(net.size or size, Shape(block_order=tuple(range(net.depth)))))
             for net in self.candidates(stage)
         ]
 
@@ -308,7 +296,7 @@ class AutoProg(Defaults):
         deepest = max(net.depth for net in nets)
         # At the start nothing is copied; new are the blocks that the smallest net would have to be given.
         there = tuple(range(min(net.depth for net in nets))) if before is None else self.extracted(before)
-        return deepened(there, deepest, self.count)
+        return deepen(there, deepest, self.count)
 
     def skipped(self, stage: int, depth: int) -> tuple[int, ...]:
         """The blocks that a candidate of ``depth`` passes over: the first of the new ones."""
@@ -349,10 +337,10 @@ class AutoProg(Defaults):
             skipped: tuple[int, ...] = ()
             slots, feed_size = self.extracted(stage), net.size
         whole = slots == tuple(range(self.count))
-        plan = reshaped(plan, slots=None if whole else slots, skipped=skipped)
+        plan = with_shape(plan, block_order=None if whole else slots, skipped_blocks=skipped)
         if self.sizes_grow:
             smaller = net.size if net.size != feed_size else None
-            plan = replace(reshaped(plan, input_size=smaller), feed=replace(plan.feed, size=feed_size))
+            plan = replace(with_shape(plan, input_size=smaller), feed=replace(plan.feed, size=feed_size))
         plan = replace(plan, growth=self._growth(stage, searching, pairs) or plan.growth)
         return self._strengthened(plan, 1.0 if searching else stage / max(1, self.config.stages - 1))
 
@@ -366,7 +354,7 @@ class AutoProg(Defaults):
             return None
         if not searched and self.candidates(stage)[0] == self.chosen(before):
             return self._growth(before, False, self.supernet(before)[1])  # nothing grows
-        how, last = self.config.grow, len(self.averages) - 1
+        how, last = self.config.grow, len(self.ema_decays) - 1
         return Growth(
             2 * stage + 1, blocks=pairs, weights="random" if how == "random" else "copy", moments=moments,
             average=last if how.startswith("momentum") else None, new_only=how == "momentum_new",
@@ -378,7 +366,7 @@ class AutoProg(Defaults):
         part = self.config.operations + (1 - self.config.operations) * way
         if self.magnitude >= 1 and way < 1:  # whole magnitudes: 4, 6, 7, 9
             part = math.floor(self.magnitude * part + 1e-9) / self.magnitude
-        return replace(plan, dials=replace(plan.dials, strength=way, operations=part))
+        return replace(plan, dials=replace(plan.dials, strength=way, randaugment_strength=part))
 
     def changes(self) -> Sequence[Length]:
         return [Length(bound, "fraction", f"{100 * bound:.4g}%") for bound in self.bounds()[1:]]
@@ -411,9 +399,9 @@ class AutoProg(Defaults):
     def _probe(self, kind: str, stage: int, net: Net) -> Probe:
         order = self.supernet(stage)[0]
         slots = None if order == tuple(range(self.count)) else order
-        shape = Shape(slots=slots, skipped=self.skipped(stage, net.depth))
+        shape = Shape(block_order=slots, skipped_blocks=self.skipped(stage, net.depth))
         average = 0 if kind == "loss" and self.config.loss_of == "average" else None
-        sets = ("slots", "skipped", "input_size")
+        sets = ("block_order", "skipped_blocks", "input_size")
         split = self.config.loss_on if kind == "loss" else "train"
         return Probe(kind, shape, net.size or 0, self.config.batches, split=split, average=average, sets=sets)
 
@@ -437,14 +425,14 @@ class AutoProg(Defaults):
         return [str(self.chosen(stage)) for stage in sorted(self.losses) if self.decided(stage)]
 
     def _stepped(self, seen: StepResult) -> None:
-        stage = self.stage(seen.at)
+        stage = self.stage(seen.progress)
         if stage not in self.began:
             if self.before(stage) is not None and seen.plan.growth.number <= 2 * stage:
                 return  # a step of the stage before, which the clock has left meanwhile: nothing has grown yet
-            self.began[stage], self.searched[stage], self.since = seen.at.fraction, 0.0, None
+            self.began[stage], self.searched[stage], self.since = seen.progress.fraction, 0.0, None
             self.memory.clear()
         if self.since is None:
-            self.since = seen.at.fraction
+            self.since = seen.progress.fraction
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import COUNT, Bytes, Choice, Maybe, Section, option
-from vitlocal.plan import Plan, Progress
+from vitlocal.plan import Plan
+from vitlocal.progress import Progress
 
 # The learning rate grows with the batch: as its root for Adam (Malladi et al. 2022, arXiv 2205.10287), or with it.
 RULES = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
@@ -24,7 +25,7 @@ class BatchSizeConfig(Section):
     rule: str = option("sqrt", Choice("sqrt", "linear", "none"), "how the learning rate grows with the batch")
 
 
-class BatchSize(Defaults):
+class BatchSize(Method):
     """At each image size, the largest batch whose activations fit, at least ``train.batch_size``, at most the limit.
 
     Each of the batch's parts, on devices beside each other or one after another, has ``batch_size.memory``; where none
@@ -36,7 +37,7 @@ class BatchSize(Defaults):
     writes = frozenset({"feed.batch_size", "dials.lr_scale"})
     options = BatchSizeConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         recipe = run.recipe
         self.config, self.base, self.largest = recipe.of(self.name), recipe.train.batch_size, recipe.model.size
         self.image_bytes, self.parts = run.image_bytes, run.processes * recipe.train.accumulate
@@ -54,7 +55,7 @@ class BatchSize(Defaults):
             )
         return found
 
-    def batch_at(self, size: int) -> int:
+    def batch_size_at(self, size: int) -> int:
         """Images of a global batch at ``size`` px: a multiple of ``batch_size.multiple`` where it is more than base."""
         if size not in self._batches:
             each = self.image_bytes(size)
@@ -73,7 +74,7 @@ class BatchSize(Defaults):
         return self._batches[size]
 
     def plan(self, plan: Plan, at: Progress) -> Plan:
-        batch = self.batch_at(plan.feed.size)
+        batch = self.batch_size_at(plan.feed.size)
         scale = (batch / self.base) ** RULES[self.config.rule]
         return replace(plan, feed=replace(plan.feed, batch_size=batch), dials=replace(plan.dials, lr_scale=scale))
 

@@ -19,14 +19,15 @@ import numpy as np
 from fastargs.validation import Checker
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.options import COUNT, SHARE, Choice, Maybe, Number, Section, Series, option
-from vitlocal.plan import Claims, Growth, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
+from vitlocal.plan import Growth, Plan, Shape, with_shape
+from vitlocal.progress import Length, Progress
 
 GROWS = ("heads", "hidden", "tokens")
 FEWEST_TOKENS = 0.5  # of all, in the first stage: 50 %, 75 %, 100 % for three
 PROBED_BATCHES = 4
-CHEAPENED = frozenset({"feed.size", "feed.subset", "shape.kept"})  # what changes an epoch's cost beside it
+CHEAPENED = frozenset({"feed.size", "feed.subset", "shape.token_keep_rate"})  # what changes an epoch's cost beside it
 
 
 class Compute(Checker):
@@ -81,7 +82,7 @@ class BudgetedConfig(Section):
 
 def grown(config: BudgetedConfig) -> list[str]:
     """The fields of the shape that grow."""
-    fields = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crops_images")}
+    fields = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}
     return [name for unit in config.grow for name in fields[unit]]
 
 
@@ -102,7 +103,7 @@ def solve(budget: float, costs: Sequence[float], weights: Sequence[float]) -> tu
     return tuple(math.floor(scale * weight) for weight in weights)
 
 
-class Budgeted(Defaults):
+class Budgeted(Method):
     """Heads, hidden width and tokens grow over K stages whose lengths follow from the budget.
 
     A budget in time or steps is cut at fractions: where it is time, a stage's is C_k · t_k / Σ C_j · t_j, by FLOPs or,
@@ -112,7 +113,7 @@ class Budgeted(Defaults):
     name = "budgeted"
     options = BudgetedConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         self.config: BudgetedConfig = run.recipe.of(self.name)
         self.run, self.kind = run, run.recipe.budget.length.kind
         self.shapes = self._shapes(run.recipe)
@@ -122,7 +123,7 @@ class Budgeted(Defaults):
         self.weights = stage_weights(self.config.stages, self.config.alpha, seeds.tolist())
         self.epochs = self._epochs(run.recipe)
         if self.epochs is not None:
-            self.length = Length.parse(f"{sum(self.epochs)}ep")
+            self.budget_length = Length.parse(f"{sum(self.epochs)}ep")
         self.grown = grown(self.config)
         self.writes = self.claims(run.recipe).writes
 
@@ -130,12 +131,12 @@ class Budgeted(Defaults):
     def claims(cls, recipe: Recipe) -> Claims:
         config: BudgetedConfig = recipe.of(cls.name)
         reason = "both take away tokens; leave them out of one of the two, as with budgeted.grow=heads,hidden"
-        refuses = {"feed.size": reason, "shape.kept": reason} if "tokens" in config.grow else {}
+        refuses = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
         length = {"budget.length"} if config.epochs is not None or config.budget is not None else set()
         return Claims(cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown(config)), *length}), refuses)
 
     @staticmethod
-    def doubts(recipe: Recipe) -> list[str]:
+    def config_warnings(recipe: Recipe) -> list[str]:
         config: BudgetedConfig = recipe.of("budgeted")
         found = []
         if "budget.length" in Budgeted.claims(recipe).writes:
@@ -219,7 +220,7 @@ class Budgeted(Defaults):
                     heads=heads if "heads" in config.grow and heads < whole["heads"] else None,
                     hidden=hidden if "hidden" in config.grow and hidden < whole["hidden"] else None,
                     grid=side if "tokens" in config.grow and side < whole["grid"] else None,
-                    crops_images="tokens" in config.grow and config.crop == "before",
+                    crop_before_embedding="tokens" in config.grow and config.crop == "before",
                 )
             )
         return tuple(shapes)
@@ -260,7 +261,7 @@ class Budgeted(Defaults):
 
     def stage(self, at: Progress) -> int:
         at = replace(at, epoch=at.epoch + 1e-9)  # less than an image
-        return sum(end.done(at) >= 1 for end in self.ends())
+        return sum(end.fraction_done(at) >= 1 for end in self.ends())
 
     def plan(self, plan: Plan, at: Progress) -> Plan:
         number = self.stage(at)
@@ -269,7 +270,7 @@ class Budgeted(Defaults):
             number, sources=config.sources, weights=config.weights, scale=config.scale, noise=config.noise,
             moments=config.moments,
         )  # fmt: skip
-        plan = reshaped(plan, **{name: getattr(shape, name) for name in self.grown})
+        plan = with_shape(plan, **{name: getattr(shape, name) for name in self.grown})
         return replace(plan, growth=growth if number else plan.growth)
 
     def changes(self) -> Sequence[Length]:

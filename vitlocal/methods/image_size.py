@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import COUNT, Choice, Maybe, Number, Section, Series, StageText, option
-from vitlocal.plan import Length, Plan, Progress, Stage, with_size
+from vitlocal.plan import Plan, with_size
+from vitlocal.progress import Length, Progress, Stage
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ImageSizeConfig(Section):
         )
 
 
-class ImageSize(Defaults):
+class ImageSize(Method):
     """Training crops start small and grow by ``step_pixels`` at a time, up to ``final``.
 
     With ``growth=linear`` they grow every ``step_epochs`` epochs; with ``exponential`` at the listed
@@ -68,7 +69,7 @@ class ImageSize(Defaults):
     writes = frozenset({"feed.size"})
     options = ImageSizeConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         self.stages = run.recipe.of(self.name).curriculum
 
     @staticmethod
@@ -97,13 +98,13 @@ class ImageSize(Defaults):
         return found
 
     @staticmethod
-    def feeds(recipe: Recipe) -> Sequence[Stage]:
+    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
         return recipe.of("image_size").curriculum
 
     def plan(self, plan: Plan, at: Progress) -> Plan:
         # An epoch's share of images is exact in binary only by luck: 1e-9 of an epoch is less than an image.
         at = replace(at, epoch=at.epoch + 1e-9)
-        return with_size(plan, next(s.size for s in self.stages if s.until is None or s.until.done(at) < 1))
+        return with_size(plan, next(s.size for s in self.stages if s.until is None or s.until.fraction_done(at) < 1))
 
     def changes(self) -> Sequence[Length]:
         return [stage.until for stage in self.stages if stage.until is not None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import SHARE, Choice, Section, option
-from vitlocal.plan import Plan, Progress
+from vitlocal.plan import Plan
+from vitlocal.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class StrengthConfig(Section):
     by: str = option("size", Choice("size", "budget"), "grows with the image size, or with the budget spent")
 
 
-class Strength(Defaults):
+class Strength(Method):
     """From a part of the recipe's augmentation and drop path to all of it (Tan and Le 2021, arXiv 2104.00298).
 
     Small images are harder to fit, so what makes training harder may wait. Grows linearly with the image size from
@@ -26,7 +27,7 @@ class Strength(Defaults):
     writes = frozenset({"dials.strength"})
     options = StrengthConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         sizes = run.recipe.of("image_size").sizes
         self.config, self.smallest, self.largest = run.recipe.of(self.name), min(sizes), max(sizes)
 

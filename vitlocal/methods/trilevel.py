@@ -18,11 +18,17 @@ import torch
 from torch import Tensor
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.options import SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import Claims, Length, Plan, Probe, ProbeResult, Progress, Shape, StepResult, reshaped
+from vitlocal.plan import Plan, Shape, with_shape
+from vitlocal.progress import Length, Progress
 
-NARROWED = ("kept", "attended", "own_masks", "pruned")  # fields of the shape, by tokens and attention
+NARROWED = (
+    "token_keep_rate",
+    "attention_keep_rate",
+    "per_head_masks",
+    "pruned_blocks",
+)  # fields of the shape, by tokens and attention
 LEVELS = ("examples", "tokens", "attention")
 WRONG, RIGHT = 1, 2  # in a record; 0: not seen
 PRUNED_AT = (0.25, 0.5, 0.75)  # of the depth: blocks 3, 6 and 9 of 12
@@ -92,7 +98,7 @@ def swap(
     )
 
 
-class Trilevel(Defaults):
+class Trilevel(Method):
     """Examples, tokens and attention, each level on or off.
 
     Correctness is noted on the device as training goes, a byte an example and epoch, and read at updates alone, when
@@ -102,7 +108,7 @@ class Trilevel(Defaults):
     name = "trilevel"
     options = TrilevelConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         self.config: TrilevelConfig = run.recipe.of(self.name)
         self.seed, self.count = run.recipe.run.seed, run.images
         self.writes = self.claims(run.recipe).writes
@@ -114,7 +120,9 @@ class Trilevel(Defaults):
         if wrong := [block for block in blocks if self.narrows and not block < depth]:
             raise ConfigError(f"trilevel.blocks: there is no block {wrong[0]}; the model's {depth} are numbered from 0")
         own_masks = self.config.masks == "own" and attended < 1
-        self.narrowest = Shape(kept=kept, attended=attended, own_masks=own_masks, pruned=blocks)
+        self.narrowest = Shape(
+            token_keep_rate=kept, attention_keep_rate=attended, per_head_masks=own_masks, pruned_blocks=blocks
+        )
         if self.narrows and run.parts is None:
             raise ConfigError(
                 f"trilevel.levels: tokens and attention need a vitlocal_… model, not {run.recipe.model.name}; keep "
@@ -122,8 +130,8 @@ class Trilevel(Defaults):
             )
         by_attention = self.examples and self.config.score == "attention"
         # To the run's end, also after the last update: without them the step would be compiled anew.
-        taps = ({"hits"} if self.examples else set()) | ({"spread"} if by_attention else set())
-        self.taps = frozenset(taps if self.config.updates else ())
+        taps = ({"correct"} if self.examples else set()) | ({"attention_variance"} if by_attention else set())
+        self.step_outputs = frozenset(taps if self.config.updates else ())
         self.version = 1  # of the subset
         self.updated = Progress()  # when it was made
         order = np.random.default_rng((self.seed, 0x3E1)).permutation(self.count)
@@ -138,11 +146,11 @@ class Trilevel(Defaults):
         config: TrilevelConfig = recipe.of(cls.name)
         examples = {"feed.subset"} if "examples" in config.levels else set()
         kept, attended = narrowed_to(config)
-        narrowed = ({"kept", "pruned"} if kept < 1 else set()) | (
-            {"attended", "own_masks", "pruned"} if attended < 1 else set()
+        narrowed = ({"token_keep_rate", "pruned_blocks"} if kept < 1 else set()) | (
+            {"attention_keep_rate", "per_head_masks", "pruned_blocks"} if attended < 1 else set()
         )
         reason = "tokens and connections go at blocks that may not be there yet; set trilevel.levels=examples"
-        refuses = {"shape.slots": reason} if narrowed else {}
+        refuses = {"shape.block_order": reason} if narrowed else {}
         return Claims(cls.name, frozenset(examples | {f"shape.{name}" for name in narrowed}), refuses)
 
     @staticmethod
@@ -185,9 +193,9 @@ class Trilevel(Defaults):
         """How far r and r_a are from their end: 1 until ``begin``, a cosine down to 0 at ``end``."""
         begin, end = self.config.begin, self.config.end
         if begin.kind == end.kind:
-            part = (begin.spent(at) - begin.value) / (end.value - begin.value)
+            part = (begin.elapsed(at) - begin.value) / (end.value - begin.value)
         else:  # of different units the end's rate counts
-            part = 0.0 if begin.done(at) < 1 else end.done(at)
+            part = 0.0 if begin.fraction_done(at) < 1 else end.fraction_done(at)
         exact = (1 + math.cos(math.pi * min(max(part, 0.0), 1.0))) / 2
         rungs = self.config.rungs
         return math.ceil(exact * rungs - 1e-9) / rungs if rungs else exact
@@ -199,8 +207,14 @@ class Trilevel(Defaults):
         if open_ == 1.0:
             return plan
         last = self.narrowest
-        kept, attended = (end + (1 - end) * open_ for end in (last.kept, last.attended))
-        return reshaped(plan, kept=kept, attended=attended, own_masks=last.own_masks, pruned=last.pruned)
+        kept, attended = (end + (1 - end) * open_ for end in (last.token_keep_rate, last.attention_keep_rate))
+        return with_shape(
+            plan,
+            token_keep_rate=kept,
+            attention_keep_rate=attended,
+            per_head_masks=last.per_head_masks,
+            pruned_blocks=last.pruned_blocks,
+        )
 
     def changes(self) -> Sequence[Length]:
         if not self.narrows or not self.config.rungs:
@@ -215,7 +229,7 @@ class Trilevel(Defaults):
             found.append(replace(end, value=value + 1e-9 * max(end.value, 1.0)))
         return [*found, end]
 
-    def evaluated(self, shape: Shape) -> Shape:
+    def evaluation_shape(self, shape: Shape) -> Shape:
         if not self.narrows:
             return shape
         last = self.narrowest if self.config.evaluate else Shape()
@@ -233,19 +247,19 @@ class Trilevel(Defaults):
             self._answers.append(seen.value)
             if len(self._answers) == 1 + (self.spread is not None):
                 self._swap(*self._answers)
-        elif self.watches and seen.hits is not None:
-            epoch, device = math.floor(seen.at.epoch + 1e-9), seen.hits.device
+        elif self.watches and seen.correct is not None:
+            epoch, device = math.floor(seen.progress.epoch + 1e-9), seen.correct.device
             if self.records and next(iter(self.records.values())).device != device:  # read from a checkpoint
                 self.records = {each: record.to(device) for each, record in self.records.items()}
                 self.spread = None if self.spread is None else self.spread.to(device)
             if epoch not in self.records:
                 self.records[epoch] = torch.zeros(self.count, dtype=torch.uint8, device=device)
             ids = seen.ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else seen.ids
-            self.records[epoch].index_copy_(0, ids, seen.hits.to(torch.uint8) + WRONG)
-            if seen.spread is not None:
+            self.records[epoch].index_copy_(0, ids, seen.correct.to(torch.uint8) + WRONG)
+            if seen.attention_variance is not None:
                 if self.spread is None:
                     self.spread = torch.zeros(self.count, dtype=torch.float64, device=device)
-                self.spread.index_add_(0, ids, seen.spread.double())
+                self.spread.index_add_(0, ids, seen.attention_variance.double())
 
     @property
     def watches(self) -> bool:
@@ -258,7 +272,7 @@ class Trilevel(Defaults):
         every = self.config.every
         return (
             self.watches and bool(self.records) and whole
-            and every.spent(at) - every.spent(self.updated) >= every.value - 1e-9
+            and every.elapsed(at) - every.elapsed(self.updated) >= every.value - 1e-9
         )  # fmt: skip
 
     def probes(self, at: Progress) -> Sequence[Probe]:
@@ -280,19 +294,19 @@ class Trilevel(Defaults):
         self.version += 1
         self.updated, self.records, self.spread = self._asked, {}, None
 
-    def notes(self) -> dict[str, Any]:
+    def local_state(self) -> dict[str, Any]:
         if not self.records:
             return {}
-        spread = {} if self.spread is None else {"spread": self.spread}
+        spread = {} if self.spread is None else {"attention_variance": self.spread}
         return {"records": torch.stack([record for _, record in sorted(self.records.items())]), **spread}
 
-    def load_notes(self, notes: dict[str, Any]) -> None:
+    def load_local_state(self, notes: dict[str, Any]) -> None:
         for record, noted in zip(
             (self.records[epoch] for epoch in sorted(self.records)), notes["records"], strict=True
         ):
             record.copy_(noted)
         if self.spread is not None:
-            self.spread.copy_(notes["spread"])
+            self.spread.copy_(notes["attention_variance"])
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -301,7 +315,7 @@ class Trilevel(Defaults):
             "kept": torch.from_numpy(self.kept),
             "pool": torch.from_numpy(self.pool),
             "epochs": sorted(self.records),
-            "spread": self.spread is not None,
+            "attention_variance": self.spread is not None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -309,4 +323,4 @@ class Trilevel(Defaults):
         self.version, self.updated = state["version"], Progress(**state["updated"])
         self.kept, self.pool = state["kept"].numpy(), state["pool"].numpy()
         self.records = {epoch: torch.zeros(self.count, dtype=torch.uint8) for epoch in state["epochs"]}
-        self.spread = torch.zeros(self.count, dtype=torch.float64) if state["spread"] else None
+        self.spread = torch.zeros(self.count, dtype=torch.float64) if state["attention_variance"] else None

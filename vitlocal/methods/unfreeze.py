@@ -16,23 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.ladders import Net, NetText, falls, ladder, stages_of
-from vitlocal.methods.method import Defaults, Recipe, Surroundings
+from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.search import Net, NetText, falls, ladder, stages_of
 from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
-from vitlocal.plan import (
-    Claims,
-    Growth,
-    Length,
-    Plan,
-    Probe,
-    ProbeResult,
-    Progress,
-    Shape,
-    Stage,
-    StepResult,
-    reshaped,
-    with_size,
-)
+from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
+from vitlocal.progress import Length, Progress, Stage
 
 
 @dataclass(frozen=True)
@@ -120,7 +108,7 @@ def sizes_of(recipe: Recipe) -> tuple[int, ...]:
     return stated or ladder(recipe.model.size, config.scale, config.stages, config.multiple)
 
 
-class Unfreeze(Defaults):
+class Unfreeze(Method):
     """See the module. What lies outside of the blocks (embeddings, norm, head) is trained throughout.
 
     Frozen blocks have no gradients, hence no decay and no update; what is saved is these. Gradients still pass through
@@ -130,12 +118,12 @@ class Unfreeze(Defaults):
     name = "unfreeze"
     options = UnfreezeConfig
 
-    def __init__(self, run: Surroundings):
+    def __init__(self, run: MethodContext):
         self.config: UnfreezeConfig = run.recipe.of(self.name)
         recipe, config = run.recipe, self.config
         self.size = recipe.model.size
         self.writes = self.claims(run.recipe).writes
-        self.sizes, self.sizes_grow = sizes_of(recipe), bool(self.feeds(recipe))
+        self.sizes, self.sizes_grow = sizes_of(recipe), bool(self.image_sizes(recipe))
         if not run.blocks:
             raise ConfigError(
                 f"methods: unfreeze needs a Vision Transformer's blocks, and {recipe.model.name} has none"
@@ -152,14 +140,17 @@ class Unfreeze(Defaults):
         self.times: dict[int, list[float]] = {}  # ... and its seconds a batch
         self.asking = 0  # the stage of the last question
         self.memory: list[tuple[list[Net], Net | None]] | None = None  # of nets(), until more is known
-        self.stage_rows = config.stages + 1 if self.embeds_stage else 0
+        if self.embeds_stage:
+            self.stage_embedding = StageEmbedding(
+                config.stages + 1, config.stage_std, config.stage_null, config.stage_tokens
+            )
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         config: UnfreezeConfig = recipe.of(cls.name)
-        writes = {"shape.trainable": True, "feed.size": cls.feeds(recipe), "shape.stage": config.stage_embedding,
+        writes = {"shape.trainable_blocks": True, "feed.size": cls.image_sizes(recipe), "shape.stage": config.stage_embedding,
                   "growth": config.moments == "reset", "shape.head_only": config.outside == "head"}  # fmt: skip
-        refuses = {"shape.slots": "both choose which blocks there are to train; keep one of the two"}
+        refuses = {"shape.block_order": "both choose which blocks there are to train; keep one of the two"}
         return Claims(cls.name, frozenset(field for field, does in writes.items() if does), refuses)
 
     @staticmethod
@@ -186,7 +177,7 @@ class Unfreeze(Defaults):
         return found
 
     @staticmethod
-    def doubts(recipe: Recipe) -> list[str]:
+    def config_warnings(recipe: Recipe) -> list[str]:
         config, size, found = recipe.of("unfreeze"), recipe.model.size, []
         if config.schedule:
             last = config.schedule[-1]
@@ -208,7 +199,7 @@ class Unfreeze(Defaults):
         return found
 
     @staticmethod
-    def feeds(recipe: Recipe) -> Sequence[Stage]:
+    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
         """Of a search the ladder: it may take larger sizes sooner, or later."""
         sizes = sizes_of(recipe)
         return stages_of(sizes, recipe.of("unfreeze").stages) if set(sizes) != {recipe.model.size} else ()
@@ -261,8 +252,8 @@ class Unfreeze(Defaults):
 
     def _shaped(self, plan: Plan, net: Net, stage: int) -> Plan:
         blocks = self.groups[net.depth - 1]
-        plan = reshaped(
-            plan, trainable=None if len(blocks) == len(self.groups[-1]) else blocks,
+        plan = with_shape(
+            plan, trainable_blocks=None if len(blocks) == len(self.groups[-1]) else blocks,
             head_only=self.config.outside == "head", stage=stage if self.embeds_stage else plan.shape.stage,
         )  # fmt: skip
         if self.config.moments == "reset" and stage:
@@ -271,7 +262,7 @@ class Unfreeze(Defaults):
             plan = with_size(plan, net.size)
         return plan
 
-    def evaluated(self, shape: Shape) -> Shape:
+    def evaluation_shape(self, shape: Shape) -> Shape:
         if self.embeds_stage and self.config.evaluated == "last":
             return replace(shape, stage=self.config.stages - 1)
         return shape
@@ -290,10 +281,10 @@ class Unfreeze(Defaults):
         self.asking, number = stage, len(self.times.get(stage, ()))
         config = self.config
         shape = Shape(
-            trainable=self.groups[options[number].depth - 1], head_only=config.outside == "head",
+            trainable_blocks=self.groups[options[number].depth - 1], head_only=config.outside == "head",
             stage=stage if self.embeds_stage else None,
         )  # fmt: skip
-        sets = ("trainable", "head_only", "stage") if self.embeds_stage else ("trainable", "head_only")
+        sets = ("trainable_blocks", "head_only", "stage") if self.embeds_stage else ("trainable_blocks", "head_only")
         size = options[number].size if self.sizes_grow else 0
         if len(self.scores.get(stage, ())) == number:
             batches, kernel = config.zico_batches, config.kernel_batches

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitlocal.config import EvaluateConfig, ModelConfig
 from vitlocal.errors import ConfigError
-from vitlocal.models.surgery import plain_state
+from vitlocal.models.shape import plain_state
 from vitlocal.models.vit import VisionTransformer, position_matrix
 from vitlocal.options import as_argument
 from vitlocal.plan import WHOLE_MODEL, Shape
@@ -73,9 +73,15 @@ def export_model(
     built = {name: value for name, value in arguments.items() if name != "drop_path_rate"}
     if isinstance(model, VisionTransformer) and len(model.order) < len(model.blocks):
         built["depth"] = len(model.order)
-    if shape.pruned and not (shape.kept == 1 and shape.attended == 1):  # as it was evaluated
-        built |= {"kept": shape.kept, "attended": shape.attended, "pruned_blocks": list(shape.pruned)}
-        built |= {"own_masks": True} if shape.own_masks else {}
+    if shape.pruned_blocks and not (
+        shape.token_keep_rate == 1 and shape.attention_keep_rate == 1
+    ):  # as it was evaluated
+        built |= {
+            "kept": shape.token_keep_rate,
+            "attended": shape.attention_keep_rate,
+            "pruned_blocks": list(shape.pruned_blocks),
+        }
+        built |= {"own_masks": True} if shape.per_head_masks else {}
     if getattr(model, "centre", None) is not None:
         built["centre"] = model.centre
     described = {
@@ -184,15 +190,15 @@ def _label_names(path: Path) -> list[str] | None:
 def _resampled_positions(model: nn.Module, table: Tensor) -> Tensor:
     """A position table (1, T', D) of a square grid, with rows for as many other tokens as the model's, at its grid."""
     grid = getattr(model, "grid", None) or model.patch_embed.grid_size
-    passing = model.pos_embed.shape[1] - grid[0] * grid[1]  # of a class token, registers and the like
-    side = math.isqrt(table.shape[1] - passing)
-    if side * side != table.shape[1] - passing:
+    num_prefix_tokens = model.pos_embed.shape[1] - grid[0] * grid[1]  # of a class token, registers and the like
+    side = math.isqrt(table.shape[1] - num_prefix_tokens)
+    if side * side != table.shape[1] - num_prefix_tokens:
         raise ConfigError(
-            f"model.weights: a position table of {table.shape[1]} rows, {passing} of them of no patch as in "
+            f"model.weights: a position table of {table.shape[1]} rows, {num_prefix_tokens} of them of no patch as in "
             f"{type(model).__name__}, is of no square grid; use weights of the same model"
         )
     matrix = position_matrix((side, side), tuple(grid), table.device, table.dtype)
-    return torch.cat([table[:, :passing], (matrix @ table[0, passing:])[None]], dim=1)
+    return torch.cat([table[:, :num_prefix_tokens], (matrix @ table[0, num_prefix_tokens:])[None]], dim=1)
 
 
 def patch_side(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitlocal.models.local_mix import ACTIVATIONS, local_mix
-from vitlocal.models.selection import gather_tokens, scatter_tokens
+from vitlocal.models.token_selection import gather_tokens, scatter_tokens
 from vitlocal.models.vit import (
     BASE,
     SMALL,
@@ -51,7 +51,7 @@ class LocalFeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
     def widened(self, patches: Tensor, grid: tuple[int, int], places: Tensor | None = None) -> Tensor:
-        """The hidden units that run, mixed with their neighbours' and activated: (B, N, D) -> (B, N, C)."""
+        """The hidden units that run, mixed with their local_world_size' and activated: (B, N, D) -> (B, N, C)."""
         # The norm's output is fresh and contiguous even where its input is a slice, and so is fc1's.
         if isinstance(self.norm, nn.BatchNorm1d):
             normed = self.norm(patches.flatten(0, 1)).view(patches.shape)
@@ -108,13 +108,13 @@ class LocalBlock(Block):
     def feed_forward(
         self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
     ) -> Tensor:
-        passing = tokens.shape[1] - (grid[0] * grid[1] if places is None else places.shape[1])
-        if not passing:
+        num_prefix_tokens = tokens.shape[1] - (grid[0] * grid[1] if places is None else places.shape[1])
+        if not num_prefix_tokens:
             return add_branch(tokens, self.mlp(tokens, grid, places), scale)
-        branch = self.mlp(tokens[:, passing:], grid, places)  # (B, N, D)
+        branch = self.mlp(tokens[:, num_prefix_tokens:], grid, places)  # (B, N, D)
         # The padding's gradient is a view. A step of a 6-block, 192-wide model takes 1240 ms on one CPU core,
         # 1360 with split and concatenation, 1330 with a hand-written in-place addition.
-        return add_branch(tokens, F.pad(branch, (0, 0, passing, 0)), scale)
+        return add_branch(tokens, F.pad(branch, (0, 0, num_prefix_tokens, 0)), scale)
 
 
 class LocalFFNViT(VisionTransformer):

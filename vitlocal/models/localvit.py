@@ -80,8 +80,8 @@ class ConvBlock(Block):
     def feed_forward(
         self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
     ) -> Tensor:
-        passing = tokens.shape[1] - grid[0] * grid[1]
-        token, patches = tokens[:, :passing], tokens[:, passing:]
+        num_prefix_tokens = tokens.shape[1] - grid[0] * grid[1]
+        token, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
         return torch.cat([token, patches + self.mlp(patches, grid)], dim=1)
 
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.local_mix import ACTIVATIONS
-from vitlocal.models.selection import EVERYTHING, Selected, Selection, narrow
+from vitlocal.models.token_selection import EVERYTHING, Selected, Selection, narrow
 
 # Width, depth and heads of DeiT's models, which the local-FFN models share.
 TINY: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=3)
@@ -174,12 +174,12 @@ class Attention(nn.Module):
         attention = attention_of(query, key, mask)
         return self._merge(attention.to(value.dtype) @ value), attention
 
-    def paid(self, tokens: Tensor, mask: Tensor | None, passing: int) -> Tensor:
+    def paid(self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> Tensor:
         """What the class token pays to each patch, the mean over heads: (B, N). Without one: what all pay, summed."""
-        rows = slice(0, 1) if passing else slice(None)
+        rows = slice(0, 1) if num_prefix_tokens else slice(None)
         (query,), (key,) = self.project(tokens[:, rows], slice(0, 1)), self.project(tokens, slice(1, 2))
         attention = attention_of(query, key, None if mask is None else mask[:, :, rows])  # (B, M, 1 or T, T)
-        return attention.mean(dim=1).sum(dim=1)[:, passing:]
+        return attention.mean(dim=1).sum(dim=1)[:, num_prefix_tokens:]
 
 
 def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -215,12 +215,12 @@ class Block(nn.Module):
 
     def narrowed(
         self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None, left: Selected,
-        how: Selection, passing: int,
+        how: Selection, num_prefix_tokens: int,
     ) -> tuple[Tensor, Selected]:  # fmt: skip
         """:meth:`forward`, which between attention and feed-forward drops tokens and connections by that attention."""
         attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
         branch, attention = self.attn.shown(self.norm1(tokens), left.mask)
-        tokens, left = narrow(add_branch(tokens, branch, attention_scale), attention, left, how, passing)
+        tokens, left = narrow(add_branch(tokens, branch, attention_scale), attention, left, how, num_prefix_tokens)
         return self.feed_forward(tokens, grid, feed_forward_scale, left.places), left
 
 
@@ -241,7 +241,7 @@ class VisionTransformer(nn.Module):
     - ``drop_path_rate``: drop path of the last block, rising linearly from 0 at the first.
     - ``train_position``: False freezes the position table, as it is in effect in the released code.
     - ``kept``, ``attended``, ``own_masks``, ``pruned_blocks``: at these blocks, this part of the patch tokens is kept,
-      and each attends to this part of them from there on; see :mod:`vitlocal.models.selection`.
+      and each attends to this part of them from there on; see :mod:`vitlocal.models.token_selection`.
     - ``centre``: side, in patches, of the centre crop of the token grid that runs; None: all of it.
     - ``position``: how the table starts, "random" as ``init`` says, or "sincos", see :func:`sincos_table`.
     - ``init``: "trunc_normal" as DeiT; "xavier" as the released code, which leaves biases as PyTorch does.
@@ -403,14 +403,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (batch, {self.in_chans}, height, width)")
         grid = self._grid_of(images.shape[2], images.shape[3])
         positions = self.positions(grid)  # (1, T, D)
-        passing = int(self.cls_token is not None)
+        num_prefix_tokens = int(self.cls_token is not None)
         inner = grid if self.centre is None else (min(grid[0], self.centre), min(grid[1], self.centre))
         if inner != grid:
             # The central rows and columns; of an odd border, the larger half lies below and to the right.
             top, left = (grid[0] - inner[0]) // 2, (grid[1] - inner[1]) // 2
             rows, columns = slice(top, top + inner[0]), slice(left, left + inner[1])
-            within = positions[:, passing:].unflatten(1, grid)[:, rows, columns].flatten(1, 2)
-            positions = torch.cat([positions[:, :passing], within], dim=1)
+            within = positions[:, num_prefix_tokens:].unflatten(1, grid)[:, rows, columns].flatten(1, 2)
+            positions = torch.cat([positions[:, :num_prefix_tokens], within], dim=1)
         if inner != grid and self.crops_images:
             side = self.patch_size
             images = images[..., top * side : rows.stop * side, left * side : columns.stop * side]
@@ -449,16 +449,16 @@ class VisionTransformer(nn.Module):
             scales = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
             each = [(scale[0], scale[1]) for scale in scales.unbind(0)][: len(self.order)]
         again = self.grad_checkpointing and torch.is_grad_enabled()
-        passing, left, attention = int(self.cls_token is not None), EVERYTHING, None
+        num_prefix_tokens, left, attention = int(self.cls_token is not None), EVERYTHING, None
         if self.stage_table is not None:
             tokens = self._told_stage(tokens, noise)
         for place, (slot, scale) in enumerate(zip(self.order, each, strict=True)):
             block = self.blocks[slot]
             if shows and place == len(self.order) - 1:
                 with torch.no_grad():
-                    attention = block.attn.paid(block.norm1(tokens), left.mask, passing)
+                    attention = block.attn.paid(block.norm1(tokens), left.mask, num_prefix_tokens)
             if place in self.selections:
-                tokens, left = block.narrowed(tokens, grid, scale, left, self.selections[place], passing)
+                tokens, left = block.narrowed(tokens, grid, scale, left, self.selections[place], num_prefix_tokens)
             elif again:  # a block draws nothing at random: there is no generator's state to bring back
                 tokens = checkpoint(block, tokens, grid, scale, left, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -12,10 +12,10 @@ from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
 from vitlocal.models.factory import patch_side
-from vitlocal.models.surgery import check_shape
-from vitlocal.plan import FIELDS, points
+from vitlocal.models.shape import check_shape
+from vitlocal.progress import FIELDS, upcoming_changes
+from vitlocal.train.distributed import Ranks
 from vitlocal.train.log import read_log
-from vitlocal.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from vitlocal.train.run import Run
@@ -27,7 +27,7 @@ SEARCHED = 0.25  # of the time: more than that for searches is told
 def check_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError where the model does not take a size that the run would come to, hours later perhaps."""
     patch, largest = patch_side(model), config.model.size
-    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].feeds(config)]
+    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config)]
     stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
     odd = [f"{name} {size}" for name, size in (*stated, *fed) if size % patch]
     if odd:
@@ -63,12 +63,12 @@ def check_plans(run: Run) -> None:
         check_shape(run.model, plan.shape)
 
 
-def hardly_meant(run: Run) -> list[str]:
+def config_warnings(run: Run) -> list[str]:
     """What is allowed, and may be a mistake: a sentence each."""
     config, count = run.config, run.sources.train.count
     warmup, length, batch = config.train.warmup, config.budget.length, config.train.batch_size
     epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / count}  # in a unit
-    found = list(run.doubts)
+    found = list(run.config_warnings)
     if run.started_anew:
         found.append(f"{', '.join(run.started_anew)} start anew; all other weights are from {config.model.weights}")
     if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
@@ -89,10 +89,13 @@ def hardly_meant(run: Run) -> list[str]:
     return found
 
 
-def left_undone(run: Run) -> list[str]:
+def end_warnings(run: Run) -> list[str]:
     """What the recipe asks for and the budget did not buy, at its end: a sentence each."""
     config, at, found = run.config, run.clock.progress, []
-    later = [run.plan(), *(run.plan(point) for method in run.methods for point in points(method.changes(), at))]
+    later = [
+        run.plan(),
+        *(run.plan(point) for method in run.methods for point in upcoming_changes(method.changes(), at)),
+    ]
     sizes = sorted({plan.feed.size for plan in later} - {record["image_size"] for record in read_log(run.folder)})
     if sizes:
         found.append(f"the budget ended before images of {', '.join(map(str, sizes))} px")
@@ -102,7 +105,7 @@ def left_undone(run: Run) -> list[str]:
             f"{clock.train_seconds:.0f} of {clock.wall_seconds:.0f} s were training: starting, evaluating and saving "
             "took the others; with budget.counts=train they do not count"
         )
-    if config.train.warmup.value and config.train.warmup.done(at) < 1:
+    if config.train.warmup.value and config.train.warmup.fraction_done(at) < 1:
         found.append(f"the budget ended in the warm-up ({config.train.warmup})")
     if run.probing > SEARCHED * run.clock.train_seconds:
         found.append(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from vitlocal.config import BudgetConfig
-from vitlocal.plan import Position, Progress
+from vitlocal.progress import Position, Progress
 
 PACES = 5  # steps by which the next one is told
 STOP = 0.5  # of a step: where less is left, none is begun
@@ -116,7 +116,7 @@ class Clock:
         if length.kind == "flops" and length.value - at.flops <= flops:
             return 1.0
         if length.kind != "seconds":
-            return min(1.0, length.done(at))
+            return min(1.0, length.fraction_done(at))
         end = length.value - self.room
         if end - at.seconds <= tolerance:
             return 1.0

@@ -7,15 +7,17 @@ import torch
 from vitlocal.config import Config
 from vitlocal.errors import ConfigError
 from vitlocal.machine import keep_freed_memory
-from vitlocal.train.ranks import ALONE, Ranks
+from vitlocal.train.distributed import ALONE, Ranks
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device that ``run.device`` names; of several processes on a machine, each gets a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda:") and ranks.neighbours > 1:
-        raise ConfigError(f"run.device: {ranks.neighbours} processes cannot share {name}; use cuda, a GPU for each")
+    if name.startswith("cuda:") and ranks.local_world_size > 1:
+        raise ConfigError(
+            f"run.device: {ranks.local_world_size} processes cannot share {name}; use cuda, a GPU for each"
+        )
     if name == "cuda" and ranks.world > 1:
         name = f"cuda:{ranks.local_rank}"
     try:
@@ -24,7 +26,7 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"run.device: '{name}' cannot be used here ({str(error).splitlines()[0]})"
-            + (f"; {ranks.neighbours} processes want a GPU each" if ranks.world > 1 else "")
+            + (f"; {ranks.local_world_size} processes want a GPU each" if ranks.world > 1 else "")
         ) from error
     return device
 

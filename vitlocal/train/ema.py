@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from vitlocal.config import TrainConfig
-from vitlocal.plan import Length, Progress
+from vitlocal.progress import Length, Progress
 
 
-class Average:
+class ModelEma:
     """Keeps ``model``, a copy of the trained model whose weights follow it: w ← decay · w + (1 - decay) · new.
 
     ``decay`` is stated a step, or as the ``length`` of training in which the average forgets, to 1/e.
@@ -27,7 +27,7 @@ class Average:
         if self.decay is not None:
             return self.decay
         assert self.length is not None
-        return math.exp(-max(0.0, self.length.spent(after) - self.length.spent(before)) / self.length.value)
+        return math.exp(-max(0.0, self.length.elapsed(after) - self.length.elapsed(before)) / self.length.value)
 
     @torch.no_grad()
     def update(self, trained: nn.Module, decay: float) -> None:
@@ -37,8 +37,8 @@ class Average:
             kept.copy_(buffer)
 
 
-def build_average(trained: nn.Module, config: TrainConfig) -> Average | None:
+def build_ema(trained: nn.Module, config: TrainConfig) -> ModelEma | None:
     """The average that the recipe wants, if any."""
     if config.ema is None and config.ema_length is None:
         return None
-    return Average(trained, config.ema, config.ema_length)
+    return ModelEma(trained, config.ema, config.ema_length)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vitlocal.data.augment import send
-from vitlocal.data.source import Batch, Source
-from vitlocal.plan import Feed, Position
+from vitlocal.data.batch import Batch, Source
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 from vitlocal.train.step import Step
 
 PARTS = {"even": 0, "odd": 1}  # evaluate.part: which rows count

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitlocal.plan import Length
+from vitlocal.progress import Length
 from vitlocal.train.clock import Clock
 
 EVERY_SECONDS = 1.0

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vitlocal.plan import Length, Progress
+from vitlocal.progress import Length, Progress
 
 REFRESH_SECONDS = 1.0
 FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line, where no bar is drawn

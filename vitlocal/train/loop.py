@@ -7,8 +7,8 @@ import signal
 from vitlocal.config import Config
 from vitlocal.errors import DataError
 from vitlocal.models.factory import patch_side
-from vitlocal.train.checks import hardly_meant, left_undone
-from vitlocal.train.report import write_report
+from vitlocal.report.page import write_report
+from vitlocal.train.checks import config_warnings, end_warnings
 from vitlocal.train.run import Run, open_run
 
 
@@ -16,7 +16,9 @@ def fit(run: Run) -> None:
     """Spends what is left of the budget. Returns early, with everything saved, after Ctrl-C or SIGTERM."""
     if run.unclosed is not None:  # trained, and stopped before it was evaluated
         run.end_pass(run.unclosed)
-    elif run.running is not None and run.plan().of_pass != run.running.of_pass:  # the time since the checkpoint counts
+    elif (
+        run.running is not None and run.plan().pass_key != run.running.pass_key
+    ):  # the time since the checkpoint counts
         run.end_pass(run.running)
     while not run.over:
         run.inquire()
@@ -24,7 +26,7 @@ def fit(run: Run) -> None:
             run.save()
             break
         plan = run.plan()
-        if run.running is not None and plan.of_pass != run.running.of_pass:  # by what was found out
+        if run.running is not None and plan.pass_key != run.running.pass_key:  # by what was found out
             run.end_pass(run.running)
             if run.over:
                 break
@@ -39,7 +41,7 @@ def fit(run: Run) -> None:
             for batch in run.waited_for(batches):
                 run.train_on(batch, plan)
                 ahead = run.plan()
-                if run.over or ahead.of_pass != plan.of_pass or run.asks:
+                if run.over or ahead.pass_key != plan.pass_key or run.asks:
                     break
                 if run.save_due and not run.ended(plan):
                     run.save()
@@ -83,7 +85,7 @@ def train(config: Config, began: float | None = None) -> int:
     with open_run(config, began) as run, run.stopping_on_signals():
         say, folder = run.log.say, run.folder
         say(described(run))
-        for warning in hardly_meant(run):
+        for warning in config_warnings(run):
             say(f"note: {warning}")
         if run.clock.step:
             spent = run.clock.progress
@@ -101,7 +103,7 @@ def train(config: Config, began: float | None = None) -> int:
             return 0
         run.export()
         best = write_report(folder)
-        for warning in left_undone(run):
+        for warning in end_warnings(run):
             say(f"note: {warning}")
         say(f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {folder}/report.html")
     return 0

@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_([target for target, _ in members], list(updates.to(stacked.dtype)), alpha=scale)
 
 
-class Together:
+class CombinedOptimizer:
     """Several optimizers as one, for disjoint parameters; ``param_groups`` are all of theirs.
 
     With fp16, PyTorch's scaler reads from the device, once a step, whether gradients overflowed: a device sync that

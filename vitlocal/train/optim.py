@@ -13,13 +13,13 @@ from torch import nn
 
 from vitlocal.config import TrainConfig
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Progress
-from vitlocal.train.muon import Muon, Together
+from vitlocal.progress import Progress
+from vitlocal.train.muon import CombinedOptimizer, Muon
 
 
 def build_optimizer(
     model: nn.Module, config: TrainConfig, precision: torch.dtype = torch.float32
-) -> torch.optim.AdamW | Together:
+) -> torch.optim.AdamW | CombinedOptimizer:
     """AdamW, fused; no weight decay on norms, biases, position embeddings and class tokens.
 
     With ``train.optimizer=muon`` the matrices of the blocks go to Muon, and the rest stays with AdamW. Where the model
@@ -38,7 +38,7 @@ def build_optimizer(
     parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
     muon = Muon(matrices.values(), parts, config.lr, config.momentum, config.weight_decay, products)
-    return Together(_adamw(groups, config), muon)
+    return CombinedOptimizer(_adamw(groups, config), muon)
 
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,17 +67,17 @@ class Schedule:
             # As timm's scheduler in the paper's code: moved after an epoch, with the number of that epoch. A step that
             # ends with an epoch still belongs to it.
             at = replace(at, epoch=max(0.0, math.ceil(at.epoch - 1e-9) - 2.0))
-        part = at.fraction if config.schedule_length is None else min(1.0, config.schedule_length.done(at))
+        part = at.fraction if config.schedule_length is None else min(1.0, config.schedule_length.fraction_done(at))
         left = {"cosine": (1 + math.cos(math.pi * part)) / 2, "linear": 1 - part, "constant": 1.0}[config.schedule]
         end = min(config.end_lr, self.peak)
         rate = end + (self.peak - end) * left
         if config.warmup.value:
-            rate *= min(1.0, max(config.warmup.done(at), 1e-3))
+            rate *= min(1.0, max(config.warmup.fraction_done(at), 1e-3))
         return rate
 
 
-def moments_of(optimizer: torch.optim.Optimizer | Together) -> Callable[[nn.Parameter], dict[str, Any]]:
+def moments_of(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Callable[[nn.Parameter], dict[str, Any]]:
     """What the optimizer keeps for a parameter, as a dict that may be written to; empty before its first step."""
-    members = optimizer.members if isinstance(optimizer, Together) else (optimizer,)
+    members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}
     return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}

@@ -10,10 +10,10 @@ from pathlib import Path
 from vitlocal.config import WriteOptions, read_config
 from vitlocal.data.crops import Cropping
 from vitlocal.data.images import open_images
-from vitlocal.data.journal import free_bytes
 from vitlocal.data.manifest import work_name
-from vitlocal.data.planner import Choice, Limits, described, propose, save_plan
-from vitlocal.data.write import QUALITY, SAMPLING
+from vitlocal.data.writer.journal import free_bytes
+from vitlocal.data.writer.layout import Choice, Limits, described, propose, save_plan
+from vitlocal.data.writer.write import QUALITY, SAMPLING
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.train.rates import parse_rates, rates_for, stages_of

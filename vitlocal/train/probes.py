@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vitlocal.data.source import Batch, full_batches
-from vitlocal.models.surgery import check_shape, in_shape
+from vitlocal.data.batch import Batch, full_batches
+from vitlocal.methods.method import Probe
+from vitlocal.models.shape import check_shape, in_shape
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import TRAINING_FLOPS, Feed, Plan, Probe
+from vitlocal.plan import Feed, Plan
+from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.step import EAGER, buffers_kept, step_seed
 from vitlocal.train.trainability import condition_number, zico
 from vitlocal.train.watch import wait
@@ -57,7 +59,7 @@ def in_place(run: Run, probe: Probe) -> Probe:
         replace(now.shape, **{name: getattr(probe.shape, name) for name in probe.sets}) if probe.sets else probe.shape
     )
     size = probe.size or now.feed.size
-    return replace(probe, shape=shape, size=size, samples=probe.samples or run.batch_at(size))
+    return replace(probe, shape=shape, size=size, samples=probe.samples or run.batch_size_at(size))
 
 
 def seconds(run: Run, probe: Probe) -> float:

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 
 from vitlocal.config import Config
-from vitlocal.data.planner import Stage
-from vitlocal.data.source import Batch
+from vitlocal.data.batch import Batch
+from vitlocal.data.writer.layout import Stage
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.plan import TRAINING_FLOPS, Feed
+from vitlocal.plan import Feed
+from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.checks import check_sizes
 from vitlocal.train.devices import prepare_device
-from vitlocal.train.ema import build_average
+from vitlocal.train.ema import build_ema
 from vitlocal.train.optim import build_optimizer
-from vitlocal.train.spending import Speed, curriculum, spend
+from vitlocal.train.simulate import Speed, curriculum, spend
 from vitlocal.train.step import Step, choose_precision
 from vitlocal.train.watch import wait
 
@@ -104,7 +105,7 @@ def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
     model, _ = build_model(config.model, CLASSES)
     check_sizes(config, model)
     model = model.to(device, memory_format=torch.channels_last).train()
-    average = build_average(model, config.train)
+    average = build_ema(model, config.train)
     step = Step(
         model,
         build_optimizer(model, config.train, choose_precision(config.train.precision, device)),

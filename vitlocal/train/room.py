@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from vitlocal.errors import ConfigError
 from vitlocal.machine import awake_seconds
+from vitlocal.report.page import rehearse_report
 from vitlocal.train.checkpoint import save_checkpoint
-from vitlocal.train.report import rehearse_report
 from vitlocal.train.watch import wait
 
 if TYPE_CHECKING:

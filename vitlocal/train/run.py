@@ -18,43 +18,31 @@ import torch
 from torch import nn
 
 from vitlocal.config import Config
-from vitlocal.data.source import Batch, Sources, open_sources
+from vitlocal.data.batch import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_objects
-from vitlocal.methods import Surroundings, build_methods
-from vitlocal.methods.batch_size import BatchSize
+from vitlocal.methods import MethodContext, build_methods
+from vitlocal.methods.method import Method, ProbeResult, StepResult
 from vitlocal.models.factory import build_model, export_model, load_weights, patch_side
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
 from vitlocal.models.memory import activation_bytes
-from vitlocal.models.surgery import add_stage_table, grow, in_shape, parts_of
-from vitlocal.plan import (
-    TRAINING_FLOPS,
-    WHOLE_MODEL,
-    Feed,
-    Method,
-    Plan,
-    Position,
-    ProbeResult,
-    Progress,
-    Shape,
-    StepResult,
-    fold,
-    points,
-)
+from vitlocal.models.shape import add_stage_table, grow, in_shape, parts_of
+from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
+from vitlocal.progress import TRAINING_FLOPS, Position, Progress, upcoming_changes
+from vitlocal.report.page import write_classes
 from vitlocal.train.checkpoint import keep_weights, load_checkpoint, save_checkpoint
 from vitlocal.train.checks import check_clock, check_peers, check_plans, check_sizes
 from vitlocal.train.clock import Clock
 from vitlocal.train.devices import prepare_device
-from vitlocal.train.ema import Average, build_average
+from vitlocal.train.distributed import ALONE, Ranks, connected, find_ranks
+from vitlocal.train.ema import ModelEma, build_ema
 from vitlocal.train.evaluate import Accuracy, evaluate
 from vitlocal.train.folder import CHECKPOINT, JOURNAL, claimed, data_of, header, note_origin, resumes_from, spent_in
 from vitlocal.train.journal import Journal, Loading
 from vitlocal.train.log import Log
 from vitlocal.train.optim import Schedule, build_optimizer, moments_of
 from vitlocal.train.probes import answer, in_place
-from vitlocal.train.ranks import ALONE, Ranks, connected, find_ranks
-from vitlocal.train.report import write_classes
 from vitlocal.train.room import LEAVING_SECONDS, Room, leaving_seconds, rehearse
 from vitlocal.train.searches import Searches
 from vitlocal.train.step import EAGER, RUN_AHEAD, Step, choose_precision
@@ -90,23 +78,22 @@ class Run:
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last).train()
         self._macs: dict[tuple[int, Shape], int] = {}
         self.methods = build_methods(
-            Surroundings(
+            MethodContext(
                 config, sources.train.count, self._image_bytes, self.macs, parts_of(self.model),
                 len(getattr(self.model, "blocks", ())), ranks.world,
             )
         )  # fmt: skip
         for method in self.methods:
-            if method.stage_rows:
-                own = config.of(method.name)
-                add_stage_table(self.model, method.stage_rows, own.stage_std, own.stage_null, own.stage_tokens)
-        self.doubts = [doubt for method in self.methods for doubt in method.doubts(config)]
+            if method.stage_embedding is not None:
+                add_stage_table(self.model, method.stage_embedding)
+        self.config_warnings = [doubt for method in self.methods for doubt in method.config_warnings(config)]
         self.config = config = settled(config, self.methods)
         self.optimizer = build_optimizer(self.model, config.train, choose_precision(config.train.precision, device))
-        self.average = build_average(self.model, config.train)
+        self.average = build_ema(self.model, config.train)
         self.schedule = Schedule(config.train)
-        self.copies = [Average(self.model, decay) for method in self.methods for decay in method.averages]
+        self.copies = [ModelEma(self.model, decay) for method in self.methods for decay in method.ema_decays]
         self.clock = Clock(config.budget, sources.train.count, began=began)
-        taps = frozenset().union(*(method.taps for method in self.methods))
+        taps = frozenset().union(*(method.step_outputs for method in self.methods))
         self.step = Step(self.model, self.optimizer, self.average, config, device, ranks, taps, self.copies)
         self.grown = 0  # the number of the last growth done
         self.born = self.plan().shape  # the shape that has weights: the first, or that of the last growth
@@ -156,23 +143,26 @@ class Run:
     def plans_ahead(self) -> list[Plan]:
         """What the run will do from now on, as far as its methods know, in order; each feed and shape once."""
         now, length = self.clock.progress, self.config.budget.length
-        later = [point for method in self.methods for point in points(method.changes(), now) if length.done(point) < 1]
+        later = [
+            point
+            for method in self.methods
+            for point in upcoming_changes(method.changes(), now)
+            if length.fraction_done(point) < 1
+        ]
         plans = [self.plan(point) for point in (now, *later)]
         return list({(plan.feed, plan.shape): plan for plan in plans}.values())
 
-    def batch_at(self, size: int) -> int:
+    def batch_size_at(self, size: int) -> int:
         """Images of a batch at ``size`` px."""
-        for method in self.methods:
-            if isinstance(method, BatchSize):
-                return method.batch_at(size)
-        return self.plan().feed.batch_size
+        stated = (method.batch_size_at(size) for method in self.methods)
+        return next((batch for batch in stated if batch is not None), self.plan().feed.batch_size)
 
     def evaluated_shape(self, plan: Plan | None = None) -> Shape:
         """The shape in which weights that were trained under ``plan`` are evaluated; without it, the weights now."""
         shape = (plan or self.running or self.logged_plan or self.plan()).shape
-        shape = replace(shape, input_size=None, skipped=())
+        shape = replace(shape, input_size=None, skipped_blocks=())
         for method in self.methods:
-            shape = method.evaluated(shape)
+            shape = method.evaluation_shape(shape)
         return shape
 
     def macs(self, size: int, shape: Shape = WHOLE_MODEL) -> int:
@@ -357,12 +347,14 @@ class Run:
     def save_due(self) -> bool:
         """Whether it is time for a checkpoint, and the budget has room for it."""
         now, before = self.clock.progress, self.saved_at
-        due = any(every.spent(now) - every.spent(before) >= every.value - 1e-9 for every in self.config.run.save_every)
+        due = any(
+            every.elapsed(now) - every.elapsed(before) >= every.value - 1e-9 for every in self.config.run.save_every
+        )
         return due and self.clock.has_room_for(self.room.saving, self.plan().feed.batch_size)
 
     def ended(self, plan: Plan) -> bool:
         """Whether the pass under ``plan`` is over: by budget, epoch or another feed or shape, and not by a signal."""
-        return self.clock.spent or self.clock.position.images == 0 or self.plan().of_pass != plan.of_pass
+        return self.clock.spent or self.clock.position.images == 0 or self.plan().pass_key != plan.pass_key
 
     def end_pass(self, plan: Plan) -> None:
         """Evaluates if it is time, writes the pass's line, saves. The budget's training clock stands meanwhile.
@@ -476,7 +468,7 @@ class Run:
 
     def state(self, shared: bool = True) -> dict[str, Any]:
         """What a checkpoint holds; with ``shared``, what each process has noted is put together, by all of them."""
-        notes = {method.name: method.notes() for method in self.methods}
+        notes = {method.name: method.local_state() for method in self.methods}
         if shared:
             notes = {
                 name: {key: self.ranks.total(value.to(self.device, copy=True)).cpu() for key, value in each.items()}
@@ -526,7 +518,7 @@ class Run:
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
             if self.ranks.first and (notes := state["notes"].get(method.name)):
-                method.load_notes(notes)
+                method.load_local_state(notes)
         self.grown, self.born, self.probing = state["grown"], Shape.from_state(state["born"]), state["probing"]
         self.follow_rows()
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
@@ -575,8 +567,8 @@ class Run:
 def settled(config: Config, methods: Sequence[Method]) -> Config:
     """``config`` with the budget that a method reckoned, where one does."""
     for method in methods:
-        if method.length is not None:
-            config = replace(config, budget=replace(config.budget, length=method.length))
+        if method.budget_length is not None:
+            config = replace(config, budget=replace(config.budget, length=method.budget_length))
     return config
 
 
@@ -608,7 +600,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     check_clock(config, device, ranks)
     with connected(ranks, device):
         check_peers(config, ranks)
-        sources = open_sources(config, device, ranks.share, ranks.neighbours)
+        sources = open_sources(config, device, ranks.share, ranks.local_world_size)
         try:
             with claimed(folder) if ranks.first else nullcontext():
                 # Asked again: until the folder was this process's own, another one may have trained in it.

@@ -15,18 +15,19 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitlocal.config import Config, TrainConfig
-from vitlocal.data.augment import DROP_PATH, Augment, Drawn, send
-from vitlocal.data.keyed import generator, uniform
+from vitlocal.data.augment import DROP_PATH, Augment, AugmentParams, send
+from vitlocal.data.batch import Batch
+from vitlocal.data.random_keys import generator, uniform
 from vitlocal.data.shares import Share
-from vitlocal.data.source import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.surgery import check_shape, put, set_trainable
+from vitlocal.models.shape import check_shape, put, set_trainable
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Progress, Shape
-from vitlocal.train.ema import Average
-from vitlocal.train.ranks import ALONE, Ranks
+from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
+from vitlocal.progress import Progress
+from vitlocal.train.distributed import ALONE, Ranks
+from vitlocal.train.ema import ModelEma
 from vitlocal.train.watch import wait
 
 START = Progress()
@@ -114,28 +115,28 @@ class Objective(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.model, self.augment, self.smoothing, self.precision = model, augment, smoothing, precision
-        self.taps = taps
+        self.step_outputs = taps
         self.input_size: int | None = None  # px; larger images are resized to it
 
     def forward(
-        self, images: Tensor, labels: Tensor, drawn: Drawn, noise: Tensor | None, weight: Tensor
+        self, images: Tensor, labels: Tensor, drawn: AugmentParams, noise: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The cross-entropies of all images, summed, times ``weight`` (0-D); and what was tapped.
 
         ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) drop path's. Taps, None unless asked for:
-        "hits" (B,) bool, whether the highest logit is that of the image's own label (not of what was mixed into it);
-        "spread" (B,), see :meth:`VisionTransformer.forward_with_spread`.
+        "correct" (B,) bool, whether the highest logit is that of the image's own label (not of what was mixed into it);
+        "attention_variance" (B,), see :meth:`VisionTransformer.forward_with_spread`.
         """
         pixels = self.resized(self.augment(images, drawn))
         operands = (pixels,) if noise is None else (pixels, noise)
         spread = None
         with autocast(images.device, self.precision):
-            if "spread" in self.taps:
+            if "attention_variance" in self.step_outputs:
                 logits, spread = self.model.forward_with_spread(*operands)
             else:
                 logits = self.model(*operands)
         logits = logits.float()
-        hits = logits.detach().argmax(dim=1) == labels if "hits" in self.taps else None
+        hits = logits.detach().argmax(dim=1) == labels if "correct" in self.step_outputs else None
         loss = self._entropy(logits, labels)
         if drawn.mix is not None:
             share = drawn.mix[1]
@@ -183,9 +184,9 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, config: Config,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: ModelEma | None, config: Config,
         device: torch.device, ranks: Ranks = ALONE, taps: frozenset[str] = frozenset(),
-        copies: Sequence[Average] = (),
+        copies: Sequence[ModelEma] = (),
     ):  # fmt: skip
         self.model, self.optimizer, self.average, self.config = model, optimizer, average, config
         self.copies = copies  # averages that methods asked for
@@ -228,7 +229,7 @@ class Step:
         self._set_drop_path()
         changed = set_trainable(self.model, shape)
         # Once steps pass over blocks, all are taken for such that may, until what is trained changes.
-        whole = not shape.skipped and (changed or self._whole)
+        whole = not shape.skipped_blocks and (changed or self._whole)
         if changed or whole != self._whole:
             self._whole = whole
             if self.ranks.world > 1:
@@ -318,7 +319,7 @@ class Step:
     def logits_of(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> Tensor:
         """A batch's logits (B, C) in ``precision``, augmented as in step ``number``, but for mixing and erasing."""
         seed, places = self.config.run.seed, batch.places[: len(batch)]  # damaged images are left out of some splits
-        images = self.augment.prepare(batch.images, seed, number, places, self.dials.of_operations)
+        images = self.augment.prepare(batch.images, seed, number, places, self.dials.randaugment)
         pixels = self.bare.resized(self.augment.normalize(images))
         operands = (pixels, self._noise(seed, number, places)) if self.draws_paths else (pixels,)
         with autocast(self.device, precision):
@@ -381,7 +382,7 @@ class Step:
         counts, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
         if not has_images:
             batch = self._stand_in(batch)
-        images = self.augment.prepare(batch.images, seed, step, batch.places, self.dials.of_operations)
+        images = self.augment.prepare(batch.images, seed, step, batch.places, self.dials.randaugment)
         drawn = self.augment.draw(seed, step, batch.places, batch.total, images.shape[-1], self.dials.strength)
         noise = self._noise(seed, step, batch.places) if self.draws_paths else None
         # Gradients are averaged over the processes, and are to be those of the global batch's mean.
@@ -492,8 +493,13 @@ def micro_batches(count: int, parts: int) -> list[np.ndarray]:
     return [Share(part, parts).places(count) for part in range(parts)]
 
 
-def _taken(images: Tensor, labels: Tensor, drawn: Drawn, noise: Tensor | None, part: np.ndarray) -> tuple:
+def _taken(images: Tensor, labels: Tensor, drawn: AugmentParams, noise: Tensor | None, part: np.ndarray) -> tuple:
     """The samples ``part`` of a batch and of what was drawn for it."""
     chosen = send(torch.from_numpy(part), images.device)
     cut = [None if values is None else values[chosen] for values in (images, labels, drawn.boxes, drawn.noise, noise)]
-    return cut[0].contiguous(memory_format=torch.channels_last), cut[1], Drawn(cut[2], cut[3], drawn.mix), cut[4]
+    return (
+        cut[0].contiguous(memory_format=torch.channels_last),
+        cut[1],
+        AugmentParams(cut[2], cut[3], drawn.mix),
+        cut[4],
+    )

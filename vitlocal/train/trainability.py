@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vitlocal.data.source import Batch
+    from vitlocal.data.batch import Batch
     from vitlocal.train.step import Step
 
 FLAT = 1e-12  # an eigenvalue of less than this part of the largest is none: the kernel has no inverse

@@ -59,7 +59,7 @@ def open_images(spec: str | None, split: str, *, seed: int = 0) -> ImageSet:
 
 
 def _open_sample(spec: str, split: str, seed: int) -> ImageSet:
-    from vitlocal.data.sample import IMAGES_PER_CLASS, SampleImages
+    from vitlocal.data.images.sample import IMAGES_PER_CLASS, SampleImages
 
     numbers = spec.split(":")[1:]
     if len(numbers) > 2 or not all(re.fullmatch("[0-9]+", number) for number in numbers):

@@ -118,7 +118,9 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], dials: Mapping[st
     rows[1].set_ylim(0)
     for axes, (dial, whole) in zip(rows[2:], dials.items(), strict=True):
         _stairs(axes, line, dial, scale, GREY, whole=whole)
-        name = {"shape.slots": "blocks", "shape.trainable": "trained_blocks"}.get(dial, dial.rpartition(".")[2])
+        name = {"shape.block_order": "blocks", "shape.trainable_blocks": "trained_blocks"}.get(
+            dial, dial.rpartition(".")[2]
+        )
         axes.set_ylabel(name.replace("_", "\n"), fontsize=9)
     rows[-1].set_xlabel(f"training time, {unit}")
     for axes in rows:
@@ -199,7 +201,9 @@ def by_size(line: Line) -> dict[int, Record]:
 
 
 SAME_COST = 0.01  # multiply-adds that differ by less are the same
-MOVING = frozenset(f"shape.{name}" for name in ("kept", "attended", "skipped", "input_size"))  # within a pass, too
+MOVING = frozenset(
+    f"shape.{name}" for name in ("token_keep_rate", "attention_keep_rate", "skipped_blocks", "input_size")
+)  # within a pass, too
 
 
 def by_cost(line: Line) -> list[Record]:
@@ -216,7 +220,7 @@ def by_cost(line: Line) -> list[Record]:
         images_before, epoch_before = record["images_seen"], record["epoch"]
         macs = record.get("macs_per_image")
         reshaped |= any(name.startswith("shape.") and name not in MOVING for name in record)
-        trained = record.get("shape.trainable", trained)
+        trained = record.get("shape.trainable_blocks", trained)
         if not images:
             continue
         if macs is None:

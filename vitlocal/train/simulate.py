@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from vitlocal.config import Config
 from vitlocal.methods import METHODS
-from vitlocal.plan import Length, Progress, Stage
+from vitlocal.progress import Length, Progress, Stage
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StageForecast:
 
 def curriculum(config: Config) -> tuple[Stage, ...]:
     """The recipe's stages, as far as they are known before a run; where no method feeds sizes one, at the model's."""
-    each = (tuple(METHODS[name].feeds(config)) for name in config.methods)
+    each = (tuple(METHODS[name].image_sizes(config)) for name in config.methods)
     return next((stages for stages in each if stages), (Stage(config.model.size),))
 
 
@@ -70,7 +70,7 @@ def spend(
         rates["fraction"] = rates[budget.kind] / whole
         seconds = max(0.0, 1 - at.fraction) / rates["fraction"]
         if stage.until is not None:
-            to_go = (stage.until.value - stage.until.spent(at)) / rates[stage.until.kind]
+            to_go = (stage.until.value - stage.until.elapsed(at)) / rates[stage.until.kind]
             seconds = min(seconds, max(0.0, to_go))
         end = replace(
             at,

@@ -23,14 +23,15 @@ import torch
 from PIL import Image
 
 from vitlocal.data.augment import send
+from vitlocal.data.batch import Batch, Rows
 from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
-from vitlocal.data.originals import open_originals
+from vitlocal.data.peers.originals import open_originals
 from vitlocal.data.shares import WHOLE, Share, Slice
-from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.plan import Feed, Position
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 try:
     from nvidia.dali import fn, pipeline_def, types

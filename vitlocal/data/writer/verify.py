@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vitlocal.data.ffcv import MappedFile
+from vitlocal.data.loader import MappedFile
 from vitlocal.data.manifest import BetonFile, Manifest, checksum
 from vitlocal.data.native import FULL, Threads, whole_policy
 from vitlocal.errors import DataError

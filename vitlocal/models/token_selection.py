@@ -47,13 +47,13 @@ def part_of(count: int, part: float) -> int:
     return max(1, math.ceil(part * count - SLACK))
 
 
-def patch_scores(attention: Tensor, passing: int) -> Tensor:
+def patch_scores(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     """How much each patch token matters, (B, N), from head-mean attention (B, T, T).
 
-    The class token's attention to it; where there is none (``passing`` is 0), what it gets from all tokens, as the
+    The class token's attention to it; where there is none (``num_prefix_tokens`` is 0), what it gets from all tokens, as the
     released code does for Swin.
     """
-    return attention[:, 0, 1:] if passing else attention.sum(dim=1)
+    return attention[:, 0, 1:] if num_prefix_tokens else attention.sum(dim=1)
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
@@ -61,11 +61,11 @@ def strongest(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=1).indices.sort(dim=1).values
 
 
-def gather_tokens(tokens: Tensor, places: Tensor, passing: int = 0) -> Tensor:
-    """The patch tokens at ``places`` (B, n), behind the ``passing`` ones that stay: (B, T, D) → (B, passing + n, D)."""
-    index = (places + passing)[..., None].expand(-1, -1, tokens.shape[2])
+def gather_tokens(tokens: Tensor, places: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """The patch tokens at ``places`` (B, n), behind the ``num_prefix_tokens`` ones that stay: (B, T, D) → (B, num_prefix_tokens + n, D)."""
+    index = (places + num_prefix_tokens)[..., None].expand(-1, -1, tokens.shape[2])
     chosen = tokens.gather(1, index)
-    return torch.cat([tokens[:, :passing], chosen], dim=1) if passing else chosen
+    return torch.cat([tokens[:, :num_prefix_tokens], chosen], dim=1) if num_prefix_tokens else chosen
 
 
 def scatter_tokens(tokens: Tensor, places: Tensor, count: int) -> Tensor:
@@ -74,30 +74,32 @@ def scatter_tokens(tokens: Tensor, places: Tensor, count: int) -> Tensor:
     return whole.scatter(1, places[..., None].expand(-1, -1, tokens.shape[2]), tokens)
 
 
-def among(attention: Tensor, places: Tensor, passing: int) -> Tensor:
-    """What the ``passing`` tokens and the patch tokens at ``places`` (B, n) pay to each other, of (B, G, T, T)."""
-    first = torch.arange(passing, device=places.device).expand(len(places), -1)
-    index = torch.cat([first, places + passing], dim=1)[:, None]  # (B, 1, passing + n)
+def among(attention: Tensor, places: Tensor, num_prefix_tokens: int) -> Tensor:
+    """What the ``num_prefix_tokens`` tokens and the patch tokens at ``places`` (B, n) pay to each other, of (B, G, T, T)."""
+    first = torch.arange(num_prefix_tokens, device=places.device).expand(len(places), -1)
+    index = torch.cat([first, places + num_prefix_tokens], dim=1)[:, None]  # (B, 1, num_prefix_tokens + n)
     rows = index[..., None].expand(-1, attention.shape[1], -1, attention.shape[3])
     attention = attention.gather(2, rows)
     return attention.gather(3, index[:, :, None].expand(-1, attention.shape[1], attention.shape[2], -1))
 
 
-def connection_mask(attention: Tensor, part: float, passing: int) -> Tensor:
+def connection_mask(attention: Tensor, part: float, num_prefix_tokens: int) -> Tensor:
     """Each patch token attends to the ``part`` of patch tokens that it attends to most: (B, G, T, T), bool.
 
     Class tokens attend to all, and all to them.
     """
-    patches = attention[..., passing:, passing:]  # (B, G, n, n)
+    patches = attention[..., num_prefix_tokens:, num_prefix_tokens:]  # (B, G, n, n)
     # By places and not by the least value: what was masked before has nothing, and many of that are equal.
     most = patches.topk(part_of(patches.shape[3], part), dim=3).indices  # (B, G, n, k)
     mask = torch.ones_like(attention, dtype=torch.bool)
-    mask[..., passing:, passing:] = torch.zeros_like(patches, dtype=torch.bool).scatter(3, most, True)
+    mask[..., num_prefix_tokens:, num_prefix_tokens:] = torch.zeros_like(patches, dtype=torch.bool).scatter(
+        3, most, True
+    )
     return mask
 
 
 def narrow(
-    tokens: Tensor, attention: Tensor, before: Selected, how: Selection, passing: int
+    tokens: Tensor, attention: Tensor, before: Selected, how: Selection, num_prefix_tokens: int
 ) -> tuple[Tensor, Selected]:
     """Drops tokens (B, T, D) and connections by ``attention`` (B, M, T, T), which carries no gradient.
 
@@ -105,13 +107,13 @@ def narrow(
     """
     attention = attention.detach()
     mean = attention.mean(dim=1, keepdim=True)  # over heads
-    count = mean.shape[2] - passing
+    count = mean.shape[2] - num_prefix_tokens
     places, keep = before.places, part_of(count, how.kept)
     attention = attention if how.own_masks else mean
     if keep < count:
-        chosen = strongest(patch_scores(mean[:, 0], passing), keep)  # (B, keep), among those that were left
-        tokens = gather_tokens(tokens, chosen, passing)
+        chosen = strongest(patch_scores(mean[:, 0], num_prefix_tokens), keep)  # (B, keep), among those that were left
+        tokens = gather_tokens(tokens, chosen, num_prefix_tokens)
         places = chosen if places is None else places.gather(1, chosen)
-        attention = among(attention, chosen, passing)
-    mask = connection_mask(attention, how.attended, passing) if how.attended < 1 else None
+        attention = among(attention, chosen, num_prefix_tokens)
+    mask = connection_mask(attention, how.attended, num_prefix_tokens) if how.attended < 1 else None
     return tokens, Selected(places, mask)

@@ -19,14 +19,15 @@ from PIL import Image
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Augment
-from vitlocal.data.source import open_sources
+from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.methods import Surroundings
+from vitlocal.methods import MethodContext
 from vitlocal.methods.strength import Strength
 from vitlocal.models.factory import build_model
-from vitlocal.models.surgery import blocks_of, parts_of
-from vitlocal.plan import Dials, Feed, Plan, Position, Progress, fold
-from vitlocal.train.figures import Line, by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
+from vitlocal.models.shape import blocks_of, parts_of
+from vitlocal.plan import Dials, Feed, Plan, fold
+from vitlocal.progress import Position, Progress
+from vitlocal.report.figures import Line, by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.train.log import read_log
 from vitlocal.train.optim import Schedule
 
@@ -34,10 +35,17 @@ WORST = 10  # classes
 CROPS = 6  # of each size
 RATE_POINTS = 40  # of the learning rate, a pass
 # Shown where they change. Of shapes: what there is of each in the whole model, as parts_of() has it.
-DIALS = ("batch_size", "dials.strength", "dials.operations", "dials.lr_scale", "shape.kept", "shape.attended")
-PARTS = {"shape.heads": "heads", "shape.hidden": "hidden", "shape.grid": "grid", "shape.slots": "blocks",
-         "shape.trainable": "blocks"}  # fmt: skip
-TURNED = ("strength", "operations")  # dials that crops show
+DIALS = (
+    "batch_size",
+    "dials.strength",
+    "dials.randaugment_strength",
+    "dials.lr_scale",
+    "shape.token_keep_rate",
+    "shape.attention_keep_rate",
+)
+PARTS = {"shape.heads": "heads", "shape.hidden": "hidden", "shape.grid": "grid", "shape.block_order": "blocks",
+         "shape.trainable_blocks": "blocks"}  # fmt: skip
+TURNED = ("strength", "randaugment_strength")  # dials that crops show
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -246,7 +254,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     """
     device, found, seen, dials = torch.device("cpu"), [], set(), Dials()
     augment = Augment(run.config.augment)
-    methods = [Strength(Surroundings(run.config))] if "strength" in run.config.methods else []
+    methods = [Strength(MethodContext(run.config))] if "strength" in run.config.methods else []
     sources = open_sources(run.config, device)
     try:
         began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
@@ -264,7 +272,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
             with sources.train.open(feed, Position(int(before["epoch"]), done)) as batches:
                 batch = next(batches)
                 key = run.config.run.seed, before["step"]
-                images = augment.prepare(batch.images, *key, batch.places, then.of_operations)
+                images = augment.prepare(batch.images, *key, batch.places, then.randaugment)
                 drawn = augment.draw(*key, batch.places, batch.total, size, then.strength)
                 pixels = augment(images, drawn)[:CROPS]
             levels = (pixels - augment.normalize.shift) / augment.normalize.scale

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from vitlocal.config import read_config
+from vitlocal.data.batch import open_sources
 from vitlocal.data.shares import Share
-from vitlocal.data.source import open_sources
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.loop import train
-from vitlocal.train.ranks import ALONE, Ranks, find_ranks
 from vitlocal.train.room import Room
 from vitlocal.train.run import Run, open_run
 

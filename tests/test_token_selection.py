@@ -7,7 +7,8 @@ import timm
 import torch
 
 from vitlocal.models.flops import count_macs
-from vitlocal.models.selection import (
+from vitlocal.models.shape import in_shape, put
+from vitlocal.models.token_selection import (
     EVERYTHING,
     Selected,
     Selection,
@@ -18,7 +19,6 @@ from vitlocal.models.selection import (
     patch_scores,
     scatter_tokens,
 )
-from vitlocal.models.surgery import in_shape, put
 from vitlocal.plan import WHOLE_MODEL, Shape
 
 FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
@@ -43,7 +43,9 @@ def test_published_counts_and_costs(kept: float, counts: list[int], gmacs: float
     with torch.device("meta"):
         model = timm.create_model("vitlocal_deit_small_patch16_224")
     for attended in (1.0, 0.1):  # the mask changes none of it
-        with in_shape(model, Shape(kept=kept, attended=attended, pruned=(3, 6, 9)), WHOLE_MODEL):
+        with in_shape(
+            model, Shape(token_keep_rate=kept, attention_keep_rate=attended, pruned_blocks=(3, 6, 9)), WHOLE_MODEL
+        ):
             assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
@@ -51,37 +53,39 @@ def attention(batch: int = 2, tokens: int = 10, heads: int = 3) -> torch.Tensor:
     return torch.rand(batch, heads, tokens, tokens, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
 
 
-@pytest.mark.parametrize("passing", [0, 1])
-def test_masks(passing: int):
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
+def test_masks(num_prefix_tokens: int):
     seen = attention()
-    mask = connection_mask(seen, 0.3, passing)
+    mask = connection_mask(seen, 0.3, num_prefix_tokens)
     assert mask.shape == (2, 3, 10, 10) and mask.dtype == torch.bool and not mask.requires_grad
-    patches, inner = 10 - passing, mask[..., passing:, passing:]
+    patches, inner = 10 - num_prefix_tokens, mask[..., num_prefix_tokens:, num_prefix_tokens:]
     assert torch.equal(inner.sum(dim=3), torch.full((2, 3, patches), part_of(patches, 0.3)))
-    if passing:
+    if num_prefix_tokens:
         assert mask[..., 0, :].all() and mask[..., 0].all()
-    kept = seen[..., passing:, passing:].masked_fill(~inner, 2).min(dim=3).values
-    lost = seen[..., passing:, passing:].masked_fill(inner, 0).max(dim=3).values
+    kept = seen[..., num_prefix_tokens:, num_prefix_tokens:].masked_fill(~inner, 2).min(dim=3).values
+    lost = seen[..., num_prefix_tokens:, num_prefix_tokens:].masked_fill(inner, 0).max(dim=3).values
     assert (kept >= lost).all()
 
 
-@pytest.mark.parametrize("passing", [0, 1])
-def test_a_second_mask_allows_no_more_than_its_part(passing: int):
+@pytest.mark.parametrize("num_prefix_tokens", [0, 1])
+def test_a_second_mask_allows_no_more_than_its_part(num_prefix_tokens: int):
     """Attention that was masked before is zero in many places, all equal: still ⌈r_a · n⌉ a row."""
     seen = attention(tokens=16)
-    before = connection_mask(seen, 0.25, passing)
+    before = connection_mask(seen, 0.25, num_prefix_tokens)
     masked = seen.masked_fill(~before, 0)
-    _, left = narrow(torch.randn(2, 16, 3), masked, Selected(None, before), Selection(0.5, 0.25, True), passing)
-    patches = left.mask.shape[-1] - passing
-    assert (left.mask[..., passing:, passing:].sum(dim=3) == part_of(patches, 0.25)).all()
-    if passing:
+    _, left = narrow(
+        torch.randn(2, 16, 3), masked, Selected(None, before), Selection(0.5, 0.25, True), num_prefix_tokens
+    )
+    patches = left.mask.shape[-1] - num_prefix_tokens
+    assert (left.mask[..., num_prefix_tokens:, num_prefix_tokens:].sum(dim=3) == part_of(patches, 0.25)).all()
+    if num_prefix_tokens:
         assert left.mask[..., 0, :].all() and left.mask[..., 0].all()
 
 
 def test_one_mask_for_all_heads_or_one_for_each():
     tokens, seen = torch.randn(2, 10, 3), attention()
-    _, shared = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5), passing=1)
-    _, own = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5, own_masks=True), passing=1)
+    _, shared = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5), num_prefix_tokens=1)
+    _, own = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5, own_masks=True), num_prefix_tokens=1)
     assert shared.mask.shape == (2, 1, 7, 7) and own.mask.shape == (2, 3, 7, 7)
     assert torch.equal(shared.places, own.places)  # the same tokens stay
     for image, places in enumerate(own.places):
@@ -91,19 +95,19 @@ def test_one_mask_for_all_heads_or_one_for_each():
         assert torch.equal(connection_mask(among.mean(dim=0)[None, None], 0.5, 1)[0], shared.mask[image])
     assert not torch.equal(own.mask[:, 0], own.mask[:, 1])
     model, images = a_model(FAMILIES[0]), torch.randn(2, 3, 64, 64)
-    put(model, Shape(kept=0.5, attended=0.25, pruned=(1,)))
+    put(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, pruned_blocks=(1,)))
     by_all = model(images)
-    put(model, Shape(kept=0.5, attended=0.25, own_masks=True, pruned=(1,)))
+    put(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, per_head_masks=True, pruned_blocks=(1,)))
     assert model(images).isfinite().all() and not torch.allclose(model(images), by_all)
 
 
 def test_tokens_that_stay():
     tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
-    left, selected = narrow(tokens, seen, EVERYTHING, Selection(0.5, 1.0), passing=1)
+    left, selected = narrow(tokens, seen, EVERYTHING, Selection(0.5, 1.0), num_prefix_tokens=1)
     best = patch_scores(seen.mean(dim=1), 1).topk(5, dim=1).indices.sort(dim=1).values
     assert torch.equal(selected.places, best) and selected.mask is None
     assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
-    again, twice = narrow(left, attention(2, 6), selected, Selection(0.5, 0.5), passing=1)
+    again, twice = narrow(left, attention(2, 6), selected, Selection(0.5, 0.5), num_prefix_tokens=1)
     assert again.shape == (2, 4, 3) and twice.mask.shape == (2, 1, 4, 4)
     assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.places, best, strict=True))
     assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.places))  # places are those in the whole grid
@@ -169,7 +173,7 @@ def test_a_dropped_token_has_no_more_say(name: str, monkeypatch: pytest.MonkeyPa
     images, mark = torch.randn(1, 3, 64, 64), 1e-3 * torch.randn(3, 8, 8)
     with torch.no_grad():
         whole = model(images)
-        put(model, Shape(kept=0.25, pruned=(0,)))
+        put(model, Shape(token_keep_rate=0.25, pruned_blocks=(0,)))
         narrow_logits = model(images)
         side = model.grid[0]
         patch = 64 // side

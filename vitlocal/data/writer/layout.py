@@ -21,11 +21,11 @@ from vitlocal.config import PLAN_NAME
 from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
 from vitlocal.data.crops import Cropping
-from vitlocal.data.encode import Job, encode_image
 from vitlocal.data.images import ImageSet
-from vitlocal.data.journal import byte_words
 from vitlocal.data.manifest import PlannedFile
 from vitlocal.data.native import ROW, Encoder, Threads
+from vitlocal.data.writer.encode import Job, encode_image
+from vitlocal.data.writer.journal import byte_words
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.models.surgery import (
+from vitlocal.models.shape import (
     add_stage_table,
     check_shape,
     grow,
@@ -21,7 +21,7 @@ from vitlocal.models.surgery import (
     slices,
 )
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import WHOLE_MODEL, Growth, Shape, deepened, duplicated, sources_of
+from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, deepen, duplicated_layers, growth_sources
 
 FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
 DEIT_S = "vitlocal_deit_small_patch16_224"
@@ -81,14 +81,14 @@ def test_slices_compute_what_a_smaller_model_does(name: str):
 def test_the_grids_centre(name: str, pool: str, crops_images: bool):
     """The centre of the tokens, with the centre's rows of the position table."""
     model, images = a_model(name, pool=pool), some_images()
-    with in_shape(model, Shape(grid=3, crops_images=crops_images), WHOLE_MODEL):
+    with in_shape(model, Shape(grid=3, crop_before_embedding=crops_images), WHOLE_MODEL):
         tokens, grid = model.embed(images)
     assert grid == (3, 3)
     whole, _ = model.embed(images)
-    passing = pool == "token"
-    centre = whole[:, passing:].unflatten(1, (6, 6))[:, 1:4, 1:4].flatten(1, 2)
-    torch.testing.assert_close(tokens[:, passing:], centre)
-    assert torch.equal(tokens[:, :passing], whole[:, :passing])
+    num_prefix_tokens = pool == "token"
+    centre = whole[:, num_prefix_tokens:].unflatten(1, (6, 6))[:, 1:4, 1:4].flatten(1, 2)
+    torch.testing.assert_close(tokens[:, num_prefix_tokens:], centre)
+    assert torch.equal(tokens[:, :num_prefix_tokens], whole[:, :num_prefix_tokens])
 
 
 def test_costs_of_the_published_stages():
@@ -182,8 +182,8 @@ def test_halved_copies_keep_the_function():
 
 
 def test_the_slots_that_are_copied():
-    assert sources_of(4, 6) == [0, 1] and sources_of(4, 6, "last") == [2, 3]
-    assert sources_of(2, 4, "last") == [0, 1] and sources_of(2, 7, "last") == [0, 1, 0, 1, 0]
+    assert growth_sources(4, 6) == [0, 1] and growth_sources(4, 6, "last") == [2, 3]
+    assert growth_sources(2, 4, "last") == [0, 1] and growth_sources(2, 7, "last") == [0, 1, 0, 1, 0]
     model = a_model()
     grow(model, Shape(hidden=96), WHOLE_MODEL, Growth(1, sources="last"), lambda p: {})
     weight = model.blocks[0].mlp.fc1.weight
@@ -209,7 +209,7 @@ def test_random_slots_are_drawn_as_at_the_start():
 
 def test_a_model_from_its_average_keeps_its_own_drop_path():
     model, average = a_model(drop_path_rate=0.4), a_model(drop_path_rate=0.4)
-    put(model, Shape(slots=(0, 1)))
+    put(model, Shape(block_order=(0, 1)))
     model.set_drop_path(0.4)
     rates = model.drop_path_rates.clone()
     grow(model, WHOLE_MODEL, WHOLE_MODEL, Growth(1, average=0), lambda p: {}, [average])
@@ -219,14 +219,14 @@ def test_a_model_from_its_average_keeps_its_own_drop_path():
 
 def test_timms_heads_are_found_whatever_they_are_called():
     model = timm.create_model("efficientnet_b0", num_classes=5)
-    set_trainable(model, Shape(trainable=(6,), head_only=True))
+    set_trainable(model, Shape(trainable_blocks=(6,), head_only=True))
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"blocks", "conv_head", "bn2", "classifier"}
 
 
 def test_the_head_alone_is_trained():
     model = a_model(pool="token")
-    assert set_trainable(model, Shape(trainable=(3,), head_only=True))
+    assert set_trainable(model, Shape(trainable_blocks=(3,), head_only=True))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in trained} == {"blocks", "norm", "head"}
     assert {name.split(".")[1] for name in trained if name.startswith("blocks")} == {"3"}
@@ -248,27 +248,27 @@ def test_noise_is_the_same_everywhere():
 
 
 def test_growth_maps():
-    assert duplicated(9, 12) == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]
-    assert duplicated(6, 8) == [0, 1, 2, 3, 4, 4, 5, 5]
-    assert duplicated(6, 12) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert duplicated(12, 12) == list(range(12))
-    order, pairs = deepened((0, 1, 2, 3, 4, 5), 8, 12)
+    assert duplicated_layers(9, 12) == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]
+    assert duplicated_layers(6, 8) == [0, 1, 2, 3, 4, 4, 5, 5]
+    assert duplicated_layers(6, 12) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert duplicated_layers(12, 12) == list(range(12))
+    order, pairs = deepen((0, 1, 2, 3, 4, 5), 8, 12)
     assert order == (0, 1, 2, 3, 4, 6, 5, 7) and pairs == ((6, 4), (7, 5))
-    assert deepened((0, 7, 2), 3, 8) == ((0, 7, 2), ())
+    assert deepen((0, 7, 2), 3, 8) == ((0, 7, 2), ())
 
 
 def test_blocks_that_do_not_run_and_copies_of_blocks():
     model, images = a_model().train(), some_images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    order, pairs = deepened((0, 1), 4, 4)
-    start = Shape(slots=(0, 1))
+    order, pairs = deepen((0, 1), 4, 4)
+    start = Shape(block_order=(0, 1))
     put(model, start)
     assert set_trainable(model, start) and not set_trainable(model, start)
     frozen = {name: tensor.clone() for name, tensor in model.blocks[2].state_dict().items()}
     trained(model, images, optimizer, 2)
     assert all(p.grad is None for p in model.blocks[2].parameters())
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.blocks[2].state_dict().items())
-    whole = Shape(slots=order)
+    whole = Shape(block_order=order)
     grow(model, start, whole, Growth(1, blocks=pairs), lambda p: optimizer.state[p])
     put(model, whole)
     set_trainable(model, whole)
@@ -276,7 +276,7 @@ def test_blocks_that_do_not_run_and_copies_of_blocks():
         for mine, theirs in zip(model.blocks[new].parameters(), model.blocks[source].parameters(), strict=True):
             assert torch.equal(mine, theirs) and not optimizer.state[mine]
     deep = model(images)
-    put(model, Shape(slots=order, skipped=tuple(slot for slot, _ in pairs)))
+    put(model, Shape(block_order=order, skipped_blocks=tuple(slot for slot, _ in pairs)))
     two = model(images)
     assert not torch.allclose(deep, two)
     put(model, start)
@@ -287,7 +287,7 @@ def test_a_net_taken_out_is_a_plain_net():
     """The state of the active blocks, renumbered, in a model that has no others: the same logits."""
     model, images = a_model(), some_images()
     for order in ((0, 2, 1), (3,), (1, 3, 2, 0)):
-        put(model, Shape(slots=order))
+        put(model, Shape(block_order=order))
         plain = a_model(depth=len(order))
         plain.load_state_dict(plain_state(model))
         torch.testing.assert_close(plain(images), model(images))
@@ -297,7 +297,7 @@ def test_a_net_taken_out_is_a_plain_net():
 def test_the_stage_that_a_model_is_told(pool: str):
     model, images = a_model(pool=pool), some_images()
     before = model(images)
-    add_stage_table(model, 5, 0.0, 0.1, "all")
+    add_stage_table(model, StageEmbedding(5, 0.0, 0.1, "all"))
     assert model.stage_table.shape == (5, 32)
     torch.testing.assert_close(model(images), before)
     nn.init.normal_(model.stage_table)
@@ -324,10 +324,14 @@ def test_the_stage_that_a_model_is_told(pool: str):
     ("name", "shape", "problem"),
     [
         ("vitlocal_localvit_tiny_patch8_64", Shape(hidden=4), "a part of its hidden width"),
-        ("vitlocal_localvit_tiny_patch8_64", Shape(kept=0.5, pruned=(1,)), "a part of its hidden width or tokens"),
+        (
+            "vitlocal_localvit_tiny_patch8_64",
+            Shape(token_keep_rate=0.5, pruned_blocks=(1,)),
+            "a part of its hidden width or tokens",
+        ),
         (FAMILIES[0], Shape(heads=5), "heads 5 of 4"),
         (FAMILIES[0], Shape(grid=7), "grid 7 of 6"),
-        (FAMILIES[0], Shape(slots=(0, 4)), "no block 4"),
+        (FAMILIES[0], Shape(block_order=(0, 4)), "no block 4"),
     ],
 )
 def test_parts_that_are_not_there(name: str, shape: Shape, problem: str):
@@ -338,10 +342,10 @@ def test_parts_that_are_not_there(name: str, shape: Shape, problem: str):
 def test_timms_own_models_have_blocks_alone():
     model = timm.create_model("vit_tiny_patch16_224", depth=2)
     assert parts_of(model) is None
-    check_shape(model, Shape(trainable=(1,)))
+    check_shape(model, Shape(trainable_blocks=(1,)))
     with pytest.raises(ConfigError, match="timm's own: heads"):
         check_shape(model, Shape(heads=1))
-    assert set_trainable(model, Shape(trainable=(1,)))
+    assert set_trainable(model, Shape(trainable_blocks=(1,)))
     assert not any(p.requires_grad for p in model.blocks[0].parameters())
     with pytest.raises(ConfigError, match="no blocks"):
-        check_shape(timm.create_model("resnet10t"), Shape(trainable=(1,)))
+        check_shape(timm.create_model("resnet10t"), Shape(trainable_blocks=(1,)))

@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitlocal.data.batch import Batch, Rows
 from vitlocal.data.beton import read_beton
 from vitlocal.data.costs import Costs
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, replacement
-from vitlocal.data.decode import CropDecoder, torch_threads_kept
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.native import RANDOM, Threads, policy_of
+from vitlocal.data.peers.crop_decoder import CropDecoder, torch_threads_kept
 from vitlocal.data.shares import WHOLE, Share, Slice, Slices
-from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import DataError
-from vitlocal.plan import Feed, Position
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 from ffcv.loader import Loader  # isort: skip  (decode.py imports ffcv first, quietly)
 from ffcv.loader.epoch_iterator import EpochIterator  # isort: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from fastargs.validation import Checker
 
-from vitlocal.plan import Length, Stage
+from vitlocal.progress import Length, Stage
 
 
 class Net(NamedTuple):

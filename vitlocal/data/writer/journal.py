@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vitlocal.data.beton import ALLOCATION, METADATA, data_start, head_bytes
-from vitlocal.data.encode import ROW, Chunk
 from vitlocal.data.manifest import BetonFile, Manifest, PlannedFile, flush_folder, joined_crc32
+from vitlocal.data.writer.encode import ROW, Chunk
 from vitlocal.errors import ConfigError, DataError
 
 VERSION = "3"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitlocal.data.batch import Cropping
 from vitlocal.data.beton import ALLOCATION
 from vitlocal.data.crops import Box, centre_box, cut, random_box
 from vitlocal.data.native import AS_RAW, EIGHTH, FORM, FULL, ROW, Encoder, Threads, library, policy_of
-from vitlocal.data.source import Cropping
 from vitlocal.errors import DataError
 
 SHAPES = [(117, 160), (48, 64), (5, 3), (1, 1), (375, 500), (170, 256), (200, 17), (31, 33)]  # height, width
@@ -200,7 +200,7 @@ def test_threads_survive_damaged_images(photos, threads):
 
 
 def test_a_stock_loader_takes_the_decoder(folder: Path):
-    from vitlocal.data.decode import CropDecoder, torch_threads_kept
+    from vitlocal.data.peers.crop_decoder import CropDecoder, torch_threads_kept
 
     from ffcv.loader import Loader, OrderOption  # isort: skip  (after decode.py, which imports ffcv quietly)
 
@@ -214,7 +214,7 @@ def test_a_stock_loader_takes_the_decoder(folder: Path):
             second = [images.copy() for images, _ in loader]
         assert [len(images) for images in first] == [50, 50, 20]
         assert difference(first[0], second[0]).mean() > 5  # another epoch, other boxes
-        from vitlocal.data.ffcv import MappedFile
+        from vitlocal.data.loader import MappedFile
 
         file, draws = MappedFile(folder / name, 20), np.arange(50)
         threads, crops = Threads(1), np.empty((50, 32, 32, 3), np.uint8)
@@ -231,7 +231,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_file_cut_at_any_page_is_named(copied: Path):
-    from vitlocal.data.ffcv import MappedFile
+    from vitlocal.data.loader import MappedFile
 
     MappedFile(copied, 20)
     whole = copied.read_bytes()
@@ -242,7 +242,7 @@ def test_a_file_cut_at_any_page_is_named(copied: Path):
 
 
 def test_flipped_bytes_in_header_and_tables_are_found_or_harmless(copied: Path, threads):
-    from vitlocal.data.ffcv import MappedFile
+    from vitlocal.data.loader import MappedFile
 
     whole = copied.read_bytes()
     generator = np.random.default_rng(0)

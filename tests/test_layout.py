@@ -15,10 +15,10 @@ import write_dataset
 from vitlocal.config import read_config, read_plan, read_write_options
 from vitlocal.data.costs import Costs, costs_path, keep_costs
 from vitlocal.data.crops import Cropping
-from vitlocal.data.ffcv import choose_file
 from vitlocal.data.images import open_images
+from vitlocal.data.loader import choose_file
 from vitlocal.data.manifest import BetonFile, Manifest
-from vitlocal.data.planner import (
+from vitlocal.data.writer.layout import (
     TIME_STEP,
     Candidate,
     Choice,
@@ -31,7 +31,7 @@ from vitlocal.data.planner import (
     propose,
     serving,
 )
-from vitlocal.data.write import StoredFile, WriteConfig, write
+from vitlocal.data.writer.write import StoredFile, WriteConfig, write
 from vitlocal.errors import ConfigError, run_command
 from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
@@ -41,7 +41,7 @@ TRAIN = Cropping(random=True)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitlocal.data.planner.MEASURE_SECONDS", 1.0)
+    monkeypatch.setattr("vitlocal.data.writer.layout.MEASURE_SECONDS", 1.0)
 
 
 def value(files: tuple[Candidate, ...], stages: list[Stage], limits: Limits) -> tuple[int, int, int, int]:
@@ -106,7 +106,7 @@ def test_a_quality_that_keeps_up_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
             Candidate(336, "jpg", sizes_of[quality], {224: rates[quality]}) for form in formats if form == "jpg"
         )
 
-    monkeypatch.setattr("vitlocal.data.planner.measured", pretend)
+    monkeypatch.setattr("vitlocal.data.writer.layout.measured", pretend)
     for need, quality, keeps_up in ((800, 90, True), (950, 80, True), (1000, 70, True), (1200, 70, False)):
         choice = propose(None, [Stage(224, 1e6, need)], TRAIN, 1.5, LIMITS)
         assert (choice.quality, choice.keeps_up) == (quality, keeps_up)
@@ -195,7 +195,7 @@ def test_planned_files_are_written(
     def seconds(threads: object, file: object, rows: np.ndarray, *more: object) -> float:
         return 1e-5 if rows["raw"][0] else 1e-3
 
-    monkeypatch.setattr("vitlocal.data.planner.crop_seconds", seconds)
+    monkeypatch.setattr("vitlocal.data.writer.layout.crop_seconds", seconds)
     recipe, out = tmp_path / "recipe.yaml", str(tmp_path / "data")
     recipe.write_text("model: {name: vitlocal_tiny_patch8_64, size: 32, depth: 2}\nbudget: {length: 3ep}\n")
     common = ["--source", "sample:5", "--out", out]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vitlocal.errors import ConfigError
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.selection import Selection
+from vitlocal.models.token_selection import Selection
 from vitlocal.models.vit import Attention, VisionTransformer
-from vitlocal.plan import WHOLE_MODEL, Growth, Shape, sources_of
+from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, growth_sources
 
 SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts of which a slice can run
 
@@ -54,17 +54,22 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
     if shape == WHOLE_MODEL:
         return
     count, ours = len(blocks_of(model)), isinstance(model, VisionTransformer)
-    wished = [name for name in ("heads", "hidden", "grid", "slots", "stage") if getattr(shape, name) is not None]
-    wished += ["pruned"] if shape.pruned else []
+    wished = [name for name in ("heads", "hidden", "grid", "block_order", "stage") if getattr(shape, name) is not None]
+    wished += ["pruned_blocks"] if shape.pruned_blocks else []
     name = type(model).__name__
     if wished and not ours:
         raise ConfigError(f"{name} is timm's own: {', '.join(wished)} of a shape are for vitlocal_… models")
-    for slot in (*(shape.slots or ()), *shape.skipped, *(shape.trainable or ()), *shape.pruned):
+    for slot in (
+        *(shape.block_order or ()),
+        *shape.skipped_blocks,
+        *(shape.trainable_blocks or ()),
+        *shape.pruned_blocks,
+    ):
         if not 0 <= slot < count:
             raise ConfigError(f"{name} has {count} blocks, and no block {slot}")
     if not ours:
         return
-    if (shape.hidden is not None or shape.pruned) and not all(isinstance(b.mlp, SLICED) for b in model.blocks):
+    if (shape.hidden is not None or shape.pruned_blocks) and not all(isinstance(b.mlp, SLICED) for b in model.blocks):
         raise ConfigError(
             f"{name}: a part of its hidden width or tokens cannot be run; use a vitlocal_deit_… or local-FFN model"
         )
@@ -79,17 +84,17 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
 def put(model: nn.Module, shape: Shape) -> None:
     """Has ``model`` run in ``shape`` from now on. Costs no wait for the device; weights are as they were."""
     if isinstance(model, VisionTransformer):
-        slots = shape.slots or tuple(range(len(model.blocks)))
-        model.order = tuple(slot for slot in slots if slot not in shape.skipped)
+        slots = shape.block_order or tuple(range(len(model.blocks)))
+        model.order = tuple(slot for slot in slots if slot not in shape.skipped_blocks)
         model.centre = None if shape.grid is None or shape.grid >= min(model.grid) else shape.grid
-        model.crops_images = shape.crops_images
+        model.crops_images = shape.crop_before_embedding
         model.selections = _selections(shape, len(model.order))
         for block in model.blocks:
             block.attn.active = shape.heads or block.attn.num_heads
             if isinstance(block.mlp, SLICED):
                 block.mlp.active = shape.hidden or block.mlp.hidden
         model.stage = shape.stage
-        trained = range(len(model.blocks)) if shape.trainable is None else shape.trainable
+        trained = range(len(model.blocks)) if shape.trainable_blocks is None else shape.trainable_blocks
         frozen = tuple(slot for slot in range(len(model.blocks)) if slot not in trained)
         if frozen != model.frozen:
             model.frozen = frozen
@@ -97,21 +102,21 @@ def put(model: nn.Module, shape: Shape) -> None:
 
 
 def _selections(shape: Shape, count: int) -> dict[int, Selection]:
-    how = Selection(shape.kept, shape.attended, shape.own_masks)
-    return {} if how.is_whole else {place: how for place in shape.pruned if place < count}
+    how = Selection(shape.token_keep_rate, shape.attention_keep_rate, shape.per_head_masks)
+    return {} if how.is_whole else {place: how for place in shape.pruned_blocks if place < count}
 
 
-def add_stage_table(model: nn.Module, rows: int, std: float, null: float, tokens: str) -> None:
+def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
     """Gives ``model`` a vector for each stage, and one for none; ``std`` of 0 leaves its outputs as they were."""
     if not isinstance(model, VisionTransformer):
         raise ConfigError(
             f"{type(model).__name__} is timm's own and cannot be told stages; set unfreeze.stage_embedding=no"
         )
-    if tokens == "class" and model.cls_token is None:
+    if embedding.tokens == "class" and model.cls_token is None:
         raise ConfigError("unfreeze.stage_tokens: this model has no class token (model.pool=avg); use all")
-    table = torch.randn(rows, model.embed_dim) * std
+    table = torch.randn(embedding.rows, model.embed_dim) * embedding.std
     model.stage_table = nn.Parameter(table.to(model.pos_embed))
-    model.stage_null, model.stage_tokens = null, tokens
+    model.stage_null, model.stage_tokens = embedding.null_prob, embedding.tokens
 
 
 @contextmanager
@@ -127,14 +132,21 @@ def in_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[None]:
 def set_trainable(model: nn.Module, shape: Shape) -> bool:
     """Freezes what the shape does not train, and frees the blocks that it does; returns whether any changed.
 
-    Blocks outside of ``shape.slots`` are frozen; skipped ones are not. Frozen parameters have no gradient. What
+    Blocks outside of ``shape.block_order`` are frozen; skipped ones are not. Frozen parameters have no gradient. What
     ``shape.head_only`` freezes stays so.
     """
-    if shape.slots is None and shape.trainable is None and not shape.head_only and not hasattr(model, "blocks"):
+    if (
+        shape.block_order is None
+        and shape.trainable_blocks is None
+        and not shape.head_only
+        and not hasattr(model, "blocks")
+    ):
         return False
     wished: dict[nn.Parameter, bool] = {}
     for slot, block in enumerate(blocks_of(model)):
-        on = (shape.slots is None or slot in shape.slots) and (shape.trainable is None or slot in shape.trainable)
+        on = (shape.block_order is None or slot in shape.block_order) and (
+            shape.trainable_blocks is None or slot in shape.trainable_blocks
+        )
         wished |= dict.fromkeys(block.parameters(), on)
     if shape.head_only:
         above = {p for module in _above_blocks(model) for p in module.parameters()}
@@ -235,7 +247,7 @@ def _copy_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth:
         if part.unit not in ranges:
             continue
         old, new = ranges[part.unit]
-        seen, sources = part.of(part.parameter), sources_of(old, new, growth.sources)
+        seen, sources = part.of(part.parameter), growth_sources(old, new, growth.sources)
         taken = seen.index_select(part.axis, torch.tensor(sources, device=seen.device))
         seen.narrow(part.axis, old, new - old).copy_(taken)
         if part.outgoing and growth.scale != 1:
@@ -298,7 +310,7 @@ def _settle_moments(model: nn.Module, ranges: Mapping[str, tuple[int, int]], gro
             seen = part.of(value)
             fresh = seen.narrow(part.axis, old, new - old)
             if growth.moments == "copy":
-                sources = torch.tensor(sources_of(old, new, growth.sources), device=seen.device)
+                sources = torch.tensor(growth_sources(old, new, growth.sources), device=seen.device)
                 fresh.copy_(seen.index_select(part.axis, sources))
             else:
                 fresh.zero_()

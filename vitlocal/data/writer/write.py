@@ -22,10 +22,10 @@ from tqdm import tqdm
 from vitlocal.config import PLAN_NAME, WriteOptions, read_plan
 from vitlocal.data.beton import MODES, check_beton, page_size_for
 from vitlocal.data.costs import keep_costs
-from vitlocal.data.encode import Interrupts, Job, encoded, stored_size
 from vitlocal.data.images import ImageSet, open_images
-from vitlocal.data.journal import Store, byte_words, difference, free_bytes
 from vitlocal.data.manifest import Manifest, PlannedFile, Skipped, SourceInfo, work_name
+from vitlocal.data.writer.encode import Interrupts, Job, encoded, stored_size
+from vitlocal.data.writer.journal import Store, byte_words, difference, free_bytes
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 

@@ -22,7 +22,8 @@ from vitlocal.data.manifest import Manifest, described, work_name
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
-from vitlocal.plan import Feed, Position
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,10 @@ def _as_written(root: str) -> str:
     return f" --source {shlex.quote(other.source.spec)}{sides}"
 
 
-def open_sources(config: Config, device: torch.device, share: Share = WHOLE, neighbours: int = 1) -> Sources:
+def open_sources(config: Config, device: torch.device, share: Share = WHOLE, local_world_size: int = 1) -> Sources:
     """The training and validation sources that ``data.loader`` names; both splits must have one set of classes.
 
-    ``share`` is what this process reads of every batch; it has a part of the cores, which ``neighbours`` share.
+    ``share`` is what this process reads of every batch; it has a part of the cores, which ``local_world_size`` share.
 
     Raises ConfigError where the data folder or the original images are not there, DataError where files are
     damaged.
@@ -159,9 +160,9 @@ def open_sources(config: Config, device: torch.device, share: Share = WHOLE, nei
         repeats=augment.repeats,
     )  # fmt: skip
     val = Cropping(random=False, centre=config.evaluate.crop_ratio)
-    workers = config.data.workers or max(1, cores() // neighbours)
+    workers = config.data.workers or max(1, cores() // local_world_size)
     if config.data.loader == "ffcv":
-        from vitlocal.data.ffcv import Decoder, FFCVSource  # importing ffcv takes seconds
+        from vitlocal.data.loader import Decoder, FFCVSource  # importing ffcv takes seconds
 
         decoder = Decoder(workers)
         opened = []
@@ -175,9 +176,9 @@ def open_sources(config: Config, device: torch.device, share: Share = WHOLE, nei
             )  # fmt: skip
     else:
         if config.data.loader == "dali":
-            from vitlocal.data.dali import DALISource as Originals  # an extra, not installed everywhere
+            from vitlocal.data.peers.dali import DALISource as Originals  # an extra, not installed everywhere
         else:
-            from vitlocal.data.torchvision import TorchvisionSource as Originals
+            from vitlocal.data.peers.torchvision import TorchvisionSource as Originals
 
         opened = [
             Originals(config.data.root, config.data.source, split, cropping, device, workers, share)

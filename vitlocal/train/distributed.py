@@ -27,9 +27,9 @@ LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNOREC
 class Ranks:
     """This process among its peers. Gradients and sums go through the device's backend, decisions through gloo."""
 
-    def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, neighbours: int = 1):
+    def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world_size: int = 1):
         self.rank, self.world = rank, world
-        self.local_rank, self.neighbours = local_rank, neighbours  # on this machine
+        self.local_rank, self.local_world_size = local_rank, local_world_size  # on this machine
         self.device = torch.device("cpu")
         self._decisions: dist.ProcessGroup | None = None
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vitlocal.data.batch import Batch, Rows
 from vitlocal.data.crops import ROW_MASK, Cropping, cut
 from vitlocal.data.images import ImageSet
-from vitlocal.data.originals import open_originals
+from vitlocal.data.peers.originals import open_originals
 from vitlocal.data.shares import WHOLE, Share, Slice
-from vitlocal.data.source import Batch, Rows
 from vitlocal.errors import DataError
-from vitlocal.plan import Feed, Position
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 
 # What is asked of a worker process: all that a crop depends on, so that workers live on from pass to pass.
 Request = tuple[int, int, int]  # draw, epoch, size

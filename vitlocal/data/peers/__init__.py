@@ -1,0 +1,1 @@
+"""Other loaders, to swap in and to compare with."""

@@ -1,0 +1,1 @@
+"""Writes a split of a data set into .beton files."""
