@@ -16,7 +16,7 @@ import torch
 from vitlocal.config import Config, read_config
 from vitlocal.data.writer.write import WriteConfig, parse_files, write
 from vitlocal.report.page import read_run
-from vitlocal.train.run import Run
+from vitlocal.train.trainer import Trainer
 
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
 
@@ -73,7 +73,7 @@ def configure(small, tmp_path: Path):
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without their page and curve, which take as long to draw as such a small run trains."""
-    monkeypatch.setattr("vitlocal.train.loop.write_report", lambda folder: read_run(folder).last)
+    monkeypatch.setattr("vitlocal.train.command.write_report", lambda folder: read_run(folder).last)
 
 
 @pytest.fixture
@@ -85,16 +85,16 @@ def killed_after():
 
     @contextmanager
     def kill(steps: int) -> Iterator[pytest.MonkeyPatch]:
-        original, count = Run.train_on, [0]
+        original, count = Trainer.train_step, [0]
 
-        def train_on(self, batch, plan):
+        def train_step(self, batch, plan):
             count[0] += 1
             if count[0] > steps:
                 raise Killed
             original(self, batch, plan)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Run, "train_on", train_on)
+            patch.setattr(Trainer, "train_step", train_step)
             yield patch
 
     return kill

@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from vitlocal.config_reader import read_config
 
-from vitlocal.config import read_config
-from vitlocal.data.batch import open_sources
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.train.budget import FINISH_SECONDS, FinalReserve
+from vitlocal.train.build import build_run, open_trainer, sources_of
+from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
-from vitlocal.train.loop import train
-from vitlocal.train.room import Room
-from vitlocal.train.run import Run, open_run
 
 ROOT = Path(__file__).parent.parent
 # A batch of 34 shares out evenly, the last of an epoch has 18 of 120 images: 9 pairs, 4 for one process and 5 for the
@@ -93,7 +92,7 @@ def test_two_processes_stopped_go_on_as_one(folder: Path, alone: Path, tmp_path:
     assert (run / "checkpoints" / "last.pt").exists()
     capsys.readouterr()
     assert train(read_config(options_of(folder, run), {})) == 0
-    assert "going on at epoch" in capsys.readouterr().out
+    assert "continuing at epoch" in capsys.readouterr().out
     assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
     assert farthest(run, alone) < 1e-5
 
@@ -108,11 +107,11 @@ def test_two_processes_end_together_when_the_time_is_up(folder: Path, tmp_path: 
     assert last["lr"] < 5e-4  # of a peak of 1e-3
 
 
-def test_wrong_starts_are_named(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_starts_are_errors(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = configure("--train.batch_size=3", "--evaluate.size=32")
-    monkeypatch.setattr(Ranks, "wrap", lambda ranks, module: module)  # no other process is there
+    monkeypatch.setattr(Ranks, "wrap", lambda ranks, module, uses_all=True: module)  # no other process is there
     with pytest.raises(ConfigError, match="3 is too small for 2 processes"):
-        Run(config, tmp_path, open_sources(config, torch.device("cpu")), torch.device("cpu"), Ranks(0, 2, 0, 2))
+        build_run(config, sources_of(config, torch.device("cpu")), torch.device("cpu"), ranks=Ranks(0, 2, 0, 2))
     with pytest.raises(ConfigError, match="LOCAL_RANK, LOCAL_WORLD_SIZE is not set"):
         find_ranks({"WORLD_SIZE": "2", "RANK": "0"})
     assert find_ranks({}).world == 1
@@ -125,23 +124,23 @@ class Follower(Ranks):
         super().__init__(1, 2, 1, 2)
         self.change = change
 
-    def decided(self, values: list[float]) -> list[float]:
+    def broadcast_floats(self, values: list[float]) -> list[float]:
         return self.change(*values)
 
 
 def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, decoder):
-    with open_run(configure()) as run:
-        plan = run.plan()
-        run.ranks = Follower(lambda seconds, pace, stop, mark: [77.0, pace, float(signal.SIGTERM), mark])
-        run.agree(plan)
-        assert run.clock.progress.seconds == 77 and run.interrupted is signal.SIGTERM and run.over
-        run.ranks = Follower(lambda seconds, pace, stop, mark: [78.0, pace, 0.0, mark + 1])
-        with pytest.raises(RuntimeError, match="rank 1 has gone apart from rank 0"):
-            run.agree(plan)
-        run.ranks = ALONE
+    with open_trainer(configure()) as trainer:
+        plan = trainer.plan()
+        trainer._ranks = Follower(lambda seconds, pace, stop, mark: [77.0, pace, float(signal.SIGTERM), mark])
+        trainer.sync_ranks(plan)
+        assert trainer.state.clock.progress.seconds == 77 and trainer.stop_signal is signal.SIGTERM and trainer.stopped
+        trainer._ranks = Follower(lambda seconds, pace, stop, mark: [78.0, pace, 0.0, mark + 1])
+        with pytest.raises(RuntimeError, match="rank 1 differs from rank 0"):
+            trainer.sync_ranks(plan)
+        trainer._ranks = ALONE
 
 
-def test_a_process_that_is_left_alone_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_lost_the_others_reports_it(monkeypatch: pytest.MonkeyPatch):
     """As where rank 0 refuses a checkpoint."""
 
     def lost(*_, **__) -> None:
@@ -150,8 +149,8 @@ def test_a_process_that_is_left_alone_says_so(monkeypatch: pytest.MonkeyPatch):
     for name in ("broadcast", "broadcast_object_list", "barrier"):
         monkeypatch.setattr(torch.distributed, name, lost)
     ranks = Ranks(1, 2, 1, 2)
-    for hears in (lambda: ranks.decided([1.0]), lambda: ranks.broadcast({}), ranks.wait):
-        with pytest.raises(DataError, match=r"rank 1 has lost the others \(Connection closed"):
+    for hears in (lambda: ranks.broadcast_floats([1.0]), lambda: ranks.broadcast({}), ranks.wait):
+        with pytest.raises(DataError, match=r"rank 1 has lost the other processes \(Connection closed"):
             hears()
 
     def broken(*_, **__) -> None:
@@ -162,13 +161,13 @@ def test_a_process_that_is_left_alone_says_so(monkeypatch: pytest.MonkeyPatch):
         ranks.wait()
 
 
-def test_rank_0_decides_how_much_room_a_budget_keeps(configure, decoder):
-    with open_run(configure("--budget.length=1h", "--budget.counts=wall")) as run:
-        run.ranks = Follower(lambda *values: list(values))
-        run.ranks.broadcast = lambda mine: Room(finishing=2.0, saves=[1.0], evaluations=[3.0, 9.0, 4.0])
-        run.keep_room()
-        assert (run.clock.room, run.room.between) == (4 + 2 * 1 + 2, 4 + 1)
-        run.ranks = ALONE
+def test_rank_0_decides_the_reserve(configure, decoder):
+    with open_trainer(configure("--budget.length=1h", "--budget.counts=wall")) as trainer:
+        trainer._ranks = Follower(lambda *values: list(values))
+        trainer._ranks.broadcast = lambda mine: FinalReserve([3.0, 9.0, 4.0], [1.0]).total_seconds
+        trainer._update_reserve()
+        assert trainer.state.clock.reserve_seconds == 4 + 2 * 1 + FINISH_SECONDS
+        trainer._ranks = ALONE
 
 
 def test_short_batches_are_for_the_first_processes():
@@ -182,6 +181,9 @@ def test_alone_everything_is_free():
     ranks = find_ranks({})
     module = torch.nn.Linear(2, 2)
     assert (
-        ranks.first and ranks.wrap(module) is module and ranks.decided([1.5]) == [1.5] and ranks.broadcast("x") == "x"
+        ranks.first
+        and ranks.wrap(module) is module
+        and ranks.broadcast_floats([1.5]) == [1.5]
+        and ranks.broadcast("x") == "x"
     )
     assert ranks.share.places(5).tolist() == [0, 1, 2, 3, 4]

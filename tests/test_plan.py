@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from vitlocal.train.clock import Clock
 
 from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
@@ -10,7 +11,6 @@ from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
 from vitlocal.methods.method import MethodContext, conflicts
 from vitlocal.plan import Feed, Plan, fold
 from vitlocal.progress import Length, Progress
-from vitlocal.train.clock import Clock
 from vitlocal.train.optim import Schedule
 
 START = Plan(Feed(224, 64))

@@ -10,12 +10,12 @@ import torch
 
 from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
-from vitlocal.models.factory import build_model
 from vitlocal.plan import Feed
-from vitlocal.train.ema import ModelEma
-from vitlocal.train.optim import build_optimizer
-from vitlocal.train.step import EAGER, Mode, Step, choose_precision, fast_attention, micro_batches
-from vitlocal.train.watch import Watch
+from vitlocal.train.build import build_step
+from vitlocal.train.compile import EAGER, Mode
+from vitlocal.train.devices import AsyncScalar
+from vitlocal.train.precision import choose_precision, fast_attention
+from vitlocal.train.step import TrainStep, micro_batches
 
 CLASSES = 10
 CPU = torch.device("cpu")
@@ -29,16 +29,13 @@ def a_batch(count: int, size: int = 24, device: torch.device = CPU) -> Batch:
     return Batch.whole(images.to(device), labels.to(device), torch.arange(count))
 
 
-def a_step(configure, *options: str, device: torch.device = CPU) -> Step:
-    """The same weights each time; options override."""
+def a_step(configure, *options: str, device: torch.device = CPU) -> TrainStep:
+    """A step with the same weights each time; options override."""
     config = configure("--model.size=24", "--methods=none", "--model.drop_path=0.3", *AUGMENTED, *options)
-    torch.manual_seed(0)
-    model = build_model(config.model, CLASSES)[0].to(device, memory_format=torch.channels_last).train()
-    average = ModelEma(model, 0.9) if config.train.ema else None
-    return Step(model, build_optimizer(model, config.train), average, config, device)
+    return build_step(config, CLASSES, device)
 
 
-def trained(step: Step, mode: Mode = EAGER, steps: int = 3, count: int = 12) -> tuple[list[float], dict]:
+def trained(step: TrainStep, mode: Mode = EAGER, steps: int = 3, count: int = 12) -> tuple[list[float], dict]:
     losses = [float(step(a_batch(count, device=step.device), number, 1e-3, mode).loss) for number in range(steps)]
     return losses, step.model.state_dict()
 
@@ -58,7 +55,7 @@ def test_the_compiled_step_is_the_eager_one(configure):
         for model in (eager.model, compiled.model):
             model.eval()
         with torch.no_grad():
-            both = [step.forward_of(step.model)(images, whole) for step in (eager, compiled)]
+            both = [step.predict_fn(step.model)(images, whole) for step in (eager, compiled)]
         torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
 
 
@@ -71,7 +68,7 @@ def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
         return graph
 
     step = a_step(configure, "--model.size=48", "--model.depth=1", "--train.compile=yes")
-    step._made[False] = torch.compile(step.objective, dynamic=False, backend=backend)
+    step._compiler._objectives[False] = torch.compile(step._ddp, dynamic=False, backend=backend)
     mode = step.mode(Feed(24, 12))
     for count in (12, 7, 12, 5, 12):
         step(a_batch(count), 0, 1e-3, mode if count == 12 else EAGER)
@@ -108,14 +105,14 @@ def test_micro_batches_hold_every_sample_once_in_mirrored_pairs():
 
 
 @pytest.mark.parametrize("name", ["vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64"])
-def test_checkpointing_changes_nothing_but_memory(configure, name: str):
+def test_gradient_checkpointing_changes_only_memory(configure, name: str):
     kept, again = (
         a_step(configure, f"--model.name={name}", f"--train.checkpointing={wish}") for wish in ("false", "true")
     )
     assert again.model.grad_checkpointing and not kept.model.grad_checkpointing
     close(trained(kept), trained(again), tolerance=1e-9)
 
-    def held(step: Step) -> int:
+    def held(step: TrainStep) -> int:
         """Bytes that the forward keeps for the backward."""
         found: dict[int, int] = {}
 
@@ -131,23 +128,23 @@ def test_checkpointing_changes_nothing_but_memory(configure, name: str):
     assert held(again) < 0.7 * held(kept)
 
 
-def test_warming_leaves_no_trace(configure):
+def test_warm_up_leaves_no_trace(configure):
     step = a_step(configure, "--model.name=vitlocal_localvit_tiny_patch8_64", "--model.heads=2", "--train.compile=yes")
-    step._made[False] = step.objective  # the compiler's part is tested above
+    step._compiler._objectives[False] = step._ddp  # the compiler's part is tested above
     before = copy.deepcopy(step.model.state_dict())
-    assert step.warm(Feed(24, 8), CLASSES) > 0
+    assert step.warm_up(Feed(24, 8), CLASSES) > 0
     assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
     assert all(parameter.grad is None for parameter in step.model.parameters())
-    assert a_step(configure).warm(Feed(24, 8), CLASSES) == 0  # nothing to compile
+    assert a_step(configure).warm_up(Feed(24, 8), CLASSES) == 0  # nothing to compile
 
 
-def test_a_process_without_images_takes_part_with_nothing(configure):
+def test_a_process_without_images_has_zero_gradients(configure):
     step = a_step(configure)
     assert float(step._gradients(Batch.empty(24, CPU, 1), 0, EAGER).loss) == 0
     assert all(not parameter.grad.any() for parameter in step.model.parameters() if parameter.requires_grad)
 
 
-def test_what_a_device_cannot_do_is_said(configure):
+def test_what_a_device_cannot_do_is_an_error(configure):
     with pytest.raises(ConfigError, match=r"train\.kernel: fused needs a CUDA device"):
         a_step(configure, "--train.kernel=fused")
     with pytest.raises(ConfigError, match=r"train\.precision: fp16"):
@@ -156,18 +153,18 @@ def test_what_a_device_cannot_do_is_said(configure):
         a_step(configure, "--train.kernel=plain", "--model.name=vitlocal_deit_tiny_patch8_64")
     with pytest.raises(ConfigError, match="BatchNorm would count each batch twice"):
         a_step(configure, "--train.checkpointing=yes", "--model.norm=batch")
-    with pytest.raises(ConfigError, match="CUDA graphs need a GPU"):
+    with pytest.raises(ConfigError, match="yes needs a GPU"):
         a_step(configure, "--train.graphs=yes")
     with fast_attention(CPU):
         assert torch.backends.cuda.math_sdp_enabled()  # a CPU may use what it has
 
 
-def test_the_watch_sees_each_look_once():
-    watch: Watch[str] = Watch(CPU)
-    assert watch.seen() is None and not watch.looking
-    watch.look(torch.tensor(2.5), "first")
-    assert watch.looking and watch.seen() == (2.5, "first")
-    assert watch.seen() is None and not watch.looking
+def test_a_scalar_is_polled_once():
+    scalar: AsyncScalar[str] = AsyncScalar(CPU)
+    assert scalar.poll() is None and not scalar.pending
+    scalar.read(torch.tensor(2.5), "first")
+    assert scalar.pending and scalar.poll() == (2.5, "first")
+    assert scalar.poll() is None and not scalar.pending
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------------
@@ -187,22 +184,22 @@ def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: 
     step = a_step(
         configure, "--run.device=cuda", f"--train.compile={'yes' if compiled else 'no'}", *options, device=gpu
     )
-    watch: Watch[int] = Watch(gpu)
+    scalar: AsyncScalar[int] = AsyncScalar(gpu)
     batch, mode = a_batch(16, device=gpu), Mode(compiled=compiled)
     for number in range(3):  # what is loaded or compiled at first use, and the wait for the step before the last
         step(batch, number, 1e-3, mode)
     torch.cuda.synchronize()
-    step._ahead.clear()
+    step._events.clear()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(2):
             loss = step(batch, number, 1e-3, mode).loss
-            if not watch.looking:
-                watch.look(loss, number)
+            if not scalar.pending:
+                scalar.read(loss, number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    assert watch.seen() is not None
+    assert scalar.poll() is not None
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and how the commands report them."""
+"""The errors that a user can fix, and how the commands report them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 
 
 class ConfigError(ValueError):
-    """A wrong option, file name or value: the commands print it and exit with status 2."""
+    """A wrong option, file name or value. The commands print it and exit with status 2."""
 
 
 class DataError(RuntimeError):
-    """Data that cannot be read or written as asked: the commands print it and exit with status 1."""
+    """Data that cannot be read or written. The commands print it and exit with status 1."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that asks the command to leave; ``number`` is the signal's."""
+    """A signal that asks the command to stop; ``number`` is the signal's."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -24,11 +24,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Runs ``main(argv)`` and turns what a user can mend into one clear message and an exit status.
+    """Runs ``main(argv)``, and turns errors that a user can fix into one message and an exit status.
 
-    Returns 0 on success, 2 for a :class:`ConfigError`, 1 for a :class:`DataError` or an ``OSError``
-    (a full disk, say), 130 after Ctrl-C and 143 after SIGTERM. Anything else is our own mistake and keeps its
-    traceback.
+    Returns 0 on success, 2 for a :class:`ConfigError`, 1 for a :class:`DataError` or an ``OSError`` (a full disk, for
+    example), 130 after Ctrl-C and 143 after SIGTERM. Any other error is ours and keeps its traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0

@@ -1,4 +1,4 @@
-"""This machine: what a process may use of it, and what is told of it where something was measured."""
+"""This machine: what a process may use of it, and how results describe it."""
 
 from __future__ import annotations
 
@@ -19,86 +19,86 @@ LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-p
 
 
 def cores() -> int:
-    """Processors that this process may run on."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's where that is less."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The bytes of memory that this process may use: the machine's, or its control group's limit if that is less."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            there = min(there, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
+            found = min(found, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # the file is missing, or says "max"
             continue
-    return there
+    return found
 
 
 def memory_stalls(pressure: Path = Path("/proc/pressure/memory")) -> float:
-    """The part of the last minute in which nothing ran, for want of memory; 0 where Linux does not tell."""
+    """The fraction of the last minute in which all processes waited for memory; 0 if Linux does not report it."""
     try:
         full = next(line for line in pressure.read_text().splitlines() if line.startswith("full"))
-        return float(re.search(r"avg60=([\d.]+)", full)[1]) / 100
-    except (OSError, StopIteration, TypeError):
+    except (OSError, StopIteration):
         return 0.0
+    match = re.search(r"avg60=([\d.]+)", full)
+    return float(match[1]) / 100 if match else 0.0
 
 
-def awake_seconds(schedule: Path = Path("/proc/self/schedstat")) -> float:
-    """What this process's main thread has spent on a processor or waiting for one; not for a disk, say.
-
-    Where Linux does not tell, the processor time of all its threads.
-    """
+def process_began() -> float:
+    """When this process started, as a value of ``time.monotonic``. Without Linux's /proc: now."""
     try:
-        running, waiting = schedule.read_text().split()[:2]
-        return (int(running) + int(waiting)) / 1e9 or time.process_time()
-    except (OSError, ValueError):
-        return time.process_time()
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = float(Path("/proc/uptime").read_text().split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        age = 0.0
+    return time.monotonic() - max(0.0, age)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory for the next step, where it would hand each large tensor's pages back.
+    """Makes glibc keep freed memory for the next step, instead of returning each large tensor's pages.
 
-    On a CPU every step frees and takes the same activations; faulting their pages in again took a fifth of its time.
+    On a CPU every step frees and allocates the same activations; the page faults took a fifth of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc; others have their own ways
+    if mallopt is not None:  # glibc
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
 
 
-def keep_objects() -> None:
-    """Takes the objects that there are, libraries and all, out of the garbage collector's rounds.
+def freeze_objects() -> None:
+    """Excludes the objects that exist now, also those of libraries, from garbage collection.
 
-    A round through them stops the process for half a second, amid steps. ``gc.unfreeze()`` undoes it.
+    Otherwise a collection stops the process for half a second between steps. ``gc.unfreeze()`` undoes it.
     """
     gc.collect()
     gc.freeze()
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process with ``status``, at once: what was opened must be closed by now.
+    """Ends the process at once with ``status``. Everything that was opened must be closed.
 
-    Python would take every module and object apart, two seconds' work, of what the system takes back in 0.1 s.
+    Python would spend two seconds on destroying modules and objects one by one.
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a closed pipe, a closed stream
+        with suppress(OSError, ValueError):  # a closed pipe or stream
             stream.flush()
     os._exit(status)
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory and GPU."""
-    import torch  # it takes seconds, and not all who ask for cores want it
+    import torch  # takes seconds, and not every caller of this file needs it
 
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    kib = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    libc = " ".join(platform.libc_ver())
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": cores(),
-        "memory_gib": round(memory / 2**20, 1),
+        "memory_gib": round(kib / 2**20, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": ", ".join([platform.system(), *([" ".join(libc)] if (libc := platform.libc_ver())[0] else [])]),
+        "system": ", ".join([platform.system(), *([libc] if libc.strip() else [])]),
     }
 
 
@@ -107,7 +107,7 @@ def _lines(path: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the libraries that results may depend on, where they are installed."""
+    """The versions of Python and of the installed libraries that results may depend on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this code, ``-dirty`` where files differ from it; None outside a checkout."""
+    """The commit of this code, with ``-dirty`` if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and loaded without running what they contain."""
+"""Checkpoints: written as a whole or not at all, and loaded without running code from the file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 
 KEPT = Path("checkpoints") / "kept"
-FORMAT = 3  # of what a checkpoint holds; another number where an older one cannot be gone on from
+FORMAT = 4  # of a checkpoint's content; increased when older checkpoints cannot be continued
 
 
 def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: float, shape: Shape) -> None:
-    """Writes the weights at ``step`` into the run's ``folder``, with epoch and shape; whole, or not at all."""
+    """Writes the weights at ``step`` into the run's ``folder``, with epoch and shape."""
     (folder / KEPT).mkdir(parents=True, exist_ok=True)
     about = json.dumps({"step": step, "epoch": epoch, "shape": asdict(shape)})
     write_weights(folder / KEPT / f"{step:09d}.safetensors", state, about=about)
@@ -36,7 +36,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replaces ``path`` atomically; ``state`` holds tensors and plain values only. OSError where the disk is full."""
+    """Replaces ``path`` atomically. ``state`` holds tensors and plain values only. OSError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
@@ -47,11 +47,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
         except RuntimeError as error:
             if "inline_container" not in str(error):
-                raise  # the device's, say
-            # PyTorch's zip writer does not pass on why a write failed.
+                raise  # an error of the device, for example
+            # PyTorch's zip writer does not say why a write failed.
             raise DataError(
                 f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}). Is the disk full? "
-                "The checkpoint before it stands; make room and run the same command again"
+                "The previous checkpoint is intact; free some space and run the same command again"
             ) from error
         os.replace(temporary, path)
     except BaseException:
@@ -60,7 +60,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :func:`save_checkpoint` wrote, on the CPU; DataError where the file is damaged, or of old."""
+    """The state that :func:`save_checkpoint` wrote, on the CPU.
+
+    Raises DataError if the file is damaged or of another format.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
@@ -71,6 +74,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise DataError(
             f"{path} was written by another version of vitlocal (format {state.get('format', 1)}, expected {FORMAT}). "
-            f"Go on with that version, or remove {path.parents[1]} and run the same command again to train anew"
+            f"Continue with that version, or remove {path.parents[1]} and run the same command again to train anew"
         )
     return state

@@ -1,7 +1,7 @@
-"""The processes that train together: who they are, and what they tell each other apart from gradients.
+"""The processes that train together, and what they exchange besides gradients.
 
-Started by torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a process started by itself is rank 0
-of one, and every call here is then free.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. A process that was started alone is rank 0 of 1; every
+call here then costs nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
 
-LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNORECASE)  # what gloo says of a peer
+LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNORECASE)  # in gloo's errors about a peer
 
 
 class Ranks:
-    """This process among its peers. Gradients and sums go through the device's backend, decisions through gloo."""
+    """This process among the others. Gradients and sums use the device's backend, decisions use gloo."""
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world_size: int = 1):
         self.rank, self.world = rank, world
@@ -35,7 +35,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that decides, writes and speaks."""
+        """Whether this is the process that decides, writes and prints."""
         return self.rank == 0
 
     @property
@@ -43,17 +43,18 @@ class Ranks:
         return Share(self.rank, self.world)
 
     def connect(self, device: torch.device) -> None:
-        """Finds the peers; waits for all of them."""
+        """Connects to the other processes, and waits for all of them."""
         self.device = device
         if self.world > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
             self._decisions = dist.new_group(backend="gloo")  # on the CPU, so that no decision waits for the device
 
-    def wrap(self, module: nn.Module, whole: bool = True) -> nn.Module:
-        """``module`` with gradients averaged over all processes while its backward still runs.
+    def wrap(self, module: nn.Module, uses_all: bool = True) -> nn.Module:
+        """``module`` in DistributedDataParallel, which averages gradients during the backward pass.
 
-        ``whole``: each trained parameter has a part in each backward. Wrapped again where what is trained changes.
+        ``uses_all``: every trained parameter takes part in every backward pass. Wrap again if the set of trained
+        parameters changes.
         """
         if self.world == 1:
             return module
@@ -61,30 +62,30 @@ class Ranks:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers
             return DistributedDataParallel(
-                module, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=not whole,
-                # BatchNorm's statistics are each process's own while it trains; share_buffers evens them out.
+                module, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=not uses_all,
+                # Each process has its own BatchNorm statistics while it trains; share_buffers makes them equal.
                 broadcast_buffers=False,
             )  # fmt: skip
 
-    def decided(self, values: list[float]) -> list[float]:
-        """Rank 0's ``values``, on every rank: float64."""
+    def broadcast_floats(self, values: list[float]) -> list[float]:
+        """Rank 0's ``values`` (float64) on every rank."""
         if self.world == 1:
             return values
-        told = torch.tensor(values, dtype=torch.float64)
+        sent = torch.tensor(values, dtype=torch.float64)
         with self._peers():
-            dist.broadcast(told, 0, group=self._decisions)
-        return told.tolist()
+            dist.broadcast(sent, 0, group=self._decisions)
+        return sent.tolist()
 
-    def broadcast(self, thing: Any) -> Any:
-        """Rank 0's ``thing``, any plain object or tensors on the CPU, on every rank."""
-        box = [thing]
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's ``value``, any plain object or tensors on the CPU, on every rank."""
+        box = [value]
         if self.world > 1:
             with self._peers():
                 dist.broadcast_object_list(box, 0, group=self._decisions)
         return box[0]
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, in place. Device sync only where the caller reads it."""
+        """Sums over all ranks, in place. A device sync only when the caller reads the result."""
         if self.world > 1:
             with self._peers():
                 dist.all_reduce(values)
@@ -92,28 +93,28 @@ class Ranks:
 
     @torch.no_grad()
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Rank 0's buffers for everyone: BatchNorm's running statistics."""
+        """Copies rank 0's buffers (BatchNorm's running statistics) to all ranks."""
         for buffer in buffers if self.world > 1 else ():
             with self._peers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Waits until all ranks are here."""
         if self.world > 1:
             with self._peers():
                 dist.barrier(group=self._decisions)
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
-        """Turns what gloo says where another process has left, by an error of its own or killed, into a DataError."""
+        """A context that turns gloo's error about a process that has ended into a DataError."""
         try:
             yield
         except RuntimeError as error:
             if not LOST.search(str(error)):
                 raise
             raise DataError(
-                f"rank {self.rank} has lost the others ({str(error).splitlines()[0]}); what stopped them stands in "
-                "their output. Once that is mended, the same command goes on from the last checkpoint"
+                f"rank {self.rank} has lost the other processes ({str(error).splitlines()[0]}). Their output says what "
+                "stopped them. After that is fixed, the same command continues from the last checkpoint"
             ) from error
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ ALONE = Ranks()
 
 
 def find_ranks(environment: dict[str, str] | os._Environ[str] = os.environ) -> Ranks:
-    """This process's place, from torchrun's variables; ConfigError where some of them are missing."""
+    """This process's rank, from torchrun's variables. Raises ConfigError if some of them are missing."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if int(environment.get("WORLD_SIZE", "1")) == 1:
         return Ranks()

@@ -1,131 +1,96 @@
-"""What a run tells: ``log.jsonl`` (a line a pass), TensorBoard, and the progress bar."""
+"""Logs a run: ``log.jsonl`` (a line per pass), TensorBoard, the progress bar and the console."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from vitlocal.jsonl import append_line, write_lines
 from vitlocal.progress import Length, Progress
+from vitlocal.report.run_folder import read_log
 
 REFRESH_SECONDS = 1.0
-FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line, where no bar is drawn
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log, oldest first; a last line cut short by a kill is left out."""
-    return read_lines(folder / "log.jsonl")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of one a line, up to one cut short by a kill; none where there is no file."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Replaces ``path`` by these, one a line, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line to ``path``, on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line on the console, if no bar is drawn
 
 
 class Log:
-    """Appends records, and draws where the run stands about once a second."""
+    """Writes the records of passes, and shows the progress about once a second.
 
-    def __init__(self, folder: Path, length: Length, progress: bool, speaks: bool = True):
-        self.speaks = speaks  # of several processes, one does
-        self.folder, self.path = folder, folder / "log.jsonl"
-        self.length = length
-        # A bar that redraws itself is for a terminal. Elsewhere a pass of half an hour has some lines between those at
-        # the ends of passes: the first soon, for one may hang on it, and then ever fewer.
-        drawn = speaks and progress and sys.stderr.isatty()
-        self.tells = progress and not drawn
-        self._silence, self._said = FIRST_SILENCE, time.monotonic()
-        self.bar = tqdm(
-            total=100.0, disable=not drawn, leave=False, dynamic_ncols=True,
-            bar_format="{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}",
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tensorboard's own imports
-            from torch.utils.tensorboard import SummaryWriter
-        self._writer_type = SummaryWriter
-        self.board: Any = None
+    On a terminal it draws a bar. Elsewhere it prints a line after 10 seconds without one, then ever more rarely.
+    ``length`` is the budget's. ``progress=False`` shows neither.
+    """
+
+    def __init__(self, folder: Path, length: Length | str, progress: bool = True):
+        self._folder, self._length = folder, length
+        drawn = progress and sys.stderr.isatty()
+        self._prints_progress = progress and not drawn
+        self._silence, self._printed = FIRST_SILENCE, time.monotonic()
         self._next = 0.0
+        self._bar = tqdm(
+            total=100.0,
+            disable=not drawn,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}",
+        )
+        self._tensorboard: Any = None
 
     def begin(self, step: int) -> None:
-        """Drops what was logged after ``step``: it will be done again."""
-        if not self.speaks:
-            return
-        write_lines(self.path, [record for record in read_log(self.folder) if record["step"] <= step])
-        self.board = self._writer_type(str(self.folder / "tensorboard"), purge_step=step + 1)
+        """Drops the records after ``step``: these passes will run again."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+        path = self._folder / "log.jsonl"
+        write_lines(path, [record for record in read_log(self._folder) if record["step"] <= step])
+        self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def due(self) -> bool:
-        """Whether a second has passed since the last :meth:`show`: what it shows must be read from the device."""
-        return self.speaks and time.monotonic() >= self._next
-
-    def wait(self) -> None:
-        """Starts the second that lies between two :meth:`show`."""
+        """Whether :meth:`show` is due. Its loss must be read from the device, which takes some steps."""
+        if time.monotonic() < self._next:
+            return False
         self._next = time.monotonic() + REFRESH_SECONDS
+        return True
 
     def show(self, at: Progress, loss: float, lr: float, size: int, rate: float) -> None:
+        """Shows where the run stands; ``rate`` in images/s."""
         now = f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s"
-        self.bar.set_postfix_str(now, refresh=False)
-        self.bar.n = 100 * at.fraction
-        self.bar.refresh()
-        if self.tells and time.monotonic() >= self._said + self._silence:
-            self.say(f"{self.bar.n:.1f} % of {self.length}: {now}")
+        percent = 100 * at.fraction
+        self._bar.set_postfix_str(now, refresh=False)
+        self._bar.n = percent
+        self._bar.refresh()
+        if self._prints_progress and time.monotonic() >= self._printed + self._silence:
+            self.print(f"{percent:.1f} % of {self._length}: {now}")
             self._silence = min(2 * self._silence, LONGEST_SILENCE)
         for name, value in (("loss", loss), ("lr", lr), ("image_size", size), ("images_per_second", rate)):
-            self.board.add_scalar(f"train/{name}", value, at.step)
+            self._tensorboard.add_scalar(f"train/{name}", value, at.step)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Closes a pass: one line in the log, one on the screen."""
-        if not self.speaks:
-            return
-        append_line(self.path, values)
+        """Writes the record of a pass, and prints it."""
+        append_line(self._folder / "log.jsonl", values)
         for name in ("top1", "top5"):
             if values[name] is not None:
-                self.board.add_scalar(f"val/{name}", values[name], values["step"])
+                self._tensorboard.add_scalar(f"val/{name}", values[name], values["step"])
         accuracy = "" if values["top1"] is None else f"  top-1 {values['top1']:5.2f} %  top-5 {values['top5']:5.2f} %"
         grid = f", tokens {values['grid']}×{values['grid']}" if "grid" in values else ""
-        self.say(
-            f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px{grid}  batch {values['batch_size']}  "
-            + ("" if values["loss"] is None else f"loss {values['loss']:.4f}")
-            + f"{accuracy}  "
-            f"{values['images_per_second']:,.0f} images/s  waited for data {100 * values['data_wait_fraction']:.1f} %"
+        loss = "" if values["loss"] is None else f"loss {values['loss']:.4f}"
+        self.print(
+            f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px{grid}  batch {values['batch_size']}  {loss}"
+            f"{accuracy}  {values['images_per_second']:,.0f} images/s  "
+            f"waited for data {100 * values['data_wait_fraction']:.1f} %"
         )
 
-    def say(self, text: str) -> None:
-        if self.speaks:
-            tqdm.write(text)
-            sys.stdout.flush()
-            self._said = time.monotonic()
+    def print(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        tqdm.write(text)
+        sys.stdout.flush()
+        self._printed = time.monotonic()
 
     def close(self) -> None:
-        self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of a model, AdamW for the rest.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), and several optimizers combined into one.
 
 Shape letters: M matrices of one shape, R rows, C columns.
 """
@@ -11,32 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A quintic whose iteration takes all singular values near 1, fast and roughly (between 0.7 and 1.2).
+# A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-UPDATE_RMS = 0.2  # of AdamW's updates, about (Liu et al. 2025, arXiv 2502.16982, section 2.2): one rate serves both
+# About the root mean square of AdamW's updates, so that one learning rate serves both optimizers
+# (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+UPDATE_RMS = 0.2
 
 
 def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: (M, R, C) float32 → the same shape, in ``precision``."""
+    """Approximates the nearest (semi-)orthogonal matrices: (M, R, C) float32 -> the same shape, in ``precision``."""
     first, second, third = COEFFICIENTS
     x = matrices.to(precision)
-    turned = x.shape[1] > x.shape[2]
-    if turned:  # the products below are of the shorter side
+    transposed = x.shape[1] > x.shape[2]
+    if transposed:  # so that the Gram matrix has the shorter side
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
-    return x.mT.contiguous() if turned else x
+    return x.mT.contiguous() if transposed else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are orthogonalised before each update.
+    """Momentum (Nesterov) whose matrices are orthogonalized before each update, with decoupled weight decay.
 
-    Matrices of one shape are orthogonalised together, in one chain of batched products: a model of a dozen blocks
-    has two or three shapes. ``parts`` says which parameters are several matrices stacked by rows (queries, keys and
-    values), by the parameter's identity; ``precision`` is that of the products.
+    Matrices of one shape are orthogonalized together in batched products. ``parts`` maps the identity of a parameter to
+    the number of matrices that it stacks by rows (3 for queries, keys and values). ``precision`` is the type of the
+    products.
     """
 
     def __init__(
@@ -60,9 +62,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in active]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            looked_ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            directions = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
             torch._foreach_mul_(active, 1 - group["lr"] * group["weight_decay"])
-            self._update(active, looked_ahead, group["lr"])
+            self._update(active, directions, group["lr"])
 
     def _update(self, parameters: list[nn.Parameter], directions: list[Tensor], lr: float) -> None:
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
@@ -78,10 +80,10 @@ class Muon(torch.optim.Optimizer):
 
 
 class CombinedOptimizer:
-    """Several optimizers as one, for disjoint parameters; ``param_groups`` are all of theirs.
+    """Several optimizers for disjoint parameters, used as one.
 
-    With fp16, PyTorch's scaler reads from the device, once a step, whether gradients overflowed: a device sync that
-    the fused AdamW alone spares.
+    With fp16, PyTorch's GradScaler reads once per step whether gradients overflowed. This is a device sync, which fused
+    AdamW alone avoids.
     """
 
     def __init__(self, *members: torch.optim.Optimizer):

@@ -1,48 +1,52 @@
-"""The optimizer and the learning rate's schedule."""
+"""The optimizer: which parameters decay, and which optimizer updates them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from vitlocal.config import TrainConfig
 from vitlocal.errors import ConfigError
-from vitlocal.progress import Progress
 from vitlocal.train.muon import CombinedOptimizer, Muon
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainConfig, precision: torch.dtype = torch.float32
+    model: nn.Module,
+    name: str = "adamw",
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    muon_momentum: float = 0.95,
+    precision: torch.dtype = torch.float32,
 ) -> torch.optim.AdamW | CombinedOptimizer:
-    """AdamW, fused; no weight decay on norms, biases, position embeddings and class tokens.
+    """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
-    With ``train.optimizer=muon`` the matrices of the blocks go to Muon, and the rest stays with AdamW. Where the model
-    runs in bfloat16 (``precision``), Muon's products do.
+    With ``name="muon"``, Muon updates the matrices of the blocks and AdamW the rest. Muon computes in bfloat16 if
+    ``precision`` is bfloat16.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    matrices = block_matrices(model) if config.optimizer == "muon" else {}
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=(*exempt, *matrices))
-    if not matrices:
-        if config.optimizer == "muon":
-            raise ConfigError(f"train.optimizer: {type(model).__name__} has no blocks with matrices; use adamw")
-        return _adamw(groups, config)
+    matrices = block_matrices(model) if name == "muon" else {}
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=(*exempt, *matrices))
+    if name == "muon" and not matrices:
+        raise ConfigError(f"train.optimizer: {type(model).__name__} has no blocks with matrices; use adamw")
     taken = {id(p) for p in matrices.values()}
-    for group in groups:
+    for group in groups if matrices else ():
         group["params"] = [p for p in group["params"] if id(p) not in taken]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if not matrices:
+        return adamw
     parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    muon = Muon(matrices.values(), parts, config.lr, config.momentum, config.weight_decay, products)
-    return CombinedOptimizer(_adamw(groups, config), muon)
+    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, lr, muon_momentum, weight_decay, products))
 
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of linear layers within the model's blocks, by name: not those of embeddings and heads."""
+    """The weights of the linear layers in the model's blocks, by name."""
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
@@ -50,34 +54,10 @@ def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
-
-
-class Schedule:
-    """The learning rate of a step by where it ends: warm-up, then cosine, linear or constant, down to ``end_lr``."""
-
-    def __init__(self, config: TrainConfig):
-        self.config = config
-        self.peak = config.lr * (config.batch_size / config.lr_batch if config.lr_batch else 1.0)
-
-    def __call__(self, at: Progress) -> float:
-        config = self.config
-        if config.schedule_by == "epoch":
-            # As timm's scheduler in the paper's code: moved after an epoch, with the number of that epoch. A step that
-            # ends with an epoch still belongs to it.
-            at = replace(at, epoch=max(0.0, math.ceil(at.epoch - 1e-9) - 2.0))
-        part = at.fraction if config.schedule_length is None else min(1.0, config.schedule_length.fraction_done(at))
-        left = {"cosine": (1 + math.cos(math.pi * part)) / 2, "linear": 1 - part, "constant": 1.0}[config.schedule]
-        end = min(config.end_lr, self.peak)
-        rate = end + (self.peak - end) * left
-        if config.warmup.value:
-            rate *= min(1.0, max(config.warmup.fraction_done(at), 1e-3))
-        return rate
-
-
-def moments_of(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Callable[[nn.Parameter], dict[str, Any]]:
-    """What the optimizer keeps for a parameter, as a dict that may be written to; empty before its first step."""
+def optimizer_state(
+    optimizer: torch.optim.Optimizer | CombinedOptimizer,
+) -> Callable[[nn.Parameter], dict[str, Any]]:
+    """A function from a parameter to its optimizer state, which may be changed; empty before the first step."""
     members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}
     return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}

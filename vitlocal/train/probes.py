@@ -1,161 +1,179 @@
-"""What methods want to know beside training: the time, the loss or the trainability of a candidate.
+"""Measures what methods ask for: the time, the loss or the trainability of a candidate shape.
 
-Nothing here leaves a trace: weights, moments, averages, BatchNorm's statistics and random generators are as before.
+A probe leaves no trace: weights, moments, averages, BatchNorm's statistics and random generators are as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, full_batches
+from vitlocal.data.batch import Batch, Sources, full_batches
 from vitlocal.methods.method import Probe
 from vitlocal.models.shape import check_shape, in_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Plan
 from vitlocal.progress import TRAINING_FLOPS
-from vitlocal.train.step import EAGER, buffers_kept, step_seed
-from vitlocal.train.trainability import condition_number, zico
-from vitlocal.train.watch import wait
+from vitlocal.train.devices import synchronize
+from vitlocal.train.distributed import ALONE, Ranks
+from vitlocal.train.macs import MacCounter
+from vitlocal.train.state import TrainState
+from vitlocal.train.step import EAGER, TrainStep, buffers_kept, step_seed
+from vitlocal.train.trainability import condition_number, tangent_kernel, zico
 
-if TYPE_CHECKING:
-    from vitlocal.train.run import Run
-
-FORWARD_FLOPS = TRAINING_FLOPS / 3  # to a multiply-add, without a backward
-EPOCH = 1_000_000  # whose order and crops are for probes: every candidate sees the same
+FORWARD_FLOPS = TRAINING_FLOPS / 3  # for each multiply-add, without the backward pass
+EPOCH = 1_000_000  # whose order and crops the probes use, so that every candidate sees the same images
 
 
-def answer(run: Run, probe: Probe) -> Any:
-    """What ``probe`` asks for, the same on every rank. Every rank must call it. It is of the budget, FLOPs and all.
+class Prober:
+    """Measures probes for a run. The FLOPs of a probe count towards the budget.
 
-    ``probe`` leaves nothing open: see :func:`in_place`.
+    ``compile_step`` compiles the step for a plan; ``seed`` seeds PyTorch's generators for each probe.
     """
-    if probe.kind == "sum":
-        return run.ranks.total(probe.value.to(run.device)).cpu()  # device sync
-    check_shape(run.model, probe.shape)
-    if probe.kind == "seconds" and run.searches.replay is not None:
-        count_timing(run, probe)  # as if it had been measured: a budget in FLOPs is to go as it went
-        return run.searches.told(probe)
-    before = run.step.shape, run.step.dials
-    run.step.turn(run.plan().dials)
-    try:
-        with generators_seeded(run.device, step_seed(run.config.run.seed, 0, run.ranks.rank)), buffers_kept(run.model):
-            return run.ranks.broadcast(KINDS[probe.kind](run, probe))
-    finally:
-        run.step.put(before[0])
-        run.step.turn(before[1])
 
+    def __init__(
+        self,
+        state: TrainState,
+        step: TrainStep,
+        sources: Sources,
+        macs: MacCounter,
+        compile_step: Callable[[Plan], None],
+        seed: int = 0,
+        ranks: Ranks = ALONE,
+    ):
+        self._state, self._step, self._sources, self._macs = state, step, sources, macs
+        self._compile_step, self._seed, self._ranks = compile_step, seed, ranks
 
-def in_place(run: Run, probe: Probe) -> Probe:
-    """``probe`` with what it leaves open as the run has it: the shape's other fields, the size, the batch."""
-    now = run.plan()
-    shape = (
-        replace(now.shape, **{name: getattr(probe.shape, name) for name in probe.sets}) if probe.sets else probe.shape
-    )
-    size = probe.size or now.feed.size
-    return replace(probe, shape=shape, size=size, samples=probe.samples or run.batch_size_at(size))
+    def complete(self, probe: Probe, plan: Plan, batch_size: Callable[[int], int]) -> Probe:
+        """``probe`` with what it leaves open: the shape's other fields, the size, and the batch size at that size."""
+        shape = probe.shape
+        if probe.sets:
+            shape = replace(plan.shape, **{name: getattr(probe.shape, name) for name in probe.sets})
+        size = probe.size or plan.feed.size
+        return replace(probe, shape=shape, size=size, samples=probe.samples or batch_size(size))
 
-
-def seconds(run: Run, probe: Probe) -> float:
-    """Of forward and backward, an image: the mean over the probe's batches, after one more that is not counted."""
-    feed = Feed(probe.size, probe.samples)
-    with run.clock.paused():
-        run.warm(Plan(feed, shape=probe.shape))  # compiling is not training time
-    run.step.put(probe.shape)
-    spent, images = 0.0, 0
-    with batches_of(run, probe, extra=1) as batches:
-        for number, batch in enumerate(batches):
-            mode = run.step.mode(feed) if batch.total == feed.batch_size else EAGER
-            wait(run.device)  # device sync, here and below: this is a measurement
-            began = run.clock.watch()
-            run.step.rehearse(batch, mode)
-            wait(run.device)
-            if number:
-                spent += run.clock.watch() - began
-                images += batch.total
-    count_timing(run, probe)
-    return spent / max(images, 1)
-
-
-def count_timing(run: Run, probe: Probe) -> None:
-    """The FLOPs of :func:`seconds`, whose batches are all full."""
-    images = (probe.batches + 1) * probe.samples
-    run.clock.count_flops(TRAINING_FLOPS * images * run.macs(probe.size, probe.shape))
-
-
-@torch.no_grad()
-def loss(run: Run, probe: Probe) -> float:
-    """Mean cross-entropy of the probe's batches, as in training but for the update."""
-    run.step.put(probe.shape)
-    model = run.model if probe.average is None else run.copies[probe.average].model
-    training = model.training
-    total = torch.zeros(2, dtype=torch.float64, device=run.device)
-    with in_shape(model, probe.shape, probe.shape), buffers_kept(model), batches_of(run, probe) as batches:
+    def measure(self, probe: Probe, plan: Plan) -> Any:
+        """The result of a complete ``probe``, the same on every rank. All ranks must call it."""
+        if probe.kind == "sum":
+            return self._ranks.total(probe.value.to(self._step.device)).cpu()  # device sync
+        check_shape(self._step.model, probe.shape)
+        if probe.kind == "seconds" and self._state.search_log.replays:
+            self._count_timing(probe)  # as if it were measured, so that a budget in FLOPs is spent as before
+            return self._state.search_log.replayed_seconds(probe)
+        measure = {"seconds": self._seconds, "loss": self._loss, "trainability": self._trainability}[probe.kind]
+        before = self._step.shape, self._step.dials
+        self._step.set_dials(plan.dials)
         try:
-            model.train()
-            if isinstance(model, VisionTransformer):  # an average's are those of the last step's shape
-                model.drop_path_rates.copy_(run.model.drop_path_rates)
-            for number, batch in enumerate(batches):
-                if len(batch):
-                    total[0] += run.step.loss_of(model, batch, number)
-                    total[1] += len(batch)
+            seed = step_seed(self._seed, 0, self._ranks.rank)
+            with generators_seeded(self._step.device, seed), buffers_kept(self._step.model):
+                return self._ranks.broadcast(measure(probe, plan))
         finally:
-            model.train(training)
-    summed, images = run.ranks.total(total).tolist()  # device sync
-    run.clock.count_flops(FORWARD_FLOPS * images * run.macs(probe.size, probe.shape))
-    return summed / max(images, 1)
+            self._step.set_shape(before[0])
+            self._step.set_dials(before[1])
 
-
-def trainability(run: Run, probe: Probe) -> tuple[float, float]:
-    """The mean condition number of the tangent kernel, and ZiCo, over batches of ``samples`` images."""
-    run.step.put(probe.shape)
-    kept = [parameter.grad for parameter in run.model.parameters()]
-    numbers, gradients = [], []
-    try:
-        with batches_of(run, probe, extra=probe.kernel_batches) as batches:
+    def _seconds(self, probe: Probe, plan: Plan) -> float:
+        """Forward and backward, seconds per image: the mean over the probe's batches, after one that is not counted."""
+        feed = Feed(probe.size, probe.samples)
+        timer = self._state.clock.timer
+        with timer.paused():
+            self._compile_step(Plan(feed, shape=probe.shape))  # compiling is not training time
+        self._step.set_shape(probe.shape)
+        spent, images = 0.0, 0
+        with self._batches(probe, plan, extra=1) as batches:
             for number, batch in enumerate(batches):
-                if number < probe.kernel_batches:
-                    numbers.append(condition_number(run.step, batch, number))
-                else:
-                    gradients.append(run.step.gradients_of(batch))
-    finally:
-        for parameter, grad in zip(run.model.parameters(), kept, strict=True):
-            parameter.grad = grad
-    # Each image's gradient is a backward of its own, through the whole batch.
-    backward, macs = TRAINING_FLOPS - FORWARD_FLOPS, run.macs(probe.size, probe.shape)
-    kernels = len(numbers) * probe.samples * (FORWARD_FLOPS + backward * probe.samples)
-    run.clock.count_flops(macs * (kernels + len(gradients) * probe.samples * TRAINING_FLOPS))
-    return sum(numbers) / max(len(numbers), 1), zico(gradients)
+                mode = self._step.mode(feed) if batch.total == feed.batch_size else EAGER
+                synchronize(self._step.device)  # device sync, here and below: this is a measurement
+                began = timer.train_now()
+                self._step.forward_backward(batch, mode)
+                synchronize(self._step.device)
+                if number:
+                    spent += timer.train_now() - began
+                    images += batch.total
+        self._count_timing(probe)
+        return spent / max(images, 1)
 
+    def _count_timing(self, probe: Probe) -> None:
+        """Counts the FLOPs of :meth:`_seconds`, whose batches are all full."""
+        images = (probe.batches + 1) * probe.samples
+        self._count_flops(TRAINING_FLOPS * images, probe)
 
-@contextmanager
-def batches_of(run: Run, probe: Probe, extra: int = 0) -> Iterator[Iterator[Batch]]:
-    """The probe's batches, and ``extra`` ones, all of them full: images of its split, the same at every call.
+    @torch.no_grad()
+    def _loss(self, probe: Probe, plan: Plan) -> float:
+        """Mean cross-entropy over the probe's batches, augmented as in training."""
+        step, trained = self._step, self._step.model
+        step.set_shape(probe.shape)
+        model = trained if probe.average is None else self._state.method_emas[probe.average].model
+        training = model.training
+        total = torch.zeros(2, dtype=torch.float64, device=step.device)
+        with (
+            in_shape(model, probe.shape, probe.shape),
+            buffers_kept(model),
+            self._batches(probe, plan) as batches,
+        ):
+            try:
+                model.train()
+                if isinstance(model, VisionTransformer):  # an average still has the rates of the last step's shape
+                    model.drop_path_rates.copy_(trained.drop_path_rates)
+                for number, batch in enumerate(batches):
+                    if len(batch):
+                        total[0] += step.loss(model, batch, number)
+                        total[1] += len(batch)
+            finally:
+                model.train(training)
+        summed, images = self._ranks.total(total).tolist()  # device sync
+        self._count_flops(FORWARD_FLOPS * images, probe)
+        return summed / max(images, 1)
 
-    Raises ConfigError where the split has fewer images than a batch.
-    """
-    source, count = getattr(run.sources, probe.split), probe.batches + extra
-    feed = Feed(probe.size, probe.samples, run.plan().feed.subset)
-    if probe.split == "val":  # which has an order, by class perhaps: from all over it
-        rows = np.linspace(0, source.count - 1, min(source.count, count * probe.samples)).astype(np.int64)
-        source.rows.keep(number := len(rows), rows)
-        feed = replace(feed, subset=number)
-    with closing(full_batches(source, feed, EPOCH)) as batches:
-        yield islice(batches, count)
+    def _trainability(self, probe: Probe, plan: Plan) -> tuple[float, float]:
+        """The mean condition number of the tangent kernel, and ZiCo, on batches of ``samples`` images."""
+        step = self._step
+        step.set_shape(probe.shape)
+        saved = [parameter.grad for parameter in step.model.parameters()]
+        numbers, gradients = [], []
+        try:
+            with self._batches(probe, plan, extra=probe.kernel_batches) as batches:
+                for number, batch in enumerate(batches):
+                    if number < probe.kernel_batches:
+                        with torch.enable_grad():
+                            logits = step.logits(step.model, batch, number, torch.float32)
+                            numbers.append(condition_number(tangent_kernel(step.model, logits)))
+                    else:
+                        gradients.append(step.layer_gradients(batch))
+        finally:
+            for parameter, grad in zip(step.model.parameters(), saved, strict=True):
+                parameter.grad = grad
+        # Each image's gradient is a backward pass of its own through the whole batch.
+        backward = TRAINING_FLOPS - FORWARD_FLOPS
+        kernels = len(numbers) * probe.samples * (FORWARD_FLOPS + backward * probe.samples)
+        self._count_flops(kernels + len(gradients) * probe.samples * TRAINING_FLOPS, probe)
+        return sum(numbers) / max(len(numbers), 1), zico(gradients)
+
+    def _count_flops(self, flops_per_mac: float, probe: Probe) -> None:
+        self._state.clock.flops += flops_per_mac * self._macs(probe.size, probe.shape)
+
+    @contextmanager
+    def _batches(self, probe: Probe, plan: Plan, extra: int = 0) -> Iterator[Iterator[Batch]]:
+        """The probe's batches and ``extra`` further ones, all full: the same images at every call."""
+        source: Any = getattr(self._sources, probe.split)
+        count = probe.batches + extra
+        feed = Feed(probe.size, probe.samples, plan.feed.subset)
+        if probe.split == "val":  # sorted by class, perhaps: take rows from all over it
+            rows = np.linspace(0, source.count - 1, min(source.count, count * probe.samples)).astype(np.int64)
+            source.rows.keep(number := len(rows), rows)
+            feed = replace(feed, subset=number)
+        with closing(full_batches(source, feed, EPOCH)) as batches:
+            yield islice(batches, count)
 
 
 @contextmanager
 def generators_seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """PyTorch's generators start from ``seed`` in here, and are afterwards as before."""
+    """A context in which PyTorch's generators start from ``seed``; afterwards they are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-KINDS = {"seconds": seconds, "loss": loss, "trainability": trainability}

@@ -1,4 +1,4 @@
-"""What searches are told is kept in the run's folder, and can be told again."""
+"""The results of searches are kept in the run's folder, and their times can be replayed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import read_lines
 from vitlocal.methods.method import Probe
 from vitlocal.plan import Shape
 from vitlocal.progress import Progress
-from vitlocal.train import probes
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.checkpoint import load_checkpoint
-from vitlocal.train.folder import CHECKPOINT
-from vitlocal.train.log import read_lines, read_log
-from vitlocal.train.loop import train
-from vitlocal.train.searches import SEARCHES, Searches, plain_answer, plain_probe
+from vitlocal.train.command import train
+from vitlocal.train.probes import Prober
+from vitlocal.train.run_folder import CHECKPOINT
+from vitlocal.train.search_log import SEARCHES, SearchLog, probe_as_json, result_as_json
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -43,10 +44,10 @@ def test_a_search_is_repeated_from_another_runs_times(
     assert len(set(times)) == len(times) > 4 and min(times) > 0  # measured
     assert len([line for line in lines if "chosen" in line]) == 3  # of four stages the last has nothing to choose
 
-    def measured(run, probe):
+    def measured(prober, probe, plan):
         raise AssertionError("no time is to be measured")
 
-    monkeypatch.setitem(probes.KINDS, "seconds", measured)
+    monkeypatch.setattr(Prober, "_seconds", measured)
     with killed_after(6):
         train(again)
     assert train(again) == 0
@@ -57,7 +58,7 @@ def test_a_search_is_repeated_from_another_runs_times(
     assert flops[0] == flops[1]
 
 
-def test_what_cannot_be_told_again(configure, decoder, tmp_path: Path):
+def test_times_that_cannot_be_replayed(configure, decoder, tmp_path: Path):
     """A folder without times, and one whose times are of other candidates; nothing is left behind at a start."""
     folder = tmp_path / "other"
     options = [*COMMON, *SEARCHED["unfreeze"], f"--run.replay={folder}"]
@@ -69,25 +70,25 @@ def test_what_cannot_be_told_again(configure, decoder, tmp_path: Path):
         train(configure(*options))
     line = {"probe": {"kind": "seconds", "size": 224, "shape": {}}, "answer": 0.1}
     (folder / SEARCHES).write_text(json.dumps(line) + "\n")
-    with pytest.raises(ConfigError, match=r'time 1 in .* is of .*"size": 224.*asks for that of .*"size": 16'):
+    with pytest.raises(ConfigError, match=r'time 1 in .* is for .*"size": 224.*needs the time of .*"size": 16'):
         train(configure(*options))
     assert not (tmp_path / "run").exists()
-    searches = Searches(tmp_path, str(folder))
+    searches = SearchLog(tmp_path, str(folder))
     searches.record(Progress(), "unfreeze", Probe("seconds", size=224), 0.1)
-    with pytest.raises(ConfigError, match="has 1 times, and this run asks for one more"):
-        searches.told(Probe("seconds", size=32))
+    with pytest.raises(ConfigError, match="has 1 times, and this run needs one more"):
+        searches.replayed_seconds(Probe("seconds", size=32))
 
 
-def test_lines_that_a_checkpoint_does_not_know_are_dropped(tmp_path: Path):
-    searches = Searches(tmp_path)
+def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path):
+    searches = SearchLog(tmp_path)
     searches.begin()  # nothing is there yet
     for size in (16, 32, 48):
         searches.record(Progress(epoch=0.5, step=2), "unfreeze", Probe("seconds", size=size), 1e-3 * size)
         if size == 32:
             state = searches.state_dict()
     searches.record(Progress(), "trilevel", Probe("sum", value=torch.ones(3)), torch.ones(3))  # no search's
-    assert searches.lines == 3
-    again = Searches(tmp_path)
+    assert searches.state_dict()["lines"] == 3
+    again = SearchLog(tmp_path)
     again.load_state_dict(state)
     again.begin()
     again.record(Progress(epoch=0.5, step=2), "unfreeze", Probe("seconds", size=48), 0.5, ["1@48px"])
@@ -97,8 +98,8 @@ def test_lines_that_a_checkpoint_does_not_know_are_dropped(tmp_path: Path):
                          "probe": {"kind": "seconds", "size": 48, "shape": {}}}  # fmt: skip
 
 
-def test_questions_and_answers_are_plain():
+def test_probes_and_results_as_json():
     probe = Probe("trainability", Shape(trainable_blocks=(0, 2)), 32, 2, 3, samples=8, sets=("trainable_blocks",))
-    assert plain_probe(probe) == {"kind": "trainability", "size": 32, "batches": 2, "kernel_batches": 3, "samples": 8,
+    assert probe_as_json(probe) == {"kind": "trainability", "size": 32, "batches": 2, "kernel_batches": 3, "samples": 8,
                                   "shape": {"trainable_blocks": [0, 2]}}  # fmt: skip
-    assert plain_answer((float("inf"), 0.1 + 0.2)) == ["inf", 0.1 + 0.2] and plain_answer(float("nan")) == "nan"
+    assert result_as_json((float("inf"), 0.1 + 0.2)) == ["inf", 0.1 + 0.2] and result_as_json(float("nan")) == "nan"

@@ -1,0 +1,244 @@
+"""Runs under a budget in time: the reserve for their end, kills, compiling, and what is evaluated."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from pathlib import Path
+
+import pytest
+
+from vitlocal.errors import ConfigError
+from vitlocal.plan import Plan
+from vitlocal.report.run_folder import read_log
+from vitlocal.train.budget import FINISH_SECONDS, Clock
+from vitlocal.train.build import open_run, open_trainer
+from vitlocal.train.command import end_warnings, train
+from vitlocal.train.evaluator import Evaluator
+from vitlocal.train.output import RunOutput
+from vitlocal.train.run_folder import CHECKPOINT
+from vitlocal.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+COUNTED = ("--budget.counts=wall", "--methods=none", "--train.batch_size=32")  # epochs of two seconds
+
+
+class FakeTime:
+    """A time that passes in steps (half a second each), evaluations, checkpoints, and after training only."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, evaluations: Iterator[float], saves: Iterator[float] | None = None
+    ):
+        self.now = 0.0
+
+        def save_checkpoint(output: RunOutput, content: dict) -> None:
+            self.now += next(saves) if saves else 0.0
+
+        def taking(owner: type, name: str, seconds: Callable[[], float]) -> None:
+            original = getattr(owner, name)
+
+            def timed(*arguments: object, **named: object) -> object:
+                self.now += seconds()
+                return original(*arguments, **named)
+
+            monkeypatch.setattr(owner, name, timed)
+
+        def fake_clock(length: object, counts: str, began: float | None = None) -> Clock:
+            return Clock(length, counts, now=lambda: self.now)
+
+        monkeypatch.setattr("vitlocal.train.build.Clock", fake_clock)
+        monkeypatch.setattr(RunOutput, "save_checkpoint", save_checkpoint)
+        monkeypatch.setattr(Evaluator, "estimate_seconds", lambda evaluator, plan: 3.0)
+        taking(Trainer, "train_step", lambda: 0.5)
+        taking(Evaluator, "accuracy", lambda: next(evaluations))
+
+        def export(run: object, folder: Path) -> None:
+            self.now += FINISH_SECONDS
+
+        monkeypatch.setattr("vitlocal.train.command.export", export)
+
+
+def test_a_wall_clock_budget_keeps_its_reserve(configure, decoder, tmp_path: Path):
+    assert train(configure("--budget.length=8s", "--budget.counts=wall", "--evaluate.every=0")) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert last["train_seconds"] < last["wall_seconds"] < 8.5
+    assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["top1"] is not None
+
+
+def test_an_evaluation_that_would_leave_no_step_waits_for_the_end(configure, decoder, tmp_path: Path, monkeypatch):
+    """The third epoch ends at 12 seconds, training at 13.4."""
+    clock = FakeTime(monkeypatch, repeat(3.0))
+    length = 16.4 + FINISH_SECONDS
+    assert train(configure(f"--budget.length={length}s", *COUNTED)) == 0
+    records = read_log(tmp_path / "run")
+    assert [record["epoch"] for record in records if record["top1"] is not None] == [1, 2, records[-1]["epoch"]]
+    assert records[-1]["epoch"] > 3 and records[-1]["lr"] == pytest.approx(1e-5)
+    assert clock.now == pytest.approx(length, abs=0.5)
+
+
+def test_a_delayed_evaluation_does_not_end_the_run_early(configure, decoder, tmp_path: Path, monkeypatch):
+    clock = FakeTime(monkeypatch, chain([3.0, 9.0], repeat(3.0)))
+    assert train(configure("--budget.length=40s", *COUNTED)) == 0
+    assert clock.now == pytest.approx(40, abs=0.5)
+    assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("saves", "every"),
+    [((1.5,), "none"), ((0.1, 6.0, 0.1), "10%"), ((4.0,), "10%"), ((4.0,), "60%")],
+    ids=["at epochs only", "one delayed", "slow", "slow and few"],
+)
+def test_checkpoints_fit_into_the_budget(saves, every, configure, decoder, tmp_path: Path, monkeypatch):
+    clock = FakeTime(monkeypatch, repeat(3.0), chain(saves, repeat(saves[-1])))
+    options = ("--budget.length=60s", "--evaluate.every=0", f"--run.save_every={every}")
+    assert train(configure(*options, *COUNTED)) == 0
+    assert clock.now == pytest.approx(60, abs=0.6)
+    assert read_log(tmp_path / "run")[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_compiling_that_takes_the_rest_is_followed_by_no_step(configure, decoder, tmp_path: Path, monkeypatch):
+    """Compiling for the second epoch takes 20 of 24 seconds."""
+    clock, compile_for, compiled = FakeTime(monkeypatch, repeat(3.0)), Trainer.compile_for, []
+
+    def compiling(self: Trainer, plan: Plan) -> None:
+        compiled.append(self.state.clock.step)
+        clock.now += 20.0 if self.state.clock.step == 4 else 0.0
+        compile_for(self, plan)
+
+    monkeypatch.setattr(Trainer, "compile_for", compiling)
+    options = ("--budget.length=24s", "--evaluate.every=0", "--train.warm=stage", *COUNTED)
+    assert train(configure(*options)) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert compiled == [0, 4] and last["step"] == 4 and last["top1"] is not None
+
+
+def test_a_signal_while_compiling_takes_the_rest_leaves_the_evaluation_to_the_next_process(
+    configure, decoder, tmp_path: Path, monkeypatch
+):
+    options = ("--budget.length=30s", "--evaluate.every=0", "--train.warm=stage", "--run.save_every=1steps", *COUNTED)
+    with monkeypatch.context() as patch:
+        compile_for = Trainer.compile_for
+
+        def compiling(self: Trainer, plan: Plan) -> None:
+            if self.state.clock.step == 4:
+                self.state.clock.timer.resume(0.0, 30.0)
+                os.kill(os.getpid(), signal.SIGTERM)
+            compile_for(self, plan)
+
+        patch.setattr(Trainer, "compile_for", compiling)
+        assert train(configure(*options)) == 143
+    run = tmp_path / "run"
+    assert not (run / "model.safetensors").exists() and (run / CHECKPOINT).exists()
+    monkeypatch.setattr(Trainer, "train_step", None)
+    assert train(configure(*options)) == 0
+    last = read_log(run)[-1]
+    assert last["step"] == 4 and last["top1"] is not None and (run / "model.safetensors").exists()
+
+
+def test_one_delayed_batch_counts_once_in_the_estimate_of_an_evaluation(configure, decoder, monkeypatch):
+    """Five of eight batches are measured, at 0.1 s each after 0.2 s to open the source; one takes a second more."""
+    with open_trainer(configure("--budget.length=1h", "--budget.counts=wall", "--evaluate.batch_size=10")) as trainer:
+        now, delays = [0.0], chain([0.0] * 3, [1.0], repeat(0.0))
+
+        def accuracy(plan: Plan, stop: Callable[[], bool] = lambda: False, limit: int = 99) -> None:
+            now[0] += 0.2
+            for _ in range(limit):
+                stop()
+                now[0] += 0.1 + next(delays)
+
+        monkeypatch.setattr(trainer.evaluator, "accuracy", accuracy)
+        monkeypatch.setattr("vitlocal.train.evaluator.perf_counter", lambda: now[0])
+        assert trainer.evaluator.estimate_seconds(trainer.plan()) == pytest.approx(0.2 + 8 * 0.1 + 1.0)
+
+
+def test_objects_that_compiling_made_are_not_collected_while_a_run_trains(configure, decoder, monkeypatch):
+    with open_trainer(configure("--budget.length=1h")) as trainer:
+        monkeypatch.setattr(trainer.step, "warm_up", lambda feed, num_classes: 1.0)  # seconds of compiling
+        trainer.prepare()
+        assert gc.get_freeze_count() > 100_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_budget_with_no_time_to_train_is_refused(configure, decoder, tmp_path: Path):
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        train(configure("--budget.length=0.01s", "--budget.counts=wall"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("counts", "warns"), [("wall", True), ("train", False)])
+def test_a_run_with_little_training_time_warns(configure, decoder, counts: str, warns: bool):
+    with open_run(configure("--budget.length=1h", f"--budget.counts={counts}"), time.monotonic() - 100) as run:
+        assert any(warning.startswith("0 of 100 s were training") for warning in end_warnings(run)) == warns
+
+
+def test_a_run_killed_in_its_last_evaluation_only_repeats_that(configure, decoder, tmp_path: Path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def accuracy(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "accuracy", accuracy)
+        with pytest.raises(Killed):
+            train(configure("--budget.length=2s", "--evaluate.every=0"))
+    steps = []
+    monkeypatch.setattr(Trainer, "train_step", lambda *arguments: steps.append(arguments))
+    assert train(configure("--budget.length=2s", "--evaluate.every=0")) == 0
+    assert not steps and read_log(tmp_path / "run")[-1]["top1"] is not None
+
+
+def test_a_run_that_had_spent_its_time_when_it_was_killed_is_evaluated(configure, decoder, tmp_path: Path, monkeypatch):
+    """Time after the last checkpoint counts although its steps are lost, so that no step may be left."""
+    count = [0]
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, batch, plan) -> None:
+        original(self, batch, plan)
+        count[0] += 1
+        if count[0] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    options = ("--budget.length=1h", "--evaluate.every=0", "--image_size.step_epochs=100")
+    assert train(configure(*options)) == 143
+    (tmp_path / "run" / "spent.json").write_text('{"train_seconds": 3600.0, "wall_seconds": 3601.0}\n')
+    assert train(configure(*options)) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert last["step"] == 6 and last["top1"] is not None
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+    assert train(configure(*options)) == 0 and read_log(tmp_path / "run")[-1] == last
+
+
+@pytest.mark.parametrize("rows", ["even", "odd"])
+def test_half_of_the_rows_are_counted(configure, decoder, tmp_path: Path, rows: str):
+    assert train(configure("--budget.length=1ep", f"--evaluate.part={rows}")) == 0
+    classes = json.loads((tmp_path / "run" / "classes.json").read_text())
+    total = sum(entry["images"] for entry in classes)
+    assert len(classes) == 20 and total == 40  # of 80
+    top1 = 100 * sum(entry["right"] for entry in classes) / total
+    assert read_log(tmp_path / "run")[-1]["top1"] == pytest.approx(top1)
+
+
+def test_the_average_can_forget_over_a_part_of_the_budget(configure, decoder, tmp_path: Path):
+    assert train(configure("--train.ema_length=20%", "--budget.length=1ep")) == 0
+    with pytest.raises(ConfigError, match="keep one of the two"):
+        configure("--train.ema_length=20%", "--train.ema=0.9")
+
+
+def test_a_budget_in_flops(configure, decoder, tmp_path: Path):
+    """It ends at the nearest step, with the final learning rate, whatever the sizes cost."""
+    options = ["--image_size.stages=16px until 30%,48px", "--budget.length=0.004TF", "--evaluate.every=0"]
+    assert train(configure(*options)) == 0
+    records = read_log(tmp_path / "run")
+    last = records[-1]
+    step = 6 * last["macs_per_image"] * 32
+    assert last["flops"] == pytest.approx(4e9, abs=step / 2) and last["lr"] == pytest.approx(1e-5, rel=0.1)
+    small = [record for record in records if record["image_size"] == 16][-1]
+    assert small["flops"] == pytest.approx(1.2e9, abs=6 * small["macs_per_image"] * 32)

@@ -1,0 +1,271 @@
+"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and what is reserved for its end."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vitlocal.progress import Length, Position, Progress
+
+TIMED_STEPS = 5  # the next step is expected to take the median time of so many steps
+STOP = 0.5  # of a step: if less time is left, no step begins
+SLACK = 0.25  # of a step: if at most so much more would be left after a step, it counts as the last one
+KNOWN = 3  # evaluations and checkpoints: the next one is expected to take the median time of so many
+# For the export, the report and the end of the process after the last evaluation. Measured: 0.9 to 1.6 s on two cores.
+FINISH_SECONDS = 1.5
+
+
+class RunTimer:
+    """Training time and total time of a run, in seconds. Both continue after a restart.
+
+    Training time runs between :meth:`start` and :meth:`stop`, except in :meth:`paused`. Total time runs from ``began``
+    (a value of ``now``; default: from the construction). No time counts while no process runs.
+    ``cpu`` measures training time as processor time of all threads.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, began: float | None = None, cpu: bool = False):
+        self.now = now
+        self.train_now = time.process_time if cpu else now
+        self._wall_before = 0.0  # by earlier processes
+        self._wall_began = now() if began is None else began
+        # Seconds until the last stop, and when the timer was started since. One tuple, because the journal's thread
+        # reads both.
+        self._training: tuple[float, float | None] = 0.0, None
+
+    @property
+    def train_seconds(self) -> float:
+        before, since = self._training
+        return before if since is None else before + self.train_now() - since
+
+    @property
+    def wall_seconds(self) -> float:
+        return self._wall_before + self.now() - self._wall_began
+
+    def start(self) -> None:
+        """Lets training time run."""
+        before, since = self._training
+        if since is None:
+            self._training = before, self.train_now()
+
+    def stop(self) -> None:
+        """Stops training time until :meth:`start`."""
+        self._training = self.train_seconds, None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context that does not count as training time."""
+        running = self._training[1] is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start()
+
+    def resume(self, train_seconds: float, wall_seconds: float) -> None:
+        """Adds what earlier processes spent. If called again, the larger values count."""
+        before, since = self._training
+        self._training = max(before, train_seconds), since
+        self._wall_before = max(self._wall_before, wall_seconds)
+
+
+@dataclass
+class FinalReserve:
+    """The seconds of a wall-clock budget that are reserved for the end of the run.
+
+    These are one evaluation, two checkpoints (before and after it) and a constant for export, report and exit.
+    """
+
+    evaluations: list[float] = field(default_factory=list)  # seconds of the last ones
+    checkpoints: list[float] = field(default_factory=list)
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """The expected time of the next evaluation: the median, because a busy machine can delay one of them."""
+        return statistics.median_high(self.evaluations) if self.evaluations else 0.0
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """The expected time of the next checkpoint."""
+        return statistics.median_high(self.checkpoints) if self.checkpoints else 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        return self.evaluation_seconds + 2 * self.checkpoint_seconds + FINISH_SECONDS
+
+    def record_evaluation(self, seconds: float) -> None:
+        """Notes how long an evaluation took."""
+        self.evaluations = [*self.evaluations, seconds][-KNOWN:]
+
+    def record_checkpoint(self, seconds: float) -> None:
+        """Notes how long a checkpoint took."""
+        self.checkpoints = [*self.checkpoints, seconds][-KNOWN:]
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"evaluations": self.evaluations, "checkpoints": self.checkpoints}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.evaluations, self.checkpoints = list(state["evaluations"]), list(state["checkpoints"])
+
+
+class Clock:
+    """How much of a budget is spent: ``Clock("24h")``, ``Clock("90ep", images_per_epoch=50_000)``.
+
+    ``counts`` says which time a budget in time counts: "train" (without evaluation and saving), "wall" (all time of the
+    process) or "cpu" (as "train", in processor time).
+
+    A budget in time is spent when less than half a step is left. With "wall", ``reserve_seconds`` is the part of the
+    budget that is reserved for the work after training. The fraction then goes from 0, at the first step, to 1 at
+    the start of the reserve.
+    """
+
+    def __init__(
+        self,
+        length: Length | str,
+        counts: str = "train",
+        images_per_epoch: int = 1,
+        now: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+    ):
+        self.length = Length.parse(length) if isinstance(length, str) else length
+        self._counts = counts
+        self.images_per_epoch = images_per_epoch
+        self.timer = RunTimer(now, began, cpu=counts == "cpu")
+        self.step = 0
+        self.images_seen = 0
+        self.flops = 0.0
+        self.position = Position()
+        self.reserve_seconds = 0.0
+        # The budget's seconds and the pace as rank 0 measured them, if there are several processes.
+        self.synced: tuple[float, float] | None = None
+        self._schedule_began = 0.0  # the budget's seconds at the first step
+        self._reached = 0.0  # the largest fraction so far: the reserve may grow, but no schedule goes back
+        self._batch = 0  # images of the last step
+        self._step_flops = 0.0
+        self._image_seconds: deque[float] = deque(maxlen=TIMED_STEPS)  # of the last steps
+        self._last_step = 0.0  # training seconds at the end of the last step
+
+    @property
+    def reserves(self) -> bool:
+        """Whether the end of the run counts too: a budget in time with counts="wall"."""
+        return self._counts == "wall" and self.length.kind == "seconds"
+
+    @property
+    def local_time(self) -> tuple[float, float]:
+        """The budget's seconds and the expected seconds per image, as this process measures them."""
+        seconds = self.timer.wall_seconds if self._counts == "wall" else self.timer.train_seconds
+        return seconds, statistics.median(self._image_seconds) if self._image_seconds else 0.0
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands now."""
+        seconds, pace = self.synced or self.local_time
+        now = Progress(self._epoch(self.position), self.step, self.images_seen, seconds, flops=self.flops)
+        return replace(now, fraction=self._fraction(now, STOP * pace * self._batch, STOP * self._step_flops))
+
+    def after_step(self, images: int, flops: float = 0.0) -> Progress:
+        """Where the run will stand after a step over ``images`` images, if it takes as long as the last ones.
+
+        A step uses the learning rate of its end. So the last step has the schedule's last rate, even if it takes a
+        quarter less time than expected.
+        """
+        seconds, pace = self.synced or self.local_time
+        end = Progress(
+            self._epoch(self._moved(images)),
+            self.step + 1,
+            self.images_seen + images,
+            seconds + pace * images,
+            flops=self.flops + flops,
+        )
+        return replace(end, fraction=self._fraction(end, (STOP + SLACK) * pace * images, STOP * flops))
+
+    @property
+    def spent(self) -> bool:
+        return self.progress.fraction >= 1.0
+
+    def ends_within(self, steps: int) -> bool:
+        """Whether a budget in time ends within so many steps."""
+        seconds, pace = self.synced or self.local_time
+        left = self.length.value - self.reserve_seconds - seconds
+        return self.length.kind == "seconds" and left <= steps * pace * self._batch
+
+    def has_time_for(self, seconds: float, images: int) -> bool:
+        """Whether a step over ``images`` images is still possible after other work of ``seconds``.
+
+        Always true if that work does not count.
+        """
+        now, pace = self.synced or self.local_time
+        left = self.length.value - self.reserve_seconds - now
+        return not self.reserves or left - seconds >= pace * images
+
+    def start(self) -> None:
+        """Lets training time run. The next step's time is measured from here.
+
+        With "wall", the schedule begins here too, if no step was taken yet.
+        """
+        self.timer.start()
+        self._last_step = self.timer.train_seconds
+        if self.reserves and not self.step:
+            self._schedule_began = (self.synced or self.local_time)[0]
+
+    def record_step(self, images: int, flops: float = 0.0) -> None:
+        """Counts a step over ``images`` images."""
+        self.step += 1
+        self.flops += flops
+        self._step_flops = flops
+        self.images_seen += images
+        self.position = self._moved(images)
+        before, self._last_step = self._last_step, self.timer.train_seconds
+        self._image_seconds.append((self._last_step - before) / images)
+        self._batch = images
+        self._reached = self.progress.fraction
+
+    def _fraction(self, at: Progress, seconds: float, flops: float) -> float:
+        """The budget's fraction at ``at``. It counts as spent if at most ``seconds``, or ``flops``, are left."""
+        length = self.length
+        if length.kind == "flops" and length.value - at.flops <= flops:
+            return 1.0
+        if length.kind != "seconds":
+            return min(1.0, length.fraction_done(at))
+        end = length.value - self.reserve_seconds
+        if end - at.seconds <= seconds:
+            return 1.0
+        return max(self._reached, (at.seconds - self._schedule_began) / (end - self._schedule_began))
+
+    def _epoch(self, position: Position) -> float:
+        return position.epoch + position.images / self.images_per_epoch
+
+    def _moved(self, images: int) -> Position:
+        epoch, done = self.position.epoch, self.position.images + images
+        return Position(epoch, done) if done < self.images_per_epoch else Position(epoch + 1, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "epoch": self.position.epoch,
+            "images": self.position.images,
+            "train_seconds": self.timer.train_seconds,
+            "wall_seconds": self.timer.wall_seconds,
+            "image_seconds": list(self._image_seconds),
+            "batch": self._batch,
+            "flops": self.flops,
+            "step_flops": self._step_flops,
+            "reached": self._reached,
+            "reserve_seconds": self.reserve_seconds,
+            "schedule_began": self._schedule_began,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.images_seen = state["step"], state["images_seen"]
+        self.position = Position(state["epoch"], state["images"])
+        self.timer.resume(state["train_seconds"], state["wall_seconds"])
+        self._image_seconds.extend(state["image_seconds"])
+        self.flops, self._step_flops = state["flops"], state["step_flops"]
+        self._batch, self._reached = state["batch"], state["reached"]
+        self.reserve_seconds, self._schedule_began = state["reserve_seconds"], state["schedule_began"]

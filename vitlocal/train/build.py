@@ -1,0 +1,400 @@
+"""Builds a run from a configuration. Only this file and the commands read a Config; other parts take plain values."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitlocal.config import IMMATERIAL, Config
+from vitlocal.data.augment import Augment
+from vitlocal.data.batch import Sources
+from vitlocal.data.sources import open_sources
+from vitlocal.errors import ConfigError
+from vitlocal.methods import METHODS, build_methods
+from vitlocal.methods.method import Method, MethodContext
+from vitlocal.models.factory import build_model, load_weights, patch_side
+from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.local_mix import fuses
+from vitlocal.models.memory import activation_bytes
+from vitlocal.models.shape import add_stage_table, check_shape, parts_of
+from vitlocal.plan import Feed
+from vitlocal.recipes import check_same_run, recipe_text
+from vitlocal.schedule import LRSchedule
+from vitlocal.tasks.classification import ClassificationLoss
+from vitlocal.train.budget import Clock
+from vitlocal.train.checkpoint import load_checkpoint
+from vitlocal.train.devices import prepare_device
+from vitlocal.train.distributed import ALONE, Ranks, connected, find_ranks
+from vitlocal.train.ema import ModelEma
+from vitlocal.train.evaluator import Evaluator
+from vitlocal.train.journal import Journal, journal_interval, read_spent
+from vitlocal.train.log import Log
+from vitlocal.train.macs import MacCounter
+from vitlocal.train.optim import build_optimizer
+from vitlocal.train.output import RunOutput
+from vitlocal.train.precision import choose_precision
+from vitlocal.train.run_folder import (
+    CHECKPOINT,
+    JOURNAL,
+    data_fingerprint,
+    has_run,
+    record_origin,
+    run_folder_lock,
+)
+from vitlocal.train.search_log import SearchLog
+from vitlocal.train.signals import StopSignals
+from vitlocal.train.state import TrainState
+from vitlocal.train.step import TrainStep, has_batch_norm
+from vitlocal.train.trainer import Trainer
+
+
+def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
+    """The device of ``run.device``, made the current one, with ``run.threads`` CPU threads."""
+    return prepare_device(config.run.device, config.run.threads, ranks.local_rank, ranks.local_world_size, ranks.world)
+
+
+def sources_of(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Sources:
+    """The training and validation data that the configuration names."""
+    data, augment = config.data, config.augment
+    return open_sources(
+        data.loader,
+        data.root,
+        device=device,
+        source=data.source,
+        workers=data.workers,
+        on_error=data.on_error,
+        side_ratio=data.side_ratio,
+        seed=config.run.seed,
+        crop_scale=augment.crop_scale,
+        crop_ratio=augment.crop_ratio,
+        flip=augment.flip,
+        repeats=augment.repeats,
+        crop_pct=config.evaluate.crop_pct,
+        share=ranks.share,
+        local_world_size=ranks.local_world_size,
+    )
+
+
+# --- model, optimizer, averages and step ------------------------------------------------------------------------------
+
+
+def make_model(config: Config, num_classes: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model on the device, with initial weights drawn from ``run.seed``, and the arguments it was made with."""
+    torch.manual_seed(config.run.seed)
+    model, arguments = build_model(config.model.name, config.model.arguments(), num_classes)
+    check_image_sizes(config, model)
+    return model.to(device, memory_format=torch.channels_last).train(), arguments
+
+
+def assemble_step(
+    config: Config, model: nn.Module, device: torch.device, methods: Sequence[Method] = (), ranks: Ranks = ALONE
+) -> tuple[TrainStep, list[ModelEma]]:
+    """Optimizer, weight averages and step for ``model``, and the averages that the methods need."""
+    train, augment = config.train, config.augment
+    precision = choose_precision(train.precision, device)
+    configure_model(model, train.kernel, train.grad_checkpointing, device)
+    optimizer = build_optimizer(
+        model,
+        train.optimizer,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        betas=tuple(train.betas),
+        eps=train.eps,
+        muon_momentum=train.muon_momentum,
+        precision=precision,
+    )
+    has_ema = train.ema_decay is not None or train.ema_length is not None
+    method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
+    augmentation = Augment(
+        randaugment=augment.randaugment,
+        three_augment=augment.three_augment,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        mixup_prob=augment.mixup_prob,
+        cutmix_prob=augment.cutmix_prob,
+        random_erasing=augment.random_erasing,
+    )
+    outputs: frozenset[str] = frozenset().union(*(method.needs.step_outputs for method in methods))
+    step = TrainStep(
+        ClassificationLoss(model, augmentation.to(device), train.label_smoothing, precision, outputs),
+        optimizer,
+        device,
+        ema=ModelEma(model, train.ema_decay, train.ema_length) if has_ema else None,
+        method_emas=method_emas,
+        seed=config.run.seed,
+        clip_norm=train.clip_norm,
+        grad_accum_steps=train.grad_accum_steps,
+        compile_step=train.compile == "yes" or (train.compile == "auto" and device.type == "cuda"),
+        cuda_graphs=train.cuda_graphs,
+        ranks=ranks,
+    )
+    return step, method_emas
+
+
+def build_step(config: Config, num_classes: int, device: torch.device, ranks: Ranks = ALONE) -> TrainStep:
+    """The recipe's model, optimizer, weight average and step."""
+    model, _ = make_model(config, num_classes, device)
+    return assemble_step(config, model, device, ranks=ranks)[0]
+
+
+def configure_model(model: nn.Module, kernel: str, grad_checkpointing: bool, device: torch.device) -> None:
+    """Sets the kernel of the local FFN, and whether the backward pass computes activations again."""
+    local = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
+    if kernel == "fused" and device.type != "cuda":
+        raise ConfigError(f"train.kernel: fused needs a CUDA device, this run is on {device}; use auto")
+    if kernel != "auto" and not local:
+        raise ConfigError(f"train.kernel: {kernel} is for local FFNs, and {type(model).__name__} has none; use auto")
+    for module in local:
+        module.kernel = kernel
+    if not grad_checkpointing:
+        return
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} does not support it")
+    if has_batch_norm(model):
+        raise ConfigError(
+            "train.grad_checkpointing: a BatchNorm would count each batch twice; use train.grad_accum_steps to save "
+            "memory"
+        )
+    model.set_grad_checkpointing(True)
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuiltRun:
+    """A trainer, and what the command needs to describe and export it."""
+
+    trainer: Trainer
+    config: Config  # with the budget that a method computed, if one does
+    model_arguments: dict[str, Any]
+    new_weights: list[str]  # names of the weights that model.weights did not give
+    signals: StopSignals
+    ranks: Ranks
+    output: RunOutput | None  # None on ranks other than 0
+
+
+def build_run(
+    config: Config,
+    sources: Sources,
+    device: torch.device,
+    *,
+    ranks: Ranks = ALONE,
+    clock: Clock | None = None,
+    folder: Path | None = None,
+    starts: bool = True,
+) -> BuiltRun:
+    """Builds the trainer. Without a ``folder`` nothing is written.
+
+    ``starts``: whether ``model.weights`` is loaded, which a run that continues does not need.
+    """
+    train, classes = config.train, sources.train.classes
+    model, arguments = make_model(config, len(classes), device)
+    new_weights = load_weights(model, config.model.weights, classes) if config.model.weights and starts else []
+    macs = MacCounter(model)
+    precision = choose_precision(train.precision, device)
+
+    def image_bytes(size: int) -> int:
+        side = size // patch_side(model)
+        fused = train.kernel != "plain" and fuses(device, (side, side))
+        return activation_bytes(model, size, precision, fused)
+
+    parts, blocks = parts_of(model), len(getattr(model, "blocks", ()))
+    context = MethodContext(config.recipe, sources.train.count, image_bytes, macs, parts, blocks, ranks.world)
+    methods = build_methods(context)
+    for method in methods:
+        if method.needs.stage_embedding is not None:
+            add_stage_table(model, method.needs.stage_embedding)
+        if method.needs.budget_length is not None:
+            config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
+    step, method_emas = assemble_step(config, model, device, methods, ranks)
+    if clock is None:
+        clock = Clock(config.budget.length, config.budget.counts)
+    clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
+    state = TrainState(
+        model,
+        step.optimizer,
+        step.scaler,
+        clock,
+        methods,
+        step.ema,
+        method_emas,
+        search_log=SearchLog(folder if ranks.first else None, config.run.replay_search),
+        data=data_fingerprint(sources.train.count, classes),
+    )
+    signals = StopSignals(prints=ranks.first)
+    output = None
+    if folder is not None and ranks.first:
+        log = Log(folder, config.budget.length, config.run.progress)
+        output = RunOutput(folder, log, config.run.keep_weights)
+    evaluate = config.evaluate
+    assert evaluate.size is not None, "the configuration fills it in"
+    trainer = Trainer(
+        state,
+        step,
+        sources,
+        Feed(config.model.size, train.batch_size),
+        schedule_of(config),
+        Evaluator(state, step, sources.val, Feed(evaluate.size, evaluate.batch_size), evaluate.rows, ranks),
+        macs,
+        evaluate_every=evaluate.every,
+        save_every=config.run.save_every,
+        compile_early=train.compile_at == "start",
+        output=output,
+        ranks=ranks,
+        signals=signals,
+        seed=config.run.seed,
+    )
+    check_plans(trainer, ranks.world)
+    return BuiltRun(trainer, config, arguments, new_weights, signals, ranks, output)
+
+
+def build_trainer(config: Config, sources: Sources, device: torch.device) -> Trainer:
+    """A trainer without a folder, for benchmarks and scripts."""
+    return build_run(config, sources, device).trainer
+
+
+def schedule_of(config: Config) -> LRSchedule:
+    """The learning-rate schedule; the peak is scaled with the batch size."""
+    train = config.train
+    peak = train.lr * (train.batch_size / train.lr_batch if train.lr_batch else 1.0)
+    return LRSchedule(train.schedule, peak, train.end_lr, train.warmup, train.schedule_length, train.schedule_by)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_image_sizes(config: Config, model: nn.Module) -> None:
+    """Raises ConfigError if the model cannot take a size that the run will come to, perhaps hours later."""
+    patch, largest = patch_side(model), config.model.size
+    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config.recipe)]
+    stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
+    odd = [f"{name} {size}" for name, size in (*stated, *fed) if size is not None and size % patch]
+    if odd:
+        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch size of {config.model.name}")
+    if above := [f"{name} {size}" for name, size in fed if size > largest]:
+        raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+
+
+def check_plans(trainer: Trainer, world: int) -> None:
+    """Raises ConfigError if a batch is too small for all processes, or the model lacks a part that a method needs."""
+    plans = trainer.upcoming_plans()
+    smallest = min(plan.feed.batch_size for plan in plans)
+    if smallest < 2 * world:
+        raise ConfigError(
+            f"train.batch_size: {smallest} is too small for {world} processes, which take pairs of images; use at "
+            f"least {2 * world}"
+        )
+    for plan in plans:
+        check_shape(trainer.state.model, plan.shape)
+
+
+def check_ranks(config: Config, ranks: Ranks) -> None:
+    """Raises ConfigError if the processes were started with different options."""
+    mine, first = config.flat(), ranks.broadcast(config.flat())
+    apart = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
+    if apart:
+        raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
+
+
+def check_data(found: dict[str, Any], before: dict[str, Any], config: Config) -> None:
+    """Raises ConfigError if the training data are not those of the checkpoint."""
+    if found != before:
+        raise ConfigError(
+            f"data.root: {config.data.root} has {found['images']} training images of {found['classes']} classes, and "
+            f"the run in {config.run.folder} was started on {before['images']} of {before['classes']}, perhaps with "
+            "other names. Use those data, or another --run.folder"
+        )
+
+
+# --- opening a run's folder -------------------------------------------------------------------------------------------
+
+
+def spent_before(folder: Path, config: Config) -> tuple[float, float]:
+    """Training seconds and total seconds of this run so far, even if it was killed before its first checkpoint."""
+    if config.run.resume == "never" or not (folder / "config.yaml").exists():
+        return 0.0, 0.0
+    try:
+        check_same_run(folder, config)
+    except ConfigError:
+        return 0.0, 0.0
+    return read_spent(folder / JOURNAL)
+
+
+@contextmanager
+def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
+    """Builds the run, or continues the one in its folder (``run.resume``).
+
+    All checks run before the folder is made, so that a wrong configuration leaves nothing behind. Only rank 0 reads and
+    writes the folder. ``began``: when total time starts to count, a value of ``time.monotonic``.
+    """
+    ranks = find_ranks()
+    assert config.run.folder is not None, "the configuration fills it in"
+    folder = Path(config.run.folder)
+
+    def resumes() -> bool:
+        found = ranks.first and has_run(folder, config.run.resume)
+        if found:
+            check_same_run(folder, config)
+        return found
+
+    resumes()  # reports a wrong folder before anything is loaded
+    device = device_of(config, ranks)
+    if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
+        raise ConfigError("budget.counts: cpu is for one process on a CPU; use run.device=cpu, or budget.counts=train")
+    with connected(ranks, device):
+        check_ranks(config, ranks)
+        sources = sources_of(config, device, ranks)
+        lock: AbstractContextManager[None] = run_folder_lock(folder) if ranks.first else nullcontext()
+        try:
+            with lock:
+                # Again, because another process may have trained here until the folder was locked.
+                continues = ranks.broadcast(resumes())
+                clock = Clock(config.budget.length, config.budget.counts, began=began)
+                clock.timer.resume(*ranks.broadcast(spent_before(folder, config) if ranks.first else None))
+                interval = journal_interval(config.budget.length)
+                with Journal(folder / JOURNAL, clock.timer, interval) if ranks.first else nullcontext():
+                    run = build_run(
+                        config, sources, device, ranks=ranks, clock=clock, folder=folder, starts=not continues
+                    )
+                    if continues:
+                        content = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if ranks.first else None)
+                        check_data(dict(run.trainer.state.data), content["data"], config)
+                        run.trainer.load(content)
+                    if run.output is not None:
+                        begin_folder(run, folder, continues)
+                    try:
+                        yield run
+                    finally:
+                        if run.output is not None:
+                            run.output.log.close()
+        finally:
+            sources.close()
+            gc.unfreeze()
+
+
+@contextmanager
+def open_trainer(config: Config, began: float | None = None) -> Iterator[Trainer]:
+    """The trainer of :func:`open_run`."""
+    with open_run(config, began) as run:
+        yield run.trainer
+
+
+def begin_folder(run: BuiltRun, folder: Path, continues: bool) -> None:
+    """Writes the run's configuration and origin, and drops log lines that will be written again."""
+    state = run.trainer.state
+    if not continues:
+        (folder / "config.yaml").write_text(recipe_text(run.config), encoding="utf-8")
+    if not state.clock.spent:
+        record_origin(folder, state.data)
+    assert run.output is not None
+    reopened = state.current_plan is not None and state.totals.images > 0
+    run.output.log.begin(state.clock.step - reopened)
+    state.search_log.begin()

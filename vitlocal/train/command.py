@@ -1,0 +1,148 @@
+"""The command ``train_imagenet.py``: builds or continues a run, trains, exports and reports."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+
+from vitlocal.config import Config
+from vitlocal.methods import METHODS
+from vitlocal.models.factory import export_model, patch_side
+from vitlocal.models.shape import in_shape
+from vitlocal.progress import FIELDS, upcoming_changes
+from vitlocal.report.page import write_report
+from vitlocal.report.run_folder import read_log
+from vitlocal.train.build import BuiltRun, open_run
+from vitlocal.train.loop import fit
+from vitlocal.train.state import Phase
+
+MIN_TRAINED = 0.5  # of the time with budget.counts=wall: if less was training, the run says so
+MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says so
+
+
+def train(config: Config, began: float | None = None) -> int:
+    """Builds or continues the run, trains, exports and reports. Returns the exit status of the command.
+
+    ``began``: when the command started, as a value of ``time.monotonic``; a budget with counts="wall" starts there.
+    """
+    with open_run(config, began) as run, run.signals.handled():
+        trainer, state = run.trainer, run.trainer.state
+        _print(run, describe(run))
+        for warning in start_warnings(run):
+            _print(run, f"note: {warning}")
+        finished = state.clock.step and state.update_phase(trainer.plan()) is Phase.DONE
+        if finished:
+            _print(run, "this run is finished; its results are written again")
+        elif state.clock.step:
+            now = state.clock.progress
+            _print(run, f"continuing at epoch {now.epoch:.2f}, step {now.step}: {100 * now.fraction:.1f} % is spent")
+        if not (state.clock.spent and state.clock.step):
+            trainer.prepare()
+        fit(trainer)
+        if trainer.stop_signal is not None and state.update_phase(trainer.plan()) is not Phase.DONE:
+            name, step = trainer.stop_signal.name, state.clock.step
+            _print(run, f"stopped by {name} at step {step}, everything is saved; the same command continues")
+            return 130 if trainer.stop_signal is signal.SIGINT else 143
+        if run.output is None:
+            return 0
+        folder = run.output.folder
+        export(run, folder)
+        best = write_report(folder)
+        for warning in end_warnings(run):
+            _print(run, f"note: {warning}")
+        _print(run, f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {folder}/report.html")
+    return 0
+
+
+def _print(run: BuiltRun, text: str) -> None:
+    if run.output is not None:
+        run.output.log.print(text)
+
+
+def describe(run: BuiltRun) -> str:
+    """The run on one line: model, data, budget and device."""
+    model, source, step = run.config.model, run.trainer.sources.train, run.trainer.step
+    patch = patch_side(step.model)
+    parameters = sum(p.numel() for p in step.model.parameters()) / 1e6
+    return (
+        f"{model.name}: {parameters:.2f} M parameters, up to {model.size} px"
+        + (f" in patches of {patch}" if patch > 1 else "")
+        + f", {source.count:,} images of {len(source.classes)} classes, {run.config.budget.length} on {step.device}, "
+        f"{str(step.precision).removeprefix('torch.')}, in {run.config.run.folder}"
+        + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
+    )
+
+
+def export(run: BuiltRun, folder: Path) -> None:
+    """Writes the weights that were evaluated, as files that timm loads, to ``folder``."""
+    trainer, config = run.trainer, run.config
+    model, shape = trainer.evaluator.model, trainer.evaluation_shape()
+    assert config.evaluate.size is not None
+    with in_shape(model, shape, trainer.step.shape):
+        export_model(
+            folder,
+            model,
+            config.model.name,
+            run.model_arguments,
+            trainer.sources.train.classes,
+            size=config.evaluate.size,
+            crop_pct=config.evaluate.crop_pct,
+            shape=shape,
+        )
+
+
+def start_warnings(run: BuiltRun) -> list[str]:
+    """What is allowed but probably a mistake, one sentence each."""
+    config, source = run.config, run.trainer.sources.train
+    warmup, length, batch = config.train.warmup, config.budget.length, config.train.batch_size
+    # The epochs in a unit of each kind of length, if they are known.
+    epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / source.count}
+    found = [warning for name in config.methods for warning in METHODS[name].config_warnings(config.recipe)]
+    if run.new_weights:
+        found.append(f"{', '.join(run.new_weights)} start anew; all other weights are from {config.model.weights}")
+    if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
+        warmup.kind == length.kind and warmup.value > length.value
+    ):
+        found.append(
+            f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never reaches its peak"
+        )
+    if config.budget.counts == "wall" and length.kind != "seconds":
+        found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
+    if batch > source.count:
+        found.append(f"train.batch_size is {batch}, and there are {source.count} images: each epoch is one step")
+    largest = max(plan.feed.size for plan in run.trainer.upcoming_plans())
+    if source.side is not None and largest > source.side:
+        found.append(
+            f"training uses up to {largest} px, but the stored images have long edges of at most {source.side} px "
+            f"and are enlarged. If the photos are larger, store them so: write_dataset.py --sides "
+            f"{math.ceil(largest * config.data.side_ratio)}"
+        )
+    return found
+
+
+def end_warnings(run: BuiltRun) -> list[str]:
+    """What the recipe asks for and the budget did not reach, one sentence each."""
+    config, trainer, clock = run.config, run.trainer, run.trainer.state.clock
+    now, found = clock.progress, []
+    later = [progress for method in trainer.state.methods for progress in upcoming_changes(method.changes(), now)]
+    planned = {trainer.plan(progress).feed.size for progress in (now, *later)}
+    trained = {record["image_size"] for record in read_log(Path(str(config.run.folder)))}
+    if sizes := sorted(planned - trained):
+        found.append(f"the budget ended before images of {', '.join(map(str, sizes))} px")
+    seconds, total = clock.timer.train_seconds, clock.timer.wall_seconds
+    if clock.reserves and seconds < MIN_TRAINED * total:
+        found.append(
+            f"{seconds:.0f} of {total:.0f} s were training: starting, evaluating and saving took the rest; with "
+            "budget.counts=train they do not count"
+        )
+    if config.train.warmup.value and config.train.warmup.fraction_done(now) < 1:
+        found.append(f"the budget ended in the warm-up ({config.train.warmup})")
+    searched = trainer.state.search_log.seconds
+    if searched > MAX_SEARCHED * seconds:
+        names = [method.name for method in trainer.state.methods if method.choices()]
+        found.append(
+            f"searches took {searched:.0f} of {seconds:.0f} s of training; use fewer stages or fewer batches per "
+            f"measurement (options: --help {names[0] if names else 'SECTION'})"
+        )
+    return found

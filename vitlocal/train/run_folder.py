@@ -1,0 +1,94 @@
+"""The folder of a run: what lies where, whether there is a run to continue, and which process may write."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vitlocal.errors import ConfigError
+from vitlocal.jsonl import read_lines, write_lines
+from vitlocal.machine import commit, hardware, versions
+from vitlocal.report.run_folder import read_log
+
+CHECKPOINT = Path("checkpoints") / "last.pt"
+JOURNAL = Path("spent.json")
+ORIGIN = Path("trained_on.jsonl")
+
+
+def has_run(folder: Path, resume: str = "auto") -> bool:
+    """Whether ``folder`` holds a run to continue. ConfigError if that is not what ``run.resume`` asks for."""
+    checkpoint = folder / CHECKPOINT
+    found = checkpoint.exists()
+    if resume == "must" and not found:
+        raise ConfigError(f"run.resume: there is no run to continue in {folder} ({checkpoint} does not exist)")
+    if resume == "never" and found:
+        raise ConfigError(f"run.resume: {folder} already holds a run; remove it, or use another --run.folder")
+    # A run of one pass may have been killed between its log line and its checkpoint; longer ones have a checkpoint.
+    if not found and ((folder / "model.safetensors").exists() or len(read_log(folder)) > 1):
+        raise ConfigError(
+            f"run.folder: {folder} holds the results of a run, but no checkpoint to continue from ({checkpoint} does "
+            "not exist); remove the folder, or use another --run.folder"
+        )
+    return found
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process is training in ``folder``."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run.folder: another process is training in {folder}; use another --run.folder"
+            ) from error
+        yield
+
+
+@contextmanager
+def run_folder_lock(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it against other processes. A ConfigError removes a new folder again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        try:
+            yield
+        except ConfigError:
+            if is_new and not (folder / CHECKPOINT).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # an error here must not hide the first one
+            raise
+
+
+def data_fingerprint(count: int, classes: Sequence[str]) -> dict[str, Any]:
+    """What identifies the training data: the number of images, and the classes' number and digest."""
+    digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return {"images": count, "classes": len(classes), "digest": digest}
+
+
+def record_origin(folder: Path, data: Mapping[str, Any]) -> None:
+    """Appends machine, library versions, commit and training data to ``trained_on.jsonl``, if they have changed."""
+    found = read_origin(folder)
+    here = {"machine": hardware(), "versions": versions(), "commit": commit(), "data": data}
+    if not found or found[-1] != here:
+        write_lines(folder / ORIGIN, [*found, here])
+
+
+def read_origin(folder: Path) -> list[dict[str, Any]]:
+    """What :func:`record_origin` wrote, in order; empty if the file is missing or damaged."""
+    return read_lines(folder / ORIGIN)

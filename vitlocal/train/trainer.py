@@ -1,0 +1,430 @@
+"""Carries out plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
+
+from __future__ import annotations
+
+import signal
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from vitlocal.data.batch import Batch, Sources
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.machine import freeze_objects
+from vitlocal.methods.method import Method, Probe, ProbeResult, StepResult
+from vitlocal.models.shape import grow
+from vitlocal.plan import Feed, Plan, Shape, fold
+from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcoming_changes
+from vitlocal.schedule import LRSchedule
+from vitlocal.tasks.classification import Accuracy
+from vitlocal.train.compile import EAGER
+from vitlocal.train.devices import AsyncScalar, synchronize
+from vitlocal.train.distributed import ALONE, Ranks
+from vitlocal.train.evaluator import Evaluator
+from vitlocal.train.macs import MacCounter
+from vitlocal.train.meter import PassMeter, check_loss
+from vitlocal.train.optim import optimizer_state
+from vitlocal.train.output import RunOutput
+from vitlocal.train.probes import Prober
+from vitlocal.train.signals import StopSignals
+from vitlocal.train.state import PassTotals, TrainState
+from vitlocal.train.step import RUN_AHEAD, TrainStep
+
+START_IMAGES = 64  # of the batch that starts the loader's workers
+
+
+def batch_size_at(methods: Sequence[Method], size: int, default: int) -> int:
+    """The batch size at ``size`` px: as a method says, else ``default``."""
+    stated = (method.batch_size_at(size) for method in methods)
+    return next((batch for batch in stated if batch is not None), default)
+
+
+class Trainer:
+    """Trains a state by the plans of its methods. :func:`vitlocal.train.loop.fit` is the loop.
+
+    - ``feed``: what a run without methods feeds. ``schedule``: the learning rate.
+    - ``evaluate_every``: epochs between evaluations; 0: only at the end. ``save_every``: lengths between checkpoints.
+    - ``compile_early``: compile all sizes before the first step, not each one when it begins.
+    - ``output``: writes the run's folder; None: nothing is written (a rank other than 0, or a benchmark).
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        step: TrainStep,
+        sources: Sources,
+        feed: Feed,
+        schedule: LRSchedule,
+        evaluator: Evaluator,
+        macs: MacCounter,
+        *,
+        evaluate_every: float = 1.0,
+        save_every: Sequence[Length] = (),
+        compile_early: bool = True,
+        output: RunOutput | None = None,
+        ranks: Ranks = ALONE,
+        signals: StopSignals | None = None,
+        seed: int = 0,
+    ):
+        self.state, self.step, self.sources, self.evaluator = state, step, sources, evaluator
+        self.stop_signal: signal.Signals | None = None  # that all ranks obey
+        self._feed, self._schedule, self._macs = feed, schedule, macs
+        self._evaluate_every, self._save_every, self._compile_early = evaluate_every, save_every, compile_early
+        self._output, self._ranks, self._seed = output, ranks, seed
+        self._signals = signals or StopSignals()
+        self._compiled: set[tuple[Feed, Shape, int]] = set()
+        self._meter = PassMeter(state.clock.timer, step.device, ranks)
+        self._prober = Prober(state, step, sources, macs, self.compile_for, seed, ranks)
+        self._shown: AsyncScalar[tuple[Progress, float, int, float]] = AsyncScalar(step.device)  # the loss
+        self._meter.begin(state.totals)
+        self._meter.end()
+        self._set_epoch_rows(self.plan())
+        state.initialized_shape = self.plan().shape
+        self._saved: Progress | None = None  # at the last checkpoint
+        self.sync_ranks()
+
+    def load(self, content: Mapping[str, Any]) -> None:
+        """Continues from the content of a checkpoint."""
+        self.state.load_state_dict(content, self._ranks.first)
+        self._set_epoch_rows(self.plan())
+        self._meter.begin(self.state.totals)
+        self._meter.end()
+        self.sync_ranks()
+        self._saved = self.state.clock.progress
+
+    # --- plans ---
+
+    def plan(self, progress: Progress | None = None) -> Plan:
+        """The plan for ``progress``; by default, for now."""
+        return fold(self.state.methods, Plan(self._feed), progress or self.state.clock.progress)
+
+    def upcoming_plans(self) -> list[Plan]:
+        """The plans from now on, as far as the methods know them, in order; each feed and shape once."""
+        clock = self.state.clock
+        now = clock.progress
+        later = [
+            progress
+            for method in self.state.methods
+            for progress in upcoming_changes(method.changes(), now)
+            if clock.length.fraction_done(progress) < 1
+        ]
+        plans = [self.plan(progress) for progress in (now, *later)]
+        return list({(plan.feed, plan.shape): plan for plan in plans}.values())
+
+    def _set_epoch_rows(self, plan: Plan) -> None:
+        """An epoch is a pass over the rows of the plan's subset."""
+        subset, rows = plan.feed.subset, self.sources.train.rows
+        if subset:
+            method = next(method for method in self.state.methods if "feed.subset" in method.writes)
+            rows.keep(subset, method.rows(subset))
+        self.state.clock.images_per_epoch = rows.count(subset)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal asked the run to stop. Several processes agree on it in :meth:`sync_ranks`."""
+        if self._ranks.world == 1:
+            self.stop_signal = self._signals.received
+        return self.stop_signal is not None
+
+    def sync_ranks(self, plan: Plan | None = None) -> None:
+        """Gives all ranks rank 0's time and stop signal. Raises RuntimeError if a rank has another plan."""
+        received, clock, ranks = self._signals.received, self.state.clock, self._ranks
+        if ranks.world == 1:
+            return
+        check = float(zlib.crc32(repr((plan, clock.step, clock.position)).encode()))
+        seconds, pace, stop, first = ranks.broadcast_floats([*clock.local_time, float(received or 0), check])
+        if check != first:
+            raise RuntimeError(f"rank {ranks.rank} differs from rank 0: {plan} at step {clock.step}")
+        clock.synced = seconds, pace
+        self.stop_signal = signal.Signals(int(stop)) if stop else None
+
+    # --- before the first step ---
+
+    def prepare(self) -> None:
+        """Starts the loader, compiles the step, and estimates what the end of a wall-clock budget takes."""
+        clock, feed = self.state.clock, self.plan().feed
+        with self.sources.train.open(Feed(feed.size, min(feed.batch_size, START_IMAGES)), Position()) as batches:
+            next(iter(batches))
+        for plan in self.upcoming_plans() if self._compile_early else ():
+            self.compile_for(plan)
+        if clock.reserves:
+            self.state.reserve.record_evaluation(self.evaluator.estimate_seconds(self.upcoming_plans()[-1]))
+            self._update_reserve()
+        self.sync_ranks()
+        seconds, reserve = clock.progress.seconds, clock.reserve_seconds
+        if clock.reserves and not clock.step and seconds + reserve >= clock.length.value:
+            raise ConfigError(
+                f"budget.length: of {clock.length} in all, {seconds:.0f} s pass before the first step, and "
+                f"{reserve:.0f} s are reserved for the last evaluation and saving: nothing is left to train. Use more "
+                "time, or budget.counts=train"
+            )
+
+    def compile_for(self, plan: Plan) -> None:
+        """Compiles the step for full batches under ``plan``, once."""
+        feed = plan.feed
+        self.step.set_shape(plan.shape)
+        key = (feed, plan.shape, self.step.ddp_version)
+        if key in self._compiled:
+            return
+        self._compiled.add(key)
+        seconds = self.step.warm_up(feed, len(self.sources.train.classes))
+        if seconds:
+            freeze_objects()  # compiling makes many
+            self._print(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
+
+    def _update_reserve(self) -> None:
+        """Reserves the end of a wall-clock budget, as rank 0 measured it."""
+        if self.state.clock.reserves:
+            self.state.clock.reserve_seconds = self._ranks.broadcast(self.state.reserve.total_seconds)
+
+    # --- a pass ---
+
+    @contextmanager
+    def open_pass(self, plan: Plan) -> Iterator[Iterator[Batch]]:
+        """Opens the loader for a pass under ``plan``, and yields its batches until the budget is spent."""
+        clock = self.state.clock
+        self._set_epoch_rows(plan)
+        with clock.timer.paused():  # compiling is not training time
+            for method in self.state.methods:
+                for variant in method.variants(plan, clock.progress):
+                    self.compile_for(variant)
+            self.compile_for(plan)
+        self.sync_ranks()
+        clock.start()
+        if clock.spent or self.stopped:  # compiling counts if all time counts
+            yield iter(())
+            return
+        self._meter.begin(self.state.totals)
+        try:
+            with self.sources.train.open(plan.feed, clock.position) as batches:
+                yield takewhile(lambda _: not clock.spent, self._meter.timed(batches))
+        finally:
+            synchronize(self.step.device)  # device sync, once per pass
+            self._meter.end()
+
+    def train_step(self, batch: Batch, plan: Plan) -> None:
+        """Takes one step and shows it to clock, meter and methods."""
+        state, clock, feed = self.state, self.state.clock, plan.feed
+        self._grow(plan)
+        self.step.set_shape(plan.shape)
+        if (feed, plan.shape, self.step.ddp_version) not in self._compiled:
+            with clock.timer.paused():  # compiling is not training time
+                self.compile_for(plan)
+        state.current_plan = plan
+        macs = batch.total * self._macs(feed.size, plan.shape)
+        now, end = clock.progress, clock.after_step(batch.total, TRAINING_FLOPS * macs)
+        lr = self._schedule(end) * plan.dials.lr_scale
+        decay = None if state.ema is None else state.ema.decay_between(now, end)
+        mode = self.step.mode(feed) if batch.total == feed.batch_size else EAGER
+        output = self.step(batch, now.step, lr, mode, decay, plan.dials)
+        self._meter.add(output.loss, batch.total, macs)
+        result = StepResult(output.loss, batch.ids, plan, now, output.correct, output.attention_variance)
+        for method in state.methods:
+            method.observe(result)
+        clock.record_step(batch.total, TRAINING_FLOPS * macs)
+        if clock.ends_within(RUN_AHEAD + 2):
+            synchronize(self.step.device)  # device sync, at the last steps: none may still run when the time is up
+        self.sync_ranks(plan)
+        if self._output is not None:
+            self._show(self._output, output.loss, lr, feed.size)
+
+    def _grow(self, plan: Plan) -> None:
+        """Grows the weights if the plan asks for a growth that was not made yet."""
+        state, growth = self.state, plan.growth
+        if growth.number == state.growth_number:
+            return
+        before, state.growth_number, state.initialized_shape = state.initialized_shape, growth.number, plan.shape
+        copies = [ema.model for ema in (*state.method_emas, *([state.ema] if state.ema is not None else []))]
+        grow(state.model, before, plan.shape, growth, optimizer_state(state.optimizer), copies, self._seed)
+
+    def _show(self, output: RunOutput, loss: torch.Tensor, lr: float, size: int) -> None:
+        """Shows the loss about once a second; it is read some steps later, without waiting for the device."""
+        if (found := self._shown.poll()) is not None:
+            value, (at, *shown) = found
+            output.log.show(at, check_loss(value, at.step), *shown)
+        if not self._shown.pending and output.log.due():
+            # Rank 0's part of the loss stands for all of them.
+            rate = self._meter.images_per_second
+            self._shown.read(loss * self._ranks.world, (self.state.clock.progress, lr, size, rate))
+
+    # --- probes ---
+
+    def has_pending_probes(self) -> bool:
+        """Whether a method needs a measurement before it can plan on."""
+        now = self.state.clock.progress
+        return any(method.probes(now) for method in self.state.methods)
+
+    def run_probes(self) -> None:
+        """Measures what the methods need, on the budget's time. Stops if the budget is spent or a signal came."""
+        clock = self.state.clock
+        clock.start()
+        for method in self.state.methods:
+            while not (clock.spent or self.stopped) and (probes := method.probes(clock.progress)):
+                for probe in probes:
+                    self._run_probe(method, probe)
+                    if clock.spent or self.stopped:
+                        break
+
+    def _run_probe(self, method: Method, probe: Probe) -> None:
+        clock, log = self.state.clock, self.state.search_log
+        now, began, chosen = clock.progress, clock.timer.train_seconds, len(method.choices())
+        plan = self.plan()
+        default = plan.feed.batch_size
+        complete = self._prober.complete(probe, plan, lambda size: batch_size_at(self.state.methods, size, default))
+        value = self._prober.measure(complete, plan)
+        method.observe(ProbeResult(probe, value))
+        log.record(now, method.name, complete, value, method.choices()[chosen:])
+        log.seconds += clock.timer.train_seconds - began
+        self._set_epoch_rows(self.plan())  # the result may have made a new subset
+        self.sync_ranks()
+        if self.save_due():
+            self.save()
+
+    # --- evaluating, logging, saving ---
+
+    def close_pass(self) -> None:
+        """Evaluates if it is due, writes the pass's record and saves. No training time passes.
+
+        If a signal interrupts the evaluation, the pass stays open, and the next process closes it.
+        """
+        state, clock = self.state, self.state.clock
+        if not clock.step:
+            raise DataError(
+                f"the budget of {clock.length} is spent, but no step was saved. Remove the run's folder and train "
+                "again with more frequent checkpoints (--run.save_every). If starting and compiling took all the time, use a "
+                "longer budget or --budget.counts=train"
+            )
+        plan = state.current_plan = self._trained_plan()
+        self._meter.read(clock.step)
+        last = clock.spent
+        for model in {id(model): model for model in (state.model, self.evaluator.model)}.values():
+            self._ranks.share_buffers(model.buffers())
+        with clock.timer.paused():
+            accuracy = None
+            if last or self._evaluation_due(plan):
+                if last:
+                    self.save()  # if the process is killed now, only this evaluation is left to do
+                accuracy = self._evaluate(plan, last)
+                if accuracy is None:
+                    return
+            record = self._record(plan, accuracy)
+            if self._output is not None:
+                self._output.log.record(record)
+            state.logged_plan, state.current_plan, state.totals = plan, None, PassTotals()
+            self._meter.begin(state.totals)
+            self._meter.end()
+            checkpoint = state.reserve.checkpoint_seconds
+            if last or self._saved is None or clock.has_time_for(checkpoint, plan.feed.batch_size):
+                self.save()
+        self.sync_ranks()
+
+    def _trained_plan(self) -> Plan:
+        """The plan under which the weights were trained last."""
+        return self.state.current_plan or self.state.logged_plan or self.plan()
+
+    def evaluation_shape(self) -> Shape:
+        """The shape in which the weights are evaluated and exported now."""
+        return self.evaluator.shape(self._trained_plan())
+
+    def _evaluation_due(self, plan: Plan) -> bool:
+        """Whether it is time for an evaluation, and the budget has time for a step after it.
+
+        Otherwise it waits for the end, so that the last step has the schedule's last learning rate.
+        """
+        state, every = self.state, self._evaluate_every
+        before = state.last_evaluation.epoch if state.last_evaluation else 0.0
+        seconds = state.reserve.evaluation_seconds + state.reserve.checkpoint_seconds
+        due = bool(every) and state.clock.progress.epoch - before >= every - 1e-9
+        return due and state.clock.has_time_for(seconds, plan.feed.batch_size)
+
+    def _evaluate(self, plan: Plan, last: bool) -> Accuracy | None:
+        """The accuracy, also in the run's folder; None if a signal interrupted it."""
+        clock = self.state.clock
+        at, began = clock.progress, clock.timer.wall_seconds
+
+        def stop() -> bool:
+            self.sync_ranks()
+            return self.stopped
+
+        accuracy = self.evaluator.accuracy(plan, stop)
+        if accuracy is None:
+            return None
+        self.state.reserve.record_evaluation(clock.timer.wall_seconds - began)
+        if not last:
+            self._update_reserve()
+        self.state.last_evaluation = at
+        if self._output is not None:
+            weights = self.evaluator.model.state_dict()
+            self._output.write_evaluation(accuracy, self.sources.train.classes, weights, at, self.evaluator.shape(plan))
+        return accuracy
+
+    def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
+        """The pass's line in ``log.jsonl``."""
+        state, clock, totals = self.state, self.state.clock, self._meter.totals
+        now = clock.progress
+        damaged = int(self._ranks.total(torch.tensor(len(self.sources.train.damaged), device=self.step.device)))
+        return {
+            "epoch": round(now.epoch, 9),
+            "step": now.step,
+            "images_seen": now.images_seen,
+            "image_size": plan.feed.size,
+            **({"grid": plan.shape.grid} if plan.shape.grid is not None else {}),
+            "batch_size": plan.feed.batch_size,
+            "processes": self._ranks.world,
+            "loss": totals.loss / totals.images if totals.images else None,  # None: evaluated without a further step
+            "top1": None if accuracy is None else round(accuracy.top1, 4),
+            "top5": None if accuracy is None else round(accuracy.top5, 4),
+            "fraction": round(now.fraction, 9),
+            "flops": now.flops,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "train_seconds": round(clock.timer.train_seconds, 3),
+            "wall_seconds": round(clock.timer.wall_seconds, 3),
+            "images_per_second": round(self._meter.images_per_second, 2),
+            "data_wait_fraction": round(min(1.0, totals.wait_seconds / max(totals.seconds, 1e-9)), 5),
+            "step_mode": str(self.step.mode(plan.feed)),
+            "macs_per_image": round(totals.macs / totals.images) if totals.images else None,
+            **({"probe_seconds": round(state.search_log.seconds, 3)} if state.search_log.seconds else {}),
+            **({"damaged_images": damaged} if damaged else {}),
+            **plan.changed(state.logged_plan),
+        }
+
+    def save_due(self) -> bool:
+        """Whether it is time for a checkpoint, and the budget has time for a step after it."""
+        state, clock = self.state, self.state.clock
+        if clock.reserves and not state.reserve.checkpoints:
+            return True  # measures the first checkpoint
+        now, before = clock.progress, self._saved or Progress()
+        due = any(every.elapsed(now) - every.elapsed(before) >= every.value - 1e-9 for every in self._save_every)
+        return due and clock.has_time_for(state.reserve.checkpoint_seconds, self.plan().feed.batch_size)
+
+    def save(self) -> None:
+        """Writes a checkpoint, from which a run that is killed later continues."""
+        state, clock = self.state, self.state.clock
+        state.update_phase(self.plan())
+        if self._meter.totals.images:
+            self._meter.read(clock.step)
+        local_states = {
+            method.name: {
+                name: self._ranks.total(value.to(self.step.device, copy=True)).cpu()
+                for name, value in method.local_state().items()
+            }
+            for method in state.methods
+        }
+        content = state.state_dict(local_states)
+        with clock.timer.paused():
+            began = clock.timer.wall_seconds
+            if self._output is not None:
+                self._output.save_checkpoint(content)
+            self._ranks.wait()
+            state.reserve.record_checkpoint(clock.timer.wall_seconds - began)
+            if not clock.spent:  # a spent budget stays spent, however long this checkpoint took
+                self._update_reserve()
+        self.sync_ranks()
+        self._saved = clock.progress
+
+    def _print(self, text: str) -> None:
+        if self._output is not None:
+            self._output.log.print(text)
