@@ -220,7 +220,7 @@ def test_the_average_forgets_over_a_part_of_the_budget(configure, decoder, tmp_p
     assert kept == pytest.approx(math.exp(-0.5))
     assert train(configure("--train.ema_length=20%", "--budget.length=1ep")) == 0
     with pytest.raises(ConfigError, match="keep one of the two"):
-        configure("--train.ema_length=20%", "--train.ema=0.9")
+        configure("--train.ema_length=20%", "--train.ema_decay=0.9")
 
 
 def test_a_budget_that_counts_everything_keeps_room(configure, decoder, tmp_path: Path, monkeypatch):
@@ -315,7 +315,7 @@ def test_compiling_that_takes_what_was_left_is_followed_by_no_step(configure, de
         warm(run, plan)
 
     monkeypatch.setattr(Run, "warm", compiling)
-    options = ("--budget.length=24s", "--evaluate.every=0", "--train.warm=stage", *COUNTED)
+    options = ("--budget.length=24s", "--evaluate.every=0", "--train.compile_at=stage", *COUNTED)
     assert train(configure(*options)) == 0
     last = read_log(tmp_path / "run")[-1]
     assert warmed == [0, 4] and last["step"] == 4 and last["top1"] is not None
@@ -325,7 +325,7 @@ def test_a_signal_while_compiling_takes_what_was_left_leaves_evaluation_to_the_n
     configure, decoder, tmp_path: Path, monkeypatch
 ):
     """Nothing is exported that was not evaluated; the same command evaluates it."""
-    options = ("--budget.length=30s", "--evaluate.every=0", "--train.warm=stage", "--run.save_every=1steps", *COUNTED)
+    options = ("--budget.length=30s", "--evaluate.every=0", "--train.compile_at=stage", "--run.save_every=1steps", *COUNTED)
     with monkeypatch.context() as patch:
         warm, count = Run.warm, [0]
 
@@ -470,7 +470,7 @@ def test_a_run_whose_time_went_by_before_it_was_killed_is_evaluated(configure, d
 
 @pytest.mark.parametrize("part", ["even", "odd"])
 def test_half_of_the_rows_count(configure, decoder, tmp_path: Path, part: str):
-    assert train(configure("--budget.length=1ep", f"--evaluate.part={part}")) == 0
+    assert train(configure("--budget.length=1ep", f"--evaluate.rows={part}")) == 0
     classes = json.loads((tmp_path / "run" / "classes.json").read_text())
     whole = sum(entry["images"] for entry in classes)
     assert len(classes) == 20 and whole == 40  # of 80

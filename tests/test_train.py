@@ -42,15 +42,15 @@ FIELDS = {
 VARIANTS = {
     "plain": [],
     "everything": [
-        "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.erase=0.25",
-        "--model.drop_path=0.2", "--train.ema=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
+        "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.random_erasing=0.25",
+        "--model.drop_path=0.2", "--train.ema_decay=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
         "--image_size.step_epochs=0.7",
     ],
     "the newer ways": [
         "--methods=image_size,strength,batch_size", "--image_size.stages=16px until 20%,32px until 2ep,48px",
         "--train.batch_size=16", "--batch_size.limit=32", "--batch_size.multiple=8", "--model.drop_path=0.2",
-        "--train.optimizer=muon", "--train.ema_length=20%", "--train.warmup=10%", "--augment.three=yes",
-        "--model.position=sincos",
+        "--train.optimizer=muon", "--train.ema_length=20%", "--train.warmup=10%", "--augment.three_augment=yes",
+        "--model.pos_embed_init=sincos",
     ],
 }  # fmt: skip
 
@@ -282,8 +282,8 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
         (["--train.kernel=fused"], "fused needs a CUDA device"),
         (["--methods=batch_size,image_size"], "name it last"),
-        (["--train.graphs=yes", "--train.compile=no"], "train.graphs: yes needs train.compile"),
-        (["--model.size=1024", "--augment.erase=0.1"], "augment.erase: images of 1024 px"),
+        (["--train.cuda_graphs=yes", "--train.compile=no"], "train.cuda_graphs: yes needs train.compile"),
+        (["--model.size=1024", "--augment.random_erasing=0.1"], "augment.random_erasing: images of 1024 px"),
         (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: 8 is smaller"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
@@ -351,9 +351,9 @@ def test_an_export_can_be_read_by_all_who_may_read_the_run(configure, decoder, n
 def test_options_of_methods_that_are_not_there_make_no_other_run(configure):
     """A default may have changed since the run began: it has no say unless one of the two recipes has the method."""
     plain, searched = configure("--methods=image_size"), configure("--methods=autoprog")
-    older = {"autoprog.averages": [0.998, 0.9986, 0.999, 0.9996]}
+    older = {"autoprog.ema_decays": [0.998, 0.9986, 0.999, 0.9996]}
     assert changes(plain.flat() | older, plain) == []
-    assert [phrase.split()[0] for phrase in changes(searched.flat() | older, searched)] == ["autoprog.averages"]
+    assert [phrase.split()[0] for phrase in changes(searched.flat() | older, searched)] == ["autoprog.ema_decays"]
 
 
 def test_two_processes_cannot_train_in_one_folder(configure, decoder):
@@ -460,7 +460,7 @@ def test_checkpoints_hold_no_code(tmp_path: Path):
 def test_the_export_gives_the_same_logits_through_timm_and_predicts(configure, decoder, tmp_path: Path):
     from vitlocal.data.images import open_images
 
-    config = configure("--model.pool=avg", "--train.ema=0.5", "--model.drop_path=0.3")
+    config = configure("--model.pool=avg", "--train.ema_decay=0.5", "--model.drop_path=0.3")
     train(config)
     with open_run(config) as run:
         model = run.average.model
@@ -525,7 +525,7 @@ def test_compiling_where_a_size_begins_is_not_training_time(configure, decoder, 
 
     monkeypatch.setattr(Step, "warm", warm)
     for when, before in (("stage", 1), ("start", 3)):
-        train(configure(f"--train.warm={when}", f"--run.folder={tmp_path}/{when}", "--evaluate.every=0"))
+        train(configure(f"--train.compile_at={when}", f"--run.folder={tmp_path}/{when}", "--evaluate.every=0"))
         log = read_log(tmp_path / when)
         assert [record["image_size"] for record in log] == [16, 32, 48]
         assert log[-1]["wall_seconds"] - log[-1]["train_seconds"] > 3
@@ -555,7 +555,7 @@ def test_the_position_table_stays_one_trained_parameter(configure, decoder):
 
 
 def test_a_frozen_position_table_stays(configure, decoder):
-    with open_run(configure("--model.train_position=no")) as run:
+    with open_run(configure("--model.train_pos_embed=no")) as run:
         table, before = run.model.pos_embed, run.model.pos_embed.detach().clone()
         assert not any(table is p for group in run.optimizer.param_groups for p in group["params"])
         fit(run)

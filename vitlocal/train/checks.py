@@ -27,7 +27,7 @@ SEARCHED = 0.25  # of the time: more than that for searches is told
 def check_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError where the model does not take a size that the run would come to, hours later perhaps."""
     patch, largest = patch_side(model), config.model.size
-    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config)]
+    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config.recipe)]
     stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
     odd = [f"{name} {size}" for name, size in (*stated, *fed) if size % patch]
     if odd:
@@ -110,6 +110,6 @@ def end_warnings(run: Run) -> list[str]:
     if run.probing > SEARCHED * run.clock.train_seconds:
         found.append(
             f"searches took {run.probing:.0f} of {run.clock.train_seconds:.0f} s, which is much: in so short a budget, "
-            "search less often (stages) or by fewer batches (autoprog.batches; unfreeze.kernel_batches, timed_batches)"
+            "search less often (stages) or by fewer batches (autoprog.probe_batches; unfreeze.kernel_batches, timed_batches)"
         )
     return found

@@ -39,6 +39,6 @@ class ModelEma:
 
 def build_ema(trained: nn.Module, config: TrainConfig) -> ModelEma | None:
     """The average that the recipe wants, if any."""
-    if config.ema is None and config.ema_length is None:
+    if config.ema_decay is None and config.ema_length is None:
         return None
-    return ModelEma(trained, config.ema, config.ema_length)
+    return ModelEma(trained, config.ema_decay, config.ema_length)

@@ -16,7 +16,7 @@ from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.train.step import Step
 
-PARTS = {"even": 0, "odd": 1}  # evaluate.part: which rows count
+PARTS = {"even": 0, "odd": 1}  # evaluate.rows: which rows count
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def evaluate(
     """Runs the model over the whole split, each image once, in the step's precision and normalisation.
 
     Several processes take their shares of each batch, and all get the accuracy over all images. ``part``: see
-    ``evaluate.part``; ``limit``: no more batches than this. None where ``stop``, asked before each batch, said so.
+    ``evaluate.rows``; ``limit``: no more batches than this. None where ``stop``, asked before each batch, said so.
     """
     training = model.training
     model.eval()

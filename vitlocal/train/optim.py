@@ -37,7 +37,7 @@ def build_optimizer(
         group["params"] = [p for p in group["params"] if id(p) not in taken]
     parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    muon = Muon(matrices.values(), parts, config.lr, config.momentum, config.weight_decay, products)
+    muon = Muon(matrices.values(), parts, config.lr, config.muon_momentum, config.weight_decay, products)
     return CombinedOptimizer(_adamw(groups, config), muon)
 
 

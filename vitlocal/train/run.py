@@ -21,8 +21,8 @@ from vitlocal.config import Config
 from vitlocal.data.batch import Batch, Sources, open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_objects
-from vitlocal.methods import MethodContext, build_methods
-from vitlocal.methods.method import Method, ProbeResult, StepResult
+from vitlocal.methods import build_methods
+from vitlocal.methods.method import Method, MethodContext, ProbeResult, StepResult
 from vitlocal.models.factory import build_model, export_model, load_weights, patch_side
 from vitlocal.models.flops import count_macs
 from vitlocal.models.local_mix import fuses
@@ -79,21 +79,21 @@ class Run:
         self._macs: dict[tuple[int, Shape], int] = {}
         self.methods = build_methods(
             MethodContext(
-                config, sources.train.count, self._image_bytes, self.macs, parts_of(self.model),
+                config.recipe, sources.train.count, self._image_bytes, self.macs, parts_of(self.model),
                 len(getattr(self.model, "blocks", ())), ranks.world,
             )
         )  # fmt: skip
         for method in self.methods:
-            if method.stage_embedding is not None:
-                add_stage_table(self.model, method.stage_embedding)
-        self.config_warnings = [doubt for method in self.methods for doubt in method.config_warnings(config)]
+            if method.needs.stage_embedding is not None:
+                add_stage_table(self.model, method.needs.stage_embedding)
+        self.config_warnings = [doubt for method in self.methods for doubt in method.config_warnings(config.recipe)]
         self.config = config = settled(config, self.methods)
         self.optimizer = build_optimizer(self.model, config.train, choose_precision(config.train.precision, device))
         self.average = build_ema(self.model, config.train)
         self.schedule = Schedule(config.train)
-        self.copies = [ModelEma(self.model, decay) for method in self.methods for decay in method.ema_decays]
+        self.copies = [ModelEma(self.model, decay) for method in self.methods for decay in method.needs.ema_decays]
         self.clock = Clock(config.budget, sources.train.count, began=began)
-        taps = frozenset().union(*(method.step_outputs for method in self.methods))
+        taps = frozenset().union(*(method.needs.step_outputs for method in self.methods))
         self.step = Step(self.model, self.optimizer, self.average, config, device, ranks, taps, self.copies)
         self.grown = 0  # the number of the last growth done
         self.born = self.plan().shape  # the shape that has weights: the first, or that of the last growth
@@ -101,7 +101,7 @@ class Run:
         self.follow_rows()
         check_plans(self)
         self.log = Log(folder, config.budget.length, config.run.progress, ranks.first)
-        self.searches = Searches(folder, config.run.replay, ranks.first)
+        self.searches = Searches(folder, config.run.replay_search, ranks.first)
         self.watch: Watch[tuple[Progress, float, int, float]] = Watch(device)  # on the loss
         self.meter = PassMeter()
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -205,7 +205,7 @@ class Run:
         feed = self.plan().feed
         with self.sources.train.open(Feed(feed.size, min(feed.batch_size, 64)), Position()) as batches:
             next(iter(batches))
-        for plan in self.plans_ahead() if self.config.train.warm == "start" else ():
+        for plan in self.plans_ahead() if self.config.train.compile_at == "start" else ():
             self.warm(plan)
         if self.clock.counts_all:
             rehearse(self)
@@ -415,7 +415,7 @@ class Run:
         model = self.model if self.average is None else self.average.model
         feed = Feed(config.size, config.batch_size)
         with in_shape(model, self.evaluated_shape(plan), self.step.shape):
-            return evaluate(model, self.sources.val, feed, self.step, stop, config.part, limit)
+            return evaluate(model, self.sources.val, feed, self.step, stop, config.rows, limit)
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         at, meter = self.clock.progress, self.meter
@@ -516,9 +516,8 @@ class Run:
         self.clock.load_state_dict(state["clock"])
         self.meter = PassMeter(**state["meter"])
         for method in self.methods:
-            method.load_state_dict(state["methods"][method.name])
-            if self.ranks.first and (notes := state["notes"].get(method.name)):
-                method.load_local_state(notes)
+            local = state["notes"].get(method.name) if self.ranks.first else None
+            method.load_state_dict(state["methods"][method.name], local)
         self.grown, self.born, self.probing = state["grown"], Shape.from_state(state["born"]), state["probing"]
         self.follow_rows()
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
@@ -567,8 +566,8 @@ class Run:
 def settled(config: Config, methods: Sequence[Method]) -> Config:
     """``config`` with the budget that a method reckoned, where one does."""
     for method in methods:
-        if method.budget_length is not None:
-            config = replace(config, budget=replace(config.budget, length=method.budget_length))
+        if method.needs.budget_length is not None:
+            config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
     return config
 
 

@@ -61,7 +61,7 @@ class Searches:
         if not self.times:
             missing = f"no {SEARCHES}" if not self.replay.exists() else f"no time in its {SEARCHES}"
             raise ConfigError(
-                f"run.replay: {replay} has {missing}; name the folder of a run of this recipe, whose search measured "
+                f"run.replay_search: {replay} has {missing}; name the folder of a run of this recipe, whose search measured "
                 "times (searches by FLOPs, and runs without one, have nothing to tell again)"
             )
 
@@ -76,13 +76,13 @@ class Searches:
         asked, number = plain_probe(probe), self.timed + 1
         if number > len(self.times):
             raise ConfigError(
-                f"run.replay: {self.replay} has {len(self.times)} times, and this run asks for one more, of "
+                f"run.replay_search: {self.replay} has {len(self.times)} times, and this run asks for one more, of "
                 f"{json.dumps(asked)}; name the folder of a run of this recipe that came to its end"
             )
         line = self.times[self.timed]
         if line["probe"] != asked:
             raise ConfigError(
-                f"run.replay: time {number} in {self.replay} is of {json.dumps(line['probe'])}, and this run asks for "
+                f"run.replay_search: time {number} in {self.replay} is of {json.dumps(line['probe'])}, and this run asks for "
                 f"that of {json.dumps(asked)}. Name the folder of a run of this recipe; if it is one, losses or "
                 "scores, which are taken anew, were rounded otherwise on another device and chose otherwise: train "
                 "anew without it"

@@ -209,9 +209,9 @@ class Step:
         self._ahead: deque[torch.cuda.Event] = deque()
         self.dials = Dials()
         self.mark: Callable[[str], None] = lambda phase: None  # told what has just been issued, for benches
-        if config.train.graphs == "yes" and not self._may_capture:
+        if config.train.cuda_graphs == "yes" and not self._may_capture:
             raise ConfigError(
-                "train.graphs: CUDA graphs need a GPU, train.compile, one process and train.accumulate=1; use auto"
+                "train.cuda_graphs: CUDA graphs need a GPU, train.compile, one process and train.grad_accum_steps=1; use auto"
             )
         if self.compiles:
             torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
@@ -253,12 +253,12 @@ class Step:
     @property
     def _may_capture(self) -> bool:
         # Several processes reduce gradients during the backward, and micro-batches add theirs up: neither is captured.
-        alone = self.ranks.world == 1 and self.config.train.accumulate == 1
+        alone = self.ranks.world == 1 and self.config.train.grad_accum_steps == 1
         return self.device.type == "cuda" and self.compiles and alone
 
     def _captures(self, feed: Feed) -> bool:
-        if not self._may_capture or self.config.train.graphs != "auto":
-            return self.config.train.graphs == "yes"
+        if not self._may_capture or self.config.train.cuda_graphs != "auto":
+            return self.config.train.cuda_graphs == "yes"
         return 3 * feed.batch_size * count_macs(self.model, self.shape.input_size or feed.size) < GRAPH_MACS
 
     def _runner(self, mode: Mode) -> nn.Module:
@@ -416,7 +416,7 @@ class Step:
 
     def _parts(self, count: int, mode: Mode) -> list[np.ndarray]:
         """The places of micro-batches."""
-        parts = self.config.train.accumulate
+        parts = self.config.train.grad_accum_steps
         if self.compiles and not mode.compiled and not self.mixes_samples:
             parts *= 2  # an eager step keeps more than the compiled one, which a GPU's memory may be cut to
         return micro_batches(count, parts)
@@ -472,12 +472,12 @@ def configure_model(model: nn.Module, config: TrainConfig, device: torch.device)
         )
     for module in local:
         module.kernel = config.kernel
-    if config.checkpointing:
+    if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
-            raise ConfigError(f"train.checkpointing: {type(model).__name__} does not have it")
+            raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} does not have it")
         if normalises_batches(model):
             raise ConfigError(
-                "train.checkpointing: a BatchNorm would count each batch twice; use train.accumulate to save memory"
+                "train.grad_checkpointing: a BatchNorm would count each batch twice; use train.grad_accum_steps to save memory"
             )
         model.set_grad_checkpointing(True)
 
