@@ -11,7 +11,7 @@ from collections.abc import Sequence
 # PyTorch's threads share the cores with others, and must not spin while they wait. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitlocal.config import read_write_options
+from vitlocal.write_options import read_write_options
 from vitlocal.errors import run_command
 
 

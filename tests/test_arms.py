@@ -115,8 +115,8 @@ def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
     before = (run / "log.jsonl").stat().st_mtime_ns
     main([*command, "--only=half as deep"])
     assert "1 of" not in capsys.readouterr().out and (run / "log.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match="holds a run of another configuration: evaluate.part was 'all'"):
-        main([*command, "--only=half as deep", "--evaluate.part=odd"])
+    with pytest.raises(ConfigError, match="holds a run of another configuration: evaluate.rows was 'all'"):
+        main([*command, "--only=half as deep", "--evaluate.rows=odd"])
 
 
 def test_a_run_on_other_images_is_not_taken_for_one_on_these(two: Path, folder: Path, tmp_path: Path):
@@ -253,7 +253,7 @@ def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsy
     ("options", "part"),
     [
         (["--seeds=1"], "has none of these runs; it has 'plain' with seed 0 and 2steps"),
-        (["--evaluate.part=odd"], "has 'plain' with seed 0 of another configuration: evaluate.part was 'all' and is"),
+        (["--evaluate.rows=odd"], "has 'plain' with seed 0 of another configuration: evaluate.rows was 'all' and is"),
         (["--add=AGAIN"], "has 'plain' with seed 0, and so has another file"),
     ],
 )

@@ -29,8 +29,8 @@ OPTIONS = [
     "--model.name=vitlocal_tiny_patch8_64", "--model.size=48", "--model.depth=2", "--model.width=32",
     "--model.heads=2", "--model.drop_path=0.2", "--methods=image_size", "--image_size.init=16",
     "--image_size.step_pixels=16", "--image_size.step_epochs=1", "--train.batch_size=34", "--train.lr_batch=0",
-    "--train.ema=0.9", "--train.clip_norm=1", "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1",
-    "--augment.erase=0.5", "--evaluate.batch_size=79", "--budget.length=3ep", "--run.device=cpu", "--run.progress=no",
+    "--train.ema_decay=0.9", "--train.clip_norm=1", "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1",
+    "--augment.random_erasing=0.5", "--evaluate.batch_size=79", "--budget.length=3ep", "--run.device=cpu", "--run.progress=no",
     "--run.threads=1", "--data.workers=1",
 ]  # fmt: skip
 
@@ -68,7 +68,7 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_train_as_one(folder: Path, alone: Path, tmp_path: Path):
     run = tmp_path / "run"
-    start = command(2, folder, run, "--train.accumulate=2")
+    start = command(2, folder, run, "--train.grad_accum_steps=2")
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done:") == 1 and "2 processes" in done.stdout  # one of them speaks

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import write_dataset
-from vitlocal.config import read_config, read_plan, read_write_options
+from vitlocal.config import read_config
 from vitlocal.data.costs import Costs, costs_path, keep_costs
 from vitlocal.data.crops import Cropping
 from vitlocal.data.images import open_images
@@ -33,6 +33,7 @@ from vitlocal.data.writer.layout import (
 )
 from vitlocal.data.writer.write import StoredFile, WriteConfig, write
 from vitlocal.errors import ConfigError, run_command
+from vitlocal.write_options import read_plan, read_write_options
 from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
 LIMITS = Limits(cores=4, disk=10**9, memory=10**9)

@@ -87,11 +87,11 @@ def test_the_solver():
 
 
 def test_budgets_of_every_kind():
-    half = Budgeted(around("budgeted.budget=50%", "budgeted.alpha=0"))
+    half = Budgeted(around("budgeted.compute=50%", "budgeted.alpha=0"))
     assert len(set(half.epochs)) == 1 and half.budget_length.value == sum(half.epochs)
     spent = sum(c * e for c, e in zip(half.costs, half.epochs, strict=True))
     assert 0.5 * 300 * half.costs[-1] - sum(half.costs) < spent <= 0.5 * 300 * half.costs[-1]
-    stated = Budgeted(around("budgeted.budget=691.2GFLOPs"))
+    stated = Budgeted(around("budgeted.compute=691.2GFLOPs"))
     assert sum(c * e for c, e in zip(stated.costs, stated.epochs, strict=True)) <= 691.2e9
     given = Budgeted(around("budgeted.epochs=49,71,113"))
     assert given.budget_length.text == "233ep"
@@ -102,7 +102,7 @@ def test_budgets_of_every_kind():
     parts = [end.value for end in hours.changes()]
     assert parts == pytest.approx((np.cumsum(hours.costs) / sum(hours.costs))[:-1].tolist())
     with pytest.raises(ConfigError, match="buys no epoch"):
-        Budgeted(around("budgeted.budget=0.1%"))
+        Budgeted(around("budgeted.compute=0.1%"))
 
 
 def test_stages_by_measured_times():
@@ -116,10 +116,10 @@ def test_stages_by_measured_times():
 
 
 def test_growth_is_as_the_options_say():
-    method = Budgeted(around("budgeted.moments=reset", "budgeted.scale=0.5", "budgeted.noise=0.1"))
+    method = Budgeted(around("budgeted.new_moments=reset", "budgeted.copy_scale=0.5", "budgeted.copy_noise=0.1"))
     growth = at(method, fraction=0.9).growth
     assert growth.sources == "first"
-    assert at(Budgeted(around("budgeted.sources=last")), fraction=0.9).growth.sources == "last"
+    assert at(Budgeted(around("budgeted.copy_from=last")), fraction=0.9).growth.sources == "last"
     assert (growth.moments, growth.scale, growth.noise) == ("reset", 0.5, 0.1) and growth.average is None
 
 
@@ -132,12 +132,12 @@ def test_each_stage_grows_once():
 
 # --- tri-level ------------------------------------------------------------------------------------------------------
 
-EXACT = ("trilevel.rungs=0", "train.compile=no")
-PUBLISHED = ("budget.length=300ep", "trilevel.begin=10ep", "trilevel.end=110ep", "trilevel.every=30ep")
+EXACT = ("trilevel.decay_steps=0", "train.compile=no")
+PUBLISHED = ("budget.length=300ep", "trilevel.decay_start=10ep", "trilevel.decay_end=110ep", "trilevel.update_every=30ep")
 
 
 def test_the_schedule_of_tokens():
-    method = Trilevel(around(*PUBLISHED, "trilevel.kept=0.7", "trilevel.attended=0.3", *EXACT))
+    method = Trilevel(around(*PUBLISHED, "trilevel.token_keep_rate=0.7", "trilevel.attention_keep_rate=0.3", *EXACT))
     kept = [at(method, epoch=epoch).shape.token_keep_rate for epoch in (0, 9, 35, 60, 85, 110, 300)]
     assert kept == pytest.approx([1, 1, 0.956, 0.85, 0.744, 0.7, 0.7], abs=1e-3)
     assert at(method, epoch=60).shape.pruned_blocks == (3, 6, 9)
@@ -147,7 +147,7 @@ def test_the_schedule_of_tokens():
 
 
 def test_rungs_change_where_they_say():
-    method = Trilevel(around("trilevel.kept=0.5"))
+    method = Trilevel(around("trilevel.token_keep_rate=0.5"))
     fractions = np.linspace(0, 1, 2001)
     kept = [at(method, fraction=float(part)).shape.token_keep_rate for part in fractions]
     assert len(set(kept)) == 9 and kept == sorted(kept, reverse=True) and kept[-1] == 0.5
@@ -191,11 +191,11 @@ def test_what_evaluations_drop():
         == narrow.evaluation_shape(WHOLE_MODEL)
         == Shape(token_keep_rate=0.9, attention_keep_rate=0.1, pruned_blocks=(3, 6, 9))
     )
-    assert Trilevel(around("trilevel.evaluate=no")).evaluation_shape(trained) == WHOLE_MODEL
-    own = Trilevel(around("trilevel.masks=own"))
+    assert Trilevel(around("trilevel.prune_evaluation=no")).evaluation_shape(trained) == WHOLE_MODEL
+    own = Trilevel(around("trilevel.attention_masks=own"))
     assert at(own, fraction=0.9).shape.per_head_masks and own.evaluation_shape(WHOLE_MODEL).per_head_masks
     assert (
-        not Trilevel(around("trilevel.masks=own", "trilevel.levels=tokens"))
+        not Trilevel(around("trilevel.attention_masks=own", "trilevel.levels=tokens"))
         .evaluation_shape(WHOLE_MODEL)
         .per_head_masks
     )
@@ -220,9 +220,9 @@ def test_easy_examples_leave():
 
 
 def test_updates_end():
-    method = Trilevel(around(*PUBLISHED, "trilevel.updates=2", "trilevel.score=forgetting"))
+    method = Trilevel(around(*PUBLISHED, "trilevel.max_updates=2", "trilevel.score=forgetting"))
     assert method.step_outputs == {"correct"}
-    assert not Trilevel(around("trilevel.updates=0", "trilevel.score=attention")).step_outputs  # nobody would look
+    assert not Trilevel(around("trilevel.max_updates=0", "trilevel.score=attention")).step_outputs  # nobody would look
     for update in range(4):
         watched(method, 30, 30 * update)
         for probe in method.probes(Progress(epoch=30 * (update + 1))):
@@ -350,7 +350,7 @@ def test_a_stage_that_is_passed_over_leaves_no_gap():
 
 def test_losses_are_asked_of_nets_that_have_trained():
     """However long it took to ask for times, the search has its length from its first step on."""
-    method = AutoProg(around("budget.length=1h", "autoprog.search=4%"))
+    method = AutoProg(around("budget.length=1h", "autoprog.search_length=4%"))
     late = Progress(fraction=0.04)
     probes = method.probes(Progress())
     assert {probe.kind for probe in probes} == {"seconds"}
@@ -363,7 +363,7 @@ def test_losses_are_asked_of_nets_that_have_trained():
 
 
 def test_when_and_on_what_losses_are_taken():
-    method = AutoProg(around("autoprog.asked=0.25,1", "autoprog.loss_on=val", "autoprog.search=4%"))
+    method = AutoProg(around("autoprog.loss_at=0.25,1", "autoprog.loss_on=val", "autoprog.search_length=4%"))
     entered(method, 0.0)
     assert not method.probes(Progress(fraction=0.009))
     first = method.probes(Progress(fraction=0.0101))
@@ -373,7 +373,7 @@ def test_when_and_on_what_losses_are_taken():
     # The round took until 0.05: not of the search's length, and no second one without a step in between.
     assert not method.probes(Progress(fraction=0.05)) and not method.decided(0)
     method.observe(StepResult(None, None, START, Progress(fraction=0.05)))
-    again = AutoProg(around("autoprog.asked=0.25,1", "autoprog.loss_on=val", "autoprog.search=4%"))
+    again = AutoProg(around("autoprog.loss_at=0.25,1", "autoprog.loss_on=val", "autoprog.search_length=4%"))
     again.load_state_dict(method.state_dict())
     for one in (method, again):
         assert not one.probes(Progress(fraction=0.0798))
@@ -419,7 +419,7 @@ def test_the_last_stage_has_the_recipes_strength():
     for fraction in (0.1, 0.3, 0.6):
         method.observe(StepResult(None, None, at(method, fraction=fraction), Progress(fraction=fraction)))
     assert at(method, fraction=0.9).dials.randaugment_strength == 1
-    fixed = AutoProg(around("autoprog.strengthen=no", "autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
+    fixed = AutoProg(around("autoprog.grow_augmentation=no", "autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
     assert at(fixed, fraction=0.1).dials == START.dials
 
 
@@ -439,7 +439,7 @@ def test_sizes_that_are_known_before_a_run():
         "224px",
     ]
     assert fed("methods=unfreeze") == ["64px until 25%", "128px until 50%", "160px until 75%", "224px"]
-    assert fed("methods=unfreeze", "unfreeze.scale=1") == fed("methods=budgeted") == ["224px"]
+    assert fed("methods=unfreeze", "unfreeze.min_scale=1") == fed("methods=budgeted") == ["224px"]
 
 
 def test_size_alone_keeps_the_depth():
@@ -448,7 +448,7 @@ def test_size_alone_keeps_the_depth():
 
 
 def test_the_least_of_all_is_a_block():
-    method = AutoProg(around("methods=autoprog", "autoprog.space=depth", "autoprog.scale=0"))
+    method = AutoProg(around("methods=autoprog", "autoprog.space=depth", "autoprog.min_scale=0"))
     assert {net.depth for net in method.candidates(0)} == {1, 8, 12}
 
 
@@ -505,7 +505,7 @@ def test_votes():
 
 
 def test_stages_of_unfreezing():
-    method = Unfreeze(around("model.size=256", "unfreeze.multiple=64"))
+    method = Unfreeze(around("model.size=256", "unfreeze.size_multiple=64"))
     assert method.sizes == (64, 128, 192, 256)
     assert method.nets()[0][0] == [Net(1, 64), Net(2, 64), Net(1, 128), Net(2, 128)]
     for number in range(8):
@@ -522,15 +522,15 @@ def test_stages_of_unfreezing():
     assert before.feed.size == 128 and method.probes(Progress(fraction=0.3))  # until it is answered, all stays
     assert method.nets() is method.nets()  # reckoned once, not at every step
     with pytest.raises(ConfigError, match="use an even number of at least 4"):
-        Unfreeze(replace(around("unfreeze.samples=5"), processes=2))
-    head = Unfreeze(around("unfreeze.outside=head", "unfreeze.moments=reset", "unfreeze.kernel_batches=3",
+        Unfreeze(replace(around("unfreeze.probe_batch_size=5"), processes=2))
+    head = Unfreeze(around("unfreeze.non_blocks=head", "unfreeze.moments=reset", "unfreeze.kernel_batches=3",
                            "unfreeze.zico_batches=4", "unfreeze.timed_batches=5"))  # fmt: skip
     (probe,) = head.probes(Progress())
     assert (probe.kernel_batches, probe.batches) == (3, 4) and probe.shape.head_only and "head_only" in probe.sets
     head.observe(ProbeResult(probe, (1.0, 1.0)))
     assert head.probes(Progress())[0].batches == 5
     given = Unfreeze(
-        around("unfreeze.outside=head", "unfreeze.moments=reset", "unfreeze.schedule=1@64px,2@128px,3@160px,4@224px")
+        around("unfreeze.non_blocks=head", "unfreeze.moments=reset", "unfreeze.schedule=1@64px,2@128px,3@160px,4@224px")
     )
     plans = [at(given, fraction=fraction) for fraction in (0, 0.3, 0.8)]
     assert all(plan.shape.head_only for plan in plans)
@@ -546,7 +546,7 @@ def test_stages_of_unfreezing():
 
 def test_times_of_batches_are_compared():
     """The published tolerance, 1e-6, is of seconds a batch: 3e-7 s an image apart are 5e-6 s a batch of 16."""
-    method = Unfreeze(around("unfreeze.votes=1,0,0"))
+    method = Unfreeze(around("unfreeze.rank_weights=1,0,0"))
     for number, probe in enumerate(method.probes(Progress())[0] for _ in range(8)):
         seconds = 1e-3 - 3e-7 * (number // 2)
         method.observe(ProbeResult(probe, (1.0, 1.0) if number % 2 == 0 else seconds))
@@ -563,8 +563,8 @@ PAIRS = [  # all that docs/methods/README.md has as allowed
     "trilevel,unfreeze", "image_size,strength", "image_size,batch_size",
 ]  # fmt: skip
 ALLOWING = (
-    "budgeted.grow=heads,hidden", "autoprog.space=depth", "trilevel.levels=examples", "unfreeze.scale=1",
-    "strength.by=budget", "augment.mixup=1", "autoprog.strengthen=no",
+    "budgeted.grow=heads,hidden", "autoprog.space=depth", "trilevel.levels=examples", "unfreeze.min_scale=1",
+    "strength.by=budget", "augment.mixup=1", "autoprog.grow_augmentation=no",
 )  # fmt: skip
 
 
@@ -581,10 +581,10 @@ def test_pairs_that_go_together(pair: str):
     [
         ("budgeted,trilevel", ("trilevel.levels=attention",)),
         ("budgeted,trilevel", ("trilevel.levels=examples,attention",)),
-        ("budgeted,trilevel", ("trilevel.kept=1",)),
+        ("budgeted,trilevel", ("trilevel.token_keep_rate=1",)),
         ("trilevel,autoprog", ("autoprog.space=size",)),
         ("trilevel,autoprog", ("autoprog.schedule=12@128px,12@224px", "autoprog.stages=2")),
-        ("unfreeze,autoprog", ("autoprog.space=size", "unfreeze.scale=1")),
+        ("unfreeze,autoprog", ("autoprog.space=size", "unfreeze.min_scale=1")),
     ],
 )
 def test_pairs_that_go_together_as_their_options_are(pair: str, options: tuple[str, ...]):
@@ -601,10 +601,10 @@ def test_pairs_that_go_together_as_their_options_are(pair: str, options: tuple[s
         ("budgeted,trilevel", (), "both take away tokens"),
         ("budgeted,trilevel", ("trilevel.levels=tokens",), "both take away tokens"),
         ("trilevel,autoprog", (), "tokens and connections go at blocks that may not be there yet"),
-        ("trilevel,autoprog", ("trilevel.kept=1",), "tokens and connections go at blocks that may not be there yet"),
+        ("trilevel,autoprog", ("trilevel.token_keep_rate=1",), "tokens and connections go at blocks that may not be there yet"),
         ("image_size,autoprog", (), "both set feed.size"),
         ("budgeted,autoprog", (), "both set growth"),
-        ("autoprog,unfreeze", ("autoprog.space=depth", "unfreeze.scale=1"), "both choose which blocks"),
+        ("autoprog,unfreeze", ("autoprog.space=depth", "unfreeze.min_scale=1"), "both choose which blocks"),
         ("autoprog,unfreeze", ("autoprog.space=size",), "both set feed.size"),
     ],
 )
@@ -618,27 +618,27 @@ def test_pairs_that_do_not(pair: str, options: tuple[str, ...], reason: str):
     [
         (("methods=budgeted", "budgeted.heads=0.5,1"), "2 values for 3 stages"),
         (("methods=budgeted", "budgeted.heads=0.5,0.4,1"), "expected growing parts"),
-        (("methods=budgeted", "budgeted.budget=50%", "budgeted.epochs=1,2,3"), "keep one of the two"),
-        (("methods=budgeted", "budgeted.budget=half"), "a part of full training"),
+        (("methods=budgeted", "budgeted.compute=50%", "budgeted.epochs=1,2,3"), "keep one of the two"),
+        (("methods=budgeted", "budgeted.compute=half"), "a part of full training"),
         (("methods=budgeted", "budgeted.grow=none"), "nothing grows"),
-        (("methods=budgeted", "budgeted.weights=random", "budgeted.noise=1"), "random ones have no copies"),
+        (("methods=budgeted", "budgeted.new_weights=random", "budgeted.copy_noise=1"), "random ones have no copies"),
         (("methods=budgeted", "budgeted.cost=time", "budget.length=9ep"), "time is for a budget in time"),
         (("methods=unfreeze", "unfreeze.schedule=[]"), "it is empty"),
-        (("methods=autoprog", "autoprog.search=0%"), "0 leaves nothing"),
-        (("methods=autoprog", "autoprog.asked=1,0.5"), "expected growing parts of the search"),
-        (("methods=autoprog", "autoprog.asked=0.5"), "and 1 at last"),
-        (("methods=autoprog", "autoprog.asked=0,1"), "expected growing parts of the search above 0"),
-        (("methods=autoprog", "autoprog.averages=0.9,0.99,0.999"), "expected two decays"),
-        (("methods=autoprog", "autoprog.averages=0.99,0.9"), "the smaller one first"),
-        (("methods=budgeted", "budgeted.weights=random", "budgeted.sources=last"), "random ones have no copies"),
+        (("methods=autoprog", "autoprog.search_length=0%"), "0 leaves nothing"),
+        (("methods=autoprog", "autoprog.loss_at=1,0.5"), "expected growing parts of the search"),
+        (("methods=autoprog", "autoprog.loss_at=0.5"), "and 1 at last"),
+        (("methods=autoprog", "autoprog.loss_at=0,1"), "expected growing parts of the search above 0"),
+        (("methods=autoprog", "autoprog.ema_decays=0.9,0.99,0.999"), "expected two decays"),
+        (("methods=autoprog", "autoprog.ema_decays=0.99,0.9"), "the smaller one first"),
+        (("methods=budgeted", "budgeted.new_weights=random", "budgeted.copy_from=last"), "random ones have no copies"),
         (("methods=unfreeze", "unfreeze.zico_batches=1"), "at least 2"),
         (("methods=trilevel", "trilevel.levels=none"), "all are off"),
-        (("methods=trilevel", "trilevel.rungs=0"), "set train.compile=no"),
+        (("methods=trilevel", "trilevel.decay_steps=0"), "set train.compile=no"),
         (("methods=trilevel", "augment.repeats=3"), "set augment.repeats=1"),
-        (("methods=trilevel", "trilevel.kept=0"), "nothing would be left"),
-        (("methods=trilevel", "trilevel.begin=50%", "trilevel.end=40%"), "does not come after"),
-        (("methods=autoprog", "autoprog.search=2ep"), "give a part, as 2%"),
-        (("methods=autoprog", "autoprog.search=25%"), "search for less"),
+        (("methods=trilevel", "trilevel.token_keep_rate=0"), "nothing would be left"),
+        (("methods=trilevel", "trilevel.decay_start=50%", "trilevel.decay_end=40%"), "does not come after"),
+        (("methods=autoprog", "autoprog.search_length=2ep"), "give a part, as 2%"),
+        (("methods=autoprog", "autoprog.search_length=25%"), "search for less"),
         (("methods=autoprog", "autoprog.schedule=6,12"), "2 nets for 4 stages"),
         (("methods=autoprog", "autoprog.schedule=8,6,10,12", "autoprog.space=depth"), "must not fall"),
         (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,5@64px,5@64px"), "of at most 4"),
@@ -663,11 +663,11 @@ def test_what_recipes_may_not_ask(options: tuple[str, ...], problem: str):
     ("options", "doubt"),
     [
         (
-            ("methods=image_size,budgeted", "budgeted.budget=50%"),
+            ("methods=image_size,budgeted", "budgeted.compute=50%"),
             r"budget \(50%\) is .* model.size.* with image_size the",
         ),
-        (("methods=budgeted,trilevel", "budgeted.budget=50%"), "with trilevel the run will cost less"),
-        (("methods=budgeted,trilevel,unfreeze", "budgeted.budget=50%"), "with trilevel and unfreeze the run"),
+        (("methods=budgeted,trilevel", "budgeted.compute=50%"), "with trilevel the run will cost less"),
+        (("methods=budgeted,trilevel,unfreeze", "budgeted.compute=50%"), "with trilevel and unfreeze the run"),
         (("methods=image_size,budgeted", "budgeted.cost=time"), "changes with image_size, and the stages"),
         (("methods=budgeted", "model.weights=a.pth"), "the first stage's heads and hidden units alone are used"),
         (("methods=budgeted,unfreeze", "model.weights=a.pth"), "is overwritten as the model grows"),
@@ -681,7 +681,7 @@ def test_what_recipes_may_not_ask(options: tuple[str, ...], problem: str):
             "12@192px, and model.size",
         ),
         (("methods=autoprog", "autoprog.schedule=6,12", "autoprog.stages=2", "autoprog.space=depth"), None),
-        (("methods=budgeted", "budgeted.budget=50%"), None),
+        (("methods=budgeted", "budgeted.compute=50%"), None),
         (("methods=image_size,budgeted",), None),
         (("methods=budgeted", "budgeted.grow=tokens", "model.weights=a.pth"), None),
         (("methods=autoprog", "autoprog.space=size", "model.weights=a.pth"), None),

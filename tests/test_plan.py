@@ -61,7 +61,7 @@ def test_planning_is_pure_and_conflicts_are_named():
 @pytest.mark.parametrize(("rule", "scale"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])
 def test_batches_grow_as_images_shrink(rule: str, scale: float):
     sizes = ImageSize(around())
-    batches = BatchSize(around("train.batch_size=64", "batch_size.limit=256", f"batch_size.rule={rule}"))
+    batches = BatchSize(around("train.batch_size=64", "batch_size.limit=256", f"batch_size.lr_scaling={rule}"))
     early, later, last = (fold([sizes, batches], START, Progress(epoch=epoch)) for epoch in (0, 20, 40))
     assert (early.feed, early.dials.lr_scale) == (Feed(32, 256), scale)  # as many as would fit: 3136
     assert later.feed == Feed(160, 96)  # 125 fit

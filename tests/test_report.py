@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small) -> list[Path]:
     """Two runs that differ in some options, with all that a page shows."""
     made = []
     for name, options in {
-        "one": ["--augment.mixup=0.8", "--augment.erase=0.5"],
+        "one": ["--augment.mixup=0.8", "--augment.random_erasing=0.5"],
         "other": ["--methods=image_size,strength,batch_size", "--augment.randaugment=5", "--batch_size.multiple=8",
                   "--train.batch_size=16"],
     }.items():  # fmt: skip
@@ -240,7 +240,7 @@ def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path
     main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
           "--json", str(tmp_path / "compared.json")])  # fmt: skip
     page = (tmp_path / "page.html").read_text()
-    assert "Forecast and run" in page and "of another recipe: augment.mixup, augment.erase differ" in page
+    assert "Forecast and run" in page and "of another recipe: augment.mixup, augment.random_erasing differ" in page
     assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
 
 

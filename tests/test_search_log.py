@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 COMMON = ["--model.depth=4", "--budget.length=4ep", "--evaluate.every=0"]
 SEARCHED = {
-    "autoprog": ["--methods=autoprog", "--autoprog.search=0.5ep", "--autoprog.batches=1", "--autoprog.multiple=16",
-                 "--autoprog.asked=1"],
-    "unfreeze": ["--methods=unfreeze", "--unfreeze.multiple=16", "--unfreeze.samples=8", "--unfreeze.timed_batches=1"],
+    "autoprog": ["--methods=autoprog", "--autoprog.search_length=0.5ep", "--autoprog.probe_batches=1", "--autoprog.size_multiple=16",
+                 "--autoprog.loss_at=1"],
+    "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=8", "--unfreeze.timed_batches=1"],
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_a_search_is_repeated_from_another_runs_times(
     """Times are never the same twice. With those of the first run, the second makes its choices, and is it, bit for
     bit; killed and resumed in between."""
     first = configure(*COMMON, *options, f"--run.folder={tmp_path}/first")
-    again = configure(*COMMON, *options, f"--run.folder={tmp_path}/again", f"--run.replay={tmp_path}/first")
+    again = configure(*COMMON, *options, f"--run.folder={tmp_path}/again", f"--run.replay_search={tmp_path}/first")
     assert train(first) == 0
     lines = read_lines(tmp_path / "first" / SEARCHES)
     times = [line["answer"] for line in lines if line["probe"]["kind"] == "seconds"]
@@ -61,7 +61,7 @@ def test_a_search_is_repeated_from_another_runs_times(
 def test_times_that_cannot_be_replayed(configure, decoder, tmp_path: Path):
     """A folder without times, and one whose times are of other candidates; nothing is left behind at a start."""
     folder = tmp_path / "other"
-    options = [*COMMON, *SEARCHED["unfreeze"], f"--run.replay={folder}"]
+    options = [*COMMON, *SEARCHED["unfreeze"], f"--run.replay_search={folder}"]
     with pytest.raises(ConfigError, match=r"other has no searches.jsonl; name the folder of a run of this recipe"):
         train(configure(*options))
     folder.mkdir()

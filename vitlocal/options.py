@@ -1,8 +1,13 @@
-"""Kinds of option values, and how a dataclass's field is declared to be an option."""
+"""Kinds of option values, and how a dataclass declares that a field is an option.
+
+A kind is a ``Checker`` of fastargs: ``check`` converts a value from yaml, the environment or the command line, or
+raises an error. ``help`` completes the sentence "expected ...".
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,57 +16,45 @@ from fastargs.validation import Checker
 from vitlocal.progress import Length, Stage
 
 
-class Text(Checker):
-    def check(self, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise ValueError
-        return value
+class Parsed(Checker):
+    """The values that ``parse`` accepts. ``expected`` describes them."""
+
+    def __init__(self, parse: Callable[[Any], Any], expected: str):
+        self.parse, self.expected = parse, expected
+
+    def check(self, value: Any) -> Any:
+        return self.parse(value)
 
     def help(self) -> str:
-        return "text"
+        return self.expected
 
 
 @dataclass(frozen=True)
 class Number(Checker):
-    """A number in [low, high]; whole ones stay ``int``, and no fraction is cut off in silence."""
+    """A number in [low, high]. With ``whole`` it is an ``int``, and a fraction is an error."""
 
     low: float = float("-inf")
     high: float = float("inf")
     whole: bool = False
 
     def check(self, value: Any) -> float | int:
-        if isinstance(value, bool):
+        number = float("nan") if isinstance(value, bool) else float(value)
+        if not self.low <= number <= self.high or (self.whole and number != int(number)):
             raise ValueError
-        number = float(value)
-        if self.whole:
-            if number != int(number):
-                raise ValueError
-            number = int(number)
-        if not self.low <= number <= self.high:
-            raise ValueError
-        return number
+        return int(number) if self.whole else number
 
     def help(self) -> str:
-        bounds = {
-            (False, False): "",
-            (True, False): f" of at least {self.low:g}",
-            (False, True): f" of at most {self.high:g}",
-            (True, True): f" from {self.low:g} to {self.high:g}",
-        }[self.low > float("-inf"), self.high < float("inf")]
-        return ("a whole number" if self.whole else "a number") + bounds
+        kind, low, high = "a whole number" if self.whole else "a number", abs(self.low), abs(self.high)
+        if low < float("inf") and high < float("inf"):
+            return f"{kind} from {self.low:g} to {self.high:g}"
+        bounded = f" of at least {self.low:g}" if low < float("inf") else f" of at most {self.high:g}"
+        return kind if low == high else kind + bounded
 
 
 class Flag(Checker):
-    words = {
-        "true": True,
-        "yes": True,
-        "on": True,
-        "1": True,
-        "false": False,
-        "no": False,
-        "off": False,
-        "0": False,
-    }
+    """True or false. On the command line the option alone means true."""
+
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
     def check(self, value: Any) -> bool:
         return self.words[str(value).lower()]
@@ -71,6 +64,8 @@ class Flag(Checker):
 
 
 class Choice(Checker):
+    """One of ``names``."""
+
     def __init__(self, *names: str):
         self.names = names
 
@@ -85,7 +80,9 @@ class Choice(Checker):
 
 @dataclass(frozen=True)
 class Duration(Checker):
-    part: bool = True  # it may be a part of the budget
+    """A length of training. With ``part`` it may be a percentage of the budget, at most 100%."""
+
+    part: bool = True
 
     def check(self, value: Any) -> Length:
         length = value if isinstance(value, Length) else Length.parse(str(value))
@@ -97,43 +94,13 @@ class Duration(Checker):
         return "a length: 90ep, 5000steps, 45s, 30m, 24h or 3PF" + (", or 10% of the budget" if self.part else "")
 
 
-class StageText(Checker):
-    def check(self, value: Any) -> Stage:
-        stage = value if isinstance(value, Stage) else Stage.parse(str(value))
-        if stage.until is not None:
-            Duration().check(stage.until)
-        return stage
-
-    def help(self) -> str:
-        return "a size and its end (32px until 10%, or until 5ep); the last without an end"
-
-
-class Bytes(Checker):
-    """A number of bytes; decimal units as disks are sold in, or binary ones."""
-
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-
-    def check(self, value: Any) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
-        if match is None or match[2].upper() not in self.units:
-            raise ValueError
-        count = int(float(match[1]) * self.units[match[2].upper()])
-        if count < 1:
-            raise ValueError
-        return count
-
-    def help(self) -> str:
-        return "bytes with a unit: 150GB, 64GiB"
-
-
 class Series(Checker):
-    """Several values: a yaml list, or text with commas. ``none`` is the empty series."""
+    """A yaml list, or text with commas, of values of one kind. ``none`` is the empty list."""
 
     def __init__(self, kind: Checker, count: int | None = None):
         self.kind, self.count = kind, count
 
-    def check(self, value: Any) -> tuple:
+    def check(self, value: Any) -> tuple[Any, ...]:
         if isinstance(value, str):
             value = [] if value in ("none", "[]", "") else [part.strip() for part in value.split(",")]
         values = tuple(self.kind.check(part) for part in value)
@@ -146,7 +113,7 @@ class Series(Checker):
 
 
 class Maybe(Checker):
-    """The kind, or ``none``."""
+    """A value of ``kind``, or ``none``."""
 
     def __init__(self, kind: Checker):
         self.kind = kind
@@ -158,33 +125,64 @@ class Maybe(Checker):
         return f"{self.kind.help()}, or none"
 
 
+BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+              "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _bytes(value: Any) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", str(value).strip())
+    if match is None or (count := int(float(match[1]) * BYTE_UNITS[match[2].upper()])) < 1:
+        raise ValueError
+    return count
+
+
+def _stage(value: Any) -> Stage:
+    stage = value if isinstance(value, Stage) else Stage.parse(str(value))
+    if stage.until is not None:
+        Duration().check(stage.until)
+    return stage
+
+
+TEXT = Parsed(_text, "text")
+BYTES = Parsed(_bytes, "bytes with a unit: 150GB, 64GiB")
+STAGE = Parsed(_stage, "a size and its end (32px until 10%, or until 5ep); the last without an end")
+FLAG = Flag()
 COUNT = Number(low=1, whole=True)
-SHARE = Number(low=0, high=1)
+FRACTION = Number(low=0, high=1)
 
 
-def option(default: Any, kind: Checker, meaning: str) -> Any:
-    """A dataclass field that is also an option of the command line and of recipes."""
-    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+def option(default: Any, kind: Checker, meaning: str, was: str = "") -> Any:
+    """A dataclass field that is also an option of recipes and of the command line.
+
+    ``was``: the option's old name in its section. The old name is an error that names the new one.
+    """
+    return field(default=default, metadata={"kind": kind, "meaning": meaning, "was": was})
 
 
 @dataclass(frozen=True)
 class Section:
-    """A method's options."""
+    """The options of a training method."""
 
-    def completed(self, model: Any) -> Section:
-        """With what is left open as the model's own options have it."""
+    def completed(self, model_size: int) -> Section:
+        """These options, with defaults that depend on ``model.size`` filled in."""
         return self
 
 
 def as_argument(value: Any) -> str:
-    """A value that yaml gave, as the command line takes it."""
+    """``value``, as yaml gave it, in the form of the command line."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(as_argument, value)) or "none"
     return "none" if value is None else str(value)
 
 
 def plain_value(value: Any) -> Any:
-    """``value`` as yaml has it, in the form that its kind reads: numbers, text, and lists of them."""
+    """``value`` as yaml stores it: a number, text, none, or a list of them."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return [plain_value(part) for part in value] if type(value) is tuple else str(value)

@@ -14,7 +14,7 @@ import yaml
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import load_manifest
 from vitlocal.errors import ConfigError
-from vitlocal.methods import claimed
+from vitlocal.methods import method_claims
 from vitlocal.options import as_argument
 from vitlocal.train.folder import check_same, data_of, origin_of
 
@@ -73,9 +73,9 @@ class Entry:
     def config(self) -> Config:
         """What will be trained. ConfigError where that is none, or where the folder holds a run of another."""
         config = read_config(self.options)
-        if "budget.length" in claimed(config):
+        if any("budget.length" in claims.writes for claims in method_claims(config.recipe)):
             raise ConfigError(
-                f"the arm '{self.arm.name}': budgeted.epochs or budgeted.budget set the run's length, and all arms are "
+                f"the arm '{self.arm.name}': budgeted.epochs or budgeted.compute set the run's length, and all arms are "
                 "to have the same; leave them out"
             )
         if (self.folder / "config.yaml").exists():
@@ -97,7 +97,7 @@ def data_in(root: str) -> dict[str, Any]:
 
 def check_data(folder: Path, config: Config) -> None:
     """ConfigError where the run in ``folder`` says that it was trained on other images than ``config``'s."""
-    if config.data.loader != "ffcv" or not (Path(config.data.root) / "train.json").exists():
+    if config.data.loader not in ("native", "ffcv") or not (Path(config.data.root) / "train.json").exists():
         return  # the trainer knows what there is
     before = [origin["data"] for origin in origin_of(folder) if "data" in origin][-1:]
     if before and before != [now := data_in(config.data.root)]:

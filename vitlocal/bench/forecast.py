@@ -33,8 +33,8 @@ from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, Rows, Sources, full_batches, load_manifest, open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.methods import MethodContext, claimed
-from vitlocal.methods.batch_size import BatchSize
+from vitlocal.methods import build_methods, method_claims
+from vitlocal.methods.method import MethodContext
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
@@ -418,9 +418,9 @@ def forecast(config: Config, images: int | None) -> Forecast:
 
 def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
     """For another machine, of stated speeds (see :func:`vitlocal.train.rates.rates_for`)."""
-    if "budget.length" in claimed(config):
+    if any("budget.length" in claims.writes for claims in method_claims(config.recipe)):
         raise ConfigError(
-            "--rates: budgeted.epochs or budgeted.budget set the run's length, which is known once it is built; leave "
+            "--rates: budgeted.epochs or budgeted.compute set the run's length, which is known once it is built; leave "
             "--rates out, or give --budget.length alone"
         )
     model, _ = build_model(config.model, 1000)
@@ -428,17 +428,19 @@ def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Foreca
     def image_bytes(size: int) -> int:
         return activation_bytes(model, size, torch.bfloat16, config.train.kernel != "plain")
 
-    batches = BatchSize(MethodContext(config, images, image_bytes)) if "batch_size" in config.methods else None
+    context = MethodContext(config.recipe, images, image_bytes)
+    batch_sizes = build_methods(context, writing="feed.batch_size")
     sizes = []
     for size, rate in rates_for(config, stated).items():
-        batch = config.train.batch_size if batches is None else batches.batch_size_at(size)
+        stated = (method.batch_size_at(size) for method in batch_sizes)
+        batch = next((batch for batch in stated if batch is not None), config.train.batch_size)
         sizes.append(Measured(size, batch, rate, rate, 1e-9 * TRAINING_FLOPS * count_macs(model, size)))
     return Forecast(config, images, tuple(sizes))
 
 
 def disk_bytes(config: Config) -> int | None:
     """Of the data folder's files, both splits."""
-    if config.data.loader != "ffcv":
+    if config.data.loader not in ("native", "ffcv"):
         return None
     manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
     return sum(file.bytes for one in manifests for file in one.files)

@@ -105,7 +105,7 @@ def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
     config = read_config(arm.command_line(), {})
     whole, spent, began = _macs(config.model, PAPER_SIZES[1]), 0.0, 0.0
     stages: list[Stage] = []
-    for stage in config.of("image_size").curriculum:
+    for stage in config.method_options["image_size"].curriculum:
         size = scaled_size(stage.size, final, patch)
         if stage.until is not None:
             spent += (stage.until.value - began) / PAPER_EPOCHS * _macs(config.model, stage.size) / whole

@@ -174,7 +174,7 @@ def model_of(file: Path, config: Config, classes: int) -> tuple[float, VisionTra
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{config.model.name} is timm's own: this analysis is of vitlocal_… models")
     if (table := state.get("stage_table")) is not None:
-        add_stage_table(model, len(table), 0.0, 0.0, config.of("unfreeze").stage_tokens)
+        add_stage_table(model, len(table), 0.0, 0.0, config.method_options["unfreeze"].stage_tokens)
     model.load_state_dict(state)
     put(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
     return about["epoch"], model.eval()

@@ -262,7 +262,7 @@ class Peer:
         train = config.train
         torch.manual_seed(config.run.seed)
         self.model = timm_model(config).to(device).train()
-        if train.checkpointing:
+        if train.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         self.forward = torch.compile(self.model) if arm.compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, weight_decay=train.weight_decay, fused=True)

@@ -62,7 +62,7 @@ class Augment(torch.nn.Module):
         self.config = config
         self.mixes = config.mixup > 0 or config.cutmix > 0
         self.normalize = Normalize()
-        table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.erase else torch.empty(0)
+        table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.random_erasing else torch.empty(0)
         self.register_buffer("table", table, persistent=False)
 
     def draw(
@@ -73,8 +73,8 @@ class Augment(torch.nn.Module):
         ``strength`` scales the chances of erasing and mixing.
         """
         config, boxes, noise, mix = self.config, None, None, None
-        if config.erase:
-            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), config.erase * strength, size)
+        if config.random_erasing:
+            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), config.random_erasing * strength, size)
             boxes, noise = self._sent(box), self._sent((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
         if self.mixes:
             mix = self._sent(mixture(config, generator((seed, step, MIX)), total, size, strength))
@@ -88,7 +88,7 @@ class Augment(torch.nn.Module):
 
         ``strength`` scales RandAugment's magnitude, and three-augment's chance and jitter.
         """
-        if self.config.three:
+        if self.config.three_augment:
             return three_augment(images, strength, seed, step, places)
         if self.config.randaugment and strength:
             return randaugment(images, self.config.randaugment, seed, step, places, strength)
@@ -126,9 +126,9 @@ def mixture(
     Each image is mixed with that of its mirror place, labels in the share that its own pixels keep.
     """
     chosen, cut = draw.random(2), draw.random(2)
-    if chosen[0] >= config.mix_chance * strength or total < 2:
+    if chosen[0] >= config.mixup_prob * strength or total < 2:
         return np.array([1, 1, 0, 0, 0, 0], np.float32)
-    cutting = config.cutmix > 0 and (config.mixup == 0 or chosen[1] < config.cutmix_chance)
+    cutting = config.cutmix > 0 and (config.mixup == 0 or chosen[1] < config.cutmix_prob)
     alpha = config.cutmix if cutting else config.mixup
     share = float(draw.beta(alpha, alpha))
     if not cutting:

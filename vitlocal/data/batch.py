@@ -159,9 +159,9 @@ def open_sources(config: Config, device: torch.device, share: Share = WHOLE, loc
         random=True, seed=config.run.seed, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip,
         repeats=augment.repeats,
     )  # fmt: skip
-    val = Cropping(random=False, centre=config.evaluate.crop_ratio)
+    val = Cropping(random=False, centre=config.evaluate.crop_pct)
     workers = config.data.workers or max(1, cores() // local_world_size)
-    if config.data.loader == "ffcv":
+    if config.data.loader in ("native", "ffcv"):
         from vitlocal.data.loader import Decoder, FFCVSource  # importing ffcv takes seconds
 
         decoder = Decoder(workers)

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
-from vitlocal.methods.method import Claims, Method, MethodContext, Recipe, conflicts
+from vitlocal.methods.method import Claims, Method, MethodContext, Recipe
 
-# Files of this folder that hold a method each. A new method: its file's name here.
-MODULES = ("image_size", "strength", "batch_size", "budgeted", "trilevel", "autoprog", "unfreeze")
-
-
-def _method_of(module: str) -> type[Method]:
-    """The method that is defined in ``module``."""
-    found = vars(import_module(f"{__name__}.{module}")).values()
-    (method,) = (
-        one for one in found
-        if isinstance(one, type) and issubclass(one, Method) and one.__module__ == f"{__name__}.{module}"
-    )  # fmt: skip
-    return method
-
-
-METHODS: dict[str, type[Method]] = {method.name: method for method in map(_method_of, MODULES)}
+# The file of each method in this folder, and its class. A new method is a new file and a new line here.
+CLASSES = {
+    "image_size": "ImageSize",
+    "strength": "Strength",
+    "batch_size": "BatchSize",
+    "budgeted": "Budgeted",
+    "trilevel": "Trilevel",
+    "autoprog": "AutoProg",
+    "unfreeze": "Unfreeze",
+}
+METHODS: dict[str, type[Method]] = {
+    name: getattr(import_module(f"{__name__}.{name}"), class_name) for name, class_name in CLASSES.items()
+}
 
 
-def build_methods(run: MethodContext) -> list[Method]:
-    """The recipe's methods in its order."""
-    return [METHODS[name](run) for name in run.recipe.methods]
+def build_methods(context: MethodContext, writing: str = "") -> list[Method]:
+    """The recipe's methods in its order. With ``writing="dials."``, only those that set a field of that prefix."""
+    return [
+        METHODS[claims.name](context)
+        for claims in method_claims(context.recipe)
+        if not writing or any(field.startswith(writing) for field in claims.writes)
+    ]
 
 
-def claims(recipe: Recipe) -> list[Claims]:
-    """What each of the recipe's methods sets, told before anything is built."""
-    return [METHODS[name].claims(recipe) for name in recipe.methods]
+def method_claims(recipe: Recipe) -> tuple[Claims, ...]:
+    """The fields that each of the recipe's methods sets, in the recipe's order. No method is built for this."""
+    return tuple(METHODS[name].claims(recipe) for name in recipe.methods)
 
 
-def claimed(recipe: Recipe) -> frozenset[str]:
-    """All that the recipe's methods set."""
-    return frozenset().union(*(one.writes for one in claims(recipe)))
-
-
-def problems(recipe: Recipe) -> list[str]:
-    """What the recipe's methods find wrong with it, and which of them do not go together."""
+def method_problems(recipe: Recipe) -> list[str]:
+    """The errors that the recipe's methods find in it. If there are none: the pairs that cannot be combined."""
     found = [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
-    return found or conflicts(claims(recipe))
+    return found or conflicts(method_claims(recipe))
+
+
+def conflicts(claims: Sequence[Claims]) -> list[str]:
+    """One message for each pair of methods that cannot be combined."""
+    found = []
+    for place, first in enumerate(claims):
+        for second in claims[place + 1 :]:
+            if both := first.writes & second.writes:
+                found.append(
+                    f"methods: {first.name} and {second.name} both set {', '.join(sorted(both))}; remove one of the two"
+                )
+                continue  # one reason is enough
+            for one, other in ((first, second), (second, first)):
+                reasons = [reason for field, reason in one.excludes.items() if field in other.writes - one.writes]
+                found += [f"methods: {one.name} and {other.name} cannot be combined: {reason}" for reason in reasons]
+    return found

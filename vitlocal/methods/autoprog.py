@@ -1,84 +1,103 @@
 """AutoProg (Li et al. 2022, arXiv 2203.14509; details from the released code): depth and image size grow, by search.
 
-Training is cut into stages. At the start of each but the last, the network grows into a *supernet*, whose steps sample
-depths and sizes; then the candidate of the best trade of loss against time is taken out of it, with the weights that
-it has, and trained to the end of the stage. Steps of the supernet are steps of training like others.
+Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*, and each
+of its steps samples a depth and a size. Then the candidate with the best trade-off of loss and time is taken out of the
+supernet, with its weights, and trained to the end of the stage. The supernet's steps are training steps like all others.
 
-Symbols: S stages, l depth, r image size, L̄ mean loss of a candidate, T its time an image.
+Symbols: S stages, l depth, r image size, L mean loss of a candidate, T its time per image.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.methods.search import Net, NetText, falls, ladder, stages_of
-from vitlocal.options import COUNT, SHARE, Choice, Duration, Flag, Maybe, Number, Section, Series, option
+from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.search import (
+    Net,
+    SearchMethod,
+    equal_bounds,
+    ladder,
+    remembered,
+    schedule_option,
+    schedule_problems,
+    schedule_warnings,
+    stages_of,
+)
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, option
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape
 from vitlocal.progress import Length, Progress, Stage
 
-T = TypeVar("T")
-
 SPACE = ("depth", "size")
-AVERAGES = (0.998, 0.9996)  # decays a step; the published code keeps two between them, which nothing reads
-ROUNDING = 1e-6  # candidates whose L · T^w differ by less, as a part of it, are equal: losses are told no more exactly
+EMA_DECAYS = (0.998, 0.9996)  # per step; the released code keeps two more averages between them and never uses them
+ROUNDING = 1e-6  # relative difference of L · T^w below which candidates count as equal, because losses are rounded
 
 
 @dataclass(frozen=True)
 class AutoProgConfig(Section):
-    stages: int = option(4, COUNT, "S, of equal length")
-    space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; sizes may be left to image_size")
-    scale: float = option(0.5, SHARE, "smallest depth and size, as a part of the largest; 0: the least")
-    multiple: int = option(32, COUNT, "sizes are multiples of this, px")
-    schedule: tuple[Net, ...] | None = option(
-        None, Maybe(Series(NetText())), "the nets of all stages, without search: 6@128px,8@160px,10@192px,12@224px"
+    stages: int = option(4, COUNT, "number S of equal stages")
+    space: tuple[str, ...] = option(
+        SPACE, Series(Choice(*SPACE)), "what grows; without size, image_size may set the image size"
     )
-    search: Length = option(
-        Length.parse("2%"),
-        Duration(),
-        "length of a search's training (published: 2 of 100 epochs); asking comes on top",
+    min_scale: float = option(
+        0.5, FRACTION, "smallest depth and image size, as a fraction of the largest", was="scale"
     )
-    batches: int = option(50, COUNT, "by which a candidate's time and loss are told")
+    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
+    schedule: tuple[Net, ...] | None = schedule_option(
+        "depth and image size of every stage, instead of a search: 6@128px,8@160px,10@192px,12@224px"
+    )
+    search_length: Length = option(
+        Length.parse("2%"), Duration(), "training steps of each search (published: 2 of 100 epochs); the measurements "
+        "come on top", was="search"
+    )  # fmt: skip
+    probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate", was="batches")
     grow: str = option(
-        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "new blocks are copies in a net taken over "
-        "from its slow average; copies of averages in the net as it is; copies; or as drawn"
+        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: all weights are first replaced by "
+        "their slow average, and new blocks are copies; momentum_new: only new blocks are copies of the average; clone: "
+        "new blocks are copies of the current weights; random: new blocks have random weights"
     )  # fmt: skip
-    averages: tuple[float, ...] = option(
-        AVERAGES, Series(SHARE), "decays a step: of the fast one, whose loss is taken, and of the slow one, from which "
-        "nets grow"
+    ema_decays: tuple[float, ...] = option(
+        EMA_DECAYS, Series(FRACTION), "decays per step of the fast average, whose loss is measured, and of the slow "
+        "average, from which nets grow", was="averages"
     )  # fmt: skip
-    loss_of: str = option("average", Choice("average", "online"), "whose loss is taken: the fast average's")
+    loss_of: str = option(
+        "average", Choice("average", "online"), "weights whose loss is measured: the fast average or the current weights"
+    )
     loss_on: str = option(
-        "train", Choice("train", "val"), "of which split's images; val is then no fair judge any more"
+        "train", Choice("train", "val"), "split whose images measure the loss; val makes the validation accuracy biased"
     )
-    asked: tuple[float, ...] = option(
-        (0.5, 0.625, 0.75, 0.875, 1.0), Series(SHARE), "parts of the search at which losses are taken, to be averaged"
+    loss_at: tuple[float, ...] = option(
+        (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured; their "
+        "mean counts", was="asked"
+    )  # fmt: skip
+    cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or counted FLOPs")
+    exponent: float | None = option(
+        None, Maybe(Number(low=0)), "exponent w of the score L * T^w; none: fitted to the candidates"
     )
-    cost: str = option("time", Choice("time", "flops"), "what a candidate costs")
-    exponent: float | None = option(None, Maybe(Number(low=0)), "w in L · T^w; none: fitted to the candidates")
     moments: str = option(
-        "reset", Choice("reset", "keep"), "the optimizer's, when a net grows and when one is taken out"
+        "reset", Choice("reset", "keep"), "optimizer moments when the network grows and when a net is taken out of it"
     )
-    strengthen: bool = option(True, Flag(), "augmentation and drop path grow with the stages")
-    operations: float = option(0.5, SHARE, "part of RandAugment's magnitude in the first stage; the rest starts at 0")
+    grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages", was="strengthen")
+    randaugment_start: float = option(
+        0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage; all other augmentation starts at 0",
+        was="operations",
+    )  # fmt: skip
 
 
 def deepens(config: AutoProgConfig) -> bool:
-    """Whether depth grows."""
+    """Whether the depth grows."""
     if config.schedule is not None:
         return len({net.depth for net in config.schedule}) > 1
-    return "depth" in config.space and config.scale < 1 and config.stages > 1
+    return "depth" in config.space and config.min_scale < 1 and config.stages > 1
 
 
 def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
-    """w of the power law L ≈ a · T^-w through the candidates (least squares of logs); 0 where it does not fall."""
+    """w of the power law L ≈ a · T^-w through the candidates (least squares of logarithms), at least 0."""
     if len(set(times)) < 2:
         return 0.0
     slope = np.polyfit(np.log(times), np.log(losses), 1)[0]
@@ -86,366 +105,315 @@ def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
 
 
 def best(losses: Sequence[float], times: Sequence[float], exponent: float | None = None) -> int:
-    """The candidate of least L · T^w; of equal ones the first. (Of two candidates, both lie on the fitted curve.)"""
+    """The candidate with the smallest L · T^w. Ties: the first. (Two candidates always lie on the curve they fit.)"""
     w = fitted_exponent(losses, times) if exponent is None else exponent
     scores = np.array([loss * time**w for loss, time in zip(losses, times, strict=True)])
     return int(np.argmax(scores <= scores.min() * (1 + ROUNDING)))
 
 
-def remembered(reckon: Callable[[AutoProg, int], T]) -> Callable[[AutoProg, int], T]:
-    """What a stage's ``reckon`` gives, until more has been observed: plans are made at every step."""
+@dataclass
+class SearchRecord:
+    """The results of AutoProg's searches, by stage. Checkpoints store it.
 
-    @wraps(reckon)
-    def reckoned(self: AutoProg, stage: int) -> T:
-        key = (reckon.__name__, stage)
-        if key not in self.memory:
-            self.memory[key] = reckon(self, stage)
-        return self.memory[key]
+    A search's length counts training steps, without the measurements. ``searched`` is the fraction of the budget that
+    its steps took before the last round of losses. ``since`` is the fraction at which the steps after it began, or None
+    if there was no step yet.
+    """
 
-    return reckoned
+    times: dict[int, list[float]] = field(default_factory=dict)  # seconds per image of each candidate
+    losses: dict[int, list[list[float]]] = field(default_factory=dict)  # of each complete round, of each candidate
+    under_way: dict[int, list[float]] = field(default_factory=dict)  # losses of a round that is not complete
+    began: dict[int, float] = field(default_factory=dict)  # fraction at each stage's first step
+    searched: dict[int, float] = field(default_factory=dict)
+    since: float | None = None
 
 
-class AutoProg(Method):
-    """See the module. With ``schedule`` the nets of all stages are given, and nothing is searched."""
+class AutoProg(SearchMethod):
+    """Depth and image size grow, by search. With ``schedule`` the nets of all stages are given, without a search."""
 
     name = "autoprog"
     options = AutoProgConfig
+    _undecided = -1  # the largest candidate
 
-    def __init__(self, run: MethodContext):
-        self.config: AutoProgConfig = run.recipe.of(self.name)
-        self.run, recipe = run, run.recipe
-        if run.parts is None:
-            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe.model.name}")
-        self.count, self.seed = run.parts["blocks"], recipe.run.seed
-        self.sizes_grow = "size" in self.config.space
-        self.writes = self.claims(run.recipe).writes
-        config = self.config
-        if config.schedule is not None and config.schedule[-1].depth != self.count:
+    def __init__(self, context: MethodContext):
+        config, recipe = context.recipe.section(AutoProgConfig), context.recipe
+        whole = recipe.budget.value
+        bounds = equal_bounds(config.stages)
+        if recipe.budget.kind == "epochs" and whole >= config.stages:  # whole epochs
+            bounds = [math.floor(whole * k / config.stages) / whole for k in range(config.stages)]
+        super().__init__(context, bounds)
+        if context.parts is None:
+            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe.model_name}")
+        self._config, self._context, self._depth = config, context, context.parts["blocks"]
+        if config.schedule is not None and config.schedule[-1].depth != self._depth:
             raise ConfigError(
-                f"autoprog.schedule: it ends with {config.schedule[-1].depth} blocks, the model has {self.count}"
+                f"autoprog.schedule: the last entry has {config.schedule[-1].depth} blocks, and the model has "
+                f"{self._depth}; state the model's depth last"
             )
-        self.depths = ladder(self.count, config.scale, config.stages, 1) if "depth" in config.space else (self.count,)
-        self.ladder = (
-            ladder(recipe.model.size, config.scale, config.stages, config.multiple) if self.sizes_grow else (None,)
-        )
-        self.magnitude = recipe.augment.randaugment
-        fast, slow = config.averages
-        judged = config.schedule is None and config.loss_of == "average"
-        # The first is what is judged, the last what nets grow from.
-        self.ema_decays = (fast,) * judged + (slow,) * config.grow.startswith("momentum")
-        self.length_kind, self.whole = recipe.budget.length.kind, recipe.budget.length.value
-        # What searches found, stage by stage and candidate by candidate: seconds an image, and rounds of losses.
-        self.times: dict[int, list[float]] = {}
-        self.began: dict[int, float] = {}  # the fraction at which each stage's first step was taken
-        self.losses: dict[int, list[list[float]]] = {}
-        self.asking = 0  # the stage of the last question
-        self.under_way: dict[int, list[float]] = {}  # the losses of a round that is not over
-        # Of a search's steps, as a part of the budget: those before its last round of losses, and where those after it
-        # began. What a round takes is not of the search's length.
-        self.searched: dict[int, float] = {}
-        self.since: float | None = None
-        self.round_at = 0.0  # where the present round was asked
-        self.memory: dict[tuple[str, int], Any] = {}
+        length = config.search_length
+        self._search = length.value / whole if length.kind == "epochs" else length.value  # fraction of the budget
+        fast, slow = config.ema_decays
+        measured = config.schedule is None and config.loss_of == "average"
+        # The first average is measured. The last one is the source of growth. An average without a use is not kept.
+        self.needs = Needs(ema_decays=(fast,) * measured + (slow,) * config.grow.startswith("momentum"))
+        self._record = SearchRecord()
+        self._round_at = 0.0  # the fraction at which the current round of losses was asked
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
-        config: AutoProgConfig = recipe.of(cls.name)
+        config = recipe.section(AutoProgConfig)
         blocks = {"shape.block_order", "shape.skipped_blocks"} if deepens(config) else set()
         sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
-        dials = {"dials.strength", "dials.randaugment_strength"} if config.strengthen else set()
-        return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials), {})
+        dials = {"dials.strength", "dials.randaugment_strength"} if config.grow_augmentation else set()
+        return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials))
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
-        config: AutoProgConfig = recipe.of("autoprog")
-        found = []
+        config, budget = recipe.section(AutoProgConfig), recipe.budget
+        length, found = config.search_length, []
         if not config.space:
             found.append("autoprog.space: nothing grows; name depth, size or both")
-        if config.schedule is None and recipe.budget.length.kind != "epochs" and config.search.kind != "fraction":
-            found.append(
-                f"autoprog.search: got {config.search}; of a budget of {recipe.budget.length} give a part, as 2%"
-            )
-        if config.schedule is None and not config.search.value:
-            found.append("autoprog.search: 0 leaves nothing to search in; give a part of the budget, as 2%")
-        parts = {"fraction": 1.0, "epochs": recipe.budget.length.value}
-        if config.schedule is None and config.search.value * config.stages >= parts.get(config.search.kind, math.inf):
-            found.append(
-                f"autoprog.search: {config.search} is no less than one of {config.stages} stages: none is left to "
-                "train what is chosen; search for less"
-            )
-        if config.search.kind not in ("epochs", "fraction"):
-            found.append(f"autoprog.search: got {config.search}, expected epochs, or a part of the budget, as 2%")
-        if config.schedule is not None:
-            if len(config.schedule) != config.stages:
+        if length.kind not in ("epochs", "fraction"):
+            found.append(f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, as 2%")
+        if config.schedule is None:
+            if budget.kind != "epochs" and length.kind != "fraction":
                 found.append(
-                    f"autoprog.schedule: {len(config.schedule)} nets for {config.stages} stages; give one for each"
+                    f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, as 2%"
                 )
+            if not length.value:
+                found.append("autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%")
+            most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
+            if length.value * config.stages >= most:
+                found.append(
+                    f"autoprog.search_length: {length} is as long as one of {config.stages} stages, and no step is left "
+                    "to train the chosen net; use a shorter search"
+                )
+        else:
+            found += schedule_problems("autoprog", config.schedule, config.stages)
             if any((net.size is None) == ("size" in config.space) for net in config.schedule):
                 found.append(
-                    "autoprog.schedule: sizes are for a space with size: 6@128px, or depths alone, for each stage"
+                    "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may "
+                    "have a size (6)"
                 )
             depths = [net.depth for net in config.schedule]
             if depths != sorted(depths):
-                found.append(f"autoprog.schedule: depths {depths} must not fall")
-            sizes = [net.size for net in config.schedule]
-            if falls(sizes):
-                found.append(f"autoprog.schedule: got sizes {sizes}, expected ones that do not fall, up to model.size")
-        asked = list(config.asked)
-        if not asked or asked != sorted(set(asked)) or not asked[0] or asked[-1] != 1:
-            found.append(f"autoprog.asked: got {asked}, expected growing parts of the search above 0, and 1 at last")
-        if len(config.averages) != 2 or list(config.averages) != sorted(config.averages):
-            found.append(f"autoprog.averages: got {list(config.averages)}, expected two decays, the smaller one first")
-        if deepens(config) and recipe.model.weights:
+                found.append(f"autoprog.schedule: got depths {depths}, expected depths that do not decrease")
+        loss_at, decays = list(config.loss_at), list(config.ema_decays)
+        if not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1:
             found.append(
-                "autoprog.space: where depth grows, copies take the places of blocks of model.weights, and a search "
-                "begins with them in another order; set autoprog.space=size, give an autoprog.schedule of one depth, "
-                "or train from scratch"
+                f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 as the last"
+            )
+        if len(decays) != 2 or decays != sorted(decays):
+            found.append(f"autoprog.ema_decays: got {decays}, expected two decays, the smaller one first")
+        if deepens(config) and recipe.model_weights:
+            found.append(
+                "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search starts with "
+                "the blocks in another order; set autoprog.space=size, give an autoprog.schedule of one depth, or remove "
+                "model.weights"
             )
         return found
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
-        schedule, size = recipe.of("autoprog").schedule, recipe.model.size
-        if not schedule or schedule[-1].size in (None, size):
-            return []
-        return [
-            f"autoprog.schedule ends with {schedule[-1]}, and model.size is {size}: nothing is trained at that size"
-        ]
+        return schedule_warnings("autoprog", recipe.section(AutoProgConfig).schedule, recipe.model_size)
 
     @staticmethod
     def image_sizes(recipe: Recipe) -> Sequence[Stage]:
-        """Of a search the ladder: it may take larger sizes sooner."""
-        config: AutoProgConfig = recipe.of("autoprog")
+        """The stages' sizes. A search may reach larger sizes of this ladder sooner."""
+        config = recipe.section(AutoProgConfig)
         if "size" not in config.space:
             return ()
+        stated = [net.size for net in config.schedule or () if net.size is not None]
+        return stages_of(
+            stated or ladder(recipe.model_size, config.min_scale, config.stages, config.size_multiple), config.stages
+        )
+
+    # --- candidates and blocks ---
+
+    def _stage_before(self, stage: int) -> int | None:
+        """The last earlier stage that was trained. A run that was killed may have skipped stages."""
+        return max((entered for entered in self._record.began if entered < stage), default=None)
+
+    @remembered
+    def _candidates(self, stage: int) -> list[Net]:
+        config, model_size = self._config, self._context.recipe.model_size
         if config.schedule is not None:
-            return stages_of([net.size for net in config.schedule], config.stages)
-        return stages_of(ladder(recipe.model.size, config.scale, config.stages, config.multiple), config.stages)
-
-    # --- stages ---
-
-    def bounds(self) -> list[float]:
-        """Where the stages begin, as parts of the budget."""
-        stages = self.config.stages
-        if self.length_kind == "epochs" and self.whole >= stages:
-            return [math.floor(self.whole * k / stages) / self.whole for k in range(stages)]
-        return [k / stages for k in range(stages)]
-
-    @property
-    def search(self) -> float:
-        """A search's part of the budget."""
-        length = self.config.search
-        return length.value / self.whole if length.kind == "epochs" else length.value
-
-    def stage(self, at: Progress) -> int:
-        return sum(at.fraction >= bound - 1e-12 for bound in self.bounds()) - 1
-
-    def before(self, stage: int) -> int | None:
-        """The last stage before it of which a step was taken: a run that was killed may have passed over some."""
-        return max((entered for entered in self.began if entered < stage), default=None)
-
-    @remembered
-    def candidates(self, stage: int) -> list[Net]:
-        """What a stage chooses from; one where there is nothing to choose."""
-        if self.config.schedule is not None:
-            return [self.config.schedule[stage]]
-        if stage == self.config.stages - 1:
-            return [Net(self.depths[-1], self.ladder[-1])]
-        depths, sizes, before = self.depths, self.ladder, self.before(stage)
+            return [config.schedule[stage]]
+        depths: tuple[int, ...] = (self._depth,)
+        sizes: tuple[int | None, ...] = (None,)
+        if "depth" in config.space:
+            depths = ladder(self._depth, config.min_scale, config.stages, 1)
+        if "size" in config.space:
+            sizes = ladder(model_size, config.min_scale, config.stages, config.size_multiple)
+        if stage == config.stages - 1:
+            return [Net(depths[-1], sizes[-1])]
+        before = self._stage_before(stage)
         if before is None:
-            some = [dict.fromkeys((values[0], values[len(values) // 2], values[-1])) for values in (depths, sizes)]
-            return [Net(depth, size) for size in some[1] for depth in some[0]]
-        now = self.chosen(before)
-        further, place = depths.index(now.depth) + 1, sizes.index(now.size)
-        deeper = depths[further : further + 3] or depths[-1:]
-        return [Net(depth, size) for size in sizes[place : place + 2] for depth in deeper]
+            depths = tuple(dict.fromkeys((depths[0], depths[len(depths) // 2], depths[-1])))
+            sizes = tuple(dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1])))
+        else:
+            now = self._chosen(before)
+            next_depth, place = depths.index(now.depth) + 1, sizes.index(now.size)
+            depths, sizes = depths[next_depth : next_depth + 3] or depths[-1:], sizes[place : place + 2]
+        return [Net(depth, size) for size in sizes for depth in depths]
 
-    def decided(self, stage: int) -> bool:
-        nets = self.candidates(stage)
-        whole = self.due_rounds(self.searched.get(stage, 0.0)) == len(self.config.asked)
-        return len(nets) == 1 or (whole and stage not in self.under_way)
+    def _answered(self, stage: int) -> bool:
+        record = self._record
+        complete = self._due_rounds(record.searched.get(stage, 0.0)) == len(self._config.loss_at)
+        return complete and stage not in record.under_way
 
-    def due_rounds(self, searched: float) -> int:
-        """How many rounds of losses are due after so much of a search, as a part of the budget."""
-        return sum(searched >= part * self.search - 1e-12 for part in self.config.asked)
+    def _due_rounds(self, searched: float) -> int:
+        """The number of rounds of losses that are due after a search of this length, a fraction of the budget."""
+        return sum(searched >= part * self._search - 1e-12 for part in self._config.loss_at)
 
-    @remembered
-    def chosen(self, stage: int) -> Net:
-        """The stage's net; the largest candidate as long as the search is on."""
-        nets = self.candidates(stage)
-        if not self.decided(stage):
-            return nets[-1]
-        if len(nets) == 1:
-            return nets[0]
-        losses = np.mean(self.losses[stage], axis=0).tolist()
-        return nets[best(losses, self._costs(stage), self.config.exponent)]
-
-    def _costs(self, stage: int) -> list[float]:
-        if self.config.cost == "time":
-            return self.times[stage]
-        size = self.run.recipe.model.size
-        return [
-            float(self.run.macs(net.size or size, Shape(block_order=tuple(range(net.depth)))))
-            for net in self.candidates(stage)
-        ]
+    def _best(self, stage: int) -> Net:
+        losses = np.mean(self._record.losses[stage], axis=0).tolist()
+        nets, model_size = self._candidates(stage), self._context.recipe.model_size
+        if self._config.cost == "time":
+            costs = self._record.times[stage]
+        else:
+            shapes = [Shape(block_order=tuple(range(net.depth))) for net in nets]
+            costs = [
+                float(self._context.macs(net.size or model_size, shape))
+                for net, shape in zip(nets, shapes, strict=True)
+            ]
+        return nets[best(losses, costs, self._config.exponent)]
 
     @remembered
-    def supernet(self, stage: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """The order of blocks that a stage begins with, and which of them are copies of which."""
-        nets, before = self.candidates(stage), self.before(stage)
-        deepest = max(net.depth for net in nets)
-        # At the start nothing is copied; new are the blocks that the smallest net would have to be given.
-        there = tuple(range(min(net.depth for net in nets))) if before is None else self.extracted(before)
-        return deepen(there, deepest, self.count)
+    def _supernet(self, stage: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """The block order at the stage's start, and pairs (new block, block that it copies)."""
+        depths, before = [net.depth for net in self._candidates(stage)], self._stage_before(stage)
+        # In the first stage nothing is copied. The new blocks are those that the smallest net does not have.
+        order = tuple(range(min(depths))) if before is None else self._extracted(before)
+        return deepen(order, max(depths), self._depth)
 
-    def skipped(self, stage: int, depth: int) -> tuple[int, ...]:
-        """The blocks that a candidate of ``depth`` passes over: the first of the new ones."""
-        order, pairs = self.supernet(stage)
-        return tuple(slot for slot, _ in pairs)[: len(order) - depth]
+    def _skipped(self, stage: int, depth: int) -> tuple[int, ...]:
+        """The blocks that a candidate of ``depth`` skips: the first of the new blocks."""
+        order, pairs = self._supernet(stage)
+        return tuple(block for block, _ in pairs)[: len(order) - depth]
 
     @remembered
-    def extracted(self, stage: int) -> tuple[int, ...]:
+    def _extracted(self, stage: int) -> tuple[int, ...]:
         """The blocks of the stage's net, in order."""
-        gone = self.skipped(stage, self.chosen(stage).depth)
-        return tuple(slot for slot in self.supernet(stage)[0] if slot not in gone)
+        gone = self._skipped(stage, self._chosen(stage).depth)
+        return tuple(block for block in self._supernet(stage)[0] if block not in gone)
+
+    def _block_order(self, blocks: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None if blocks == tuple(range(self._depth)) else blocks
 
     # --- plans ---
 
-    def plan(self, plan: Plan, at: Progress) -> Plan:
-        stage = self.stage(at)
-        if self.decided(stage):
-            return self._planned(plan, stage, self.chosen(stage))
-        nets = self.candidates(stage)
-        # Depth and size are drawn by the step's number: the same on every process, and after a restart.
-        return self._planned(
-            plan, stage, nets[int(np.random.default_rng((self.seed, at.step, 0xA9)).integers(len(nets)))]
-        )
+    def plan(self, plan: Plan, progress: Progress) -> Plan:
+        stage = self._stage(progress)
+        if self._decided(stage):
+            return self._plan_of(plan, stage, self._chosen(stage))
+        nets = self._candidates(stage)
+        # The step number draws depth and size: the same on every process, and after a restart.
+        random = np.random.default_rng((self._context.recipe.seed, progress.step, 0xA9))
+        return self._plan_of(plan, stage, nets[int(random.integers(len(nets)))])
 
-    def variants(self, plan: Plan, at: Progress) -> Sequence[Plan]:
-        stage = self.stage(at)
-        return () if self.decided(stage) else [self._planned(plan, stage, net) for net in self.candidates(stage)]
+    def variants(self, plan: Plan, progress: Progress) -> Sequence[Plan]:
+        stage = self._stage(progress)
+        return () if self._decided(stage) else [self._plan_of(plan, stage, net) for net in self._candidates(stage)]
 
-    def _planned(self, plan: Plan, stage: int, net: Net) -> Plan:
-        """The plan for a step of ``net``: of the supernet where the stage is not decided."""
-        searching = not self.decided(stage)
-        order, pairs = self.supernet(stage)
+    def _plan_of(self, plan: Plan, stage: int, net: Net) -> Plan:
+        """The plan for a step of ``net``. As long as the stage is not decided, the net is a part of the supernet."""
+        searching = not self._decided(stage)
+        order, pairs = self._supernet(stage)
         if searching:
-            nets = self.candidates(stage)
-            slots, skipped = order, self.skipped(stage, net.depth)
-            feed_size = max((net.size for net in nets if net.size), default=None)
+            blocks, skipped = order, self._skipped(stage, net.depth)
+            feed_size = max((net.size for net in self._candidates(stage) if net.size), default=None)
         else:
-            skipped: tuple[int, ...] = ()
-            slots, feed_size = self.extracted(stage), net.size
-        whole = slots == tuple(range(self.count))
-        plan = with_shape(plan, block_order=None if whole else slots, skipped_blocks=skipped)
-        if self.sizes_grow:
-            smaller = net.size if net.size != feed_size else None
-            plan = replace(with_shape(plan, input_size=smaller), feed=replace(plan.feed, size=feed_size))
+            blocks, skipped, feed_size = self._extracted(stage), (), net.size
+        plan = with_shape(plan, block_order=self._block_order(blocks), skipped_blocks=skipped)
+        if feed_size is not None:
+            input_size = net.size if net.size != feed_size else None
+            plan = replace(with_shape(plan, input_size=input_size), feed=replace(plan.feed, size=feed_size))
         plan = replace(plan, growth=self._growth(stage, searching, pairs) or plan.growth)
-        return self._strengthened(plan, 1.0 if searching else stage / max(1, self.config.stages - 1))
+        if not self._config.grow_augmentation:
+            return plan
+        way = 1.0 if searching else stage / max(1, self._config.stages - 1)
+        magnitude, start = self._context.recipe.randaugment, self._config.randaugment_start
+        part = start + (1 - start) * way
+        if magnitude >= 1 and way < 1:  # whole magnitudes: 4, 6, 7, 9
+            part = math.floor(magnitude * part + 1e-9) / magnitude
+        return replace(plan, dials=replace(plan.dials, strength=way, randaugment_strength=part))
 
     def _growth(self, stage: int, searching: bool, pairs: tuple[tuple[int, int], ...]) -> Growth | None:
-        moments = "reset" if self.config.moments == "reset" else "zero"
-        searched = len(self.candidates(stage)) > 1
+        moments = "reset" if self._config.moments == "reset" else "zero"
+        searched = len(self._candidates(stage)) > 1
         if not searching and searched:
             return Growth(2 * stage + 2, moments=moments)  # taken out of the supernet
-        before = self.before(stage)
+        before = self._stage_before(stage)
         if before is None:
             return None
-        if not searched and self.candidates(stage)[0] == self.chosen(before):
-            return self._growth(before, False, self.supernet(before)[1])  # nothing grows
-        how, last = self.config.grow, len(self.ema_decays) - 1
+        if not searched and self._candidates(stage)[0] == self._chosen(before):
+            return self._growth(before, False, self._supernet(before)[1])  # nothing grows
+        how, last = self._config.grow, len(self.needs.ema_decays) - 1
         return Growth(
             2 * stage + 1, blocks=pairs, weights="random" if how == "random" else "copy", moments=moments,
             average=last if how.startswith("momentum") else None, new_only=how == "momentum_new",
         )  # fmt: skip
 
-    def _strengthened(self, plan: Plan, way: float) -> Plan:
-        if not self.config.strengthen:
-            return plan
-        part = self.config.operations + (1 - self.config.operations) * way
-        if self.magnitude >= 1 and way < 1:  # whole magnitudes: 4, 6, 7, 9
-            part = math.floor(self.magnitude * part + 1e-9) / self.magnitude
-        return replace(plan, dials=replace(plan.dials, strength=way, randaugment_strength=part))
-
-    def changes(self) -> Sequence[Length]:
-        return [Length(bound, "fraction", f"{100 * bound:.4g}%") for bound in self.bounds()[1:]]
-
     # --- the search ---
 
-    def probes(self, at: Progress) -> Sequence[Probe]:
-        if self.config.schedule is not None:
+    def probes(self, progress: Progress) -> Sequence[Probe]:
+        stage, record = self._stage(progress), self._record
+        if self._config.schedule is not None or self._decided(stage):
             return ()
-        stage = self.stage(at)
-        if self.decided(stage):
-            return ()
-        self.asking, nets = stage, self.candidates(stage)
-        timed = len(self.times.get(stage, ()))
-        if self.config.cost == "time" and timed < len(nets):
+        self._asked_stage, nets = stage, self._candidates(stage)
+        timed = len(record.times.get(stage, ()))
+        if self._config.cost == "time" and timed < len(nets):
             return [self._probe("seconds", stage, net) for net in nets[timed:]]
-        if stage not in self.began:  # nothing has grown yet: there is nothing to judge
+        if stage not in record.began:  # the supernet has not trained yet, so its losses say nothing
             return ()
-        answered = len(self.under_way.get(stage, ()))
+        answered = len(record.under_way.get(stage, ()))
         if not answered:
-            if self.since is None:  # no step was taken since the last round
+            if record.since is None:  # no step was taken since the last round
                 return ()
-            # Of rounds that fall due within one step, one is asked.
-            before = self.searched[stage]
-            if self.due_rounds(before + at.fraction - self.since) == self.due_rounds(before):
+            # If several rounds fall due within one step, one round is asked.
+            before = record.searched[stage]
+            if self._due_rounds(before + progress.fraction - record.since) == self._due_rounds(before):
                 return ()
-            self.round_at = at.fraction
+            self._round_at = progress.fraction
         return [self._probe("loss", stage, net) for net in nets[answered:]]
 
     def _probe(self, kind: str, stage: int, net: Net) -> Probe:
-        order = self.supernet(stage)[0]
-        slots = None if order == tuple(range(self.count)) else order
-        shape = Shape(block_order=slots, skipped_blocks=self.skipped(stage, net.depth))
-        average = 0 if kind == "loss" and self.config.loss_of == "average" else None
+        order = self._block_order(self._supernet(stage)[0])
+        shape = Shape(block_order=order, skipped_blocks=self._skipped(stage, net.depth))
+        average = 0 if kind == "loss" and self._config.loss_of == "average" else None
         sets = ("block_order", "skipped_blocks", "input_size")
-        split = self.config.loss_on if kind == "loss" else "train"
-        return Probe(kind, shape, net.size or 0, self.config.batches, split=split, average=average, sets=sets)
+        split = self._config.loss_on if kind == "loss" else "train"
+        return Probe(kind, shape, net.size or 0, self._config.probe_batches, split=split, average=average, sets=sets)
 
-    def observe(self, seen: StepResult | ProbeResult) -> None:
-        if isinstance(seen, StepResult):
-            self._stepped(seen)
-            return
-        stage = self.asking
-        if seen.probe.kind == "seconds":
-            self.times.setdefault(stage, []).append(seen.value)
+    def observe(self, result: StepResult | ProbeResult) -> None:
+        if isinstance(result, StepResult):
+            return self._observe_step(result)
+        stage, record = self._asked_stage, self._record
+        if result.probe.kind == "seconds":
+            record.times.setdefault(stage, []).append(result.value)
         else:
-            if self.since is not None:
-                self.searched[stage] += self.round_at - self.since
-                self.since = None
-            self.under_way.setdefault(stage, []).append(seen.value)
-            if len(self.under_way[stage]) == len(self.candidates(stage)):
-                self.losses.setdefault(stage, []).append(self.under_way.pop(stage))
-        self.memory.clear()
+            if record.since is not None:
+                record.searched[stage] += self._round_at - record.since
+                record.since = None
+            record.under_way.setdefault(stage, []).append(result.value)
+            if len(record.under_way[stage]) == len(self._candidates(stage)):
+                record.losses.setdefault(stage, []).append(record.under_way.pop(stage))
+        self._memory.clear()
 
-    def choices(self) -> Sequence[str]:
-        return [str(self.chosen(stage)) for stage in sorted(self.losses) if self.decided(stage)]
-
-    def _stepped(self, seen: StepResult) -> None:
-        stage = self.stage(seen.progress)
-        if stage not in self.began:
-            if self.before(stage) is not None and seen.plan.growth.number <= 2 * stage:
-                return  # a step of the stage before, which the clock has left meanwhile: nothing has grown yet
-            self.began[stage], self.searched[stage], self.since = seen.progress.fraction, 0.0, None
-            self.memory.clear()
-        if self.since is None:
-            self.since = seen.progress.fraction
+    def _observe_step(self, result: StepResult) -> None:
+        stage, record, fraction = self._stage(result.progress), self._record, result.progress.fraction
+        if stage not in record.began:
+            if self._stage_before(stage) is not None and result.plan.growth.number <= 2 * stage:
+                return  # the step was planned in the stage before, and the clock has moved on: nothing has grown yet
+            record.began[stage], record.searched[stage], record.since = fraction, 0.0, None
+            self._memory.clear()
+        if record.since is None:
+            record.since = fraction
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "times": dict(self.times),
-            "losses": dict(self.losses),
-            "under_way": dict(self.under_way),
-            "began": dict(self.began),
-            "searched": dict(self.searched),
-            "since": self.since,
-        }
+        return asdict(self._record)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.times, self.losses, self.began = dict(state["times"]), dict(state["losses"]), dict(state["began"])
-        self.under_way, self.searched = dict(state["under_way"]), dict(state["searched"])
-        self.since = state["since"]
-        self.memory.clear()
+    def load_state_dict(self, state: dict[str, Any], local: Any = None) -> None:
+        self._record = SearchRecord(**state)
+        self._memory.clear()

@@ -1,8 +1,8 @@
 """Budgeted training (Xia et al. 2023, "Budgeted Training for Vision Transformer", ICLR 2023).
 
-A narrow model on few tokens grows, in stages, to the full one. Each stage runs the first heads of each attention, the
-first hidden units of each feed-forward part, and the centre of the token grid; what a stage adds starts as a copy of
-what is there, with moments of zero.
+A narrow model on few tokens grows in stages to the full model. Each stage runs the first heads of each attention, the
+first hidden units of each feed-forward part, and the centre of the token grid. The new parts of a stage start as copies
+of existing parts, with moments of zero.
 
 Symbols as in the paper: K stages, C_k multiply-adds of an image in stage k, T_k its epochs, B the budget.
 """
@@ -16,288 +16,306 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from fastargs.validation import Checker
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.options import COUNT, SHARE, Choice, Maybe, Number, Section, Series, option
+from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.search import as_fraction
+from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
-GROWS = ("heads", "hidden", "tokens")
-FEWEST_TOKENS = 0.5  # of all, in the first stage: 50 %, 75 %, 100 % for three
+# What may grow, and the fields of the shape that it sets.
+GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}
+FEWEST_TOKENS = 0.5  # fraction of the tokens in the first stage: 50 %, 75 %, 100 % for three stages
 PROBED_BATCHES = 4
-CHEAPENED = frozenset({"feed.size", "feed.subset", "shape.token_keep_rate"})  # what changes an epoch's cost beside it
+CHANGES_COST = frozenset({"feed.size", "feed.subset", "shape.token_keep_rate"})  # of an epoch, set by other methods
 
 
-class Compute(Checker):
-    """``50%`` of full training, or ``691.2GFLOPs``."""
+def parse_compute(value: Any) -> str:
+    """Checks ``50%`` (of full training) or ``691.2GFLOPs``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|GFLOPs)", str(value))
+    if match is None or not float(match[1]):
+        raise ValueError
+    return str(value)
 
-    def check(self, value: Any) -> str:
-        if not re.fullmatch(r"\d+(\.\d+)?(%|GFLOPs)", str(value)) or not float(re.match(r"[\d.]+", str(value))[0]):
-            raise ValueError
-        return str(value)
 
-    def help(self) -> str:
-        return "a part of full training, as 50%, or 691.2GFLOPs an image, summed over epochs (multiply-adds)"
+COMPUTE = Parsed(
+    parse_compute, "a part of full training, as 50%, or 691.2GFLOPs per image, summed over epochs (multiply-adds)"
+)
 
 
 @dataclass(frozen=True)
 class BudgetedConfig(Section):
-    stages: int = option(3, COUNT, "K")
-    grow: tuple[str, ...] = option(GROWS, Series(Choice(*GROWS)), "what grows; the rest is whole from the start")
-    budget: str | None = option(
-        None, Maybe(Compute()), "the whole compute, from which the epochs follow; none: budget.length, shared out"
+    stages: int = option(3, COUNT, "number K of stages")
+    grow: tuple[str, ...] = option(
+        tuple(GROWS), Series(Choice(*GROWS)), "what grows; everything else has its full size from the start"
     )
-    reference: float = option(300.0, Number(low=1), "epochs of full training, for a budget in %")
+    compute: str | None = option(
+        None, Maybe(COMPUTE), "compute of the whole run, which sets its epochs; none: budget.length is divided into the "
+        "stages", was="budget"
+    )  # fmt: skip
+    reference_epochs: float = option(
+        300.0, Number(low=1), "epochs of full training, for a compute in %", was="reference"
+    )
     epochs: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(low=0, whole=True))), "of each stage, in place of what follows"
-    )
-    alpha: float = option(2.0, Number(), "how much longer later stages are; 0: equal")
-    seed: int = option(0, Number(low=0, whole=True), "of the random numbers that stage lengths are drawn from")
+        None, Maybe(Series(Number(low=0, whole=True))), "epochs of each stage; none: the stages' lengths follow from "
+        "alpha, seed and cost"
+    )  # fmt: skip
+    alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
+    seed: int = option(0, Number(low=0, whole=True), "seed of the random numbers that set the stages' lengths")
     cost: str = option(
-        "flops",
-        Choice("flops", "time"),
-        "what a stage's images cost, for a budget in time: reckoned, or measured first",
+        "flops", Choice("flops", "time"), "cost of a stage's images, for a budget in time: counted FLOPs, or time "
+        "measured before the first step"
+    )  # fmt: skip
+    heads: tuple[float, ...] | None = option(
+        None, Maybe(Series(FRACTION)), "fraction of the heads in each stage; none: k / K in stage k"
     )
-    heads: tuple[float, ...] | None = option(None, Maybe(Series(SHARE)), "part of the heads in each stage; none: k / K")
     hidden: tuple[float, ...] | None = option(
-        None, Maybe(Series(SHARE)), "part of the hidden width in each stage; none: doubling up to all"
+        None, Maybe(Series(FRACTION)), "fraction of the hidden width in each stage; none: it doubles from stage to stage"
     )
     tokens: tuple[float, ...] | None = option(
-        None, Maybe(Series(SHARE)), "part of the tokens in each stage; none: evenly from 50 % to all"
+        None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage; none: equal steps from 50 % to all"
     )
     crop: str = option(
-        "after", Choice("after", "before"),
-        "the grid is cropped after the embedding, as published, or before: cheaper, and the same tokens",
+        "after", Choice("after", "before"), "crop the token grid after the patch embedding, as published, or crop the "
+        "image before it: the same tokens for less compute"
     )  # fmt: skip
-    weights: str = option("copy", Choice("copy", "random"), "what is new starts as")
-    sources: str = option(
-        "first", Choice("first", "last"), "which heads and hidden units are copied, where not all are"
+    new_weights: str = option(
+        "copy", Choice("copy", "random"), "weights of new heads and hidden units", was="weights"
     )
-    moments: str = option("zero", Choice("zero", "copy", "reset"), "of what is new; reset: of everything")
-    scale: float = option(1.0, Number(low=0), "of what slots and their copies give, once copied; 0.5 keeps their sum")
-    noise: float = option(0.0, Number(low=0), "added to copies, in standard deviations of the weights")
+    copy_from: str = option(
+        "first", Choice("first", "last"), "heads and hidden units that are copied, if not all are", was="sources"
+    )
+    new_moments: str = option(
+        "zero", Choice("zero", "copy", "reset"), "optimizer moments of new heads and hidden units; reset: the moments of "
+        "the whole model become zero", was="moments"
+    )  # fmt: skip
+    copy_scale: float = option(
+        1.0, Number(low=0), "factor on the outputs of copies and of the parts they copy; 0.5 keeps their sum", was="scale"
+    )
+    copy_noise: float = option(
+        0.0, Number(low=0), "noise added to copies, in standard deviations of the weights", was="noise"
+    )
 
 
-def grown(config: BudgetedConfig) -> list[str]:
+def grown_fields(config: BudgetedConfig) -> list[str]:
     """The fields of the shape that grow."""
-    fields = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}
-    return [name for unit in config.grow for name in fields[unit]]
+    return [name for unit in config.grow for name in GROWS[unit]]
+
+
+def sets_length(config: BudgetedConfig) -> bool:
+    """Whether the options set the run's length."""
+    return config.epochs is not None or config.compute is not None
 
 
 def stage_weights(stages: int, alpha: float, seeds: Sequence[float]) -> tuple[float, ...]:
-    """t_k = exp(α · s_k), the proportions of the stages' epochs; seeds in ascending order, as later stages are longer.
+    """t_k = exp(α · s_k), the proportions of the stages' epochs. Seeds are sorted, because later stages are longer.
 
-    (The paper does not say that seeds are sorted; its schedules only follow if they are.)
+    (The paper does not say that seeds are sorted. Its schedules only follow if they are.)
     """
     return tuple(math.exp(alpha * seed) for seed in sorted(seeds)[:stages])
 
 
 def solve(budget: float, costs: Sequence[float], weights: Sequence[float]) -> tuple[int, ...]:
-    """Epochs T_k of each stage, whole numbers in proportion to ``weights``, with Σ C_k · T_k at most ``budget``.
+    """Whole epochs T_k of each stage, in proportion to ``weights``, with Σ C_k · T_k at most ``budget``.
 
-    T_k = ⌊B · t_k / Σ C_j · t_j⌋. (In the paper b_j stands for C_j · t_j without being defined.)
+    T_k = ⌊B · t_k / Σ C_j · t_j⌋. (The paper writes b_j for C_j · t_j without defining it.)
     """
     scale = budget / sum(cost * weight for cost, weight in zip(costs, weights, strict=True))
     return tuple(math.floor(scale * weight) for weight in weights)
 
 
-class Budgeted(Method):
-    """Heads, hidden width and tokens grow over K stages whose lengths follow from the budget.
+def in_epochs(value: float) -> Length:
+    """``value`` epochs as a length."""
+    return Length(float(value), "epochs", f"{value:g}ep")
 
-    A budget in time or steps is cut at fractions: where it is time, a stage's is C_k · t_k / Σ C_j · t_j, by FLOPs or,
-    with ``cost=time``, by the times measured before the first step. Published methods save more FLOPs than time.
+
+def stage_shapes(config: BudgetedConfig, whole: dict[str, int]) -> tuple[Shape, ...]:
+    """The shape of each stage of a model with the parts ``whole``."""
+    count = config.stages
+    steps = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
+    heads = config.heads or [(k + 1) / count for k in range(count)]
+    hidden = config.hidden or [2.0 ** (k + 1 - count) for k in range(count)]
+    tokens = (count > 1 and config.tokens) or [FEWEST_TOKENS + (1 - FEWEST_TOKENS) * step for step in steps]
+    found = []
+    for k in range(count):
+        sizes = {
+            "heads": max(1, round(heads[k] * whole["heads"])),
+            "hidden": max(1, round(hidden[k] * whole["hidden"])),
+            "tokens": max(1, round(math.sqrt(tokens[k]) * whole["grid"])),
+        }
+        full = {"heads": whole["heads"], "hidden": whole["hidden"], "tokens": whole["grid"]}
+        parts = {unit: size if unit in config.grow and size < full[unit] else None for unit, size in sizes.items()}
+        before = "tokens" in config.grow and config.crop == "before"
+        found.append(Shape(parts["heads"], parts["hidden"], parts["tokens"], crop_before_embedding=before))
+    return tuple(found)
+
+
+class Budgeted(Method):
+    """Heads, hidden width and tokens grow over K stages, whose lengths follow from the budget.
+
+    A budget in time or steps is divided by fractions. In time, stage k has the fraction C_k · t_k / Σ C_j · t_j, with
+    C_k in FLOPs or (``cost=time``) in measured time. Published methods save more FLOPs than time.
     """
 
     name = "budgeted"
     options = BudgetedConfig
 
-    def __init__(self, run: MethodContext):
-        self.config: BudgetedConfig = run.recipe.of(self.name)
-        self.run, self.kind = run, run.recipe.budget.length.kind
-        self.shapes = self._shapes(run.recipe)
-        self.costs = tuple(run.macs(self.size, shape) for shape in self.shapes)
-        self.measured: list[float] = []  # seconds an image in each stage
-        seeds = np.random.default_rng((self.config.seed, 0xB0D6)).uniform(size=self.config.stages)
-        self.weights = stage_weights(self.config.stages, self.config.alpha, seeds.tolist())
-        self.epochs = self._epochs(run.recipe)
-        if self.epochs is not None:
-            self.budget_length = Length.parse(f"{sum(self.epochs)}ep")
-        self.grown = grown(self.config)
-        self.writes = self.claims(run.recipe).writes
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        config = self._config = context.recipe.section(BudgetedConfig)
+        if context.parts is None:
+            raise ConfigError(
+                f"methods: budgeted needs a vitlocal_… model with heads of its own, not {context.recipe.model_name}"
+            )
+        self._budget = context.recipe.budget
+        self._shapes = stage_shapes(config, dict(context.parts))
+        self._costs = tuple(context.macs(context.recipe.model_size, shape) for shape in self._shapes)
+        self._measured: list[float] = []  # seconds per image in each stage
+        seeds = np.random.default_rng((config.seed, 0xB0D6)).uniform(size=config.stages)
+        self._weights = stage_weights(config.stages, config.alpha, seeds.tolist())
+        self._epochs = self._solved_epochs()
+        if self._epochs is not None:
+            self.needs = Needs(budget_length=Length.parse(f"{sum(self._epochs)}ep"))
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
-        config: BudgetedConfig = recipe.of(cls.name)
-        reason = "both take away tokens; leave them out of one of the two, as with budgeted.grow=heads,hidden"
-        refuses = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
-        length = {"budget.length"} if config.epochs is not None or config.budget is not None else set()
-        return Claims(cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown(config)), *length}), refuses)
+        config = recipe.section(BudgetedConfig)
+        reason = "both remove tokens; let one of the two keep them, as with budgeted.grow=heads,hidden"
+        excludes = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
+        length = {"budget.length"} if sets_length(config) else set()
+        return Claims(cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown_fields(config)), *length}), excludes)
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
-        config: BudgetedConfig = recipe.of("budgeted")
+        config = recipe.section(BudgetedConfig)
         found = []
-        if "budget.length" in Budgeted.claims(recipe).writes:
-            found.append(f"budgeted.epochs or budgeted.budget set the run's length; {recipe.budget.length} has no say")
-        beside = " and ".join(claims.name for claims in recipe.claims if claims.writes & CHEAPENED)
-        if config.budget is not None and beside:
+        if sets_length(config):
+            found.append(f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored")
+        others = " and ".join(claims.name for claims in recipe.claims if claims.writes & CHANGES_COST)
+        if config.compute is not None and others:
             found.append(
-                f"budgeted.budget ({config.budget}) is reckoned for images of model.size, all of them and all of their "
-                f"tokens; with {beside} the run will cost less, and its stages other parts of that"
+                f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with "
+                f"{others} the run costs less, and its stages take other fractions of the budget"
             )
-        if config.cost == "time" and beside:
+        if config.cost == "time" and others:
             found.append(
-                "budgeted.cost=time measures all stages as the run begins; what an image costs then changes with "
-                f"{beside}, and the stages will take other parts of the time"
+                "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
+                f"{others}, and the stages will take other fractions of the time"
             )
-        if recipe.model.weights and {"heads", "hidden"} & set(config.grow):
+        if recipe.model_weights and {"heads", "hidden"} & set(config.grow):
             names = {"heads": "heads", "hidden": "hidden units"}
             units = " and ".join(name for unit, name in names.items() if unit in config.grow)
             found.append(
-                f"of model.weights the first stage's {units} alone are used: what lies beyond them is overwritten as "
-                "the model grows; leave budgeted out to train all that was loaded"
+                f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
+                "budgeted from methods to train all loaded weights"
             )
         return found
-
-    @property
-    def size(self) -> int:
-        return self.run.recipe.model.size
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
-        config: BudgetedConfig = recipe.of("budgeted")
+        config = recipe.section(BudgetedConfig)
         found = []
         for name in ("heads", "hidden", "tokens", "epochs"):
             values = getattr(config, name)
-            if values is not None and len(values) != config.stages:
-                found.append(f"budgeted.{name}: {len(values)} values for {config.stages} stages; give one for each")
-            elif values is not None and name != "epochs" and (list(values) != sorted(values) or values[-1] != 1):
-                found.append(f"budgeted.{name}: got {list(values)}, expected growing parts, and 1 at last")
-            elif values is not None and name != "epochs" and not values[0]:
-                found.append(f"budgeted.{name}: a stage with none of it cannot train; start above 0")
-        if config.epochs is not None and config.budget is not None:
-            found.append(
-                "budgeted.epochs: they state the stages' lengths, and budgeted.budget too; keep one of the two"
-            )
+            if values is None:
+                continue
+            if len(values) != config.stages:
+                found.append(f"budgeted.{name}: got {len(values)} values for {config.stages} stages; give one for each")
+            elif name != "epochs" and (list(values) != sorted(values) or values[-1] != 1 or not values[0]):
+                found.append(
+                    f"budgeted.{name}: got {list(values)}, expected increasing fractions above 0, and 1 as the last"
+                )
+        if config.epochs is not None and config.compute is not None:
+            found.append("budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two")
         if config.epochs is not None and not (sum(config.epochs) and config.epochs[-1]):
-            found.append(f"budgeted.epochs: got {list(config.epochs)}; the last stage, the full model, needs some")
+            found.append(f"budgeted.epochs: got {list(config.epochs)}; the last stage, the full model, needs epochs")
         if not config.grow:
-            found.append("budgeted.grow: nothing grows; name some of heads, hidden, tokens, or leave the method out")
-        copies = config.moments == "copy" or config.sources != "first" or config.scale != 1 or config.noise
-        if config.weights == "random" and copies:
             found.append(
-                "budgeted.weights: random ones have no copies; leave moments, sources, scale and noise as they are"
+                "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove budgeted from methods"
             )
-        if config.cost == "time" and recipe.budget.length.kind != "seconds":
-            found.append(f"budgeted.cost: time is for a budget in time, and budget.length is {recipe.budget.length}")
-        if config.cost == "time" and (config.epochs is not None or config.budget is not None):
-            found.append("budgeted.cost: time has no say where epochs or compute are given; leave it out")
+        copies = config.new_moments == "copy" or config.copy_from != "first" or config.copy_scale != 1
+        if config.new_weights == "random" and (copies or config.copy_noise):
+            found.append(
+                "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
+                "copy_noise at their defaults"
+            )
+        if config.cost == "time" and recipe.budget.kind != "seconds":
+            found.append(f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}")
+        if config.cost == "time" and sets_length(config):
+            found.append(
+                "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them"
+            )
         return found
 
-    def _shapes(self, recipe: Recipe) -> tuple[Shape, ...]:
-        config, count = self.config, self.config.stages
-        whole = self.run.parts
-        if whole is None:
-            raise ConfigError(
-                f"methods: budgeted needs a vitlocal_… model with heads of its own, not {recipe.model.name}"
-            )
-        ladder = {
-            "heads": config.heads or tuple((k + 1) / count for k in range(count)),
-            "hidden": config.hidden or tuple(2.0 ** (k + 1 - count) for k in range(count)),
-            "tokens": config.tokens
-            or tuple(FEWEST_TOKENS + (1 - FEWEST_TOKENS) * k / max(1, count - 1) for k in range(count)),
-        }
-        if count == 1:
-            ladder["tokens"] = (1.0,)
-        shapes = []
-        for k in range(count):
-            heads, hidden = (max(1, round(ladder[unit][k] * whole[unit])) for unit in ("heads", "hidden"))
-            side = max(1, round(math.sqrt(ladder["tokens"][k]) * whole["grid"]))
-            shapes.append(
-                Shape(
-                    heads=heads if "heads" in config.grow and heads < whole["heads"] else None,
-                    hidden=hidden if "hidden" in config.grow and hidden < whole["hidden"] else None,
-                    grid=side if "tokens" in config.grow and side < whole["grid"] else None,
-                    crop_before_embedding="tokens" in config.grow and config.crop == "before",
-                )
-            )
-        return tuple(shapes)
-
-    def _epochs(self, recipe: Recipe) -> tuple[int, ...] | None:
-        """T_k, where the budget is compute; None where it is the run's."""
-        config = self.config
-        if config.epochs is not None:
+    def _solved_epochs(self) -> tuple[int, ...] | None:
+        """T_k, if the options state epochs or compute; None if the run's budget counts."""
+        config = self._config
+        if config.epochs is not None or config.compute is None:
             return config.epochs
-        if config.budget is None:
-            return None
-        number = float(re.match(r"[\d.]+", config.budget)[0])
-        budget = number / 100 * config.reference * self.costs[-1] if config.budget[-1] == "%" else number * 1e9
-        epochs = solve(budget, self.costs, self.weights)
+        number = float(config.compute.rstrip("%GFLOPs"))
+        full = config.reference_epochs * self._costs[-1]
+        epochs = solve(
+            number / 100 * full if config.compute.endswith("%") else number * 1e9, self._costs, self._weights
+        )
         if not epochs[-1]:
-            least = sum(c * w for c, w in zip(self.costs, self.weights, strict=True)) / self.weights[-1] / 1e9
+            least = sum(c * w for c, w in zip(self._costs, self._weights, strict=True)) / self._weights[-1] / 1e9
             raise ConfigError(
-                f"budgeted.budget: {config.budget} buys no epoch of the full model; give at least {least:.3g}GFLOPs"
+                f"budgeted.compute: {config.compute} is less than one epoch of the full model; give at least "
+                f"{least:.3g}GFLOPs"
             )
         return epochs
 
-    # --- where the stages end ---
-
-    def ends(self) -> tuple[Length, ...]:
-        """Where each stage but the last ends."""
-        if self.epochs is not None:
-            return tuple(in_epochs(end) for end in np.cumsum(self.epochs)[:-1].tolist())
-        if self.kind == "epochs":
-            whole = self.run.recipe.budget.length.value
-            each = [whole * weight / sum(self.weights) for weight in self.weights]
-            ends = np.cumsum([math.floor(epochs) if whole >= 4 * len(each) else epochs for epochs in each])
-            return tuple(in_epochs(end) for end in ends[:-1].tolist())
-        measured = len(self.measured) == len(self.costs)
-        costs = [1.0] * len(self.costs) if self.kind == "steps" else self.measured if measured else self.costs
-        parts = np.array([cost * weight for cost, weight in zip(costs, self.weights, strict=True)])
-        ends = np.cumsum(parts / parts.sum())[:-1]
-        return tuple(Length(end, "fraction", f"{100 * end:.4g}%") for end in ends.tolist())
-
-    def stage(self, at: Progress) -> int:
-        at = replace(at, epoch=at.epoch + 1e-9)  # less than an image
-        return sum(end.fraction_done(at) >= 1 for end in self.ends())
-
-    def plan(self, plan: Plan, at: Progress) -> Plan:
-        number = self.stage(at)
-        shape, config = self.shapes[number], self.config
-        growth = Growth(
-            number, sources=config.sources, weights=config.weights, scale=config.scale, noise=config.noise,
-            moments=config.moments,
-        )  # fmt: skip
-        plan = with_shape(plan, **{name: getattr(shape, name) for name in self.grown})
-        return replace(plan, growth=growth if number else plan.growth)
+    # --- stages ---
 
     def changes(self) -> Sequence[Length]:
-        return self.ends()
+        """The ends of all stages but the last."""
+        if self._epochs is not None:
+            return [in_epochs(end) for end in np.cumsum(self._epochs)[:-1].tolist()]
+        if self._budget.kind == "epochs":
+            whole = self._budget.value
+            each = [whole * weight / sum(self._weights) for weight in self._weights]
+            ends = np.cumsum([math.floor(epochs) if whole >= 4 * len(each) else epochs for epochs in each])
+            return [in_epochs(end) for end in ends[:-1].tolist()]
+        costs: Sequence[float] = self._measured if self._is_measured else self._costs
+        if self._budget.kind == "steps":
+            costs = [1.0] * len(self._costs)
+        parts = np.array([cost * weight for cost, weight in zip(costs, self._weights, strict=True)])
+        return [as_fraction(end) for end in np.cumsum(parts / parts.sum())[:-1].tolist()]
+
+    def plan(self, plan: Plan, progress: Progress) -> Plan:
+        progress = replace(progress, epoch=progress.epoch + 1e-9)  # less than an image
+        number = sum(end.fraction_done(progress) >= 1 for end in self.changes())
+        shape, config = self._shapes[number], self._config
+        growth = Growth(
+            number, sources=config.copy_from, weights=config.new_weights, scale=config.copy_scale,
+            noise=config.copy_noise, moments=config.new_moments,
+        )  # fmt: skip
+        plan = with_shape(plan, **{name: getattr(shape, name) for name in grown_fields(config)})
+        return replace(plan, growth=growth if number else plan.growth)
 
     # --- measured costs ---
 
-    def probes(self, at: Progress) -> Sequence[Probe]:
-        if self.config.cost != "time" or self.kind != "seconds" or self.epochs is not None:
-            return ()
-        sets = tuple(self.grown)
-        return [Probe("seconds", shape, 0, PROBED_BATCHES, sets=sets) for shape in self.shapes[len(self.measured) :]]
+    @property
+    def _is_measured(self) -> bool:
+        return len(self._measured) == len(self._costs)
 
-    def observe(self, seen: StepResult | ProbeResult) -> None:
-        if isinstance(seen, ProbeResult):
-            self.measured.append(seen.value)
+    def probes(self, progress: Progress) -> Sequence[Probe]:
+        if self._config.cost != "time" or self._budget.kind != "seconds" or self._epochs is not None:
+            return ()
+        sets = tuple(grown_fields(self._config))
+        return [Probe("seconds", shape, 0, PROBED_BATCHES, sets=sets) for shape in self._shapes[len(self._measured) :]]
+
+    def observe(self, result: StepResult | ProbeResult) -> None:
+        if isinstance(result, ProbeResult):
+            self._measured.append(result.value)
 
     def choices(self) -> Sequence[str]:
-        """Where the stages end, once they are measured."""
-        return [str(end) for end in self.ends()] if len(self.measured) == len(self.costs) else []
+        """The ends of the stages, once their costs are measured."""
+        return [str(end) for end in self.changes()] if self._is_measured else []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"measured": list(self.measured)}
+        return {"measured": list(self._measured)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.measured = list(state["measured"])
-
-
-def in_epochs(value: float) -> Length:
-    return Length(float(value), "epochs", f"{value:g}ep")
+    def load_state_dict(self, state: dict[str, Any], local: Any = None) -> None:
+        self._measured = list(state["measured"])

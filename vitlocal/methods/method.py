@@ -1,11 +1,12 @@
-"""The base class of training methods, and what a method exchanges with the trainer."""
+"""The base class of training methods, and the values that methods exchange with the trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from vitlocal.options import Section
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape, StageEmbedding
 from vitlocal.progress import Length, Progress, Stage
 
@@ -13,15 +14,17 @@ if TYPE_CHECKING:  # reading a configuration must not load PyTorch
     import numpy as np
     from torch import Tensor
 
+SectionT = TypeVar("SectionT", bound=Section)
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step shows to the methods. Tensors are on the device; reading them would wait for it.
+    """The results of a training step that methods may observe. Reading the tensors waits for the device.
 
-    With several processes, each one sees its own part: ``loss`` is that part's share of the batch mean.
+    With several processes, each process has its own part of the batch. ``loss`` is that part's share of the mean.
     """
 
-    loss: Tensor  # 0-D
+    loss: Tensor  # 0-D, on the device
     ids: Tensor  # (B,) int64, the rows that were trained on
     plan: Plan
     progress: Progress = Progress()  # before the step
@@ -31,9 +34,9 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement that a method asks the trainer for. It leaves no trace in the run. Every rank gets rank 0's result.
+    """A measurement that the trainer makes for a method. It leaves the run unchanged. All ranks get rank 0's result.
 
-    ``sets`` names the fields of ``shape`` in which the candidate differs from the current plan. ``size`` 0 is the
+    ``sets`` names the fields of ``shape`` in which the candidate differs from the current plan. ``size`` 0 means the
     current size. The kinds:
 
     - "seconds": forward and backward, per image, the mean over ``batches`` batches: a float.
@@ -57,7 +60,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A probe and what the trainer measured."""
+    """A probe and the value that the trainer measured."""
 
     probe: Probe
     value: Any
@@ -68,49 +71,51 @@ class Claims:
     """The fields of the plan that a method sets (or "budget.length"), and the fields that no other method may set."""
 
     name: str
-    writes: frozenset[str]
-    refuses: Mapping[str, str]  # field -> reason
+    writes: frozenset[str] = frozenset()
+    excludes: Mapping[str, str] = field(default_factory=dict)  # field -> reason
 
 
-def conflicts(claims: Sequence[Claims]) -> list[str]:
-    """One message for each pair of methods that cannot be combined."""
-    found = []
-    for place, first in enumerate(claims):
-        for second in claims[place + 1 :]:
-            if both := first.writes & second.writes:
-                found.append(
-                    f"methods: {first.name} and {second.name} both set {', '.join(sorted(both))}; keep one of the two"
-                )
-                continue  # one reason is enough
-            for one, other in ((first, second), (second, first)):
-                reasons = [reason for field, reason in one.refuses.items() if field in other.writes - one.writes]
-                found += [f"methods: {one.name} and {other.name} cannot be combined: {reason}" for reason in reasons]
-    return found
+@dataclass(frozen=True)
+class Needs:
+    """The things that a method needs from the trainer."""
+
+    step_outputs: frozenset[str] = frozenset()  # further outputs of each step: "correct", "attention_variance"
+    ema_decays: tuple[float, ...] = ()  # decays, per step, of weight averages of its own
+    stage_embedding: StageEmbedding | None = None  # to be added to the model
+    budget_length: Length | None = None  # replaces budget.length, if the method computes it
 
 
-class Recipe(Protocol):
-    """What a method may ask of the configuration that it is part of."""
+@dataclass(frozen=True)
+class Recipe:
+    """The part of the configuration that methods may read, as plain values."""
 
-    methods: tuple[str, ...]
-    model: Any
-    train: Any
-    augment: Any
-    evaluate: Any
-    budget: Any
-    data: Any
-    run: Any
+    methods: tuple[str, ...] = ()
+    options: Mapping[str, Section] = field(default_factory=dict)  # of every known method, by its name
+    claims: tuple[Claims, ...] = ()  # of ``methods``, in their order
+    model_name: str = ""
+    model_size: int = 224  # px
+    model_weights: str | None = None
+    drop_path: float = 0.0
+    batch_size: int = 256
+    grad_accum_steps: int = 1
+    compiles: bool = True  # whether steps may be compiled
+    budget: Length = Length.parse("24h")
+    seed: int = 0
+    randaugment: float = 0.0  # magnitude
+    has_augmentation: bool = False  # beyond crop and flip
+    repeats: int = 1  # of each image in an epoch
+    on_error: str = "stop"  # at a damaged image
 
-    def of(self, method: str) -> Any: ...  # that method's own options
-
-    @property
-    def claims(self) -> Sequence[Claims]: ...  # of its methods
+    def section(self, kind: type[SectionT]) -> SectionT:
+        """The options of the method whose options have the type ``kind``."""
+        return next(section for section in self.options.values() if type(section) is kind)
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method's constructor may know of the run."""
+    """The facts about a run that a method's constructor may use. The defaults serve if there is no model yet."""
 
-    recipe: Any
+    recipe: Recipe
     images: int = 1  # of the training split
     image_bytes: Callable[[int], int] = lambda size: size * size  # activation memory of an image of this size, bytes
     macs: Callable[[int, Shape], int] = lambda size, shape: size * size  # multiply-adds of a forward pass
@@ -126,40 +131,34 @@ class Method:
     """
 
     name: ClassVar[str]  # in a recipe's `methods`, and the name of its section
-    options: ClassVar[type]  # a frozen dataclass, each field made by vitlocal.options.option
+    options: ClassVar[type[Section]]  # a frozen dataclass; vitlocal.options.option makes each field
     writes: frozenset[str] = frozenset()  # the plan's fields that it may set, such as "feed.size"
-    refuses: Mapping[str, str] = {}  # fields that no other method may set beside it -> why
-    search_advice: ClassVar[str] = ""  # which options make its search cheaper
-
-    step_outputs: frozenset[str] = frozenset()  # further outputs of each step: "correct", "attention_variance"
-    ema_decays: Sequence[float] = ()  # decays, per step, of weight averages that it needs beside the run's own
-    stage_embedding: StageEmbedding | None = None  # that the model needs
-    budget_length: Length | None = None  # replaces budget.length, if the method computes it
+    needs: Needs = Needs()
 
     def __init__(self, context: MethodContext):
-        pass
+        self.writes = self.claims(context.recipe).writes
 
     # --- before a run exists -----------------------------------------------------------------------------------------
 
     @classmethod
-    def claims(cls, recipe: Any) -> Claims:
-        """What the method sets under this recipe."""
-        return Claims(cls.name, cls.writes, cls.refuses)
+    def claims(cls, recipe: Recipe) -> Claims:
+        """The fields that the method sets under this recipe."""
+        return Claims(cls.name, cls.writes)
 
     @staticmethod
-    def problems(recipe: Any) -> list[str]:
+    def problems(recipe: Recipe) -> list[str]:
         """Errors in the recipe: sentences with the option, its value and the remedy."""
         return []
 
     @staticmethod
-    def config_warnings(recipe: Any) -> list[str]:
-        """What is allowed but probably a mistake. The run prints it at the start."""
+    def config_warnings(recipe: Recipe) -> list[str]:
+        """Settings that are allowed but probably a mistake. The run prints them at the start."""
         return []
 
     @staticmethod
-    def image_sizes(recipe: Any) -> Sequence[Stage]:
-        """The image sizes that it will feed, as far as they are known before the run; empty if it sets none."""
-        return []
+    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
+        """The image sizes that it will feed, if they are known before the run. Empty if it sets none."""
+        return ()
 
     # --- planning ----------------------------------------------------------------------------------------------------
 
@@ -168,12 +167,12 @@ class Method:
         raise NotImplementedError
 
     def changes(self) -> Sequence[Length]:
-        """Where its plan will change, in order, as far as that is known. The trainer compiles these steps early."""
-        return []
+        """The lengths at which its plan will change, in order, if known. The trainer compiles these steps early."""
+        return ()
 
     def variants(self, plan: Plan, progress: Progress) -> Sequence[Plan]:
         """The plans that single steps of the coming pass may draw."""
-        return []
+        return ()
 
     def evaluation_shape(self, shape: Shape) -> Shape:
         """The shape in which a model that was trained in ``shape`` is evaluated."""
@@ -184,21 +183,21 @@ class Method:
         return None
 
     def rows(self, subset: int) -> np.ndarray:
-        """The rows of ``feed.subset``, (n,) int64, of a method that sets it."""
+        """The rows of ``feed.subset``, (n,) int64, if the method sets that field."""
         raise NotImplementedError
 
     # --- measuring and observing -------------------------------------------------------------------------------------
 
     def probes(self, progress: Progress) -> Sequence[Probe]:
-        """What it must know before it can plan on. The trainer measures it and calls :meth:`observe`."""
-        return []
+        """The measurements that it needs before it can plan on. :meth:`observe` gets each result."""
+        return ()
 
     def observe(self, result: StepResult | ProbeResult) -> None:
         """Notes the result of a step or of a probe. Must not wait for the device."""
 
     def choices(self) -> Sequence[str]:
-        """What its searches have decided so far, in order."""
-        return []
+        """The decisions of its searches so far, in order."""
+        return ()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -206,12 +205,9 @@ class Method:
         """Its state, the same on every process: plain values and tensors on the CPU."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+    def load_state_dict(self, state: dict[str, Any], local: dict[str, Tensor] | None = None) -> None:
+        """Restores :meth:`state_dict`. ``local``, on rank 0 only, is the sum of all :meth:`local_state`."""
 
     def local_state(self) -> dict[str, Tensor]:
-        """The part of its state that each process has for itself. A checkpoint stores the sum over processes."""
+        """The part of its state that differs between processes. A checkpoint stores the sum over processes."""
         return {}
-
-    def load_local_state(self, state: dict[str, Tensor]) -> None:
-        """Restores the sums of :meth:`local_state`, on rank 0 only."""

@@ -1,9 +1,8 @@
 """AutoProg-Zero (Li et al. 2024, arXiv 2410.00350) for fine-tuning a Vision Transformer that classifies.
 
-The whole network always runs; what grows over S stages is the set of blocks that are trained, and the image size. What
-to take at each stage is chosen before it, without training: by the conditioning of the tangent kernel, by ZiCo and by
-measured time, which vote by ranks. Published code trains diffusion transformers; what is ours for classification is
-said where it is.
+The whole network always runs. The set of trained blocks and the image size grow over S stages. Each stage is chosen
+before it begins, without training. The conditioning of the tangent kernel, ZiCo, and measured time vote by ranks. The
+released code trains diffusion transformers; comments mark what is our own for classification.
 
 Symbols: l level (how many of the S groups of blocks are trained), r image size.
 """
@@ -16,76 +15,96 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, Method, MethodContext, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.methods.search import Net, NetText, falls, ladder, stages_of
-from vitlocal.options import COUNT, SHARE, Choice, Flag, Maybe, Number, Section, Series, option
+from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.search import (
+    Net,
+    SearchMethod,
+    equal_bounds,
+    ladder,
+    remembered,
+    schedule_option,
+    schedule_problems,
+    schedule_warnings,
+    stages_of,
+)
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
-from vitlocal.progress import Length, Progress, Stage
+from vitlocal.progress import Progress, Stage
 
 
 @dataclass(frozen=True)
 class UnfreezeConfig(Section):
-    stages: int = option(4, COUNT, "S, of equal length, and as many groups of blocks")
+    stages: int = option(4, COUNT, "number S of equal stages, and of groups of blocks")
     groups: str = option(
-        "mod", Choice("mod", "contiguous", "top", "released"), "block i is in group i mod S; in runs from the first "
-        "block on; from the last; or as the released code's name prefixes have it"
+        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous: groups of "
+        "consecutive blocks from the first block on; top: the same from the last block on; released: the groups of the "
+        "released code, which compares name prefixes"
     )  # fmt: skip
-    outside: str = option(
-        "all", Choice("all", "head"), "what is trained outside of the blocks: all, or the last norm and the head, so "
-        "that (without a stage embedding) nothing below the first trained block has a backward"
+    non_blocks: str = option(
+        "all", Choice("all", "head"), "parameters outside of the blocks that are trained: all, or only the last norm and "
+        "the head; with head and stage_embedding=no, no gradient passes below the first trained block", was="outside"
     )  # fmt: skip
-    moments: str = option("keep", Choice("keep", "reset"), "the optimizer's, from stage to stage")
-    scale: float = option(0.25, SHARE, "smallest image size, as a part of model.size; 1: sizes do not grow")
-    multiple: int = option(32, COUNT, "sizes are multiples of this, px")
-    schedule: tuple[Net, ...] | None = option(
-        None, Maybe(Series(NetText())), "level and size of all stages, without search: 1@64px,2@128px,3@160px,4@224px"
+    moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
+    min_scale: float = option(
+        0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: the size does not grow", was="scale"
     )
-    samples: int = option(16, Number(low=2, whole=True), "images a batch of the scores, over all processes")
-    kernel_batches: int = option(2, COUNT, "by which the tangent kernel's condition is told")
-    zico_batches: int = option(2, Number(low=2, whole=True), "by which ZiCo is told")
-    timed_batches: int = option(6, COUNT, "by which forward and backward are timed")
-    votes: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, conditioning and ZiCo"
+    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
+    schedule: tuple[Net, ...] | None = schedule_option(
+        "level and image size of every stage, instead of a search: 1@64px,2@128px,3@160px,4@224px"
     )
-    tolerance: float = option(1e-6, Number(low=0), "numbers that differ by less share a rank; times in seconds a batch")
-    stage_embedding: bool = option(True, Flag(), "the model is told the stage, by a learned vector")
-    stage_std: float = option(
-        0.0, Number(low=0), "of that vector's start (published: 0.02; 0 leaves the pretrained model as it is)"
+    probe_batch_size: int = option(
+        16, Number(low=2, whole=True), "images per batch of a measurement, over all processes", was="samples"
     )
-    stage_null: float = option(0.1, SHARE, "chance that an image's stage is not told, in training")
-    stage_tokens: str = option("all", Choice("all", "class"), "the tokens that it is added to")
-    evaluated: str = option("present", Choice("present", "last"), "the stage that an evaluation is told")
+    kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
+    zico_batches: int = option(2, Number(low=2, whole=True), "batches that measure ZiCo")
+    timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
+    rank_weights: tuple[float, float, float] = option(
+        (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, by conditioning and by ZiCo", was="votes"
+    )
+    rank_tolerance: float = option(
+        1e-6, Number(low=0), "values that differ by less share a rank; times are in seconds per batch", was="tolerance"
+    )
+    stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
+    stage_init_std: float = option(
+        0.0, Number(low=0), "standard deviation of the stage vectors at the start (published: 0.02; 0 leaves the "
+        "pretrained model unchanged)", was="stage_std"
+    )  # fmt: skip
+    stage_null_prob: float = option(
+        0.1, FRACTION, "probability that a training image gets the vector of no stage", was="stage_null"
+    )
+    stage_tokens: str = option("all", Choice("all", "class"), "tokens to which the stage vector is added")
+    evaluate_stage: str = option(
+        "present", Choice("present", "last"), "stage whose vector evaluations use", was="evaluated"
+    )
 
 
 def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
-    """The blocks that each level trains, of ``count``: nested, growing, the last all of them."""
+    """The trained blocks of each level, for ``count`` blocks: nested sets, of which the last contains all blocks."""
     found = []
     for level in range(1, stages + 1):
-        if how == "mod":
-            blocks = [block for block in range(count) if block % stages < level]
-        elif how == "released":  # "blocks.1" is meant for one block, and is a prefix of blocks.10 to blocks.19
-            named = [str(block) for block in range(count) if block % stages < level]
-            first = [str(block) for block in range(count) if block % stages == 0]
-            blocks = [b for b in range(count) if any(str(b).startswith(name) for name in named)]
-            if level == 1:
-                blocks = [int(name) for name in first]
-            elif level == stages:
-                blocks = list(range(count))
-        else:
-            ends = [round(count * level / stages)]
-            blocks = list(range(ends[0])) if how == "contiguous" else list(range(count - ends[0], count))
+        end = round(count * level / stages)
+        blocks = [block for block in range(count) if block % stages < level]
+        if how == "contiguous":
+            blocks = list(range(end))
+        elif how == "top":
+            blocks = list(range(count - end, count))
+        elif how == "released" and level == stages:
+            blocks = list(range(count))
+        elif how == "released" and level > 1:  # "blocks.1" is meant for one block, and matches blocks.10 to blocks.19
+            prefixes = tuple(map(str, blocks))
+            blocks = [block for block in range(count) if str(block).startswith(prefixes)]
         found.append(tuple(blocks))
     return found
 
 
 def ranks(values: Sequence[float], tolerance: float) -> list[int]:
-    """Rank 1 for the smallest; values within ``tolerance`` of the one before share its rank. Not-a-numbers are last."""
-    worth = [math.inf if math.isnan(value) else value for value in values]
-    order = sorted(range(len(worth)), key=lambda place: worth[place])
-    found, rank = [0] * len(worth), 0
+    """Ranks from 1 for the smallest value. A value within ``tolerance`` of the one before shares its rank. NaN is last."""
+    finite = [math.inf if math.isnan(value) else value for value in values]
+    order = sorted(range(len(finite)), key=lambda place: finite[place])
+    found, rank = [0] * len(finite), 0
     for number, place in enumerate(order):
-        before = worth[order[number - 1]] if number else None
-        same = before is not None and (worth[place] == before or worth[place] - before < tolerance)
+        before = finite[order[number - 1]] if number else None
+        same = before is not None and (finite[place] == before or finite[place] - before < tolerance)
         rank = rank if same else number + 1
         found[place] = rank
     return found
@@ -95,217 +114,183 @@ def vote(
     times: Sequence[float], conditions: Sequence[float], zicos: Sequence[float], weights: Sequence[float],
     tolerance: float,
 ) -> int:  # fmt: skip
-    """The candidate of least weighted sum of ranks: fast, well conditioned, of high ZiCo; of equal ones the fastest."""
+    """The candidate with the smallest weighted sum of ranks: fast, well conditioned, high ZiCo. Ties: the fastest."""
     by = [ranks(times, tolerance), ranks(conditions, tolerance), ranks([-value for value in zicos], tolerance)]
     sums = [sum(weight * rank for weight, rank in zip(weights, one, strict=True)) for one in zip(*by, strict=True)]
     return min(range(len(sums)), key=lambda place: (sums[place], times[place], place))
 
 
 def sizes_of(recipe: Recipe) -> tuple[int, ...]:
-    """The image sizes of its stages, or of the ladder that a search climbs."""
-    config: UnfreezeConfig = recipe.of("unfreeze")
-    stated = tuple(net.size for net in config.schedule or ())
-    return stated or ladder(recipe.model.size, config.scale, config.stages, config.multiple)
+    """The image sizes of the schedule, or of the ladder that a search climbs."""
+    config = recipe.section(UnfreezeConfig)
+    stated = tuple(net.size for net in config.schedule or () if net.size is not None)
+    return stated or ladder(recipe.model_size, config.min_scale, config.stages, config.size_multiple)
 
 
-class Unfreeze(Method):
-    """See the module. What lies outside of the blocks (embeddings, norm, head) is trained throughout.
+class Unfreeze(SearchMethod):
+    """Groups of blocks are unfrozen, and images grow, stage by stage.
 
-    Frozen blocks have no gradients, hence no decay and no update; what is saved is these. Gradients still pass through
-    all blocks, to the embeddings, unless these are frozen too (``outside=head``).
+    Parameters outside of the blocks (embeddings, norm, head) are always trained. Frozen blocks have no gradients, hence
+    no weight decay and no update. Gradients still pass through all blocks to the embeddings, unless
+    ``non_blocks=head`` freezes these too.
     """
 
     name = "unfreeze"
     options = UnfreezeConfig
 
-    def __init__(self, run: MethodContext):
-        self.config: UnfreezeConfig = run.recipe.of(self.name)
-        recipe, config = run.recipe, self.config
-        self.size = recipe.model.size
-        self.writes = self.claims(run.recipe).writes
-        self.sizes, self.sizes_grow = sizes_of(recipe), bool(self.image_sizes(recipe))
-        if not run.blocks:
+    def __init__(self, context: MethodContext):
+        config = self._config = context.recipe.section(UnfreezeConfig)
+        super().__init__(context, equal_bounds(config.stages))
+        self._sizes, self._sizes_grow = sizes_of(context.recipe), bool(self.image_sizes(context.recipe))
+        if not context.blocks:
             raise ConfigError(
-                f"methods: unfreeze needs a Vision Transformer's blocks, and {recipe.model.name} has none"
+                f"methods: unfreeze needs the blocks of a Vision Transformer, and {context.recipe.model_name} has none"
             )
-        self.groups = groups_of(run.blocks, config.stages, config.groups)
-        self.embeds_stage = config.stage_embedding
-        if config.samples < 2 * run.processes or config.samples % 2:
+        self._groups = groups_of(context.blocks, config.stages, config.groups)
+        least = 2 * context.processes
+        if config.probe_batch_size < least or config.probe_batch_size % 2:
             raise ConfigError(
-                f"unfreeze.samples: got {config.samples} for {run.processes} processes, each of which takes pairs; "
-                f"use an even number of at least {2 * run.processes}"
+                f"unfreeze.probe_batch_size: got {config.probe_batch_size} for {context.processes} processes, each of "
+                f"which takes pairs of images; use an even number of at least {least}"
             )
-        self.samples = config.samples
-        self.scores: dict[int, list[tuple[float, float]]] = {}  # by stage: conditioning and ZiCo of each candidate
-        self.times: dict[int, list[float]] = {}  # ... and its seconds a batch
-        self.asking = 0  # the stage of the last question
-        self.memory: list[tuple[list[Net], Net | None]] | None = None  # of nets(), until more is known
-        if self.embeds_stage:
-            self.stage_embedding = StageEmbedding(
-                config.stages + 1, config.stage_std, config.stage_null, config.stage_tokens
+        self._scores: dict[int, list[tuple[float, float]]] = {}  # by stage: conditioning and ZiCo of each candidate
+        self._times: dict[int, list[float]] = {}  # by stage: seconds per batch of each candidate
+        if config.stage_embedding:
+            self.needs = Needs(
+                stage_embedding=StageEmbedding(
+                    config.stages + 1, config.stage_init_std, config.stage_null_prob, config.stage_tokens
+                )
             )
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
-        config: UnfreezeConfig = recipe.of(cls.name)
-        writes = {"shape.trainable_blocks": True, "feed.size": cls.image_sizes(recipe), "shape.stage": config.stage_embedding,
-                  "growth": config.moments == "reset", "shape.head_only": config.outside == "head"}  # fmt: skip
-        refuses = {"shape.block_order": "both choose which blocks there are to train; keep one of the two"}
-        return Claims(cls.name, frozenset(field for field, does in writes.items() if does), refuses)
+        config = recipe.section(UnfreezeConfig)
+        writes = {"shape.trainable_blocks": True, "feed.size": bool(cls.image_sizes(recipe)),
+                  "shape.stage": config.stage_embedding, "growth": config.moments == "reset",
+                  "shape.head_only": config.non_blocks == "head"}  # fmt: skip
+        excludes = {"shape.block_order": "both choose which blocks are trained; remove one of the two"}
+        return Claims(cls.name, frozenset(field for field, does in writes.items() if does), excludes)
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
-        config: UnfreezeConfig = recipe.of("unfreeze")
+        config = recipe.section(UnfreezeConfig)
         found = []
         if config.schedule:
-            if len(config.schedule) != config.stages:
-                found.append(
-                    f"unfreeze.schedule: {len(config.schedule)} entries for {config.stages} stages; give one for each"
-                )
+            found += schedule_problems("unfreeze", config.schedule, config.stages)
             levels = [net.depth for net in config.schedule]
             if levels != sorted(levels) or max(levels) > config.stages:
-                found.append(f"unfreeze.schedule: levels {levels}, expected growing ones, of at most {config.stages}")
-            if any(net.size is None or net.size > recipe.model.size for net in config.schedule):
+                found.append(
+                    f"unfreeze.schedule: got levels {levels}, expected increasing levels of at most {config.stages}"
+                )
+            if any(net.size is None or net.size > recipe.model_size for net in config.schedule):
                 found.append("unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px")
-            sizes = [net.size for net in config.schedule]
-            if falls(sizes):
-                found.append(f"unfreeze.schedule: got sizes {sizes}, expected ones that do not fall, up to model.size")
         if config.schedule == ():
             found.append("unfreeze.schedule: it is empty; give level and size of each stage, or none for a search")
-        if "image_size" in recipe.methods and config.scale < 1 and not config.schedule:
-            found.append("unfreeze.scale: image_size sets the sizes; set unfreeze.scale=1, or leave image_size out")
+        if "image_size" in recipe.methods and config.min_scale < 1 and not config.schedule:
+            found.append(
+                "unfreeze.min_scale: image_size sets the sizes; set unfreeze.min_scale=1, or remove image_size"
+            )
         return found
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
-        config, size, found = recipe.of("unfreeze"), recipe.model.size, []
-        if config.schedule:
-            last = config.schedule[-1]
-            if last.depth < config.stages:
-                found.append(
-                    f"unfreeze.schedule ends with level {last.depth} of {config.stages}: the other groups' blocks are "
-                    "never trained"
-                )
-            if last.size != size:
-                found.append(
-                    f"unfreeze.schedule ends with {last.size} px, and model.size is {size}: nothing is trained at that "
-                    "size"
-                )
-        if not recipe.model.weights:
+        config = recipe.section(UnfreezeConfig)
+        found = schedule_warnings("unfreeze", config.schedule, recipe.model_size)
+        if config.schedule and config.schedule[-1].depth < config.stages:
             found.append(
-                "unfreeze is for fine-tuning, and without model.weights most blocks stay as they were drawn until "
-                "their stage comes; give --model.weights=RUN or a file"
+                f"unfreeze.schedule ends with level {config.schedule[-1].depth} of {config.stages}: the blocks of the "
+                "other groups are never trained"
+            )
+        if not recipe.model_weights:
+            found.append(
+                "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
+                "stage begins; give --model.weights=RUN or a file"
             )
         return found
 
     @staticmethod
     def image_sizes(recipe: Recipe) -> Sequence[Stage]:
-        """Of a search the ladder: it may take larger sizes sooner, or later."""
+        """The stages' sizes. A search may reach larger sizes of this ladder sooner or later."""
         sizes = sizes_of(recipe)
-        return stages_of(sizes, recipe.of("unfreeze").stages) if set(sizes) != {recipe.model.size} else ()
+        return stages_of(sizes, recipe.section(UnfreezeConfig).stages) if set(sizes) != {recipe.model_size} else ()
 
-    # --- stages ---
+    # --- plans ---
 
-    def stage(self, at: Progress) -> int:
-        stages = self.config.stages
-        return min(math.floor(at.fraction * stages + 1e-9), stages - 1)
+    @remembered
+    def _candidates(self, stage: int) -> list[Net]:
+        """{current, next} level x {current, next} size. A stage that was skipped counts with its smallest candidate."""
+        stages, sizes = self._config.stages, self._sizes
+        if self._config.schedule is not None:
+            return [self._config.schedule[stage]]
+        if stage == stages - 1:
+            return [Net(stages, sizes[-1])]
+        now = self._chosen(stage - 1) if stage else Net(1, sizes[0])
+        place = sizes.index(now.size)  # type: ignore[arg-type]
+        return [
+            Net(level, size)
+            for size in sizes[place : place + 2]
+            for level in range(now.depth, min(now.depth + 1, stages) + 1)
+        ]
 
-    def nets(self) -> list[tuple[list[Net], Net | None]]:
-        """Of each stage (level, size) to choose from, and what was chosen; None while that is not decided.
+    def _answered(self, stage: int) -> bool:
+        return len(self._times.get(stage, ())) == len(self._candidates(stage))
 
-        A stage that the run has passed without asking has the least of its candidates.
-        """
-        if self.memory is None:
-            self.memory = self._nets()
-        return self.memory
+    def _best(self, stage: int) -> Net:
+        conditions, zicos = zip(*self._scores[stage], strict=True)
+        weights, tolerance = self._config.rank_weights, self._config.rank_tolerance
+        return self._candidates(stage)[vote(self._times[stage], conditions, zicos, weights, tolerance)]
 
-    def _nets(self) -> list[tuple[list[Net], Net | None]]:
-        stages, sizes = self.config.stages, self.sizes
-        found: list[tuple[list[Net], Net | None]] = []
-        levels, there = range(1, min(2, stages) + 1), sizes[:2]
-        for stage in range(stages):
-            if self.config.schedule is not None:
-                options = [self.config.schedule[stage]]
-            elif stage == stages - 1:
-                options = [Net(stages, sizes[-1])]
-            else:
-                options = [Net(level, size) for size in dict.fromkeys(there) for level in levels]
-            chosen = None
-            if len(options) == 1:
-                chosen = options[0]
-            elif len(self.times.get(stage, ())) == len(options):
-                conditions, zicos = zip(*self.scores[stage], strict=True)
-                votes = vote(self.times[stage], conditions, zicos, self.config.votes, self.config.tolerance)
-                chosen = options[votes]
-            found.append((options, chosen))
-            now = chosen or options[0]
-            place = sizes.index(now.size)
-            levels, there = range(now.depth, min(now.depth + 1, stages) + 1), sizes[place : place + 2]
-        return found
-
-    def plan(self, plan: Plan, at: Progress) -> Plan:
-        stage, nets = self.stage(at), self.nets()
-        while stage and nets[stage][1] is None:  # until the question is answered, all stays as it is
+    def plan(self, plan: Plan, progress: Progress) -> Plan:
+        stage, config = self._stage(progress), self._config
+        while stage and not self._decided(stage):  # until the choice is made, the stage before goes on
             stage -= 1
-        options, chosen = nets[stage]
-        return self._shaped(plan, chosen or options[0], stage)
-
-    def _shaped(self, plan: Plan, net: Net, stage: int) -> Plan:
-        blocks = self.groups[net.depth - 1]
+        net = self._chosen(stage)
+        blocks = self._groups[net.depth - 1]
         plan = with_shape(
-            plan, trainable_blocks=None if len(blocks) == len(self.groups[-1]) else blocks,
-            head_only=self.config.outside == "head", stage=stage if self.embeds_stage else plan.shape.stage,
+            plan, trainable_blocks=None if len(blocks) == len(self._groups[-1]) else blocks,
+            head_only=config.non_blocks == "head", stage=stage if config.stage_embedding else plan.shape.stage,
         )  # fmt: skip
-        if self.config.moments == "reset" and stage:
+        if config.moments == "reset" and stage:
             plan = replace(plan, growth=Growth(stage, moments="reset"))
-        if self.sizes_grow:
-            plan = with_size(plan, net.size)
-        return plan
+        return with_size(plan, net.size) if self._sizes_grow and net.size is not None else plan
 
     def evaluation_shape(self, shape: Shape) -> Shape:
-        if self.embeds_stage and self.config.evaluated == "last":
-            return replace(shape, stage=self.config.stages - 1)
+        if self._config.stage_embedding and self._config.evaluate_stage == "last":
+            return replace(shape, stage=self._config.stages - 1)
         return shape
-
-    def changes(self) -> Sequence[Length]:
-        stages = self.config.stages
-        return [Length(k / stages, "fraction", f"{100 * k / stages:.4g}%") for k in range(1, stages)]
 
     # --- the search ---
 
-    def probes(self, at: Progress) -> Sequence[Probe]:
-        stage = self.stage(at)
-        options, chosen = self.nets()[stage]
-        if chosen is not None:
+    def probes(self, progress: Progress) -> Sequence[Probe]:
+        stage, config = self._stage(progress), self._config
+        if self._decided(stage):
             return ()
-        self.asking, number = stage, len(self.times.get(stage, ()))
-        config = self.config
+        self._asked_stage, number = stage, len(self._times.get(stage, ()))
+        net = self._candidates(stage)[number]
         shape = Shape(
-            trainable_blocks=self.groups[options[number].depth - 1], head_only=config.outside == "head",
-            stage=stage if self.embeds_stage else None,
+            trainable_blocks=self._groups[net.depth - 1], head_only=config.non_blocks == "head",
+            stage=stage if config.stage_embedding else None,
         )  # fmt: skip
-        sets = ("trainable_blocks", "head_only", "stage") if self.embeds_stage else ("trainable_blocks", "head_only")
-        size = options[number].size if self.sizes_grow else 0
-        if len(self.scores.get(stage, ())) == number:
+        sets = ("trainable_blocks", "head_only", "stage") if config.stage_embedding else ("trainable_blocks", "head_only")
+        size, samples = net.size if self._sizes_grow and net.size else 0, config.probe_batch_size
+        if len(self._scores.get(stage, ())) == number:
             batches, kernel = config.zico_batches, config.kernel_batches
-            return [Probe("trainability", shape, size, batches, kernel, samples=self.samples, sets=sets)]
-        return [Probe("seconds", shape, size, config.timed_batches, samples=self.samples, sets=sets)]
+            return [Probe("trainability", shape, size, batches, kernel, samples=samples, sets=sets)]
+        return [Probe("seconds", shape, size, config.timed_batches, samples=samples, sets=sets)]
 
-    def observe(self, seen: StepResult | ProbeResult) -> None:
-        if not isinstance(seen, ProbeResult):
+    def observe(self, result: StepResult | ProbeResult) -> None:
+        if not isinstance(result, ProbeResult):
             return
-        if seen.probe.kind == "trainability":
-            self.scores.setdefault(self.asking, []).append(seen.value)
+        if result.probe.kind == "trainability":
+            self._scores.setdefault(self._asked_stage, []).append(result.value)
         else:
-            self.times.setdefault(self.asking, []).append(seen.value * self.samples)
-        self.memory = None
-
-    def choices(self) -> Sequence[str]:
-        return [str(self.nets()[stage][1]) for stage in sorted(self.times) if self.nets()[stage][1] is not None]
+            self._times.setdefault(self._asked_stage, []).append(result.value * self._config.probe_batch_size)
+        self._memory.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": dict(self.scores), "times": dict(self.times)}
+        return {"scores": dict(self._scores), "times": dict(self._times)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores = {stage: [tuple(pair) for pair in pairs] for stage, pairs in state["scores"].items()}
-        self.times, self.memory = dict(state["times"]), None
+    def load_state_dict(self, state: dict[str, Any], local: Any = None) -> None:
+        self._scores = {stage: [tuple(pair) for pair in pairs] for stage, pairs in state["scores"].items()}
+        self._times = dict(state["times"])
+        self._memory.clear()

@@ -94,7 +94,7 @@ def export_model(
             "input_size": [3, evaluate.size, evaluate.size],
             "fixed_input_size": False,
             "interpolation": "bilinear",
-            "crop_pct": evaluate.crop_ratio,
+            "crop_pct": evaluate.crop_pct,
             "mean": list(IMAGENET_DEFAULT_MEAN),
             "std": list(IMAGENET_DEFAULT_STD),
             "num_classes": len(classes),

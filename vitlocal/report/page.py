@@ -21,8 +21,8 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Augment
 from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.methods import MethodContext
-from vitlocal.methods.strength import Strength
+from vitlocal.methods import build_methods
+from vitlocal.methods.method import MethodContext
 from vitlocal.models.factory import build_model
 from vitlocal.models.shape import blocks_of, parts_of
 from vitlocal.plan import Dials, Feed, Plan, fold
@@ -254,7 +254,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     """
     device, found, seen, dials = torch.device("cpu"), [], set(), Dials()
     augment = Augment(run.config.augment)
-    methods = [Strength(MethodContext(run.config))] if "strength" in run.config.methods else []
+    methods = build_methods(MethodContext(run.config.recipe), writing="dials.")
     sources = open_sources(run.config, device)
     try:
         began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}

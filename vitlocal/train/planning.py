@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from vitlocal.config import WriteOptions, read_config
+from vitlocal.config import read_config
 from vitlocal.data.crops import Cropping
 from vitlocal.data.images import open_images
 from vitlocal.data.manifest import work_name
@@ -17,6 +17,7 @@ from vitlocal.data.writer.write import QUALITY, SAMPLING
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.train.rates import parse_rates, rates_for, stages_of
+from vitlocal.write_options import WriteOptions
 
 RECIPE = "rcfg/ours.yaml"
 RESERVED = 8 * 10**9  # bytes of memory that are not for the page cache

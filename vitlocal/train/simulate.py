@@ -43,7 +43,7 @@ class StageForecast:
 
 def curriculum(config: Config) -> tuple[Stage, ...]:
     """The recipe's stages, as far as they are known before a run; where no method feeds sizes one, at the model's."""
-    each = (tuple(METHODS[name].image_sizes(config)) for name in config.methods)
+    each = (tuple(METHODS[name].image_sizes(config.recipe)) for name in config.methods)
     return next((stages for stages in each if stages), (Stage(config.model.size),))
 
 

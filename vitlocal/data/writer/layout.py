@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from vitlocal.config import PLAN_NAME
+from vitlocal.write_options import PLAN_NAME
 from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
 from vitlocal.data.crops import Cropping

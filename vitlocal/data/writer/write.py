@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vitlocal.config import PLAN_NAME, WriteOptions, read_plan
+from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 from vitlocal.data.beton import MODES, check_beton, page_size_for
 from vitlocal.data.costs import keep_costs
 from vitlocal.data.images import ImageSet, open_images

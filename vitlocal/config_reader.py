@@ -1,0 +1,189 @@
+"""Reads options from yaml recipes, the environment and the command line, through fastargs.
+
+fastargs layers the sources. This module adds what fastargs does not do: it rejects unknown names, checks all values,
+orders the sources (the command line wins), and reports all problems together as one ConfigError.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fastargs
+import yaml
+from fastargs.exceptions import MissingValueError, ValidationError
+
+from vitlocal.errors import ConfigError
+from vitlocal.options import Flag, plain_value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage before it
+        raise ConfigError(f"{message}; see --help")
+
+
+def renamed_options(options: Mapping[str, Field[Any]]) -> dict[str, str]:
+    """The old names of ``options`` and the options that have them now, both as dotted names."""
+    return {
+        f"{name.rpartition('.')[0]}.{spec.metadata['was']}": name
+        for name, spec in options.items()
+        if spec.metadata["was"]
+    }
+
+
+class OptionReader:
+    """Reads one set of options, given as ``{dotted name: dataclass field}``.
+
+    ``flags`` are further names of options on the command line, ``{"--split": "write.split"}``. ``sections`` lists the
+    sections in the help; by default all of ``options``.
+    """
+
+    def __init__(self, options: Mapping[str, Field[Any]], flags: Mapping[str, str], about: str, sections: str = ""):
+        self.problems: list[str] = []
+        self.files: list[str] = []  # recipes that the command line names
+        self.overrides: dict[str, str] = {}  # options that the command line sets
+        self._options, self._flags, self._about = options, flags, about
+        self._renamed = renamed_options(options)
+        self._sections = sections or ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in options))
+        self._origin: dict[str, str] = {}
+        self._fastargs = fastargs.Config()
+        self._parser = self._build_parser()
+
+    def _build_parser(self) -> _Parser:
+        parser = _Parser(
+            usage="%(prog)s [--config-file YAML] [--option VALUE ...]",
+            description=self._about,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--config-file", "-C", action="append", default=[], metavar="YAML",
+                            help="a recipe; may be repeated, later ones win")  # fmt: skip
+        parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION",
+                            help=f"shows the options, of one section or of all: {self._sections}")  # fmt: skip
+        groups: dict[str, Any] = {}
+        for name, spec in self._options.items():
+            section, kind = name.rpartition(".")[0], spec.metadata["kind"]
+            if section not in groups:
+                groups[section] = parser.add_argument_group(section or "top level")
+            # Empty sections cannot be named in fastargs: `methods` stands at the root.
+            param = fastargs.Param(kind, spec.metadata["meaning"], default=spec.default)
+            param.section = fastargs.Section(section, config_descriptor=self._fastargs)
+            self._fastargs.add_entry((), name, param)
+            default = "none" if spec.default in (None, ()) else plain_value(spec.default)
+            takes: dict[str, Any] = {"metavar": ""}
+            meaning = f"{spec.metadata['meaning']}; {kind.help()} (default: {default})"
+            if isinstance(kind, Flag):  # `--run.keep_weights` alone means true
+                takes = {"nargs": "?", "const": "true", "metavar": "true|false"}
+                meaning = f"{spec.metadata['meaning']} (default: {default})"
+            named = [flag for flag, target in self._flags.items() if target == name]
+            groups[section].add_argument(f"--{name}", *named, dest=name, help=meaning.replace("%", "%%"),
+                                         default=argparse.SUPPRESS, **takes)  # fmt: skip
+        return parser
+
+    def read(self, argv: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+        """The value of every option. Later sources win: environment, recipes, command line.
+
+        Raises ConfigError with a list of all problems.
+        """
+        known, unknown = self._parser.parse_known_args(list(argv))
+        given = vars(known)
+        if (section := given.pop("help")) is not None:
+            self._help(section)
+        self.files = given.pop("config_file")
+        for text in unknown:
+            self._unknown(text.lstrip("-").split("=")[0], f"command line: {text}")
+        for name in self._renamed.keys() & environment.keys():
+            self._unknown(name, "environment")
+        self._layer({name: environment[name] for name in self._options if name in environment}, "environment")
+        for file in self.files:
+            self._layer(self._recipe(file), file)
+        self._layer(given, "command line")
+        self.overrides = given
+        for name, spec in self._options.items():
+            try:
+                self._fastargs[name]
+            except (MissingValueError, ValidationError):
+                got, origin = self._fastargs.content[tuple(name.split("."))], self._origin[name]
+                named = [flag for flag, target in self._flags.items() if target == name and origin == "command line"]
+                self.problems.append(
+                    f"{(*named, name)[0]}: got {got!r} ({origin}), expected {spec.metadata['kind'].help()}"
+                )
+        self.check()
+        return {name: self._fastargs[name] for name in self._options}
+
+    def check(self) -> None:
+        """Raises ConfigError with every problem found so far."""
+        if self.problems:
+            raise ConfigError("\n       ".join(self.problems))
+
+    def _help(self, section: str) -> NoReturn:
+        """Prints all options, or the options of ``section``, and exits."""
+        shown = {
+            name: spec for name, spec in self._options.items() if section in ("", name.rpartition(".")[0] or name)
+        }
+        if not shown:
+            raise ConfigError(f"--help: there is no section '{section}'; the sections are {self._sections}")
+        OptionReader(shown, self._flags, self._about, self._sections)._parser.print_help()
+        sys.exit(0)
+
+    def _unknown(self, name: str, where: str) -> None:
+        """Notes that there is no option ``name``, with its new name or the option that is most like it."""
+        if name in self._renamed:
+            self.problems.append(f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}")
+            return
+        section, _, key = name.rpartition(".")
+        known = [*(flag.lstrip("-") for flag in self._flags), *self._options]
+        initials = f"{section}.{''.join(word[:1] for word in key.split('_'))}"
+        near = [initials] if initials in self._options else difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        near = near or [option for option in known if option.rpartition(".")[2] == key][:1]
+        dashes = "--" if near and f"--{near[0]}" in self._flags else ""
+        self.problems.append(
+            f"{where}: there is no option '{name}'" + (f"; did you mean {dashes}{near[0]}?" if near else "")
+        )
+
+    def _recipe(self, file: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The options that a yaml file states, on top of those of its ``base``."""
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            there = [path.name for path in Path(file).parent.glob("*.yaml")]
+            near = difflib.get_close_matches(Path(file).name, there, n=1)
+            self.problems.append(
+                f"{file}: cannot be read as a recipe ({error.strerror})"
+                + (f", which is the base of {within[-1]}" if within else "")
+                + (f"; did you mean {Path(file).with_name(near[0])}?" if near else "; rcfg/ holds vitlocal's recipes")
+            )
+            return {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.problems.append(f"{file}: is not yaml: {' '.join(str(error).split())}")
+            return {}
+        if not isinstance(content or {}, dict):
+            self.problems.append(f"{file}: expected sections with options, got {type(content).__name__}")
+            return {}
+        content = dict(content or {})
+        flat: dict[str, Any] = {}
+        if (base := content.pop("base", None)) is not None:  # another recipe, in the same folder, that this one changes
+            path = str(Path(file).parent / str(base))
+            if not isinstance(base, str) or path in (*within, file):
+                self.problems.append(f"{file}: base is {base!r}, expected the name of one other recipe, without a loop")
+            else:
+                flat = self._recipe(path, (*within, file))
+        for section, value in content.items():
+            inner = value if isinstance(value, dict) else {"": value}
+            flat |= {f"{section}.{key}".rstrip("."): part for key, part in inner.items()}
+        for name in sorted(flat.keys() - self._options.keys()):
+            self._unknown(name, file)
+            del flat[name]
+        return flat
+
+    def _layer(self, values: Mapping[str, Any], origin: str) -> None:
+        # fastargs skips None, so that yaml's null could not undo an earlier recipe's value.
+        stated = {name: "none" if value is None else value for name, value in values.items()}
+        self._fastargs.collect(stated)
+        self._origin |= dict.fromkeys(stated, origin)
