@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from vitlocal.config import read_config
-from vitlocal.data.batch import open_sources
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
@@ -108,11 +107,11 @@ def test_two_processes_end_together_when_the_time_is_up(folder: Path, tmp_path: 
     assert last["lr"] < 5e-4  # of a peak of 1e-3
 
 
-def test_wrong_starts_are_named(configure, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_starts_are_named(configure, open_configured, decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = configure("--train.batch_size=3", "--evaluate.size=32")
     monkeypatch.setattr(Ranks, "wrap", lambda ranks, module: module)  # no other process is there
     with pytest.raises(ConfigError, match="3 is too small for 2 processes"):
-        Run(config, tmp_path, open_sources(config, torch.device("cpu")), torch.device("cpu"), Ranks(0, 2, 0, 2))
+        Run(config, tmp_path, open_configured(config), torch.device("cpu"), Ranks(0, 2, 0, 2))
     with pytest.raises(ConfigError, match="LOCAL_RANK, LOCAL_WORLD_SIZE is not set"):
         find_ranks({"WORLD_SIZE": "2", "RANK": "0"})
     assert find_ranks({}).world == 1

@@ -13,8 +13,8 @@ import pytest
 
 import write_dataset
 from vitlocal.config import read_config, read_plan, read_write_options
-from vitlocal.data.costs import Costs, costs_path, keep_costs
-from vitlocal.data.crops import Cropping
+from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
 from vitlocal.data.loader import choose_file
 from vitlocal.data.manifest import BetonFile, Manifest
@@ -36,7 +36,7 @@ from vitlocal.errors import ConfigError, run_command
 from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
 LIMITS = Limits(cores=4, disk=10**9, memory=10**9)
-TRAIN = Cropping(random=True)
+TRAIN = CropPolicy(random=True)
 
 
 @pytest.fixture(autouse=True)
@@ -281,16 +281,16 @@ def files_of(*names: str) -> Manifest:
 
 def test_the_cheapest_good_file_is_taken() -> None:
     manifest = files_of("64:raw", "160:jpg", "256:raw", "256:jpg")
-    costs = Costs({
+    costs = DecodingCosts({
         "train_64_raw.beton": {32: 8.0, 64: 14.0}, "train_160_jpg.beton": {64: 100.0, 128: 140.0},
         "train_256_raw.beton": {64: 40.0, 128: 70.0}, "train_256_jpg.beton": {64: 200.0, 128: 300.0},
     })  # fmt: skip
     picked = [choose_file(manifest, costs, TRAIN, 1.5, size).file for size in (32, 64, 96, 160, 224)]
     assert picked == ["train_64_raw.beton", *["train_256_raw.beton"] * 4]
-    centre = Cropping(random=False, centre=1.0)
+    centre = CropPolicy(random=False, centre=1.0)
     assert choose_file(manifest, costs, centre, 1.5, 160).file == "train_256_raw.beton"
     # Where not all were measured, the smallest side is taken, and raw before JPEG.
-    some = Costs({name: cost for name, cost in costs.microseconds.items() if "256_raw" not in name})
+    some = DecodingCosts({name: cost for name, cost in costs.microseconds.items() if "256_raw" not in name})
     picked = [choose_file(manifest, some, TRAIN, 1.5, size).file for size in (32, 64, 96, 160)]
     assert picked == ["train_64_raw.beton", "train_160_jpg.beton", "train_160_jpg.beton", "train_256_raw.beton"]
 
@@ -299,19 +299,19 @@ def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     files = (StoredFile(24, "raw"), StoredFile(32, "raw"), StoredFile(32, "jpg"))
     manifest = write(WriteConfig("train", "sample:3", str(tmp_path), files), progress=False)
     monkeypatch.setattr("vitlocal.data.costs.SECONDS", 0.01)
-    assert Costs.load(tmp_path, manifest).microseconds == {}
-    keep_costs(tmp_path, manifest)
-    costs = Costs.load(tmp_path, manifest)
+    assert DecodingCosts.load(tmp_path, manifest).microseconds == {}
+    ensure_costs(tmp_path, manifest)
+    costs = DecodingCosts.load(tmp_path, manifest)
     assert {name: list(by_size) for name, by_size in costs.microseconds.items()} == {
         "train_24_raw.beton": [16], "train_32_jpg.beton": [16, 32], "train_32_raw.beton": [16, 32],
     }  # fmt: skip
     stored = {file.file: file for file in manifest.files}
     assert 0 < costs.of(stored["train_32_raw.beton"], 24) < costs.of(stored["train_32_jpg.beton"], 24)
     before = costs_path(tmp_path, "train").read_text()
-    keep_costs(tmp_path, manifest)
+    ensure_costs(tmp_path, manifest)
     assert costs_path(tmp_path, "train").read_text() == before
     other = replace(manifest, files=tuple(replace(file, checksum="crc32:0") for file in manifest.files))
-    assert Costs.load(tmp_path, other).microseconds == {}  # these files are not those that were measured
+    assert DecodingCosts.load(tmp_path, other).microseconds == {}  # these files are not those that were measured
     for damaged in ("", "[]", "{}", json.dumps({"files": [3]}), '{"files": [{"file": "x"}]}'):
         costs_path(tmp_path, "train").write_text(damaged)
-        assert Costs.load(tmp_path, manifest).microseconds == {}
+        assert DecodingCosts.load(tmp_path, manifest).microseconds == {}

@@ -14,8 +14,8 @@ import timm
 import torch
 
 from vitlocal.bench.outcomes import place_of
-from vitlocal.data.batch import open_sources
-from vitlocal.data.loader import FFCVSource
+from vitlocal.data.loader import NativeSource
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.method import MethodContext, StepResult
@@ -294,7 +294,7 @@ def test_what_cannot_be_built_is_told_and_leaves_nothing(
     configure, tmp_path: Path, options: list[str], part: str, monkeypatch, shared
 ):
     if "workers" not in options[0]:
-        monkeypatch.setattr("vitlocal.data.loader.Decoder", lambda workers=0: shared)
+        monkeypatch.setattr("vitlocal.data.loader.LoaderResources", lambda workers=0: shared)
     with pytest.raises(ConfigError, match=part):
         train(configure(*options))
     assert not (tmp_path / "run").exists()
@@ -378,7 +378,7 @@ def test_a_run_that_was_trained_while_this_process_started_is_gone_on_with(confi
     """As when a scheduler starts the command again while the process before is still saving."""
     config, opened = configure(), []
 
-    def open_later(*arguments):
+    def open_later(*arguments, **options):
         if not opened:
             opened.append(True)
             with open_run(config) as before:
@@ -386,7 +386,7 @@ def test_a_run_that_was_trained_while_this_process_started_is_gone_on_with(confi
                 with before.sources.train.open(before.plan().feed, before.clock.position) as batches:
                     before.train_on(next(batches), before.plan())
                 before.save()
-        return open_sources(*arguments)
+        return open_sources(*arguments, **options)
 
     monkeypatch.setattr("vitlocal.train.run.open_sources", open_later)
     with open_run(config) as run:
@@ -607,7 +607,7 @@ def test_killed_runs_have_spent_what_they_had(configure, folder: Path, tmp_path:
 
 def test_sources_are_the_ones_configured(configure, decoder):
     with open_run(configure()) as run:
-        assert isinstance(run.sources.train, FFCVSource)
+        assert isinstance(run.sources.train, NativeSource)
 
 
 def test_a_run_tells_all_machines_that_it_was_trained_by(configure, decoder, no_report, tmp_path: Path, monkeypatch):

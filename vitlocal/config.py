@@ -52,7 +52,7 @@ KERNELS = ("auto", "fused", "plain")  # of the local FFN
 @dataclass(frozen=True)
 class DataConfig:
     root: str = option("data/imagenet", Text(), "the data folder that write_dataset.py filled")
-    loader: str = option("ffcv", Choice("ffcv", "torchvision", "dali"), "who reads the images")
+    loader: str = option("native", Choice("native", "ffcv", "torchvision", "dali"), "the loader that reads the images")
     source: str | None = option(
         None, Maybe(Text()), "original images, for torchvision and dali; none: what the manifest says"
     )
@@ -60,7 +60,7 @@ class DataConfig:
         0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one a core"
     )
     on_error: str = option(
-        "stop", Choice("stop", "skip"), "at a damaged image of data.loader=ffcv; skip: another is drawn in its place"
+        "stop", Choice("stop", "skip"), "at a damaged image of data.loader=native; skip: another is drawn in its place"
     )
     side_ratio: float = option(
         1.5, Number(low=0.1, high=16), "a file is good enough for a size if its side >= ratio x size"
@@ -517,9 +517,9 @@ def _contradictions(config: Config) -> list[str]:
     found += method_problems(config)
     if augment.three and augment.randaugment:
         found.append("augment.three: it takes the place of augment.randaugment; set one of them to 0")
-    if config.data.loader != "ffcv" and config.data.on_error != "stop":
+    if config.data.loader != "native" and config.data.on_error != "stop":
         found.append(
-            f"data.on_error: skip is for data.loader=ffcv; with {config.data.loader}, name a data folder that was "
+            f"data.on_error: skip is for data.loader=native; with {config.data.loader}, name a data folder that was "
             "written with --on-error skip"
         )
     for name in ("crop_scale", "crop_ratio"):
@@ -541,7 +541,7 @@ def _contradictions(config: Config) -> list[str]:
         found.append("train.schedule_by: epoch needs a train.schedule_length in epochs, as in 300ep")
     if config.budget.length.value == 0:
         found.append("budget.length: nothing can be trained in a budget of 0")
-    if config.budget.counts == "cpu" and config.data.loader != "ffcv":
+    if config.budget.counts == "cpu" and config.data.loader not in ("native", "ffcv"):
         found.append(
             f"budget.counts: cpu counts this process alone, and data.loader={config.data.loader} has others; use train"
         )

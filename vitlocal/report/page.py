@@ -19,7 +19,7 @@ from PIL import Image
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Augment
-from vitlocal.data.batch import open_sources
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods import MethodContext
 from vitlocal.methods.strength import Strength
@@ -253,9 +253,19 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     them: the log does not tell which it chose. Raises ConfigError or DataError where the data are not there any more.
     """
     device, found, seen, dials = torch.device("cpu"), [], set(), Dials()
-    augment = Augment(run.config.augment)
+    options = run.config.augment
+    augment = Augment(
+        randaugment=options.randaugment, three_augment=options.three, mixup=options.mixup, cutmix=options.cutmix,
+        mixup_prob=options.mix_chance, cutmix_prob=options.cutmix_chance, random_erasing=options.erase,
+    )  # fmt: skip
     methods = [Strength(MethodContext(run.config))] if "strength" in run.config.methods else []
-    sources = open_sources(run.config, device)
+    config = run.config
+    sources = open_sources(
+        config.data.loader, config.data.root, source=config.data.source, workers=config.data.workers,
+        on_error=config.data.on_error, side_ratio=config.data.side_ratio, seed=config.run.seed,
+        crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio, flip=config.augment.flip,
+        repeats=config.augment.repeats, centre_crop=config.evaluate.crop_ratio, device=device,
+    )  # fmt: skip
     try:
         began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
         for before, record in pairwise([began, *run.records]):

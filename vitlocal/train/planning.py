@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vitlocal.config import WriteOptions, read_config
-from vitlocal.data.crops import Cropping
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
 from vitlocal.data.manifest import work_name
 from vitlocal.data.writer.journal import free_bytes
@@ -35,7 +35,7 @@ def plan_files(options: WriteOptions) -> Choice:
     images = open_images(options.source, "train")
     stages = stages_of(config, len(images), rates_for(config, stated))
     augment = config.augment
-    cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
+    cropping = CropPolicy(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
     limits = Limits(
         cores=options.cores or cores(),
         disk=options.disk_limit or free_bytes(_nearest(Path(options.out))),

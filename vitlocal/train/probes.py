@@ -144,7 +144,7 @@ def batches_of(run: Run, probe: Probe, extra: int = 0) -> Iterator[Iterator[Batc
     feed = Feed(probe.size, probe.samples, run.plan().feed.subset)
     if probe.split == "val":  # which has an order, by class perhaps: from all over it
         rows = np.linspace(0, source.count - 1, min(source.count, count * probe.samples)).astype(np.int64)
-        source.rows.keep(number := len(rows), rows)
+        source.rows.set(number := len(rows), rows)
         feed = replace(feed, subset=number)
     with closing(full_batches(source, feed, EPOCH)) as batches:
         yield islice(batches, count)

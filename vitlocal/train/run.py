@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from vitlocal.config import Config
-from vitlocal.data.batch import Batch, Sources, open_sources
+from vitlocal.data.batch import Batch, Sources
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import keep_objects
 from vitlocal.methods import MethodContext, build_methods
@@ -177,7 +178,7 @@ class Run:
         subset, rows = (plan or self.plan()).feed.subset, self.sources.train.rows
         if subset:
             method = next(method for method in self.methods if "feed.subset" in method.writes)
-            rows.keep(subset, method.rows(subset))
+            rows.set(subset, method.rows(subset))
         self.clock.images_per_epoch = rows.count(subset)
 
     def _image_bytes(self, size: int) -> int:
@@ -600,7 +601,13 @@ def open_run(config: Config, began: float | None = None) -> Iterator[Run]:
     check_clock(config, device, ranks)
     with connected(ranks, device):
         check_peers(config, ranks)
-        sources = open_sources(config, device, ranks.share, ranks.local_world_size)
+        sources = open_sources(
+            config.data.loader, config.data.root, source=config.data.source, workers=config.data.workers,
+            on_error=config.data.on_error, side_ratio=config.data.side_ratio, seed=config.run.seed,
+            crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio, flip=config.augment.flip,
+            repeats=config.augment.repeats, centre_crop=config.evaluate.crop_ratio, device=device, share=ranks.share,
+            local_world_size=ranks.local_world_size,
+        )  # fmt: skip
         try:
             with claimed(folder) if ranks.first else nullcontext():
                 # Asked again: until the folder was this process's own, another one may have trained in it.

@@ -191,7 +191,11 @@ class Step:
         self.model, self.optimizer, self.average, self.config = model, optimizer, average, config
         self.copies = copies  # averages that methods asked for
         self.device, self.ranks = device, ranks
-        self.augment = Augment(config.augment).to(device)
+        augment = config.augment
+        self.augment = Augment(
+            randaugment=augment.randaugment, three_augment=augment.three, mixup=augment.mixup, cutmix=augment.cutmix,
+            mixup_prob=augment.mix_chance, cutmix_prob=augment.cutmix_chance, random_erasing=augment.erase,
+        ).to(device)  # fmt: skip
         self.precision = choose_precision(config.train.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         told_stages = getattr(model, "stage_table", None) is not None

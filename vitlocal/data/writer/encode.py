@@ -22,8 +22,8 @@ from PIL import Image
 from vitlocal.data.beton import MAX_EDGE, MODES
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb
-from vitlocal.data.manifest import PlannedFile
-from vitlocal.data.native import AS_IT_CAME, AS_JPEG, AS_RAW, FORM, Encoder
+from vitlocal.data.manifest import FileSpec
+from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
 from vitlocal.errors import DataError, Interrupted
 
 CHUNK_BYTES = 4 << 20  # of encoded images that a thread hands over, about
@@ -38,7 +38,7 @@ _UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionB
 class Job:
     """What is to be made of a row."""
 
-    files: tuple[PlannedFile, ...]
+    files: tuple[FileSpec, ...]
     short_edge: int  # in pixels, is not shrunk below that
     skip: bool  # images that cannot be read
 
@@ -251,7 +251,7 @@ def _stored(
     return [((MODES[file.format], form[0], form[1]), of[form]) for file, form in zip(job.files, forms, strict=True)]
 
 
-def _form(file: PlannedFile, width: int, height: int, keepable: bool, job: Job) -> tuple[int, int, int, int, int]:
+def _form(file: FileSpec, width: int, height: int, keepable: bool, job: Job) -> tuple[int, int, int, int, int]:
     """How the file stores an image of that size: (width, height, kind, quality, sampling)."""
     size = stored_size(width, height, file.side, job.short_edge)
     if max(size) > MAX_EDGE:
@@ -260,4 +260,4 @@ def _form(file: PlannedFile, width: int, height: int, keepable: bool, job: Job) 
         return *size, AS_RAW, 0, 0
     # A JPEG that need not shrink stays as it came: encoded again, it would only lose.
     kept = keepable and file.keep and size == (width, height)
-    return *size, AS_IT_CAME if kept else AS_JPEG, file.quality, file.sampling
+    return *size, AS_ORIGINAL if kept else AS_JPEG, file.quality, file.sampling

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vitlocal.data.beton import ALLOCATION, METADATA, data_start, head_bytes
-from vitlocal.data.manifest import BetonFile, Manifest, PlannedFile, flush_folder, joined_crc32
+from vitlocal.data.manifest import BetonFile, FileSpec, Manifest, flush_folder, joined_crc32
 from vitlocal.data.writer.encode import ROW, Chunk
 from vitlocal.errors import ConfigError, DataError
 
@@ -51,7 +51,7 @@ class Store:
     ``length`` is that of the source; writes of an equal ``identity`` give the same files.
     """
 
-    def __init__(self, work: Path, files: tuple[PlannedFile, ...], length: int, identity: dict[str, str]) -> None:
+    def __init__(self, work: Path, files: tuple[FileSpec, ...], length: int, identity: dict[str, str]) -> None:
         self.work, self.files, self.length = work, files, length
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}

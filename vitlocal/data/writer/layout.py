@@ -20,10 +20,10 @@ import yaml
 from vitlocal.config import PLAN_NAME
 from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
-from vitlocal.data.crops import Cropping
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import ImageSet
-from vitlocal.data.manifest import PlannedFile
-from vitlocal.data.native import ROW, Encoder, Threads
+from vitlocal.data.manifest import FileSpec
+from vitlocal.data.native import ROW, DecoderThreads, Encoder
 from vitlocal.data.writer.encode import Job, encode_image
 from vitlocal.data.writer.journal import byte_words
 from vitlocal.errors import ConfigError, DataError
@@ -105,7 +105,7 @@ def lacking(stage: Stage, file: Candidate) -> float:
 
 
 def measured(
-    images: ImageSet, sizes: Sequence[int], cropping: Cropping, side_ratio: float, cores_then: int, quality: int,
+    images: ImageSet, sizes: Sequence[int], cropping: CropPolicy, side_ratio: float, cores_then: int, quality: int,
     sampling: int, keep: bool = True, formats: Sequence[str] = ("raw", "jpg"),
 ) -> tuple[Candidate, ...]:  # fmt: skip
     """The candidates for crops of ``sizes`` px, with their sizes and speeds measured on some of ``images``.
@@ -115,14 +115,14 @@ def measured(
     """
     sides = sorted({-(-int(np.ceil(size * side_ratio)) // SIDE_STEP) * SIDE_STEP for size in sizes})
     files = tuple(
-        PlannedFile("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
+        FileSpec("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
         for side in sides
         for format in formats
     )
     stored = _encoded(images, files)
     good = [[size for size in sizes if file.side >= size * side_ratio - 1e-6] for file in files]
     seconds = MEASURE_SECONDS / 2 / (sum(map(len, good)) + len(files))
-    one, all_cores = Threads(1), Threads(cores())
+    one, all_cores = DecoderThreads(1), DecoderThreads(cores())
     took: list[dict[int, float]] = [{} for _ in files]
     kept = []  # of a core's speed where all work
     for _ in range(2):  # what disturbs the one round may not be there in the other
@@ -147,7 +147,7 @@ def measured(
     )
 
 
-def _encoded(images: ImageSet, files: Sequence[PlannedFile]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _encoded(images: ImageSet, files: Sequence[FileSpec]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Some of the source's images as each file would hold them: (bytes,) uint8 and (n,) of ROW."""
     job, encoder = Job(tuple(files), 0, True), Encoder()
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:IMAGES])
@@ -236,8 +236,8 @@ def cheapest(stages: Sequence[Stage], candidates: Sequence[Candidate], limits: L
 
 
 def propose(
-    images: ImageSet, stages: Sequence[Stage], cropping: Cropping, side_ratio: float, limits: Limits, quality: int = 90,
-    sampling: int = 420, keep: bool = True,
+    images: ImageSet, stages: Sequence[Stage], cropping: CropPolicy, side_ratio: float, limits: Limits,
+    quality: int = 90, sampling: int = 420, keep: bool = True,
 ) -> Choice:  # fmt: skip
     """The files to write for the stages.
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vitlocal.data.loader import MappedFile
 from vitlocal.data.manifest import BetonFile, Manifest, checksum
-from vitlocal.data.native import FULL, Threads, whole_policy
+from vitlocal.data.native import FULL, DecoderThreads, whole_policy
 from vitlocal.errors import DataError
 
 BATCH = 256
@@ -26,7 +26,7 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
     """
     manifest = Manifest.load(Path(out) / f"{split}.json")
     problems: list[str] = []
-    threads, labels = Threads(workers), None
+    threads, labels = DecoderThreads(workers), None
     total = manifest.count * len(manifest.files)
     with tqdm(total=total, unit=" images", disable=not (progress and sys.stderr.isatty()), leave=False) as bar:
         for stored in manifest.files:
@@ -69,7 +69,7 @@ def _differences(path: Path, file: MappedFile, stored: BetonFile, manifest: Mani
     ]
 
 
-def _damaged(path: Path, file: MappedFile, manifest: Manifest, threads: Threads, bar: tqdm) -> list[str]:
+def _damaged(path: Path, file: MappedFile, manifest: Manifest, threads: DecoderThreads, bar: tqdm) -> list[str]:
     problems = []
     crops, policy = np.empty((BATCH, SIDE, SIDE, 3), np.uint8), whole_policy()
     for start in range(0, len(file.rows), BATCH):

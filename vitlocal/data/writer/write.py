@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from vitlocal.config import PLAN_NAME, WriteOptions, read_plan
 from vitlocal.data.beton import MODES, check_beton, page_size_for
-from vitlocal.data.costs import keep_costs
+from vitlocal.data.costs import ensure_costs
 from vitlocal.data.images import ImageSet, open_images
-from vitlocal.data.manifest import Manifest, PlannedFile, Skipped, SourceInfo, work_name
+from vitlocal.data.manifest import FileSpec, Manifest, Skipped, SourceInfo, work_name
 from vitlocal.data.writer.encode import Interrupts, Job, encoded, stored_size
 from vitlocal.data.writer.journal import Store, byte_words, difference, free_bytes
 from vitlocal.errors import ConfigError, DataError
@@ -141,7 +141,7 @@ def write_as_asked(options: WriteOptions) -> Manifest:
             options.keep_jpegs is not False,
         )
     )  # fmt: skip
-    keep_costs(options.out, manifest)
+    ensure_costs(options.out, manifest)
     return manifest
 
 
@@ -179,7 +179,7 @@ class _Plan:
     """A checked configuration and the source that it meets."""
 
     config: WriteConfig
-    files: tuple[PlannedFile, ...]
+    files: tuple[FileSpec, ...]
     source: SourceInfo
     classes: tuple[str, ...]
     labels: np.ndarray  # (n,) int64
@@ -198,7 +198,7 @@ class _Plan:
                 f"expected {len(entries)} from 0 to {len(classes) - 1}"
             )
         files = tuple(
-            PlannedFile(
+            FileSpec(
                 file=f"{config.split}_{file.side}_{file.format}.beton",
                 side=file.side,
                 format=file.format,
@@ -274,7 +274,7 @@ def _digest(names: Sequence[str], length: int, more: bytes = b"") -> str:
     return hashlib.sha256(text + more).hexdigest()[:length]
 
 
-def _identity(files: Sequence[PlannedFile], source: SourceInfo, classes: Sequence[str]) -> dict[str, str]:
+def _identity(files: Sequence[FileSpec], source: SourceInfo, classes: Sequence[str]) -> dict[str, str]:
     """What must be equal for two writes to give the same files, in words."""
     return {
         "files": ", ".join(
