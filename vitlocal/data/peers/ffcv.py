@@ -41,6 +41,9 @@ with keep_torch_threads():
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor
 
+# numba fails with a KeyError, which nobody can catch, if it frees FFCV's compiled decoders. At exit it does not free them.
+_compiled: list[FFCVLoader] = []
+
 
 class GuardedIterator(EpochIterator):
     """FFCV's iterator, which raises the errors of its thread in the consumer, and which can be closed early.
@@ -106,6 +109,7 @@ class FileLoader:
                 str(path), batch_size=1, num_workers=workers, os_cache=True, drop_last=False,
                 pipelines={"image": image, "label": label},
             )  # fmt: skip
+        _compiled.append(self.loader)
 
     def start(self, rows: np.ndarray, batch_size: int, size: int) -> GuardedIterator:
         """Starts to read ``rows`` (n,) in their order."""
