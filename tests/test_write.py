@@ -31,7 +31,8 @@ from vitlocal.data.images import decode_rgb
 from vitlocal.data.manifest import Manifest, checksum, joined_crc32
 from vitlocal.data.writer import encode, journal
 from vitlocal.data.writer import write as write_module
-from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, stored_size, write
+from vitlocal.data.writer.encode import stored_size
+from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, write
 from vitlocal.errors import ConfigError, DataError
 
 FILES = (StoredFile(64, "raw"), StoredFile(96, "jpg"))
@@ -632,14 +633,14 @@ def test_interrupted_and_continued(
 
 
 def test_interrupted_with_workers(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    class Interrupting(journal.Store):
+    class Interrupting(journal.SplitFiles):
         def append(self, chunk: encode.Chunk) -> None:
             super().append(chunk)
             if chunk.next >= 20:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_module, "Store", Interrupting)
+        patch.setattr(write_module, "SplitFiles", Interrupting)
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             write(config(tmp_path, workers=2), FakeImages(60, acts={50: "slow"}), progress=False)
