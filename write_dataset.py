@@ -26,9 +26,9 @@ def main(argv: Sequence[str]) -> None:
 
         verify(options.out, options.split, options.workers)
     else:
-        from vitlocal.data.writer.write import write_as_asked
+        from vitlocal.data.writer.write import write_from_options
 
-        write_as_asked(options)
+        write_from_options(options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from vitlocal.config import Config, read_config
+from vitlocal.data.batch import Sources
+from vitlocal.data.shares import WHOLE, Share
+from vitlocal.data.sources import open_sources
 from vitlocal.data.writer.write import WriteConfig, parse_files, write
 from vitlocal.report.page import read_run
 from vitlocal.train.trainer import Trainer
@@ -21,6 +24,7 @@ from vitlocal.train.trainer import Trainer
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
 
 TRAIN_PER_CLASS = 6
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -36,16 +40,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared():
     """One decoder for all tests of this process."""
-    from vitlocal.data.loader import Decoder
+    from vitlocal.data.loader import LoaderResources
 
-    return Decoder(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
+    return LoaderResources(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
 
 
 @pytest.fixture
 def decoder(shared, monkeypatch: pytest.MonkeyPatch):
     """Sources opened in this test use the shared decoder, whatever number of workers they ask for."""
-    monkeypatch.setattr("vitlocal.data.loader.Decoder", lambda workers=0: shared)
+    monkeypatch.setattr("vitlocal.data.loader.LoaderResources", lambda workers=0: shared)
     return shared
+
+
+@pytest.fixture(scope="session")
+def open_configured():
+    """``open_configured(config, device, share)``: the sources that a configuration names."""
+
+    def build(config: Config, device: torch.device = CPU, share: Share = WHOLE) -> Sources:
+        data, augment = config.data, config.augment
+        return open_sources(
+            data.loader, data.root, device=device, source=data.source, workers=data.workers, on_error=data.on_error,
+            side_ratio=data.side_ratio, seed=config.run.seed, crop_scale=augment.crop_scale,
+            crop_ratio=augment.crop_ratio, flip=augment.flip, repeats=augment.repeats,
+            centre_crop=config.evaluate.crop_ratio, share=share,
+        )  # fmt: skip
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from vitlocal.bench.outcomes import Outcome, table
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_results
 from vitlocal.bench.runner import Runner
 from vitlocal.config import read_config
-from vitlocal.data.batch import load_manifest
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import build_model

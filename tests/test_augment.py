@@ -6,7 +6,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as ops
 
-from vitlocal.config import LARGEST_ERASED, AugmentConfig
+from vitlocal.config import LARGEST_ERASED
 from vitlocal.data.augment import (
     COLOURS,
     MOVES,
@@ -15,7 +15,6 @@ from vitlocal.data.augment import (
     Augment,
     AugmentParams,
     Normalize,
-    mixture,
     move,
     randaugment,
     three_augment,
@@ -47,18 +46,18 @@ def augmented(augment: Augment, step: int, x: torch.Tensor) -> torch.Tensor:
     return augment(prepared, drawn(augment, step, len(x), x.shape[-1]))
 
 
-def test_nothing_asked_is_nothing_done():
-    augment = Augment(AugmentConfig())
+def test_without_options_images_are_only_normalised():
+    augment = Augment()
     assert drawn(augment, 0) == (None, None, None)
     assert torch.equal(augmented(augment, 0, images()), Normalize()(images()))
 
 
-EVERYTHING = AugmentConfig(randaugment=9, mixup=0.8, cutmix=1.0, erase=0.25)
+EVERYTHING = {"randaugment": 9, "mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25}
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, AugmentConfig(three=True)], ids=["randaugment", "three-augment"])
-def test_a_step_repeats_bit_for_bit_and_leaves_its_input_alone(config: AugmentConfig):
-    augment = Augment(config)
+@pytest.mark.parametrize("options", [EVERYTHING, {"three_augment": True}], ids=["randaugment", "three-augment"])
+def test_a_step_repeats_bit_for_bit_and_keeps_its_input(options: dict):
+    augment = Augment(**options)
     for step in range(8):
         x = images()
         assert torch.equal(augmented(augment, step, x), augmented(augment, step, images()))
@@ -67,8 +66,8 @@ def test_a_step_repeats_bit_for_bit_and_leaves_its_input_alone(config: AugmentCo
 
 
 @pytest.mark.parametrize("total", [12, 13])
-def test_a_share_of_a_batch_is_augmented_as_in_the_whole(total: int):
-    augment, x = Augment(EVERYTHING), images(total)
+def test_each_process_augments_its_share_as_one_process_would(total: int):
+    augment, x = Augment(**EVERYTHING), images(total)
     for step in range(6):
         whole = augmented(augment, step, x)
         for rank in range(3):
@@ -79,8 +78,8 @@ def test_a_share_of_a_batch_is_augmented_as_in_the_whole(total: int):
             )
 
 
-def test_mixup_is_a_weighted_sum_with_the_mirror_place():
-    augment = Augment(AugmentConfig(mixup=0.8))
+def test_mixup_is_a_weighted_sum_with_the_mirror_image():
+    augment = Augment(mixup=0.8)
     mix = drawn(augment, 5).mix
     share = float(mix[0])
     assert 0 < share < 1 and mix[1] == mix[0] and not mix[2:].any()
@@ -89,7 +88,7 @@ def test_mixup_is_a_weighted_sum_with_the_mirror_place():
 
 
 def test_cutmix_pastes_a_box_and_shares_by_its_area():
-    plain, augment = Normalize()(images()), Augment(AugmentConfig(cutmix=1.0))
+    plain, augment = Normalize()(images()), Augment(cutmix=1.0)
     seen = set()
     for step in range(20):
         out, share = augmented(augment, step, images()), float(drawn(augment, step).mix[1])
@@ -100,13 +99,13 @@ def test_cutmix_pastes_a_box_and_shares_by_its_area():
     assert len(seen) > 10
 
 
-def test_a_single_image_and_an_unlucky_batch_are_not_mixed():
-    for config, count in ((AugmentConfig(mixup=1), 1), (AugmentConfig(mixup=1, mix_chance=0), 12)):
-        assert drawn(Augment(config), 0, count).mix.tolist() == [1, 1, 0, 0, 0, 0]
+def test_no_mixing_of_a_single_image_or_with_probability_0():
+    for augment, count in ((Augment(mixup=1), 1), (Augment(mixup=1, mixup_prob=0), 12)):
+        assert drawn(augment, 0, count).mix.tolist() == [1, 1, 0, 0, 0, 0]
 
 
 def test_erasing_replaces_boxes_by_noise():
-    plain, augment = Normalize()(images(200)), Augment(AugmentConfig(erase=0.25))
+    plain, augment = Normalize()(images(200)), Augment(random_erasing=0.25)
     out = augmented(augment, 0, images(200))
     assert out.is_contiguous(memory_format=torch.channels_last)
     changed = (out != plain).any(1)  # (B, S, S)
@@ -215,7 +214,7 @@ def plain_three_augment(image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     return (255 * ops.adjust_saturation(changed, saturation)).round().to(torch.uint8)
 
 
-def test_three_augment_is_torchvisions_operations():
+def test_three_augment_equals_torchvision_operations():
     x, places = images(24, 32), np.arange(100, 124)
     out = three_augment(x, 1.0, 5, 7, places)
     draws = uniform((5, 7, THREE), places, 6)
@@ -225,17 +224,17 @@ def test_three_augment_is_torchvisions_operations():
         assert (out[number].int() - expected.int()).abs().max() <= 1, number
 
 
-def test_no_strength_is_no_augmentation():
+def test_strength_0_only_normalises():
     x = images()
-    for config in (EVERYTHING, AugmentConfig(three=True)):
-        augment = Augment(config)
+    for options in (EVERYTHING, {"three_augment": True}):
+        augment = Augment(**options)
         for step in range(4):
             prepared = augment.prepare(x, 1, step, np.arange(12), 0.0)
             done = augment(prepared, augment.draw(1, step, np.arange(12), 12, 24, 0.0))
             torch.testing.assert_close(done, Normalize()(x), atol=1e-5, rtol=0)
 
 
-def test_strength_scales_chances():
-    config = AugmentConfig(mixup=0.8)
-    mixed = sum(mixture(config, generator((step,)), 8, 24, 0.25)[0] != 1 for step in range(400))
+def test_strength_scales_the_probability_of_mixing():
+    augment = Augment(mixup=0.8)
+    mixed = sum(augment.mixture(generator((step,)), 8, 24, 0.25)[0] != 1 for step in range(400))
     assert 70 < mixed < 130

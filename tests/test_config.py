@@ -80,7 +80,7 @@ def test_flags_mean_what_they_say(text: str, value: bool):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--data.loader=torchvision", "--data.on_error=skip"], "data.on_error: skip is for data.loader=ffcv"),
+        (["--data.loader=torchvision", "--data.on_error=skip"], "data.on_error: skip is for data.loader=native"),
         (["--methods=image_size", "--image_size.init=256"], "image_size.init: 256 is larger"),
         (["--methods=image_size", "--image_size.final=256"], "set model.size=256"),
         (["--methods=image_size", "--image_size.growth=exponential", "--image_size.switch_epochs=0,1"], "7 sizes"),

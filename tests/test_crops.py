@@ -5,9 +5,18 @@ import pytest
 from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from vitlocal.data.batch import Cropping
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, centre_box, crop_key, cut, epoch_order, random_box
-from vitlocal.data.native import native_box, policy_of
+from vitlocal.data.crops import (
+    REPEAT_SHIFT,
+    ROW_MASK,
+    Box,
+    CropPolicy,
+    centre_box,
+    crop_key,
+    cut,
+    epoch_order,
+    random_box,
+)
+from vitlocal.data.native import native_box, native_policy
 
 POLICY = ((0.08, 1.0), (0.75, 4 / 3), 0.5)
 
@@ -26,12 +35,12 @@ def test_boxes_lie_inside(height: int, width: int):
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (375, 500), (500, 333), (40, 400), (1, 1), (3, 2)])
 def test_the_native_boxes_are_the_same_to_the_bit(height: int, width: int):
-    cropping = Cropping(random=True, seed=5, scale=(0.2, 0.9), ratio=(0.6, 1.5), flip=0.3)
-    policy = policy_of(cropping, 7)
+    cropping = CropPolicy(random=True, seed=5, scale=(0.2, 0.9), ratio=(0.6, 1.5), flip=0.3)
+    policy = native_policy(cropping, 7)
     for draw in [*range(300), 12 | 3 << REPEAT_SHIFT]:
         mine = random_box(5, 7, draw, height, width, cropping.scale, cropping.ratio, cropping.flip)
         assert native_box(policy, draw, height, width) == mine
-    central = policy_of(Cropping(random=False, centre=0.875), 0)
+    central = native_policy(CropPolicy(random=False, centre=0.875), 0)
     assert native_box(central, 0, height, width) == centre_box(height, width, 0.875)
 
 

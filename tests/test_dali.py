@@ -11,22 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlocal.data.batch import open_sources
-from vitlocal.data.crops import Cropping
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
 CPU = torch.device("cpu")
-TRAIN, VAL = Cropping(random=True, seed=3), Cropping(random=False)
+TRAIN, VAL = CropPolicy(random=True, seed=3), CropPolicy(random=False)
 
 
-def test_without_dali(configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dali(configure, open_configured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "vitlocal.data.peers.dali", raising=False)
     with pytest.raises(ConfigError, match=r"data.loader: dali.*vitlocal\[dali\]"):
-        open_sources(configure("--data.loader=dali"), CPU)
+        open_configured(configure("--data.loader=dali"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def dali(photos: Path):
 
     opened = []
 
-    def open_it(root: Path = photos, cropping: Cropping = TRAIN) -> DALISource:
+    def open_it(root: Path = photos, cropping: CropPolicy = TRAIN) -> DALISource:
         opened.append(DALISource("nowhere", str(root), "train", cropping, CPU, 2))
         return opened[-1]
 
@@ -73,7 +72,7 @@ def read(source, feed: Feed, at: Position = Position()) -> list[tuple[torch.Tens
 
 
 @pytest.mark.parametrize("cropping", [TRAIN, VAL, dataclasses.replace(TRAIN, repeats=3)])
-def test_the_crops_are_those_of_torchvision(photos: Path, dali, cropping: Cropping) -> None:
+def test_the_crops_are_those_of_torchvision(photos: Path, dali, cropping: CropPolicy) -> None:
     slow, source = TorchvisionSource("nowhere", str(photos), "train", cropping, CPU, 1), dali(cropping=cropping)
     assert source.classes == slow.classes and source.count == slow.count == 40
     for size, count, at in ((32, 16, Position()), (48, 40, Position(1)), (24, 7, Position(2, 15))):
@@ -114,9 +113,9 @@ def test_a_damaged_image_is_named(photos: Path, dali, tmp_path: Path) -> None:
             read(source, Feed(32, 4))
 
 
-def test_training_with_it(configure, dali, photos: Path) -> None:
+def test_training_with_it(configure, open_configured, dali, photos: Path) -> None:
     config = configure("--data.loader=dali")
-    sources = open_sources(config, CPU)
+    sources = open_configured(config)
     assert type(sources.train).__name__ == "DALISource"
     with sources.train.open(Feed(32, 16), Position()) as batches:
         assert len(next(batches)) == 16

@@ -1,4 +1,4 @@
-"""The planner of files: is its choice the best one, are its predictions true, and is it taken up?"""
+"""The storage layout: is it the best one, are its predictions true, and does the next write use it?"""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ import numpy as np
 import pytest
 
 import write_dataset
-from vitlocal.config import read_config
-from vitlocal.data.costs import Costs, costs_path, keep_costs
-from vitlocal.data.crops import Cropping
+from vitlocal.config import read_config, read_plan, read_write_options
+from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
 from vitlocal.data.loader import choose_file
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.writer.layout import (
     TIME_STEP,
-    Candidate,
-    Choice,
-    Limits,
-    Stage,
-    cheapest,
-    described,
-    lacking,
-    measured,
-    propose,
-    serving,
+    CandidateFile,
+    SizeDemand,
+    StorageLayout,
+    StorageLimits,
+    best_files,
+    fastest_file,
+    layout_lines,
+    measure_candidates,
+    missing_seconds,
+    propose_layout,
 )
 from vitlocal.data.writer.write import StoredFile, WriteConfig, write
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.write_options import read_plan, read_write_options
 from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
-LIMITS = Limits(cores=4, disk=10**9, memory=10**9)
-TRAIN = Cropping(random=True)
+LIMITS = StorageLimits(cores=4, disk=10**9, memory=10**9)
+TRAIN = CropPolicy(random=True)
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +44,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitlocal.data.writer.layout.MEASURE_SECONDS", 1.0)
 
 
-def value(files: tuple[Candidate, ...], stages: list[Stage], limits: Limits) -> tuple[int, int, int, int]:
-    """How good a set is, by the rules: lower is better."""
-    read = [(stage, serving(stage, files)) for stage in stages]
+def value(
+    files: tuple[CandidateFile, ...], stages: list[SizeDemand], limits: StorageLimits
+) -> tuple[int, int, int, int]:
+    """The value of a set by the rules; lower is better."""
+    read = [(stage, fastest_file(stage, files)) for stage in stages]
     tick = TIME_STEP * sum(stage.images / stage.rate for stage in stages)
     return (
         sum(file.bytes > limits.memory for _, file in read),
-        math.ceil(sum(lacking(stage, file) for stage, file in read) / tick - 1e-9),
+        math.ceil(sum(missing_seconds(stage, file) for stage, file in read) / tick - 1e-9),
         sum(file.bytes for file in files),
         len(files),
     )
@@ -61,19 +62,19 @@ def value(files: tuple[Candidate, ...], stages: list[Stage], limits: Limits) -> 
 def test_no_set_of_files_is_better(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = [32, 64, 96, 128][: rng.integers(1, 5)]
-    stages = [Stage(size, float(rng.uniform(1e4, 1e6)), float(rng.uniform(500, 20000))) for size in sizes]
+    stages = [SizeDemand(size, float(rng.uniform(1e4, 1e6)), float(rng.uniform(500, 20000))) for size in sizes]
     files = []
     for number in range(rng.integers(1, 8)):
         least = int(rng.integers(0, len(sizes)))
         rates = {size: float(rng.uniform(300, 30000)) for size in sizes[: least + 1]}
-        files.append(Candidate(100 + number, "raw", int(rng.integers(10, 100)), rates))
-    limits = Limits(4, int(rng.integers(50, 250)), int(rng.integers(30, 100)))
-    found = cheapest(stages, files, limits)
+        files.append(CandidateFile(100 + number, "raw", int(rng.integers(10, 100)), rates))
+    limits = StorageLimits(4, int(rng.integers(50, 250)), int(rng.integers(30, 100)))
+    found = best_files(stages, files, limits)
     sets = [
         subset
         for count in range(1, len(files) + 1)
         for subset in itertools.combinations(files, count)
-        if sum(file.bytes for file in subset) <= limits.disk and all(serving(stage, subset) for stage in stages)
+        if sum(file.bytes for file in subset) <= limits.disk and all(fastest_file(stage, subset) for stage in stages)
     ]
     if not sets:
         assert found is None
@@ -82,61 +83,66 @@ def test_no_set_of_files_is_better(seed: int) -> None:
 
 
 def test_the_smallest_set_that_keeps_up() -> None:
-    stages = [Stage(32, 1e6, 9000), Stage(224, 1e6, 1000)]
-    small = Candidate(48, "raw", 100, {32: 90_000})
-    quick = Candidate(336, "raw", 5000, {32: 20_000, 224: 9000})
-    slow = Candidate(336, "jpg", 900, {32: 2000, 224: 1300})
-    assert cheapest(stages, [small, quick, slow], LIMITS) == (small, slow)
-    assert cheapest([Stage(224, 1e6, 2000)], [small, quick, slow], LIMITS) == (quick,)
-    assert cheapest([Stage(32, 1e6, 1000), Stage(224, 1e6, 1000)], [small, quick, slow], LIMITS) == (slow,)
+    stages = [SizeDemand(32, 1e6, 9000), SizeDemand(224, 1e6, 1000)]
+    small = CandidateFile(48, "raw", 100, {32: 90_000})
+    quick = CandidateFile(336, "raw", 5000, {32: 20_000, 224: 9000})
+    slow = CandidateFile(336, "jpg", 900, {32: 2000, 224: 1300})
+    assert best_files(stages, [small, quick, slow], LIMITS) == (small, slow)
+    assert best_files([SizeDemand(224, 1e6, 2000)], [small, quick, slow], LIMITS) == (quick,)
+    assert best_files([SizeDemand(32, 1e6, 1000), SizeDemand(224, 1e6, 1000)], [small, quick, slow], LIMITS) == (slow,)
     # The fast file is too large for the page cache, or for the disk.
     for limits in (replace(LIMITS, memory=4000), replace(LIMITS, disk=4000)):
-        assert cheapest([Stage(224, 1e6, 2000)], [small, quick, slow], limits) == (slow,)
-    assert cheapest(stages, [quick], replace(LIMITS, memory=4000)) == (quick,)  # there is no other
+        assert best_files([SizeDemand(224, 1e6, 2000)], [small, quick, slow], limits) == (slow,)
+    assert best_files(stages, [quick], replace(LIMITS, memory=4000)) == (quick,)  # there is no other
     # Nothing fits in memory: then one file may serve all, as anywhere.
-    assert cheapest([Stage(32, 1e6, 10), Stage(224, 1e6, 10)], [small, slow], replace(LIMITS, memory=50)) == (slow,)
-    assert cheapest(stages, [small, quick, slow], replace(LIMITS, disk=800)) is None
+    assert best_files(
+        [SizeDemand(32, 1e6, 10), SizeDemand(224, 1e6, 10)], [small, slow], replace(LIMITS, memory=50)
+    ) == (slow,)
+    assert best_files(stages, [small, quick, slow], replace(LIMITS, disk=800)) is None
 
 
-def test_a_quality_that_keeps_up_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_quality_that_is_fast_enough_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {90: 1050.0, 80: 1150.0, 70: 1300.0}
 
     def pretend(images, sizes, cropping, ratio, cores, quality, sampling, keep, formats):
         sizes_of = {90: 900, 80: 700, 70: 500}
         return tuple(
-            Candidate(336, "jpg", sizes_of[quality], {224: rates[quality]}) for form in formats if form == "jpg"
+            CandidateFile(336, "jpg", sizes_of[quality], {224: rates[quality]}) for form in formats if form == "jpg"
         )
 
-    monkeypatch.setattr("vitlocal.data.writer.layout.measured", pretend)
+    monkeypatch.setattr("vitlocal.data.writer.layout.measure_candidates", pretend)
     for need, quality, keeps_up in ((800, 90, True), (950, 80, True), (1000, 70, True), (1200, 70, False)):
-        choice = propose(None, [Stage(224, 1e6, need)], TRAIN, 1.5, LIMITS)
-        assert (choice.quality, choice.keeps_up) == (quality, keeps_up)
+        choice = propose_layout(None, [SizeDemand(224, 1e6, need)], TRAIN, 1.5, LIMITS)
+        assert (choice.quality, not choice.missing_seconds) == (quality, keeps_up)
     small = replace(LIMITS, disk=600)  # for the lowest quality alone
-    assert propose(None, [Stage(224, 1e6, 100)], TRAIN, 1.5, small).quality == 70
+    assert propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, small).quality == 70
     with pytest.raises(ConfigError, match=r"--disk-limit: 0.0 MB are too few.*336:jpg of quality 70"):
-        propose(None, [Stage(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100))
+        propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100))
 
 
-def test_it_says_which_stage_waits() -> None:
-    stages = (Stage(32, 5e6, 9000), Stage(224, 5e6, 2600))
-    small, slow = Candidate(48, "raw", 10**8, {32: 90_000}), Candidate(336, "jpg", 10**10, {32: 2000, 224: 1300})
-    choice = Choice(stages, (small, slow), tuple(serving(stage, (small, slow)) for stage in stages), 90, 420, True)
-    assert choice.serving == (small, slow) and not choice.keeps_up
+def test_the_report_names_the_stage_that_waits() -> None:
+    stages = (SizeDemand(32, 5e6, 9000), SizeDemand(224, 5e6, 2600))
+    small, slow = (
+        CandidateFile(48, "raw", 10**8, {32: 90_000}),
+        CandidateFile(336, "jpg", 10**10, {32: 2000, 224: 1300}),
+    )
+    choice = StorageLayout(stages, (small, slow), 90, 420, True)
+    assert choice.serving == (small, slow) and choice.missing_seconds > 0
     assert choice.waits == (0.0, 0.5)
-    text = "\n".join(described(choice, LIMITS, 10**6))
+    text = "\n".join(layout_lines(choice, LIMITS, 10**6))
     for words in (
         "224     5.0     2,600/s     1,300/s    0.5 x  336:jpg  waits 50 % of its time", "10 GB on disk, of 1.0 GB",
-        "more cores (--cores)", "48:raw (100 MB)", "does not fit in memory (1.0 GB): its rate is the disk's",
+        "more cores (--cores)", "48:raw (100 MB)", "does not fit in memory (1.0 GB), so the disk limits its rate",
         "quality 90 and chroma 420",
     ):  # fmt: skip
         assert words in text, text
-    spare = replace(choice, stages=(stages[0], Stage(224, 5e6, 1200)))
-    assert "little to spare" in "\n".join(described(spare, LIMITS, 10**6)) and spare.waits == (0.0, 0.0)
+    spare = replace(choice, demands=(stages[0], SizeDemand(224, 5e6, 1200)))
+    assert "little to spare" in "\n".join(layout_lines(spare, LIMITS, 10**6)) and spare.waits == (0.0, 0.0)
 
 
-def test_predicted_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+def test_predicted_bytes_match_the_written_files(tmp_path: Path) -> None:
     images = open_images("sample:10", "train")
-    found = measured(images, [16, 32], TRAIN, 1.5, 2, 80, 420)
+    found = measure_candidates(images, [16, 32], TRAIN, 1.5, 2, 80, 420)
     assert [(file.side, file.format, sorted(file.rates)) for file in found] == [
         (32, "raw", [16]), (32, "jpg", [16]), (48, "raw", [16, 32]), (48, "jpg", [16, 32]),
     ]  # fmt: skip
@@ -148,7 +154,7 @@ def test_predicted_sizes_are_those_of_the_files(tmp_path: Path) -> None:
         assert all(rate > 100 for rate in file.rates.values())
 
 
-# --- what the trainer needs ---------------------------------------------------------------------------------
+# --- the demands of a recipe ---------------------------------------------------------------------------------
 
 
 def a_recipe(**options: object) -> list[str]:
@@ -220,7 +226,7 @@ def test_planned_files_are_written(
     assert "train.json is there" in capsys.readouterr().err
     manifest = Manifest.load(Path(out) / "train.json")
     assert [file.file for file in manifest.files] == ["train_48_raw.beton"]
-    assert run_command(write_dataset.main, [*common, "--sides", "24"]) == 2  # asked for otherwise: another split
+    assert run_command(write_dataset.main, [*common, "--sides", "24"]) == 2  # other options, so another split
     assert "another configuration" in capsys.readouterr().err
     (tmp_path / "data" / "plan.yaml").write_text("write: {quality: 80}\n")
     assert run_command(write_dataset.main, common) == 2
@@ -269,7 +275,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "data").exists()
 
 
-# --- which file a source takes ------------------------------------------------------------------------------
+# --- the file that a source reads ------------------------------------------------------------------------------
 
 
 def files_of(*names: str) -> Manifest:
@@ -280,18 +286,18 @@ def files_of(*names: str) -> Manifest:
     return Manifest("train", 1, ("ant",), tuple(files), None, (), ("x",))
 
 
-def test_the_cheapest_good_file_is_taken() -> None:
+def test_the_cheapest_large_enough_file_is_chosen() -> None:
     manifest = files_of("64:raw", "160:jpg", "256:raw", "256:jpg")
-    costs = Costs({
+    costs = DecodingCosts({
         "train_64_raw.beton": {32: 8.0, 64: 14.0}, "train_160_jpg.beton": {64: 100.0, 128: 140.0},
         "train_256_raw.beton": {64: 40.0, 128: 70.0}, "train_256_jpg.beton": {64: 200.0, 128: 300.0},
     })  # fmt: skip
     picked = [choose_file(manifest, costs, TRAIN, 1.5, size).file for size in (32, 64, 96, 160, 224)]
     assert picked == ["train_64_raw.beton", *["train_256_raw.beton"] * 4]
-    centre = Cropping(random=False, centre=1.0)
+    centre = CropPolicy(random=False, centre=1.0)
     assert choose_file(manifest, costs, centre, 1.5, 160).file == "train_256_raw.beton"
-    # Where not all were measured, the smallest side is taken, and raw before JPEG.
-    some = Costs({name: cost for name, cost in costs.microseconds.items() if "256_raw" not in name})
+    # Where not all were measure_candidates, the smallest side is taken, and raw before JPEG.
+    some = DecodingCosts({name: cost for name, cost in costs.microseconds.items() if "256_raw" not in name})
     picked = [choose_file(manifest, some, TRAIN, 1.5, size).file for size in (32, 64, 96, 160)]
     assert picked == ["train_64_raw.beton", "train_160_jpg.beton", "train_160_jpg.beton", "train_256_raw.beton"]
 
@@ -300,19 +306,25 @@ def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     files = (StoredFile(24, "raw"), StoredFile(32, "raw"), StoredFile(32, "jpg"))
     manifest = write(WriteConfig("train", "sample:3", str(tmp_path), files), progress=False)
     monkeypatch.setattr("vitlocal.data.costs.SECONDS", 0.01)
-    assert Costs.load(tmp_path, manifest).microseconds == {}
-    keep_costs(tmp_path, manifest)
-    costs = Costs.load(tmp_path, manifest)
+    assert DecodingCosts.load(tmp_path, manifest).microseconds == {}
+    ensure_costs(tmp_path, manifest)
+    costs = DecodingCosts.load(tmp_path, manifest)
     assert {name: list(by_size) for name, by_size in costs.microseconds.items()} == {
         "train_24_raw.beton": [16], "train_32_jpg.beton": [16, 32], "train_32_raw.beton": [16, 32],
     }  # fmt: skip
     stored = {file.file: file for file in manifest.files}
-    assert 0 < costs.of(stored["train_32_raw.beton"], 24) < costs.of(stored["train_32_jpg.beton"], 24)
+    assert (
+        0
+        < costs.microseconds_for(stored["train_32_raw.beton"], 24)
+        < costs.microseconds_for(stored["train_32_jpg.beton"], 24)
+    )
     before = costs_path(tmp_path, "train").read_text()
-    keep_costs(tmp_path, manifest)
+    ensure_costs(tmp_path, manifest)
     assert costs_path(tmp_path, "train").read_text() == before
     other = replace(manifest, files=tuple(replace(file, checksum="crc32:0") for file in manifest.files))
-    assert Costs.load(tmp_path, other).microseconds == {}  # these files are not those that were measured
+    assert (
+        DecodingCosts.load(tmp_path, other).microseconds == {}
+    )  # these files are not those that were measure_candidates
     for damaged in ("", "[]", "{}", json.dumps({"files": [3]}), '{"files": [{"file": "x"}]}'):
         costs_path(tmp_path, "train").write_text(damaged)
-        assert Costs.load(tmp_path, manifest).microseconds == {}
+        assert DecodingCosts.load(tmp_path, manifest).microseconds == {}

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitlocal.data.batch import Cropping
 from vitlocal.data.beton import ALLOCATION
-from vitlocal.data.crops import Box, centre_box, cut, random_box
-from vitlocal.data.native import AS_RAW, EIGHTH, FORM, FULL, ROW, Encoder, Threads, library, policy_of
+from vitlocal.data.crops import Box, CropPolicy, centre_box, cut, random_box
+from vitlocal.data.native import AS_RAW, EIGHTH, FORM, FULL, ROW, DecoderThreads, Encoder, library, native_policy
 from vitlocal.errors import DataError
 
 SHAPES = [(117, 160), (48, 64), (5, 3), (1, 1), (375, 500), (170, 256), (200, 17), (31, 33)]  # height, width
-TRAIN = Cropping(random=True, seed=3)
+TRAIN = CropPolicy(random=True, seed=3)
 REPEATS = 4
 
 
@@ -53,10 +52,10 @@ class Stored:
         self.rows["width"], self.rows["height"] = zip(*(image.size for image in images), strict=True)
         self.rows["raw"] = raw
 
-    def decode(self, size: int, threads: Threads, cropping: Cropping = TRAIN, most: int = EIGHTH, draws=None):
+    def decode(self, size: int, threads: DecoderThreads, cropping: CropPolicy = TRAIN, most: int = EIGHTH, draws=None):
         draws = self.draws() if draws is None else np.array(draws, np.int64)
         crops = np.full((len(draws), size, size, 3), 77, np.uint8)
-        problems = threads.decode(self.bytes, self.rows, draws, policy_of(cropping, 0), crops, most)
+        problems = threads.decode(self.bytes, self.rows, draws, native_policy(cropping, 0), crops, most)
         return crops, problems
 
     def draws(self) -> np.ndarray:
@@ -82,7 +81,7 @@ def as_jpeg(photos: list[Image.Image], **options) -> Stored:
 
 @pytest.fixture(scope="module")
 def threads():
-    made = Threads(2)
+    made = DecoderThreads(2)
     yield made
     made.close()
 
@@ -148,7 +147,7 @@ def test_every_number_of_threads_gives_the_same_bytes(photos):
     stored = as_jpeg(photos)
     results = []
     for count in (1, 2, 16):
-        threads = Threads(count)
+        threads = DecoderThreads(count)
         results.append(stored.decode(48, threads)[0])
         threads.close()
     assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
@@ -156,7 +155,7 @@ def test_every_number_of_threads_gives_the_same_bytes(photos):
 
 def test_the_centre(photos, threads):
     stored = raw(photos)
-    crops, _ = stored.decode(48, threads, Cropping(random=False, centre=0.75), draws=range(len(photos)))
+    crops, _ = stored.decode(48, threads, CropPolicy(random=False, centre=0.75), draws=range(len(photos)))
     twins = [np.asarray(cut(image, centre_box(image.height, image.width, 0.75), 48)) for image in photos]
     assert difference(crops, np.stack(twins)).max() <= 1
 
@@ -164,7 +163,7 @@ def test_the_centre(photos, threads):
 def test_a_whole_image_at_its_own_size_is_untouched(threads):
     pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     stored = raw([Image.fromarray(pixels)])
-    crops, _ = stored.decode(64, threads, Cropping(random=False, centre=1.0), draws=[0])
+    crops, _ = stored.decode(64, threads, CropPolicy(random=False, centre=1.0), draws=[0])
     assert (crops[0] == pixels).all()
     assert (np.asarray(cut(stored.images[0], Box(0, 0, 64, 64), 64)) == pixels).all()
 
@@ -179,13 +178,13 @@ def test_damaged_images_are_told_apart_and_come_out_black(photos, threads):
     stored.rows["bytes"][4] = 1 << 62
     stored.rows["width"][5] = 0
     stored.rows["raw"][6], stored.rows["width"][6] = 1, 60000
-    crops, problems = stored.decode(32, threads, Cropping(random=False), draws=[*range(len(photos)), 99])
+    crops, problems = stored.decode(32, threads, CropPolicy(random=False), draws=[*range(len(photos)), 99])
     assert set(problems) == {0, 1, 2, 3, 4, 5, 6, 8}
     assert "is a damaged JPEG (Premature end of JPEG file)" == problems[0]
     assert "damaged JPEG" in problems[1] and "another size" in problems[2]
     assert all("outside" in problems[place] for place in (3, 4, 5, 6, 8))
     assert (crops[list(problems)] == 0).all()
-    sound, _ = as_jpeg(photos).decode(32, threads, Cropping(random=False), draws=[7])
+    sound, _ = as_jpeg(photos).decode(32, threads, CropPolicy(random=False), draws=[7])
     assert (crops[7] == sound[0]).all()
 
 
@@ -200,12 +199,12 @@ def test_threads_survive_damaged_images(photos, threads):
 
 
 def test_a_stock_loader_takes_the_decoder(folder: Path):
-    from vitlocal.data.peers.crop_decoder import CropDecoder, torch_threads_kept
+    from vitlocal.data.peers.crop_decoder import CropDecoder, keep_torch_threads
 
     from ffcv.loader import Loader, OrderOption  # isort: skip  (after decode.py, which imports ffcv quietly)
 
     for name in ("train_128_jpg.beton", "train_48_raw.beton"):
-        with torch_threads_kept():
+        with keep_torch_threads():
             loader = Loader(
                 str(folder / name), batch_size=50, num_workers=1, os_cache=True, order=OrderOption.SEQUENTIAL,
                 pipelines={"image": [CropDecoder(32, TRAIN)]}, drop_last=False,
@@ -217,8 +216,8 @@ def test_a_stock_loader_takes_the_decoder(folder: Path):
         from vitlocal.data.loader import MappedFile
 
         file, draws = MappedFile(folder / name, 20), np.arange(50)
-        threads, crops = Threads(1), np.empty((50, 32, 32, 3), np.uint8)
-        threads.decode(file.bytes, file.rows, draws, policy_of(TRAIN, 1), crops)
+        threads, crops = DecoderThreads(1), np.empty((50, 32, 32, 3), np.uint8)
+        threads.decode(file.bytes, file.rows, draws, native_policy(TRAIN, 1), crops)
         threads.close()
         assert (first[0] == crops).all()
 
@@ -263,7 +262,7 @@ def test_flipped_bytes_in_header_and_tables_are_found_or_harmless(copied: Path, 
             refused += 1
             continue
         crops = np.empty((len(file.rows), 16, 16, 3), np.uint8)
-        threads.decode(file.bytes, file.rows, np.arange(len(file.rows)), policy_of(TRAIN, 0), crops)
+        threads.decode(file.bytes, file.rows, np.arange(len(file.rows)), native_policy(TRAIN, 0), crops)
     assert refused > 80
 
 
@@ -308,7 +307,7 @@ def test_an_image_does_not_inherit_the_tables_of_the_one_before(photos) -> None:
     photo = photos[4]
     sound, others = jpeg(photo), [jpeg(photo, quality=10), jpeg(photos[0], quality=20, optimize=True)]
     no_quantisation, no_codes = without(sound, DQT), without(sound, DHT)
-    threads, encoder = Threads(1), Encoder()
+    threads, encoder = DecoderThreads(1), Encoder()
     stored = Stored(
         [photo, photos[0], photo, photo, photo], [others[0], others[1], no_quantisation, no_codes, sound], False
     )
@@ -316,7 +315,7 @@ def test_an_image_does_not_inherit_the_tables_of_the_one_before(photos) -> None:
     assert problems.keys() == {1, 3} and "table" in problems[1]
     assert not crops[1].any()
     whole = Stored([photo] * 2, [no_codes, sound], False)  # as a camera's video has them: the standard's own codes
-    crops, problems = whole.decode(48, threads, Cropping(random=False))
+    crops, problems = whole.decode(48, threads, CropPolicy(random=False))
     assert not problems and (crops[0] == crops[1]).all()
     width, height = photo.size
     expected = encoder.encode(sound, height, width, raw_form(width, height))
@@ -331,8 +330,8 @@ def test_a_file_of_endless_scans_is_refused() -> None:
     side = 1024
     few, many = many_scans(side, 90), many_scans(side, 5000)
     gray = Image.new("RGB", (side, side))
-    _, problems = Stored([gray, gray], [few, many], False).decode(32, Threads(1), draws=[0, 1])
-    assert problems == {1: "would take unduly long to decode (has more than 100 scans)"}
+    _, problems = Stored([gray, gray], [few, many], False).decode(32, DecoderThreads(1), draws=[0, 1])
+    assert problems == {1: "would take too long to decode (has more than 100 scans)"}
     encoder = Encoder()
     assert encoder.inspect(many)["keepable"] == 0
     assert encoder.encode(few, side, side, raw_form(8, 8)) == [bytes([128] * 192)]
@@ -348,7 +347,7 @@ def test_unusual_sampling_is_decoded_by_whole_rows(photos) -> None:
     assert decoded.layer[0][1:3] == (4, 1) and not Encoder().inspect(data)["keepable"]
     stored = Stored([photo], [data], False)
     draws = np.arange(8) << 40
-    crops, _ = stored.decode(64, Threads(1), most=FULL, draws=draws)
+    crops, _ = stored.decode(64, DecoderThreads(1), most=FULL, draws=draws)
     for draw, crop in zip(draws.tolist(), crops, strict=True):
         box = random_box(3, 0, draw, photo.height, photo.width, TRAIN.scale, TRAIN.ratio, TRAIN.flip)
         assert np.abs(np.asarray(cut(decoded.convert("RGB"), box, 64)).astype(int) - crop).max() <= 2

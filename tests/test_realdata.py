@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitlocal.data.batch import Cropping, load_manifest
-from vitlocal.data.loader import FFCVSource
+from vitlocal.data.crops import CropPolicy
+from vitlocal.data.loader import NativeSource
+from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.plan import Feed
@@ -54,8 +55,8 @@ def test_the_default_files(photos: Path):
 
 @pytest.mark.parametrize("size", [32, 96, 160, 224])
 def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
-    cpu, cropping = torch.device("cpu"), Cropping(random=True, seed=1)
-    mine = FFCVSource(str(photos), load_manifest(str(photos), "train"), cropping, 1.5, cpu, shared)
+    cpu, cropping = torch.device("cpu"), CropPolicy(random=True, seed=1)
+    mine = NativeSource(str(photos), load_manifest(str(photos), "train"), cropping, 1.5, cpu, shared)
     theirs = TorchvisionSource(str(photos), None, "train", cropping, cpu, workers=1)
     try:
         with mine.open(Feed(size, COUNT), Position()) as a, theirs.open(Feed(size, COUNT), Position()) as b:

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.report import compare
 from vitlocal.config import AugmentConfig, read_config
-from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Length, Position, Stage
@@ -99,13 +97,13 @@ def test_a_browser_draws_every_figure(runs: list[Path], tmp_path: Path, width: i
     }  # fmt: skip
 
 
-def test_crops_are_what_the_model_saw(runs: list[Path]):
+def test_crops_are_what_the_model_saw(runs: list[Path], open_configured):
     """Without augmentation, the loader's own first pixels of each stage."""
     told = read_run(runs[0])
     told = replace(told, config=replace(told.config, augment=AugmentConfig()))
     stages = stage_crops(told)
     assert [size for size, _ in stages] == [16, 32, 48] and all(len(crops) == 6 for _, crops in stages)
-    sources = open_sources(told.config, torch.device("cpu"))
+    sources = open_configured(told.config)
     with sources.train.open(Feed(32, 32), Position(1)) as batches:
         expected = next(batches).images[:6].permute(0, 2, 3, 1).numpy().copy()
     sources.close()

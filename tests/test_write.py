@@ -31,7 +31,8 @@ from vitlocal.data.images import decode_rgb
 from vitlocal.data.manifest import Manifest, checksum, joined_crc32
 from vitlocal.data.writer import encode, journal
 from vitlocal.data.writer import write as write_module
-from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, stored_size, write
+from vitlocal.data.writer.encode import stored_size
+from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, write
 from vitlocal.errors import ConfigError, DataError
 
 FILES = (StoredFile(64, "raw"), StoredFile(96, "jpg"))
@@ -423,17 +424,16 @@ def test_jpegs_may_be_encoded_anew(tmp_path: Path) -> None:
 
 
 def test_kept_jpegs_are_cut_as_pillow_would(tmp_path: Path) -> None:
-    from vitlocal.data.batch import Cropping
-    from vitlocal.data.crops import cut, random_box
-    from vitlocal.data.loader import Decoder
-    from vitlocal.data.native import FULL, policy_of
+    from vitlocal.data.crops import CropPolicy, cut, random_box
+    from vitlocal.data.loader import LoaderResources
+    from vitlocal.data.native import FULL, native_policy
 
     images = FileImages({name: data for name, (data, kept) in KINDS_OF_FILES.items() if kept})
     write(config(tmp_path, files=(StoredFile(160, "jpg"),)), images, progress=False)
-    decoder, cropping = Decoder(1), Cropping(random=True)
+    decoder, cropping = LoaderResources(1), CropPolicy(random=True)
     file, draws = decoder.file(tmp_path / "train_160_jpg.beton", 1), np.arange(len(images))
     crops = np.empty((len(images), 48, 48, 3), np.uint8)
-    assert not decoder.threads.decode(file.bytes, file.rows, draws, policy_of(cropping, 0), crops, FULL)
+    assert not decoder.threads.decode(file.bytes, file.rows, draws, native_policy(cropping, 0), crops, FULL)
     for row in range(len(images)):
         image = images.load(row)
         box = random_box(0, 0, row, image.height, image.width, cropping.scale, cropping.ratio, cropping.flip)
@@ -633,14 +633,14 @@ def test_interrupted_and_continued(
 
 
 def test_interrupted_with_workers(tmp_path: Path, reference: dict[str, bytes]) -> None:
-    class Interrupting(journal.Store):
+    class Interrupting(journal.SplitFiles):
         def append(self, chunk: encode.Chunk) -> None:
             super().append(chunk)
             if chunk.next >= 20:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_module, "Store", Interrupting)
+        patch.setattr(write_module, "SplitFiles", Interrupting)
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             write(config(tmp_path, workers=2), FakeImages(60, acts={50: "slow"}), progress=False)

@@ -93,7 +93,7 @@ static int encode_and_compare(struct encoder *encoder, const uint8_t *data, size
             .kind = (uint32_t)random_number(3), .quality = 1 + (uint32_t)random_number(100),
             .sampling = random_number(2) ? 420 : 444,
         };
-        if (forms[i].kind == AS_IT_CAME) {
+        if (forms[i].kind == AS_ORIGINAL) {
             forms[i].width = photo.width;
             forms[i].height = photo.height;
         }
@@ -103,7 +103,7 @@ static int encode_and_compare(struct encoder *encoder, const uint8_t *data, size
     const int status = vitlocal_encode(encoder, data, (int64_t)bytes, NULL, photo.height, photo.width, forms, count,
                                        &output, message);
     for (int i = 0; status == OK && i < count; i++) {
-        if (forms[i].kind != AS_IT_CAME) continue;
+        if (forms[i].kind != AS_ORIGINAL) continue;
         uint8_t *kept = malloc(forms[i].bytes);
         if (!kept) exit(2);
         memcpy(kept, output + forms[i].offset, forms[i].bytes);

@@ -20,7 +20,7 @@ from vitlocal.bench.entries import Arm, Entry, Key, entries, option_names, read_
 from vitlocal.bench.outcomes import Outcome, draw, outcomes, read_outcomes, table, write_outcomes
 from vitlocal.bench.parsing import budget, names, numbers, plot_file
 from vitlocal.bench.runner import Runner, say, visible_gpus
-from vitlocal.data.batch import load_manifest
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
 from vitlocal.progress import Length

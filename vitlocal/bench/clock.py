@@ -25,7 +25,7 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import times
 from vitlocal.bench.runner import fall_with_parent, start_trainer
 from vitlocal.config import read_config
-from vitlocal.data.batch import load_manifest
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length

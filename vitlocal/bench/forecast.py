@@ -31,7 +31,9 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import times
 from vitlocal.bench.step import noise
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Batch, Rows, Sources, full_batches, load_manifest, open_sources
+from vitlocal.data.batch import Batch, RowSubsets, Sources, full_batches
+from vitlocal.data.manifest import load_manifest
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.methods import build_methods, method_claims
 from vitlocal.methods.method import MethodContext
@@ -94,7 +96,7 @@ class NoiseSource:
         self.count, self.device = count, device
         self.classes = tuple(str(number) for number in range(classes))
         self.damaged: Collection[int] = ()
-        self.rows, self.side = Rows(count), None
+        self.rows, self.side = RowSubsets(count), None
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
@@ -391,7 +393,12 @@ def forecast(config: Config, images: int | None) -> Forecast:
     if device.type == "cpu":
         config = replace(config, evaluate=replace(stated, batch_size=min(stated.batch_size, CPU_EVALUATED)))
     if real:
-        sources = open_sources(config, device)
+        sources = open_sources(
+            config.data.loader, config.data.root, source=config.data.source, workers=config.data.workers,
+            on_error=config.data.on_error, side_ratio=config.data.side_ratio, seed=config.run.seed,
+            crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio, flip=config.augment.flip,
+            repeats=config.augment.repeats, centre_crop=config.evaluate.crop_ratio, device=device,
+        )  # fmt: skip
     else:
         made = NoiseSource(images, 1000, device)
         sources = Sources(made, made)

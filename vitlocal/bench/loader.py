@@ -29,8 +29,8 @@ from vitlocal.bench.contestants import (
 )
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
-from vitlocal.data.batch import Source, load_manifest
-from vitlocal.data.manifest import Manifest
+from vitlocal.data.batch import Source
+from vitlocal.data.manifest import Manifest, load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -60,22 +60,22 @@ def _passes_of(source: Source, count: int) -> Pass:
 def ours(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
     import torch
 
-    from vitlocal.data.crops import Cropping
-    from vitlocal.data.loader import Decoder, FFCVSource
+    from vitlocal.data.crops import CropPolicy
+    from vitlocal.data.loader import LoaderResources, NativeSource
 
     manifest = load_manifest(data, "train")
     manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
     return _passes_of(
-        FFCVSource(data, manifest, Cropping(random=True), 1.5, torch.device("cpu"), Decoder(workers)), count
+        NativeSource(data, manifest, CropPolicy(random=True), 1.5, torch.device("cpu"), LoaderResources(workers)), count
     )
 
 
 def ffcv(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
     from vitlocal.data.crops import epoch_order
-    from vitlocal.data.peers.crop_decoder import torch_threads_kept  # imports ffcv quietly
+    from vitlocal.data.peers.crop_decoder import keep_torch_threads  # imports ffcv quietly
 
     rows = epoch_order(load_manifest(data, "train").count, 0, 0)[-count:]  # those that ours takes
-    with torch_threads_kept():
+    with keep_torch_threads():
         from ffcv.fields.basics import IntDecoder
         from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
@@ -99,20 +99,20 @@ def ffcv(data: str, source: str | None, stored: str, workers: int, count: int) -
 def torchvision(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
     import torch
 
-    from vitlocal.data.crops import Cropping
+    from vitlocal.data.crops import CropPolicy
     from vitlocal.data.peers.torchvision import TorchvisionSource
 
     cpu = torch.device("cpu")
-    return _passes_of(TorchvisionSource(data, source, "train", Cropping(random=True), cpu, workers), count)
+    return _passes_of(TorchvisionSource(data, source, "train", CropPolicy(random=True), cpu, workers), count)
 
 
 def dali(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
     import torch
 
-    from vitlocal.data.crops import Cropping
+    from vitlocal.data.crops import CropPolicy
     from vitlocal.data.peers.dali import DALISource
 
-    return _passes_of(DALISource(data, source, "train", Cropping(random=True), torch.device("cpu"), workers), count)
+    return _passes_of(DALISource(data, source, "train", CropPolicy(random=True), torch.device("cpu"), workers), count)
 
 
 READERS = {"ours": ours, "ffcv": ffcv, "torchvision": torchvision, "dali": dali}
@@ -138,20 +138,20 @@ def reader(name: str, *arguments: Any) -> Callable[[int, float], float]:
 
 
 def chosen_file(data: str, manifest: Manifest, size: int) -> str:
-    from vitlocal.data.costs import Costs
-    from vitlocal.data.crops import Cropping
+    from vitlocal.data.costs import DecodingCosts
+    from vitlocal.data.crops import CropPolicy
     from vitlocal.data.loader import choose_file
 
-    return choose_file(manifest, Costs.load(data, manifest), Cropping(random=True), 1.5, size).file
+    return choose_file(manifest, DecodingCosts.load(data, manifest), CropPolicy(random=True), 1.5, size).file
 
 
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written where it is not there yet."""
-    from vitlocal.data.costs import keep_costs
+    from vitlocal.data.costs import ensure_costs
     from vitlocal.data.writer.write import WriteConfig, write
 
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
-        keep_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))
+        ensure_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))
     return SAMPLE_FOLDER
 
 

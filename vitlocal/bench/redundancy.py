@@ -29,7 +29,8 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.batch import load_manifest, open_sources
+from vitlocal.data.manifest import load_manifest
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
@@ -192,7 +193,12 @@ def kept_files(run: Path) -> list[Path]:
 
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
     """``images`` of the validation split, spread over all of it, normalised, in batches."""
-    sources = open_sources(config, device)
+    sources = open_sources(
+        config.data.loader, config.data.root, source=config.data.source, workers=config.data.workers,
+        on_error=config.data.on_error, side_ratio=config.data.side_ratio, seed=config.run.seed,
+        crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio, flip=config.augment.flip,
+        repeats=config.augment.repeats, centre_crop=config.evaluate.crop_ratio, device=device,
+    )  # fmt: skip
     normalize = Normalize().to(device)
     count = sources.val.count
     wanted = torch.tensor([place * count // images for place in range(images)]).unique()  # all, where there are fewer

@@ -1,8 +1,8 @@
-"""Batch augmentation on the device: RandAugment, normalisation, random erasing, mixup and cutmix.
+"""Batch augmentation on the device: RandAugment or three-augment, normalisation, random erasing, mixup and cutmix.
 
-What is drawn is drawn on the host, keyed by (seed, step) and the sample's place in the global batch: a step repeats bit
-for bit after a restart, several processes draw what one would, and the device is never waited for. RandAugment comes
-first, by itself; the rest is one expression over the batch, which a compiled step folds into its first operation.
+Random numbers come from the host, with the key (seed, step) and the sample's place in the global batch. So a step
+repeats bit for bit after a restart, several processes draw the same numbers as one, and nothing waits for the device.
+RandAugment runs first. The rest is one expression over the batch, which a compiled step fuses with its first operation.
 
 Shape letters: B batch, S size.
 """
@@ -21,27 +21,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as ops
 
-from vitlocal.config import AugmentConfig
 from vitlocal.data.random_keys import generator, uniform
 
-OPERATIONS = 2  # of RandAugment, an image
-MAGNITUDE_STD = 0.5  # timm's rand-m9-mstd0.5-inc1, which DeiT trains with
-NOISE = 1 << 21  # normal numbers that erased pixels are taken from, 8 MB on the device
+OPERATIONS = 2  # RandAugment: operations for each image
+MAGNITUDE_STD = 0.5  # of timm's rand-m9-mstd0.5-inc1, which DeiT uses
+NOISE = 1 << 21  # normal numbers for erased pixels, 8 MB on the device
 
-# What a random number is for: a part of its key.
+# The purpose of a random number, a part of its key.
 ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE = range(6)
 
 
 class AugmentParams(NamedTuple):
-    """What one step draws for its part of the batch, on the device; None where the recipe has no use for it."""
+    """The random values of one step for its part of the batch, on the device. None if the recipe does not use them."""
 
-    boxes: Tensor | None = None  # (B, 4) int64: first and last + 1 row and column to erase; empty where none is
-    noise: Tensor | None = None  # (B,) int64: where a sample's pixels begin in the table of noise
-    mix: Tensor | None = None  # (6,) float32: the pixels' share, the labels' share, and the pasted box as in boxes
+    boxes: Tensor | None = None  # (B, 4) int64: first and last + 1 row and column to erase; empty if none
+    noise: Tensor | None = None  # (B,) int64: the start of a sample's pixels in the table of noise
+    mix: Tensor | None = None  # (6,) float32: share of the pixels, share of the labels, and the pasted box as in boxes
 
 
 class Normalize(torch.nn.Module):
-    """uint8 pixels → float32 with ImageNet's mean and deviation, in one multiply-add."""
+    """Maps uint8 pixels to float32 with ImageNet's mean and standard deviation, in one multiply-add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,47 +54,79 @@ class Normalize(torch.nn.Module):
 
 
 class Augment(torch.nn.Module):
-    """Images as they come from a source → what a training step sees."""
+    """Augments the images of a source for a training step.
 
-    def __init__(self, config: AugmentConfig):
+    Args:
+        randaugment: magnitude of RandAugment, 0 to 10; 0: off.
+        three_augment: three-augment instead of RandAugment.
+        mixup, cutmix: their alphas; 0: off.
+        mixup_prob: probability that a batch is mixed.
+        cutmix_prob: probability of cutmix if both are on.
+        random_erasing: probability of random erasing, with pixel noise.
+    """
+
+    def __init__(
+        self, *, randaugment: float = 0.0, three_augment: bool = False, mixup: float = 0.0, cutmix: float = 0.0,
+        mixup_prob: float = 1.0, cutmix_prob: float = 0.5, random_erasing: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
-        self.config = config
-        self.mixes = config.mixup > 0 or config.cutmix > 0
+        self.randaugment, self.three_augment, self.random_erasing = randaugment, three_augment, random_erasing
+        self.mixup, self.cutmix, self.mixup_prob, self.cutmix_prob = mixup, cutmix, mixup_prob, cutmix_prob
+        self.mixes = mixup > 0 or cutmix > 0
         self.normalize = Normalize()
-        table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.random_erasing else torch.empty(0)
+        table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if random_erasing else torch.empty(0)
         self.register_buffer("table", table, persistent=False)
 
     def draw(
         self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0
     ) -> AugmentParams:
-        """What :meth:`forward` needs, on the augmentation's device, for ``places`` of a global batch of ``total``.
+        """The random values for :meth:`forward`, on this module's device, for ``places`` of a batch of ``total``.
 
-        ``strength`` scales the chances of erasing and mixing.
+        ``strength`` scales the probabilities of erasing and mixing.
         """
-        config, boxes, noise, mix = self.config, None, None, None
-        if config.random_erasing:
-            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), config.random_erasing * strength, size)
-            boxes, noise = self._sent(box), self._sent((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
+        boxes, noise, mix = None, None, None
+        if self.random_erasing:
+            box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), self.random_erasing * strength, size)
+            boxes, noise = self._send(box), self._send((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
         if self.mixes:
-            mix = self._sent(mixture(config, generator((seed, step, MIX)), total, size, strength))
+            mix = self._send(self.mixture(generator((seed, step, MIX)), total, size, strength))
         return AugmentParams(boxes, noise, mix)
 
-    def _sent(self, values: np.ndarray) -> Tensor:
+    def mixture(self, draw: np.random.Generator, total: int, size: int, strength: float = 1.0) -> np.ndarray:
+        """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch: (6,) float32, see AugmentParams.mix.
+
+        Each image is mixed with the image of its mirror place. Labels mix in the share of the pixels that it keeps.
+        """
+        chosen, cut = draw.random(2), draw.random(2)
+        if chosen[0] >= self.mixup_prob * strength or total < 2:
+            return np.array([1, 1, 0, 0, 0, 0], np.float32)
+        cutting = self.cutmix > 0 and (self.mixup == 0 or chosen[1] < self.cutmix_prob)
+        alpha = self.cutmix if cutting else self.mixup
+        share = float(draw.beta(alpha, alpha))
+        if not cutting:
+            return np.array([share, share, 0, 0, 0, 0], np.float32)
+        side = round(size * math.sqrt(1 - share))
+        top, left = (int(part * (size + 1)) - side // 2 for part in cut)
+        box = np.clip([top, top + side, left, left + side], 0, size)
+        area = (box[1] - box[0]) * (box[3] - box[2])
+        return np.array([1, 1 - area / size**2, *box], np.float32)
+
+    def _send(self, values: np.ndarray) -> Tensor:
         return send(torch.from_numpy(values), self.normalize.scale.device)
 
     def prepare(self, images: Tensor, seed: int, step: int, places: np.ndarray, strength: float = 1.0) -> Tensor:
-        """RandAugment or three-augment: (B, 3, S, S) uint8 → the same, a new tensor; without either what was given.
+        """RandAugment or three-augment: (B, 3, S, S) uint8 to a new tensor. Without them, ``images`` itself.
 
-        ``strength`` scales RandAugment's magnitude, and three-augment's chance and jitter.
+        ``strength`` scales the magnitude of RandAugment, or the probability and the jitter of three-augment.
         """
-        if self.config.three_augment:
+        if self.three_augment:
             return three_augment(images, strength, seed, step, places)
-        if self.config.randaugment and strength:
-            return randaugment(images, self.config.randaugment, seed, step, places, strength)
+        if self.randaugment and strength:
+            return randaugment(images, self.randaugment, seed, step, places, strength)
         return images
 
     def forward(self, images: Tensor, drawn: AugmentParams) -> Tensor:
-        """(B, 3, S, S) uint8 → float32, normalised, erased and mixed, channels-last."""
+        """(B, 3, S, S) uint8 to float32, normalised, erased and mixed, channels-last."""
         pixels = self.normalize(images)
         if drawn.boxes is not None:
             pixels = erase(pixels, drawn.boxes, drawn.noise, self.table)
@@ -103,55 +134,33 @@ class Augment(torch.nn.Module):
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A host-to-device copy for which neither side waits.
+    """Starts a host-to-device copy; neither side waits.
 
-    The pinned memory may be let go at once: PyTorch uses it again only when the copy is done.
+    The pinned memory may be freed at once: PyTorch reuses it only after the copy.
     """
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _inside(boxes: Tensor, size: int) -> Tensor:
-    """The pixels of boxes (..., 4), as (..., S, S) bool."""
+    """The mask of the pixels in boxes (..., 4): (..., S, S) bool."""
     top, bottom, left, right = boxes[..., None].unbind(-2)  # (..., 1) each
     along = torch.arange(size, device=boxes.device)
     rows, columns = (along >= top) & (along < bottom), (along >= left) & (along < right)
     return rows[..., :, None] & columns[..., None, :]
 
 
-def mixture(
-    config: AugmentConfig, draw: np.random.Generator, total: int, size: int, strength: float = 1.0
-) -> np.ndarray:
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch, as :attr:`AugmentParams.mix`: (6,) float32.
-
-    Each image is mixed with that of its mirror place, labels in the share that its own pixels keep.
-    """
-    chosen, cut = draw.random(2), draw.random(2)
-    if chosen[0] >= config.mixup_prob * strength or total < 2:
-        return np.array([1, 1, 0, 0, 0, 0], np.float32)
-    cutting = config.cutmix > 0 and (config.mixup == 0 or chosen[1] < config.cutmix_prob)
-    alpha = config.cutmix if cutting else config.mixup
-    share = float(draw.beta(alpha, alpha))
-    if not cutting:
-        return np.array([share, share, 0, 0, 0, 0], np.float32)
-    side = round(size * math.sqrt(1 - share))
-    top, left = (int(part * (size + 1)) - side // 2 for part in cut)
-    box = np.clip([top, top + side, left, left + side], 0, size)
-    area = (box[1] - box[0]) * (box[3] - box[2])
-    return np.array([1, 1 - area / size**2, *box], np.float32)
-
-
 def paste(pixels: Tensor, mix: Tensor) -> Tensor:
-    """``pixels`` (B, 3, S, S) mixed with the batch's mirror image, by :attr:`AugmentParams.mix`."""
+    """``pixels`` (B, 3, S, S) mixed with the batch in reverse order, by ``mix`` (see AugmentParams)."""
     mirrored = pixels.flip(0)
     blended = torch.lerp(mirrored, pixels, mix[0])
     return torch.where(_inside(mix[2:], pixels.shape[-1]), mirrored, blended)
 
 
 def erased_boxes(draws: np.ndarray, chance: float, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random erasing (Zhong et al. 2020; timm's areas 2–33 %, ratios 0.3–3.33): boxes (B, 4) int64, a number (B,).
+    """The boxes of random erasing, (B, 4) int64, and a uniform number for the noise, (B,).
 
-    ``draws`` (B, 6) are uniform in [0, 1); the returned number is one of them, for the noise. A box that would be
-    longer than the image is cut to it, where timm draws again.
+    Zhong et al. 2020, with timm's areas (2–33 %) and ratios (0.3–3.33). ``draws`` (B, 6) are uniform in [0, 1). A box
+    that is longer than the image is cut to it; timm draws again.
     """
     chosen, area, ratio, top, left, rest = draws.T
     area = (0.02 + (1 / 3 - 0.02) * area) * size**2
@@ -165,18 +174,18 @@ def erased_boxes(draws: np.ndarray, chance: float, size: int) -> tuple[np.ndarra
 
 
 def erase(pixels: Tensor, boxes: Tensor, noise: Tensor, table: Tensor) -> Tensor:
-    """``pixels`` (B, 3, S, S) with noise in their ``boxes`` (B, 4): from ``table``, from place ``noise`` (B,) on."""
+    """``pixels`` (B, 3, S, S) with noise in ``boxes`` (B, 4), from ``table`` at the offsets ``noise`` (B,)."""
     count, size = len(pixels), pixels.shape[-1]
     length = 3 * size * size
-    rows = table.as_strided((len(table) - length + 1, length), (1, 1))  # every run of the table: a view
+    rows = table.as_strided((len(table) - length + 1, length), (1, 1))  # every run of the table, as a view
     filling = rows[noise].view(count, size, size, 3).permute(0, 3, 1, 2)  # channels-last, as pixels
     return torch.where(_inside(boxes, size)[:, None], filling, pixels)
 
 
 # --- RandAugment ------------------------------------------------------------------------------------------------------
 
-# Every operation is of the "increasing" set of RandAugment (Cubuk et al. 2020), with timm's ranges: a larger level in
-# [0, 1] always means a larger change. ``sign`` is ±1 and, where it means nothing, ignored.
+# The "increasing" operations of RandAugment (Cubuk et al. 2020) with timm's ranges: a larger level in [0, 1] always
+# means a larger change. ``sign`` is ±1; some operations ignore it.
 
 
 def _solarize_add(x: Tensor, level: float) -> Tensor:
@@ -184,8 +193,8 @@ def _solarize_add(x: Tensor, level: float) -> Tensor:
 
 
 def _sharpness(x: Tensor, factor: float) -> Tensor:
-    # Pillow's: away from, or towards, a 3×3 blur with weight 5 in the middle; borders stay. (torchvision's makes its
-    # kernel on the host at each call, and so waits for the device.)
+    # Pillow's: away from or towards a 3×3 blur with weight 5 in the middle; borders stay. (torchvision's version makes
+    # its kernel on the host at each call, so it waits for the device.)
     blurred = x.float()
     inner = blurred[..., 1:-1, 1:-1]
     inner.copy_((9 * F.avg_pool2d(x.float(), 3, 1) + 4 * inner) / 13)
@@ -211,7 +220,7 @@ COLOURS = {
 }
 
 
-LEVELLESS = ("autocontrast", "equalize", "invert")  # their magnitude means nothing
+LEVELLESS = ("autocontrast", "equalize", "invert")  # operations without a magnitude
 
 
 def _rotation(level: float) -> list[list[float]]:
@@ -219,8 +228,8 @@ def _rotation(level: float) -> list[list[float]]:
     return [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
 
 
-# Name → signed level → where an output pixel is read from: rows of a 2×3 matrix, in coordinates from -1 to 1. Shears
-# keep the first row or column in place, as Pillow's do.
+# Name → signed level → rows of the 2×3 matrix from output to input coordinates, which run from -1 to 1. Shears keep the
+# first row or column in place, as in Pillow.
 MOVES = {
     "rotate": _rotation,
     "shear_x": lambda level: [[1, 0.3 * level, 0.3 * level], [0, 1, 0]],
@@ -231,7 +240,7 @@ MOVES = {
 
 
 def move(images: Tensor, matrices: np.ndarray) -> Tensor:
-    """Images (n, 3, S, S) uint8 moved by matrices (n, 2, 3), bilinear; what comes from outside is ImageNet's mean."""
+    """Images (n, 3, S, S) uint8 moved by ``matrices`` (n, 2, 3), bilinear, padded with ImageNet's mean."""
     theta = send(torch.from_numpy(matrices.astype(np.float32)), images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     fill = torch.stack([torch.full((), 255 * mean, device=images.device) for mean in IMAGENET_DEFAULT_MEAN])
@@ -243,13 +252,13 @@ def move(images: Tensor, matrices: np.ndarray) -> Tensor:
 def randaugment(
     images: Tensor, magnitude: float, seed: int, step: int, places: np.ndarray, strength: float = 1.0
 ) -> Tensor:
-    """Two random operations an image, each done half of the time, as timm's ``rand-m{magnitude}-mstd0.5-inc1``.
+    """Applies two random operations to each image, each with probability 0.5, as timm's ``rand-m9-mstd0.5-inc1``.
 
-    Images that drew one operation on colours and one sign go through it together, at one magnitude drawn for the group
-    (timm draws it for each image; with a deviation of 0.5 in 10 the difference is slight), and all that move are
-    moved in one call. timm runs before the crop is an array and with bicubic filters, this bilinear on the crop.
-    ``strength`` scales the magnitude, and of operations without one the chance.
-    ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
+    ``images`` (B, 3, S, S) uint8 are the ``places`` of the global batch; returns a new tensor. ``strength`` scales the
+    magnitude; for operations without a magnitude, the probability.
+
+    Departures from timm: images with the same colour operation and sign share one magnitude and one call, and all
+    geometric operations share one call. Interpolation is bilinear and runs on the crop.
     """
     names, moving = [*COLOURS, *MOVES], 2 * len(COLOURS)
     chances = np.array([0.5 * strength if name in LEVELLESS else 0.5 for name in names])
@@ -263,7 +272,7 @@ def randaugment(
         sign = np.where(sign < 0.5, -1, 1)
         applied = applied < chances[choice]
         levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
-        # Sorted by what they go through, so that a group is a slice: one copy to the device, one gather, one scatter.
+        # Sorted by operation, so that a group is a slice: one copy to the device, one gather, one scatter.
         group = np.where(applied, np.minimum(2 * choice + (sign > 0), moving), -1)
         order = np.argsort(group, kind="stable")
         ends = np.searchsorted(group[order], np.arange(-1, moving + 1), side="right")
@@ -286,21 +295,21 @@ def randaugment(
 
 JITTER = 0.3  # of brightness, contrast and saturation: factors from 1 - 0.3 to 1 + 0.3
 BLUR = (0.1, 2.0)  # standard deviations, px of an image of 224 px
-TAPS = 6  # the blur reaches so many pixels to either side: three deviations of the widest
+TAPS = 6  # pixels of the blur to either side: three of the largest standard deviations
 GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's
 
 
 def three_augment(images: Tensor, strength: float, seed: int, step: int, places: np.ndarray) -> Tensor:
-    """Grey, solarised or blurred, one of them to each image, then brightness, contrast and saturation jittered.
+    """Makes each image grey, solarised or blurred, then jitters brightness, contrast and saturation.
 
-    As DeiT III (Touvron et al. 2022, arXiv 2204.07118). Each operation is done once, on all images that want it: some
-    thirty calls, where RandAugment makes some hundred. ``strength`` is the chance of the first and scales the second.
-    ``images`` (B, 3, S, S) uint8, of ``places`` in the global batch; returns the same, a new tensor.
+    As in DeiT III (Touvron et al. 2022, arXiv 2204.07118). ``images`` (B, 3, S, S) uint8 are the ``places`` of the
+    global batch; returns a new tensor. ``strength`` is the probability of the first operation and scales the jitter.
+    Each operation runs once, on all images that drew it: about thirty calls, while RandAugment makes about a hundred.
     """
     draws = uniform((seed, step, THREE), places, 6)
     chosen = np.where(draws[:, 0] < strength, (draws[:, 1] * 3).astype(int), -1)
     factors = 1 + strength * JITTER * (2 * draws[:, 3:] - 1)  # (B, 3)
-    # Sorted by what they go through, so that a group is a slice.
+    # Sorted by operation, so that a group is a slice.
     order = np.argsort(chosen, kind="stable")
     ends = np.searchsorted(chosen[order], np.arange(-1, 3), side="right")
     deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
@@ -322,16 +331,16 @@ def three_augment(images: Tensor, strength: float, seed: int, step: int, places:
 
 def _grey(x: Tensor) -> Tensor:
     """(n, 1, S, S) of (n, 3, S, S)."""
-    red, green, blue = x.split(1, dim=1)  # weights as numbers: nothing is copied to the device
+    red, green, blue = x.split(1, dim=1)  # weights are numbers, so nothing is copied to the device
     return GREY[0] * red + GREY[1] * green + GREY[2] * blue
 
 
 def _solarised(x: Tensor) -> Tensor:
-    return torch.minimum(x, 255 - x)  # of whole numbers up to 255: those from 128 on are inverted
+    return torch.minimum(x, 255 - x)  # of integers up to 255: inverts those above 127
 
 
 def _blurred(deviations: np.ndarray, x: Tensor) -> Tensor:
-    """(n, 3, S, S) float, each image blurred by a Gaussian of its own deviation (n,), px; edges are continued."""
+    """(n, 3, S, S) float, each image blurred by a Gaussian of its own deviation (n,), px; edges are repeated."""
     count, channels, size, _ = x.shape
     reach = min(TAPS, size - 1)
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviations[:, None]) ** 2)

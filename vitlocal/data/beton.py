@@ -1,8 +1,8 @@
-"""The .beton format of FFCV, version 2: its layout, the head of a file, and a check that reads no pixels.
+"""FFCV's .beton format, version 2: its layout, the head of a file, and a check that reads no pixels.
 
-A file is: header, one descriptor per field, a metadata row per sample, the encoded images, and at the very
-end a table of allocations (which bytes belong to which sample). An image never crosses a multiple of the
-page size, counted from the start of the file, for FFCV's cache reads whole pages.
+A file holds a header, one descriptor for each field, one metadata row for each sample, the encoded images, and a table
+of allocations, which says which bytes belong to which sample. FFCV's cache reads whole pages, so an image never crosses
+a multiple of the page size, counted from the start of the file.
 """
 
 from __future__ import annotations
@@ -57,16 +57,15 @@ def page_size_for(largest: int, default: int = 1 << 23) -> int:
 
 
 def data_start(rows: int) -> int:
-    """The offset of the first image when room is kept for ``rows`` rows of metadata.
+    """The offset of the first image in a file with ``rows`` rows of metadata.
 
-    FFCV starts the images at a page of their own; ours share the first page with the metadata, which no
-    reader minds and which saves a small file 8 MiB.
+    FFCV starts the images on a new page. Here they share the first page with the metadata, which saves 8 MiB.
     """
     return -(-(_METADATA_START + rows * METADATA.itemsize) // 4096) * 4096
 
 
 def head_bytes(metadata: np.ndarray, page_size: int, allocations_at: int) -> bytes:
-    """Header, field descriptors and ``metadata`` (n,) of METADATA, as they stand at the start of the file."""
+    """The start of a file: header, field descriptors and ``metadata`` (n,) of METADATA."""
     header = np.zeros(1, HEADER)
     header["version"], header["num_fields"], header["page_size"] = VERSION, len(_FIELDS), page_size
     header["num_samples"], header["alloc_table_ptr"] = len(metadata), allocations_at
@@ -79,7 +78,7 @@ def head_bytes(metadata: np.ndarray, page_size: int, allocations_at: int) -> byt
 
 @dataclass(frozen=True)
 class BetonInfo:
-    """What the head of a sound .beton file says."""
+    """The head of a .beton file."""
 
     path: Path
     count: int
@@ -92,20 +91,20 @@ class BetonInfo:
     max_label: int
 
 
-_REMEDY = "Remove its split's files, the .json among them, and write that again, with the command that wrote it"
+_REMEDY = "Remove the .beton files and the .json file of its split, and write the split again with the same command"
 
 
 def check_beton(path: str | os.PathLike[str], classes: int | None = None) -> BetonInfo:
-    """Checks all of a .beton file but its pixels; raises as :func:`read_beton` does."""
+    """Checks a .beton file except its pixels; raises as :func:`read_beton` does."""
     return read_beton(path, classes)[0]
 
 
 def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
-    """Checks all of a .beton file but its pixels, written by us or by FFCV itself.
+    """Checks a .beton file of ours or of FFCV, except its pixels.
 
-    Returns what its head says, where its images lie, (n,) of the decoder's ROW, and their labels, (n,) int64.
-    ``classes`` bounds the labels where it is given. Raises DataError naming the file, what is wrong and the
-    remedy; a file cut off at any byte is found out, for the table of allocations ends the file.
+    Returns its head, its images as (n,) of native.ROW, and their labels, (n,) int64. Labels must be less than
+    ``classes``, if given. Raises DataError with the file, the problem and the remedy. The check detects a file that is
+    cut off anywhere, because the table of allocations ends it.
     """
     path = Path(path)
 
@@ -119,7 +118,7 @@ def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tupl
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. {_REMEDY}") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its rights.") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
 
 
 def _check(
@@ -127,7 +126,7 @@ def _check(
 ) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
     def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
         if count > (length - file.tell()) // dtype.itemsize:
-            raise wrong(f"cut off: its {length} bytes end within its {what}")
+            raise wrong(f"cut off: its {length} bytes end in its {what}")
         return np.frombuffer(file.read(count * dtype.itemsize), dtype)
 
     header = read(HEADER, 1, "header")[0]
@@ -169,7 +168,7 @@ def _check(
     if ((ptr & np.uint64(page - 1)) + size > page).any():
         raise wrong(f"damaged: an image crosses the border of a page of {page} bytes")
     wanted = image["data_ptr"]
-    if not np.array_equal(ptr, wanted):  # FFCV's own writer with several processes leaves the table out of order
+    if not np.array_equal(ptr, wanted):  # FFCV's writer with several processes leaves the table unordered
         order = np.argsort(ptr, kind="stable")
         place = np.minimum(np.searchsorted(ptr, wanted, sorter=order), count - 1)
         if not np.array_equal(ptr[order[place]], wanted):

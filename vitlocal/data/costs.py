@@ -1,7 +1,7 @@
-"""What a crop costs from each stored file: measured on this machine, kept beside the files, and what a source picks by.
+"""The cost of a crop from each stored file, measured on this machine and kept next to the files.
 
-``{split}.costs.json`` holds, for every file of a split, microseconds on one core by crop size. It is of a machine, not
-of the data: remove it and the next ``write_dataset.py`` of the split measures anew.
+``{split}.costs.json`` holds microseconds on one core, by file and crop size. It describes a machine, not the data: if
+it is removed, the next ``write_dataset.py`` of the split measures again.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ from pathlib import Path
 import numpy as np
 
 from vitlocal.data.beton import read_beton
-from vitlocal.data.crops import Cropping
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import BetonFile, Manifest
-from vitlocal.data.native import Threads, policy_of
+from vitlocal.data.native import DecoderThreads, native_policy
 
-SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 288)  # px; between them the cost is interpolated
-IMAGES = 256  # of a file, that are read
+SIZES = (16, 32, 48, 64, 96, 128, 160, 192, 224, 288)  # px; costs between them are interpolated
+IMAGES = 256  # of each file
 SECONDS = 0.1  # for each file and size
 BATCH = 64
 
 
 @dataclass(frozen=True)
-class Costs:
+class DecodingCosts:
     """Microseconds for a crop on one core, by file name and crop size (px)."""
 
     microseconds: dict[str, dict[int, float]]
 
-    def of(self, file: BetonFile, size: int) -> float | None:
-        """The cost of a crop of ``size`` px from the file, None where it was not measured."""
+    def microseconds_for(self, file: BetonFile, size: int) -> float | None:
+        """The cost of a crop of ``size`` px from the file; None if it was not measured."""
         known = sorted(self.microseconds.get(file.file, {}).items())
         return float(np.interp(size, *zip(*known, strict=True))) if known else None
 
     @classmethod
-    def load(cls, folder: str | Path, manifest: Manifest) -> Costs:
-        """The costs that are kept for the manifest's files; none of files that have changed since, or of a file that
-        is damaged."""
+    def load(cls, folder: str | Path, manifest: Manifest) -> DecodingCosts:
+        """The saved costs of the manifest's files. Files that changed since, or a damaged record, have no costs."""
         try:
-            kept = json.loads(costs_path(folder, manifest.split).read_text(encoding="utf-8"))["files"]
+            records = json.loads(costs_path(folder, manifest.split).read_text(encoding="utf-8"))["files"]
             found = {
-                (one["file"], one["checksum"]): {int(size): float(cost) for size, cost in one["microseconds"].items()}
-                for one in kept
+                (record["file"], record["checksum"]): {
+                    int(size): float(cost) for size, cost in record["microseconds"].items()
+                }
+                for record in records
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found = {}
@@ -63,46 +64,46 @@ def costs_path(folder: str | Path, split: str) -> Path:
 
 
 def crop_seconds(
-    threads: Threads, file: np.ndarray, rows: np.ndarray, size: int, cropping: Cropping, seconds: float = SECONDS
+    threads: DecoderThreads, file: np.ndarray, rows: np.ndarray, size: int, crops: CropPolicy, seconds: float = SECONDS
 ) -> float:
-    """Seconds for a crop of ``size`` px of the images ``rows`` (n,) of ROW in ``file`` (bytes,) uint8.
+    """Seconds for a crop of ``size`` px from the images ``rows`` (n,) of native.ROW in ``file`` (bytes,) uint8.
 
-    The lower quartile over batches of at least ``seconds``, after one that is not counted: what else the machine does
-    only ever takes time away.
+    The lower quartile over batches of at least ``seconds``, after one batch that does not count. Other work on the
+    machine can only add time.
     """
     order = np.random.default_rng(0).permutation(len(rows))
-    batch = max(BATCH, 8 * threads.count)  # enough for all threads to be busy to its end
-    crops, policy = np.empty((batch, size, size, 3), np.uint8), policy_of(cropping, 0)
+    batch = max(BATCH, 8 * threads.count)  # keeps all threads busy until its end
+    buffer, policy = np.empty((batch, size, size, 3), np.uint8), native_policy(crops, 0)
     took: list[float] = []
     while len(took) < 2 or sum(took[1:]) < seconds:
         draws = np.resize(np.roll(order, -batch * len(took)), batch)
         began = time.perf_counter()
-        threads.decode(file, rows, draws, policy, crops)
+        threads.decode(file, rows, draws, policy, buffer)
         took.append(time.perf_counter() - began)
     return sorted(took[1:])[(len(took) - 1) // 4] / batch
 
 
-def measure_costs(folder: str | Path, manifest: Manifest) -> Costs:
-    """Measures all files of a split on one core. Raises DataError for a damaged one."""
-    threads, cropping = Threads(1), Cropping(random=True)
+def measure_costs(folder: str | Path, manifest: Manifest) -> DecodingCosts:
+    """Measures all files of a split on one core. Raises DataError for a damaged file."""
+    threads, crops = DecoderThreads(1), CropPolicy(random=True)
     found = {}
     for stored in manifest.files:
         path = Path(folder) / stored.file
         _, rows, _ = read_beton(path, len(manifest.classes))
-        some = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:IMAGES])]
+        rows = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:IMAGES])]
         file = np.memmap(path, np.uint8, mode="r")
-        for row in some:  # later on they come from memory, not from the disk
+        for row in rows:  # brings them into memory, so that the disk is not measured
             file[row["offset"] : row["offset"] + row["bytes"] : 4096].sum()
         found[stored.file] = {
-            size: round(1e6 * crop_seconds(threads, file, some, size, cropping), 2)
+            size: round(1e6 * crop_seconds(threads, file, rows, size, crops), 2)
             for size in SIZES
             if size <= max(stored.side, min(SIZES))
         }
     threads.close()
-    return Costs(found)
+    return DecodingCosts(found)
 
 
-def keep_costs(folder: str | Path, manifest: Manifest) -> None:
-    """Measures and keeps the costs of a split from which there is something to choose, unless that is done."""
-    if len(manifest.files) > 1 and len(Costs.load(folder, manifest).microseconds) < len(manifest.files):
+def ensure_costs(folder: str | Path, manifest: Manifest) -> None:
+    """Measures and saves the costs of a split with several files, unless they are known."""
+    if len(manifest.files) > 1 and len(DecodingCosts.load(folder, manifest).microseconds) < len(manifest.files):
         measure_costs(folder, manifest).save(folder, manifest)

@@ -1,45 +1,47 @@
-"""Where crops are cut: one law for every source, keyed by what is cropped and not by who asks when.
+"""Where crops are cut and in which order images come. All sources use the same rules.
 
-A crop is drawn from a counter-based generator (SplitMix64, Steele et al. 2014) keyed by (seed, epoch, draw), in
-coordinates relative to the image. So it is the same part of the photo in every stored size of it, for any number
-of workers, and after a restart. A *draw* is a row's id and, above bit 40, which of its repeats in the epoch it is.
+A random crop comes from a counter-based generator (SplitMix64, Steele et al. 2014) with the key (seed, epoch, draw), in
+coordinates relative to the image. So it is the same part of the photo in every stored size, for any number of workers,
+and after a restart. A *draw* is a row of the split and, above bit 40, the number of its repeat in the epoch.
 
-The fused decoder says the same in C (``native/crops.c``), to the bit; here it serves the sources that read the
-original images, and as its twin in the tests.
+``native/crops.c`` computes the same boxes in C, bit for bit. The sources that read original images use this module.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 REPEAT_SHIFT = 40
 ROW_MASK = (1 << REPEAT_SHIFT) - 1
-ATTEMPTS = 10  # as torchvision's RandomResizedCrop, before it falls back to a centre crop
+ATTEMPTS = 10  # before the fallback to a centre crop, as in torchvision's RandomResizedCrop
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
-class Cropping:
-    """How a source cuts: at random and in random order for training, else the centre and in order."""
+class CropPolicy:
+    """Random resized crops in random order, for training, or centre crops in order, for evaluation."""
 
     random: bool
     seed: int = 0
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip: float = 0.5
-    repeats: int = 1
-    centre: float = 0.875  # part of the short edge
+    scale: tuple[float, float] = (0.08, 1.0)  # area of the box, as a fraction of the image
+    ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of the box
+    flip: float = 0.5  # probability
+    repeats: int = 1  # how often a row follows itself in an epoch
+    centre: float = 0.875  # side of the centre crop, as a fraction of the short edge
 
     def draws(self, count: int, epoch: int, start: int = 0, rows: np.ndarray | None = None) -> np.ndarray:
-        """What an epoch over ``count`` rows draws, in its order, from place ``start`` on: (n,) int64.
+        """The draws of an epoch over ``count`` rows, in order, from place ``start``: (n,) int64.
 
-        With ``rows`` (m,) int64 it is an epoch over these alone.
+        With ``rows`` (m,) int64, the epoch has these rows only.
         """
         if rows is not None:
             places = self.draws(len(rows), epoch, start)
@@ -49,7 +51,7 @@ class Cropping:
         return np.arange(start, count, dtype=np.int64)
 
     def box(self, epoch: int, draw: int, height: int, width: int) -> Box:
-        """What is cut from an image of ``height`` x ``width`` px."""
+        """The box that is cut from an image of ``height`` x ``width`` px."""
         if self.random:
             return random_box(self.seed, epoch, draw, height, width, self.scale, self.ratio, self.flip)
         return centre_box(height, width, self.centre)
@@ -57,7 +59,7 @@ class Cropping:
 
 @dataclass(frozen=True)
 class Box:
-    """What is cut from an image, in its pixels and not rounded to them."""
+    """A part of an image, in pixels, not rounded."""
 
     top: float
     left: float
@@ -73,7 +75,7 @@ def _scramble(word: int) -> int:
 
 
 def crop_key(seed: int, epoch: int, draw: int) -> int:
-    """The generator's key (64 bits) for one presentation of one image; all three are non-negative integers."""
+    """The generator's key (64 bits) for one draw. All arguments are non-negative integers."""
     key = _scramble((seed + _GOLDEN) & _WORD)
     key = _scramble(((key ^ epoch) + _GOLDEN) & _WORD)
     return _scramble(((key ^ draw) + _GOLDEN) & _WORD)
@@ -87,11 +89,11 @@ def random_box(
     seed: int, epoch: int, draw: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
     flip: float,
 ) -> Box:  # fmt: skip
-    """A random resized crop of an image of ``height`` x ``width`` px.
+    """A random resized crop of an image of ``height`` x ``width`` px, as in torchvision's RandomResizedCrop.
 
-    As torchvision's RandomResizedCrop: an area in ``scale`` as a part of the image's, a ratio of width to height
-    log-uniform in ``ratio``, ten attempts, then the largest centre crop of a legal ratio; but not rounded to whole
-    pixels, which would cut another part of the photo from each stored size.
+    The area is uniform in ``scale``, the ratio of width to height log-uniform in ``ratio``. After ten failed attempts
+    the box is the largest centre crop of a legal ratio. Unlike torchvision's, the box is not rounded to whole pixels,
+    because that would select another part of the photo in each stored size.
     """
     key = crop_key(seed, epoch, draw)
     shape = width / height
@@ -110,39 +112,35 @@ def random_box(
 
 
 def replacement(seed: int, epoch: int, draw: int, attempt: int, count: int) -> int:
-    """The draw (a row of ``count``) that takes the place of one whose image does not decode."""
+    """The row of ``count`` that replaces a draw whose image does not decode."""
     return _scramble((crop_key(seed, epoch, draw) + (1 << 32) + attempt) & _WORD) % count
 
 
 def centre_box(height: int, width: int, part: float) -> Box:
-    """The central square whose side is ``part`` of the short edge."""
+    """The central square with a side of ``part`` x the short edge."""
     side = part * min(height, width)
     return Box((height - side) / 2, (width - side) / 2, side, side)
 
 
 def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """The box of an RGB image at ``size`` x ``size`` px, by Pillow: bilinear, antialiased, from pixels it covers."""
+    """The box of an RGB image, resized by Pillow to ``size`` x ``size`` px: bilinear, with antialiasing."""
+    from PIL import Image  # the native loader imports this module and needs no Pillow
+
     left, top = math.floor(box.left), math.floor(box.top)
-    right, bottom = (
-        min(math.ceil(box.left + box.width), image.width),
-        min(math.ceil(box.top + box.height), image.height),
-    )
-    part = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-    inside = (
-        box.left - left,
-        box.top - top,
-        min(box.left - left + box.width, part.width),
-        min(box.top - top + box.height, part.height),
-    )
+    right = max(min(math.ceil(box.left + box.width), image.width), left + 1)
+    bottom = max(min(math.ceil(box.top + box.height), image.height), top + 1)
+    part = image.crop((left, top, right, bottom))
+    x, y = box.left - left, box.top - top
+    inside = x, y, min(x + box.width, part.width), min(y + box.height, part.height)
     part = part.resize((size, size), Image.Resampling.BILINEAR, box=inside)
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if box.flipped else part
 
 
 def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
-    """The draws of an epoch, ``(count,)`` int64: a permutation of the rows keyed by (seed, epoch).
+    """The draws of an epoch, (count,) int64: a permutation of the rows with the key (seed, epoch).
 
-    With ``repeats`` of r each row follows itself r times and the epoch still has ``count`` draws, so it shows
-    about count / r different images (repeated augmentation, Hoffer et al. 2020, as the paper's code samples).
+    With ``repeats`` = r, each row comes r times in a row and the epoch still has ``count`` draws, so it shows about
+    count / r different images (repeated augmentation, Hoffer et al. 2020).
     """
     rows = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, 0x0DE2)))).permutation(count)
     if repeats == 1:

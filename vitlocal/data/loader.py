@@ -1,352 +1,297 @@
-"""The FFCV source: ``.beton`` files through FFCV's loader, with the fused decoder and passes that end cleanly.
+"""The native loader: ``.beton`` files to batches of crops, by one reader thread over a ring of host buffers.
 
-Nothing is compiled: FFCV's compiled pipeline is replaced by one call of the fused decoder a batch. So a file opens
-in milliseconds, passes may overlap, and file, size, seed and crop policy are a pass's own.
+The reader thread calls the fused decoder once for each batch. Nothing is compiled: a file opens in milliseconds, passes
+may overlap, and each pass has its own file, size, seed and crop policy. The module needs torch and numpy only.
 
 Shape letters: B batch, S size, n rows of a file.
 """
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Full
-from typing import Any
 
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, Rows
+from vitlocal.data.batch import Batch, RowSubsets
 from vitlocal.data.beton import read_beton
-from vitlocal.data.costs import Costs
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Cropping, replacement
-from vitlocal.data.manifest import BetonFile, Manifest
-from vitlocal.data.native import RANDOM, Threads, policy_of
-from vitlocal.data.peers.crop_decoder import CropDecoder, torch_threads_kept
+from vitlocal.data.costs import DecodingCosts
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy, replacement
+from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
+from vitlocal.data.native import DecoderThreads, native_policy
 from vitlocal.data.shares import WHOLE, Share, Slice, Slices
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
-from ffcv.loader import Loader  # isort: skip  (decode.py imports ffcv first, quietly)
-from ffcv.loader.epoch_iterator import EpochIterator  # isort: skip
-from ffcv.memory_managers.os_cache import OSCacheManager  # isort: skip
-from ffcv.reader import Reader  # isort: skip
-
 BATCHES_AHEAD = 3
-SLOTS = BATCHES_AHEAD + 2  # one being filled, three waiting, one with the consumer
-SHOWN = 5  # damaged images that are named one by one at the end of a pass
-ATTEMPTS = 20  # at replacing an image that does not decode, before the file is given up
+RING_SLOTS = BATCHES_AHEAD + 2  # the reader fills one, three wait, the consumer has one
+MAX_REPORTED = 5  # damaged images that are named at the end of a pass
+MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
 
 
-class MappedFile(OSCacheManager):
-    """A checked .beton file: FFCV's page-cache manager, less what it prepares for caches that we do not use.
+class MappedFile:
+    """A checked .beton file in memory: ``bytes`` (uint8), ``rows`` (n,) of native.ROW and ``labels`` (n,) int64.
 
-    (It would build dictionaries of all samples: seconds for ImageNet, at each file.)
+    DataError if the file is damaged, not a .beton file, or has labels outside of ``num_classes``.
     """
 
-    def __init__(self, path: Path, classes: int):
-        _, self.rows, self.labels = read_beton(path, classes)
-        self.path, self.reader = path, Reader(str(path))
-        self.bytes = np.memmap(path, np.uint8, mode="r")
-
-    def schedule_epoch(self, schedule: Any) -> MappedFile:
-        return self
-
-    def compile_reader(self) -> None:
-        return None  # the fused decoder reads the map itself
-
-    state = None  # FFCV's storage state, which only compiled pipelines ask for
-
-    def __enter__(self) -> MappedFile:
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        pass
+    def __init__(self, path: Path, num_classes: int):
+        _, self.rows, self.labels = read_beton(path, num_classes)
+        self.path, self.bytes = path, np.memmap(path, np.uint8, mode="r")
 
 
-class Buffers:
-    """Host memory for batches, pinned for a GPU, that passes take and give back: it grows to the largest and stays.
-
-    Stands where FFCV's loader has its graph of operations, of which its passes ask nothing but memory.
-    """
+class BufferPool:
+    """Host memory for batches, which passes take and give back. The buffers grow to the largest pass and are reused."""
 
     def __init__(self) -> None:
         self.free: list[torch.Tensor] = []
-        self.size, self.pinned = 0, False
         self.lock = threading.Lock()
 
-    def allocate_memory(self, batch_size: int, slots: int) -> list[torch.Tensor]:
-        """One (batch_size, S, S, 3) uint8 tensor a slot."""
-        shape = (batch_size, self.size, self.size, 3)
-        count = batch_size * self.size * self.size * 3
-        # Evaluation runs in inference mode, whose tensors do not know of what they are a view when they are given back.
+    def take(self, count: int, size: int, pinned: bool) -> list[torch.Tensor]:
+        """``count`` flat uint8 buffers of at least ``size`` bytes, in pinned memory if ``pinned``."""
+        # Tensors that are made in inference mode (evaluation) could not be written to outside of it.
         with self.lock, torch.inference_mode(False):
-            return [self._take(count)[:count].view(shape) for _ in range(slots)]
+            return [self._take(size, pinned) for _ in range(count)]
 
-    def _take(self, count: int) -> torch.Tensor:
-        fits = [buffer for buffer in self.free if len(buffer) >= count and buffer.is_pinned() == self.pinned]
-        if fits:
-            buffer = min(fits, key=len)
+    def _take(self, size: int, pinned: bool) -> torch.Tensor:
+        fitting = [buffer for buffer in self.free if len(buffer) >= size and buffer.is_pinned() == pinned]
+        if fitting:
+            buffer = min(fitting, key=len)
             self.free = [other for other in self.free if other is not buffer]
             return buffer
-        if self.free:  # too small for this pass, and so for those to come, whose sizes grow
-            self.free.remove(self.free[0])
-        return torch.empty(count, dtype=torch.uint8, pin_memory=self.pinned)
+        if self.free:  # it is too small for this pass, and later passes rarely need less
+            self.free.pop(0)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
-    def give_back(self, batches: list[torch.Tensor]) -> None:
+    def give_back(self, buffers: list[torch.Tensor]) -> None:
         with self.lock:
-            self.free += [batch._base if batch._base is not None else batch for batch in batches]
+            self.free += buffers
 
 
-class FusedLoader(Loader):
-    """FFCV's loader with nothing to compile; which file and size it serves is set before each pass."""
+class LoaderResources:
+    """What the native sources of a process share: decoder threads, buffers, open files and the copy stream.
 
-    def generate_code(self) -> None:
-        self.code = ()
-
-    def next_traversal_order(self) -> list[int]:
-        return []  # the order comes from outside, per pass
-
-
-class Decoder:
-    """What all sources of a run share: threads, memory and the copy stream."""
+    ``workers`` is the number of decoder threads; 0 means one for each core.
+    """
 
     def __init__(self, workers: int = 0):
-        self.threads = Threads(workers)
-        self.buffers = Buffers()
+        self.threads = DecoderThreads(workers)
+        self.buffers = BufferPool()
         self.files: dict[Path, MappedFile] = {}
-        self.loader: FusedLoader | None = None
-        self.copy_stream: torch.cuda.Stream | None = None  # one for all passes: memory is pooled by stream
+        self.copy_stream: torch.cuda.Stream | None = None  # one for all passes: PyTorch pools memory by stream
 
-    def file(self, path: Path, classes: int) -> MappedFile:
-        """Opens and checks a file once; DataError names it where it is damaged, foreign or of other classes."""
+    def file(self, path: Path, num_classes: int) -> MappedFile:
+        """Opens and checks a file, once."""
         if path not in self.files:
-            self.files[path] = MappedFile(path, classes)
+            self.files[path] = MappedFile(path, num_classes)
         return self.files[path]
 
-    def start(self, file: MappedFile, slices: Slices, policy: np.ndarray, size: int, device: torch.device,
-              stop: bool) -> Pass:  # fmt: skip
-        """Begins to decode the file's ``slices`` to crops of ``size`` px, one after another.
-
-        A damaged image is an error where ``stop`` is set, else another is drawn in its place.
-        """
-        loader = self.loader or self._load(file)
-        self.loader = loader
-        loader.reader, loader.memory_manager = file.reader, file
-        loader.batch_size = max(1, slices.largest)
-        self.buffers.size, self.buffers.pinned = size, device.type == "cuda"
+    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream for host-to-device copies; None on a CPU."""
         if device.type == "cuda" and self.copy_stream is None:
             self.copy_stream = torch.cuda.Stream(device)
-        with torch_threads_kept():
-            return Pass(self, file, slices, policy, device, stop)
-
-    def _load(self, file: MappedFile) -> FusedLoader:
-        import ffcv.loader.loader as module
-
-        manager, module.OSCacheManager = module.OSCacheManager, lambda reader: file
-        try:
-            with torch_threads_kept():
-                loader = FusedLoader(
-                    str(file.path), batch_size=1, num_workers=1, os_cache=True, batches_ahead=BATCHES_AHEAD,
-                    pipelines={"image": [CropDecoder(1)], "label": None},
-                )  # fmt: skip
-        finally:
-            module.OSCacheManager = manager
-        loader.graph = self.buffers
-        return loader
+        return self.copy_stream if device.type == "cuda" else None
 
 
-class Pass(EpochIterator):
-    """One pass over slices of a file, in a thread of its own: an FFCV iterator that reports and can be left.
+@dataclass
+class _Ready:
+    """A batch in the queue, with the event that marks the end of its copy to a GPU."""
 
-    FFCV's own thread hangs its consumer when it fails, and outlives a pass that ends early.
-    """
-
-    def __init__(self, decoder: Decoder, file: MappedFile, slices: Slices, policy: np.ndarray,
-                 device: torch.device, stop: bool):  # fmt: skip
-        self.threads, self.buffers, self.copy_stream = decoder.threads, decoder.buffers, decoder.copy_stream
-        self.file, self.policy, self.device, self.stop = file, policy, device, stop
-        self.copies: list[torch.cuda.Event | None] = [None] * SLOTS
-        self.damaged: dict[int, str] = {}  # row → what is wrong with it
-        self.slices = slices
-        super().__init__(decoder.loader, [])  # FFCV would cut the order up itself; the thread starts here
-
-    def run(self) -> None:
-        try:
-            if self.copy_stream is not None:
-                torch.cuda.set_device(self.copy_stream.device)
-            for number, part in enumerate(self.slices):
-                slot = number % SLOTS
-                if (copy := self.copies[slot]) is not None:
-                    copy.synchronize()  # the host buffer is still being read by the copy of SLOTS batches ago
-                pixels, rows = self.run_pipeline(number, part.draws, slot, None)
-                if not self._put(self._batch(pixels, rows, slot, part)):
-                    return
-            self._put(None)
-        except BaseException as error:  # to be raised in the consumer, whatever it is
-            self._put(error)
-
-    def run_pipeline(self, number: int, draws: np.ndarray, slot: int, event: None) -> tuple[torch.Tensor, np.ndarray]:
-        """Decodes a batch: (B, S, S, 3) uint8 and its rows (B,) int64; B is smaller where images were left out."""
-        crops = self.memory_allocations[slot][: len(draws)]
-        problems = self.threads.decode(self.file.bytes, self.file.rows, draws, self.policy, crops.numpy())
-        if not problems:
-            return crops, draws & ROW_MASK
-        if self.stop:
-            place, problem = min(problems.items())
-            raise DataError(
-                f"{self.file.path}: row {draws[place] & ROW_MASK} {problem}. Write the file again, or train without "
-                "such images: --data.on_error=skip"
-            )
-        self._note(draws, problems)
-        if self.policy["kind"][0] != RANDOM:  # an evaluation counts no image twice
-            kept = np.setdiff1d(np.arange(len(draws)), list(problems))
-            return crops[torch.from_numpy(kept)], draws[kept] & ROW_MASK
-        draws = draws.copy()
-        seed, epoch = int(self.policy["seed"][0]), int(self.policy["epoch"][0])
-        for attempt in range(ATTEMPTS):
-            places = np.array(sorted(problems))
-            others = np.array(
-                [replacement(seed, epoch, int(draws[place]), attempt, len(self.file.rows)) for place in places]
-            )
-            drawn = np.empty((len(others), *crops.shape[1:]), np.uint8)
-            again = self.threads.decode(self.file.bytes, self.file.rows, others, self.policy, drawn)
-            self._note(others, again)
-            crops[torch.from_numpy(places)] = torch.from_numpy(drawn)
-            draws[places] = others
-            problems = {int(places[place]): problem for place, problem in again.items()}
-            if not problems:
-                return crops, draws & ROW_MASK
-        raise DataError(f"{self.file.path}: {ATTEMPTS} images in a row do not decode; write the file again")
-
-    def _note(self, draws: np.ndarray, problems: dict[int, str]) -> None:
-        self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
-
-    def _batch(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: Slice) -> Any:
-        ids = torch.from_numpy(rows)
-        images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        labels = torch.from_numpy(self.file.labels[rows].astype(np.int64))
-        if self.copy_stream is None:
-            return Batch(images, labels, ids, part.places, part.total), None
-        with torch.cuda.stream(self.copy_stream):  # host-to-device copies, beside the training step
-            batch = Batch(
-                images.to(self.device, non_blocking=True),
-                labels.pin_memory().to(self.device, non_blocking=True),
-                ids,
-                part.places,
-                part.total,
-            )
-            event = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to the decoders
-            event.record(self.copy_stream)
-        self.copies[slot] = event
-        return batch, event
-
-    def _put(self, item: Any) -> bool:
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def __next__(self) -> Batch:
-        item = self.output_queue.get()
-        if item is None:
-            raise StopIteration
-        if isinstance(item, BaseException):
-            raise item
-        batch, copied = item
-        if copied is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(copied)
-            batch.images.record_stream(stream)
-            batch.labels.record_stream(stream)
-        return batch
-
-    def close(self) -> None:
-        """Stops and joins the thread, and lets its buffers go. May be called twice."""
-        self.terminate_event.set()
-        while True:
-            try:
-                self.output_queue.get_nowait()
-            except Empty:
-                break
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join()
-        if self.memory_allocations is not None:
-            for copy in filter(None, self.copies):
-                copy.synchronize()  # it may still be reading
-            self.buffers.give_back(self.memory_allocations)
-            self.memory_allocations = None
-
-    def __del__(self) -> None:
-        if hasattr(self, "terminate_event"):
-            self.terminate_event.set()
+    batch: Batch
+    copied: torch.cuda.Event | None
 
 
-def choose_file(manifest: Manifest, costs: Costs, cropping: Cropping, side_ratio: float, size: int) -> BetonFile:
-    """The file that serves crops of ``size`` px: of those good enough, the one whose crops cost least.
+class EpochReader(Iterator[Batch]):
+    """The batches of one pass: the ``slices`` of ``file``, cropped to ``size`` px by a thread of its own.
 
-    Good enough for random crops is a side of at least ``side_ratio`` x size, for the centre crop one that covers it;
-    where no file is, it is the largest. Where costs were not measured for all of these, the smallest side is taken to
-    cost least, and raw less than JPEG.
-    """
-    need = size * side_ratio if cropping.random else size / cropping.centre
-    files = sorted(manifest.files, key=lambda file: (file.side, file.format != "raw"))
-    good = [file for file in files if file.side >= need - 1e-6]
-    good = good or [file for file in files if file.side == files[-1].side]
-    measured = [costs.of(file, size) for file in good]
-    if None in measured:
-        return good[0]
-    return good[int(np.argmin(measured))]
-
-
-class FFCVSource:
-    """A split stored in ``.beton`` files. Serves a size from the file that is good enough for it at the least cost.
-
-    DataError where a file has another length than its manifest says.
+    A damaged image raises DataError. With ``skip_damaged`` another image replaces it in training, and evaluation leaves
+    it out. ``damaged`` maps the rows found so far to what is wrong with them. Every error of the thread is raised in
+    the consumer.
     """
 
     def __init__(
-        self, root: str, manifest: Manifest, cropping: Cropping, side_ratio: float, device: torch.device,
-        decoder: Decoder, on_error: str = "stop", share: Share = WHOLE,
+        self, resources: LoaderResources, file: MappedFile, slices: Slices, crops: CropPolicy, epoch: int, size: int,
+        device: torch.device, skip_damaged: bool = False,
     ):  # fmt: skip
-        self.root, self.manifest, self.cropping, self.side_ratio = Path(root), manifest, cropping, side_ratio
-        self.device, self.decoder, self.stop, self.share = device, decoder, on_error == "stop", share
-        self.damaged: set[int] = set()  # rows that were left out so far, where that is asked for
-        self.classes, self.count, self.costs = manifest.classes, manifest.count, Costs.load(root, manifest)
-        self.rows, self.side = Rows(self.count), max(file.side for file in manifest.files)
+        self.damaged: dict[int, str] = {}
+        self._resources, self._file, self._slices = resources, file, slices
+        self._crops, self._epoch, self._policy = crops, epoch, native_policy(crops, epoch)
+        self._device, self._skip = device, skip_damaged
+        self._copy_stream = resources.stream(device)
+        self._copies: list[torch.cuda.Event | None] = [None] * RING_SLOTS
+        shape = (max(1, slices.largest), size, size, 3)
+        self._buffers = resources.buffers.take(RING_SLOTS, int(np.prod(shape)), self._copy_stream is not None)
+        with torch.inference_mode(False):
+            self._ring = [buffer[: int(np.prod(shape))].view(shape) for buffer in self._buffers]  # (B, S, S, 3) each
+        self._queue: queue.Queue[_Ready | BaseException | None] = queue.Queue(BATCHES_AHEAD)
+        self._closed, self._ended = threading.Event(), False
+        self.thread = threading.Thread(target=self._run, name="vitlocal-loader", daemon=True)
+        self.thread.start()
+
+    # --- in the reader thread ---
+
+    def _run(self) -> None:
+        try:
+            if self._copy_stream is not None:
+                torch.cuda.set_device(self._copy_stream.device)
+            for number, part in enumerate(self._slices):
+                slot = number % RING_SLOTS
+                if (copy := self._copies[slot]) is not None:
+                    copy.synchronize()  # device sync: the copy of RING_SLOTS batches ago still reads the host buffer
+                if self._closed.is_set():
+                    return
+                pixels, rows = self._decode(part.draws, self._ring[slot][: len(part.draws)])
+                if not self._put(self._to_device(pixels, rows, slot, part)):
+                    return
+            self._put(None)
+        except BaseException as error:  # the consumer raises it, whatever it is
+            self._put(error)
+
+    def _decode(self, draws: np.ndarray, crops: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+        """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
+        file, policy = self._file, self._policy
+        problems = self._resources.threads.decode(file.bytes, file.rows, draws, policy, crops.numpy())
+        if not problems:
+            return crops, draws & ROW_MASK
+        if not self._skip:
+            place, problem = min(problems.items())
+            raise DataError(
+                f"{file.path}: row {draws[place] & ROW_MASK} {problem}. Write the file again, or train without "
+                "damaged images: --data.on_error=skip"
+            )
+        self._record_damage(draws, problems)
+        if not self._crops.random:  # evaluation must not count an image twice
+            whole = np.setdiff1d(np.arange(len(draws)), list(problems))
+            return crops[torch.from_numpy(whole)], draws[whole] & ROW_MASK
+        draws = draws.copy()
+        for attempt in range(MAX_REPLACEMENTS):
+            places = np.array(sorted(problems))
+            others = np.array([
+                replacement(self._crops.seed, self._epoch, int(draws[place]), attempt, len(file.rows))
+                for place in places
+            ])  # fmt: skip
+            replaced = np.empty((len(others), *crops.shape[1:]), np.uint8)
+            failed = self._resources.threads.decode(file.bytes, file.rows, others, policy, replaced)
+            self._record_damage(others, failed)
+            crops[torch.from_numpy(places)] = torch.from_numpy(replaced)
+            draws[places] = others
+            problems = {int(places[place]): problem for place, problem in failed.items()}
+            if not problems:
+                return crops, draws & ROW_MASK
+        raise DataError(f"{file.path}: {MAX_REPLACEMENTS} images in a row do not decode; write the file again")
+
+    def _record_damage(self, draws: np.ndarray, problems: dict[int, str]) -> None:
+        self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
+
+    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: Slice) -> _Ready:
+        ids = torch.from_numpy(rows)
+        images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
+        labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
+        if self._copy_stream is None:
+            return _Ready(Batch(images, labels, ids, part.places, part.total), None)
+        with torch.cuda.stream(self._copy_stream):  # host-to-device copies, which overlap the training step
+            images = images.to(self._device, non_blocking=True)
+            labels = labels.pin_memory().to(self._device, non_blocking=True)
+            event = torch.cuda.Event(blocking=True)  # a thread that waits for it leaves its core to the decoders
+            event.record(self._copy_stream)
+        self._copies[slot] = event
+        return _Ready(Batch(images, labels, ids, part.places, part.total), event)
+
+    def _put(self, item: _Ready | BaseException | None) -> bool:
+        """Hands ``item`` to the consumer; False if the consumer has closed the pass."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    # --- in the consumer's thread ---
+
+    def __next__(self) -> Batch:
+        item = None if self._ended else self._queue.get()
+        if not isinstance(item, _Ready):
+            self._ended = True
+            raise StopIteration if item is None else item
+        if item.copied is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(item.copied)
+            item.batch.images.record_stream(stream)
+            item.batch.labels.record_stream(stream)
+        return item.batch
+
+    def close(self) -> None:
+        """Stops and joins the thread, and gives its buffers back. May be called twice."""
+        self._closed.set()
+        self._ended = True
+        while not self._queue.empty():  # a thread that waits for a place in the queue sees at once that it is closed
+            self._queue.get_nowait()
+        self.thread.join()
+        for copy in filter(None, self._copies):
+            copy.synchronize()  # device sync: it may still read the host buffer
+        self._resources.buffers.give_back(self._buffers)
+        self._buffers, self._ring = [], []
+
+
+def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
+    """The file for crops of ``size`` px: the cheapest to decode among the files that are large enough.
+
+    For random crops a side of ``side_ratio`` x size is large enough; for centre crops, a side that covers the crop. If
+    no file is, the largest side serves. Without measured costs the smallest side wins, and raw before JPEG.
+    """
+    need = size * side_ratio if crops.random else size / crops.centre
+    files = sorted(manifest.files, key=lambda file: (file.side, file.format != "raw"))
+    enough = [file for file in files if file.side >= need - 1e-6]
+    enough = enough or [file for file in files if file.side == files[-1].side]
+    measured = [cost for file in enough if (cost := costs.microseconds_for(file, size)) is not None]
+    return enough[int(np.argmin(measured))] if len(measured) == len(enough) else enough[0]
+
+
+class NativeSource:
+    """A split of the data folder ``root``, read by the native loader.
+
+    It serves each size from the file that :func:`choose_file` picks, with ``side_ratio``. ``on_error`` is "stop" or
+    "skip" (see :class:`EpochReader`). ``share`` is the part of each batch that this process reads.
+    DataError if a file has another length than the manifest says.
+    """
+
+    def __init__(
+        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, resources: LoaderResources,
+        *, side_ratio: float = 1.5, on_error: str = "stop", share: Share = WHOLE,
+    ):  # fmt: skip
+        self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
+        self.device, self.resources, self.share = device, resources, share
+        self.skip_damaged = on_error == "skip"
+        self.damaged: set[int] = set()
+        self.classes, self.count = manifest.classes, manifest.count
+        self.costs = DecodingCosts.load(root, manifest)
+        self.rows, self.side = RowSubsets(self.count), max(file.side for file in manifest.files)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
-        for file in manifest.files:  # now, and not when the curriculum comes to the size that this one serves
-            path = self.root / file.file
-            if path.exists() and path.stat().st_size != file.bytes:
-                raise DataError(
-                    f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: cut off, or another one. "
-                    f"Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write them again with "
-                    f"the command that wrote them: python write_dataset.py --split {manifest.split} --out {root} …"
-                )
+        check_lengths(self.root, manifest)
 
     def choose(self, size: int) -> BetonFile:
-        """The file for crops of ``size`` px, by :func:`choose_file`."""
-        return choose_file(self.manifest, self.costs, self.cropping, self.side_ratio, size)
+        """The file for crops of ``size`` px."""
+        return choose_file(self.manifest, self.costs, self.crops, self.side_ratio, size)
 
     @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        file = self.decoder.file(self.root / self.choose(feed.size).file, len(self.classes))
-        if len(file.reader.metadata) != self.count:
-            raise DataError(
-                f"{file.path} has {len(file.reader.metadata)} rows, its manifest says {self.count}; write both again"
-            )
-        cropping = self.cropping
-        slices = self.share.slices(
-            cropping.draws(self.count, at.epoch, at.images, self.rows.of(feed.subset)), feed.batch_size
-        )
-        batches = self.decoder.start(file, slices, policy_of(cropping, at.epoch), feed.size, self.device, self.stop)
+    def open(self, feed: Feed, at: Position) -> Iterator[EpochReader]:
+        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
+        file = self.resources.file(self.root / self.choose(feed.size).file, len(self.classes))
+        if len(file.rows) != self.count:
+            raise DataError(f"{file.path} has {len(file.rows)} rows, its manifest says {self.count}; write both again")
+        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
+        batches = EpochReader(
+            self.resources, file, self.share.slices(draws, feed.batch_size), self.crops, at.epoch, feed.size,
+            self.device, self.skip_damaged,
+        )  # fmt: skip
         try:
             yield batches
         finally:
@@ -356,10 +301,54 @@ class FFCVSource:
     def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
         new = sorted(set(damaged) - self.damaged)
         self.damaged.update(new)
-        for row in new[:SHOWN]:
-            print(f"{file.path}: row {row} ({self.manifest.entries[row]}) {damaged[row]}; left out", file=sys.stderr)
-        if len(new) > SHOWN:
-            print(f"{file.path}: {len(new) - SHOWN} more damaged images left out", file=sys.stderr)
+        for row in new[:MAX_REPORTED]:
+            print(f"{file.path}: skipped row {row} ({self.manifest.entries[row]}): it {damaged[row]}", file=sys.stderr)
+        if len(new) > MAX_REPORTED:
+            print(f"{file.path}: skipped {len(new) - MAX_REPORTED} more damaged images", file=sys.stderr)
 
     def close(self) -> None:
-        self.decoder.files.clear()
+        """Forgets the open files."""
+        self.resources.files.clear()
+
+
+def check_lengths(root: Path, manifest: Manifest) -> None:
+    """Raises DataError if a file has another length than ``manifest`` says.
+
+    It is called before a run starts, because a curriculum may need a file hours later.
+    """
+    for file in manifest.files:
+        path = root / file.file
+        if path.exists() and path.stat().st_size != file.bytes:
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: it is cut off, or another "
+                f"file. Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write them again "
+                f"with the same command: python write_dataset.py --split {manifest.split} --out {root} …"
+            )
+
+
+class Loader:
+    """The native loader for a training loop of your own: ``for images, labels in loader``.
+
+    Batches are (B, 3, S, S) uint8, channels-last, and (B,) int64, on ``device``. Each iteration is the next epoch,
+    ``epoch``. ``size`` (px) and ``batch_size`` may be set between epochs. On a CPU, a batch is valid until the next.
+    ``train`` selects shuffled random resized crops with flips, else centre crops in order; by default, the split
+    "train" has random crops.
+    """
+
+    def __init__(
+        self, root: str | Path, split: str, *, size: int, batch_size: int, train: bool | None = None, seed: int = 0,
+        workers: int = 0, device: str | torch.device = "cpu",
+    ):  # fmt: skip
+        crops = CropPolicy(random=split == "train" if train is None else train, seed=seed)
+        manifest = load_manifest(str(root), split)
+        self.source = NativeSource(root, manifest, crops, torch.device(device), LoaderResources(workers))
+        self.size, self.batch_size, self.epoch = size, batch_size, 0
+
+    def __len__(self) -> int:
+        return -(-self.source.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        with self.source.open(Feed(self.size, self.batch_size), Position(epoch)) as batches:
+            for batch in batches:
+                yield batch.images, batch.labels

@@ -1,4 +1,4 @@
-"""The manifest of a split, ``{split}.json``: what its .beton files hold and where that came from."""
+"""The manifest of a split, ``{split}.json``: its .beton files, its images, and the source that they came from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,24 +20,24 @@ FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_(?P<format>raw|jpg)\
 
 
 @dataclass(frozen=True)
-class PlannedFile:
-    """What is known of a .beton file before it is written."""
+class FileSpec:
+    """A .beton file to write."""
 
     file: str  # name within the data folder
-    side: int  # the stored long edge
+    side: int  # long edge of the stored images, px
     format: str  # "raw" | "jpg"
     quality: int | None  # of JPEG; None for raw
-    sampling: int | None  # of a JPEG's chroma, 420 or 444; None for raw, and where it is not known
-    keep: int | None  # 1: JPEGs that need not shrink stay as they came, 0: they do not; None as for sampling
+    sampling: int | None  # chroma sampling of JPEG, 420 or 444; None for raw, or if it is unknown
+    keep: int | None  # 1: small JPEGs are stored unchanged, 0: all are encoded again; None as for sampling
     page_size: int
 
 
 @dataclass(frozen=True)
-class BetonFile(PlannedFile):
-    """One .beton file of a split."""
+class BetonFile(FileSpec):
+    """A .beton file of a split."""
 
     bytes: int
-    checksum: str  # of the whole file, see checksum()
+    checksum: str  # see checksum()
     max_width: int
     max_height: int
 
@@ -45,14 +46,14 @@ class BetonFile(PlannedFile):
 class SourceInfo:
     """The images that a split was written from."""
 
-    spec: str  # what open_images takes to open them again
-    length: int  # images in the source, with those that were skipped
-    fingerprint: str  # of its entries and labels, in order
+    spec: str  # for open_images
+    length: int  # images in the source, including skipped images
+    fingerprint: str  # digest of its entries and labels, in order
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image of the source that could not be read, and so is in no file."""
+    """An image of the source that could not be read. It is in no file."""
 
     entry: str
     reason: str
@@ -72,7 +73,7 @@ class Manifest:
     version: int = VERSION
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file whole or not at all: under another name, then renamed, and all flushed to disk."""
+        """Writes the file atomically: under another name, flushed to disk, then renamed."""
         path = Path(path)
         members = {"version": self.version, **asdict(self)}
         lines = ",\n".join(f"{json.dumps(name)}: {_dump(value)}" for name, value in members.items())
@@ -92,7 +93,7 @@ class Manifest:
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
         """Reads and checks a manifest.
 
-        Raises ConfigError where there is none, DataError where it is damaged or of a newer version.
+        Raises ConfigError if it does not exist, DataError if it is damaged or from a newer version.
         """
         path = Path(path)
         command = f"python write_dataset.py --split {path.stem} --out {path.parent}"
@@ -101,13 +102,13 @@ class Manifest:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
-                f"{path} does not exist: the folder holds no finished split {path.stem!r}. Write it with "
-                f"{command}, or give another data folder."
+                f"{path} does not exist: the folder has no finished split {path.stem!r}. Write it with "
+                f"{command}, or name another data folder."
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is damaged: {error}. {again}") from None
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its rights.") from error
+            raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
         try:
             content = json.loads(text)
         except ValueError as error:
@@ -116,7 +117,7 @@ class Manifest:
             version = _member(content, "version", int)
             if version > VERSION:
                 raise DataError(
-                    f"{path} has manifest version {version}, written by a newer vitlocal; this one reads "
+                    f"{path} has manifest version {version} of a newer vitlocal; this vitlocal reads versions "
                     f"up to {VERSION}. Update vitlocal, or write the split again into another folder."
                 )
             return cls._of(content)
@@ -150,16 +151,43 @@ class Manifest:
         return manifest
 
 
+def load_manifest(root: str, split: str) -> Manifest:
+    """The manifest of a split in the data folder ``root``; made from the files themselves if FFCV wrote them.
+
+    Raises ConfigError if there are no files, or if the split is still being written.
+    """
+    folder, path = Path(root), Path(root) / f"{split}.json"
+    if path.exists():
+        return Manifest.load(path)
+    ours = (folder / work_name(split)).exists() or any("." not in file.stem for file in folder.glob("*.json"))
+    manifest = None if ours else manifest_of_ffcv_files(root, split)
+    if manifest is None:
+        command = f"python write_dataset.py --split {split} --out {root}{_options_of_other_split(folder)}"
+        raise ConfigError(f"data.root: {path} does not exist. Write it: {command}")
+    return manifest
+
+
+def _options_of_other_split(folder: Path) -> str:
+    """The options of write_dataset.py for the source of the other split in ``folder``, if there is one."""
+    existing = next((path for split in ("train", "val") if (path := folder / f"{split}.json").exists()), None)
+    if existing is None:
+        return ""
+    other = Manifest.load(existing)
+    # A split with several files has ImageNet's default files, and the other split has its own defaults.
+    sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
+    return f" --source {shlex.quote(other.source.spec)}{sides}"
+
+
 def work_name(split: str) -> str:
-    """The folder, within the data folder, in which a split lies while it is being written."""
+    """The hidden folder, within the data folder, in which a split is written."""
     return f".{split}.writing"
 
 
-def described(folder: str | os.PathLike[str], split: str) -> Manifest | None:
-    """The manifest of a split whose files were written by FFCV itself, from what they say; None where there are none.
+def manifest_of_ffcv_files(folder: str | os.PathLike[str], split: str) -> Manifest | None:
+    """A manifest for files that FFCV itself wrote, named ``{split}_{side}_{raw|jpg}.beton``; None if there are none.
 
-    Files are known by their names, ``{split}_{side}_{raw|jpg}.beton``; classes are called by their numbers, of
-    which all splits in the folder have one set. Raises DataError where files are damaged or differ in rows.
+    Class names are label numbers; all splits in the folder share them. Raises DataError if files are damaged or have
+    different numbers of rows.
     """
     found = {path: match for path in sorted(Path(folder).glob("*.beton")) if (match := FILE_NAME.fullmatch(path.name))}
     if not any(match["split"] == split for match in found.values()):
@@ -169,8 +197,11 @@ def described(folder: str | os.PathLike[str], split: str) -> Manifest | None:
     mine = {path: head for path, head in heads.items() if found[path]["split"] == split}
     counts = {head.count for head in mine.values()}
     if len(counts) > 1:
-        told = ", ".join(f"{path.name}: {head.count}" for path, head in mine.items())
-        raise DataError(f"{folder}: the files of split {split!r} differ in rows ({told}); write them from one data set")
+        rows = ", ".join(f"{path.name}: {head.count}" for path, head in mine.items())
+        raise DataError(
+            f"{folder}: the files of split {split!r} have different numbers of rows ({rows}); write them from one data "
+            "set"
+        )
     count = counts.pop()
     files = tuple(
         BetonFile(
@@ -184,10 +215,9 @@ def described(folder: str | os.PathLike[str], split: str) -> Manifest | None:
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
-    """``crc32:`` and the CRC-32 (as in zip and gzip) of the whole file in 8 hexadecimal digits.
+    """``crc32:`` and the CRC-32 of the whole file, as in zip and gzip, in 8 hexadecimal digits.
 
-    CRC-32 because it is found without reading a file again: those of the parts of a file, the head of
-    which is written last, give that of the whole, and an interrupted write carries it on.
+    The writer computes a CRC-32 from those of the parts, without reading the file again, and after an interruption.
     """
     value = 0
     with open(path, "rb") as file:
@@ -197,9 +227,9 @@ def checksum(path: str | os.PathLike[str]) -> str:
 
 
 def joined_crc32(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two strings joined, from those of both and the second's length.
+    """The CRC-32 of two joined strings, from the CRC-32 of each and the length of the second.
 
-    Appending a zero byte multiplies a CRC by x^8 modulo the polynomial, in GF(2); bit 31 is x^0.
+    A zero byte at the end multiplies a CRC by x^8 modulo the polynomial, in GF(2). Bit 31 is x^0.
     """
 
     def product(a: int, b: int) -> int:
@@ -220,7 +250,7 @@ def joined_crc32(first: int, second: int, length: int) -> int:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes the renames within ``folder`` outlast a power cut."""
+    """Flushes renames within ``folder`` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
@@ -230,7 +260,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def _dump(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and value:  # an item a line, so that grep and diff are of use
+    if isinstance(value, (list, tuple)) and value:  # one item on each line, for grep and diff
         return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
     return json.dumps(value)
 
@@ -249,7 +279,7 @@ def _member(content: Any, name: str, kind: type) -> Any:
 def _strings(content: Any, name: str) -> tuple[str, ...]:
     values = _member(content, name, list)
     if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{name!r} holds something that is not a string")
+        raise ValueError(f"{name!r} has an item that is not a string")
     return tuple(values)
 
 
@@ -258,7 +288,7 @@ def _record(kind: type, content: Any) -> Any:
     values = {}
     for field in fields(kind):
         optional = str(field.type).endswith(" | None")
-        if optional and isinstance(content, dict) and content.get(field.name) is None:  # or missing, in old ones
+        if optional and isinstance(content, dict) and content.get(field.name) is None:  # old manifests lack it
             values[field.name] = None
         else:
             values[field.name] = _member(content, field.name, types[str(field.type).removesuffix(" | None")])

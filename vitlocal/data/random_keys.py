@@ -1,6 +1,6 @@
-"""Random numbers with keys instead of states: what a sample draws depends on its place alone, not on who draws it.
+"""Random numbers with keys instead of states, on the host: a sample's numbers depend on its place in the batch alone.
 
-Host side; SplitMix64 (Steele et al. 2014) over arrays, as ``crops.py`` has it over Python's integers.
+SplitMix64 (Steele et al. 2014) over arrays. ``crops.py`` has the same generator over Python integers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _scramble(words: np.ndarray) -> np.ndarray:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # arrays of uint64 wrap, as is meant
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # uint64 arrays wrap, as intended
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
 def uniform(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarray:
-    """(len(places), columns) float64 in [0, 1): a row for each place, keyed by ``key`` and the place.
+    """(len(places), columns) float64 in [0, 1): a row for each place, from ``key`` and the place.
 
-    ``key`` holds non-negative integers: seed, step and what is drawn, say.
+    ``key`` holds non-negative integers, for example the seed, the step and a number for the purpose.
     """
     word = np.zeros(1, np.uint64)
     for part in key:
@@ -30,5 +30,5 @@ def uniform(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarra
 
 
 def generator(key: tuple[int, ...]) -> np.random.Generator:
-    """A generator for what a whole batch draws once."""
+    """A generator for numbers that a whole batch shares."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

@@ -1,7 +1,7 @@
-"""Who reads what of a global batch, where several processes train together.
+"""The part of each global batch that a process reads, if several processes train together.
 
-A *place* is a sample's number in the global batch. Mixup and cutmix pair place i with its mirror place, so a process
-takes mirrored pairs: what it takes, flipped, is again what it takes, and pairs are found without asking anyone.
+A *place* is the index of a sample in the global batch. Mixup and cutmix pair place i with its mirror place. Each
+process takes mirrored pairs, so both samples of a pair are in the same process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Slice:
-    """A process's part of one global batch of ``total`` samples; it may be empty."""
+    """A process's part of one global batch of ``total`` samples. It may be empty."""
 
     draws: np.ndarray  # (b,) int64
     places: np.ndarray  # (b,) int64, ascending
@@ -23,30 +23,30 @@ class Slice:
 
 @dataclass(frozen=True)
 class Share:
-    """Part ``rank`` of ``world`` equal ones of every global batch."""
+    """Part ``rank`` of ``world`` equal parts of every global batch."""
 
     rank: int = 0
     world: int = 1
 
     def places(self, total: int) -> np.ndarray:
-        """The places that this part takes of a batch of ``total``: (b,) int64, ascending.
+        """The places of this part in a batch of ``total``: (b,) int64, ascending.
 
-        Every place is in one part; where a batch cannot be shared evenly, parts differ by a pair.
+        Each place is in exactly one part. If the batch cannot be shared evenly, parts differ by one pair.
         """
-        half = (total + 1) // 2  # an odd batch's middle is its own mirror
-        # Of too few pairs the first processes get one each: rank 0, whose BatchNorm is evaluated, never goes without.
+        half = (total + 1) // 2  # the middle of an odd batch is its own mirror
+        # If there are too few pairs, the first ranks get one each: rank 0, whose BatchNorm is evaluated, has one.
         first, last = -(-half * self.rank // self.world), -(-half * (self.rank + 1) // self.world)
         front = np.arange(first, last)
         back = total - 1 - front[::-1]
         return np.concatenate([front, back[1:] if total % 2 and last == half and last > first else back])
 
     def slices(self, draws: np.ndarray, batch_size: int) -> Slices:
-        """This part of every global batch of ``batch_size``, the last of which is as small as it comes out."""
+        """This part of every global batch of ``batch_size``. The last batch holds what remains."""
         return Slices(self, draws, batch_size)
 
 
 class Slices(Sequence[Slice]):
-    """A part's slices of a pass, cut when they are asked for: small batches are a hundred thousand to an epoch."""
+    """A part's slices of a pass, made on access: an epoch of small batches has a hundred thousand."""
 
     def __init__(self, share: Share, draws: np.ndarray, batch_size: int):
         self.share, self.draws, self.batch_size = share, draws, batch_size
@@ -54,7 +54,7 @@ class Slices(Sequence[Slice]):
     def __len__(self) -> int:
         return -(-len(self.draws) // self.batch_size)
 
-    def __getitem__(self, number: int) -> Slice:
+    def __getitem__(self, number: int) -> Slice:  # type: ignore[override]  # no slices of slices
         if not 0 <= number < len(self):
             raise IndexError(number)
         batch = self.draws[number * self.batch_size : (number + 1) * self.batch_size]
@@ -63,9 +63,9 @@ class Slices(Sequence[Slice]):
 
     @property
     def largest(self) -> int:
-        """Samples of the largest slice: a whole batch's or the last one's, of which a part may get a pair more."""
-        whole, rest = min(self.batch_size, len(self.draws)), len(self.draws) % self.batch_size
-        return max(len(self.share.places(total)) for total in (whole, rest))
+        """Samples of the largest slice. A part of the last batch may have one pair more than a part of a full batch."""
+        full, rest = min(self.batch_size, len(self.draws)), len(self.draws) % self.batch_size
+        return max(len(self.share.places(total)) for total in (full, rest))
 
 
 WHOLE = Share()

@@ -12,7 +12,7 @@ import torch
 
 from vitlocal.config import Config
 from vitlocal.data.batch import Batch
-from vitlocal.data.writer.layout import Stage
+from vitlocal.data.writer.layout import SizeDemand
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
@@ -36,7 +36,7 @@ def sizes_of(config: Config) -> list[int]:
     return list(dict.fromkeys(stage.size for stage in curriculum(config)))
 
 
-def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[Stage, ...]:
+def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[SizeDemand, ...]:
     """What the recipe's budget is spent on, for a training set of ``images`` and ``rates`` (images/s) by size.
 
     Stages that the budget does not reach are left in with one image: their files are wanted all the same, should the
@@ -48,7 +48,7 @@ def stages_of(config: Config, images: int, rates: Mapping[int, float]) -> tuple[
     trained: dict[int, int] = {}
     for part in spend(curriculum(config), config.budget.length, images, speeds):
         trained[part.size] = trained.get(part.size, 0) + part.images
-    return tuple(Stage(size, max(count, 1.0), rates[size]) for size, count in trained.items())
+    return tuple(SizeDemand(size, max(count, 1.0), rates[size]) for size, count in trained.items())
 
 
 def flops_of(config: Config, size: int) -> float:

@@ -1,12 +1,11 @@
-"""The native code: the fused decoder, and the encoder that fills its files. Both run without Python's lock.
+"""The native code: the fused decoder and the photo encoder. Both run without Python's lock.
 
-The decoder makes finished crops from stored bytes, in one call a batch.
+The decoder turns stored bytes into finished crops, with one call for each batch. For each image it draws the box,
+decodes the part of the JPEG that the box needs, resizes it with antialiasing and flips it while it writes. JPEGs are
+decoded at the largest useful reduction (1/2, 1/4 or 1/8, in libjpeg-turbo). The same draw gives the same bytes for any
+number of threads and any instruction set.
 
-For each image it draws the box, decodes the part of the JPEG that the box needs at the largest useful reduction
-(1/2, 1/4 or 1/8, within libjpeg-turbo), resizes with antialiasing and flips while writing. Raw images skip the
-second. The same draw gives the same bytes for any number of threads and with any instruction set.
-
-The encoder decodes a photo once, and from it makes what each file stores.
+The encoder decodes a photo once and makes its stored form for each file.
 
 Shape letters: B batch, S size, n rows of a file, F forms of a photo.
 """
@@ -18,15 +17,15 @@ import functools
 
 import numpy as np
 
-from vitlocal.data.crops import Box, Cropping
+from vitlocal.data.crops import Box, CropPolicy
 from vitlocal.data.native import _native
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 
-CENTRE, RANDOM, WHOLE = 0, 1, 2  # kinds of box: the central square, a random resized crop, all of the image
-FULL, EIGHTH = 1, 8  # the most that a JPEG may be reduced by while it is decoded
+CENTRE, RANDOM, WHOLE = 0, 1, 2  # kinds of box: the central square, a random resized crop, the whole image
+FULL, EIGHTH = 1, 8  # the largest reduction of a JPEG while it is decoded
 
-# Both as in native.h.
+# The structs of native.h.
 ROW = np.dtype([("offset", "u8"), ("bytes", "u8"), ("width", "u4"), ("height", "u4"), ("raw", "u4"), ("padding", "u4")])
 POLICY = np.dtype(
     [("kind", "i8"), ("seed", "i8"), ("epoch", "i8"), ("scale", "f8", 2), ("ratio", "f8", 2), ("flip", "f8"),
@@ -38,21 +37,21 @@ FORM = np.dtype(
     [("width", "u4"), ("height", "u4"), ("kind", "u4"), ("quality", "u4"), ("sampling", "u4"), ("padding", "u4"),
      ("offset", "u8"), ("bytes", "u8")]
 )  # fmt: skip
-AS_JPEG, AS_RAW, AS_IT_CAME = 0, 1, 2  # how a photo is stored; the last: its own JPEG, less what is no image
+AS_JPEG, AS_RAW, AS_ORIGINAL = 0, 1, 2  # how a photo is stored; AS_ORIGINAL: its own JPEG without metadata
 _MESSAGE_BYTES = 200
 _NO_MEMORY, _REFUSED = 3, 5
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
-    2: "has another size than the file's table says: {message}",
-    _NO_MEMORY: "needs more memory than there is to decode",
+    2: "has another size than the table of the file says: {message}",
+    _NO_MEMORY: "needs more memory to decode than there is",
     4: "lies outside of the file",
-    _REFUSED: "would take unduly long to decode ({message})",
+    _REFUSED: "would take too long to decode ({message})",
 }
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The native functions, with their arguments declared. Calls through it release Python's lock."""
+    """The native functions with declared arguments. Calls release Python's lock."""
     functions = ctypes.CDLL(_native.__file__)
     number, address = ctypes.c_int64, ctypes.c_void_p
     functions.vitlocal_pool_new.restype = address
@@ -81,38 +80,37 @@ def library() -> ctypes.CDLL:
     return functions
 
 
-def policy_of(cropping: Cropping, epoch: int) -> np.ndarray:
-    """What the native code draws its boxes from in one pass: (1,) of POLICY."""
-    policy = np.zeros(1, POLICY)
-    policy[0] = (
-        RANDOM if cropping.random else CENTRE, cropping.seed, epoch, cropping.scale, cropping.ratio, cropping.flip,
-        cropping.centre,
-    )  # fmt: skip
-    return policy
+def native_policy(crops: CropPolicy, epoch: int) -> np.ndarray:
+    """The crop policy of one pass for the native code: (1,) of POLICY."""
+    kind = RANDOM if crops.random else CENTRE
+    return np.array([(kind, crops.seed, epoch, crops.scale, crops.ratio, crops.flip, crops.centre)], POLICY)
 
 
 def whole_policy() -> np.ndarray:
-    """The policy that cuts nothing off, so that every byte of an image counts."""
+    """The policy that takes the whole image, so that every byte is decoded."""
     policy = np.zeros(1, POLICY)
     policy["kind"] = WHOLE
     return policy
 
 
 def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
-    """The box that the native code cuts: the twin of crops.random_box and crops.centre_box."""
+    """The box that the native code cuts. It equals that of crops.random_box or crops.centre_box."""
     box = np.zeros(1, _BOX)
     library().vitlocal_box(policy.ctypes.data, draw, height, width, box.ctypes.data)
     return Box(*(float(box[0][name]) for name in ("top", "left", "height", "width")), bool(box[0]["flipped"]))
 
 
-class Threads:
-    """The decoder's own threads: their number may exceed the cores, and passes may share them."""
+class DecoderThreads:
+    """The threads of the decoder, ``count`` (0: one for each core). Passes may share them.
+
+    ConfigError if the system cannot start so many.
+    """
 
     def __init__(self, count: int = 0):
         self.count = count or cores()
         self.pool = library().vitlocal_pool_new(self.count)
         if not self.pool:
-            raise ConfigError(f"data.workers: the system gives no {self.count} threads; set fewer")
+            raise ConfigError(f"data.workers: the system cannot start {self.count} threads; set fewer")
 
     def decode(
         self, file: np.ndarray, rows: np.ndarray, draws: np.ndarray, policy: np.ndarray, crops: np.ndarray,
@@ -120,8 +118,8 @@ class Threads:
     ) -> dict[int, str]:  # fmt: skip
         """Fills ``crops`` (B, S, S, 3) uint8 with the boxes of ``draws`` (B,) int64.
 
-        ``file`` (bytes,) uint8 holds the images, ``rows`` (n,) of ROW tells where, ``policy`` is policy_of's.
-        Returns what is wrong with the images that could not be decoded, by their place in the batch.
+        ``file`` (bytes,) uint8 holds the images at the offsets in ``rows`` (n,) of ROW. ``policy`` is
+        :func:`native_policy`'s. Returns what is wrong with images that do not decode, by their place in the batch.
         """
         assert self.pool, "closed"
         assert crops.dtype == np.uint8 and crops.flags.c_contiguous
@@ -137,10 +135,10 @@ class Threads:
         )  # fmt: skip
         if first < 0:
             return {}
-        told = {first: message.value.decode("latin-1")}
+        messages = {first: message.value.decode("latin-1")}
         return {
-            int(place): _PROBLEMS[int(statuses[place])].format(message=told.get(int(place), "libjpeg-turbo refuses it"))
-            for place in np.flatnonzero(statuses)
+            place: _PROBLEMS[int(statuses[place])].format(message=messages.get(place, "libjpeg-turbo rejects it"))
+            for place in np.flatnonzero(statuses).tolist()
         }
 
     def close(self) -> None:
@@ -154,7 +152,7 @@ class Threads:
 
 
 class Encoder:
-    """Makes what files store of photos, one at a time; for one thread."""
+    """Makes the stored forms of photos, one photo at a time. Each thread needs its own encoder."""
 
     def __init__(self) -> None:
         self._encoder = library().vitlocal_encoder_new()
@@ -165,18 +163,17 @@ class Encoder:
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
 
     def inspect(self, data: bytes) -> np.void | None:
-        """What a JPEG's header says, of PHOTO; None for what is no JPEG."""
+        """The header of a JPEG, of PHOTO; None if ``data`` is not a JPEG."""
         status = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
         if status == _NO_MEMORY:
             raise MemoryError("no memory to read a JPEG's header")
         return None if status else self._photo[0]
 
     def encode(self, photo: bytes | np.ndarray, height: int, width: int, forms: np.ndarray) -> list[bytes] | None:
-        """The photo in every one of ``forms`` (F,) of FORM, none larger than it is; FFCV's filter shrinks it.
+        """The photo in each of ``forms`` (F,) of FORM, none of them larger than the photo. FFCV's filter shrinks it.
 
-        ``photo`` is a JPEG, or pixels (height, width, 3) uint8. Where a JPEG cannot stay as it came, ``kind`` is
-        changed to AS_JPEG. None for a JPEG that does not decode without a warning; ValueError for one that would
-        take minutes.
+        ``photo`` is a JPEG, or pixels (height, width, 3) uint8. If a JPEG cannot be stored AS_ORIGINAL, its ``kind``
+        becomes AS_JPEG. None if a JPEG does not decode without a warning. ValueError if it would take minutes.
         """
         assert forms.dtype == FORM and forms.flags.c_contiguous
         data, pixels = (photo, None) if isinstance(photo, bytes) else (None, photo.ctypes.data)

@@ -174,7 +174,7 @@ EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t
     for (int64_t i = 0; i < count; i++) {
         forms[i].offset = encoder->length;
         size_t kept = 0;
-        if (forms[i].kind == AS_IT_CAME) {
+        if (forms[i].kind == AS_ORIGINAL) {
             if (!reserve(encoder, (size_t)bytes)) return NO_MEMORY;
             kept = jpeg_strip(data, (size_t)bytes, encoder->output + encoder->length);
             encoder->length += kept;

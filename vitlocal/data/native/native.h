@@ -88,7 +88,7 @@ struct form {
     uint64_t offset, bytes;
 };
 
-enum storing { AS_JPEG = 0, AS_RAW = 1, AS_IT_CAME = 2 }; /* the last: the JPEG itself, stripped */
+enum storing { AS_JPEG = 0, AS_RAW = 1, AS_ORIGINAL = 2 }; /* the last: the JPEG itself, stripped */
 
 /* encode.c */
 struct encoder; /* what one thread needs */

@@ -1,1 +1,1 @@
-"""Other loaders, to swap in and to compare with."""
+"""Loaders of other projects as sources, to use instead of the native loader or to compare with it."""

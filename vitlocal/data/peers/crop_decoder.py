@@ -1,4 +1,4 @@
-"""The fused decoder as an operation of FFCV: for our own loader, and in place of FFCV's decoders in a stock one.
+"""The fused decoder as an operation for any FFCV pipeline, instead of FFCV's own image decoders.
 
 Loader("train_256_jpg.beton", pipelines={"image": [CropDecoder(224), ToTensor()], …})
 """
@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vitlocal.data.crops import Cropping
-from vitlocal.data.native import EIGHTH, ROW, Threads, library, policy_of
+from vitlocal.data.crops import CropPolicy
+from vitlocal.data.native import EIGHTH, ROW, DecoderThreads, library, native_policy
 
 
 @contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """Importing ffcv, and each loader of it, sets PyTorch's threads; the trainer wants its own number."""
+def keep_torch_threads() -> Iterator[None]:
+    """Restores PyTorch's number of threads at the end: importing ffcv and making an ffcv Loader change it."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -27,7 +27,7 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with torch_threads_kept(), warnings.catch_warnings():
+with keep_torch_threads(), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # distutils and invalid escapes, inside ffcv
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.pipeline.allocation_query import AllocationQuery
@@ -35,21 +35,21 @@ with torch_threads_kept(), warnings.catch_warnings():
     from ffcv.pipeline.state import State
 
 
-class CropDecoder(SimpleRGBImageDecoder):  # FFCV tells by this base that it is a decoder of images
-    """Stored images → (B, S, S, 3) uint8 crops.
+class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images by this base class
+    """Decodes stored images to (B, S, S, 3) uint8 crops.
 
-    ``size`` (px) may be set between passes. Without ``cropping`` it is a random resized crop with flips, with seed
-    0; each pass counts as an epoch, so each draws other boxes. A corrupt image comes out black and is counted in
-    ``damaged`` (a stock loader would hang on an error); FFCV's own decoders give the pixels of another image.
+    ``size`` (px) may be set between passes. By default, crops are random resized crops with flips, with seed 0. Each
+    pass is an epoch with its own boxes. A damaged image becomes black and is counted in ``damaged``, because FFCV's
+    loader would hang at an error. (FFCV's own decoders return the pixels of another image.)
     """
 
-    def __init__(self, size: int, cropping: Cropping | None = None, most_reduction: int = EIGHTH):
+    def __init__(self, size: int, crops: CropPolicy | None = None, most_reduction: int = EIGHTH):
         super().__init__()
-        self.size, self.cropping, self.most_reduction = size, cropping or Cropping(random=True), most_reduction
-        # The compiled code knows these by address: numba would freeze their values.
-        self.policy = policy_of(self.cropping, -1)  # declared once by Loader(), then once by each pass
+        self.size, self.most_reduction = size, most_reduction
+        # The compiled code knows these by their addresses, because numba would freeze their values.
+        self.policy = native_policy(crops or CropPolicy(random=True), -1)  # Loader() adds 1, and so does each pass
         self.damaged = np.zeros(1, np.int64)
-        self.threads: Threads | None = None
+        self.threads: DecoderThreads | None = None
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         self.policy["epoch"] += 1
@@ -58,14 +58,14 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV tells by this base that it is 
 
     def generate_code(self) -> Callable:
         if self.threads is None:
-            self.threads = Threads(Compiler.num_threads)
+            self.threads = DecoderThreads(Compiler.num_threads)
         read, native = self.memory_read, library().vitlocal_decode
         pool, policy, most_reduction = self.threads.pool, self.policy.ctypes.data, self.most_reduction
         damaged, row_bytes = self.damaged.ctypes.data, ROW.itemsize
 
         def decode(rows_asked, crops, metadata, storage_state):
             count = len(rows_asked)
-            rows = np.zeros((count, row_bytes // 8), np.uint64)  # of ROW: its offset is here an address
+            rows = np.zeros((count, row_bytes // 8), np.uint64)  # native.ROW, with an address as the offset
             draws = np.empty(count, np.int64)
             for place in range(count):
                 draws[place] = rows_asked[place]

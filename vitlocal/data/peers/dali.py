@@ -1,7 +1,7 @@
-"""The DALI source: the original images, decoded by NVIDIA DALI on the CPU, or on the GPU where there is one.
+"""The DALI source: original images, decoded by NVIDIA DALI on the GPU if there is one, else on the CPU.
 
-Order and boxes are the other sources' own: DALI decodes the part of the image that a box needs, resizes and flips.
-``pip install vitlocal[dali]``.
+Order and boxes are those of the native loader. DALI decodes the part of the image that a box needs, resizes and flips.
+It is installed by ``pip install vitlocal[dali]``.
 
 Shape letters: B batch, S size (px).
 """
@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 
 from vitlocal.data.augment import send
-from vitlocal.data.batch import Batch, Rows
-from vitlocal.data.crops import ROW_MASK, Box, Cropping, centre_box
+from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.crops import ROW_MASK, Box, CropPolicy, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.peers.originals import open_originals
@@ -37,43 +37,43 @@ try:
     from nvidia.dali import fn, pipeline_def, types
 except ImportError as error:
     raise ConfigError(
-        f"data.loader: dali needs NVIDIA DALI ({error}); pip install 'vitlocal[dali]', or use data.loader=ffcv"
+        f"data.loader: dali needs NVIDIA DALI ({error}); pip install 'vitlocal[dali]', or use data.loader=native"
     ) from error
 
-AHEAD = 2  # batches that DALI works on while one is trained on; also the depth of its queue
-# Formats and modes that DALI is handed as they are; the others go through Pillow.
-PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
+BATCHES_AHEAD = 2  # batches that DALI prepares; also the depth of its queue
+# Formats and modes that DALI decodes itself. The others go through Pillow.
+DALI_FORMATS = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
 
 Sample = dict[str, np.ndarray]
 
 
 @pipeline_def
-def crops(gpu: bool) -> Any:
-    """Encoded images with their boxes -> (S, S, 3) crops. Boxes are given per image, so that any pass fits."""
+def crop_pipeline(gpu: bool) -> Any:
+    """Decodes images to (S, S, 3) crops. Each image brings its box and size, so one pipeline serves all passes."""
 
-    def given(name: str, dtype: Any, dimensions: int = 1) -> Any:
+    def inputs(name: str, dtype: Any, dimensions: int = 1) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=dimensions)
 
     images = fn.decoders.image_slice(
-        given("data", types.UINT8), start=given("start", types.INT32), shape=given("shape", types.INT32), axes=[0, 1],
-        output_type=types.RGB, device="mixed" if gpu else "cpu",
+        inputs("data", types.UINT8), start=inputs("start", types.INT32), shape=inputs("shape", types.INT32),
+        axes=[0, 1], output_type=types.RGB, device="mixed" if gpu else "cpu",
     )  # fmt: skip
     images = fn.resize(
-        images, size=given("size", types.FLOAT), roi_start=given("top_left", types.FLOAT),
-        roi_end=given("bottom_right", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True,
+        images, size=inputs("size", types.FLOAT), roi_start=inputs("top_left", types.FLOAT),
+        roi_end=inputs("bottom_right", types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True,
     )  # fmt: skip
-    return fn.flip(images, horizontal=given("flipped", types.INT32, 0), vertical=0)
+    return fn.flip(images, horizontal=inputs("flipped", types.INT32, 0), vertical=0)
 
 
-def plain(images: ImageSet, index: int) -> tuple[bytes, int, int]:
-    """The image's bytes as DALI reads them without question, with height and width."""
+def dali_bytes(images: ImageSet, index: int) -> tuple[bytes, int, int]:
+    """An image in a format that DALI decodes, with its height and width."""
     if images.holds_files:
         data = images.read(index)
         try:
             head = Image.open(io.BytesIO(data))  # reads no pixels
-            if (head.format, head.mode) in PLAIN and is_upright(head) and "transparency" not in head.info:
+            if (head.format, head.mode) in DALI_FORMATS and is_upright(head) and "transparency" not in head.info:
                 return data, head.height, head.width
-        except Exception:  # what is wrong with it, decode_rgb says
+        except Exception:  # decode_rgb reports what is wrong
             pass
         image = decode_rgb(data, images.entry(index))
     else:
@@ -81,8 +81,8 @@ def plain(images: ImageSet, index: int) -> tuple[bytes, int, int]:
     return b"P6 %d %d 255\n" % image.size + image.tobytes(), image.height, image.width
 
 
-def sample_of(data: bytes, height: int, width: int, box: Box, size: int) -> Sample:
-    """The inputs of :func:`crops` for one image: whole pixels around the box, and the box within them."""
+def pipeline_inputs(data: bytes, height: int, width: int, box: Box, size: int) -> Sample:
+    """The inputs of :func:`crop_pipeline` for one image: the whole pixels around the box, and the box within them."""
     top, left = math.floor(box.top), math.floor(box.left)
     bottom = min(max(math.ceil(box.top + box.height), top + 1), height)
     right = min(max(math.ceil(box.left + box.width), left + 1), width)
@@ -98,23 +98,27 @@ def sample_of(data: bytes, height: int, width: int, box: Box, size: int) -> Samp
 
 
 class DALISource:
-    """A split read from its original images; rows are those of the manifest, where the data folder has one."""
+    """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
+
+    ``spec`` names the images; None: the manifest does.
+    """
 
     def __init__(
-        self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int,
+        self, root: str, spec: str | None, split: str, crops: CropPolicy, device: torch.device, workers: int,
         share: Share = WHOLE,
     ):  # fmt: skip
         self.images, self.numbers = open_originals(root, spec, split)
         self.classes, self.count = tuple(self.images.classes), len(self.numbers)
-        self.cropping, self.device, self.workers, self.damaged, self.share = cropping, device, workers, (), share
-        self.rows, self.side = Rows(self.count), None
-        self.readers = ThreadPoolExecutor(workers)  # they wait for the disk, and read headers
-        self.own = threading.local()  # each reader's copy of the images, for reading may move what they hold
+        self.crops, self.device, self.workers, self.damaged, self.share = crops, device, workers, (), share
+        self.rows, self.side = RowSubsets(self.count), None
+        self.readers = ThreadPoolExecutor(workers)  # they wait for the disk and read headers
+        self.local = threading.local()  # each reader has a copy of the images, whose open files have positions
         self.pipeline: Any = None
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        draws = self.cropping.draws(self.count, at.epoch, at.images, self.rows.of(feed.subset))
+        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
+        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
         batches = self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)
         try:
             yield batches
@@ -122,54 +126,54 @@ class DALISource:
             batches.close()
 
     def _sample(self, draw: int, epoch: int, size: int) -> Sample:
-        if not hasattr(self.own, "images"):
-            self.own.images = copy.copy(self.images)
-        data, height, width = plain(self.own.images, int(self.numbers[draw & ROW_MASK]))
-        box = self.cropping.box(epoch, draw, height, width)
-        return sample_of(data, height, width, box, size)
+        if not hasattr(self.local, "images"):
+            self.local.images = copy.copy(self.images)
+        data, height, width = dali_bytes(self.local.images, int(self.numbers[draw & ROW_MASK]))
+        box = self.crops.box(epoch, draw, height, width)
+        return pipeline_inputs(data, height, width, box, size)
 
     def _read(self, slices: Sequence[Slice], epoch: int, size: int) -> Iterator[Batch]:
-        # A slice of nothing can only be the last.
+        # Only the last slice can be empty.
         spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
         if spans:
-            self._make_room(max(len(part.draws) for part in spans))
+            self._build_pipeline(max(len(part.draws) for part in spans))
         reading: deque[Any] = deque()
         decoding: deque[Slice] = deque()
         try:
-            for number in range(len(spans) + AHEAD):
+            for number in range(len(spans) + BATCHES_AHEAD):
                 if number < len(spans):
-                    asked = spans[number].draws.tolist()
-                    reading.append([self.readers.submit(self._sample, draw, epoch, size) for draw in asked])
+                    draws = spans[number].draws.tolist()
+                    reading.append([self.readers.submit(self._sample, draw, epoch, size) for draw in draws])
                 if number >= 1 and reading:
-                    samples = [future.result() for future in reading.popleft()]
-                    self._schedule(samples)
+                    self._feed([future.result() for future in reading.popleft()])
+                    self.pipeline.schedule_run()
                     decoding.append(spans[number - 1])
-                if number >= AHEAD:
+                if number >= BATCHES_AHEAD:
                     yield self._batch(decoding.popleft(), size)
         finally:
             for future in (future for futures in reading for future in futures):
                 future.cancel()
             if self.pipeline is not None:
-                for _ in decoding:  # what DALI has begun, it finishes
+                for _ in decoding:  # DALI finishes the batches that it has started
                     self.pipeline.share_outputs()
                     self.pipeline.release_outputs()
         yield from (Batch.empty(size, self.device, part.total) for part in rest)
 
-    def _make_room(self, batch_size: int) -> None:
-        """Builds the pipeline, anew where batches have grown; its queue is filled by empty work at first."""
+    def _build_pipeline(self, batch_size: int) -> None:
+        """Builds the pipeline, again if batches have grown, and fills its queue with empty work."""
         if self.pipeline is not None and self.pipeline.max_batch_size >= batch_size:
             return
         gpu = self.device.type == "cuda"
-        self.pipeline = crops(
-            gpu=gpu, batch_size=batch_size, num_threads=self.workers, prefetch_queue_depth=AHEAD,
+        self.pipeline = crop_pipeline(
+            gpu=gpu, batch_size=batch_size, num_threads=self.workers, prefetch_queue_depth=BATCHES_AHEAD,
             device_id=(self.device.index or 0) if gpu else None,
         )  # fmt: skip
         self.pipeline.build()
         dot = b"P6 1 1 255\n" + bytes(3)
-        for _ in range(AHEAD):
-            self._feed([sample_of(dot, 1, 1, centre_box(1, 1, 1.0), 1)])
-        self.pipeline.schedule_run()  # the first one runs as many as the queue is deep
-        for _ in range(AHEAD):
+        for _ in range(BATCHES_AHEAD):
+            self._feed([pipeline_inputs(dot, 1, 1, centre_box(1, 1, 1.0), 1)])
+        self.pipeline.schedule_run()  # the first call runs as many batches as the queue is deep
+        for _ in range(BATCHES_AHEAD):
             self.pipeline.share_outputs()
             self.pipeline.release_outputs()
 
@@ -177,17 +181,13 @@ class DALISource:
         for name in samples[0]:
             self.pipeline.feed_input(name, [sample[name] for sample in samples])
 
-    def _schedule(self, samples: list[Sample]) -> None:
-        self._feed(samples)
-        self.pipeline.schedule_run()
-
     def _batch(self, part: Slice, size: int) -> Batch:
         rows = part.draws & ROW_MASK
         try:
             (output,) = self.pipeline.share_outputs()
         except Exception as error:
-            self.pipeline = None  # it is of no more use
-            raise self._explained(rows, error) from error
+            self.pipeline = None  # it cannot be used again
+            raise self._find_damage(rows, error) from error
         shape = (len(rows), size, size, 3)
         if self.device.type == "cuda":
             from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -195,7 +195,7 @@ class DALISource:
             pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
             stream = torch.cuda.current_stream(self.device)
             feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
-            stream.synchronize()  # device sync: DALI may write there again once its output is released
+            stream.synchronize()  # device sync: DALI reuses its memory after the release
         else:
             pixels = torch.from_numpy(np.array(output.as_tensor()))
         self.pipeline.release_outputs()
@@ -203,14 +203,14 @@ class DALISource:
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
         return Batch(images, send(labels, self.device), torch.from_numpy(rows), part.places, part.total)
 
-    def _explained(self, rows: np.ndarray, error: Exception) -> DataError:
-        """DALI does not say which image it was: Pillow finds it."""
+    def _find_damage(self, rows: np.ndarray, error: Exception) -> DataError:
+        """Finds the damaged image by Pillow, because DALI does not name it."""
         for row in rows.tolist():
             try:
                 self.images.load(int(self.numbers[row]))
             except DataError as found:
                 return found
-        return DataError(f"DALI does not decode a batch in which Pillow finds no damage: {error}")
+        return DataError(f"DALI cannot decode a batch in which Pillow finds no damage: {error}")
 
     def close(self) -> None:
         self.readers.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The original images of a split, row by row as its manifest lists them: what the sources without .beton files read."""
+"""The original images of a split in the order of its manifest, for the sources that read no .beton files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vitlocal.errors import ConfigError
 
 
 def open_originals(root: str, spec: str | None, split: str) -> tuple[ImageSet, np.ndarray]:
-    """The images, and the index among them of each row, (n,) int64.
+    """The images, and for each row of the split the index of its image, (n,) int64.
 
-    ``spec`` is where they are, else what the manifest in ``root`` says; without a manifest all images are rows.
-    Raises ConfigError where neither tells, or images that the manifest lists are missing.
+    ``spec`` names the images; None: the manifest in ``root`` does. Without a manifest, every image is a row.
+    Raises ConfigError if neither names them, or if images of the manifest are missing.
     """
     path = Path(root) / f"{split}.json"
     manifest = Manifest.load(path) if path.exists() else None
@@ -24,23 +24,18 @@ def open_originals(root: str, spec: str | None, split: str) -> tuple[ImageSet, n
             spec = resolve_source(None)
         except ConfigError as error:
             raise ConfigError(
-                f"data.source: {path}, which would name the original images, is not there, and no other source is "
-                f"given. Set --data.source=FOLDER, or write the data folder. ({error})"
+                f"data.source: no source is given, and {path}, which would name the original images, does not exist. "
+                f"Set --data.source=FOLDER, or write the data folder. ({error})"
             ) from error
+    if manifest is None:
+        images = open_images(spec, split)
+        return images, np.arange(len(images))
     images = open_images(spec or manifest.source.spec, split)
-    return images, np.arange(len(images)) if manifest is None else _rows(images, manifest, spec)
-
-
-def _rows(images: ImageSet, manifest: Manifest, spec: str | None) -> np.ndarray:
-    """The source's index of each row of the manifest, ``(n,)`` int64."""
-    if not manifest.skipped and len(images) == manifest.count:
-        if all(images.entry(index) == entry for index, entry in enumerate(manifest.entries)):
-            return np.arange(manifest.count)
-    place = {images.entry(i): i for i in range(len(images))}
-    missing = [entry for entry in manifest.entries if entry not in place]
+    index_of = {images.entry(index): index for index in range(len(images))}
+    missing = [entry for entry in manifest.entries if entry not in index_of]
     if missing:
         raise ConfigError(
-            f"data.source: {spec or manifest.source.spec} lacks {len(missing)} of the {manifest.count} images that "
-            f"the {manifest.split} manifest lists, {missing[0]} for one; name the source of the files"
+            f"data.source: {spec or manifest.source.spec} lacks {len(missing)} of the {manifest.count} images in the "
+            f"{manifest.split} manifest, for example {missing[0]}; name the source that the files were written from"
         )
-    return np.array([place[entry] for entry in manifest.entries])
+    return images, np.array([index_of[entry] for entry in manifest.entries])

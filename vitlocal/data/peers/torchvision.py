@@ -1,6 +1,6 @@
-"""The torchvision source: the original images, through PyTorch's DataLoader and Pillow, with the same crops.
+"""The torchvision source: original images through PyTorch's DataLoader and Pillow, with the native loader's crops.
 
-The comparison that users know, and the slow twin that the FFCV source is tested with.
+It is the comparison that users know, and the slow reference for tests of the native loader.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitlocal.data.batch import Batch, Rows
-from vitlocal.data.crops import ROW_MASK, Cropping, cut
+from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.peers.originals import open_originals
 from vitlocal.data.shares import WHOLE, Share, Slice
@@ -22,20 +22,21 @@ from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
-# What is asked of a worker process: all that a crop depends on, so that workers live on from pass to pass.
-Request = tuple[int, int, int]  # draw, epoch, size
+# (draw, epoch, size): everything that a crop depends on, so that worker processes serve all passes.
+Request = tuple[int, int, int]
+Crop = tuple[np.ndarray, int, int]  # ((S, S, 3) uint8, label, row)
 
 
 class CropDataset(Dataset):
-    """Crops by :data:`Request`: ``((S, S, 3) uint8, label, row)``, or the error where an image cannot be read.
+    """Maps a :data:`Request` to a :data:`Crop`, or to the error if the image cannot be read.
 
-    Not raised: DataLoader would hand on its traceback as the message.
+    The error is not raised here, because DataLoader would make its traceback the message.
     """
 
-    def __init__(self, images: ImageSet, rows: np.ndarray, cropping: Cropping):
-        self.images, self.rows, self.cropping = images, rows, cropping
+    def __init__(self, images: ImageSet, rows: np.ndarray, crops: CropPolicy):
+        self.images, self.rows, self.crops = images, rows, crops
 
-    def __getitem__(self, request: Request) -> tuple[np.ndarray, int, int] | DataError:
+    def __getitem__(self, request: Request) -> Crop | DataError:
         draw, epoch, size = request
         row = draw & ROW_MASK
         index = int(self.rows[row])
@@ -43,28 +44,28 @@ class CropDataset(Dataset):
             image = self.images.load(index)
         except DataError as error:
             return error
-        box = self.cropping.box(epoch, draw, image.height, image.width)
-        crop = cut(image, box, size)
-        return np.asarray(crop), int(self.images.labels[index]), row
+        box = self.crops.box(epoch, draw, image.height, image.width)
+        return np.asarray(cut(image, box, size)), int(self.images.labels[index]), row
 
 
 def start_worker(number: int) -> None:
-    # Ctrl-C and schedulers signal the whole process group: it is the trainer that ends the workers, after the step.
+    # Ctrl-C and schedulers signal the whole process group. The trainer ends the workers itself, after its step.
     os.setsid()
 
 
-def collate(
-    items: list[tuple[np.ndarray, int, int] | DataError],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | DataError:
+def collate(items: list[Crop | DataError]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | DataError:
+    crops, labels, rows = [], [], []
     for item in items:
         if isinstance(item, DataError):
             return item
-    crops, labels, rows = zip(*items, strict=True)
+        crops.append(item[0])
+        labels.append(item[1])
+        rows.append(item[2])
     return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
 
 
-class Batches:
-    """A batch sampler whose content is set before each pass."""
+class RequestSampler(Sampler[list[Request]]):
+    """A batch sampler whose slices, epoch and size are set before each pass."""
 
     def __init__(self) -> None:
         self.slices: Sequence[Slice] = ()
@@ -80,24 +81,27 @@ class Batches:
 
 
 class TorchvisionSource:
-    """A split read from its original images; rows are those of the manifest, where the data folder has one."""
+    """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
+
+    ``spec`` names the images; None: the manifest does.
+    """
 
     def __init__(
-        self, root: str, spec: str | None, split: str, cropping: Cropping, device: torch.device, workers: int,
+        self, root: str, spec: str | None, split: str, crops: CropPolicy, device: torch.device, workers: int,
         share: Share = WHOLE,
     ):  # fmt: skip
         images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
-        self.cropping, self.device, self.damaged, self.share = cropping, device, (), share
-        self.rows, self.side = Rows(self.count), None
-        self.batches = Batches()
-        self.loader = DataLoader(
-            CropDataset(images, rows, cropping),
-            batch_sampler=self.batches,
+        self.crops, self.device, self.damaged, self.share = crops, device, (), share
+        self.rows, self.side = RowSubsets(self.count), None
+        self.sampler = RequestSampler()
+        self.loader: DataLoader = DataLoader(
+            CropDataset(images, rows, crops),
+            batch_sampler=self.sampler,
             collate_fn=collate,
             worker_init_fn=start_worker,
             num_workers=workers,
-            # Workers start once; forking a process that runs threads is not safe.
+            # Workers start once. Forking a process that runs threads is not safe.
             persistent_workers=True,
             multiprocessing_context="forkserver",
             pin_memory=device.type == "cuda",
@@ -105,14 +109,15 @@ class TorchvisionSource:
 
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        draws = self.cropping.draws(self.count, at.epoch, at.images, self.rows.of(feed.subset))
-        self.batches.slices = self.share.slices(draws, feed.batch_size)
-        self.batches.epoch, self.batches.size = at.epoch, feed.size
+        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
+        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
+        self.sampler.slices = self.share.slices(draws, feed.batch_size)
+        self.sampler.epoch, self.sampler.size = at.epoch, feed.size
         yield self._read()
 
     def _read(self) -> Iterator[Batch]:
-        size, read = self.batches.size, iter(self.loader)
-        for part in self.batches.slices:
+        size, read = self.sampler.size, iter(self.loader)
+        for part in self.sampler.slices:
             if not len(part.draws):
                 yield Batch.empty(size, self.device, part.total)
                 continue
@@ -120,16 +125,13 @@ class TorchvisionSource:
             if isinstance(batch, DataError):
                 raise batch
             crops, labels, rows = batch
-            pixels = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-            yield Batch(
-                pixels.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-                rows,
-                part.places,
-                part.total,
-            )  # fmt: skip  (host-to-device copies, from pinned memory)
+            # Host-to-device copies, from pinned memory.
+            pixels = crops.permute(0, 3, 1, 2).to(self.device, non_blocking=True)  # (B, 3, S, S), channels-last
+            labels = labels.to(self.device, non_blocking=True)
+            yield Batch(pixels, labels, rows, part.places, part.total)
 
     def close(self) -> None:
-        if self.loader._iterator is not None:
-            self.loader._iterator._shutdown_workers()  # DataLoader has no public way; a reader left open keeps them
+        iterator = self.loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public method for it
             self.loader._iterator = None

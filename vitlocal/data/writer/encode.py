@@ -1,6 +1,6 @@
-"""Rows of a source -> images encoded for each .beton file, by threads: the native encoder holds no lock.
+"""Encodes the rows of a source for each .beton file, in threads. The native encoder holds no lock.
 
-Letters: F files, K rows of a chunk that could be read.
+Letters: F files, K readable rows of a chunk.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from PIL import Image
 from vitlocal.data.beton import MAX_EDGE, MODES
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb
-from vitlocal.data.manifest import PlannedFile
-from vitlocal.data.native import AS_IT_CAME, AS_JPEG, AS_RAW, FORM, Encoder
+from vitlocal.data.manifest import FileSpec
+from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
 from vitlocal.errors import DataError, Interrupted
 
-CHUNK_BYTES = 4 << 20  # of encoded images that a thread hands over, about
-AHEAD = 3  # chunks a thread that may wait for those before them
-LEAVE_SECONDS = 5.0  # that the threads have to finish their images in
+CHUNK_BYTES = 4 << 20  # approximate bytes of a chunk
+CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
+EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
-ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
+STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
 _UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be made of a row."""
+class EncodeJob:
+    """How to encode each row."""
 
-    files: tuple[PlannedFile, ...]
-    short_edge: int  # in pixels, is not shrunk below that
-    skip: bool  # images that cannot be read
+    files: tuple[FileSpec, ...]
+    short_edge: int  # px; the short edge is not shrunk below this
+    skip: bool  # skip unreadable images
 
 
 @dataclass
 class Chunk:
-    """The encoded rows of source rows start..next."""
+    """The encoded source rows from start up to, not including, next."""
 
     start: int
     next: int
-    rows: np.ndarray  # (F, K) of ROW; ptr is set when the images get their place in the files
-    images: list[list[bytes]]  # F lists of K encoded images each
-    skipped: dict[int, str]  # source rows that could not be read, and why
-    failure: RuntimeError | None  # at source row `next`
+    rows: np.ndarray  # (F, K) of STORED_ROW; ptr is set when the images are placed in the files
+    images: list[list[bytes]]  # F lists of K encoded images
+    skipped: dict[int, str]  # unreadable source rows, and why
+    failure: RuntimeError | None  # the error at source row `next`
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM as Interrupted, at once or, while ``deferring``, where ``check`` is called."""
+    """Turns Ctrl-C and SIGTERM into Interrupted, at once or, while ``deferring``, when ``check`` is called."""
 
     def __enter__(self) -> Interrupts:
         self.deferring = False
@@ -64,7 +64,7 @@ class Interrupts:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+                if signal.getsignal(number) is not signal.SIG_IGN:  # for example nohup
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -73,7 +73,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self.deferring or self.requested:  # the second Ctrl-C does not wait
+        if not self.deferring or self.requested:  # a second Ctrl-C does not wait
             raise Interrupted(number)
         self.requested = number
 
@@ -82,82 +82,83 @@ class Interrupts:
             raise Interrupted(self.requested)
 
 
-def encoded(images: ImageSet, job: Job, start: int, workers: int, interrupts: Interrupts) -> Iterator[Chunk]:
-    """The chunks of the source's rows from ``start`` on, in order; close it to stop the threads.
+def encode_chunks(
+    images: ImageSet, job: EncodeJob, start: int, workers: int, interrupts: Interrupts
+) -> Iterator[Chunk]:
+    """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
-    Interrupts come between chunks. A row that fails ends its chunk, which comes with the rows before it; then the
-    failure is raised: DataError for an unreadable image (unless ``job.skip``), RuntimeError for an error of the
-    program's.
+    Interrupts take effect between chunks. A row that fails ends its chunk. The chunk with the rows before it comes
+    first, then the error is raised: DataError for an unreadable image (unless ``job.skip``), else RuntimeError.
     """
     count = rows_per_chunk(job)
     spans = deque(range(first, min(first + count, len(images))) for first in range(start, len(images), count))
-    asked: Queue[range | None] = Queue()
-    made: Queue[Chunk | BaseException] = Queue()
+    requests: Queue[range | None] = Queue()
+    results: Queue[Chunk | BaseException] = Queue()
     stopping = threading.Event()
-    threads = [  # that end with the process: one may wait for a disk that does not answer
-        threading.Thread(target=_work, args=(copy.copy(images), job, asked, made, stopping), daemon=True)
+    threads = [  # daemons, because one may wait for a disk that does not answer
+        threading.Thread(target=_work, args=(copy.copy(images), job, requests, results, stopping), daemon=True)
         for _ in range(min(workers, len(spans)))
     ]
-    ready: dict[int, Chunk] = {}  # by first row: made out of order
-    given, started = start, 0
+    ready: dict[int, Chunk] = {}  # by first row, because they finish out of order
+    done, started = start, 0
     interrupts.deferring = True
     try:
         for thread in threads:
             try:
                 thread.start()
             except RuntimeError as error:
-                raise DataError(f"cannot start {len(threads)} threads: {error}; give fewer --workers") from error
+                raise DataError(f"cannot start {len(threads)} threads: {error}; use fewer --workers") from error
             started += 1
-        while given < len(images):
-            while spans and spans[0].start < given + AHEAD * len(threads) * count:
-                asked.put(spans.popleft())
+        while done < len(images):
+            while spans and spans[0].start < done + CHUNKS_AHEAD * len(threads) * count:
+                requests.put(spans.popleft())
             try:
-                chunk = made.get(timeout=0.2)
+                chunk = results.get(timeout=0.2)
             except Empty:
                 interrupts.check()
                 continue
             if isinstance(chunk, MemoryError):
                 raise DataError(
-                    "memory ran out; give fewer --workers. The same command goes on where this one stopped."
+                    "memory ran out; use fewer --workers. The same command continues where this one stopped."
                 ) from chunk
             if isinstance(chunk, BaseException):
                 raise chunk
             ready[chunk.start] = chunk
-            while given in ready:
-                chunk = ready.pop(given)
+            while done in ready:
+                chunk = ready.pop(done)
                 yield chunk
                 if chunk.failure is not None:
                     raise chunk.failure
-                given = chunk.next
+                done = chunk.next
                 interrupts.check()
     finally:
         stopping.set()
         for _ in threads:
-            asked.put(None)
-        deadline = time.monotonic() + LEAVE_SECONDS
+            requests.put(None)
+        deadline = time.monotonic() + EXIT_SECONDS
         for thread in threads[:started]:
             thread.join(max(0.0, deadline - time.monotonic()))
         interrupts.deferring = False
 
 
-def _work(images: ImageSet, job: Job, asked: Queue, made: Queue, stopping: threading.Event) -> None:
-    """A thread: turns spans of rows into chunks. Its image set is a copy, since reading may move what it holds."""
+def _work(images: ImageSet, job: EncodeJob, requests: Queue, results: Queue, stopping: threading.Event) -> None:
+    """A thread: encodes spans of rows to chunks. ``images`` is a copy for this thread, whose files have positions."""
     try:
         encoder = Encoder()
-        while (span := asked.get()) is not None and not stopping.is_set():
-            made.put(_encode_rows(images, span, job, encoder, stopping))
-    except BaseException as error:  # to be raised in the main thread, whatever it is
-        made.put(error)
+        while (span := requests.get()) is not None and not stopping.is_set():
+            results.put(_encode_rows(images, span, job, encoder, stopping))
+    except BaseException as error:  # the main thread raises it, whatever it is
+        results.put(error)
 
 
-# --- a row ------------------------------------------------------------------------------------------------------------
+# --- one row ---
 
 
 def stored_size(width: int, height: int, side: int, short_edge: int = 0) -> tuple[int, int]:
-    """The (width, height) that an image is stored at: long edge at most ``side``, never enlarged.
+    """The stored (width, height) of an image: its long edge is at most ``side``, and it is never enlarged.
 
-    Rounds down in float64 like FFCV's writer, which can leave the long edge at side - 1, but not to 0.
-    With ``short_edge``, the short edge is not shrunk below it, whatever the side.
+    Rounds down in float64 as FFCV's writer, so the long edge may become side - 1; it never becomes 0.
+    The short edge is not shrunk below ``short_edge``, whatever the side.
     """
     scale = max(side / max(width, height), short_edge / min(width, height))
     if scale >= 1:
@@ -166,13 +167,13 @@ def stored_size(width: int, height: int, side: int, short_edge: int = 0) -> tupl
     return max(int(scale * width), floor), max(int(scale * height), floor)
 
 
-def rows_per_chunk(job: Job) -> int:
-    # About: photos are 3:4, and take a quarter of their bytes as JPEG.
+def rows_per_chunk(job: EncodeJob) -> int:
+    # An estimate: photos are 3:4, and a JPEG takes a quarter of their bytes.
     row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
     return max(1, min(32, int(CHUNK_BYTES / row)))
 
 
-def _encode_rows(images: ImageSet, span: range, job: Job, encoder: Encoder, stopping: threading.Event) -> Chunk:
+def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder, stopping: threading.Event) -> Chunk:
     rows: list[list[tuple[int, ...]]] = [[] for _ in job.files]
     parts: list[list[bytes]] = [[] for _ in job.files]
     skipped, failure, end = {}, None, span.stop
@@ -188,16 +189,16 @@ def _encode_rows(images: ImageSet, span: range, job: Job, encoder: Encoder, stop
             if job.skip:
                 skipped[index] = reason
                 continue
-            known = "--on-error skip" in reason
+            known = "--on-error skip" in reason  # the message already names the remedy
             failure = DataError(
                 f"cannot read the image {images.entry(index)!r} of {images.spec}: {reason}. "
-                + ("" if known else "Mend it, or leave such images out with --on-error skip. ")
-                + "The same command goes on where this one stopped, with that option or without."
+                + ("" if known else "Repair it, or skip such images with --on-error skip. ")
+                + "The same command continues where this one stopped, with or without that option."
             )
         except MemoryError:
             failure = DataError(
-                f"memory ran out at {images.entry(index)!r} of {images.spec}; give fewer --workers. The same command "
-                "goes on where this one stopped."
+                f"memory ran out at {images.entry(index)!r} of {images.spec}; use fewer --workers. The same command "
+                "continues where this one stopped."
             )
         except Exception:
             trace = traceback.format_exc()
@@ -208,17 +209,19 @@ def _encode_rows(images: ImageSet, span: range, job: Job, encoder: Encoder, stop
         for row, part, (shape, data) in zip(rows, parts, stored, strict=True):
             row.append((*shape, len(data), 0))
             part.append(data)
-    return Chunk(span.start, end, np.array(rows, ROW), parts, skipped, failure)
+    return Chunk(span.start, end, np.array(rows, STORED_ROW), parts, skipped, failure)
 
 
-def encode_image(images: ImageSet, index: int, job: Job, encoder: Encoder) -> list[tuple[tuple[int, int, int], bytes]]:
-    """For each file ((mode, width, height), bytes). Raises what reading and decoding raise."""
+def encode_image(
+    images: ImageSet, index: int, job: EncodeJob, encoder: Encoder
+) -> list[tuple[tuple[int, int, int], bytes]]:
+    """For each file ((mode, width, height), bytes). Raises the errors of reading and decoding."""
     if images.holds_files:
         data = images.read(index)
         photo = encoder.inspect(data)
         if photo is not None and photo["plain"] and photo["upright"]:
             width, height = int(photo["width"]), int(photo["height"])
-            if width * height <= (Image.MAX_IMAGE_PIXELS or np.inf):  # more is for Pillow to judge
+            if width * height <= (Image.MAX_IMAGE_PIXELS or np.inf):  # else Pillow decides
                 stored = _stored(data, width, height, bool(photo["keepable"]), job, encoder)
                 if stored is not None:
                     return stored
@@ -235,29 +238,30 @@ def encode_image(images: ImageSet, index: int, job: Job, encoder: Encoder) -> li
 
 
 def _stored(
-    photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: Job, encoder: Encoder
+    photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder
 ) -> list[tuple[tuple[int, int, int], bytes]] | None:
     forms = [_form(file, width, height, keepable, job) for file in job.files]
-    different = list(dict.fromkeys(forms))  # a small image may be the same in several files
+    different = list(dict.fromkeys(forms))  # a small image may be equal in several files
     made = encoder.encode(photo, height, width, np.array([(*form, 0, 0, 0) for form in different], FORM))
     if made is None:
         return None
-    of = dict(zip(different, made, strict=True))
+    data_of = dict(zip(different, made, strict=True))
+    stored = []
     for file, form in zip(job.files, forms, strict=True):
-        if len(of[form]) > file.page_size:
-            raise DataError(
-                f"takes {len(of[form])} bytes as {file.format}, which a page of {file.page_size} cannot hold"
-            )
-    return [((MODES[file.format], form[0], form[1]), of[form]) for file, form in zip(job.files, forms, strict=True)]
+        data = data_of[form]
+        if len(data) > file.page_size:
+            raise DataError(f"takes {len(data)} bytes as {file.format}, which a page of {file.page_size} cannot hold")
+        stored.append(((MODES[file.format], form[0], form[1]), data))
+    return stored
 
 
-def _form(file: PlannedFile, width: int, height: int, keepable: bool, job: Job) -> tuple[int, int, int, int, int]:
-    """How the file stores an image of that size: (width, height, kind, quality, sampling)."""
+def _form(file: FileSpec, width: int, height: int, keepable: bool, job: EncodeJob) -> tuple[int, int, int, int, int]:
+    """The form of an image of that size in the file: (width, height, kind, quality, sampling)."""
     size = stored_size(width, height, file.side, job.short_edge)
     if max(size) > MAX_EDGE:
-        raise DataError(f"{size[0]}x{size[1]} pixels, expected at most {MAX_EDGE} a side")
+        raise DataError(f"{size[0]}x{size[1]} pixels, expected at most {MAX_EDGE} on each side")
     if file.format == "raw":
         return *size, AS_RAW, 0, 0
-    # A JPEG that need not shrink stays as it came: encoded again, it would only lose.
-    kept = keepable and file.keep and size == (width, height)
-    return *size, AS_IT_CAME if kept else AS_JPEG, file.quality, file.sampling
+    # A JPEG that need not shrink is stored unchanged, because encoding it again would lose quality.
+    unchanged = keepable and file.keep and size == (width, height)
+    return *size, AS_ORIGINAL if unchanged else AS_JPEG, file.quality or 0, file.sampling or 0

@@ -1,10 +1,10 @@
-"""The hidden folder of a write under way: the growing files, and the journal of what is safely in them.
+"""The hidden folder of an unfinished write: the growing files, and the journal of what they safely hold.
 
-The journal is a line of JSON that says what is written, and then a block for each commit: a line of JSON, and
-the rows, (F, K) of ROW. A block is written after the images that it describes have reached the disk, so what
-follows the last whole block was never promised, and is cut off. The last line says that the files are whole.
+The journal starts with a line of JSON that identifies the write. Each commit adds a block: a line of JSON, and the rows,
+(F, K) of STORED_ROW. A block is written after its images have reached the disk. So whatever follows the last complete
+block is cut off after a crash. The last line says that the files are complete.
 
-Letters: F files, K rows of a chunk that could be read.
+Letters: F files, K readable rows of a chunk.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vitlocal.data.beton import ALLOCATION, METADATA, data_start, head_bytes
-from vitlocal.data.manifest import BetonFile, Manifest, PlannedFile, flush_folder, joined_crc32
-from vitlocal.data.writer.encode import ROW, Chunk
+from vitlocal.data.manifest import BetonFile, FileSpec, Manifest, flush_folder, joined_crc32
+from vitlocal.data.writer.encode import STORED_ROW, Chunk
 from vitlocal.errors import ConfigError, DataError
 
 VERSION = "3"
-COMMIT_SECONDS = 5.0  # at most so much work is lost by a kill -9 or a power cut
+COMMIT_SECONDS = 5.0  # the work that a kill -9 or a power cut can lose
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """How far the files have come."""
+    """The state of the files after a row."""
 
-    next: int  # row of the source
+    next: int  # next row of the source
     ends: tuple[int, ...]  # (F,) length of each file
     checksums: tuple[int, ...]  # (F,) CRC-32 of each file from data_start on
 
 
-class Store:
-    """The files of a split: ``append`` until all rows are in, ``seal``, ``publish``.
+class SplitFiles:
+    """The growing files of a split: ``append`` until all rows are in, then ``seal`` and ``publish``.
 
-    Opening it takes up what an earlier write left in the folder ``work``, beside which the files are published.
-    ``length`` is that of the source; writes of an equal ``identity`` give the same files.
+    Opening it resumes an earlier write in the folder ``work``. The files are published in the folder above. ``length``
+    is the number of rows of the source. Writes with equal ``identity`` give the same files.
     """
 
-    def __init__(self, work: Path, files: tuple[PlannedFile, ...], length: int, identity: dict[str, str]) -> None:
+    def __init__(self, work: Path, files: tuple[FileSpec, ...], length: int, identity: dict[str, str]) -> None:
         self.work, self.files, self.length = work, files, length
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
@@ -69,7 +69,7 @@ class Store:
 
     @property
     def count(self) -> int:
-        """The images in each file."""
+        """The number of images in each file."""
         return self.mark.next - len(self.skipped)
 
     @property
@@ -78,30 +78,30 @@ class Store:
 
     @property
     def needed(self) -> int | None:
-        """The bytes that the rest will take, going by the rows so far."""
+        """An estimate of the bytes for the remaining rows, from the rows so far."""
         done = self.mark.next
         return self.data_bytes * (self.length - done) // done if done else None
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> SplitFiles:
         with ExitStack() as opened:
             self._open(opened)
-            opened.callback(self._committer.shutdown)  # comes before the files are closed
+            opened.callback(self._committer.shutdown)  # runs before the files are closed
             self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._opened:
             if kind is not None and not self.sealed:
-                with suppress(OSError, DataError):  # the error under way says more
-                    self.commit(wait=True)  # what is there need not be made again
+                with suppress(OSError, DataError):  # the current error says more
+                    self.commit(wait=True)  # so that these rows need not be encoded again
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             print(
-                f"\nInterrupted after {self.mark.next} of {self.length} images. The same command "
-                f"goes on from there; to give it up, remove {self.work}",
+                f"\nInterrupted after {self.mark.next} of {self.length} images. The same command continues from there. "
+                f"To start over, remove {self.work}",
                 file=sys.stderr,
             )
 
-    # --- taking up ----------------------------------------------------------------------------------------------------
+    # --- resuming ---
 
     def _open(self, opened: ExitStack) -> None:
         def descriptor(path: Path) -> int:
@@ -116,34 +116,32 @@ class Store:
             if _full(error):
                 raise self._no_room(self.journal, error) from error
             raise ConfigError(
-                f"cannot write to the data folder {self.out}: {error.strerror} ({error.filename}). Get the "
-                "rights to it, or give another folder by --out."
+                f"cannot write to the data folder {self.out}: {error.strerror} ({error.filename}). Change its "
+                "permissions, or name another folder with --out."
             ) from error
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # others: a file system without locks
-                raise ConfigError(
-                    f"{self.work} is being written by another process; wait for it, or give another --out"
-                ) from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # other errors: a file system without locks
+                raise ConfigError(f"another process writes to {self.work}; wait for it, or use another --out") from None
         self._replay()
         if self.sealed:
             return
         for file, end in zip(self.files, self.mark.ends, strict=True):
             path, final = self.work / file.file, self.out / file.file
             if final.exists():
-                raise ConfigError(f"{final} exists, but no manifest describes it. Remove it, or choose another --out.")
+                raise ConfigError(f"{final} exists, but no manifest describes it. Remove it, or use another --out.")
             self._descriptors.append(descriptor(path))
             length = os.fstat(self._descriptors[-1]).st_size
             if length < end and end > self.start:
                 raise DataError(
-                    f"{path} has {length} bytes, but its journal promises {end}: someone else changed it. "
-                    f"Remove the folder {self.work} to begin anew."
+                    f"{path} has {length} bytes, but its journal says {end}: something else changed it. "
+                    f"Remove the folder {self.work} to start over."
                 )
             os.ftruncate(self._descriptors[-1], end)
 
     def _replay(self) -> None:
-        """Takes up what the journal promises; begins a new journal where there is none."""
+        """Restores the state from the journal, or starts a new journal."""
         good = 0
         with open(self.journal, "rb") as file:
             head = _line(file)
@@ -151,35 +149,35 @@ class Store:
                 if what := difference(head.get("identity", {}), self.identity):
                     raise ConfigError(
                         f"{self.work} is an interrupted write of another configuration ({what}). "
-                        "Repeat that command, remove the folder to begin anew, or choose another --out."
+                        "Repeat that command, remove the folder to start over, or use another --out."
                     )
                 good = file.tell()
-            while head is not None and (block := _line(file)) is not None and self._take(block, file):
+            while head is not None and (block := _line(file)) is not None and self._replay_block(block, file):
                 good = file.tell()
         os.ftruncate(self._journal, good)
         os.lseek(self._journal, good, os.SEEK_SET)
         if head is None:
-            self._note(_dump({"identity": self.identity}))
+            self._write_journal(_dump({"identity": self.identity}))
 
-    def _take(self, block: dict[str, Any], file: BinaryIO) -> bool:
-        """Takes up a block whose rows ``file`` holds next; False where it is not whole."""
+    def _replay_block(self, block: dict[str, Any], file: BinaryIO) -> bool:
+        """Restores a block, whose rows come next in ``file``. Returns False if it is incomplete."""
         if "sealed" in block:
             self.sealed = tuple(BetonFile(**sealed) for sealed in block["sealed"])
             return True
         count = block["next"] - block["start"] - len(block["skipped"])
-        payload = file.read(len(self.files) * count * ROW.itemsize)
-        # A write that goes wrong may leave out a block, which those behind it cannot replace.
+        payload = file.read(len(self.files) * count * STORED_ROW.itemsize)
+        # A failed write may omit a block; later blocks are then useless.
         if block["start"] != self.mark.next or zlib.crc32(payload) != block["crc32"]:
             return False
-        self._rows.append(np.frombuffer(payload, ROW).reshape(len(self.files), count))
+        self._rows.append(np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count))
         self.skipped.update(block["skipped"])
         self.mark = _Mark(block["next"], tuple(block["ends"]), tuple(block["checksums"]))
         return True
 
-    # --- growing ------------------------------------------------------------------------------------------------------
+    # --- growing ---
 
     def append(self, chunk: Chunk) -> None:
-        """Lays out the chunk's rows behind those before, and commits if it is time."""
+        """Writes the chunk's rows behind the earlier ones, and commits if it is time."""
         assert chunk.start == self.mark.next, (chunk.start, self.mark)
         ends, checksums = [], []
         for file, descriptor, rows, images, begin, checksum in zip(
@@ -188,7 +186,7 @@ class Store:
             end, parts, places = begin, [], []
             for image in images:
                 if end % file.page_size + len(image) > file.page_size:
-                    parts.append(bytes(-end % file.page_size))  # an image starts a page that it would cross into
+                    parts.append(bytes(-end % file.page_size))  # an image that would cross a page starts the next one
                     end += len(parts[-1])
                 parts.append(image)
                 places.append(end)
@@ -208,7 +206,7 @@ class Store:
             self.commit()
 
     def commit(self, wait: bool = False) -> None:
-        """Has the rows appended so far flushed and then journaled, in a thread; waits for the commit before."""
+        """Flushes the appended rows and then journals them, in a thread. Waits for the commit before."""
         self._join()
         self._committed = time.monotonic()
         if self._new:
@@ -228,9 +226,9 @@ class Store:
         for file, descriptor in zip(self.files, self._descriptors, strict=True):
             with self._guarded(self.work / file.file):
                 os.fsync(descriptor)
-        self._note(block)
+        self._write_journal(block)
 
-    def _note(self, block: bytes) -> None:
+    def _write_journal(self, block: bytes) -> None:
         with self._guarded(self.journal):
             _write_all(self._journal, block)
             os.fsync(self._journal)
@@ -240,18 +238,18 @@ class Store:
         if commit is not None:
             commit.result()
 
-    # --- finishing ----------------------------------------------------------------------------------------------------
+    # --- finishing ---
 
     def seal(self, labels: np.ndarray) -> None:
-        """Makes the files whole: metadata and header in front, the table of allocations behind.
+        """Completes the files: metadata and header in front, the table of allocations behind.
 
-        ``labels`` (length,) are those of all the source's rows.
+        ``labels`` (length,) are the labels of all rows of the source.
         """
         self.commit(wait=True)
         labels = np.delete(labels, list(self.skipped))
         rows = np.concatenate(self._rows, axis=1)
         sealed = tuple(self._seal_file(index, file_rows, labels) for index, file_rows in enumerate(rows))
-        self._note(_dump({"sealed": [asdict(file) for file in sealed]}))
+        self._write_journal(_dump({"sealed": [asdict(file) for file in sealed]}))
         self.sealed = sealed
 
     def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:
@@ -276,21 +274,21 @@ class Store:
         )
 
     def publish(self, manifest: Manifest, path: Path) -> None:
-        """Gives the whole files their names, then saves the manifest at ``path``; may be repeated after a kill."""
+        """Gives the complete files their names, then saves the manifest at ``path``. Repeatable after a kill."""
         for file in self.sealed:
             final = self.out / file.file
-            with suppress(FileNotFoundError):  # has its name already
+            with suppress(FileNotFoundError):  # it already has its name
                 os.replace(self.work / file.file, final)
             if not final.exists() or final.stat().st_size != file.bytes:
                 raise DataError(
-                    f"{final} is missing or not of {file.bytes} bytes, though finished: someone else changed it. "
+                    f"{final} is missing or does not have {file.bytes} bytes: something else changed it. "
                     f"Remove {self.work} and the split's .beton files."
                 )
         flush_folder(self.out)
         with self._guarded(path):
             manifest.save(path)
 
-    # --- errors -------------------------------------------------------------------------------------------------------
+    # --- errors ---
 
     @contextmanager
     def _guarded(self, path: Path) -> Iterator[None]:
@@ -300,23 +298,21 @@ class Store:
             if _full(error):
                 raise self._no_room(path, error) from error
             raise DataError(
-                f"cannot write {path}: {error.strerror or error}. The same command goes on from there."
+                f"cannot write {path}: {error.strerror or error}. The same command continues from there."
             ) from error
 
     def _no_room(self, path: Path, error: OSError) -> DataError:
-        needed = "the need is not yet known" if self.needed is None else f"about {byte_words(self.needed)} more needed"
+        needed = "the need is unknown" if self.needed is None else f"about {byte_words(self.needed)} more needed"
         return DataError(
             f"no room to write {path}: {error.strerror}; {byte_words(free_bytes(self.out))} free, {needed}. "
-            "Make room there, and the same command goes on where this stopped; or choose another --out."
+            "Free some space, and the same command continues where this one stopped; or use another --out."
         )
 
 
 def difference(was: dict[str, str], wanted: dict[str, str]) -> str:
-    """In words, how the write that ``was`` begun differs from the one that is ``wanted``; empty where it does not."""
+    """The differences between the identities of two writes, in words; empty if there are none."""
     return "; ".join(
-        f"{name}: {was.get(name)!r} there, {value!r} asked for"
-        for name, value in wanted.items()
-        if was.get(name) != value
+        f"{name}: {was.get(name)!r} there, {value!r} wanted" for name, value in wanted.items() if was.get(name) != value
     )
 
 
@@ -336,7 +332,7 @@ def _full(error: OSError) -> bool:
 
 def _write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:
     view = memoryview(data)
-    while len(view):  # a write may be partial, at a full disk first of all
+    while len(view):  # a write may be partial, for example if the disk is full
         if offset is None:
             done = os.write(descriptor, view)
         else:
@@ -350,7 +346,7 @@ def _dump(block: dict[str, Any]) -> bytes:
 
 
 def _line(file: BinaryIO) -> dict[str, Any] | None:
-    """The object on the next line of a journal; None where it ends or was not written whole."""
+    """The object on the next line of a journal; None at its end, or if the line is incomplete."""
     line = file.readline()
     try:
         content = json.loads(line) if line.endswith(b"\n") else None

@@ -1,9 +1,8 @@
-"""Which files to write: measured on the source's own images, for a curriculum, a trainer's speed and a disk.
+"""The storage layout: which files to write for a curriculum, the trainer's speed, and a disk.
 
-Some images are encoded at every side and format that could serve, and cut at every size: that gives each file's size
-and speed. Of all sets of files, the one is taken that keeps the trainer waiting least; of those, the smallest on disk.
-
-Letters: I stages of the curriculum, C candidates (files that could be written).
+Some of the source's images are encoded at every useful side and format, and cropped at every size. That measures the
+bytes and the speed of each candidate file. The best set of files lets the trainer wait the least; among equals, it is
+the smallest on disk.
 """
 
 from __future__ import annotations
@@ -20,35 +19,35 @@ import yaml
 from vitlocal.write_options import PLAN_NAME
 from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
-from vitlocal.data.crops import Cropping
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import ImageSet
-from vitlocal.data.manifest import PlannedFile
-from vitlocal.data.native import ROW, Encoder, Threads
-from vitlocal.data.writer.encode import Job, encode_image
+from vitlocal.data.manifest import FileSpec
+from vitlocal.data.native import ROW, DecoderThreads, Encoder
+from vitlocal.data.writer.encode import EncodeJob, encode_image
 from vitlocal.data.writer.journal import byte_words
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 
-MARGIN = 1.2  # the loader is to be this much faster than the trainer
-LOWER_QUALITIES = (80, 70)  # tried, in this order, where the wished one is too slow or too large
-SIDE_STEP = 16  # px, to which candidates' sides are rounded up
-IMAGES, ENCODE_SECONDS = 256, 10.0  # as many images of the source, in at most that time
+MARGIN = 1.2  # the loader should be this much faster than the trainer
+LOWER_QUALITIES = (80, 70)  # tried in this order if the wanted quality is too slow or too large
+SIDE_STEP = 16  # px; sides of candidates are rounded up to a multiple
+IMAGES, ENCODE_SECONDS = 256, 10.0  # images of the source to encode, within this time
 MEASURE_SECONDS = 12.0  # for all files and sizes, in two rounds
-TIME_STEP = 1e-4  # of the training time: what counts as a difference in waiting
+TIME_STEP = 1e-4  # as a fraction of the training time: smaller differences in waiting do not count
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What the trainer does at one image size."""
+class SizeDemand:
+    """The images that the trainer needs at one image size."""
 
     size: int  # px
-    images: float  # that are trained on
-    rate: float  # images/s that the trainer takes
+    images: float  # in the whole run
+    rate: float  # images/s of the trainer
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the files may cost; bytes."""
+class StorageLimits:
+    """What the files may use; bytes."""
 
     cores: int
     disk: int
@@ -56,28 +55,32 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A file that could be written, as measured."""
+class CandidateFile:
+    """A measured file that could be written."""
 
     side: int
     format: str  # "raw" | "jpg"
     bytes: int
-    rates: dict[int, float]  # images/s on all cores, by crop size; of the sizes that it is good enough for
+    rates: dict[int, float]  # images/s on all cores, by the crop sizes that the file is large enough for
 
     def __str__(self) -> str:
         return f"{self.side}:{self.format}"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A set of files, and what the loader gives from it."""
+class StorageLayout:
+    """A set of files, and the speed of the loader with it."""
 
-    stages: tuple[Stage, ...]
-    files: tuple[Candidate, ...]
-    serving: tuple[Candidate, ...]  # of each stage, one of the files
+    demands: tuple[SizeDemand, ...]
+    files: tuple[CandidateFile, ...]
     quality: int
     sampling: int
-    keep: bool  # JPEGs that need not shrink, as they came
+    keep: bool  # JPEGs that need not shrink are stored unchanged
+
+    @property
+    def serving(self) -> tuple[CandidateFile, ...]:
+        """The file for each demand."""
+        return tuple(file for demand in self.demands if (file := fastest_file(demand, self.files)))
 
     @property
     def bytes(self) -> int:
@@ -85,71 +88,78 @@ class Choice:
 
     @property
     def waits(self) -> tuple[float, ...]:
-        """The part of each stage's time that the trainer waits for the loader; 0 where that is fast enough."""
+        """For each demand, the fraction of the time that the trainer waits for the loader."""
         return tuple(
-            max(0.0, 1 - file.rates[stage.size] / stage.rate)
-            for stage, file in zip(self.stages, self.serving, strict=True)
+            max(0.0, 1 - file.rates[demand.size] / demand.rate)
+            for demand, file in zip(self.demands, self.serving, strict=True)
         )
 
     @property
-    def keeps_up(self) -> bool:
-        return not any(map(lacking, self.stages, self.serving))
+    def missing_seconds(self) -> float:
+        return sum(map(missing_seconds, self.demands, self.serving))
 
 
-def lacking(stage: Stage, file: Candidate) -> float:
-    """Seconds by which reading the stage from the file takes longer than is wanted."""
-    return stage.images * max(0.0, 1 / file.rates[stage.size] - 1 / (MARGIN * stage.rate))
+def missing_seconds(demand: SizeDemand, file: CandidateFile) -> float:
+    """The seconds by which reading takes longer than wanted, with :data:`MARGIN`."""
+    return demand.images * max(0.0, 1 / file.rates[demand.size] - 1 / (MARGIN * demand.rate))
 
 
-# --- what could be written ----------------------------------------------------------------------------------
+def fastest_file(demand: SizeDemand, files: Sequence[CandidateFile]) -> CandidateFile | None:
+    """The file that a source would read: the fastest that is large enough, if any."""
+    return max(
+        (file for file in files if demand.size in file.rates), key=lambda file: file.rates[demand.size], default=None
+    )
 
 
-def measured(
-    images: ImageSet, sizes: Sequence[int], cropping: Cropping, side_ratio: float, cores_then: int, quality: int,
+# --- candidates ---
+
+
+def measure_candidates(
+    images: ImageSet, sizes: Sequence[int], crops: CropPolicy, side_ratio: float, target_cores: int, quality: int,
     sampling: int, keep: bool = True, formats: Sequence[str] = ("raw", "jpg"),
-) -> tuple[Candidate, ...]:  # fmt: skip
-    """The candidates for crops of ``sizes`` px, with their sizes and speeds measured on some of ``images``.
+) -> tuple[CandidateFile, ...]:  # fmt: skip
+    """The candidates for crops of ``sizes`` px, measured on some of ``images``.
 
-    A side is at least ``side_ratio`` x a crop's size, the rule that sources go by. Speeds are those of one core here,
-    times ``cores_then`` and what is lost where all cores here work at once.
+    A side is at least ``side_ratio`` x the size of a crop, as for sources. The rates are those of one core here, times
+    ``target_cores``, less the loss if all cores here work at once.
     """
     sides = sorted({-(-int(np.ceil(size * side_ratio)) // SIDE_STEP) * SIDE_STEP for size in sizes})
     files = tuple(
-        PlannedFile("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
+        FileSpec("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
         for side in sides
         for format in formats
     )
-    stored = _encoded(images, files)
-    good = [[size for size in sizes if file.side >= size * side_ratio - 1e-6] for file in files]
-    seconds = MEASURE_SECONDS / 2 / (sum(map(len, good)) + len(files))
-    one, all_cores = Threads(1), Threads(cores())
+    stored = _encode_some(images, files)
+    served = [[size for size in sizes if file.side >= size * side_ratio - 1e-6] for file in files]
+    seconds = MEASURE_SECONDS / 2 / (sum(map(len, served)) + len(files))
+    one, all_cores = DecoderThreads(1), DecoderThreads(cores())
     took: list[dict[int, float]] = [{} for _ in files]
-    kept = []  # of a core's speed where all work
-    for _ in range(2):  # what disturbs the one round may not be there in the other
+    efficiency = []  # speed of a core while all work, relative to a core that works alone
+    for _ in range(2):  # a disturbance in one round may be absent in the other
         for place, (data, rows) in enumerate(stored):
-            for size in good[place]:
-                spent = crop_seconds(one, data, rows, size, cropping, seconds)
+            for size in served[place]:
+                spent = crop_seconds(one, data, rows, size, crops, seconds)
                 took[place][size] = min(spent, took[place].get(size, spent))
             if all_cores.count > 1:
-                together = crop_seconds(all_cores, data, rows, good[place][-1], cropping, seconds)
-                kept.append(min(1.0, took[place][good[place][-1]] / (together * all_cores.count)))
+                together = crop_seconds(all_cores, data, rows, served[place][-1], crops, seconds)
+                efficiency.append(min(1.0, took[place][served[place][-1]] / (together * all_cores.count)))
     one.close()
     all_cores.close()
-    cores_worth = cores_then * (float(np.median(kept)) if kept and cores_then > 1 else 1.0)
+    effective_cores = target_cores * (float(np.median(efficiency)) if efficiency and target_cores > 1 else 1.0)
     return tuple(
-        Candidate(
+        CandidateFile(
             file.side,
             file.format,
             data_start(len(images)) + int((rows["bytes"].mean() + ALLOCATION.itemsize) * len(images)),
-            {size: cores_worth / spent for size, spent in by_size.items()},
+            {size: effective_cores / spent for size, spent in by_size.items()},
         )
         for file, (_, rows), by_size in zip(files, stored, took, strict=True)
     )
 
 
-def _encoded(images: ImageSet, files: Sequence[PlannedFile]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Some of the source's images as each file would hold them: (bytes,) uint8 and (n,) of ROW."""
-    job, encoder = Job(tuple(files), 0, True), Encoder()
+def _encode_some(images: ImageSet, files: Sequence[FileSpec]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Some of the images as each file would store them: (bytes,) uint8 and (n,) of native.ROW."""
+    job, encoder = EncodeJob(tuple(files), 0, True), Encoder()
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:IMAGES])
     parts: list[list[bytes]] = [[] for _ in files]
     rows: list[list[tuple[int, ...]]] = [[] for _ in files]
@@ -168,151 +178,144 @@ def _encoded(images: ImageSet, files: Sequence[PlannedFile]) -> list[tuple[np.nd
         if time.monotonic() > deadline:
             break
     if not rows[0]:
-        raise DataError(f"none of {len(chosen)} images of {images.spec} could be read; the last one: {problem}")
+        raise DataError(f"none of {len(chosen)} images of {images.spec} could be read; the last error: {problem}")
     return [
         (np.frombuffer(b"".join(part), np.uint8), np.array(row, ROW)) for part, row in zip(parts, rows, strict=True)
     ]
 
 
-# --- which of them ------------------------------------------------------------------------------------------
+# --- the choice ---
 
 
-def serving(stage: Stage, files: Sequence[Candidate]) -> Candidate | None:
-    """The file that a source would read at this stage: of those that are good enough, the fastest."""
-    return max(
-        (file for file in files if stage.size in file.rates), key=lambda file: file.rates[stage.size], default=None
-    )
+def best_files(
+    demands: Sequence[SizeDemand], candidates: Sequence[CandidateFile], limits: StorageLimits
+) -> tuple[CandidateFile, ...] | None:
+    """The best set of files that fits the disk; None if no set does.
 
-
-def cheapest(stages: Sequence[Stage], candidates: Sequence[Candidate], limits: Limits) -> tuple[Candidate, ...] | None:
-    """The set of files, of those that the disk holds, that is best in this order: the fewest stages read from files
-    that the page cache cannot hold; the least time lacking to the wanted speed; the smallest on disk.
-
-    None where every set is larger than the disk. Exact: all sets are gone through, but for those that cannot be better
-    than one that is known.
+    It has, in this order: the fewest demands read from files that the page cache cannot hold, the least missing time,
+    the fewest bytes. The search is exact; it skips sets that cannot be better than the best one so far.
     """
-    tick = TIME_STEP * sum(stage.images / stage.rate for stage in stages)
-    worst = 2.0 * len(stages) * sum(  # one stage that is read from the disk is worse than all waiting
-        max((lacking(stage, file) for file in candidates if stage.size in file.rates), default=0.0) for stage in stages
+    tick = TIME_STEP * sum(demand.images / demand.rate for demand in demands)
+    worst = 2.0 * len(demands) * sum(  # a demand that is read from the disk is worse than any waiting
+        max((missing_seconds(demand, file) for file in candidates if demand.size in file.rates), default=0.0)
+        for demand in demands
     ) + 1.0  # fmt: skip
 
-    def costs(stage: Stage, file: Candidate) -> float:
-        return lacking(stage, file) + worst * (file.bytes > limits.memory)
+    def cost_of(demand: SizeDemand, file: CandidateFile) -> float:
+        return missing_seconds(demand, file) + worst * (file.bytes > limits.memory)
 
-    options = [[c for c, file in enumerate(candidates) if stage.size in file.rates] for stage in stages]
+    options = [[c for c, file in enumerate(candidates) if demand.size in file.rates] for demand in demands]
     if not all(options):
         return None
-    order = sorted(range(len(stages)), key=lambda i: len(options[i]))  # those with the least choice first
-    least = [min(costs(stages[i], candidates[c]) for c in options[i]) for i in order]
-    rest = [sum(least[place:]) for place in range(len(order) + 1)]  # what the stages from a place on cost at least
+    order = sorted(range(len(demands)), key=lambda i: len(options[i]))  # demands with few options first
+    least = [min(cost_of(demands[i], candidates[c]) for c in options[i]) for i in order]
+    rest = [sum(least[place:]) for place in range(len(order) + 1)]  # lower bound for the demands from a place on
     best: tuple[tuple[int, int, int], frozenset[int]] | None = None
     seen: dict[tuple[int, frozenset[int]], float] = {}
 
     def value(cost: float, chosen: frozenset[int]) -> tuple[int, int, int]:
         return math.ceil(cost / tick - 1e-9), sum(candidates[c].bytes for c in chosen), len(chosen)
 
-    def go_on(place: int, chosen: frozenset[int], cost: float) -> None:
+    def extend(place: int, chosen: frozenset[int], cost: float) -> None:
         nonlocal best
         bound = value(cost + rest[place], chosen)
-        if (
-            bound[1] > limits.disk
-            or (best is not None and bound >= best[0])
-            or seen.get((place, chosen), math.inf) <= cost
-        ):
+        known = seen.get((place, chosen), math.inf)
+        if bound[1] > limits.disk or (best is not None and bound >= best[0]) or known <= cost:
             return
         seen[place, chosen] = cost
-        if place == len(stages):
+        if place == len(demands):
             files = [candidates[c] for c in chosen]
-            read = value(sum(costs(stage, serving(stage, files)) for stage in stages), chosen)  # as a source will
-            if best is None or read < best[0]:
-                best = read, chosen
+            read = [(demand, file) for demand in demands if (file := fastest_file(demand, files))]  # as a source does
+            found = value(sum(cost_of(demand, file) for demand, file in read), chosen)
+            if best is None or found < best[0]:
+                best = found, chosen
             return
-        stage = stages[order[place]]
-        for c in sorted(options[order[place]], key=lambda c: costs(stage, candidates[c])):
-            go_on(place + 1, chosen | {c}, cost + costs(stage, candidates[c]))
+        demand = demands[order[place]]
+        for c in sorted(options[order[place]], key=lambda c: cost_of(demand, candidates[c])):
+            extend(place + 1, chosen | {c}, cost + cost_of(demand, candidates[c]))
 
-    go_on(0, frozenset(), 0.0)
+    extend(0, frozenset(), 0.0)
     return None if best is None else tuple(candidates[c] for c in sorted(best[1]))
 
 
-def propose(
-    images: ImageSet, stages: Sequence[Stage], cropping: Cropping, side_ratio: float, limits: Limits, quality: int = 90,
-    sampling: int = 420, keep: bool = True,
-) -> Choice:  # fmt: skip
-    """The files to write for the stages.
+def propose_layout(
+    images: ImageSet, demands: Sequence[SizeDemand], crops: CropPolicy, side_ratio: float, limits: StorageLimits,
+    quality: int = 90, sampling: int = 420, keep: bool = True,
+) -> StorageLayout:  # fmt: skip
+    """The files to write for ``demands``.
 
-    JPEGs have the ``quality`` and ``sampling`` that are wished; where no set of files then keeps up, or fits, lower
-    ones are tried, and the first that lacks least is taken. Raises ConfigError where nothing fits the disk.
+    If no set of files is fast enough or fits the disk with JPEGs of ``quality`` and ``sampling``, lower ones are tried,
+    and the first layout with the least missing time is returned. Raises ConfigError if nothing fits the disk.
     """
-    sizes = sorted({stage.size for stage in stages})
+    sizes = sorted({demand.size for demand in demands})
     tries = [(quality, sampling), *([(quality, 420)] if sampling != 420 else [])]
     tries += [(lower, 420) for lower in LOWER_QUALITIES if lower < quality]
-    choices: list[Choice] = []
-    raw: tuple[Candidate, ...] = ()
-    for number, tried in enumerate(tries):
+    layouts: list[StorageLayout] = []
+    raw: tuple[CandidateFile, ...] = ()
+    for number, (quality, sampling) in enumerate(tries):
         formats = ("jpg",) if number else ("raw", "jpg")
-        found = measured(images, sizes, cropping, side_ratio, limits.cores, *tried, keep, formats)
+        found = measure_candidates(images, sizes, crops, side_ratio, limits.cores, quality, sampling, keep, formats)
         raw = raw or tuple(file for file in found if file.format == "raw")
         jpegs = tuple(file for file in found if file.format == "jpg")
-        files = cheapest(stages, raw + jpegs, limits)
+        files = best_files(demands, raw + jpegs, limits)
         if files is not None:
-            serves = tuple(serving(stage, files) for stage in stages)
-            choices.append(Choice(tuple(stages), files, serves, *tried, keep))
-            if choices[-1].keeps_up:
-                return choices[-1]
-    if not choices:
+            layouts.append(StorageLayout(tuple(demands), files, quality, sampling, keep))
+            if not layouts[-1].missing_seconds:
+                return layouts[-1]
+    if not layouts:
         smallest = min((file for file in raw + jpegs if sizes[-1] in file.rates), key=lambda file: file.bytes)
         raise ConfigError(
             f"--disk-limit: {byte_words(limits.disk)} are too few: the smallest file that serves all sizes, {smallest} "
-            f"of quality {tried[0]}, takes {byte_words(smallest.bytes)}. Raise the limit, or lower data.side_ratio in "
+            f"of quality {quality}, takes {byte_words(smallest.bytes)}. Raise the limit, or lower data.side_ratio in "
             "the recipe"
         )
-    tick = TIME_STEP * sum(stage.images / stage.rate for stage in stages)
-    return min(choices, key=lambda choice: round(sum(map(lacking, choice.stages, choice.serving)) / tick))
+    tick = TIME_STEP * sum(demand.images / demand.rate for demand in demands)
+    return min(layouts, key=lambda layout: round(layout.missing_seconds / tick))
 
 
-# --- what the user sees, and what is written next -------------------------------------------------------------
+# --- the report, and the options for the next write ---
 
 
-def described(choice: Choice, limits: Limits, count: int) -> list[str]:
-    """The choice in lines, for a terminal and for the plan's head."""
-    cores = f"{limits.cores} core{'s' * (limits.cores > 1)}"
+def layout_lines(layout: StorageLayout, limits: StorageLimits, count: int) -> list[str]:
+    """The layout in lines of text, for a terminal and for the head of the file that keeps it."""
     lines = [
-        f"{count:,} images; {cores}; the loader is to be {MARGIN} x as fast as the trainer",
+        f"{count:,} images; {limits.cores} core{'s' * (limits.cores > 1)}; the loader should be {MARGIN} x as fast as "
+        "the trainer",
         f"{'px':>5} {'epochs':>7} {'trainer':>11} {'loader':>11} {'':>8}  file",
     ]
-    for stage, file, wait in zip(choice.stages, choice.serving, choice.waits, strict=True):
-        rate = file.rates[stage.size]
-        told = f"  waits {100 * wait:.0f} % of its time" if wait else "  little to spare" * (lacking(stage, file) > 0)
-        told += f"  does not fit in memory ({byte_words(limits.memory)}): its rate is the disk's" * (
-            file.bytes > limits.memory
-        )
+    for demand, file, wait in zip(layout.demands, layout.serving, layout.waits, strict=True):
+        rate, note = file.rates[demand.size], ""
+        if wait:
+            note = f"  waits {100 * wait:.0f} % of its time"
+        elif missing_seconds(demand, file) > 0:
+            note = "  little to spare"
+        if file.bytes > limits.memory:
+            note += f"  does not fit in memory ({byte_words(limits.memory)}), so the disk limits its rate"
         lines.append(
-            f"{stage.size:5} {stage.images / count:7.1f} {stage.rate:9,.0f}/s {rate:9,.0f}/s "
-            f"{rate / stage.rate:6.1f} x  {file}{told}"
+            f"{demand.size:5} {demand.images / count:7.1f} {demand.rate:9,.0f}/s {rate:9,.0f}/s "
+            f"{rate / demand.rate:6.1f} x  {file}{note}"
         )
-    jpeg = f", JPEG of quality {choice.quality} and chroma {choice.sampling}" * any(
-        f.format == "jpg" for f in choice.files
-    )
-    largest = max(file.bytes for file in choice.serving)
-    files = ", ".join(f"{file} ({byte_words(file.bytes)})" for file in choice.files)
-    lines.append(f"{byte_words(choice.bytes)} on disk, of {byte_words(limits.disk)}: {files}{jpeg}")
+    jpeg = f", JPEG of quality {layout.quality} and chroma {layout.sampling}"
+    jpeg *= any(file.format == "jpg" for file in layout.files)
+    files = ", ".join(f"{file} ({byte_words(file.bytes)})" for file in layout.files)
+    largest = max(file.bytes for file in layout.serving)
+    lines.append(f"{byte_words(layout.bytes)} on disk, of {byte_words(limits.disk)}: {files}{jpeg}")
     lines.append(f"at most {byte_words(largest)} of them at a time in the page cache, of {byte_words(limits.memory)}")
-    if not choice.keeps_up:
+    if layout.missing_seconds:
         lines.append(
-            "No set of files keeps the loader that fast. What may help: more cores (--cores), room for raw files "
+            "No set of files is fast enough for the trainer. These may help: more cores (--cores), room for raw files "
             "(--disk-limit, --memory-limit), or a smaller data.side_ratio in the recipe."
         )
     return lines
 
 
-def save_plan(out: str, choice: Choice, lines: Sequence[str], command: str) -> Path:
-    """Keeps the choice in the data folder, as options for write_dataset.py, which takes them up by itself."""
+def save_layout(out: str, layout: StorageLayout, lines: Sequence[str], command: str) -> Path:
+    """Saves the layout in the data folder, as options that the next write of the split reads."""
     path = Path(out) / PLAN_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {
-        "sides": ",".join(str(file) for file in choice.files), "quality": choice.quality, "sampling": choice.sampling,
-        "keep_jpegs": choice.keep,
+        "sides": ",".join(str(file) for file in layout.files), "quality": layout.quality, "sampling": layout.sampling,
+        "keep_jpegs": layout.keep,
     }  # fmt: skip
     head = "".join(f"# {line}\n" for line in (f"Made by {command}", *lines))
     path.write_text(head + yaml.safe_dump({"write": options}, sort_keys=False), encoding="utf-8")

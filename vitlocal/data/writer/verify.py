@@ -1,4 +1,4 @@
-"""Reads a written split from end to end: are the files those of the manifest, and does every image decode?"""
+"""Checks a written split: do the files match the manifest, and does every image decode?"""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from tqdm import tqdm
 
 from vitlocal.data.loader import MappedFile
 from vitlocal.data.manifest import BetonFile, Manifest, checksum
-from vitlocal.data.native import FULL, Threads, whole_policy
+from vitlocal.data.native import FULL, DecoderThreads, whole_policy
 from vitlocal.errors import DataError
 
 BATCH = 256
-SIDE = 8  # px to which the decoded images are brought: their pixels are not looked at
-SHOWN = 10
+SIDE = 8  # px of the decoded images, whose pixels are not used
+MAX_REPORTED = 10
 
 
 def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Manifest:
-    """Decodes every image of every file of the split in the folder ``out`` and compares the files with the manifest.
+    """Decodes every image of the split in the folder ``out`` and compares the files with the manifest.
 
-    Compared are rows, bytes, CRC-32, largest width and height, and the labels of all files with each other.
-    Raises ConfigError where there is no manifest, else DataError that lists what is wrong with all files.
+    The comparison covers rows, bytes, CRC-32, largest width and height, and the labels of all files.
+    Raises ConfigError if there is no manifest, and DataError that lists the problems of all files.
     """
-    manifest = Manifest.load(Path(out) / f"{split}.json")
+    manifest_path = Path(out) / f"{split}.json"
+    manifest = Manifest.load(manifest_path)
     problems: list[str] = []
-    threads, labels = Threads(workers), None
+    threads, labels = DecoderThreads(workers), None
     total = manifest.count * len(manifest.files)
     with tqdm(total=total, unit=" images", disable=not (progress and sys.stderr.isatty()), leave=False) as bar:
         for stored in manifest.files:
@@ -38,24 +39,24 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
                 problems.append(str(error))
                 continue
             if labels is not None and not np.array_equal(labels, file.labels):
-                problems.append(f"{path}: its labels are not those of {manifest.files[0].file}")
+                problems.append(f"{path}: its labels differ from those of {manifest.files[0].file}")
             labels = file.labels if labels is None else labels
             problems += _differences(path, file, stored, manifest) + _damaged(path, file, manifest, threads, bar)
     threads.close()
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        more = f"\n  and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""
         raise DataError(
-            f"{out}: split {split!r} is damaged:\n  " + "\n  ".join(problems[:SHOWN]) + more
-            + f"\nRemove {Path(out) / f'{split}.json'} and those files, and write the split again"
+            f"{out}: split {split!r} is damaged:\n  " + "\n  ".join(problems[:MAX_REPORTED]) + more
+            + f"\nRemove {manifest_path} and those files, and write the split again"
         )  # fmt: skip
     if progress:
         files = f"{len(manifest.files)} file{'s' * (len(manifest.files) > 1)}"
-        print(f"{Path(out) / f'{split}.json'}: {total:,} images in {files}, all sound")
+        print(f"{manifest_path}: {total:,} images in {files}, no damage found")
     return manifest
 
 
 def _differences(path: Path, file: MappedFile, stored: BetonFile, manifest: Manifest) -> list[str]:
-    found = {
+    compared = {
         "rows": (len(file.rows), manifest.count),
         "bytes": (file.bytes.size, stored.bytes),
         "largest width": (int(file.rows["width"].max()), stored.max_width),
@@ -63,13 +64,13 @@ def _differences(path: Path, file: MappedFile, stored: BetonFile, manifest: Mani
         "checksum": (checksum(path), stored.checksum),
     }
     return [
-        f"{path}: {name} {is_there}, the manifest says {said}"
-        for name, (is_there, said) in found.items()
-        if is_there != said
+        f"{path}: {name} {found}, the manifest says {expected}"
+        for name, (found, expected) in compared.items()
+        if found != expected
     ]
 
 
-def _damaged(path: Path, file: MappedFile, manifest: Manifest, threads: Threads, bar: tqdm) -> list[str]:
+def _damaged(path: Path, file: MappedFile, manifest: Manifest, threads: DecoderThreads, bar: tqdm) -> list[str]:
     problems = []
     crops, policy = np.empty((BATCH, SIDE, SIDE, 3), np.uint8), whole_policy()
     for start in range(0, len(file.rows), BATCH):

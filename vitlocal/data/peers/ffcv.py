@@ -1,0 +1,179 @@
+"""FFCV's own ``Loader`` as a source: ``data.loader=ffcv``, to compare with.
+
+Training uses FFCV's ``RandomResizedCropRGBImageDecoder`` and ``RandomHorizontalFlip``; validation uses its
+``CenterCropRGBImageDecoder``. Both are compiled once for each file; ``output_size`` follows the size of each pass.
+
+Differences from the native loader: the order of the rows is the same, but the boxes are FFCV's own. They depend on
+numba's random state and not on keys, so a run does not repeat exactly. A damaged JPEG is not detected: FFCV returns the
+pixels of another image. Files are chosen by their side alone.
+
+Shape letters: B batch, S size.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.beton import check_beton
+from vitlocal.data.costs import DecodingCosts
+from vitlocal.data.crops import ROW_MASK, CropPolicy
+from vitlocal.data.loader import check_lengths, choose_file
+from vitlocal.data.manifest import BetonFile, Manifest
+from vitlocal.data.peers.crop_decoder import keep_torch_threads
+from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.errors import DataError
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
+
+with keep_torch_threads():
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader as FFCVLoader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor
+
+# numba fails with a KeyError, which nobody can catch, if it frees FFCV's compiled decoders. At exit it does not free them.
+_compiled: list[FFCVLoader] = []
+
+
+class GuardedIterator(EpochIterator):
+    """FFCV's iterator, which raises the errors of its thread in the consumer, and which can be closed early.
+
+    FFCV's own thread dies of an error without a message, and its consumer then waits forever.
+    """
+
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+            while not self.terminate_event.is_set():
+                try:
+                    self.output_queue.put(None, timeout=0.1)  # FFCV's mark of the end
+                    return
+                except queue.Full:
+                    continue
+
+    def run_pipeline(self, *arguments: Any) -> Any:
+        if self.terminate_event.is_set():
+            raise StopIteration  # FFCV's thread ends at this
+        return super().run_pipeline(*arguments)
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return super().__next__()
+        except StopIteration:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+
+    def stop(self) -> None:
+        """Ends and joins the thread."""
+        self.terminate_event.set()
+        while self.is_alive():
+            while not self.output_queue.empty():  # the thread may wait for a place in the queue
+                self.output_queue.get_nowait()
+            self.join(0.05)
+        self.close()
+
+
+class FileLoader:
+    """FFCV's compiled ``Loader`` of one file."""
+
+    def __init__(self, path: Path, crops: CropPolicy, device: torch.device, workers: int):
+        if crops.random:
+            self.decoder = RandomResizedCropRGBImageDecoder((1, 1), crops.scale, crops.ratio)
+        else:
+            self.decoder = CenterCropRGBImageDecoder((1, 1), crops.centre)
+        image = [self.decoder, *([RandomHorizontalFlip(crops.flip)] if crops.random else []), ToTensor()]
+        label = [IntDecoder(), ToTensor()]
+        if device.type == "cuda":
+            image, label = [*image, ToDevice(device)], [*label, ToDevice(device)]
+        with keep_torch_threads():
+            self.loader = FFCVLoader(
+                str(path), batch_size=1, num_workers=workers, os_cache=True, drop_last=False,
+                pipelines={"image": image, "label": label},
+            )  # fmt: skip
+        _compiled.append(self.loader)
+
+    def start(self, rows: np.ndarray, batch_size: int, size: int) -> GuardedIterator:
+        """Starts to read ``rows`` (n,) in their order."""
+        self.decoder.output_size = (size, size)  # takes effect where the iterator allocates memory; nothing is compiled
+        self.loader.batch_size = batch_size
+        with keep_torch_threads(), torch.inference_mode(False):  # its memory is used in training too
+            return GuardedIterator(self.loader, rows.astype(np.uint64))
+
+
+class FFCVSource:
+    """A split of the data folder ``root``, read by FFCV. See the module for what differs from the native loader."""
+
+    def __init__(
+        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, workers: int, *,
+        side_ratio: float = 1.5, share: Share = WHOLE,
+    ):  # fmt: skip
+        self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
+        self.device, self.workers, self.share, self.damaged = device, workers, share, ()
+        self.classes, self.count = manifest.classes, manifest.count
+        self.rows, self.side = RowSubsets(self.count), max(file.side for file in manifest.files)
+        self.loaders: dict[Path, FileLoader] = {}
+        check_lengths(self.root, manifest)
+
+    def choose(self, size: int) -> BetonFile:
+        """The file for crops of ``size`` px: the smallest that is large enough."""
+        return choose_file(self.manifest, DecodingCosts({}), self.crops, self.side_ratio, size)
+
+    @contextmanager
+    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
+        loader = self._loader(self.root / self.choose(feed.size).file)
+        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
+        batches = self._read(loader, list(self.share.slices(draws, feed.batch_size)), feed.size)
+        try:
+            yield batches
+        finally:
+            batches.close()
+
+    def _loader(self, path: Path) -> FileLoader:
+        if path not in self.loaders:
+            info = check_beton(path, len(self.classes))
+            if info.count != self.count:
+                raise DataError(f"{path} has {info.count} rows, its manifest says {self.count}; write both again")
+            self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
+        return self.loaders[path]
+
+    def _read(self, loader: FileLoader, slices: list[Slice], size: int) -> Iterator[Batch]:
+        # FFCV cuts its order into batches of one length; the last slice of a process may have another.
+        for length, group in groupby(slices, lambda part: len(part.draws)):
+            parts = list(group)
+            if not length:
+                yield from (Batch.empty(size, self.device, part.total) for part in parts)
+                continue
+            batches = loader.start(np.concatenate([part.draws for part in parts]) & ROW_MASK, length, size)
+            try:
+                for part, (pixels, labels) in zip(parts, batches, strict=True):
+                    if self.device.type == "cuda":  # FFCV writes later batches to the same memory
+                        pixels = pixels.clone()
+                    images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
+                    ids = torch.from_numpy(part.draws & ROW_MASK)
+                    yield Batch(images, labels.flatten().clone(), ids, part.places, part.total)
+            finally:
+                batches.stop()
+
+    def close(self) -> None:
+        """Forgets the compiled loaders."""
+        self.loaders.clear()

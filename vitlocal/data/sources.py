@@ -1,0 +1,81 @@
+"""Opens the training and the validation source of a data folder, with the loader of your choice."""
+
+from __future__ import annotations
+
+import torch
+
+from vitlocal.data.batch import Source, Sources
+from vitlocal.data.crops import CropPolicy
+from vitlocal.data.manifest import load_manifest
+from vitlocal.data.shares import WHOLE, Share
+from vitlocal.errors import ConfigError
+from vitlocal.machine import cores
+
+LOADERS = ("native", "ffcv", "torchvision", "dali")
+
+
+def open_sources(
+    loader: str, root: str, *, device: torch.device, source: str | None = None, workers: int = 0,
+    on_error: str = "stop", side_ratio: float = 1.5, seed: int = 0, crop_scale: tuple[float, float] = (0.08, 1.0),
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3), flip: float = 0.5, repeats: int = 1, centre_crop: float = 0.875,
+    share: Share = WHOLE, local_world_size: int = 1,
+) -> Sources:  # fmt: skip
+    """The sources of the splits train and val in the data folder ``root``; ``loader`` is one of :data:`LOADERS`.
+
+    Args:
+        source: the original images for torchvision and dali; None: the ones that the manifest names.
+        workers: decoder threads (processes for torchvision); 0: one for each core of this process's share.
+        on_error: "stop" or "skip" at a damaged image (native loader).
+        side_ratio: a file serves random crops of a size if its side is at least ``side_ratio`` x size.
+        seed, crop_scale, crop_ratio, flip, repeats: random crops for training, see CropPolicy.
+        centre_crop: side of the centre crop for validation, as a fraction of the short edge.
+        share: the part of each batch that this process reads.
+        local_world_size: the number of processes that share the cores.
+
+    Raises ConfigError if the data folder or the original images are missing, or if the splits have different classes.
+    Raises DataError if files are damaged.
+    """
+    policies = {
+        "train": CropPolicy(True, seed, crop_scale, crop_ratio, flip, repeats),
+        "val": CropPolicy(random=False, centre=centre_crop),
+    }
+    workers = workers or max(1, cores() // local_world_size)
+    opened: list[Source]
+    if loader == "native":
+        from vitlocal.data.loader import LoaderResources, NativeSource
+
+        resources = LoaderResources(workers)
+        opened = [
+            NativeSource(
+                root, load_manifest(root, split), crops, device, resources, side_ratio=side_ratio, on_error=on_error,
+                share=share,
+            )
+            for split, crops in policies.items()
+        ]  # fmt: skip
+    elif loader == "ffcv":
+        from vitlocal.data.peers.ffcv import FFCVSource  # importing ffcv takes seconds
+
+        opened = [
+            FFCVSource(root, load_manifest(root, split), crops, device, workers, side_ratio=side_ratio, share=share)
+            for split, crops in policies.items()
+        ]
+    elif loader == "dali":
+        from vitlocal.data.peers.dali import DALISource  # an optional package
+
+        opened = [DALISource(root, source, split, crops, device, workers, share) for split, crops in policies.items()]
+    elif loader == "torchvision":
+        from vitlocal.data.peers.torchvision import TorchvisionSource
+
+        opened = [
+            TorchvisionSource(root, source, split, crops, device, workers, share) for split, crops in policies.items()
+        ]
+    else:
+        raise ConfigError(f"data.loader: got {loader!r}, expected one of {', '.join(LOADERS)}")
+    sources = Sources(*opened)
+    if sources.train.classes != sources.val.classes:
+        odd = sorted(set(sources.train.classes) ^ set(sources.val.classes))
+        raise ConfigError(
+            f"data.root: the classes of train ({len(sources.train.classes)}) and val ({len(sources.val.classes)}) "
+            f"in {root} differ: {', '.join(odd[:5]) or 'they have another order'}. Write both splits from one source"
+        )
+    return sources
