@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.method import Probe, StepResult
 from vitlocal.models.factory import load_weights
-from vitlocal.models.shape import in_shape
+from vitlocal.models.shape import temporary_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
@@ -133,7 +133,7 @@ def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, na
         fit(run)
         run.export()
         images = torch.randn(4, 3, 48, 48)
-        with in_shape(run.model.eval(), run.evaluated_shape(), WHOLE_MODEL), torch.no_grad():
+        with temporary_shape(run.model.eval(), run.evaluated_shape(), WHOLE_MODEL), torch.no_grad():
             expected = run.model(images)
     exported = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
     assert isinstance(exported, VisionTransformer)
@@ -199,11 +199,11 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
         order = method.supernet(1)[0]
         for net in method.candidates(1):
             skipped = method.skipped(1, net.depth)
-            with in_shape(run.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
+            with temporary_shape(run.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
                 inside = run.model(images)
             left = tuple(slot for slot in order if slot not in skipped)
             assert len(left) == net.depth
-            with in_shape(run.model, Shape(block_order=left), WHOLE_MODEL):
+            with temporary_shape(run.model, Shape(block_order=left), WHOLE_MODEL):
                 assert torch.equal(run.model(images), inside)
 
 
@@ -380,9 +380,9 @@ def test_fine_tuning_starts_from_weights(configure, decoder, tmp_path: Path):
     ):
         with pytest.raises((ConfigError, DataError), match=problem):
             train(configure(f"--model.weights={tmp_path}/{folder}", f"--run.folder={tmp_path}/d"))
-    with pytest.raises(ConfigError, match="set the model's options as they were"):
+    with pytest.raises(ConfigError, match="use the options that the weights were trained with"):
         train(configure(f"--model.weights={tmp_path}/first", "--model.width=64", f"--run.folder={tmp_path}/d"))
-    with pytest.raises(ConfigError, match=r"another model's. That run was given --model.name=.* --model.depth="):
+    with pytest.raises(ConfigError, match=r"another model. That run has --model.name=.* --model.depth="):
         train(configure(f"--model.weights={tmp_path}/first", "--model.depth=5", f"--run.folder={tmp_path}/d"))
     assert not (tmp_path / "d").exists()
 
@@ -412,7 +412,7 @@ def test_timms_own_model_is_fine_tuned_from_its_file(configure, decoder, tmp_pat
             if not torch.equal(value, plain[f"blocks.{slot}.{name}"])
         }  # fmt: skip
         assert moved == {0, 1, 3, 4}  # the last group's are as they came
-    with pytest.raises(ConfigError, match="set unfreeze.stage_embedding=no"):
+    with pytest.raises(ConfigError, match="cannot have a stage embedding"):
         train(configure(*options, "--unfreeze.stage_embedding=yes", f"--run.folder={tmp_path}/told"))
 
 

@@ -33,7 +33,8 @@ def a_step(configure, *options: str, device: torch.device = CPU) -> Step:
     """The same weights each time; options override."""
     config = configure("--model.size=24", "--methods=none", "--model.drop_path=0.3", *AUGMENTED, *options)
     torch.manual_seed(0)
-    model = build_model(config.model, CLASSES)[0].to(device, memory_format=torch.channels_last).train()
+    model, _ = build_model(config.model.name, config.model.arguments(), CLASSES)
+    model = model.to(device, memory_format=torch.channels_last).train()
     average = ModelEma(model, 0.9) if config.train.ema else None
     return Step(model, build_optimizer(model, config.train), average, config, device)
 

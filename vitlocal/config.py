@@ -95,6 +95,8 @@ class ModelConfig:
             "heads": "num_heads",
             "drop_path": "drop_path_rate",
             "size": "img_size",
+            "position": "pos_embed_init",
+            "train_position": "train_pos_embed",
         }
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "weights")}
         return {names.get(name, name): value for name, value in values.items() if value is not None}

@@ -33,8 +33,8 @@ from vitlocal.data.batch import load_manifest, open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import add_stage_table, put
-from vitlocal.models.vit import VisionTransformer, attention_of
+from vitlocal.models.shape import add_stage_table, set_shape
+from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.figures import save
@@ -120,11 +120,11 @@ def watching(model: VisionTransformer, seen: dict[int, Seen]) -> Iterator[None]:
             extra = (
                 num_prefix_tokens if isinstance(module, FeedForward) else 0
             )  # DeiT's class token has hidden units, too
-            seen[place].hidden = module.widened(*operands)[:, extra:]
+            seen[place].hidden = module.hidden_units(*operands)[:, extra:]
 
         return hook
 
-    for place, slot in enumerate(model.order):
+    for place, slot in enumerate(model.active.block_order):
         block = model.blocks[slot]
         if not hasattr(block.mlp, "widened"):
             raise ConfigError(f"{type(model).__name__}: hidden units are looked at in DeiT and local-FFN models alone")
@@ -170,13 +170,13 @@ def model_of(file: Path, config: Config, classes: int) -> tuple[float, VisionTra
     But for connections that tri-level training cuts: heads are looked at with all of them.
     """
     state, about = read_weights(file)
-    model, _ = build_model(config.model, classes)
+    model, _ = build_model(config.model.name, config.model.arguments(), classes)
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{config.model.name} is timm's own: this analysis is of vitlocal_… models")
     if (table := state.get("stage_table")) is not None:
         add_stage_table(model, len(table), 0.0, 0.0, config.of("unfreeze").stage_tokens)
     model.load_state_dict(state)
-    put(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
+    set_shape(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
     return about["epoch"], model.eval()
 
 

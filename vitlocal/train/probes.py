@@ -16,7 +16,7 @@ import torch
 
 from vitlocal.data.batch import Batch, full_batches
 from vitlocal.methods.method import Probe
-from vitlocal.models.shape import check_shape, in_shape
+from vitlocal.models.shape import check_shape, temporary_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Plan
 from vitlocal.progress import TRAINING_FLOPS
@@ -96,7 +96,7 @@ def loss(run: Run, probe: Probe) -> float:
     model = run.model if probe.average is None else run.copies[probe.average].model
     training = model.training
     total = torch.zeros(2, dtype=torch.float64, device=run.device)
-    with in_shape(model, probe.shape, probe.shape), buffers_kept(model), batches_of(run, probe) as batches:
+    with temporary_shape(model, probe.shape, probe.shape), buffers_kept(model), batches_of(run, probe) as batches:
         try:
             model.train()
             if isinstance(model, VisionTransformer):  # an average's are those of the last step's shape

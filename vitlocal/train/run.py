@@ -25,9 +25,9 @@ from vitlocal.methods import MethodContext, build_methods
 from vitlocal.methods.method import Method, ProbeResult, StepResult
 from vitlocal.models.factory import build_model, export_model, load_weights, patch_side
 from vitlocal.models.flops import count_macs
-from vitlocal.models.local_mix import fuses
+from vitlocal.models.local_mix import can_fuse
 from vitlocal.models.memory import activation_bytes
-from vitlocal.models.shape import add_stage_table, grow, in_shape, parts_of
+from vitlocal.models.shape import add_stage_table, grow, model_parts, temporary_shape
 from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Position, Progress, upcoming_changes
 from vitlocal.report.page import write_classes
@@ -70,7 +70,9 @@ class Run:
         self.folder, self.sources, self.device, self.ranks = folder, sources, device, ranks
         self.config = config
         torch.manual_seed(config.run.seed)  # the weights' start
-        model, self.model_arguments = build_model(config.model, len(sources.train.classes))
+        model, self.model_arguments = build_model(
+            config.model.name, config.model.arguments(), len(sources.train.classes)
+        )
         check_sizes(config, model)
         self.started_anew: list[str] = []
         if config.model.weights and not (folder / CHECKPOINT).exists():
@@ -79,7 +81,7 @@ class Run:
         self._macs: dict[tuple[int, Shape], int] = {}
         self.methods = build_methods(
             MethodContext(
-                config, sources.train.count, self._image_bytes, self.macs, parts_of(self.model),
+                config, sources.train.count, self._image_bytes, self.macs, model_parts(self.model),
                 len(getattr(self.model, "blocks", ())), ranks.world,
             )
         )  # fmt: skip
@@ -168,7 +170,7 @@ class Run:
     def macs(self, size: int, shape: Shape = WHOLE_MODEL) -> int:
         """Multiply-adds of one image of ``size`` px, forward, in ``shape``."""
         if (size, shape) not in self._macs:
-            with in_shape(self.model, shape, self.step.shape if hasattr(self, "step") else WHOLE_MODEL):
+            with temporary_shape(self.model, shape, self.step.shape if hasattr(self, "step") else WHOLE_MODEL):
                 self._macs[size, shape] = count_macs(self.model, shape.input_size or size)
         return self._macs[size, shape]
 
@@ -182,7 +184,7 @@ class Run:
 
     def _image_bytes(self, size: int) -> int:
         side = size // patch_side(self.model)
-        fused = self.config.train.kernel != "plain" and fuses(self.device, (side, side))
+        fused = self.config.train.kernel != "plain" and can_fuse(self.device, (side, side))
         return activation_bytes(self.model, size, self.step.precision, fused)
 
     def agree(self, plan: Plan | None = None) -> None:
@@ -414,7 +416,7 @@ class Run:
         config = self.config.evaluate
         model = self.model if self.average is None else self.average.model
         feed = Feed(config.size, config.batch_size)
-        with in_shape(model, self.evaluated_shape(plan), self.step.shape):
+        with temporary_shape(model, self.evaluated_shape(plan), self.step.shape):
             return evaluate(model, self.sources.val, feed, self.step, stop, config.part, limit)
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
@@ -535,9 +537,10 @@ class Run:
         """The weights that were evaluated, as files that timm loads, to the run's folder or to ``folder``."""
         model = self.model if self.average is None else self.average.model
         shape = self.evaluated_shape()
-        with in_shape(model, shape, self.step.shape):
-            export_model(folder or self.folder, model, self.config.model, self.model_arguments,
-                         self.sources.train.classes, self.config.evaluate, shape)  # fmt: skip
+        with temporary_shape(model, shape, self.step.shape):
+            export_model(folder or self.folder, model, self.config.model.name, self.model_arguments,
+                         self.sources.train.classes, size=self.config.evaluate.size,
+                         crop_pct=self.config.evaluate.crop_ratio, shape=shape)  # fmt: skip
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:

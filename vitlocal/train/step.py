@@ -22,7 +22,7 @@ from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.shape import check_shape, put, set_trainable
+from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
 from vitlocal.progress import Progress
@@ -125,14 +125,14 @@ class Objective(nn.Module):
 
         ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) drop path's. Taps, None unless asked for:
         "correct" (B,) bool, whether the highest logit is that of the image's own label (not of what was mixed into it);
-        "attention_variance" (B,), see :meth:`VisionTransformer.forward_with_spread`.
+        "attention_variance" (B,), see :meth:`VisionTransformer.forward_with_attention_variance`.
         """
         pixels = self.resized(self.augment(images, drawn))
         operands = (pixels,) if noise is None else (pixels, noise)
         spread = None
         with autocast(images.device, self.precision):
             if "attention_variance" in self.step_outputs:
-                logits, spread = self.model.forward_with_spread(*operands)
+                logits, spread = self.model.forward_with_attention_variance(*operands)
             else:
                 logits = self.model(*operands)
         logits = logits.float()
@@ -224,7 +224,7 @@ class Step:
         if shape == self.shape:
             return
         check_shape(self.model, shape)
-        put(self.model, shape)
+        set_shape(self.model, shape)
         self.bare.input_size, self.shape = shape.input_size, shape
         self._set_drop_path()
         changed = set_trainable(self.model, shape)
