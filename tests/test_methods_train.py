@@ -273,7 +273,7 @@ def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model
 def test_a_step_does_not_tell_some_images_their_stage(configure, decoder, monkeypatch: pytest.MonkeyPatch):
     """About unfreeze.stage_null of them, drawn by the step, also where nothing else is drawn for a block."""
     untold = []
-    original = VisionTransformer._told_stage
+    original = VisionTransformer._add_stage
 
     def told_stage(self, tokens, noise):
         found = original(self, tokens, noise)
@@ -282,7 +282,7 @@ def test_a_step_does_not_tell_some_images_their_stage(configure, decoder, monkey
             untold.append(torch.isclose(row, self.stage_table[-1], atol=1e-5).all(dim=1))
         return found
 
-    monkeypatch.setattr(VisionTransformer, "_told_stage", told_stage)
+    monkeypatch.setattr(VisionTransformer, "_add_stage", told_stage)
     config = configure("--methods=unfreeze", "--model.depth=4", "--unfreeze.schedule=1@16px,2@16px,3@16px,4@16px",
                        "--model.drop_path=0", "--unfreeze.stage_null=0.3", "--budget.length=6ep",
                        "--unfreeze.stage_std=0.5")  # fmt: skip
