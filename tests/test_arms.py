@@ -50,7 +50,7 @@ def test_every_arm_of_the_paper_is_a_configuration():
         assert ("image_size" in small.methods) == ("image_size" in config.methods)
         if arm.name not in ("ours", "deit", "localvit"):
             continue
-        model, _ = build_model(small.model, 50)
+        model, _ = build_model(small.model.name, small.model.arguments(), 50)
         assert model.patch_size == 8 and model.embed_dim == 128 and len(model.blocks) == 6
 
 

@@ -57,7 +57,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     rows = step.compare(config, arms, [size], 1, 0.0, device, peak_tflops=1.0)
     assert len(rows) == 3
     for arm, row in zip(arms, rows, strict=True):
-        model = build_model(step.config_of(arm, config).model, step.CLASSES)[0].eval()
+        options = step.config_of(arm, config).model
+        model = build_model(options.name, options.arguments(), step.CLASSES)[0].eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))
         assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
@@ -66,7 +67,8 @@ def test_flops_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_the_peer_has_the_shape_of_our_deit(pool: str) -> None:
     config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])
-    ours = build_model(step.config_of(step.Arm("deit", False), config).model, step.CLASSES)[0]
+    options = step.config_of(step.Arm("deit", False), config).model
+    ours = build_model(options.name, options.arguments(), step.CLASSES)[0]
     peer = step.timm_model(config)
     assert {name: p.shape for name, p in peer.named_parameters()} == {
         name: p.shape for name, p in ours.named_parameters()

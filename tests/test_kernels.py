@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.models import local_mix as module
+from vitlocal.models.block import BlockShape
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.local_mix import _fused_backward, fused_local_mix, fuses, local_mix, plain_local_mix
-from vitlocal.models.vit import BlockShape
+from vitlocal.models.local_mix import _fused_backward, can_fuse, fused_local_mix, local_mix, plain_local_mix
 
 triton = pytest.importorskip("triton")
 # Of Triton 3.6's interpreter with numpy 1.26.
@@ -207,7 +207,7 @@ def test_a_compiler_can_trace_which_kernel_serves() -> None:
     """A break here would leave every local FFN of a compiled model in pieces."""
 
     def chosen(tokens: torch.Tensor) -> torch.Tensor:
-        return tokens + 1 if fuses(torch.device("cuda"), (4, 4)) else tokens - 1
+        return tokens + 1 if can_fuse(torch.device("cuda"), (4, 4)) else tokens - 1
 
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(1)).item() == 1

@@ -9,7 +9,7 @@ from torch import nn
 from vitlocal.config import ModelConfig, TrainConfig
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
-from vitlocal.models.vit import sincos_table
+from vitlocal.models.positions import sincos_table
 from vitlocal.train.muon import COEFFICIENTS, ITERATIONS, UPDATE_RMS, CombinedOptimizer, Muon, orthogonalized
 from vitlocal.train.optim import block_matrices, build_optimizer
 
@@ -59,7 +59,7 @@ def test_what_has_no_gradient_is_left_alone():
 
 def test_matrices_of_blocks_go_to_muon_and_all_else_to_adamw():
     small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=2, width=32, heads=2)
-    model, _ = build_model(small, 10)
+    model, _ = build_model(small.name, small.arguments(), 10)
     optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
     assert isinstance(optimizer, CombinedOptimizer)
     adamw, muon = optimizer.members
@@ -68,7 +68,7 @@ def test_matrices_of_blocks_go_to_muon_and_all_else_to_adamw():
     assert held[0] | held[1] == {id(p) for p in model.parameters()}
     names = {name.rpartition("blocks.0.")[2] for name in block_matrices(model) if "blocks.0." in name}
     assert names == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
-    flat, _ = build_model(ModelConfig(name="resnet18"), 10)
+    flat, _ = build_model("resnet18", {}, 10)
     with pytest.raises(ConfigError, match="has no blocks with matrices"):
         build_optimizer(flat, TrainConfig(optimizer="muon"))
 
@@ -82,15 +82,15 @@ def test_the_sincos_table():
     ]
     torch.testing.assert_close(table[row * 5 + column], torch.stack(expected))
     small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=1, width=32, heads=2, position="sincos")
-    model, _ = build_model(small, 10)
+    model, _ = build_model(small.name, small.arguments(), 10)
     assert torch.equal(model.pos_embed[0, 1:], sincos_table((8, 8), 32)) and not model.pos_embed[0, 0].any()
-    with pytest.raises(ConfigError, match="no multiple of 4"):
-        build_model(ModelConfig(name="vitlocal_tiny_patch8_64", width=30, heads=2, position="sincos"), 10)
+    with pytest.raises(ConfigError, match="must be a multiple of 4"):
+        build_model("vitlocal_tiny_patch8_64", dict(embed_dim=30, num_heads=2, pos_embed_init="sincos"), 10)
 
 
 def test_drop_path_moves_where_it_lies():
     small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=3, width=32, heads=2, drop_path=0.2)
-    model, _ = build_model(small, 10)
+    model, _ = build_model(small.name, small.arguments(), 10)
     where = model.drop_path_rates.data_ptr()
     model.set_drop_path(0.1)
     torch.testing.assert_close(model.drop_path_rates, torch.tensor([0.0, 0.05, 0.1]))

@@ -1,4 +1,4 @@
-"""The analysis of what is redundant in a model, against the formulas written out."""
+"""The measures of redundancy, compared with their formulas."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import timm
 import torch
 
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.redundancy import analysed, attended, components, linear_cka, mean_pair
+from vitlocal.bench.redundancy import attended_percent, component_percent, linear_cka, mean_pair, measure_blocks
 from vitlocal.errors import ConfigError
 from vitlocal.train.loop import train
 
 
 def plain_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """By the Gram matrices of m examples, as the paper writes it."""
+    """Computes CKA from the Gram matrices of m examples, as the paper writes it."""
     m = len(x)
     centre = torch.eye(m, dtype=torch.float64) - torch.ones(m, m, dtype=torch.float64) / m
     k, ll = (centre @ (one @ one.T) @ centre for one in (x.double(), y.double()))
@@ -28,7 +28,7 @@ def plain_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     return hsic(k, ll) / math.sqrt(hsic(k, k) * hsic(ll, ll))
 
 
-def test_cka_is_that_of_gram_matrices():
+def test_cka_equals_that_of_gram_matrices():
     torch.manual_seed(0)
     outputs = torch.randn(30, 3, 5) + torch.randn(30, 1, 5)  # (B·T, M, d)
     matrix = linear_cka(outputs)
@@ -40,31 +40,31 @@ def test_cka_is_that_of_gram_matrices():
     assert mean_pair(matrix) < 1
 
 
-def test_components():
+def test_component_percent():
     basis = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))[0]
     for rank in (1, 3, 7):
         hidden = torch.randn(1, 50, rank, dtype=torch.float64) @ basis[:rank][None]
-        assert float(components(hidden)[0]) == pytest.approx(100 * rank / 20)
+        assert float(component_percent(hidden)[0]) == pytest.approx(100 * rank / 20)
 
 
-def test_attended():
-    assert float(attended(torch.ones(1, 8))[0]) == pytest.approx(100)
-    assert float(attended(torch.tensor([[1.0, 0, 0, 0]]))[0]) == pytest.approx(25)
+def test_attended_percent():
+    assert float(attended_percent(torch.ones(1, 8))[0]) == pytest.approx(100)
+    assert float(attended_percent(torch.tensor([[1.0, 0, 0, 0]]))[0]) == pytest.approx(25)
 
 
 @pytest.mark.parametrize("name", ["vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64"])
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_every_block_is_seen(name: str, pool: str):
+def test_every_block_is_measured(name: str, pool: str):
     model = timm.create_model(name, depth=2, embed_dim=32, num_heads=2, num_classes=3, pool=pool).eval()
     batches = [torch.randn(3, 3, 64, 64), torch.randn(2, 3, 64, 64)]
     before = model(batches[0])
-    rows = analysed(model, batches)
+    rows = measure_blocks(model, batches)
     assert [row["block"] for row in rows] == [0, 1] and all(0 < row["heads_cka"] <= 1 for row in rows)
     assert all(0 < row[part] <= 100 for row in rows for part in ("hidden_percent", "attended_percent"))
-    assert torch.equal(model(batches[0]), before)  # nothing is left behind
+    assert torch.equal(model(batches[0]), before)  # no hooks remain
 
 
-def test_the_bench(configure, decoder, tmp_path: Path, capsys):
+def test_the_command(configure, decoder, tmp_path: Path, capsys):
     options = ["--methods=budgeted", "--budgeted.grow=heads,hidden", "--budget.length=2ep", "--run.keep_weights=yes"]
     train(configure(*options))
     main(["redundancy", str(tmp_path / "run"), "--images=20", f"--json={tmp_path}/r.json", f"--plot={tmp_path}/r.png"])

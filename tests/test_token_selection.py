@@ -1,22 +1,24 @@
-"""Fewer tokens and connections: counts, masks, and equality with the whole model where nothing is left out."""
+"""Token selection: counts, masks, gradients, and equality with the whole model if nothing is dropped."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 
 from vitlocal.models.flops import count_macs
-from vitlocal.models.shape import in_shape, put
+from vitlocal.models.shape import set_shape, temporary_shape
 from vitlocal.models.token_selection import (
-    EVERYTHING,
-    Selected,
-    Selection,
-    connection_mask,
+    ALL_TOKENS,
+    RemainingTokens,
+    TokenSelection,
+    attention_mask,
     gather_tokens,
-    narrow,
-    part_of,
+    keep_count,
     patch_scores,
+    prune_tokens,
     scatter_tokens,
 )
 from vitlocal.plan import WHOLE_MODEL, Shape
@@ -24,7 +26,7 @@ from vitlocal.plan import WHOLE_MODEL, Shape
 FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
 
 
-def a_model(name: str, **options):
+def small_model(name: str, **options):
     torch.manual_seed(0)
     return timm.create_model(name, embed_dim=32, depth=4, num_heads=2, num_classes=5, **options).eval()
 
@@ -34,16 +36,16 @@ def a_model(name: str, **options):
     [(1.0, [196] * 3, 4.60), (0.9, [177, 160, 144], 3.99), (0.8, [157, 126, 101], 3.44), (0.7, [138, 97, 68], 3.00),
      (0.5, [98, 49, 25], 2.28)],
 )  # fmt: skip
-def test_published_counts_and_costs(kept: float, counts: list[int], gmacs: float):
+def test_counts_and_macs_equal_the_published_figures(kept: float, counts: list[int], gmacs: float):
     found, count = [], 196
     for _ in range(3):
-        count = part_of(count, kept)
+        count = keep_count(count, kept)
         found.append(count)
     assert found == counts
     with torch.device("meta"):
         model = timm.create_model("vitlocal_deit_small_patch16_224")
-    for attended in (1.0, 0.1):  # the mask changes none of it
-        with in_shape(
+    for attended in (1.0, 0.1):  # the mask does not change the cost
+        with temporary_shape(
             model, Shape(token_keep_rate=kept, attention_keep_rate=attended, pruned_blocks=(3, 6, 9)), WHOLE_MODEL
         ):
             assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
@@ -54,12 +56,12 @@ def attention(batch: int = 2, tokens: int = 10, heads: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1])
-def test_masks(num_prefix_tokens: int):
+def test_mask_keeps_the_strongest_connections(num_prefix_tokens: int):
     seen = attention()
-    mask = connection_mask(seen, 0.3, num_prefix_tokens)
+    mask = attention_mask(seen, 0.3, num_prefix_tokens)
     assert mask.shape == (2, 3, 10, 10) and mask.dtype == torch.bool and not mask.requires_grad
     patches, inner = 10 - num_prefix_tokens, mask[..., num_prefix_tokens:, num_prefix_tokens:]
-    assert torch.equal(inner.sum(dim=3), torch.full((2, 3, patches), part_of(patches, 0.3)))
+    assert torch.equal(inner.sum(dim=3), torch.full((2, 3, patches), keep_count(patches, 0.3)))
     if num_prefix_tokens:
         assert mask[..., 0, :].all() and mask[..., 0].all()
     kept = seen[..., num_prefix_tokens:, num_prefix_tokens:].masked_fill(~inner, 2).min(dim=3).values
@@ -68,52 +70,52 @@ def test_masks(num_prefix_tokens: int):
 
 
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1])
-def test_a_second_mask_allows_no_more_than_its_part(num_prefix_tokens: int):
-    """Attention that was masked before is zero in many places, all equal: still ⌈r_a · n⌉ a row."""
+def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
+    """Attention that was masked before has many equal zeros. Each row still keeps ⌈rate · n⌉."""
     seen = attention(tokens=16)
-    before = connection_mask(seen, 0.25, num_prefix_tokens)
+    before = attention_mask(seen, 0.25, num_prefix_tokens)
     masked = seen.masked_fill(~before, 0)
-    _, left = narrow(
-        torch.randn(2, 16, 3), masked, Selected(None, before), Selection(0.5, 0.25, True), num_prefix_tokens
+    _, left = prune_tokens(
+        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), TokenSelection(0.5, 0.25, True), num_prefix_tokens
     )
     patches = left.mask.shape[-1] - num_prefix_tokens
-    assert (left.mask[..., num_prefix_tokens:, num_prefix_tokens:].sum(dim=3) == part_of(patches, 0.25)).all()
+    assert (left.mask[..., num_prefix_tokens:, num_prefix_tokens:].sum(dim=3) == keep_count(patches, 0.25)).all()
     if num_prefix_tokens:
         assert left.mask[..., 0, :].all() and left.mask[..., 0].all()
 
 
-def test_one_mask_for_all_heads_or_one_for_each():
+def test_one_mask_for_all_heads_or_one_per_head():
     tokens, seen = torch.randn(2, 10, 3), attention()
-    _, shared = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5), num_prefix_tokens=1)
-    _, own = narrow(tokens, seen, EVERYTHING, Selection(0.6, 0.5, own_masks=True), num_prefix_tokens=1)
+    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, TokenSelection(0.6, 0.5), num_prefix_tokens=1)
+    _, own = prune_tokens(tokens, seen, ALL_TOKENS, TokenSelection(0.6, 0.5, per_head_masks=True), num_prefix_tokens=1)
     assert shared.mask.shape == (2, 1, 7, 7) and own.mask.shape == (2, 3, 7, 7)
-    assert torch.equal(shared.places, own.places)  # the same tokens stay
-    for image, places in enumerate(own.places):
+    assert torch.equal(shared.indices, own.indices)  # both keep the same tokens
+    for image, places in enumerate(own.indices):
         rows = torch.cat([torch.zeros(1, dtype=torch.int64), places + 1])
         among = seen[image][:, rows][:, :, rows]
-        assert torch.equal(connection_mask(among[None], 0.5, 1)[0], own.mask[image])
-        assert torch.equal(connection_mask(among.mean(dim=0)[None, None], 0.5, 1)[0], shared.mask[image])
+        assert torch.equal(attention_mask(among[None], 0.5, 1)[0], own.mask[image])
+        assert torch.equal(attention_mask(among.mean(dim=0)[None, None], 0.5, 1)[0], shared.mask[image])
     assert not torch.equal(own.mask[:, 0], own.mask[:, 1])
-    model, images = a_model(FAMILIES[0]), torch.randn(2, 3, 64, 64)
-    put(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, pruned_blocks=(1,)))
+    model, images = small_model(FAMILIES[0]), torch.randn(2, 3, 64, 64)
+    set_shape(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, pruned_blocks=(1,)))
     by_all = model(images)
-    put(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, per_head_masks=True, pruned_blocks=(1,)))
+    set_shape(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, per_head_masks=True, pruned_blocks=(1,)))
     assert model(images).isfinite().all() and not torch.allclose(model(images), by_all)
 
 
-def test_tokens_that_stay():
+def test_kept_tokens_have_the_highest_scores():
     tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
-    left, selected = narrow(tokens, seen, EVERYTHING, Selection(0.5, 1.0), num_prefix_tokens=1)
+    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, TokenSelection(0.5, 1.0), num_prefix_tokens=1)
     best = patch_scores(seen.mean(dim=1), 1).topk(5, dim=1).indices.sort(dim=1).values
-    assert torch.equal(selected.places, best) and selected.mask is None
+    assert torch.equal(selected.indices, best) and selected.mask is None
     assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
-    again, twice = narrow(left, attention(2, 6), selected, Selection(0.5, 0.5), num_prefix_tokens=1)
+    again, twice = prune_tokens(left, attention(2, 6), selected, TokenSelection(0.5, 0.5), num_prefix_tokens=1)
     assert again.shape == (2, 4, 3) and twice.mask.shape == (2, 1, 4, 4)
-    assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.places, best, strict=True))
-    assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.places))  # places are those in the whole grid
+    assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.indices, best, strict=True))
+    assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.indices))  # indices count in the whole grid
 
 
-def test_back_to_the_grid():
+def test_scatter_inverts_gather():
     tokens, places = torch.randn(2, 3, 4), torch.tensor([[0, 2, 7], [1, 4, 8]])
     grid = scatter_tokens(tokens, places, 9)
     assert torch.equal(gather_tokens(grid, places), tokens) and grid.count_nonzero() == tokens.count_nonzero()
@@ -121,34 +123,36 @@ def test_back_to_the_grid():
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_nothing_left_out_is_the_whole_model(name: str, pool: str):
-    """Attention written out, every token chosen, every connection: the same logits."""
-    model, images = a_model(name, pool=pool), torch.randn(2, 3, 64, 64)
+def test_keeping_everything_equals_the_whole_model(name: str, pool: str):
+    """The slower path, which keeps every token and every connection, gives the same logits."""
+    model, images = small_model(name, pool=pool), torch.randn(2, 3, 64, 64)
     expected = model(images)
-    model.selections = {place: Selection(1.0, 1.0) for place in (1, 2)}
+    model.active = replace(model.active, selections={place: TokenSelection(1.0, 1.0) for place in (1, 2)})
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_do_not_pass_by_the_choice(name: str):
-    """With everything kept by force, gradients are those of the whole model: choosing adds none."""
-    model, images = a_model(name, pool="avg"), torch.randn(2, 3, 64, 64)
+def test_the_selection_adds_no_gradients(name: str):
+    """If everything is kept, the gradients equal those of the whole model."""
+    model, images = small_model(name, pool="avg"), torch.randn(2, 3, 64, 64)
     model(images).sum().backward()
     whole = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad()
-    model.selections = {1: Selection(1.0, 0.999)}  # a mask that leaves everything: ⌈0.999 · 64⌉ is 64
+    model.active = replace(
+        model.active, selections={1: TokenSelection(1.0, 0.999)}
+    )  # this mask keeps everything: ⌈0.999 · 64⌉ is 64
     model(images).sum().backward()
     for key, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_attention_under_a_mask(heads: int):
-    """Who is masked is paid nothing, the rest sums to 1; and the fused attention computes the same."""
-    block = a_model(FAMILIES[0]).blocks[0].attn
+def test_masked_attention(heads: int):
+    """Masked weights are zero, the others sum to 1, and the fused attention computes the same."""
+    block = small_model(FAMILIES[0]).blocks[0].attn
     tokens, mask = torch.randn(3, 9, 32), torch.rand(3, heads, 9, 9) < 0.4
     mask |= torch.eye(9, dtype=torch.bool)
-    merged, attention = block.shown(tokens, mask)
+    merged, attention = block.forward_with_weights(tokens, mask)
     assert attention.masked_select(~mask.expand_as(attention)).count_nonzero() == 0
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(3, 2, 9))
     torch.testing.assert_close(block(tokens, mask), merged, rtol=1e-4, atol=1e-6)
@@ -156,48 +160,48 @@ def test_attention_under_a_mask(heads: int):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_dropped_token_has_no_more_say(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Where attention mixes nothing, what a patch held that was dropped at the first block cannot change the logits."""
-    model = a_model(name, pool="avg")
+def test_dropped_tokens_do_not_affect_the_logits(name: str, monkeypatch: pytest.MonkeyPatch):
+    """If attention mixes nothing, a patch that the first block drops cannot change the logits."""
+    model = small_model(name, pool="avg")
     for block in model.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
         torch.nn.init.zeros_(block.attn.proj.bias)
-    seen, original = [], type(model.blocks[0]).narrowed
+    seen, original = [], type(model.blocks[0]).forward_pruned
 
-    def narrowed(self, *operands):
+    def forward_pruned(self, *operands):
         tokens, left = original(self, *operands)
-        seen.append(left.places[0].tolist())
+        seen.append(left.indices[0].tolist())
         return tokens, left
 
-    monkeypatch.setattr(type(model.blocks[0]), "narrowed", narrowed)
+    monkeypatch.setattr(type(model.blocks[0]), "forward_pruned", forward_pruned)
     images, mark = torch.randn(1, 3, 64, 64), 1e-3 * torch.randn(3, 8, 8)
     with torch.no_grad():
         whole = model(images)
-        put(model, Shape(token_keep_rate=0.25, pruned_blocks=(0,)))
+        set_shape(model, Shape(token_keep_rate=0.25, pruned_blocks=(0,)))
         narrow_logits = model(images)
-        side = model.grid[0]
+        side = model.patch_embed.grid_size[0]
         patch = 64 // side
         gone = min(set(range(side * side)) - set(seen[0]))
         y, x = patch * (gone // side), patch * (gone % side)
         marked = images.clone()
         marked[0, :, y : y + 8, x : x + 8] += mark
         assert torch.equal(model(marked), narrow_logits) and seen[0] == seen[1]
-        put(model, Shape())
+        set_shape(model, Shape())
         assert not torch.equal(model(marked), whole)
 
 
-def test_the_spread_of_attention():
+def test_attention_variance():
     for pool in ("token", "avg"):
-        model, images = a_model(FAMILIES[1], pool=pool), torch.randn(3, 3, 64, 64)
-        logits, spread = model.forward_with_spread(images)
+        model, images = small_model(FAMILIES[1], pool=pool), torch.randn(3, 3, 64, 64)
+        logits, variance = model.forward_with_attention_variance(images)
         torch.testing.assert_close(logits, model(images))
-        assert spread.shape == (3,) and (spread > 0).all() and not spread.requires_grad
+        assert variance.shape == (3,) and (variance > 0).all() and not variance.requires_grad
 
 
-def test_the_spread_tells_images_of_all_sizes_apart_alike(monkeypatch: pytest.MonkeyPatch):
-    """The same contrast among four times as many patches, each of a quarter the weight, is the same spread."""
-    model, contrast = a_model(FAMILIES[1]), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
-    paid = [contrast / contrast.sum(), contrast.repeat(1, 4) / (4 * contrast.sum()), torch.ones(1, 1)]
-    monkeypatch.setattr(type(model.blocks[0].attn), "paid", lambda *operands: paid.pop(0))
-    few, many, single = (float(model.forward_with_spread(torch.randn(1, 3, 64, 64))[1]) for _ in range(3))
+def test_attention_variance_does_not_depend_on_the_number_of_patches(monkeypatch: pytest.MonkeyPatch):
+    """The same contrast among four times as many patches, each with a quarter of the weight, gives the same value."""
+    model, contrast = small_model(FAMILIES[1]), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    returned = [contrast / contrast.sum(), contrast.repeat(1, 4) / (4 * contrast.sum()), torch.ones(1, 1)]
+    monkeypatch.setattr(type(model.blocks[0].attn), "patch_attention", lambda *operands: returned.pop(0))
+    few, many, single = (float(model.forward_with_attention_variance(torch.randn(1, 3, 64, 64))[1]) for _ in range(3))
     assert few == pytest.approx(3.5 / 9) and many == pytest.approx(few) and single == 0

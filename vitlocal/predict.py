@@ -1,4 +1,4 @@
-"""A trained run on photos: python -m vitlocal.predict --run runs/x photo.jpg [more.jpg …]"""
+"""Classifies photos with a trained run: python -m vitlocal.predict --run runs/x photo.jpg [more.jpg …]"""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -15,69 +14,57 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import vitlocal.models  # noqa: F401 (registers ours with timm)
+import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.data.augment import Normalize
 from vitlocal.data.crops import centre_box, cut
 from vitlocal.data.images import decode_rgb
 from vitlocal.errors import ConfigError, run_command
 
-EXPORT = ("model.safetensors", "config.json")
-
-
-@dataclass(frozen=True)
-class Guess:
-    name: str
-    probability: float
-
 
 class Predictor:
-    """A run's exported model with its preprocessing: the centre crop that its validation used."""
+    """A run's exported model with its preprocessing, the center crop of the run's evaluation.
 
-    def __init__(self, run: str | os.PathLike[str]):
-        """Raises ConfigError where ``run`` is not the folder of a finished run."""
+    Raises :class:`ConfigError` if ``run`` is not the folder of a finished run.
+    """
+
+    def __init__(self, run: str | os.PathLike[str]) -> None:
         folder = Path(run)
-        for name in EXPORT:
+        for name in ("model.safetensors", "config.json"):
             if not (folder / name).is_file():
                 raise ConfigError(
-                    f"--run: {folder / name} is not there; expected the folder of a finished run, as train_imagenet.py "
-                    "leaves it"
+                    f"--run: {folder / name} does not exist; expected the folder of a finished run of train_imagenet.py"
                 )
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        preprocessing = described["pretrained_cfg"]
-        self.names: list[str] = described["label_names"]
-        self.size, self.part = preprocessing["input_size"][1], preprocessing["crop_pct"]
+        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.class_names: list[str] = description["label_names"]
+        self.size: int = description["pretrained_cfg"]["input_size"][1]
+        self.crop_pct: float = description["pretrained_cfg"]["crop_pct"]
         self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        self.normalize = Normalize()
-
-    def crop(self, image: Image.Image) -> torch.Tensor:
-        """The (3, S, S) uint8 centre crop of an RGB image, at the run's evaluation size."""
-        return pil_to_tensor(cut(image, centre_box(image.height, image.width, self.part), self.size))
 
     @torch.inference_mode()
-    def __call__(self, image: Image.Image, count: int = 5) -> list[Guess]:
-        """The ``count`` most probable classes of an RGB image, best first."""
-        logits = self.model(self.normalize(self.crop(image)[None]).contiguous(memory_format=torch.channels_last))
-        best = logits.softmax(1).topk(min(count, len(self.names)))
-        return [
-            Guess(self.names[place], probability)
-            for probability, place in zip(best.values[0].tolist(), best.indices[0].tolist(), strict=True)
-        ]
+    def __call__(self, image: Image.Image, count: int = 5) -> list[tuple[str, float]]:
+        """Returns the ``count`` most probable classes of an RGB image with their probabilities, best first."""
+        crop = cut(image, centre_box(image.height, image.width, self.crop_pct), self.size)
+        pixels = Normalize()(pil_to_tensor(crop)[None])  # (1, 3, S, S)
+        logits = self.model(pixels.contiguous(memory_format=torch.channels_last))
+        best = logits.softmax(1)[0].topk(min(count, len(self.class_names)))
+        names = [self.class_names[index] for index in best.indices.tolist()]
+        return list(zip(names, best.values.tolist(), strict=True))
 
 
 def main(argv: Sequence[str]) -> None:
+    """Prints the five most probable classes of each photo."""
     parser = argparse.ArgumentParser(prog="python -m vitlocal.predict", description=__doc__)
-    parser.add_argument("--run", required=True, help="the folder of a finished run")
+    parser.add_argument("--run", required=True, help="folder of a finished run")
     parser.add_argument("photos", nargs="+", metavar="photo", help="image files")
     options = parser.parse_args(argv)
     for photo in options.photos:
         if not Path(photo).is_file():
-            raise ConfigError(f"{photo} is not a file; expected photos after --run")
+            raise ConfigError(f"{photo} is not a file; expected image files after --run")
     predictor = Predictor(options.run)
     for photo in options.photos:
-        guesses = predictor(decode_rgb(Path(photo).read_bytes(), photo, "leave it out, or restore it"))
         print(photo)
-        for guess in guesses:
-            print(f"  {100 * guess.probability:5.1f} %  {guess.name}")
+        for name, probability in predictor(decode_rgb(Path(photo).read_bytes(), photo, "leave it out, or restore it")):
+            print(f"  {100 * probability:5.1f} %  {name}")
 
 
 if __name__ == "__main__":

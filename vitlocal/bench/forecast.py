@@ -430,7 +430,7 @@ def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Foreca
             "--rates: budgeted.epochs or budgeted.compute set the run's length, which is known once it is built; leave "
             "--rates out, or give --budget.length alone"
         )
-    model, _ = build_model(config.model, 1000)
+    model, _ = build_model(config.model.name, config.model.arguments(), 1000)
 
     def image_bytes(size: int) -> int:
         return activation_bytes(model, size, torch.bfloat16, config.train.kernel != "plain")

@@ -96,7 +96,7 @@ def scaled_size(size: int, final: int, patch: int) -> int:
 @lru_cache
 def _macs(config: ModelConfig, size: int) -> int:
     with torch.device("meta"):  # its shapes are all that counts
-        model, _ = build_model(config, 1000)
+        model, _ = build_model(config.name, config.arguments(), 1000)
     return count_macs(model, size)
 
 

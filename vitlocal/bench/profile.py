@@ -117,7 +117,7 @@ def operators_of(averages: Any, feed: Feed, steps: float, device: torch.device) 
 
 def check_sizes(sizes: Sequence[int], config: Config) -> None:
     """Raises ConfigError where the recipe's model does not take a size."""
-    model, _ = build_model(config.model, 2)
+    model, _ = build_model(config.model.name, config.model.arguments(), 2)
     check_multiples(sizes, patch_side(model), config.model.name)
 
 

@@ -1,12 +1,12 @@
-"""How much of a model is redundant, as it trains: python -m vitlocal.bench redundancy RUN [--images 512] [--plot FILE]
+"""Measures redundancy in a model during training: python -m vitlocal.bench redundancy RUN [--images 512] [--plot FILE]
 
-The analysis behind Budgeted Training (Xia et al. 2023, ICLR, section 3): over the weights that a run with
-run.keep_weights=yes kept at its evaluations, on validation images, block by block:
+This is the analysis behind Budgeted Training (Xia et al. 2023, ICLR, section 3). It reads the weights that a run with
+run.keep_weights=yes kept at its evaluations, and measures each block on validation images:
 
-    heads      mean linear CKA between the outputs of two heads: 1 where they say the same
+    heads      mean linear CKA between the outputs of two heads: 1 if they are equal up to scale and rotation
     hidden     principal components that explain 99 % of the variance of the hidden units, in % of all
-    attention  patches that the class token attends to, as the exponential of its entropy, in % of all
-               (without a class token: that the mean over tokens attends to)
+    attention  patches that the class token attends to, as the exponential of the entropy, in % of all
+               (without a class token: the attention averaged over tokens)
 
 Shapes: B images, T tokens, N patch tokens, M heads, d head width, C hidden width.
 """
@@ -14,194 +14,151 @@ Shapes: B images, T tokens, N patch tokens, M heads, d head width, C hidden widt
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.manifest import load_manifest
-from vitlocal.data.sources import open_sources
+from vitlocal.data.batch import load_manifest, open_sources
 from vitlocal.errors import ConfigError
+from vitlocal.models.block import attention_weights
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import add_stage_table, put
-from vitlocal.models.vit import VisionTransformer, attention_of
-from vitlocal.plan import Feed, Shape
+from vitlocal.models.shape import SLICED, add_stage_table, set_shape
+from vitlocal.models.vit import VisionTransformer
+from vitlocal.plan import Feed, Shape, StageEmbedding
 from vitlocal.progress import Position
 from vitlocal.report.figures import save
 from vitlocal.train.checkpoint import KEPT, read_weights
 from vitlocal.train.devices import prepare_device
 
-EXPLAINED = 0.99  # of the variance
-BATCH = 64
+EXPLAINED_VARIANCE = 0.99
+BATCH_SIZE = 64
+# The measures of a row, with their titles.
+MEASURES = {
+    "heads_cka": "CKA between heads",
+    "hidden_percent": "components of hidden units, %",
+    "attended_percent": "patches attended to, %",
+}
 
 
 def linear_cka(outputs: Tensor) -> Tensor:
-    """Between the M heads of outputs (B·T, M, d): (M, M) float64, 1 on the diagonal.
+    """Returns the linear CKA between the M heads of outputs (B·T, M, d): (M, M) float64, 1 on the diagonal.
 
-    With K = XXᵀ and centring, HSIC(K, L) is ‖XᵀY‖² of centred X and Y, up to a factor that CKA does not have.
+    With K = XXᵀ and centering, HSIC(K, L) is ‖XᵀY‖² of centered X and Y, up to a factor that cancels.
     """
     _, heads, width = outputs.shape
     x = outputs.double().flatten(1)
     x = x - x.mean(dim=0)
     cross = (x.T @ x).view(heads, width, heads, width)
     hsic = cross.square().sum(dim=(1, 3))  # (M, M)
-    own = hsic.diagonal().clamp_min(1e-30).sqrt()
-    return hsic / (own[:, None] * own[None, :])
+    norms = hsic.diagonal().clamp_min(1e-30).sqrt()
+    return hsic / (norms[:, None] * norms[None, :])
 
 
 def mean_pair(matrix: Tensor) -> float:
-    """The mean over pairs of different heads."""
+    """Returns the mean over pairs of different heads; NaN for one head."""
     heads = len(matrix)
     if heads < 2:
         return float("nan")
     return float((matrix.sum() - matrix.diagonal().sum()) / (heads * (heads - 1)))
 
 
-def components(hidden: Tensor, explained: float = EXPLAINED) -> Tensor:
-    """Principal components that explain ``explained`` of the variance over tokens, of hidden units (B, N, C).
+def component_percent(hidden: Tensor) -> Tensor:
+    """Returns how many principal components explain 99 % of the variance over tokens, of hidden units (B, N, C).
 
-    In percent of as many as there can be, min(N, C): (B,) float64.
+    In percent of the largest possible number, min(N, C): (B,) float64.
     """
     x = hidden.double()
     x = x - x.mean(dim=1, keepdim=True)
-    # The eigenvalues of the smaller one of both products: what singular values squared are, and many times as quick.
+    # Eigenvalues of the smaller product: the squared singular values, many times as fast.
     gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
-    variances = torch.linalg.eigvalsh(gram).clamp_min(0).flip(1)  # (B, min(N, C)), falling
-    part = variances.cumsum(dim=1) / variances.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    return 100 * (1 + (part < explained - 1e-12).sum(dim=1)) / variances.shape[1]
+    variances = torch.linalg.eigvalsh(gram).clamp_min(0).flip(1)  # (B, min(N, C)), descending
+    explained = variances.cumsum(dim=1) / variances.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    return 100 * (1 + (explained < EXPLAINED_VARIANCE - 1e-12).sum(dim=1)) / variances.shape[1]
 
 
-def attended(attention: Tensor) -> Tensor:
-    """exp of the entropy of attention over N patches (B, N), made to sum to 1, in percent of N: (B,) float64."""
-    part = attention.double()
-    part = part / part.sum(dim=1, keepdim=True)
-    entropy = -(part * part.clamp_min(1e-30).log()).sum(dim=1)
-    return 100 * entropy.exp() / part.shape[1]
-
-
-@dataclass
-class Seen:
-    """What one block shows of a batch."""
-
-    heads: Tensor  # (B·T, M, d)
-    attention: Tensor  # (B, N)
-    hidden: Tensor  # (B, N, C)
-
-
-@contextmanager
-def watching(model: VisionTransformer, seen: dict[int, Seen]) -> Iterator[None]:
-    """Each forward pass leaves in ``seen``, block by block, what the block showed."""
-    removers = []
-    num_prefix_tokens = int(model.cls_token is not None)
-
-    def attention_hook(place: int, block: nn.Module) -> Any:
-        def hook(module: nn.Module, operands: Any, tokens: Tensor) -> None:
-            query, key, value = block.attn.project(tokens)  # (B, M, T, d) each
-            weights = attention_of(query, key)
-            outputs = (weights @ value).permute(0, 2, 1, 3).flatten(0, 1)  # (B·T, M, d)
-            mean = weights.mean(dim=1)  # (B, T, T)
-            row = mean[:, 0, 1:] if num_prefix_tokens else mean.mean(dim=1)
-            seen[place] = Seen(outputs, row, torch.empty(0))
-
-        return hook
-
-    def hidden_hook(place: int) -> Any:
-        def hook(module: nn.Module, operands: tuple[Any, ...]) -> None:
-            extra = (
-                num_prefix_tokens if isinstance(module, FeedForward) else 0
-            )  # DeiT's class token has hidden units, too
-            seen[place].hidden = module.widened(*operands)[:, extra:]
-
-        return hook
-
-    for place, slot in enumerate(model.order):
-        block = model.blocks[slot]
-        if not hasattr(block.mlp, "widened"):
-            raise ConfigError(f"{type(model).__name__}: hidden units are looked at in DeiT and local-FFN models alone")
-        removers.append(block.norm1.register_forward_hook(attention_hook(place, block)))
-        removers.append(block.mlp.register_forward_pre_hook(hidden_hook(place)))
-    try:
-        yield
-    finally:
-        for remover in removers:
-            remover.remove()
+def attended_percent(attention: Tensor) -> Tensor:
+    """Returns the exponential of the entropy of attention over N patches (B, N), in percent of N: (B,) float64."""
+    weights = attention.double()
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=1)
+    return 100 * entropy.exp() / weights.shape[1]
 
 
 @torch.inference_mode()
-def analysed(model: VisionTransformer, batches: Sequence[Tensor]) -> list[dict[str, float]]:
-    """A row a block, over batches of images (B, 3, S, S), normalised."""
-    found: dict[int, list[tuple[float, float, float, int]]] = {}
-    seen: dict[int, Seen] = {}
-    with watching(model, seen):
+def measure_blocks(model: VisionTransformer, batches: Sequence[Tensor]) -> list[dict[str, float]]:
+    """Returns a row of measures for each block, over batches of normalised images (B, 3, S, S)."""
+    rows = [dict.fromkeys(MEASURES, 0.0) for _ in model.active.block_order]
+    handles: list[Any] = []
+    for index, row in zip(model.active.block_order, rows, strict=True):
+        block: Any = model.blocks[index]
+        if not isinstance(block.mlp, SLICED):
+            raise ConfigError(f"{type(model).__name__}: hidden units can be measured only in DeiT and local-FFN models")
+        handles += _measuring_hooks(block, row, model.num_prefix_tokens)
+    try:
         for images in batches:
             model(images)
-            for place, block in seen.items():
-                row = (
-                    mean_pair(linear_cka(block.heads)),
-                    float(components(block.hidden).mean()),
-                    float(attended(block.attention).mean()),
-                    len(images),
-                )
-                found.setdefault(place, []).append(row)
-    rows = []
-    for place, parts in sorted(found.items()):
-        images = sum(part[3] for part in parts)
-        heads, hidden, attention = (sum(part[i] * part[3] for part in parts) / images for i in range(3))
-        rows.append({"block": place, "heads_cka": heads, "hidden_percent": hidden, "attended_percent": attention})
-    return rows
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = sum(map(len, batches))
+    return [{"block": place, **{name: row[name] / count for name in row}} for place, row in enumerate(rows)]
+
+
+def _measuring_hooks(block: Any, row: dict[str, float], num_prefix_tokens: int) -> list[Any]:
+    """Registers hooks on ``block`` that add each image's measures to ``row``."""
+
+    def after_norm(module: Any, inputs: Any, tokens: Tensor) -> None:
+        query, key, value = block.attn.project_qkv(tokens)  # (B, M, T, d) each
+        weights = attention_weights(query, key)
+        outputs = (weights @ value).permute(0, 2, 1, 3).flatten(0, 1)  # (B·T, M, d)
+        mean = weights.mean(dim=1)  # (B, T, T)
+        attention = mean[:, 0, 1:] if num_prefix_tokens else mean.mean(dim=1)  # (B, N)
+        row["heads_cka"] += len(tokens) * mean_pair(linear_cka(outputs))
+        row["attended_percent"] += float(attended_percent(attention).sum())
+
+    def before_mlp(module: Any, inputs: tuple[Any, ...]) -> None:
+        skipped = num_prefix_tokens if isinstance(module, FeedForward) else 0  # DeiT's class token has hidden units
+        row["hidden_percent"] += float(component_percent(module.hidden_units(*inputs)[:, skipped:]).sum())
+
+    return [block.norm1.register_forward_hook(after_norm), block.mlp.register_forward_pre_hook(before_mlp)]
 
 
 # --- weights over time ----------------------------------------------------------------------------------------------
 
 
-def model_of(file: Path, config: Config, classes: int) -> tuple[float, VisionTransformer]:
-    """The epoch at which ``file`` was kept, and the model with its weights, in the shape that it had.
+def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
+    """Returns the epoch at which ``file`` was kept, and the model with its weights, in its shape then.
 
-    But for connections that tri-level training cuts: heads are looked at with all of them.
+    Heads are measured with all connections, also if training masked some.
     """
     state, about = read_weights(file)
-    model, _ = build_model(config.model, classes)
+    model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
     if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"{config.model.name} is timm's own: this analysis is of vitlocal_… models")
+        raise ConfigError(f"{config.model.name} is timm's own model: only vitlocal_… models can be measured")
     if (table := state.get("stage_table")) is not None:
-        add_stage_table(model, len(table), 0.0, 0.0, config.method_options["unfreeze"].stage_tokens)
+        add_stage_table(model, StageEmbedding(len(table), tokens=config.of("unfreeze").stage_tokens))
     model.load_state_dict(state)
-    put(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
+    set_shape(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
     return about["epoch"], model.eval()
 
 
-def kept_files(run: Path) -> list[Path]:
-    """The weights that a run kept, the earliest first; ConfigError where there are none."""
-    found = sorted((run / KEPT).glob("*.safetensors"))  # their names begin with the step
-    if not found:
-        raise ConfigError(
-            f"{run / KEPT} holds no weights; train with --run.keep_weights=yes, which keeps them at each evaluation"
-        )
-    return found
-
-
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
-    """``images`` of the validation split, spread over all of it, normalised, in batches."""
-    sources = open_sources(
-        config.data.loader, config.data.root, source=config.data.source, workers=config.data.workers,
-        on_error=config.data.on_error, side_ratio=config.data.side_ratio, seed=config.run.seed,
-        crop_scale=config.augment.crop_scale, crop_ratio=config.augment.crop_ratio, flip=config.augment.flip,
-        repeats=config.augment.repeats, centre_crop=config.evaluate.crop_ratio, device=device,
-    )  # fmt: skip
-    normalize = Normalize().to(device)
-    count = sources.val.count
-    wanted = torch.tensor([place * count // images for place in range(images)]).unique()  # all, where there are fewer
+    """Returns ``images`` of the validation split, spread over all of it, normalised, in batches."""
+    sources = open_sources(config, device)
+    normalize, count = Normalize().to(device), sources.val.count
+    # unique(): if the split has fewer images, all of them
+    wanted = torch.tensor([place * count // images for place in range(images)]).unique()
     found: list[Tensor] = []
     try:
         with sources.val.open(Feed(config.evaluate.size, config.evaluate.batch_size), Position()) as batches:
@@ -210,22 +167,20 @@ def validation_batches(config: Config, images: int, device: torch.device) -> lis
                 found.append(normalize(batch.images[chosen]).clone())
     finally:
         sources.close()
-    return list(torch.cat(found).split(BATCH))
+    return list(torch.cat(found).split(BATCH_SIZE))
 
 
-def drawn(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The three measures against the epoch, a line a block."""
+def draw(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draws the three measures against the epoch, a line for each block."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    titles = {"heads_cka": "CKA between heads", "hidden_percent": "components of hidden units, %",
-              "attended_percent": "patches attended to, %"}  # fmt: skip
     blocks = sorted({row["block"] for row in rows})
-    colours = matplotlib.colormaps["viridis"]
-    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(1, 3), MEASURES.items(), strict=True):
         for block in blocks:
-            mine = [row for row in rows if row["block"] == block]
-            colour = colours(block / max(1, blocks[-1]))
-            axes.plot([row["epoch"] for row in mine], [row[name] for row in mine], color=colour, marker="o",
-                      markersize=3, linewidth=1.2, label=f"block {block}")  # fmt: skip
+            points = [(row["epoch"], row[name]) for row in rows if row["block"] == block]
+            color = matplotlib.colormaps["viridis"](block / max(1, blocks[-1]))
+            axes.plot(
+                *zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.2, label=f"block {block}"
+            )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -234,39 +189,42 @@ def drawn(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Measures each kept set of weights, prints the rows, and writes or draws them."""
     parser = argparse.ArgumentParser(
         prog="python -m vitlocal.bench redundancy", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="the folder of a run that kept weights")
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="of the validation split (default: 512)")
-    parser.add_argument("--data", metavar="DIR", help="the data folder (default: what the run had)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw them (png, svg or pdf)")
+    parser.add_argument("run", metavar="RUN", help="folder of a run that kept weights")
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="validation images (default: 512)")
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: the run's)")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw the rows to this file (png, svg or pdf)")
     options = parser.parse_args(argv)
     if options.images < 2:
         raise ConfigError(f"--images: got {options.images}, expected at least 2")
     folder = Path(options.run)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds no run; expected a folder that train_imagenet.py made")
+    files = sorted((folder / KEPT).glob("*.safetensors"))  # their names begin with the step
+    if not files:
+        raise ConfigError(
+            f"{folder / KEPT} holds no weights; train with --run.keep_weights=yes, which keeps them at each evaluation"
+        )
     data = [f"--data.root={options.data}"] if options.data else []
     config = read_config([f"--config-file={folder / 'config.yaml'}", *data], {})
-    files = kept_files(folder)
-    classes = len(load_manifest(config.data.root, "val").classes)
+    num_classes = len(load_manifest(config.data.root, "val").classes)
     device = prepare_device(config)
     batches = validation_batches(config, options.images, device)
     rows: list[dict[str, Any]] = []
     print(f"{'epoch':>7} {'block':>6} {'heads, CKA':>11} {'hidden, %':>10} {'attended, %':>12}")
     for file in files:
-        epoch, model = model_of(file, config, classes)
-        for row in analysed(model.to(device), batches):
+        epoch, model = load_kept(file, config, num_classes)
+        for row in measure_blocks(model.to(device), batches):
             rows.append({"epoch": epoch, **row})
-            print(
-                f"{epoch:7.2f} {row['block']:6d} {row['heads_cka']:11.3f} {row['hidden_percent']:10.1f} "
-                f"{row['attended_percent']:12.1f}", flush=True
-            )  # fmt: skip
+            heads, hidden, attended = (row[name] for name in MEASURES)
+            print(f"{epoch:7.2f} {row['block']:6d} {heads:11.3f} {hidden:10.1f} {attended:12.1f}", flush=True)
     if options.json:
-        what = f"redundancy of a model's parts as it trains, on {sum(map(len, batches))} validation images"
+        what = f"redundancy of a model's parts during training, on {sum(map(len, batches))} validation images"
         write_json(options.json, measurement(what, rows))
     if options.plot:
-        save(drawn(rows), options.plot)
+        save(draw(rows), options.plot)

@@ -44,7 +44,7 @@ from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.models.local_mix import fuses
+from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
 from vitlocal.report.figures import save
 from vitlocal.train.devices import choose_device, prepare_device
@@ -147,7 +147,7 @@ def kernel_of(arm: Arm, config: Config, size: int, device: torch.device) -> str 
     if arm.model != "local" or config.model.convolution is False:
         return None
     side = size // shape_of(config)[1]
-    return "fused" if arm.kernel == "auto" and fuses(device, (side, side)) else "plain"
+    return "fused" if arm.kernel == "auto" and can_fuse(device, (side, side)) else "plain"
 
 
 # --- clocks -----------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class Ours:
     def __init__(self, arm: Arm, config: Config, feed: Feed, device: torch.device):
         config = config_of(arm, config)
         torch.manual_seed(config.run.seed)
-        model, _ = build_model(config.model, CLASSES)
+        model, _ = build_model(config.model.name, config.model.arguments(), CLASSES)
         self.model = model.to(device, memory_format=torch.channels_last).train()
         average = build_ema(self.model, config.train)
         self.step = Step(

@@ -119,7 +119,7 @@ class MethodContext:
     images: int = 1  # of the training split
     image_bytes: Callable[[int], int] = lambda size: size * size  # activation memory of an image of this size, bytes
     macs: Callable[[int, Shape], int] = lambda size, shape: size * size  # multiply-adds of a forward pass
-    parts: Mapping[str, int] | None = None  # see models.shape.parts_of
+    parts: Mapping[str, int] | None = None  # see models.shape.model_parts
     blocks: int = 0  # number of blocks; 0: the model has none
     processes: int = 1
 

@@ -1,4 +1,4 @@
-"""The model families, registered with timm: ``timm.create_model("vitlocal_small_patch16_224")``."""
+"""The model families. Importing this package registers them: ``timm.create_model("vitlocal_small_patch16_224")``."""
 
 from vitlocal.models import deit as deit
 from vitlocal.models import lffn as lffn

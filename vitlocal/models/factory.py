@@ -1,4 +1,4 @@
-"""From a configuration to a model, and from a trained model to files that timm loads."""
+"""Builds models, loads weights into them, and exports trained models as files that timm loads."""
 
 from __future__ import annotations
 
@@ -11,197 +11,186 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import yaml
 from safetensors.torch import save
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from vitlocal.config import EvaluateConfig, ModelConfig
 from vitlocal.errors import ConfigError
-from vitlocal.models.shape import plain_state
-from vitlocal.models.vit import VisionTransformer, position_matrix
+from vitlocal.models.positions import resample_positions
+from vitlocal.models.shape import exported_state_dict
+from vitlocal.models.vit import VisionTransformer
 from vitlocal.options import as_argument
 from vitlocal.plan import WHOLE_MODEL, Shape
 
-OURS = "vitlocal_"
+PREFIX = "vitlocal_"  # of the names of our models
 
 
-def build_model(config: ModelConfig, classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that ``model.name`` and its options describe, and the arguments it was made with.
+def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns timm's model ``name`` with random weights, and the arguments that it was built with.
 
-    Ours take every option. Of timm's own models, the Vision Transformers get ``img_size`` with sizes that may
-    change, the others (convolutional, say) run at any size by themselves. Raises ConfigError for an unknown
-    name or an option that the model does not have.
+    Our models take every option. timm's own Vision Transformers take ``img_size``, and can change sizes. Its other
+    models, for example convolutional ones, run at any size by themselves. Raises :class:`ConfigError` for an unknown
+    name, or for an option that the model does not have.
     """
-    if not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(), 3)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise ConfigError(
-            f"model.name: timm knows no model '{config.name}'"
+            f"model.name: timm knows no model '{name}'"
             + (f"; did you mean {', '.join(near)}?" if near else ".")
-            + f" Ours are {', '.join(timm.list_models(OURS + '*'))}"
+            + f" Our models are {', '.join(timm.list_models(PREFIX + '*'))}"
         )
-    arguments = config.arguments()
-    if config.name.startswith(OURS):
-        attempts = [arguments]
-    else:
-        stated = sorted(set(arguments) - {"img_size", "drop_path_rate", "patch_size"})
-        if stated:
-            raise ConfigError(f"model options {', '.join(stated)} are for {OURS}… models; {config.name} is timm's own")
-        plain = {name: value for name, value in arguments.items() if name != "img_size"}
-        attempts = [arguments | {"dynamic_img_size": True}, arguments, plain]
-    for place, attempt in enumerate(attempts):
+    attempts = [dict(arguments)]
+    if not name.startswith(PREFIX):
+        ours = sorted(set(arguments) - {"img_size", "drop_path_rate", "patch_size"})
+        if ours:
+            raise ConfigError(f"model options {', '.join(ours)} are only for {PREFIX}… models; {name} is timm's own")
+        without_size = {key: value for key, value in arguments.items() if key != "img_size"}
+        attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), without_size]
+    problem: TypeError | None = None
+    for attempt in attempts:
         try:
-            return timm.create_model(config.name, pretrained=False, num_classes=classes, **attempt), attempt
+            return timm.create_model(name, pretrained=False, num_classes=num_classes, **attempt), attempt
         except TypeError as error:
-            if place == len(attempts) - 1:
-                raise ConfigError(f"model.name: {config.name} cannot be built with {attempt}: {error}") from error
-    raise AssertionError("unreachable")
+            problem = error
+    raise ConfigError(f"model.name: {name} cannot be built with {attempt}: {problem}") from problem
 
 
 def export_model(
-    folder: Path,
-    model: nn.Module,
-    config: ModelConfig,
-    arguments: dict[str, Any],
-    classes: Sequence[str],
-    evaluate: EvaluateConfig,
-    shape: Shape = WHOLE_MODEL,
-) -> None:
-    """Writes ``model.safetensors`` and ``config.json``: ``timm.create_model("local-dir:<folder>", pretrained=True)``."""  # noqa: E501
-    built = {name: value for name, value in arguments.items() if name != "drop_path_rate"}
-    if isinstance(model, VisionTransformer) and len(model.order) < len(model.blocks):
-        built["depth"] = len(model.order)
-    if shape.pruned_blocks and not (
-        shape.token_keep_rate == 1 and shape.attention_keep_rate == 1
-    ):  # as it was evaluated
-        built |= {
-            "kept": shape.token_keep_rate,
-            "attended": shape.attention_keep_rate,
-            "pruned_blocks": list(shape.pruned_blocks),
-        }
-        built |= {"own_masks": True} if shape.per_head_masks else {}
-    if getattr(model, "centre", None) is not None:
-        built["centre"] = model.centre
-    described = {
-        "architecture": config.name,
+    folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
+    size: int, crop_pct: float, shape: Shape = WHOLE_MODEL,
+) -> None:  # fmt: skip
+    """Writes ``model.safetensors`` and ``config.json``, which ``timm.create_model("local-dir:FOLDER")`` loads.
+
+    ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's. ``shape``
+    is the shape in which ``model`` runs.
+    """
+    model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+    if isinstance(model, VisionTransformer):
+        if len(model.active.block_order) < len(model.blocks):
+            model_args["depth"] = len(model.active.block_order)
+        if model.active.center_grid is not None:
+            model_args["center_grid"] = model.active.center_grid
+    if shape.pruned_blocks and (shape.token_keep_rate, shape.attention_keep_rate) != (1, 1):
+        for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks"):
+            model_args[option] = getattr(shape, option)
+        model_args["pruned_blocks"] = list(shape.pruned_blocks)
+    description = {
+        "architecture": name,
         "num_classes": len(classes),
         "num_features": getattr(model, "num_features", None),
-        "model_args": built,
+        "model_args": model_args,
         "label_names": list(classes),
         "pretrained_cfg": {
-            "input_size": [3, evaluate.size, evaluate.size],
+            "input_size": [3, size, size],
             "fixed_input_size": False,
             "interpolation": "bilinear",
-            "crop_pct": evaluate.crop_pct,
+            "crop_pct": crop_pct,
             "mean": list(IMAGENET_DEFAULT_MEAN),
             "std": list(IMAGENET_DEFAULT_STD),
             "num_classes": len(classes),
         },
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    # The weights come last: who finds them finds all.
-    write_weights(folder / "model.safetensors", plain_state(model))
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    # The weights come last: if they are there, the export is complete.
+    write_weights(folder / "model.safetensors", exported_state_dict(model))
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], **about: str) -> None:
-    """Writes a model's weights, and what is said ``about`` them, for safetensors to read; whole, or not at all."""
+def write_weights(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
+    """Writes a model's weights and ``metadata`` as a safetensors file; the whole file or none."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        temporary.write_bytes(save(weights, {"format": "pt", **about}))  # save_file would let nobody else read it
+        # save_file() would make a file that only its owner can read.
+        temporary.write_bytes(save(weights, {"format": "pt", **metadata}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> list[str]:
-    """Starts ``model`` from the weights in ``path``; returns the names of what starts anew.
+    """Loads the weights in ``path`` into ``model``; returns the names of the parameters that keep their initial values.
 
-    ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. A head
-    of other classes (than ``classes``: by number or, where the folder names them, by name) starts anew; a position
-    table of another grid is resampled. Raises ConfigError where the file is not there, cannot be read, or is of another
-    model.
+    ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. The
+    head keeps its initial values if its classes are others: by number or, if the folder names them, by ``classes``. A
+    position table of another grid is resampled. Raises :class:`ConfigError` if the file is missing, cannot be read, or
+    belongs to another model.
     """
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError(f"model.weights: {file} is not there; name a run's folder, or a file of a model's weights")
     try:
-        given = load_state_dict(str(file), use_ema=False)
-    except Exception as error:  # of pickle, zip and safetensors, many kinds
+        loaded = load_state_dict(str(file), use_ema=False)
+    except Exception as error:  # pickle, zip and safetensors raise many types
         raise ConfigError(
             f"model.weights: {file} cannot be read as weights ({str(error).splitlines()[0]}); name a run's folder, or "
             "a file that safetensors or PyTorch wrote"
         ) from error
-    mine, anew = model.state_dict(), []
-    head = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
-    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
-    named = _label_names(file.parent / "config.json")
-    other_classes = bool(named and classes and named != list(classes))
-    for name, tensor in mine.items():
-        other = given.get(name)
-        starts_anew = name == "stage_table" or name.startswith(heads)
-        if other is not None and other.shape == tensor.shape and not (starts_anew and other_classes):
+    state, kept = model.state_dict(), []
+    classifier = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    names = _label_names(file.parent / "config.json")
+    same_classes = not names or not classes or names == list(classes)
+    for name, tensor in state.items():
+        other = loaded.get(name)
+        may_differ = name == "stage_table" or name.startswith(heads)
+        if other is not None and other.shape == tensor.shape and (same_classes or not may_differ):
             continue
-        if starts_anew:
-            given[name] = tensor
-            anew.append(name)
+        if may_differ:
+            loaded[name] = tensor
+            kept.append(name)
         elif name == "pos_embed" and other is not None and other.shape[2] == tensor.shape[2]:
-            given[name] = _resampled_positions(model, other)
-    if missing := sorted(set(mine) - set(given)):
+            loaded[name] = _resampled_positions(model, other)
+    if missing := sorted(set(state) - set(loaded)):
         raise ConfigError(
-            f"model.weights: {file} lacks {', '.join(missing[:3])} (of {len(missing)}): it is another model's"
-            + _as_it_was(file.parent)
+            f"model.weights: {file} lacks {', '.join(missing[:3])} (of {len(missing)}): it belongs to another model"
+            + _options_of_run(file.parent)
         )
-    odd = [name for name, tensor in mine.items() if given[name].shape != tensor.shape]
-    if odd:
-        raise ConfigError(
-            f"model.weights: in {file}, {odd[0]} is {tuple(given[odd[0]].shape)}, and this model's is "
-            f"{tuple(mine[odd[0]].shape)}; set the model's options as they were" + _as_it_was(file.parent)
-        )
-    model.load_state_dict({name: given[name] for name in mine})
-    return anew
+    for name, tensor in state.items():
+        if loaded[name].shape != tensor.shape:
+            raise ConfigError(
+                f"model.weights: in {file}, {name} has shape {tuple(loaded[name].shape)}, but in this model "
+                f"{tuple(tensor.shape)}; use the options that the weights were trained with"
+                + _options_of_run(file.parent)
+            )
+    model.load_state_dict({name: loaded[name] for name in state})
+    return kept
 
 
-def _as_it_was(run: Path) -> str:
-    """The options that describe the model of the run in that folder; nothing where it holds none."""
+def _options_of_run(folder: Path) -> str:
+    """Returns a sentence with the model options of the run in ``folder``; empty if it holds no run."""
     try:
-        stated = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"].items()
+        options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"].items()
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         return ""
-    default = vars(ModelConfig())
-    given = [
-        f"--model.{name}={as_argument(value)}"
-        for name, value in stated
-        if name not in ("weights", "drop_path") and (name == "name" or value != default.get(name))
-    ]
-    return f". That run was given {' '.join(given)}"
+    skipped = ("weights", "drop_path")
+    set_options = [(name, value) for name, value in options if value is not None and name not in skipped]
+    return ". That run has " + " ".join(f"--model.{name}={as_argument(value)}" for name, value in set_options)
 
 
 def _label_names(path: Path) -> list[str] | None:
-    """The classes of an exported model, from its ``config.json``; None where there is none."""
+    """Returns the classes of an exported model, from its ``config.json``; None if the file does not name them."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("label_names")
     except (OSError, ValueError):
         return None
 
 
-def _resampled_positions(model: nn.Module, table: Tensor) -> Tensor:
-    """A position table (1, T', D) of a square grid, with rows for as many other tokens as the model's, at its grid."""
-    grid = getattr(model, "grid", None) or model.patch_embed.grid_size
-    num_prefix_tokens = model.pos_embed.shape[1] - grid[0] * grid[1]  # of a class token, registers and the like
-    side = math.isqrt(table.shape[1] - num_prefix_tokens)
-    if side * side != table.shape[1] - num_prefix_tokens:
+def _resampled_positions(model: Any, table: Tensor) -> Tensor:
+    """Resamples a table (1, T', D) of a square grid to the model's grid; both have the same prefix tokens."""
+    grid = tuple(model.patch_embed.grid_size)
+    prefix = model.pos_embed.shape[1] - grid[0] * grid[1]  # class token, registers and the like
+    side = math.isqrt(table.shape[1] - prefix)
+    if side * side != table.shape[1] - prefix:
         raise ConfigError(
-            f"model.weights: a position table of {table.shape[1]} rows, {num_prefix_tokens} of them of no patch as in "
-            f"{type(model).__name__}, is of no square grid; use weights of the same model"
+            f"model.weights: a position table of {table.shape[1]} rows, {prefix} of them for prefix tokens as in "
+            f"{type(model).__name__}, has no square grid; use weights of the same model"
         )
-    matrix = position_matrix((side, side), tuple(grid), table.device, table.dtype)
-    return torch.cat([table[:, :num_prefix_tokens], (matrix @ table[0, num_prefix_tokens:])[None]], dim=1)
+    return resample_positions(table, (side, side), grid, {})
 
 
 def patch_side(model: nn.Module) -> int:
-    """What must divide the model's image sizes: the side of its patches, 1 where it has none."""
-    patch = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    """Returns the side of the model's patches, which must divide its image sizes; 1 if it has none."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     return max(patch) if isinstance(patch, (tuple, list)) else patch

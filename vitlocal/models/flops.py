@@ -10,22 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitlocal.models.lffn import kernel_set
+from vitlocal.models.lffn import use_kernel
 
 
 class _MacCounter(TorchFunctionMode):
-    """Sums the multiply-accumulates of the layers and attentions called under it."""
+    """Sums the multiply-accumulates of the layers and attentions that are called in its context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.macs = 0
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is F.linear:
@@ -38,28 +34,33 @@ class _MacCounter(TorchFunctionMode):
             pairs = query.shape[:-1].numel() * key.shape[-2]
             self.macs += pairs * (query.shape[-1] + value.shape[-1])
         elif func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__) and args[0].ndim > 2:
-            # Attention written out. A product of two matrices, as the position table's, serves a whole batch.
+            # Attention that is not fused. A product of two matrices resamples the position table, once for a batch.
             self.macs += result.numel() * args[0].shape[-1]
         return result
 
 
 def count_macs(model: nn.Module, size: int | tuple[int, int]) -> int:
-    """Multiply-accumulates of one forward pass of one image of ``size`` pixels (square, or height and width).
+    """Returns the multiply-accumulates of a forward pass of one image of ``size`` px (a number, or height and width).
 
-    Counts linear layers, convolutions and attention's two products, as published figures do; not norms,
-    activations or the resampling of positions. Runs on shapes without data, and leaves the model as it was.
+    Counts linear layers, convolutions and the two products of attention, as published figures do. Skips norms,
+    activations and the resampling of positions. Runs on shapes without data, and does not change the model.
     """
     height, width = (size, size) if isinstance(size, int) else size
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    first = next(model.parameters())
-    image = torch.empty(1, getattr(model, "in_chans", 3), height, width, device="meta", dtype=first.dtype)
+    dtype = next(model.parameters()).dtype
+    image = torch.empty(1, input_channels(model), height, width, device="meta", dtype=dtype)
     was_training = [module for module in model.modules() if module.training]
     try:
-        model.eval()  # BatchNorm refuses to train on a single value
-        with torch.no_grad(), kernel_set(model, "plain"), _MacCounter() as counter:
+        model.eval()  # BatchNorm cannot train on a single value
+        with torch.no_grad(), use_kernel(model, "plain"), _MacCounter() as counter:
             torch.func.functional_call(model, shapes, (image,))
     finally:
         for module in was_training:
             module.training = True
     return counter.macs
+
+
+def input_channels(model: nn.Module) -> int:
+    """Returns the channels of the model's first convolution, 3 if it has none."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)

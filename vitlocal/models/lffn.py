@@ -10,95 +10,83 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitlocal.models.block import Block, BlockShape, add_branch, check_bool, check_choice
 from vitlocal.models.local_mix import ACTIVATIONS, local_mix
+from vitlocal.models.registry import BASE, PATCH4_32, PATCH8_64, SMALL, TINY, register_family
 from vitlocal.models.token_selection import gather_tokens, scatter_tokens
-from vitlocal.models.vit import (
-    BASE,
-    SMALL,
-    TINY,
-    Block,
-    BlockShape,
-    VisionTransformer,
-    add_branch,
-    build,
-    check_bool,
-    check_choice,
-    default_cfg,
-)
+from vitlocal.models.vit import VisionTransformer
 
 
 class LocalFeedForward(nn.Module):
-    """Norm, widen, activation, 3×3 depth-wise convolution, activation, narrow, on patch tokens (B, N, D).
+    """Norm, linear layer, activation, 3×3 depth-wise convolution, activation, linear layer, on patch tokens (B, N, D).
 
-    No biases, as in the released code. The ablations: ``activation`` "gelu" replaces both h-swish; ``norm``
-    "batch" puts a BatchNorm, over all patch tokens of the batch, in the place of the LayerNorm and nowhere
-    else; ``convolution`` False leaves out the convolution and the activation after it.
+    No biases, as in the released code. The ablations: ``activation`` "gelu" replaces both h-swish. ``norm`` "batch"
+    replaces this LayerNorm by a BatchNorm over all patch tokens of the batch. ``convolution`` False leaves out the
+    convolution and the activation after it.
+
+    The first ``active_hidden`` hidden units run. ``kernel`` is :func:`local_mix`'s; no state dict holds it.
     """
 
     def __init__(self, shape: BlockShape, norm: str, convolution: bool) -> None:
         super().__init__()
         dim, hidden = shape.dim, shape.hidden
-        self.hidden = self.active = hidden  # so many hidden units run, the first ones
+        self.hidden = self.active_hidden = hidden
         self.activation = shape.activation
         self.norm: nn.Module = nn.LayerNorm(dim, eps=1e-6) if norm == "layer" else nn.BatchNorm1d(dim)
         self.fc1 = nn.Linear(dim, hidden, bias=False)
         conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False) if convolution else None
-        self.conv = conv  # its weight alone is used, by local_mix
-        self.kernel = "auto"  # see local_mix; set from outside, and no part of the model's state
+        self.conv = conv  # local_mix uses only its weights
+        self.kernel = "auto"
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
-    def widened(self, patches: Tensor, grid: tuple[int, int], places: Tensor | None = None) -> Tensor:
-        """The hidden units that run, mixed with their local_world_size' and activated: (B, N, D) -> (B, N, C)."""
-        # The norm's output is fresh and contiguous even where its input is a slice, and so is fc1's.
+    def hidden_units(self, patches: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """Returns the active hidden units after convolution and activations: (B, N, D) -> (B, N, C)."""
+        # The outputs of norm and fc1 are contiguous even if their input is a slice.
         if isinstance(self.norm, nn.BatchNorm1d):
             normed = self.norm(patches.flatten(0, 1)).view(patches.shape)
         else:
             normed = self.norm(patches)
-        whole = self.active == self.hidden
-        hidden = self.fc1(normed) if whole else F.linear(normed, self.fc1.weight[: self.active])  # (B, N, C)
+        is_whole = self.active_hidden == self.hidden
+        hidden = self.fc1(normed) if is_whole else F.linear(normed, self.fc1.weight[: self.active_hidden])  # (B, N, C)
         if self.conv is None:
             return ACTIVATIONS[self.activation](hidden)
-        if places is None:
-            return local_mix(hidden, self._kernel_weight, grid, self.activation, self.kernel)
-        # The convolution needs the grid; fc1 and fc2, where the work is, do without.
-        grown = scatter_tokens(hidden, places, grid[0] * grid[1])
-        return gather_tokens(local_mix(grown, self._kernel_weight, grid, self.activation, self.kernel), places)
+        weight = self.conv.weight if is_whole else self.conv.weight[: self.active_hidden]
+        if kept is None:
+            return local_mix(hidden, weight, grid, self.activation, self.kernel)
+        # Only the convolution needs the whole grid. fc1 and fc2, which cost most, do not.
+        hidden = scatter_tokens(hidden, kept, grid[0] * grid[1])
+        return gather_tokens(local_mix(hidden, weight, grid, self.activation, self.kernel), kept)
 
-    def forward(self, patches: Tensor, grid: tuple[int, int], places: Tensor | None = None) -> Tensor:
-        """``places`` (B, n): where in the grid the patches lie, where not all are there; zeros stand for the others."""
-        hidden = self.widened(patches, grid, places)
-        if self.active == self.hidden:
+    def forward(self, patches: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """``kept`` (B, n): the patches' indices in the grid, if some are missing. The convolution reads those as 0."""
+        hidden = self.hidden_units(patches, grid, kept)
+        if self.active_hidden == self.hidden:
             return self.fc2(hidden)
-        return F.linear(hidden, self.fc2.weight[:, : self.active])
-
-    @property
-    def _kernel_weight(self) -> Tensor:
-        return self.conv.weight if self.active == self.hidden else self.conv.weight[: self.active]
+        return F.linear(hidden, self.fc2.weight[:, : self.active_hidden])
 
 
 @contextmanager
-def kernel_set(model: nn.Module, kernel: str) -> Iterator[None]:
-    """All local FFNs of ``model`` use ``kernel`` in here; see :func:`local_mix`."""
-    parts = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
-    before = [part.kernel for part in parts]
+def use_kernel(model: nn.Module, kernel: str) -> Iterator[None]:
+    """Within the context, all local FFNs of ``model`` use ``kernel``; see :func:`local_mix`."""
+    modules = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
+    before = [module.kernel for module in modules]
     try:
-        for part in parts:
-            part.kernel = kernel
+        for module in modules:
+            module.kernel = kernel
         yield
     finally:
-        for part, was in zip(parts, before, strict=True):
-            part.kernel = was
+        for module, old in zip(modules, before, strict=True):
+            module.kernel = old
 
 
 class LocalBlock(Block):
-    """Attention over all tokens, then the local FFN over the patch tokens: the class token passes by it.
+    """Attention over all tokens, then the local FFN over the patch tokens.
 
-    The released code splits and concatenates; here a row of zeros is added to the class token, which is the
-    same to the bit. Where the class token is what the head reads, the last block's FFN has no effect, in the
-    released code as here: its gradients are zeros.
+    The released code splits and concatenates. Here a row of zeros is added to the class token, with the same bits as
+    result. If the head reads the class token, the last block's FFN has no effect, as in the released code, and its
+    gradients are zero.
     """
 
     def __init__(self, shape: BlockShape, norm: str, convolution: bool) -> None:
@@ -106,68 +94,39 @@ class LocalBlock(Block):
         self.mlp = LocalFeedForward(shape, norm, convolution)
 
     def feed_forward(
-        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
+        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
-        num_prefix_tokens = tokens.shape[1] - (grid[0] * grid[1] if places is None else places.shape[1])
+        num_prefix_tokens = tokens.shape[1] - (grid[0] * grid[1] if kept is None else kept.shape[1])
         if not num_prefix_tokens:
-            return add_branch(tokens, self.mlp(tokens, grid, places), scale)
-        branch = self.mlp(tokens[:, num_prefix_tokens:], grid, places)  # (B, N, D)
+            return add_branch(tokens, self.mlp(tokens, grid, kept), scale)
+        branch = self.mlp(tokens[:, num_prefix_tokens:], grid, kept)  # (B, N, D)
         # The padding's gradient is a view. A step of a 6-block, 192-wide model takes 1240 ms on one CPU core,
         # 1360 with split and concatenation, 1330 with a hand-written in-place addition.
         return add_branch(tokens, F.pad(branch, (0, 0, num_prefix_tokens, 0)), scale)
 
 
 class LocalFFNViT(VisionTransformer):
-    """The paper's Vision Transformer with a local feed-forward part, and the switches of its ablations.
+    """The paper's Vision Transformer with a local feed-forward part, and the options of its ablations.
 
-    See :class:`LocalFeedForward` for ``activation``, ``norm`` and ``convolution``, and for the other options
-    :class:`VisionTransformer`. ``qkv_bias`` is False, as in the released code.
+    ``activation``, ``norm`` and ``convolution``: see :class:`LocalFeedForward`. ``qkv_bias`` is False, as in the
+    released code. The other options are those of :class:`VisionTransformer`.
     """
 
-    def __init__(self, *, qkv_bias: bool = False, norm: str = "layer", convolution: bool = True, **trunk: Any) -> None:
+    def __init__(
+        self, *, qkv_bias: bool = False, norm: str = "layer", convolution: bool = True, **options: Any
+    ) -> None:
         check_choice("norm", norm, ("layer", "batch"))
         check_bool("convolution", convolution)
-        super().__init__(lambda shape: LocalBlock(shape, norm, convolution), qkv_bias=qkv_bias, **trunk)
+        super().__init__(lambda shape: LocalBlock(shape, norm, convolution), qkv_bias=qkv_bias, **options)
 
 
-default_cfgs = generate_default_cfgs(
+register_family(
+    LocalFFNViT,
     {
-        "vitlocal_tiny_patch16_224": default_cfg(224),
-        "vitlocal_small_patch16_224": default_cfg(224),
-        "vitlocal_base_patch16_224": default_cfg(224),
-        "vitlocal_tiny_patch8_64": default_cfg(64),
-        "vitlocal_tiny_patch4_32": default_cfg(32),
-    }
+        "vitlocal_tiny_patch16_224": TINY,
+        "vitlocal_small_patch16_224": SMALL,  # the paper's model
+        "vitlocal_base_patch16_224": BASE,
+        "vitlocal_tiny_patch8_64": TINY | PATCH8_64,
+        "vitlocal_tiny_patch4_32": TINY | PATCH4_32,
+    },
 )
-
-
-@register_model
-def vitlocal_tiny_patch16_224(pretrained: bool = False, **options: Any) -> LocalFFNViT:
-    """Local-FFN ViT, 192 wide, 3 heads, for 224 px."""
-    return build(LocalFFNViT, "vitlocal_tiny_patch16_224", pretrained, TINY, options)
-
-
-@register_model
-def vitlocal_small_patch16_224(pretrained: bool = False, **options: Any) -> LocalFFNViT:
-    """Local-FFN ViT, 384 wide, 6 heads, for 224 px: the paper's model."""
-    return build(LocalFFNViT, "vitlocal_small_patch16_224", pretrained, SMALL, options)
-
-
-@register_model
-def vitlocal_base_patch16_224(pretrained: bool = False, **options: Any) -> LocalFFNViT:
-    """Local-FFN ViT, 768 wide, 12 heads, for 224 px."""
-    return build(LocalFFNViT, "vitlocal_base_patch16_224", pretrained, BASE, options)
-
-
-@register_model
-def vitlocal_tiny_patch8_64(pretrained: bool = False, **options: Any) -> LocalFFNViT:
-    """Local-FFN ViT, 192 wide, 3 heads, for 64 px in patches of 8."""
-    defaults = TINY | dict(patch_size=8, img_size=64)
-    return build(LocalFFNViT, "vitlocal_tiny_patch8_64", pretrained, defaults, options)
-
-
-@register_model
-def vitlocal_tiny_patch4_32(pretrained: bool = False, **options: Any) -> LocalFFNViT:
-    """Local-FFN ViT, 192 wide, 3 heads, for 32 px in patches of 4."""
-    defaults = TINY | dict(patch_size=4, img_size=32)
-    return build(LocalFFNViT, "vitlocal_tiny_patch4_32", pretrained, defaults, options)

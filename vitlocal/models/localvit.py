@@ -1,4 +1,4 @@
-"""LocalViT (Li et al. 2021, arXiv 2104.05707) on DeiT: what the local-FFN ViT simplifies, as a baseline.
+"""LocalViT (Li et al. 2021, arXiv 2104.05707) on DeiT: a baseline, which the local-FFN ViT simplifies.
 
 Shapes: B batch, N = h·w patch tokens on the grid (h, w), D width, C hidden width, R squeezed width.
 """
@@ -9,27 +9,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from vitlocal.models.block import Block, BlockShape, check_count
 from vitlocal.models.local_mix import ACTIVATIONS, image_as_tokens, tokens_as_image
-from vitlocal.models.vit import (
-    Block,
-    BlockShape,
-    VisionTransformer,
-    build,
-    check_count,
-    default_cfg,
-)
+from vitlocal.models.registry import PATCH8_64, register_family
+from vitlocal.models.vit import VisionTransformer
 
-# Heads are 48 wide as in the released code, DeiT's 64. There is no published base model; ours follows suit.
-TINY = dict(embed_dim=192, depth=12, num_heads=4)
-SMALL = dict(embed_dim=384, depth=12, num_heads=8)
-BASE = dict(embed_dim=768, depth=12, num_heads=16)
+# As in the released code, heads are 48 wide (DeiT: 64). There is no published base model; ours does the same.
+TINY: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=4)
+SMALL: dict[str, Any] = dict(embed_dim=384, depth=12, num_heads=8)
+BASE: dict[str, Any] = dict(embed_dim=768, depth=12, num_heads=16)
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales each channel of an image (B, C, h, w) by a gate in [0, 1] read off all channels' means."""
+    """Scales each channel of an image (B, C, h, w) by a gate in [0, 1], computed from the means of all channels."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -42,9 +36,9 @@ class SqueezeExcitation(nn.Module):
 
 
 class ConvFeedForward(nn.Module):
-    """Convolutions on the patch tokens (B, N, D), each with a BatchNorm: 1×1 to C, 3×3 depth-wise, 1×1 to D.
+    """Three convolutions on the patch tokens (B, N, D), each with a BatchNorm: 1×1 to C, 3×3 depth-wise, 1×1 to D.
 
-    Squeeze-and-excitation comes before the last.
+    Squeeze-and-excitation comes before the last convolution.
     """
 
     def __init__(self, shape: BlockShape, squeezed: int) -> None:
@@ -61,14 +55,14 @@ class ConvFeedForward(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         act = ACTIVATIONS[self.activation]
-        image = tokens_as_image(patches.contiguous(), grid)  # one copy where a class token precedes
+        image = tokens_as_image(patches.contiguous(), grid)  # with a class token, this copies
         image = act(self.bn1(self.fc1(image)))  # (B, C, h, w)
         image = self.se(act(self.bn2(self.conv(image))))
         return image_as_tokens(self.bn3(self.fc2(image)))
 
 
 class ConvBlock(Block):
-    """Attention over all tokens, then the convolutional feed-forward part; the class token passes by it.
+    """Attention over all tokens, then the convolutional feed-forward part over the patch tokens.
 
     There is no norm before the feed-forward part and no drop path after it, as in the released code.
     """
@@ -78,60 +72,36 @@ class ConvBlock(Block):
         self.mlp = ConvFeedForward(shape, squeezed)
 
     def feed_forward(
-        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, places: Tensor | None = None
+        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
         num_prefix_tokens = tokens.shape[1] - grid[0] * grid[1]
-        token, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
-        return torch.cat([token, patches + self.mlp(patches, grid)], dim=1)
+        prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+        return torch.cat([prefix, patches + self.mlp(patches, grid)], dim=1)
 
 
 class LocalViT(VisionTransformer):
-    """LocalViT. See :class:`VisionTransformer` for the options.
+    """LocalViT, with the options of :class:`VisionTransformer`.
 
-    ``se_ratio``: hidden channels for each squeezed one. None stands for the width D, which leaves 4 squeezed
-    channels, as in the published LocalViT-T and LocalViT-S.
+    ``se_ratio``: hidden channels per squeezed channel. None takes the width D, which gives 4 squeezed channels, as in
+    the published LocalViT-T and LocalViT-S.
     """
 
-    def __init__(self, *, se_ratio: int | None = None, **trunk: Any) -> None:
+    def __init__(self, *, se_ratio: int | None = None, **options: Any) -> None:
         if se_ratio is not None:
             check_count("se_ratio", se_ratio)
 
         def make_block(shape: BlockShape) -> ConvBlock:
             return ConvBlock(shape, max(1, shape.hidden // (se_ratio or shape.dim)))
 
-        super().__init__(make_block, **trunk)
+        super().__init__(make_block, **options)
 
 
-default_cfgs = generate_default_cfgs(
+register_family(
+    LocalViT,
     {
-        "vitlocal_localvit_tiny_patch16_224": default_cfg(224),
-        "vitlocal_localvit_small_patch16_224": default_cfg(224),
-        "vitlocal_localvit_base_patch16_224": default_cfg(224),
-        "vitlocal_localvit_tiny_patch8_64": default_cfg(64),
-    }
+        "vitlocal_localvit_tiny_patch16_224": TINY,  # LocalViT-T
+        "vitlocal_localvit_small_patch16_224": SMALL,  # LocalViT-S
+        "vitlocal_localvit_base_patch16_224": BASE,  # DeiT-B's width; not a published model
+        "vitlocal_localvit_tiny_patch8_64": TINY | PATCH8_64,
+    },
 )
-
-
-@register_model
-def vitlocal_localvit_tiny_patch16_224(pretrained: bool = False, **options: Any) -> LocalViT:
-    """LocalViT-T for 224 px."""
-    return build(LocalViT, "vitlocal_localvit_tiny_patch16_224", pretrained, TINY, options)
-
-
-@register_model
-def vitlocal_localvit_small_patch16_224(pretrained: bool = False, **options: Any) -> LocalViT:
-    """LocalViT-S for 224 px."""
-    return build(LocalViT, "vitlocal_localvit_small_patch16_224", pretrained, SMALL, options)
-
-
-@register_model
-def vitlocal_localvit_base_patch16_224(pretrained: bool = False, **options: Any) -> LocalViT:
-    """LocalViT at DeiT-B's width, for 224 px; not a published model."""
-    return build(LocalViT, "vitlocal_localvit_base_patch16_224", pretrained, BASE, options)
-
-
-@register_model
-def vitlocal_localvit_tiny_patch8_64(pretrained: bool = False, **options: Any) -> LocalViT:
-    """LocalViT-T for 64 px in patches of 8."""
-    defaults = TINY | dict(patch_size=8, img_size=64)
-    return build(LocalViT, "vitlocal_localvit_tiny_patch8_64", pretrained, defaults, options)

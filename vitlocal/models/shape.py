@@ -1,8 +1,8 @@
-"""The only code that changes which part of a model runs, and what newly running parts start as.
+"""Sets which part of a model runs, and initializes the parts that start to run.
 
-Parameters keep their identity and size: a shape selects slices and blocks of the full model, so that optimizer,
-average and checkpoints keep their structure. What a step does not run has no effect on its outputs; slices that do not
-run get gradients of exactly zero, blocks that do not run, or are frozen, none at all.
+Parameters keep their identity and size: a shape selects slices and blocks of the full model, so the optimizer, the
+EMA and checkpoints keep their structure. A part that does not run has no effect on the outputs. Slices that do not run
+get zero gradients. Blocks that do not run, or are frozen, get no gradients.
 """
 
 from __future__ import annotations
@@ -11,194 +11,201 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
+from vitlocal.models.block import Attention
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.token_selection import Selection
-from vitlocal.models.vit import Attention, VisionTransformer
+from vitlocal.models.token_selection import TokenSelection
+from vitlocal.models.vit import ActivePart, VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, growth_sources
 
-SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts of which a slice can run
+SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts that can run a slice of their hidden units
 
 Moments = Callable[[nn.Parameter], dict[str, Tensor]]
+Ranges = Mapping[str, tuple[int, int]]  # unit -> indices of the first new slice, and after the last
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks; ConfigError where it has none."""
+def model_blocks(model: nn.Module) -> list[Any]:
+    """Returns the model's blocks; :class:`ConfigError` if it has none."""
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
-        raise ConfigError(f"{type(model).__name__} has no blocks to take apart; use a Vision Transformer")
+        raise ConfigError(f"{type(model).__name__} has no blocks to select; use a Vision Transformer")
     return list(blocks)
 
 
-def parts_of(model: nn.Module) -> dict[str, int] | None:
-    """How many heads, hidden units, patches a side and blocks there are; None of a model that is not ours."""
+def model_parts(model: nn.Module) -> dict[str, int] | None:
+    """Returns the numbers of heads, hidden units, patches a side and blocks; None for a model that is not ours."""
     if not isinstance(model, VisionTransformer):
         return None
-    first = model.blocks[0]
+    first = model_blocks(model)[0]
     return {
         "heads": first.attn.num_heads,
         "hidden": first.mlp.fc1.weight.shape[0],
-        "grid": min(model.grid),
+        "grid": min(model.patch_embed.grid_size),
         "blocks": len(model.blocks),
-        "passing": int(model.cls_token is not None),
     }
 
 
 def check_shape(model: nn.Module, shape: Shape) -> None:
-    """Raises ConfigError where the model has no such part."""
+    """Raises :class:`ConfigError` if the model lacks a part that ``shape`` selects."""
     if shape == WHOLE_MODEL:
         return
-    count, ours = len(blocks_of(model)), isinstance(model, VisionTransformer)
-    wished = [name for name in ("heads", "hidden", "grid", "block_order", "stage") if getattr(shape, name) is not None]
-    wished += ["pruned_blocks"] if shape.pruned_blocks else []
-    name = type(model).__name__
-    if wished and not ours:
-        raise ConfigError(f"{name} is timm's own: {', '.join(wished)} of a shape are for vitlocal_… models")
-    for slot in (
-        *(shape.block_order or ()),
-        *shape.skipped_blocks,
-        *(shape.trainable_blocks or ()),
-        *shape.pruned_blocks,
-    ):
-        if not 0 <= slot < count:
-            raise ConfigError(f"{name} has {count} blocks, and no block {slot}")
-    if not ours:
+    name, blocks, parts = type(model).__name__, model_blocks(model), model_parts(model)
+    fields = [
+        field for field in ("heads", "hidden", "grid", "block_order", "stage") if getattr(shape, field) is not None
+    ]
+    fields += ["pruned_blocks"] if shape.pruned_blocks else []
+    if fields and parts is None:
+        raise ConfigError(
+            f"{name} is timm's own model: only vitlocal_… models can change {', '.join(fields)}; use one of them"
+        )
+    selected = (shape.block_order, shape.skipped_blocks, shape.trainable_blocks, shape.pruned_blocks)
+    for index in (index for indices in selected for index in indices or ()):
+        if not 0 <= index < len(blocks):
+            raise ConfigError(f"{name} has no block {index}: its {len(blocks)} blocks count from 0")
+    if parts is None:
         return
-    if (shape.hidden is not None or shape.pruned_blocks) and not all(isinstance(b.mlp, SLICED) for b in model.blocks):
+    if (shape.hidden is not None or shape.pruned_blocks) and not all(isinstance(b.mlp, SLICED) for b in blocks):
         raise ConfigError(
-            f"{name}: a part of its hidden width or tokens cannot be run; use a vitlocal_deit_… or local-FFN model"
+            f"{name} cannot run a part of its hidden width or tokens; use a vitlocal_deit_… or local-FFN model"
         )
-    first = model.blocks[0]
-    for wish, there in (("heads", first.attn.num_heads), ("hidden", getattr(first.mlp, "hidden", None)),
-                        ("grid", min(model.grid))):  # fmt: skip
-        value = getattr(shape, wish)
-        if value is not None and not 1 <= value <= there:
-            raise ConfigError(f"{name}: {wish} {value} of {there}")
+    for unit in ("heads", "hidden", "grid"):
+        value = getattr(shape, unit)
+        if value is not None and not 1 <= value <= parts[unit]:
+            raise ConfigError(f"{name}: got {unit} {value}, expected 1 to {parts[unit]}")
 
 
-def put(model: nn.Module, shape: Shape) -> None:
-    """Has ``model`` run in ``shape`` from now on. Costs no wait for the device; weights are as they were."""
-    if isinstance(model, VisionTransformer):
-        slots = shape.block_order or tuple(range(len(model.blocks)))
-        model.order = tuple(slot for slot in slots if slot not in shape.skipped_blocks)
-        model.centre = None if shape.grid is None or shape.grid >= min(model.grid) else shape.grid
-        model.crops_images = shape.crop_before_embedding
-        model.selections = _selections(shape, len(model.order))
-        for block in model.blocks:
-            block.attn.active = shape.heads or block.attn.num_heads
-            if isinstance(block.mlp, SLICED):
-                block.mlp.active = shape.hidden or block.mlp.hidden
-        model.stage = shape.stage
-        trained = range(len(model.blocks)) if shape.trainable_blocks is None else shape.trainable_blocks
-        frozen = tuple(slot for slot in range(len(model.blocks)) if slot not in trained)
-        if frozen != model.frozen:
-            model.frozen = frozen
-            model.train(model.training)
+def set_shape(model: nn.Module, shape: Shape) -> None:
+    """Makes ``model`` run in ``shape`` from now on. Changes no weights, and does not wait for the device.
 
-
-def _selections(shape: Shape, count: int) -> dict[int, Selection]:
-    how = Selection(shape.token_keep_rate, shape.attention_keep_rate, shape.per_head_masks)
-    return {} if how.is_whole else {place: how for place in shape.pruned_blocks if place < count}
-
-
-def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
-    """Gives ``model`` a vector for each stage, and one for none; ``std`` of 0 leaves its outputs as they were."""
+    Models that are not ours stay whole.
+    """
     if not isinstance(model, VisionTransformer):
-        raise ConfigError(
-            f"{type(model).__name__} is timm's own and cannot be told stages; set unfreeze.stage_embedding=no"
-        )
-    if embedding.tokens == "class" and model.cls_token is None:
-        raise ConfigError("unfreeze.stage_tokens: this model has no class token (model.pool=avg); use all")
-    table = torch.randn(embedding.rows, model.embed_dim) * embedding.std
-    model.stage_table = nn.Parameter(table.to(model.pos_embed))
-    model.stage_null, model.stage_tokens = embedding.null_prob, embedding.tokens
+        return
+    blocks = model_blocks(model)
+    every = tuple(range(len(blocks)))
+    order = tuple(index for index in shape.block_order or every if index not in shape.skipped_blocks)
+    trainable = every if shape.trainable_blocks is None else shape.trainable_blocks
+    selection = TokenSelection(shape.token_keep_rate, shape.attention_keep_rate, shape.per_head_masks)
+    places = () if selection.keeps_all else (place for place in shape.pruned_blocks if place < len(order))
+    before = model.active.frozen_blocks
+    model.active = ActivePart(
+        block_order=order,
+        center_grid=None if shape.grid is None or shape.grid >= min(model.patch_embed.grid_size) else shape.grid,
+        crop_before_embedding=shape.crop_before_embedding,
+        selections=dict.fromkeys(places, selection),
+        frozen_blocks=tuple(index for index in every if index not in trainable),
+        stage=shape.stage,
+    )
+    for block in blocks:
+        block.attn.active_heads = shape.heads or block.attn.num_heads
+        if isinstance(block.mlp, SLICED):
+            block.mlp.active_hidden = shape.hidden or block.mlp.hidden
+    if model.active.frozen_blocks != before:
+        model.train(model.training)
 
 
 @contextmanager
-def in_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[None]:
-    """``model`` runs in ``shape`` in here, and in ``after`` from then on."""
-    put(model, shape)
+def temporary_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[None]:
+    """Within the context, ``model`` runs in ``shape``; from then on in ``after``."""
+    set_shape(model, shape)
     try:
         yield
     finally:
-        put(model, after)
+        set_shape(model, after)
+
+
+def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
+    """Adds a vector for each stage, and one for no stage. A ``std`` of 0 does not change the model's outputs."""
+    name = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError(f"{name} cannot have a stage embedding; use a vitlocal_… model, or leave the embedding out")
+    if embedding.tokens == "class" and model.cls_token is None:
+        raise ConfigError(
+            f"{name} has no class token, so a stage embedding with tokens=class cannot be added; use tokens=all, or "
+            "model.pool=token"
+        )
+    table = torch.randn(embedding.rows, model.embed_dim) * embedding.std
+    model.stage_table = nn.Parameter(table.to(model.pos_embed))
+    model.stage_embedding = embedding
 
 
 def set_trainable(model: nn.Module, shape: Shape) -> bool:
-    """Freezes what the shape does not train, and frees the blocks that it does; returns whether any changed.
+    """Freezes the parameters that the shape does not train; returns whether any parameter changed.
 
-    Blocks outside of ``shape.block_order`` are frozen; skipped ones are not. Frozen parameters have no gradient. What
-    ``shape.head_only`` freezes stays so.
+    Blocks outside ``shape.block_order`` are frozen, skipped blocks are not. Blocks are unfrozen again; what
+    ``shape.head_only`` freezes stays frozen. Frozen parameters have no gradient.
     """
-    if (
-        shape.block_order is None
-        and shape.trainable_blocks is None
-        and not shape.head_only
-        and not hasattr(model, "blocks")
-    ):
+    order, trainable = shape.block_order, shape.trainable_blocks
+    if order is None and trainable is None and not shape.head_only and not hasattr(model, "blocks"):
         return False
-    wished: dict[nn.Parameter, bool] = {}
-    for slot, block in enumerate(blocks_of(model)):
-        on = (shape.block_order is None or slot in shape.block_order) and (
-            shape.trainable_blocks is None or slot in shape.trainable_blocks
-        )
-        wished |= dict.fromkeys(block.parameters(), on)
+    trains: dict[nn.Parameter, bool] = {}
+    for index, block in enumerate(model_blocks(model)):
+        on = all(indices is None or index in indices for indices in (order, trainable))
+        trains |= dict.fromkeys(block.parameters(), on)
     if shape.head_only:
-        above = {p for module in _above_blocks(model) for p in module.parameters()}
-        above.add(getattr(model, "stage_table", None))
-        wished |= dict.fromkeys((p for p in model.parameters() if p not in above and p not in wished), False)
-    changed = [parameter for parameter, on in wished.items() if parameter.requires_grad != on]
+        # timm's models, and ours, register what runs after the blocks after them.
+        names = list(dict(model.named_children()))
+        after = names[names.index("blocks") + 1 :]
+        kept = {parameter for name in after for parameter in getattr(model, name).parameters()} | trains.keys()
+        kept.add(getattr(model, "stage_table", None))
+        trains |= dict.fromkeys((parameter for parameter in model.parameters() if parameter not in kept), False)
+    changed = [parameter for parameter, on in trains.items() if parameter.requires_grad != on]
     for parameter in changed:
-        parameter.requires_grad_(wished[parameter])
+        parameter.requires_grad_(trains[parameter])
         parameter.grad = None
     return bool(changed)
-
-
-def _above_blocks(model: nn.Module) -> list[nn.Module]:
-    """What a model runs after its blocks: timm's models, and ours, register their parts in that order."""
-    names = list(dict(model.named_children()))
-    return [getattr(model, name) for name in names[names.index("blocks") + 1 :]]
 
 
 # --- growth ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A parameter seen with its slots along one axis, from which other tensors of its size are seen alike."""
+class ParameterSlices:
+    """A parameter that has a slice for each head, or for each hidden unit.
+
+    ``view`` is the shape in which ``axis`` counts the slices. ``outgoing``: the parameter carries the slices' outputs
+    to the rest of the model.
+    """
 
     parameter: nn.Parameter
     unit: str  # "heads" or "hidden"
     view: tuple[int, ...]
     axis: int
-    outgoing: bool = False  # it carries what the slot gives to the rest of the model
+    outgoing: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
+        """Returns a view of ``tensor``, which has the parameter's size, with an axis that counts the slices."""
         return tensor.view(self.view)
 
+    def span(self, tensor: Tensor, start: int, end: int) -> Tensor:
+        """Returns a view of the slices ``start`` to ``end`` of ``tensor``."""
+        return self.of(tensor).narrow(self.axis, start, end - start)
 
-def slices(model: nn.Module) -> Iterator[Slice]:
-    """All parameters that have a slot for each head, or for each hidden unit."""
+
+def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
+    """Yields all parameters that have a slice for each head, or for each hidden unit."""
     for module in model.modules():
         if isinstance(module, Attention):
             dim, heads = module.proj.weight.shape[0], module.num_heads
-            yield Slice(module.qkv.weight, "heads", (3, heads, dim // heads, dim), 1)
+            yield ParameterSlices(module.qkv.weight, "heads", (3, heads, dim // heads, dim), 1)
             if module.qkv.bias is not None:
-                yield Slice(module.qkv.bias, "heads", (3, heads, dim // heads), 1)
-            yield Slice(module.proj.weight, "heads", (dim, heads, dim // heads), 1, outgoing=True)
+                yield ParameterSlices(module.qkv.bias, "heads", (3, heads, dim // heads), 1)
+            yield ParameterSlices(module.proj.weight, "heads", (dim, heads, dim // heads), 1, outgoing=True)
         elif isinstance(module, SLICED):
             dim, hidden = module.fc2.weight.shape
-            yield Slice(module.fc1.weight, "hidden", (hidden, dim), 0)
+            yield ParameterSlices(module.fc1.weight, "hidden", (hidden, dim), 0)
             if module.fc1.bias is not None:
-                yield Slice(module.fc1.bias, "hidden", (hidden,), 0)
-            if getattr(module, "conv", None) is not None:
-                yield Slice(module.conv.weight, "hidden", tuple(module.conv.weight.shape), 0)
-            yield Slice(module.fc2.weight, "hidden", (dim, hidden), 1, outgoing=True)
+                yield ParameterSlices(module.fc1.bias, "hidden", (hidden,), 0)
+            conv = getattr(module, "conv", None)
+            if conv is not None:
+                yield ParameterSlices(conv.weight, "hidden", tuple(conv.weight.shape), 0)
+            yield ParameterSlices(module.fc2.weight, "hidden", (dim, hidden), 1, outgoing=True)
 
 
 @torch.no_grad()
@@ -206,157 +213,142 @@ def grow(
     model: nn.Module, before: Shape, shape: Shape, growth: Growth, moments: Moments,
     copies: Sequence[nn.Module] = (), seed: int = 0,
 ) -> None:  # fmt: skip
-    """Starts the heads and hidden units that ``shape`` has beyond ``before``, and ``growth.blocks``.
+    """Initializes the heads and hidden units that ``shape`` has and ``before`` lacks, and ``growth.blocks``.
 
-    ``moments`` gives the optimizer's state of a parameter. ``copies``, the model's averages, grow each from itself;
-    where ``growth.average`` names one of them, the model first takes over its weights.
+    ``moments`` returns the optimizer's state of a parameter. ``copies`` are weight averages of the model. Each grows
+    from itself. If ``growth.average`` is the index of one, the model first takes its weights.
     """
     if growth.average is not None and not growth.new_only:
         model.load_state_dict(copies[growth.average].state_dict())
-    ranges = _ranges(model, before, shape)
+    ranges = _new_slices(model, before, shape)
     if growth.weights == "copy":
-        for one in (model, *copies):
-            source = copies[growth.average] if growth.new_only and growth.average is not None else one
-            _copy_slots(one, ranges, growth)
-            _copy_blocks(one, growth.blocks, source if one is model else one)
+        for grown in (model, *copies):
+            is_average = grown is model and growth.new_only and growth.average is not None
+            _copy_slices(grown, ranges, growth)
+            _copy_blocks(grown, growth.blocks, copies[growth.average or 0] if is_average else grown)
         if growth.noise:
             _add_noise(model, ranges, growth, seed)
     elif ranges or growth.blocks:
-        drawn = _drawn_anew(model, seed * 1000 + growth.number)
-        for one in (model, *copies):
-            _take_slots(one, ranges, drawn)
-            _copy_blocks(one, [(slot, slot) for slot, _ in growth.blocks], drawn)
-    _settle_moments(model, ranges, growth, moments)
+        fresh = _redrawn(model, seed * 1000 + growth.number)
+        for grown in (model, *copies):
+            for part, drawn in zip(parameter_slices(grown), parameter_slices(fresh), strict=True):
+                if part.unit in ranges:
+                    new = ranges[part.unit]
+                    part.span(part.parameter, *new).copy_(drawn.span(drawn.parameter, *new))
+            _copy_blocks(grown, [(index, index) for index, _ in growth.blocks], fresh)
+    _set_moments(model, ranges, growth, moments)
 
 
-def _ranges(model: nn.Module, before: Shape, shape: Shape) -> dict[str, tuple[int, int]]:
-    """By unit, the first new slot and the end of the new ones; a unit that does not grow is left out."""
+def _new_slices(model: nn.Module, before: Shape, shape: Shape) -> Ranges:
     found = {}
     for unit in ("heads", "hidden"):
         old, new = getattr(before, unit), getattr(shape, unit)
         if old is None:
             continue
-        new = new or next(part.view[part.axis] for part in slices(model) if part.unit == unit)
+        new = new or next(part.view[part.axis] for part in parameter_slices(model) if part.unit == unit)
         if new > old:
             found[unit] = (old, new)
     return found
 
 
-def _copy_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth: Growth) -> None:
-    for part in slices(model):
+def _copy_slices(model: nn.Module, ranges: Ranges, growth: Growth) -> None:
+    for part in parameter_slices(model):
         if part.unit not in ranges:
             continue
         old, new = ranges[part.unit]
-        seen, sources = part.of(part.parameter), growth_sources(old, new, growth.sources)
-        taken = seen.index_select(part.axis, torch.tensor(sources, device=seen.device))
-        seen.narrow(part.axis, old, new - old).copy_(taken)
+        view, sources = part.of(part.parameter), growth_sources(old, new, growth.sources)
+        copied = view.index_select(part.axis, torch.tensor(sources, device=view.device))
+        part.span(part.parameter, old, new).copy_(copied)
         if part.outgoing and growth.scale != 1:
-            touched = torch.tensor(sorted({*sources, *range(old, new)}), device=seen.device)
-            seen.index_copy_(part.axis, touched, seen.index_select(part.axis, touched) * growth.scale)
+            scaled = torch.tensor(sorted({*sources, *range(old, new)}), device=view.device)
+            view.index_copy_(part.axis, scaled, view.index_select(part.axis, scaled) * growth.scale)
 
 
-def _drawn_anew(model: nn.Module, seed: int) -> nn.Module:
-    """``model`` as at a start: weights that do not run have none but decay, and are not what was drawn any more."""
-    with torch.random.fork_rng([]):  # on the host: every process draws the same
+def _redrawn(model: nn.Module, seed: int) -> nn.Module:
+    """Returns a copy of ``model`` with new initial weights: decay has shrunk the weights of parts that did not run."""
+    with torch.random.fork_rng([]):  # on the host, so that every process draws the same
         torch.manual_seed(seed)
-        drawn = copy.deepcopy(model).cpu()
-        for module in drawn.modules():
+        fresh: Any = copy.deepcopy(model).cpu()
+        for module in fresh.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        drawn.init_weights()
-    return drawn
-
-
-def _take_slots(model: nn.Module, ranges: Mapping[str, tuple[int, int]], drawn: nn.Module) -> None:
-    for part, fresh in zip(slices(model), slices(drawn), strict=True):
-        if part.unit in ranges:
-            old, new = ranges[part.unit]
-            theirs = fresh.of(fresh.parameter).narrow(part.axis, old, new - old)
-            part.of(part.parameter).narrow(part.axis, old, new - old).copy_(theirs)
+        fresh.init_weights()
+    return fresh
 
 
 def _copy_blocks(model: nn.Module, pairs: Sequence[tuple[int, int]], source: nn.Module) -> None:
     for new, old in pairs:
-        model.blocks[new].load_state_dict(source.blocks[old].state_dict())
+        model_blocks(model)[new].load_state_dict(model_blocks(source)[old].state_dict())
 
 
-def _add_noise(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth: Growth, seed: int) -> None:
+def _add_noise(model: nn.Module, ranges: Ranges, growth: Growth, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed * 1000 + growth.number)  # on the host: every process draws the same
-    for part in slices(model):
-        if part.unit in ranges:
-            old, new = ranges[part.unit]
-            fresh = part.of(part.parameter).narrow(part.axis, old, new - old)
-            fresh += (torch.randn(fresh.shape, generator=generator) * growth.noise).to(fresh) * fresh.std()
-    for slot, _ in growth.blocks:
-        for parameter in model.blocks[slot].parameters():
-            spread = parameter.std() if parameter.numel() > 1 else 0.0
-            parameter += (torch.randn(parameter.shape, generator=generator) * growth.noise).to(parameter) * spread
+    new = [part.span(part.parameter, *ranges[part.unit]) for part in parameter_slices(model) if part.unit in ranges]
+    new += [parameter for index, _ in growth.blocks for parameter in model_blocks(model)[index].parameters()]
+    for tensor in new:
+        spread = tensor.std() if tensor.numel() > 1 else 0.0
+        tensor += (torch.randn(tensor.shape, generator=generator) * growth.noise).to(tensor) * spread
 
 
-def _settle_moments(model: nn.Module, ranges: Mapping[str, tuple[int, int]], growth: Growth, moments: Moments) -> None:
-    def tensors(parameter: nn.Parameter) -> list[Tensor]:
-        return [value for value in moments(parameter).values() if value.shape == parameter.shape]
-
+def _set_moments(model: nn.Module, ranges: Ranges, growth: Growth, moments: Moments) -> None:
     if growth.moments == "reset":
         for parameter in model.parameters():
             for value in moments(parameter).values():
-                value.zero_()  # the count of steps, too: bias correction begins anew
+                value.zero_()  # also the step count, so that bias correction starts again
         return
-    for part in slices(model):
+    for part in parameter_slices(model):
         if part.unit not in ranges:
             continue
         old, new = ranges[part.unit]
-        for value in tensors(part.parameter):
-            seen = part.of(value)
-            fresh = seen.narrow(part.axis, old, new - old)
+        for value in moments(part.parameter).values():
+            if value.shape != part.parameter.shape:
+                continue
             if growth.moments == "copy":
-                sources = torch.tensor(growth_sources(old, new, growth.sources), device=seen.device)
-                fresh.copy_(seen.index_select(part.axis, sources))
+                sources = torch.tensor(growth_sources(old, new, growth.sources), device=value.device)
+                part.span(value, old, new).copy_(part.of(value).index_select(part.axis, sources))
             else:
-                fresh.zero_()
-    for slot, source in growth.blocks:
-        for mine, theirs in zip(model.blocks[slot].parameters(), model.blocks[source].parameters(), strict=True):
-            moments(mine).clear()  # as before a first step
+                part.span(value, old, new).zero_()
+    blocks = model_blocks(model) if growth.blocks else []
+    for index, source in growth.blocks:
+        for mine, theirs in zip(blocks[index].parameters(), blocks[source].parameters(), strict=True):
+            moments(mine).clear()  # as before the first step
             if growth.moments == "copy":
                 moments(mine).update({name: value.clone() for name, value in moments(theirs).items()})
 
 
-def _active(model: VisionTransformer, part: Slice) -> int:
-    """How many of the part's slots run."""
-    first = model.blocks[0]
-    return first.attn.active if part.unit == "heads" else first.mlp.active
+def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of a model without a shape that computes the same as ``model`` in its current shape.
 
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model that computes what ``model`` does in its present shape.
-
-    Blocks stand in the order in which they run, heads and hidden units that do not run give nothing, and the present
-    stage's vector is added to the position table. (A crop of the grid is no part of it.)
+    Blocks are in the order in which they run. The outgoing weights of heads and hidden units that do not run are zero.
+    The current stage's vector is added to the position table. (A crop of the grid is not part of the state dict.)
     """
     state = dict(model.state_dict())
     if not isinstance(model, VisionTransformer):
         return state
-    places = {slot: place for place, slot in enumerate(model.order)}
-    outgoing = {part.parameter: part for part in slices(model) if part.outgoing}
+    places = {index: place for place, index in enumerate(model.active.block_order)}
+    outgoing: dict[Any, ParameterSlices] = {part.parameter: part for part in parameter_slices(model) if part.outgoing}
     parameters = dict(model.named_parameters())
+    first = model_blocks(model)[0]
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "stage_table":
             continue
-        plain = name
+        new_name = name
         if name.startswith("blocks."):
-            _, slot, rest = name.split(".", 2)
-            if int(slot) not in places:
+            _, index, rest = name.split(".", 2)
+            if int(index) not in places:
                 continue
-            plain = f"blocks.{places[int(slot)]}.{rest}"
+            new_name = f"blocks.{places[int(index)]}.{rest}"
         part = outgoing.get(parameters.get(name))
-        if part is not None and (active := _active(model, part)) < (count := part.view[part.axis]):
-            tensor = tensor.clone()  # what does not run gives nothing to the rest
-            part.of(tensor).narrow(part.axis, active, count - active).zero_()
-        found[plain] = tensor
-    if model.stage_table is not None:
-        row = model.stage_table[-1 if model.stage is None else model.stage].detach()
+        if part is not None:
+            active = first.attn.active_heads if part.unit == "heads" else first.mlp.active_hidden
+            if active < part.view[part.axis]:
+                tensor = tensor.clone()
+                part.span(tensor, active, part.view[part.axis]).zero_()
+        found[new_name] = tensor
+    if model.stage_table is not None and model.stage_embedding is not None:
+        row = model.stage_table[-1 if model.active.stage is None else model.active.stage].detach()
         table = found["pos_embed"].clone()
-        table[:, : 1 if model.stage_tokens == "class" else None] += row  # resampling keeps a constant as it is
+        table[:, : 1 if model.stage_embedding.tokens == "class" else None] += row  # resampling keeps a constant
         found["pos_embed"] = table
     return found

@@ -1,6 +1,7 @@
 """Fewer tokens and fewer connections, chosen by attention (Kong et al. 2023, arXiv 2211.10801; code Tri-Level-ViT).
 
-Shapes: B batch, M heads, N patch tokens, T tokens in all, n kept patch tokens; G masks, one or M.
+Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (0 or 1), n kept patch tokens, G masks (1
+or M).
 """
 
 from __future__ import annotations
@@ -11,109 +12,110 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# So that ⌈r·N⌉ is 98 for 0.7 × 140, whose product is a little more in binary.
+# In binary, 0.7 x 140 is a little more than 98. With this slack, its ceiling is 98.
 SLACK = 1e-6
 
 
 @dataclass(frozen=True)
-class Selection:
-    """How many a block keeps: this part of the patch tokens, and for each token this part of those to attend to.
+class TokenSelection:
+    """The fraction of patch tokens that a block keeps, and the fraction of them that each token attends to.
 
-    ``own_masks``: each head chooses whom to attend to, where otherwise one mask serves all.
+    ``per_head_masks``: each head chooses its own connections. Otherwise one mask serves all heads.
     """
 
-    kept: float
-    attended: float
-    own_masks: bool = False
+    token_keep_rate: float
+    attention_keep_rate: float
+    per_head_masks: bool = False
 
     @property
-    def is_whole(self) -> bool:
-        return self.kept == 1.0 and self.attended == 1.0
+    def keeps_all(self) -> bool:
+        """Whether the selection drops nothing."""
+        return self.token_keep_rate == 1.0 and self.attention_keep_rate == 1.0
 
 
 @dataclass(frozen=True)
-class Selected:
-    """What the blocks so far have left. None: everything."""
+class RemainingTokens:
+    """The tokens and connections that remain after the blocks so far. None: all of them."""
 
-    places: Tensor | None = None  # (B, n) int64, of kept patch tokens in the grid
-    mask: Tensor | None = None  # (B, G, T, T) bool: who attends (row) to whom (column)
-
-
-EVERYTHING = Selected()
+    indices: Tensor | None = None  # (B, n) int64, of kept patch tokens in the grid
+    mask: Tensor | None = None  # (B, G, T, T) bool: which token (row) attends to which (column)
 
 
-def part_of(count: int, part: float) -> int:
-    """⌈part · count⌉, at least one."""
-    return max(1, math.ceil(part * count - SLACK))
+ALL_TOKENS = RemainingTokens()
+
+
+def keep_count(count: int, rate: float) -> int:
+    """Returns ⌈rate · count⌉, at least 1."""
+    return max(1, math.ceil(rate * count - SLACK))
 
 
 def patch_scores(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """How much each patch token matters, (B, N), from head-mean attention (B, T, T).
+    """Returns the importance of each patch token, (B, N), from attention averaged over heads, (B, T, T).
 
-    The class token's attention to it; where there is none (``num_prefix_tokens`` is 0), what it gets from all tokens, as the
-    released code does for Swin.
+    It is the class token's attention to the patch. Without a class token it is the attention of all tokens to the
+    patch, as in the released code for Swin.
     """
     return attention[:, 0, 1:] if num_prefix_tokens else attention.sum(dim=1)
 
 
-def strongest(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` places of highest score, in the order of the grid: (B, N) → (B, count) int64."""
+def top_indices(scores: Tensor, count: int) -> Tensor:
+    """Returns the indices of the ``count`` highest scores, in ascending order: (B, N) → (B, count) int64."""
     return scores.topk(count, dim=1).indices.sort(dim=1).values
 
 
-def gather_tokens(tokens: Tensor, places: Tensor, num_prefix_tokens: int = 0) -> Tensor:
-    """The patch tokens at ``places`` (B, n), behind the ``num_prefix_tokens`` ones that stay: (B, T, D) → (B, num_prefix_tokens + n, D)."""
-    index = (places + num_prefix_tokens)[..., None].expand(-1, -1, tokens.shape[2])
+def gather_tokens(tokens: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """Returns the prefix tokens, then the patch tokens at ``indices`` (B, n): (B, T, D) → (B, P + n, D)."""
+    index = (indices + num_prefix_tokens)[..., None].expand(-1, -1, tokens.shape[2])
     chosen = tokens.gather(1, index)
     return torch.cat([tokens[:, :num_prefix_tokens], chosen], dim=1) if num_prefix_tokens else chosen
 
 
-def scatter_tokens(tokens: Tensor, places: Tensor, count: int) -> Tensor:
-    """Kept patch tokens (B, n, C) back at their ``places`` among ``count``, zeros elsewhere: (B, count, C)."""
+def scatter_tokens(tokens: Tensor, indices: Tensor, count: int) -> Tensor:
+    """Puts patch tokens (B, n, C) at their ``indices`` among ``count``, and zeros elsewhere: (B, count, C)."""
     whole = tokens.new_zeros(tokens.shape[0], count, tokens.shape[2])
-    return whole.scatter(1, places[..., None].expand(-1, -1, tokens.shape[2]), tokens)
+    return whole.scatter(1, indices[..., None].expand(-1, -1, tokens.shape[2]), tokens)
 
 
-def among(attention: Tensor, places: Tensor, num_prefix_tokens: int) -> Tensor:
-    """What the ``num_prefix_tokens`` tokens and the patch tokens at ``places`` (B, n) pay to each other, of (B, G, T, T)."""
-    first = torch.arange(num_prefix_tokens, device=places.device).expand(len(places), -1)
-    index = torch.cat([first, places + num_prefix_tokens], dim=1)[:, None]  # (B, 1, num_prefix_tokens + n)
+def gather_attention(attention: Tensor, indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Returns the attention (B, G, T, T) among the prefix tokens and the patch tokens at ``indices`` (B, n)."""
+    prefix = torch.arange(num_prefix_tokens, device=indices.device).expand(len(indices), -1)
+    index = torch.cat([prefix, indices + num_prefix_tokens], dim=1)[:, None]  # (B, 1, P + n)
     rows = index[..., None].expand(-1, attention.shape[1], -1, attention.shape[3])
     attention = attention.gather(2, rows)
     return attention.gather(3, index[:, :, None].expand(-1, attention.shape[1], attention.shape[2], -1))
 
 
-def connection_mask(attention: Tensor, part: float, num_prefix_tokens: int) -> Tensor:
-    """Each patch token attends to the ``part`` of patch tokens that it attends to most: (B, G, T, T), bool.
+def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Tensor:
+    """Returns the mask (B, G, T, T) that keeps, for each patch token, the fraction ``rate`` of its strongest patches.
 
-    Class tokens attend to all, and all to them.
+    A class token attends to all tokens, and all attend to it.
     """
     patches = attention[..., num_prefix_tokens:, num_prefix_tokens:]  # (B, G, n, n)
-    # By places and not by the least value: what was masked before has nothing, and many of that are equal.
-    most = patches.topk(part_of(patches.shape[3], part), dim=3).indices  # (B, G, n, k)
+    # By index, not by threshold: attention that was masked before is zero, and many zeros are equal.
+    strongest = patches.topk(keep_count(patches.shape[3], rate), dim=3).indices  # (B, G, n, k)
     mask = torch.ones_like(attention, dtype=torch.bool)
-    mask[..., num_prefix_tokens:, num_prefix_tokens:] = torch.zeros_like(patches, dtype=torch.bool).scatter(
-        3, most, True
-    )
+    kept = torch.zeros_like(patches, dtype=torch.bool).scatter(3, strongest, True)
+    mask[..., num_prefix_tokens:, num_prefix_tokens:] = kept
     return mask
 
 
-def narrow(
-    tokens: Tensor, attention: Tensor, before: Selected, how: Selection, num_prefix_tokens: int
-) -> tuple[Tensor, Selected]:
+def prune_tokens(
+    tokens: Tensor, attention: Tensor, before: RemainingTokens, selection: TokenSelection, num_prefix_tokens: int
+) -> tuple[Tensor, RemainingTokens]:
     """Drops tokens (B, T, D) and connections by ``attention`` (B, M, T, T), which carries no gradient.
 
-    Dropped tokens are gone: nothing is merged or pooled (as the released code does it).
+    Dropped tokens are not merged into others (as in the released code).
     """
     attention = attention.detach()
     mean = attention.mean(dim=1, keepdim=True)  # over heads
     count = mean.shape[2] - num_prefix_tokens
-    places, keep = before.places, part_of(count, how.kept)
-    attention = attention if how.own_masks else mean
+    indices, keep = before.indices, keep_count(count, selection.token_keep_rate)
+    attention = attention if selection.per_head_masks else mean
     if keep < count:
-        chosen = strongest(patch_scores(mean[:, 0], num_prefix_tokens), keep)  # (B, keep), among those that were left
+        chosen = top_indices(patch_scores(mean[:, 0], num_prefix_tokens), keep)  # (B, keep), among those that remain
         tokens = gather_tokens(tokens, chosen, num_prefix_tokens)
-        places = chosen if places is None else places.gather(1, chosen)
-        attention = among(attention, chosen, num_prefix_tokens)
-    mask = connection_mask(attention, how.attended, num_prefix_tokens) if how.attended < 1 else None
-    return tokens, Selected(places, mask)
+        indices = chosen if indices is None else indices.gather(1, chosen)
+        attention = gather_attention(attention, chosen, num_prefix_tokens)
+    rate = selection.attention_keep_rate
+    mask = attention_mask(attention, rate, num_prefix_tokens) if rate < 1 else None
+    return tokens, RemainingTokens(indices, mask)

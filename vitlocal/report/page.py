@@ -24,7 +24,7 @@ from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods import build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import blocks_of, parts_of
+from vitlocal.models.shape import model_blocks, model_parts
 from vitlocal.plan import Dials, Feed, Plan, fold
 from vitlocal.progress import Position, Progress
 from vitlocal.report.figures import Line, by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
@@ -34,7 +34,7 @@ from vitlocal.train.optim import Schedule
 WORST = 10  # classes
 CROPS = 6  # of each size
 RATE_POINTS = 40  # of the learning rate, a pass
-# Shown where they change. Of shapes: what there is of each in the whole model, as parts_of() has it.
+# Shown where they change. Of shapes: what there is of each in the whole model, as model_parts() has it.
 DIALS = (
     "batch_size",
     "dials.strength",
@@ -186,8 +186,8 @@ def dials_of(run: RunRecord) -> dict[str, float]:
     found, changing = {}, {name for name in (*DIALS, *PARTS) if _changes(run.records, name)}
     if changing & PARTS.keys():
         with torch.device("meta"):  # its shapes are all that counts
-            model, _ = build_model(run.config.model, len(run.classes) or 1)
-        parts = parts_of(model) or {"blocks": len(blocks_of(model))}
+            model, _ = build_model(run.config.model.name, run.config.model.arguments(), len(run.classes) or 1)
+        parts = model_parts(model) or {"blocks": len(model_blocks(model))}
         found |= {name: float(parts[PARTS[name]]) for name in PARTS if name in changing and PARTS[name] in parts}
     return {name: 1.0 for name in DIALS if name in changing} | found
 

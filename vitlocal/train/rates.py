@@ -55,7 +55,7 @@ def flops_of(config: Config, size: int) -> float:
     """Of an image of ``size`` px, forward and backward, by the recipe's full model; 0 where that cannot be told."""
     try:
         with torch.device("meta"):  # its shapes are all that counts
-            model, _ = build_model(config.model, CLASSES)
+            model, _ = build_model(config.model.name, config.model.arguments(), CLASSES)
         return float(TRAINING_FLOPS * count_macs(model, size))
     except (ValueError, RuntimeError, AssertionError):
         return 0.0
@@ -83,7 +83,7 @@ def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
     sizes = sizes_of(config)
     if not stated:
         return measured_rates(config, sizes)
-    model, _ = build_model(config.model, CLASSES)
+    model, _ = build_model(config.model.name, config.model.arguments(), CLASSES)
     check_sizes(config, model)
     macs = {}
     for size in {*sizes, *stated}:
@@ -102,7 +102,7 @@ def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
 def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
     """Images/s of the recipe's training step on this machine, on pixels of noise that lie on the device."""
     device = prepare_device(config)
-    model, _ = build_model(config.model, CLASSES)
+    model, _ = build_model(config.model.name, config.model.arguments(), CLASSES)
     check_sizes(config, model)
     model = model.to(device, memory_format=torch.channels_last).train()
     average = build_ema(model, config.train)

@@ -1,0 +1,150 @@
+"""The parts that the blocks of all families share: attention, residual branches and checks of options.
+
+Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D width, M heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlocal.errors import ConfigError
+from vitlocal.models.token_selection import ALL_TOKENS, RemainingTokens, TokenSelection, prune_tokens
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises :class:`ConfigError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"model option {name}={value!r}: expected one of {', '.join(choices)}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises :class:`ConfigError` unless ``value`` is a bool: the string "false" would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"model option {name}={value!r}: expected true or false")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises :class:`ConfigError` unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"model option {name}={value!r}: expected a whole number of at least {least}")
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The sizes and options of a block: width D, heads, hidden width of the feed-forward part."""
+
+    dim: int
+    num_heads: int
+    hidden: int
+    qkv_bias: bool
+    activation: str
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns the attention of queries (B, M, R, d) to keys (B, M, T, d): (B, M, R, T) float32.
+
+    ``mask`` (B, 1 or M, R, T) bool: which token (row) attends to which (column); None: all to all.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, T, D). The first ``active_heads`` heads run."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = self.active_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def project_qkv(self, tokens: Tensor, parts: slice = slice(3)) -> tuple[Tensor, ...]:
+        """Returns queries, keys and values (or the ``parts`` of these) of the active heads, (B, M, T, d) each."""
+        batch, count, dim = tokens.shape
+        if self.active_heads == self.num_heads and parts == slice(3):
+            qkv = self.qkv(tokens)
+        else:
+            weight = self.qkv.weight.view(3, self.num_heads, -1, dim)[parts, : self.active_heads].reshape(-1, dim)
+            bias = self.qkv.bias
+            if bias is not None:
+                bias = bias.view(3, self.num_heads, -1)[parts, : self.active_heads].reshape(-1)  # type: ignore[assignment]
+            qkv = F.linear(tokens, weight, bias)
+        return qkv.view(batch, count, -1, self.active_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        """Projects the active heads' outputs (B, M, T, d) to (B, T, D)."""
+        merged = mixed.transpose(1, 2).flatten(2)
+        if self.active_heads == self.num_heads:
+            return self.proj(merged)
+        return F.linear(merged, self.proj.weight[:, : merged.shape[2]], self.proj.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""
+        query, key, value = self.project_qkv(tokens)
+        return self._merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+
+    def forward_with_weights(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns :meth:`forward`'s result and the attention of each head, (B, M, T, T). Slower than forward."""
+        query, key, value = self.project_qkv(tokens)
+        attention = attention_weights(query, key, mask)
+        return self._merge(attention.to(value.dtype) @ value), attention
+
+    def patch_attention(self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> Tensor:
+        """Returns the class token's attention to each patch, averaged over heads: (B, N).
+
+        Without a class token: the attention of all tokens to each patch, summed.
+        """
+        rows = slice(0, 1) if num_prefix_tokens else slice(None)
+        (query,), (key,) = self.project_qkv(tokens[:, rows], slice(0, 1)), self.project_qkv(tokens, slice(1, 2))
+        attention = attention_weights(query, key, None if mask is None else mask[:, :, rows])  # (B, M, 1 or T, T)
+        return attention.mean(dim=1).sum(dim=1)[:, num_prefix_tokens:]
+
+
+def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns ``tokens + branch``, with the branch multiplied by drop path's ``scale`` (B, 1, 1) unless it is None."""
+    return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
+
+
+class Block(nn.Module):
+    """Attention with its norm and residual. Each family adds its feed-forward part."""
+
+    def __init__(self, shape: BlockShape) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(shape.dim, eps=1e-6)
+        self.attn = Attention(shape.dim, shape.num_heads, shape.qkv_bias)
+
+    def feed_forward(
+        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Applies the feed-forward part with its norm and residual: (B, T, D) -> (B, T, D).
+
+        ``kept`` (B, n): the indices in the grid of the patch tokens; None: all are there.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None = None,
+        remaining: RemainingTokens = ALL_TOKENS,
+    ) -> Tensor:  # fmt: skip
+        """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps both branches."""
+        attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
+        tokens = add_branch(tokens, self.attn(self.norm1(tokens), remaining.mask), attention_scale)
+        return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
+
+    def forward_pruned(
+        self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None,
+        remaining: RemainingTokens, selection: TokenSelection, num_prefix_tokens: int,
+    ) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
+        """As :meth:`forward`, but drops tokens and connections after the attention, which chooses them."""
+        attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
+        branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask)
+        tokens = add_branch(tokens, branch, attention_scale)
+        tokens, remaining = prune_tokens(tokens, attention, remaining, selection, num_prefix_tokens)
+        return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining
