@@ -22,7 +22,7 @@ from vitlocal.machine import awake_seconds
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Plan, fold
-from vitlocal.progress import Length, Progress, Stage
+from vitlocal.progress import Length, Progress
 from vitlocal.train.checks import end_warnings
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import ModelEma
@@ -33,7 +33,6 @@ from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
 from vitlocal.train.room import leaving_seconds, rehearse_evaluation
 from vitlocal.train.run import Run, open_run
-from vitlocal.train.simulate import Speed, spend
 
 IMAGES, BATCH = 1000, 50
 
@@ -181,33 +180,7 @@ def test_parts_that_are_none(option: str):
         read_config([f"--{option}"], {})
 
 
-# --- what a budget buys ---------------------------------------------------------------------------------------------
-
 pytestmark = pytest.mark.usefixtures("no_report")
-
-SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
-
-
-def test_spending_walks_through_stages():
-    stages = (Stage.parse("32px until 2ep"), Stage.parse("64px"))
-    first, last = spend(stages, Length.parse("60s"), 1000, SPEEDS)
-    assert (first.images, first.seconds, first.epochs) == (2000, pytest.approx(20), pytest.approx(2))
-    assert (last.images, last.seconds, last.epochs) == (1000, pytest.approx(40), pytest.approx(1))
-    assert last.end.step == 300 and last.end.fraction == pytest.approx(1)
-
-
-@pytest.mark.parametrize("budget", ["100s", "4ep", "400steps"])
-def test_spending_by_parts(budget: str):
-    stages = (Stage.parse("32px until 25%"), Stage.parse("64px"))
-    first, last = spend(stages, Length.parse(budget), 1000, SPEEDS)
-    assert Length.parse(budget).fraction_done(first.end) == pytest.approx(0.25)
-    assert Length.parse(budget).fraction_done(last.end) == pytest.approx(1)
-
-
-def test_spending_ends_where_the_budget_does():
-    stages = (Stage.parse("32px until 5ep"), Stage.parse("64px until 9ep"), Stage.parse("32px"))
-    spent = spend(stages, Length.parse("20s"), 1000, SPEEDS, used=10.0)
-    assert [part.images for part in spent] == [1000, 0, 0]
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -488,8 +461,3 @@ def test_a_budget_in_flops(configure, decoder, tmp_path: Path):
     assert last["flops"] == pytest.approx(4e9, abs=step / 2) and last["lr"] == pytest.approx(1e-5, rel=0.1)
     small = [record for record in records if record["image_size"] == 16][-1]
     assert small["flops"] == pytest.approx(1.2e9, abs=6 * small["macs_per_image"] * 32)
-    spent = spend(tuple(map(Stage.parse, ("16px until 30%", "48px"))), Length.parse("0.004TF"), 120,
-                  {16: Speed(100.0, 32, 6.0 * small["macs_per_image"]), 48: Speed(50.0, 32, step / 32)})  # fmt: skip
-    assert [part.images for part in spent] == [
-        pytest.approx(1.2e9 / (6 * small["macs_per_image"]), abs=1), pytest.approx(2.8e9 / (step / 32), abs=1)
-    ]  # fmt: skip

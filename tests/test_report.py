@@ -13,18 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.report import compare
-from vitlocal.config import AugmentConfig, read_config
+from vitlocal.config import AugmentConfig
 from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
-from vitlocal.progress import Length, Position, Stage
+from vitlocal.progress import Position
 from vitlocal.report.figures import COLOURS, Line, by_cost, by_size, savings
 from vitlocal.report.page import dials_of, learning_rates, names_of, page_of, read_run, stage_crops
 from vitlocal.train.loop import train
-from vitlocal.train.simulate import Speed, spend
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 # What a browser made of the page, told to the page around it, whose title that becomes: --dump-dom prints it. A frame
@@ -201,89 +198,3 @@ def test_names_tell_folders_apart():
 def test_no_run_is_told(tmp_path: Path):
     with pytest.raises(ConfigError, match="holds no run with an evaluation"):
         main(["report", str(tmp_path)])
-
-
-# --- forecasts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def recipe(small, tmp_path: Path) -> str:
-    """The small configuration as a recipe's option."""
-    (tmp_path / "small.yaml").write_text(small(tmp_path / "run").yaml())
-    return f"--config-file={tmp_path}/small.yaml"
-
-
-def test_a_forecast_and_the_run_after_it(runs: list[Path], recipe: str, tmp_path: Path, monkeypatch, capsys, decoder):
-    monkeypatch.setattr(forecast, "SECONDS", 0.3)
-    monkeypatch.setattr(forecast, "ROUND_SECONDS", 0.03)
-    file = tmp_path / "forecast.json"
-    main(["forecast", recipe, f"--json={file}", "--budgets=1m,1h"])
-    said = json.loads(file.read_text())
-    assert [row["size"] for row in said["rows"]] == [16, 32, 48]
-    assert said["epochs"] == pytest.approx(3) and said["images"] == 120
-    assert said["flops"] == pytest.approx(sum(row["gflops"] * 1e9 * row["images"] for row in said["rows"]))
-    assert all(row["step"] > 0 and row["loader"] > 0 and row["together"] > 0 for row in said["rows"])
-    assert said["evaluation_seconds"] > 0 and said["disk_bytes"] > 0 and said["measured_seconds"] > 0.3
-    out, shown = capsys.readouterr()
-    assert "16px until" in out and "the first after" in out and "s, but for compiling" in out
-    turns = re.findall(r"measuring (\d+) px, . of 3 sizes, round (\d) of 3", shown)
-    assert turns == [(str(size), str(number)) for number in (1, 2, 3) for size in (16, 32, 48)]
-    # What it proposes fits: the parts are those of its own budget, and options take it.
-    stages = tuple(Stage.parse(text) for text in said["curriculum"])
-    speeds = {row["size"]: Speed(row["together"], row["batch_size"]) for row in said["rows"]}
-    for part, row in zip(spend(stages, Length.parse("1h"), 120, speeds), said["rows"], strict=True):
-        whole = sum(other["train_seconds"] for other in said["rows"])
-        assert part.seconds / 3600 == pytest.approx(row["train_seconds"] / whole, abs=0.006)
-    rows = compare(said, read_run(runs[0]))
-    assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first accuracy, s"]
-    assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
-    main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
-          "--json", str(tmp_path / "compared.json")])  # fmt: skip
-    page = (tmp_path / "page.html").read_text()
-    assert "Forecast and run" in page and "of another recipe: augment.mixup, augment.erase differ" in page
-    assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
-
-
-def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "SECONDS", 0.1)
-    main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
-    out = capsys.readouterr().out
-    assert "is not there: the step alone" in out and "epochs of 1,281,167 images" in out
-
-
-def test_a_forecast_for_another_machine(capsys):
-    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:1000", "--budgets=12h"])
-    out = capsys.readouterr().out
-    assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
-    last = next(line for line in out.splitlines() if line.startswith(" 224"))
-    assert "1,000" in last
-
-
-def test_a_curriculum_that_the_budget_does_not_finish_fits_others_whole(capsys):
-    """The largest size has as long as the one before it, and not nothing."""
-    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
-    out = capsys.readouterr().out
-    assert "the budget ends before" in out and "192px until" in out
-    given = re.search(r'--image_size.stages="(.*)"', out)[1]
-    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).of("image_size").stages
-    assert [stage.size for stage in stages] == list(range(32, 225, 32))
-    ends = [stage.until.value for stage in stages[:-1]]
-    assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [(["--budgets=1x"], "--budgets: got '1x'"), (["--images=3"], "--images: got 3"), (["--nonsense=1"], "nonsense")],
-)
-def test_wrong_forecasts(recipe: str, words: list[str], part: str):
-    with pytest.raises(ConfigError, match=part):
-        main(["forecast", recipe, *words])
-
-
-@pytest.mark.parametrize("content", ["{}", "no json", None])
-def test_what_is_no_forecast(runs: list[Path], tmp_path: Path, content: str | None):
-    file = tmp_path / "forecast.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ConfigError, match="is not what bench forecast --json writes"):
-        report.main([str(runs[0]), f"--forecast={file}"])

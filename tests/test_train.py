@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from vitlocal.bench.outcomes import place_of
+from vitlocal.bench.run_results import machine_of
 from vitlocal.data.batch import open_sources
 from vitlocal.data.loader import FFCVSource
 from vitlocal.errors import ConfigError, DataError
@@ -624,8 +624,8 @@ def test_a_run_tells_all_machines_that_it_was_trained_by(configure, decoder, no_
     assert train(configure(*options)) == 0  # trains no more
     assert [origin["machine"]["cpu"] for origin in origin_of(run)] == ["one", "two"]
     assert origin_of(run)[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert (place_of(run)["cpu"], place_of(run)["gpu"]) == ("one, two", "H")
-    assert place_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}
+    assert (machine_of(run)["cpu"], machine_of(run)["gpu"]) == ("one, two", "H")
+    assert machine_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}
     (run / "trained_on.jsonl").write_text("{")
     assert origin_of(run) == []
 
