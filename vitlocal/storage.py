@@ -6,10 +6,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from vitlocal.config import Config, WriteOptions, read_config
 from vitlocal.data.crops import Cropping
@@ -36,7 +34,6 @@ RESERVED = 8 * 10**9  # bytes of memory that the page cache does not get
 MEASURE_SECONDS = 1.0  # of training at each size
 CPU_BATCH = 4  # images of a measured step on a CPU, on which a full batch would take a minute
 CLASSES = 1000
-UNCOUNTABLE = (ValueError, RuntimeError, AssertionError)  # errors of a model that does not accept an image size
 
 
 def plan_files(options: WriteOptions) -> layout.Choice:
@@ -52,7 +49,7 @@ def plan_files(options: WriteOptions) -> layout.Choice:
         raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that will use the files")
     config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
     images = open_images(options.source, "train")
-    stages = layout_stages(config, len(images), rates_for(config, stated))
+    stages = layout_stages(config, len(images), speeds_for(config, stated))
     augment = config.augment
     cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
     limits = layout.Limits(
@@ -104,26 +101,15 @@ def methods_writing(config: Config, prefix: str) -> list[str]:
     return [name for name, found in writes.items() if any(field.startswith(prefix) for field in found)]
 
 
-def layout_stages(config: Config, images: int, rates: Mapping[int, float]) -> tuple[layout.Stage, ...]:
-    """What the recipe's budget is spent on, for a training set of ``images`` and images/s by size.
+def layout_stages(config: Config, images: int, speeds: Mapping[int, Speed]) -> tuple[layout.Stage, ...]:
+    """What the recipe's budget is spent on, for a training set of ``images`` and the speed at each size.
 
     A size that the budget does not reach gets one image. Its file is still wanted, in case training is faster.
     """
-    speeds = {size: Speed(rate, config.train.batch_size, flops_of(config, size)) for size, rate in rates.items()}
     trained: dict[int, int] = {}
     for stage in spend(recipe_stages(config), config.budget.length, images, speeds):
         trained[stage.size] = trained.get(stage.size, 0) + stage.images
-    return tuple(layout.Stage(size, max(count, 1.0), rates[size]) for size, count in trained.items())
-
-
-def flops_of(config: Config, size: int) -> float:
-    """The FLOPs of an image of ``size`` px, forward and backward, in the full model; 0 if they cannot be counted."""
-    try:
-        with torch.device("meta"):  # only the shapes are needed
-            model, _ = build_model(config.model, CLASSES)
-        return float(TRAINING_FLOPS * count_macs(model, size))
-    except UNCOUNTABLE:
-        return 0.0
+    return tuple(layout.Stage(size, max(count, 1.0), speeds[size].images_per_second) for size, count in trained.items())
 
 
 def parse_rates(text: str | None) -> dict[int, float]:
@@ -139,36 +125,37 @@ def parse_rates(text: str | None) -> dict[int, float]:
     return stated
 
 
-def rates_for(config: Config, stated: Mapping[int, float]) -> dict[int, float]:
-    """Images/s at each size of the recipe: as ``stated``. If nothing is stated, they are measured on this machine.
+def speeds_for(config: Config, stated: Mapping[int, float]) -> dict[int, Speed]:
+    """The speed at each size of the recipe, from the ``stated`` images/s. Without any, measured on this machine.
 
     The rate of another size follows from that of the next larger stated size (or the largest) by FLOPs. It is at most
     the rate of a smaller stated size, because a GPU is slower at small sizes than FLOPs suggest.
     """
-    sizes = list(dict.fromkeys(stage.size for stage in recipe_stages(config)))
-    if not stated:
-        return measured_rates(config, sizes)
     model, _ = build_model(config.model, CLASSES)
     check_sizes(config, model)
+    sizes = list(dict.fromkeys(stage.size for stage in recipe_stages(config)))
     macs = {}
     for size in {*sizes, *stated}:
         try:
             macs[size] = count_macs(model, size)
-        except UNCOUNTABLE as error:
+        except (ValueError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"--rates: {config.model.name} takes no images of {size} px ({error})") from error
-    rates = {}
-    for size in sizes:
+
+    def rate_at(size: int) -> float:
         base = min((other for other in stated if other >= size), default=max(stated))
         smaller = [rate for other, rate in stated.items() if other < size]
-        rates[size] = min(stated[base] * macs[base] / macs[size], *smaller, float("inf"))
-    return rates
+        return min([stated[base] * macs[base] / macs[size], *smaller])
+
+    rates = {size: rate_at(size) for size in sizes} if stated else measured_rates(config, sizes)
+    return {
+        size: Speed(rate, config.train.batch_size, float(TRAINING_FLOPS * macs[size])) for size, rate in rates.items()
+    }
 
 
-def measured_rates(config: Config, sizes: list[int]) -> dict[int, float]:
+def measured_rates(config: Config, sizes: Sequence[int]) -> dict[int, float]:
     """Images/s of the recipe's training step on this machine, on random pixels that are on the device."""
     device = prepare_device(config)
     step = build_step(config, CLASSES, device)
-    check_sizes(config, step.model)
     count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
     rates = {}
     for size in sizes:

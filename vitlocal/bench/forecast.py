@@ -31,11 +31,10 @@ from vitlocal.data.batch import Sources, load_manifest, open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, MethodContext
 from vitlocal.models.factory import build_model
-from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
-from vitlocal.progress import TRAINING_FLOPS, Length, Stage
+from vitlocal.progress import Length, Stage
 from vitlocal.report.page import duration
-from vitlocal.storage import methods_writing, parse_rates, rates_for, recipe_stages
+from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
 from vitlocal.train.build import build_trainer
 from vitlocal.train.devices import prepare_device
 from vitlocal.train.room import rehearse_evaluation, rehearse_finish
@@ -169,7 +168,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
 
 
 def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
-    """The forecast for another machine, with stated images/s (see :func:`vitlocal.storage.rates_for`)."""
+    """The forecast for another machine, with stated images/s (see :func:`vitlocal.storage.speeds_for`)."""
     if methods_writing(config, "budget.length"):
         raise ConfigError(
             "--rates: a method of the recipe sets the length of the run, which is known only after the trainer is "
@@ -183,9 +182,9 @@ def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) ->
     context = MethodContext(config, images, image_bytes)
     methods = [METHODS[name](context) for name in methods_writing(config, "feed.batch_size")]
     sizes = []
-    for size, rate in rates_for(config, stated).items():
-        batch_size = batch_size_at(methods, size, config.train.batch_size)
-        sizes.append(SizeSpeed(size, batch_size, rate, rate, 1e-9 * TRAINING_FLOPS * count_macs(model, size)))
+    for size, speed in speeds_for(config, stated).items():
+        batch_size, rate = batch_size_at(methods, size, config.train.batch_size), speed.images_per_second
+        sizes.append(SizeSpeed(size, batch_size, rate, rate, 1e-9 * speed.flops))
     return Forecast(config, images, tuple(sizes))
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,14 +27,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STALL_LIMIT = 0.02  # of a minute without free memory: above it, the bench prints a note
 
 
-@dataclass(frozen=True)
-class Place:
-    """The share of the machine that a run has."""
-
-    number: int  # of its GPU
-    cores: frozenset[int]
-
-
 class Runner:
     """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and its own GPU if there are GPUs.
 
@@ -47,19 +38,18 @@ class Runner:
 
     def __init__(self, jobs: int, together: int, folder: Path, gpus: Sequence[str] = ()):
         self.folder, self.gpus, self.by_seeds = folder, gpus, together > 1
-        cores = sorted(os.sched_getaffinity(0))
-        if not 1 <= jobs <= len(cores):
-            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(cores)}, the number of cores")
+        self.cores = sorted(os.sched_getaffinity(0))
+        if not 1 <= jobs <= len(self.cores):
+            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(self.cores)}, the number of cores")
         if 0 < len(gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
         if gpus and together > 1:
             raise ConfigError(
                 "--together: runs that share a GPU cannot be timed; leave it out, or train on the CPU: --run.device=cpu"
             )
-        share = len(cores) // jobs
-        places = [Place(number, frozenset(cores[number * share : (number + 1) * share])) for number in range(jobs)]
-        self.free = [place for _ in range(together) for place in places]
-        self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, Place]] = {}
+        self.share = len(self.cores) // jobs
+        self.free = [*range(jobs)] * together  # places
+        self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}  # runs and their places
         self.signal: int | None = None
         self._stall_noted = False
         self._awaited: set[Path] = set()  # folders in use by another process, which were printed
@@ -106,9 +96,10 @@ class Runner:
 
     def _start(self, run: PlannedRun, number: str) -> None:
         place = self.free.pop(0)
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[place.number]} if self.gpus else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[place]} if self.gpus else {})
         say(f"{number}: {run.folder.name} ...")
-        process = start_trainer(run.options, run.output, place.cores, env=environment, start_new_session=True)
+        cores = self.cores[place * self.share :][: self.share]
+        process = start_trainer(run.options, run.output, cores, env=environment, start_new_session=True)
         self.running[process] = run, place
         if self.signal is not None:  # the signal arrived while the process was started
             process.send_signal(signal.SIGTERM)

@@ -96,20 +96,21 @@ def timm_model(config: Config) -> Any:
     )  # fmt: skip
 
 
+def no_hook(phase: str) -> None:
+    """The phase hook outside of measurements."""
+
+
 class OurStep:
     """One of our models with the trainer's own step."""
 
     def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
         self.feed, self.step = feed, build_step(arm_config(arm, config), CLASSES, device)
         self.model, self.mode = self.step.model, self.step.mode(feed)
-        self.run = noise_step(self.step, feed, CLASSES, device, self.mode)
+        self.run, self.with_phases = noise_step(self.step, feed, CLASSES, device, self.mode), self.step
 
     def compile(self) -> float:
         """Compiles the step; returns the seconds that it took."""
         return self.step.warm_up(self.feed, CLASSES)
-
-    def set_phase_hook(self, hook: Callable[[str], None]) -> None:
-        self.step.phase_hook = hook
 
 
 class TimmStep:
@@ -129,7 +130,8 @@ class TimmStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         batch = noise_batch(feed, CLASSES, device)
         self.labels, self.images = batch.labels, ((batch.images.float() / 255 - 0.45) / 0.225).contiguous()
-        self.phase_hook: Callable[[str], None] = lambda phase: None
+        self.phase_hook: Callable[[str], None] = no_hook
+        self.with_phases = self
 
     def compile(self) -> float:
         """Compiles the step by its first run; returns the seconds that it took."""
@@ -148,9 +150,6 @@ class TimmStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.phase_hook("optimizer")
-
-    def set_phase_hook(self, hook: Callable[[str], None]) -> None:
-        self.phase_hook = hook
 
 
 class StepEntry:
@@ -192,11 +191,11 @@ class StepEntry:
         """Times some steps by phase. They are separate from those of the turn, which must not be slowed down."""
         uncounted, counted = PHASE_STEPS[self.device.type]
         timer = PhaseTimer(self.device)
-        self.runner.set_phase_hook(timer.mark)
+        self.runner.with_phases.phase_hook = timer.mark
         for _ in range(uncounted + counted):
             timer.begin()
             self.runner.run()
-        self.runner.set_phase_hook(lambda phase: None)
+        self.runner.with_phases.phase_hook = no_hook
         self.phases += timer.milliseconds()[uncounted:]
 
     def row(self, peak_tflops: float) -> dict[str, Any]:
