@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from vitlocal.config import Config, WriteOptions, read_config
 from vitlocal.data.crops import Cropping
 from vitlocal.data.images import open_images
@@ -19,13 +21,10 @@ from vitlocal.data.writer.write import QUALITY, SAMPLING
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
-from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS, Stage
-from vitlocal.train.build import build_step
-from vitlocal.train.checks import check_sizes
-from vitlocal.train.devices import prepare_device
+from vitlocal.train.build import build_step, device_of, make_model
 from vitlocal.train.simulate import Speed, spend
 from vitlocal.train.timing import Timing, noise_step
 
@@ -131,8 +130,7 @@ def speeds_for(config: Config, stated: Mapping[int, float]) -> dict[int, Speed]:
     The rate of another size follows from that of the next larger stated size (or the largest) by FLOPs. It is at most
     the rate of a smaller stated size, because a GPU is slower at small sizes than FLOPs suggest.
     """
-    model, _ = build_model(config.model, CLASSES)
-    check_sizes(config, model)
+    model, _ = make_model(config, CLASSES, torch.device("cpu"))
     sizes = list(dict.fromkeys(stage.size for stage in recipe_stages(config)))
     macs = {}
     for size in {*sizes, *stated}:
@@ -154,7 +152,7 @@ def speeds_for(config: Config, stated: Mapping[int, float]) -> dict[int, Speed]:
 
 def measured_rates(config: Config, sizes: Sequence[int]) -> dict[int, float]:
     """Images/s of the recipe's training step on this machine, on random pixels that are on the device."""
-    device = prepare_device(config)
+    device = device_of(config)
     step = build_step(config, CLASSES, device)
     count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
     rates = {}

@@ -28,10 +28,10 @@ from vitlocal.data.batch import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
+from vitlocal.train.build import schedule_of
 from vitlocal.train.folder import JOURNAL
 from vitlocal.train.journal import read_spent
 from vitlocal.train.log import read_log
-from vitlocal.train.optim import Schedule
 
 # The trainer's options that this bench sets itself, and the remedy if a user sets them.
 SET_HERE = {"budget.length": "use --budgets"} | dict.fromkeys(
@@ -129,12 +129,12 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
     last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # The lifetime of the command is measured from outside. Only the run itself knows its training time.
     spent = run.alive if trial.counts == "wall" else last["train_seconds"]
-    schedule = Schedule(read_config(run.options).train)
+    schedule = schedule_of(read_config(run.options))
     return {
         "budget": str(budget), "trial": trial.name, "counts": trial.counts, "spent_seconds": round(spent, 3),
         "off_percent": round(100 * (spent / budget.value - 1), 3),
         "step_seconds": round(trained["batch_size"] / trained["images_per_second"], 3), "lr": last["lr"],
-        "end_lr": min(schedule.config.end_lr, schedule.peak), "steps": last["step"],
+        "end_lr": min(schedule.end, schedule.peak), "steps": last["step"],
         "train_seconds": last["train_seconds"], "alive_seconds": round(run.alive, 3),
     }  # fmt: skip
 

@@ -27,23 +27,20 @@ from vitlocal.bench.measurement import measurement, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.bench.speeds import NoiseSource, SizeSpeed, batch_size_at, measured_speeds, plans_by_size
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Sources, load_manifest, open_sources
+from vitlocal.data.batch import Sources, load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, MethodContext
-from vitlocal.models.factory import build_model
 from vitlocal.models.memory import activation_bytes
 from vitlocal.progress import Length, Stage
 from vitlocal.report.page import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
-from vitlocal.train.build import build_trainer
-from vitlocal.train.devices import prepare_device
-from vitlocal.train.room import rehearse_evaluation, rehearse_finish
+from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
 from vitlocal.train.simulate import Speed, StageForecast, by_fractions, seconds_at, spend, spend_wall_time
 
 IMAGENET = 1_281_167
 BUDGETS = "1h,6h,24h"
 CPU_EVALUATED = 32  # images in a measured batch of an evaluation on a CPU
-STARTING_SECONDS = 10.0  # an estimate of the time to the first step, without compiling
+OTHER_SECONDS = 15.0  # an estimate of the time for starting, saving and the report, without compiling
 COLUMNS = {
     "px": ("size", "d"), "batch": ("batch_size", "d"), "step": ("step", ",.0f"), "loader": ("loader", ",.0f"),
     "together": ("together", ",.0f"), "limit": ("bottleneck", ""), "waits": ("data_wait_fraction", ".1%"),
@@ -140,11 +137,11 @@ class Forecast:
 
 def forecast(config: Config, images: int | None) -> Forecast:
     """Measures on this machine. ``images``: measures without data, for epochs of so many images."""
-    device, evaluate = prepare_device(config), config.evaluate
+    device, evaluate = device_of(config), config.evaluate
     if device.type == "cpu":
         config = replace(config, evaluate=replace(evaluate, batch_size=min(evaluate.batch_size, CPU_EVALUATED)))
     if images is None:
-        sources = open_sources(config, device)
+        sources = sources_of(config, device)
     else:
         noise = NoiseSource(images, 1000, device)
         sources = Sources(noise, noise)
@@ -154,15 +151,17 @@ def forecast(config: Config, images: int | None) -> Forecast:
         found = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
         compiling = sum(speed.compile_seconds for speed in found)
         took = time.perf_counter() - start - compiling
-        evaluation = rehearse_evaluation(trainer) if images is None else None
-        other = STARTING_SECONDS + compiling
-        if trainer.clock.counts_all:
-            saving, finishing = rehearse_finish(trainer)
-            other += 2 * saving + finishing
+        last, length = trainer.upcoming_plans()[-1], trainer.state.clock.length  # a method may have set the length
         return Forecast(
-            replace(trainer.config, evaluate=evaluate), sources.train.count, tuple(found), evaluation, other,
-            disk_bytes(config) if images is None else None, resident_mib(os.getpid()), took,
-        )  # fmt: skip
+            replace(config, evaluate=evaluate, budget=replace(config.budget, length=length)),
+            sources.train.count,
+            tuple(found),
+            evaluation_seconds=trainer.evaluator.estimate_seconds(last) if images is None else None,
+            other_seconds=OTHER_SECONDS + compiling,
+            disk_bytes=disk_bytes(config) if images is None else None,
+            resident_mib=resident_mib(os.getpid()),
+            measured_seconds=took,
+        )
     finally:
         sources.close()
 
@@ -174,7 +173,7 @@ def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) ->
             "--rates: a method of the recipe sets the length of the run, which is known only after the trainer is "
             "built; leave --rates out, or leave the method out and give --budget.length"
         )
-    model, _ = build_model(config.model, 1000)
+    model, _ = make_model(config, 1000, torch.device("cpu"))
 
     def image_bytes(size: int) -> int:
         return activation_bytes(model, size, torch.bfloat16, config.train.kernel != "plain")

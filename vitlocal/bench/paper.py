@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,11 +25,12 @@ from vitlocal.bench.parsing import budget, names
 from vitlocal.bench.planned_runs import RECIPES, Arm, read_arms
 from vitlocal.bench.run_results import RunResult, draw, results_table, write_results
 from vitlocal.bench.runner import say
-from vitlocal.config import ModelConfig, read_config
+from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
-from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.progress import Length, Stage
+from vitlocal.storage import recipe_stages
+from vitlocal.train.build import make_model
 
 ARMS = {arm.name: arm for arm in read_arms(str(RECIPES / "arms" / "paper.yaml"))}
 GROUPS = {
@@ -56,22 +56,17 @@ def scaled_size(size: int, final: int, patch: int) -> int:
     return max(patch, int(wished / patch + 0.5) * patch)
 
 
-@lru_cache
-def _macs(config: ModelConfig, size: int) -> int:
-    with torch.device("meta"):  # only the shapes are needed
-        model, _ = build_model(config, 1000)
-    return count_macs(model, size)
-
-
 def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
     """The arm's curriculum by fractions of the budget: each size gets its fraction in the paper, by FLOPs."""
     config = read_config(arm.command_line(), {})
-    whole, spent, start = _macs(config.model, PAPER_SIZES[1]), 0.0, 0.0
+    with torch.device("meta"):  # only the shapes are needed
+        model, _ = make_model(config, 1000, torch.device("meta"))
+    whole, spent, start = count_macs(model, PAPER_SIZES[1]), 0.0, 0.0
     stages: list[Stage] = []
-    for stage in config.of("image_size").curriculum:
+    for stage in recipe_stages(config):
         size = scaled_size(stage.size, final, patch)
         if stage.until is not None:
-            spent += (stage.until.value - start) / PAPER_EPOCHS * _macs(config.model, stage.size) / whole
+            spent += (stage.until.value - start) / PAPER_EPOCHS * count_macs(model, stage.size) / whole
             start = stage.until.value
         is_last = stage.until is None or spent >= 1  # the paper's runs did not reach later stages either
         if stages and stages[-1].size == size:

@@ -35,9 +35,9 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch
 from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.errors import ConfigError
-from vitlocal.models.factory import build_model, patch_side
+from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.build import Trainer, open_trainer
+from vitlocal.train.build import Trainer, make_model, open_trainer
 from vitlocal.train.devices import choose_device
 from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.watch import wait as synchronize
@@ -57,7 +57,7 @@ COLUMNS = {
 def batches_of(trainer: Trainer, feed: Feed) -> Generator[Batch, None, None]:
     """Endless batches from the present position of the clock."""
     while True:
-        with trainer.sources.train.open(feed, trainer.clock.position) as batches:
+        with trainer.sources.train.open(feed, trainer.state.clock.position) as batches:
             yield from batches
 
 
@@ -78,7 +78,7 @@ def train_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: i
             timer.begin()
             batch = next(batches)
             timer.mark("data")
-            trainer.train_on(batch, Plan(feed))
+            trainer.train_step(batch, Plan(feed))
             timer.mark("other")
             images += batch.total
             if batch.total < full:
@@ -115,21 +115,6 @@ def operator_rows(averages: Any, feed: Feed, steps: float, device: torch.device)
     return [row | {"ms": round(row["ms"], 4), "percent": round(100 * row["ms"] / total, 2)} for row in found]
 
 
-def feeds_for(trainer: Trainer, sizes: Sequence[int] | None) -> list[Feed]:
-    """The feeds of the recipe, or those that it would have at ``sizes``."""
-    feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
-    if sizes is None:
-        return feeds
-    batch = {feed.size: feed.batch_size for feed in feeds}
-    return [Feed(size, batch.get(size, trainer.config.train.batch_size)) for size in sizes]
-
-
-def trace_path(path: str, feed: Feed, only_one: bool) -> Path:
-    """The file of a feed's trace. If there are several traces, the name contains size and batch size."""
-    file = Path(path)
-    return file if only_one else file.with_name(f"{file.stem}_{feed.size}px_{feed.batch_size}{file.suffix}")
-
-
 def profiled(
     config: Config, sizes: Sequence[int] | None, steps: int, trace: str | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -138,15 +123,19 @@ def profiled(
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, folder=f"{folder}/run", resume="never", progress=False)
         with open_trainer(replace(config, run=run)) as trainer:
-            feeds, device = feeds_for(trainer, sizes), trainer.device
+            device, clock = trainer.step.device, trainer.state.clock
+            feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
+            if sizes is not None:
+                batch_sizes = {feed.size: feed.batch_size for feed in feeds}
+                feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sizes]
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
             if device.type == "cpu":  # the profiler would print only that it starts and stops
                 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             bar = progress_bar(len(feeds))
             for feed in feeds:
                 bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
-                trainer.warm(Plan(feed))
-                trainer.clock.start()
+                trainer.compile_for(Plan(feed))
+                clock.start()
                 with closing(batches_of(trainer, feed)) as batches:
                     train_steps(trainer, feed, batches, WARM_UP_STEPS, PhaseTimer(device))
                     timer = PhaseTimer(device)
@@ -155,13 +144,15 @@ def profiled(
                     with profile(activities=activities, acc_events=True) as profiler:
                         traced = train_steps(trainer, feed, batches, min(steps, TRACED_STEPS), PhaseTimer(device))
                         synchronize(device)
-                trainer.clock.stop()
+                clock.timer.stop()
                 averages = profiler.key_averages()
                 copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
                 rows.append(row_of(trainer, feed, timer.milliseconds(), copied / 1e3 / traced))
                 operators += operator_rows(averages, feed, traced, device)
                 if trace:
-                    file = trace_path(trace, feed, len(feeds) == 1)
+                    file = Path(trace)
+                    if len(feeds) > 1:
+                        file = file.with_name(f"{file.stem}_{feed.size}px_{feed.batch_size}{file.suffix}")
                     file.parent.mkdir(parents=True, exist_ok=True)
                     profiler.export_chrome_trace(str(file))
                 bar.update()
@@ -225,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
     sizes = None if options.sizes is None else sorted(numbers(options.sizes, "--sizes"))
     config = configured(rest)
     if sizes is not None:  # checked before the trainer is built
-        check_multiples(sizes, patch_side(build_model(config.model, 2)[0]), config.model.name)
+        check_multiples(sizes, patch_side(make_model(config, 2, torch.device("cpu"))[0]), config.model.name)
     rows, operators = profiled(config, sizes, options.steps, options.trace)
     print(table(rows), operators_table(operators), sep="\n\n")
     if options.json:

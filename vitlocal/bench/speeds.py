@@ -80,11 +80,11 @@ def batch_size_at(methods: Sequence[Method], size: int, default: int) -> int:
 
 def plans_by_size(trainer: Trainer, stages: Sequence[Stage]) -> list[Plan]:
     """The plan with which each size of the recipe begins, also of sizes that the budget does not reach."""
-    now, plans = trainer.clock.progress, dict[int, Plan]()
+    now, plans = trainer.state.clock.progress, dict[int, Plan]()
     reached = upcoming_changes([stage.until for stage in stages if stage.until is not None], now)
     for stage, at in zip(stages, (now, *reached), strict=True):
         plan = with_size(trainer.plan(at), stage.size)
-        batch_size = batch_size_at(trainer.methods, stage.size, plan.feed.batch_size)
+        batch_size = batch_size_at(trainer.state.methods, stage.size, plan.feed.batch_size)
         plans.setdefault(stage.size, replace(plan, feed=replace(plan.feed, batch_size=batch_size)))
     return list(plans.values())
 
@@ -93,12 +93,12 @@ class SizeMeter:
     """Compiles the step of one plan, and then measures it in turns. Timings have the names of ``SHARES``."""
 
     def __init__(self, trainer: Trainer, plan: Plan):
-        self.trainer, self.plan = trainer, plan
+        self.trainer, self.plan, self.device = trainer, plan, trainer.step.device
         self.has_data = not isinstance(trainer.sources.train, NoiseSource)
         self.timings = {name: Timing() for name in SHARES}
         self.waited = 0.0  # seconds of "together" in which the step waited for data
         self.step_numbers = count()
-        with device_memory(trainer.device) as memory:
+        with device_memory(trainer.step.device) as memory:
             self.compile_seconds = trainer.step.warm_up(plan.feed, len(trainer.sources.train.classes))
             self.feed = self._measurable_feed()
             # Only full batches are compiled.
@@ -108,21 +108,21 @@ class SizeMeter:
     def _measurable_feed(self) -> Feed:
         """The plan's feed. On a CPU its batch is reduced if the step would take too long."""
         feed = self.plan.feed
-        if self.trainer.device.type != "cpu" or feed.batch_size <= 8:
+        if self.device.type != "cpu" or feed.batch_size <= 8:
             return feed
         train = self._noise_step(replace(feed, batch_size=8), EAGER)
         train()
-        rate = 8 / Timing().measure(train, self.trainer.device, calls=2)
+        rate = 8 / Timing().measure(train, self.device, calls=2)
         return replace(feed, batch_size=max(8, min(feed.batch_size, int(CPU_STEP_SECONDS * rate))))
 
     def _noise_step(self, feed: Feed, mode: Any) -> Callable[[], object]:
         step, classes = self.trainer.step, len(self.trainer.sources.train.classes)
-        return noise_step(step, feed, classes, self.trainer.device, mode, None, self.plan.dials)
+        return noise_step(step, feed, classes, self.device, mode, None, self.plan.dials)
 
     def turn(self, seconds: float) -> None:
         """Measures all that there is to measure, for about ``seconds``."""
         is_first = not self.timings["step"].calls
-        with device_memory(self.trainer.device) as memory:
+        with device_memory(self.device) as memory:
             train = self._noise_step(self.feed, self.mode)
             if is_first:
                 train()
@@ -134,7 +134,7 @@ class SizeMeter:
 
     def _measure(self, name: str, seconds: float, work: Callable[[], object]) -> None:
         timing = self.timings[name]
-        timing.measure(work, self.trainer.device, 1 if timing.calls else 2, SHARES[name] * seconds)
+        timing.measure(work, self.device, 1 if timing.calls else 2, SHARES[name] * seconds)
 
     def _measure_data(self, seconds: float) -> None:
         source = self.trainer.sources.train
@@ -169,8 +169,8 @@ class SizeMeter:
             loader=rates.get("loader"),
             data_wait_fraction=self.waited / together.seconds,
             compile_seconds=self.compile_seconds,
-            gflops=1e-9 * TRAINING_FLOPS * count_macs(self.trainer.model, size),
-            device_mib=self.peak / 2**20 if self.trainer.device.type == "cuda" else None,
+            gflops=1e-9 * TRAINING_FLOPS * count_macs(self.trainer.state.model, size),
+            device_mib=self.peak / 2**20 if self.device.type == "cuda" else None,
         )
 
 

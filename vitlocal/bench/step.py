@@ -35,7 +35,8 @@ from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.report.figures import save
-from vitlocal.train.devices import choose_device, prepare_device
+from vitlocal.train.build import device_of
+from vitlocal.train.devices import choose_device
 from vitlocal.train.step import choose_precision
 from vitlocal.train.timing import Timing
 
@@ -193,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
     arms = choose_arms(options.arms, device)
     sizes = sorted(numbers(options.sizes or SIZES[device.type], "--sizes"))
     check_multiples(sizes, model_shape(config)[1], config.model.name)
-    prepare_device(config)
+    device_of(config)
     precision = choose_precision(config.train.precision, device)
     name, batch_size = str(precision).removeprefix("torch."), config.train.batch_size
     peak, how = measured_peak(precision, device)
