@@ -18,7 +18,7 @@ from vitlocal.errors import run_command
 def main(argv: Sequence[str]) -> None:
     options = read_write_options(argv)
     if options.plan:
-        from vitlocal.train.planning import plan_files  # PyTorch takes seconds to import, here and with ffcv
+        from vitlocal.storage import plan_files  # it imports PyTorch, which takes seconds
 
         plan_files(options)
     elif options.verify:

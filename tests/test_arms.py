@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.entries import Arm, entries, read_arms
-from vitlocal.bench.outcomes import Outcome, table
-from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_results
+from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
+from vitlocal.bench.planned_runs import Arm, plan_runs, read_arms
+from vitlocal.bench.run_results import RunResult, results_table
 from vitlocal.bench.runner import Runner
 from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
@@ -83,7 +83,7 @@ def test_arms_that_groups_share_run_once():
         (["--budget.length=6h"], "--budget.length: the bench sets it for each run; use --budget"),
         (["--no-run"], "has none of these runs"),
         (["--budget=24"], "--budget: got '24'"),
-        (["--seeds=a"], "--seeds: got 'a', expected whole numbers from 0"),
+        (["--seeds=a"], "--seeds: got 'a', expected whole numbers of at least 0"),
         (["--run.resume=never"], "--run.resume: the bench sets it for each run; leave it out"),
         (["--together=2", "--budget.counts=wall"], "--budget.counts: the bench sets it for each run; --together"),
         (["--data=/nowhere"], "/nowhere/train.json is not there"),
@@ -120,7 +120,7 @@ def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
 
 
 def test_a_run_on_other_images_is_not_taken_for_one_on_these(two: Path, folder: Path, tmp_path: Path):
-    (entry,) = entries([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
+    (entry,) = plan_runs([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
     config = entry.config()
     entry.folder.mkdir()
     (entry.folder / "config.yaml").write_text(config.yaml())
@@ -138,9 +138,9 @@ def test_a_run_on_other_images_is_not_taken_for_one_on_these(two: Path, folder: 
 def test_runs_that_still_save_are_waited_for(two: Path, tmp_path: Path, monkeypatch, capsys):
     """As after a bench that was killed: its runs are told to stop, and their folders are theirs until they have."""
     started = []
-    monkeypatch.setattr(Runner, "_start", lambda runner, entry, *_: started.append(entry))
-    monkeypatch.setattr(Runner, "_watch_memory", lambda runner: None)
-    (entry,) = entries([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
+    monkeypatch.setattr(Runner, "_start", lambda runner, run, *_: started.append(run))
+    monkeypatch.setattr(Runner, "_check_memory", lambda runner: None)
+    (entry,) = plan_runs([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
     entry.folder.mkdir()
     runner, saving = Runner(1, 1, tmp_path), locked(entry.folder)
     saving.__enter__()
@@ -155,8 +155,8 @@ def test_what_the_paper_bench_leaves(tmp_path: Path, capsys):
     """The table with the paper's numbers beside, both plots of figure 2, and the measurement."""
     arms = chosen("table1,curriculum_64_5_32")
     passes = [{"train_seconds": 10.0 * part, "top1": 5.0 * part, "epoch": part} for part in (1, 2)]
-    found = [replace(outcome(arm.name, seed, 40.0 + seed), curve=passes) for arm in arms for seed in (0, 1)]
-    write_results(found, arms, tmp_path / "paper", str(tmp_path / "paper.json"), "15m")
+    found = [replace(result(arm.name, seed, 40.0 + seed), curve=passes) for arm in arms for seed in (0, 1)]
+    write_paper(found, arms, tmp_path / "paper", str(tmp_path / "paper.json"), "15m")
     lines = (tmp_path / "paper" / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 5 and lines[2].startswith("| deit: DeiT-S | 43.05 | 40.50 ± 0.71 |")
     assert all((tmp_path / "paper" / name).stat().st_size > 3000 for name in ("architectures.png", "curricula.png"))
@@ -164,7 +164,7 @@ def test_what_the_paper_bench_leaves(tmp_path: Path, capsys):
     assert len(measured["rows"]) == 10 and measured["curves"]["ours-1ep-seed0"] == passes
     assert capsys.readouterr().out.splitlines() == lines
     # One arm alone is tabulated, and there is nothing to draw it against.
-    write_results(found[:2], arms[:1], tmp_path / "one", None, "15m")
+    write_paper(found[:2], arms[:1], tmp_path / "one", None, "15m")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["table.md"]
 
 
@@ -187,14 +187,14 @@ def test_a_bench_that_is_stopped_goes_on(two: Path, tmp_path: Path):
 
 
 def test_names_that_give_one_folder_are_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="name them apart"):
-        entries([Arm("a b", ()), Arm("a_b", ())], [0], "1ep", tmp_path, ())
+    with pytest.raises(ConfigError, match="give them different names"):
+        plan_runs([Arm("a b", ()), Arm("a_b", ())], [0], "1ep", tmp_path, ())
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [("arms: 3", "expected 'recipes'"), ("recipes: [a.yaml]", "expected 'recipes'"), ("[", "expected 'recipes'"),
-     ("arms: {'a, b': {}}", "has a comma in its name"), (None, "cannot be read")],
+     ("arms: {'a, b': {}}", "contains a comma"), (None, "cannot be read")],
 )  # fmt: skip
 def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
     path = tmp_path / "arms.yaml"
@@ -204,29 +204,32 @@ def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
         read_arms(str(path))
 
 
-def outcome(arm: str, seed: int, top1: float, cpu: str = "fast") -> Outcome:
+def result(arm: str, seed: int, top1: float, cpu: str = "fast") -> RunResult:
     row = {"arm": arm, "seed": seed, "budget": "1ep", "top1": top1, "epochs": 3.0, "images_per_second": 100.0}
-    return Outcome(row | {"run": f"{arm}-1ep-seed{seed}", "cpu": cpu, "gpu": None}, [], {})
+    return RunResult(row | {"run": f"{arm}-1ep-seed{seed}", "cpu": cpu, "gpu": None}, [], {})
 
 
 def test_tables_say_mean_and_deviation_and_compare_seed_by_seed():
     arms = [Arm("ours", (), {}, "about", 53.98), Arm("absent", ()), Arm("other", ()), Arm("apart", ())]
-    found = [outcome("ours", 0, 40.0), outcome("ours", 1, 42.0), outcome("other", 1, 43.0), outcome("other", 0, 42.0),
-             outcome("apart", 2, 30.0), outcome("apart", 0, 30.0, "slow")]  # fmt: skip
-    assert table(found, arms).splitlines()[0] == (
+    found = [result("ours", 0, 40.0), result("ours", 1, 42.0), result("other", 1, 43.0), result("other", 0, 42.0),
+             result("apart", 2, 30.0), result("apart", 0, 30.0, "slow")]  # fmt: skip
+    assert results_table(found, arms).splitlines()[0] == (
         "| arm | paper, top-1 % | top-1 % | against ours | seeds | epochs | images/s |"
     )
-    assert table(found, arms).splitlines()[2:] == [
+    assert results_table(found, arms).splitlines()[2:] == [
         "| ours: about | 53.98 | 41.00 ± 1.41 |  | 40.00, 42.00 | 3.0 | 100 |",
         "| other |  | 42.50 ± 0.71 | +1.50 ± 0.71 | 43.00, 42.00 | 3.0 | 100 |",
         "| apart |  | 30.00 ± 0.00 |  | 30.00, 30.00 | 3.0 | 100 |",
     ]
-    assert table(found[:2], arms).splitlines()[0] == "| arm | paper, top-1 % | top-1 % | seeds | epochs | images/s |"
+    assert (
+        results_table(found[:2], arms).splitlines()[0]
+        == "| arm | paper, top-1 % | top-1 % | seeds | epochs | images/s |"
+    )
 
 
 def made_elsewhere(arms: Path, path: Path) -> dict:
     """A file as another machine's bench would have written it, of the first arm."""
-    row = outcome("plain", 0, 40.0, "another").row | {"budget": "2steps"}
+    row = result("plain", 0, 40.0, "another").row | {"budget": "2steps"}
     config = read_config([*read_arms(str(arms))[0].command_line(), "--budget.length=2steps"])
     made = {"rows": [row], "curves": {row["run"]: [{"epoch": 1.0}]}, "configs": {row["run"]: stated(config)}}
     path.write_text(json.dumps(made))
@@ -268,7 +271,9 @@ def test_runs_of_something_else_are_not_added(two: Path, tmp_path: Path, options
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("text", "part"), [(None, "cannot be read"), ("[1]", "is not what"), ("{}", "is not what")])
+@pytest.mark.parametrize(
+    ("text", "part"), [(None, "cannot be read"), ("[1]", "is not a file"), ("{}", "is not a file")]
+)
 def test_files_without_outcomes(two: Path, tmp_path: Path, text: str | None, part: str):
     path = tmp_path / "made.json"
     if text:
@@ -310,9 +315,9 @@ def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, mo
         return process
 
     monkeypatch.setattr("vitlocal.bench.runner.start_trainer", start)
-    monkeypatch.setattr("vitlocal.bench.runner.summary", lambda folder: {"top1": 1.0})
+    monkeypatch.setattr("vitlocal.bench.runner.summary", lambda folder: {"top1": 1.0, "wall_seconds": 1.0})
     monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: None)
-    runs = entries([Arm("a", ()), Arm("b", ()), Arm("c", ())], [0, 1], "1ep", tmp_path, ())
+    runs = plan_runs([Arm("a", ()), Arm("b", ()), Arm("c", ())], [0, 1], "1ep", tmp_path, ())
     monkeypatch.setattr("vitlocal.bench.runner.memory_stalls", lambda: 0.0)
     runner = Runner(1, 4, tmp_path)
     assert runner.run(runs) == []

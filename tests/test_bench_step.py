@@ -10,11 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlocal.bench import profile, step
+from vitlocal.bench import profile, step, step_arms
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
+from vitlocal.train import timing
 
 CPU = torch.device("cpu")
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}
@@ -24,7 +25,7 @@ STEP = ["step", *SHAPE, "--sizes", "16,32", "--batch", "4", "--rounds", "2", "--
 
 def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "results" / "step.json", tmp_path / "plots" / "step.png"
-    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out), "--plot", str(plot)])
+    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema=0.9", "--json", str(out), "--plot", str(plot)])
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"batch_size", "precision", "peak_tflops", "peak_measured"}
     assert measured["batch_size"] == 4 and measured["peak_tflops"] > 0 and "matrices" in measured["peak_measured"]
@@ -40,7 +41,7 @@ def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["mfu"] == pytest.approx(flops / measured["peak_tflops"], abs=2e-4)
         assert row["peak_mib"] is None and row["compile_seconds"] is None
         ours = row["model"] == "local"
-        present = [row[f"{phase}_ms"] is not None for phase in step.PHASES]
+        present = [row[f"{phase}_ms"] is not None for phase in step_arms.PHASES]
         assert present == [ours, True, True, True, ours]
         assert row["kernel"] == ("plain" if ours else None) and (row["speed_to_timm"] is not None) == ours
         assert row["time_to_deit"] is None  # it was not asked for
@@ -52,13 +53,12 @@ def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_flops_are_those_that_torch_counts() -> None:
     config, device = step.configured([*SHAPE, "--model.pool=avg", "--train.batch_size=2"])
-    arms = [arm for arm in step.chosen_arms(None, device) if arm.model in step.FAMILIES]
+    arms = [arm for arm in step_arms.choose_arms(None, device) if arm.model in step_arms.FAMILIES]
     size = config.model.size  # at another, reading the position table is a product too: one for a whole batch
     rows = step.compare(config, arms, [size], 1, 0.0, device, peak_tflops=1.0)
     assert len(rows) == 3
     for arm, row in zip(arms, rows, strict=True):
-        options = step.config_of(arm, config).model
-        model = build_model(options.name, options.arguments(), step.CLASSES)[0].eval()
+        model = build_model(step_arms.arm_config(arm, config).model, step_arms.CLASSES)[0].eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))
         assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
@@ -67,9 +67,8 @@ def test_flops_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_the_peer_has_the_shape_of_our_deit(pool: str) -> None:
     config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])
-    options = step.config_of(step.Arm("deit", False), config).model
-    ours = build_model(options.name, options.arguments(), step.CLASSES)[0]
-    peer = step.timm_model(config)
+    ours = build_model(step_arms.arm_config(step_arms.StepArm("deit", False), config).model, step_arms.CLASSES)[0]
+    peer = step_arms.timm_model(config)
     assert {name: p.shape for name, p in peer.named_parameters()} == {
         name: p.shape for name, p in ours.named_parameters()
     }
@@ -96,8 +95,8 @@ def test_ratios_compare_like_with_like() -> None:
 
 def test_the_stopwatch_adds_up_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 10.0, 17.0, 20.0, 25.0])
-    monkeypatch.setattr(step.time, "perf_counter", lambda: next(now))
-    watch = step.Stopwatch(CPU)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    watch = timing.PhaseTimer(CPU)
     for phases in (["forward", "backward", "forward"], [], ["forward", "backward"]):
         watch.begin()
         for phase in phases:
@@ -109,22 +108,25 @@ def test_the_stopwatch_adds_up_phases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arms_by_device() -> None:
-    assert [str(arm) for arm in step.chosen_arms(None, CPU)] == [
+    assert [str(arm) for arm in step_arms.choose_arms(None, CPU)] == [
         "local-eager", "deit-eager", "localvit-eager", "timm-eager",
     ]  # fmt: skip
-    on_gpu = [str(arm) for arm in step.chosen_arms(None, torch.device("cuda"))]
+    on_gpu = [str(arm) for arm in step_arms.choose_arms(None, torch.device("cuda"))]
     assert len(on_gpu) == 10 and {"local-plain-eager", "local-compiled", "timm-compiled"} <= {*on_gpu}
     config, _ = step.configured(["--model.name=vitlocal_base_patch16_224", "--model.convolution=false"])
-    assert step.config_of(step.Arm("localvit", True), config).model.name == "vitlocal_localvit_base_patch16_224"
-    assert step.config_of(step.Arm("deit", True), config).model.convolution is None
-    plain = step.config_of(step.Arm("local", True, "plain"), config)
+    assert (
+        step_arms.arm_config(step_arms.StepArm("localvit", True), config).model.name
+        == "vitlocal_localvit_base_patch16_224"
+    )
+    assert step_arms.arm_config(step_arms.StepArm("deit", True), config).model.convolution is None
+    plain = step_arms.arm_config(step_arms.StepArm("local", True, "plain"), config)
     assert (plain.model.convolution, plain.train.kernel, plain.train.compile) == (False, "plain", "yes")
 
 
 def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], decoder) -> None:
     out, trace = tmp_path / "results" / "profile.json", tmp_path / "traces" / "step.json"
     main(["profile", *SHAPE, f"--data.root={folder}", "--sizes", "16,32", "--steps", "3", "--train.batch_size=40",
-          "--train.ema_decay=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
+          "--train.ema=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
           f"--run.folder={tmp_path / 'run'}", "--json", str(out), "--trace", str(trace)])  # fmt: skip
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"recipe", "operators"}
@@ -136,7 +138,11 @@ def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {row["size"] for row in measured["operators"]} == {16, 32}
     assert any(row["operator"] == "aten::mm" and row["ms"] > 0 for row in measured["operators"])
     shown = capsys.readouterr().out
-    assert "aten::mm" in shown and "backward" in shown and len(shown.splitlines()) == 1 + 4 + 1 + 1 + profile.SHOWN
+    assert (
+        "aten::mm" in shown
+        and "backward" in shown
+        and len(shown.splitlines()) == 1 + 4 + 1 + 1 + profile.SHOWN_OPERATORS
+    )
     assert sorted(path.name for path in trace.parent.iterdir()) == ["step_16px_40.json", "step_32px_40.json"]
     assert "traceEvents" in json.loads((trace.parent / "step_16px_40.json").read_text())
     assert not (tmp_path / "run").exists()
@@ -152,7 +158,7 @@ def test_a_last_smaller_batch_is_not_counted(folder: Path, configure, decoder) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["step", "--arms", "local-eager,resnet"], "resnet, expected some of local-eager, local-compiled"),
+        (["step", "--arms", "local-eager,resnet"], "got 'resnet', expected some of local-eager, local-compiled"),
         (["step", "--arms", "local-plain-eager"], "expected some of local-eager"),
         (["step", "--sizes", "32,44"], "got 44, expected multiples of 8"),
         (["step", "--sizes", "32,x"], "whole numbers"),

@@ -1,1 +1,1 @@
-"""Measurements: each writes one JSON that says what was measured, where, with what, and by which command."""
+"""Benches. Each measures one thing and writes one JSON file with the numbers, the machine and the command."""

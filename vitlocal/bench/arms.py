@@ -1,9 +1,9 @@
-"""Recipes against each other: python -m vitlocal.bench arms ARMS.yaml --data DIR --budget 4m [--seeds 0,1,2]
+"""Recipes compared: python -m vitlocal.bench arms ARMS.yaml --data DIR --budget 4m [--seeds 0,1,2] [TRAINER'S OPTIONS]
 
-Each arm is trained once for each seed, under the same budget; an interrupted bench goes on where it was. The yaml file
-names recipes beside it and the options that an arm changes:
+Trains each arm once for each seed, with the same budget. The same command continues an interrupted bench. The yaml file
+names recipes, relative to itself, and the options that each arm changes:
 
-    recipes: [paper_64px.yaml]          # what all arms share, and options over them
+    recipes: [paper_64px.yaml]          # recipes and options of all arms
     options: {model.pool: avg}
     arms:
       base: {}
@@ -16,9 +16,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vitlocal.bench.entries import Arm, Entry, Key, entries, option_names, read_arms
-from vitlocal.bench.outcomes import Outcome, draw, outcomes, read_outcomes, table, write_outcomes
-from vitlocal.bench.parsing import budget, names, numbers, plot_file
+from vitlocal.bench.parsing import bench_parser, budget, names, numbers, plot_file
+from vitlocal.bench.planned_runs import Arm, PlannedRun, RunKey, option_names, plan_runs, read_arms
+from vitlocal.bench.run_results import RunResult, draw, read_results, results_of, results_table, write_results
 from vitlocal.bench.runner import Runner, say, visible_gpus
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError, Interrupted
@@ -27,124 +27,119 @@ from vitlocal.progress import Length
 from vitlocal.train.folder import changes
 
 
-def parser(name: str, about: str | None) -> argparse.ArgumentParser:
-    """The options that benches of arms share."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m vitlocal.bench {name}", description=about, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    made.add_argument("--data", metavar="DIR", help="the data folder (default: what the recipes say)")
-    made.add_argument("--seeds", default="0", metavar="LIST", help="0,1,2 for three runs an arm (default: 0)")
-    made.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores (default: 1)")
-    made.add_argument(
+def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that all benches of arms share."""
+    parser = bench_parser(name, description)
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: that of the recipes)")
+    parser.add_argument("--seeds", default="0", metavar="LIST", help="seeds; 0,1,2 is three runs per arm (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="places for runs; they divide the cores (default: 1)")
+    parser.add_argument(
         "--together", type=int, default=1, metavar="N",
-        help="of each job: so many runs share its cores, and time is processor time (default: 1)",
+        help="runs in each place; they share its cores, and budgets count processor time (default: 1)",
     )  # fmt: skip
-    made.add_argument("--folder", default=f"runs/{name}", metavar="DIR", help=f"of the runs (default: runs/{name})")
-    made.add_argument(
+    parser.add_argument(
+        "--folder", default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)"
+    )
+    parser.add_argument(
         "--add", action="append", default=[], metavar="FILE",
-        help="what --json wrote on another machine: its runs are not trained again, and tabulated with those here",
+        help="add the runs that --json wrote on another machine; they are not trained again",
     )  # fmt: skip
-    made.add_argument("--no-run", action="store_true", help="train nothing: tabulate and draw what is there")
-    made.add_argument("--json", metavar="FILE", help="write rows and curves")
-    return made
+    parser.add_argument("--no-run", action="store_true", help="train nothing; tabulate and plot the finished runs")
+    return parser
 
 
-def planned(arms: Sequence[Arm], length: str, options: argparse.Namespace, stated: Sequence[str]) -> list[Entry]:
-    """The runs, all with the trainer's options ``stated``; ConfigError for those that the bench sets itself."""
+def planned(
+    arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str]
+) -> list[PlannedRun]:
+    """The runs with the trainer's options ``trainer``. ConfigError if the bench itself sets one of those."""
     if options.together < 1:
         raise ConfigError(f"--together: got {options.together}, expected at least 1")
     shared = [f"--data.root={options.data}"] if options.data else []
     if options.together > 1:
-        option_names(stated, {"budget.counts": "--together counts processor time"})
+        option_names(trainer, {"budget.counts": "--together counts processor time"})
         shared.append("--budget.counts=cpu")
     seeds = numbers(options.seeds, "--seeds", least=0)
-    return entries(arms, seeds, length, Path(options.folder), [*shared, *stated])
+    return plan_runs(arms, seeds, str(length), Path(options.folder), [*shared, *trainer])
 
 
-def made_elsewhere(runs: Sequence[Entry], files: Sequence[str]) -> dict[Key, Outcome]:
-    """Those of ``runs`` that the files of --add have; ConfigError where one has none, or none of this configuration."""
-    wanted, found = {run.key: run for run in runs}, {}
+def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunKey, RunResult]:
+    """The results of ``runs`` in the files of --add. ConfigError if a file has none, or a different configuration."""
+    wanted: dict[RunKey, PlannedRun] = {run.key: run for run in runs}
+    found: dict[RunKey, RunResult] = {}
     for path in files:
-        here = {outcome.key: outcome for outcome in read_outcomes(path)}
-        mine = here.keys() & wanted.keys()
-        if not mine:
-            had = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(here)[:3])
-            raise ConfigError(f"--add: {path} has none of these runs; it has {had or 'no runs'}, and so on")
-        if twice := mine & found.keys():
+        results = {result.key: result for result in read_results(path)}
+        if not (keys := results.keys() & wanted.keys()):
+            there = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(results)[:3])
+            raise ConfigError(f"--add: {path} has none of these runs; it has {there or 'no runs'}")
+        if twice := keys & found.keys():
             raise ConfigError(f"--add: {path} has '{min(twice)[0]}' with seed {min(twice)[1]}, and so has another file")
-        for key in mine:
-            if apart := changes(here[key].config, wanted[key].config()):
+        for key in keys:
+            if changed := changes(results[key].config, wanted[key].config()):
                 raise ConfigError(
-                    f"--add: {path} has '{key[0]}' with seed {key[1]} of another configuration: {'; '.join(apart)}"
+                    f"--add: {path} has '{key[0]}' with seed {key[1]} of another configuration: {'; '.join(changed)}"
                 )
-        found |= {key: here[key] for key in mine}
+            found[key] = results[key]
     return found
 
 
-def carry_out(runs: Sequence[Entry], options: argparse.Namespace) -> None:
-    """Trains the runs that are not done.
-
-    Raises ConfigError before anything is trained, DataError where runs failed, Interrupted when all have saved.
-    """
+def train_runs(runs: Sequence[PlannedRun], options: argparse.Namespace) -> None:
+    """Trains the runs. ConfigError before training, DataError if runs failed, Interrupted when all have saved."""
     configs = [run.config() for run in runs]
     for root in {config.data.root for config in configs}:
         for split in ("train", "val"):
-            load_manifest(root, split)  # or an error that says how to write it
+            load_manifest(root, split)  # its error says how to write the data
     on_gpus = any(config.run.device != "cpu" for config in configs)
     runner = Runner(options.jobs, options.together, Path(options.folder), visible_gpus() if on_gpus else ())
-    length = Length.parse(runs[0].budget)
-    at_once = options.jobs * options.together
+    length, at_once = Length.parse(runs[0].budget), options.jobs * options.together
     if length.kind == "seconds":
         busy = options.jobs if options.together == 1 else min(at_once, cores())
         hours = length.value * -(-len(runs) // busy) / 3600
-        say(f"{len(runs)} runs to train, {at_once} at a time on {cores()} cores: {hours:.1f} h and more")
+        say(f"{len(runs)} runs to train, {at_once} at a time on {cores()} cores: at least {hours:.1f} h")
     if failed := runner.run(runs):
-        which = ", ".join(entry.folder.name for entry in failed)
-        raise DataError(f"{len(failed)} of the runs failed ({which}); what they said lies beside their folders")
+        which = ", ".join(run.folder.name for run in failed)
+        raise DataError(f"{len(failed)} of the runs failed ({which}); see the .txt files next to their folders")
 
 
-def compete(runs: Sequence[Entry], options: argparse.Namespace, write: Callable[[Sequence[Outcome]], None]) -> None:
-    """Trains what is not done, here or elsewhere, and has ``write`` tell of all there is, also after an interruption.
+def compete(
+    runs: Sequence[PlannedRun], options: argparse.Namespace, write: Callable[[Sequence[RunResult]], None]
+) -> None:
+    """Trains the runs that are not finished, and calls ``write`` with all results, also after an interruption.
 
-    Raises as :func:`carry_out` does, and ConfigError where nothing is to be trained and nothing is there.
+    Raises as :func:`train_runs` does, and ConfigError if there are neither results nor runs to train.
     """
     for run in runs:
         run.config()
-    elsewhere = made_elsewhere(runs, options.add)
-    waiting = [run for run in runs if not run.done and run.key not in elsewhere]
+    added = added_results(runs, options.add)
+    waiting = [run for run in runs if not run.done and run.key not in added]
     if options.no_run and len(waiting) == len(runs):
-        raise ConfigError(
-            f"--no-run: {options.folder} has none of these runs; leave it out to train them, or name another"
-        )
+        raise ConfigError(f"--no-run: {options.folder} has none of these runs; train them, or name another --folder")
     try:
         if waiting and not options.no_run:
-            carry_out(waiting, options)
+            train_runs(waiting, options)
     except (DataError, Interrupted):
-        write(outcomes(runs, elsewhere))
+        write(results_of(runs, added))
         raise
-    write(outcomes(runs, elsewhere))
+    write(results_of(runs, added))
 
 
 def main(argv: Sequence[str]) -> None:
-    reader = parser("arms", __doc__)
-    reader.add_argument("arms", metavar="ARMS.yaml")
-    reader.add_argument("--budget", required=True, metavar="LENGTH", help="of each run: 4m, 90ep, 24h")
-    reader.add_argument("--only", metavar="LIST", help="names of arms, with commas between")
-    reader.add_argument("--plot", type=plot_file, metavar="FILE", help="draw top-1 against training time")
-    options, stated = reader.parse_known_args(list(argv))
-    arms = read_arms(options.arms)
+    parser = arms_parser("arms", __doc__)
+    parser.add_argument("arms", metavar="ARMS.yaml", help="file of arms")
+    parser.add_argument("--budget", required=True, metavar="LENGTH", help="budget of each run: 4m, 90ep, 24h")
+    parser.add_argument("--only", metavar="LIST", help="names of arms to train, separated by commas (default: all)")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
+    options, trainer = parser.parse_known_args(list(argv))
+    arms, length = read_arms(options.arms), budget(options.budget)
     if options.only:
         chosen = names(options.only, [arm.name for arm in arms])
         arms = [arm for arm in arms if arm.name in chosen]
-    length = budget(options.budget)
 
-    def write(found: Sequence[Outcome]) -> None:
+    def write(results: Sequence[RunResult]) -> None:
         if options.json:
-            what = f"training runs of {length} each, arm by arm: the accuracy that they reached, and their passes"
-            write_outcomes(options.json, what, found)
-        if options.plot and found:
-            draw(found, options.plot, f"{length} a run")
-        say(table(found, arms))
+            what = f"training runs with a budget of {length} each, by arm: the accuracy, and the log of passes"
+            write_results(options.json, what, results)
+        if options.plot and results:
+            draw(results, options.plot, f"{length} per run")
+        say(results_table(results, arms))
 
-    compete(planned(arms, length, options, stated), options, write)
+    compete(planned(arms, length, options, trainer), options, write)

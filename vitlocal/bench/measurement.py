@@ -1,32 +1,52 @@
-"""The form of every measurement: ``what``, ``command``, ``machine``, ``versions``, ``commit`` and ``rows``."""
+"""The common output of all benches: the JSON file, the table on the terminal, and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from vitlocal.machine import commit, hardware, versions
 
 
 def measurement(what: str, rows: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """The object that a bench's ``--json`` writes; ``rows`` are flat."""
-    module = Path(sys.argv[0]).parent.name == "bench"
-    command = ["python", *(["-m", "vitlocal.bench"] if module else [Path(sys.argv[0]).name]), *sys.argv[1:]]
-    return {
-        "what": what,
-        "command": shlex.join(command),
-        **more,
-        "machine": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-        "rows": list(rows),
-    }
+    """The object that ``--json`` writes. ``rows`` are flat, ``more`` are further fields."""
+    in_package = Path(sys.argv[0]).parent.name == "bench"
+    program = ["-m", "vitlocal.bench"] if in_package else [Path(sys.argv[0]).name]
+    command = shlex.join(["python", *program, *sys.argv[1:]])
+    made = {"machine": hardware(), "versions": versions(), "commit": commit()}
+    return {"what": what, "command": command, **more, **made, "rows": list(rows)}
 
 
 def write_json(path: str, measured: dict[str, Any]) -> None:
+    """Writes a measurement. Creates the folder if necessary."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
+def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
+    """Rows as an aligned text table.
+
+    ``columns`` maps each title to a field of the rows and its format. A column without a format is text and is aligned
+    to the left. A field that is None or missing leaves an empty cell.
+    """
+    lines = [list(columns)]
+    for row in rows:
+        values = [(row.get(field), form) for field, form in columns.values()]
+        lines.append(["" if value is None else format(value, form) for value, form in values])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    signs = [">" if form else "<" for _, form in columns.values()]
+    return "\n".join(
+        "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(line, signs, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def progress_bar(turns: int) -> tqdm:
+    """A line on the terminal with the number of finished turns and an estimate of the remaining time."""
+    return tqdm(total=turns, leave=False, bar_format="{desc}: {n} of {total} turns, {remaining} left")

@@ -1,87 +1,82 @@
-"""Runs on one page: python -m vitlocal.bench report RUN [RUN …] [--out FILE] [--forecast FILE]
+"""Runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
 
-One HTML file without outside links, for a screen, a phone or paper: curves against time, epochs and images; schedules;
-throughput; crops as the model saw them; the ten worst classes; where the runs' configurations differ. With a forecast
-(of `bench forecast --json FILE`), what it said of the first run beside what happened, which --json writes.
+Writes one HTML file without external links, for a screen, a phone or paper. It shows curves against time, epochs and
+images, schedules, throughput, crops as the model saw them, the ten worst classes, and differences between the runs'
+configurations. With --forecast (a file of `bench forecast --json FILE`), it compares the forecast with the first run.
 """
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.measurement import measurement, text_table, write_json
+from vitlocal.bench.parsing import bench_parser
 from vitlocal.errors import ConfigError
 from vitlocal.report.figures import by_size
 from vitlocal.report.page import RunRecord, duration, names_of, page_of, read_run, rows_table
 
-# Options that change nothing that is forecast.
-ASIDE = {"data.root", "data.source"} | {
+# Options that change nothing in a forecast.
+IGNORED = {"data.root", "data.source"} | {
     f"run.{name}" for name in ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
 }
+COLUMNS = {"": ("what", ""), "forecast": ("forecast", ",.6g"), "actual": ("happened", ",.6g"),
+           "deviation": ("off", "+.1%")}  # fmt: skip
 
 
 def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
-    """What was forecast and what happened, a row each: images/s by size, then epochs and images in all."""
-    said: dict[int, dict[str, float]] = {}
-    for row in forecast["rows"]:
-        said.setdefault(row["size"], {"rate": row["together"], "images": 0})["images"] += row["images"]
-    rows = []
-    for size, happened in by_size(run.line).items():
-        if size in said and happened["images"]:
-            rows.append(_compared(f"images/s at {size} px", said[size]["rate"], happened["images_per_second"]))
-    last = run.records[-1]
-    rows.append(_compared("epochs", forecast["epochs"], last["epoch"]))
-    rows.append(_compared("images", sum(row["images"] for row in forecast["rows"]), last["images_seen"]))
+    """The rows of the comparison: images/s of each size, then epochs, images and the time of the first accuracy."""
+    last, by_crop = run.records[-1], by_size(run.line)
+    pairs = [
+        (f"images/s at {row['size']} px", row["together"], by_crop[row["size"]]["images_per_second"])
+        for row in {row["size"]: row for row in forecast["rows"]}.values()
+        if row["size"] in by_crop and by_crop[row["size"]]["images"]
+    ]
+    pairs.append(("epochs", forecast["epochs"], last["epoch"]))
+    pairs.append(("images", sum(row["images"] for row in forecast["rows"]), last["images_seen"]))
     if forecast["first_point_seconds"] is not None:
         first = next(record for record in run.records if record["top1"] is not None)
-        rows.append(_compared("first accuracy, s", forecast["first_point_seconds"], first["train_seconds"]))
-    return rows
+        pairs.append(("first accuracy, s", forecast["first_point_seconds"], first["train_seconds"]))
+    return [
+        {"what": what, "forecast": said, "happened": actual, "off": said / actual - 1 if actual else 0.0}
+        for what, said, actual in pairs
+    ]
 
 
-def _compared(what: str, forecast: float, happened: float) -> dict[str, Any]:
-    off = forecast / happened - 1 if happened else 0.0
-    return {"what": what, "forecast": forecast, "happened": happened, "off": off}
-
-
-def mismatch(forecast: dict[str, Any], run: RunRecord) -> list[str]:
-    """In what the forecast's recipe is not the run's, and whether the run has come to its end: sentences."""
-    said, done = forecast.get("recipe", {}), json.loads(json.dumps(run.config.flat()))
-    apart = [name for name in said if name in done and name not in ASIDE and said[name] != done[name]]
-    found = []
-    if apart:
-        found.append(f"the forecast was of another recipe: {', '.join(apart)} differ")
+def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
+    """Why the forecast does not apply to the run: another recipe, or a run that has not ended. Sentences."""
+    said, actual = forecast.get("recipe", {}), json.loads(json.dumps(run.config.flat()))
+    differ = [name for name in said if name in actual and name not in IGNORED and said[name] != actual[name]]
+    found = [f"the forecast is for another recipe: {', '.join(differ)} differ"] if differ else []
     if run.records[-1]["fraction"] < 1:
-        found.append(f"the run has spent {run.records[-1]['fraction']:.0%} of its budget, and the forecast is of all")
+        found.append(f"the run has spent {run.records[-1]['fraction']:.0%} of the budget that the forecast is for")
     return found
 
 
 def comparison_part(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
-    cells = [[row["what"], f"{row['forecast']:,.6g}", f"{row['happened']:,.6g}", f"{row['off']:+.1%}"] for row in rows]
-    said = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in notes)
-    return "<h2>Forecast and run</h2>" + said + rows_table(["", "forecast", "happened", "off by"], cells)
+    """The comparison as HTML."""
+    cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
+    paragraphs = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in notes)
+    return "<h2>Forecast and run</h2>" + paragraphs + rows_table(list(COLUMNS), cells)
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vitlocal.bench report", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the run's folder, or here)")
-    parser.add_argument("--forecast", metavar="FILE", help="of the first run, written by bench forecast --json")
-    parser.add_argument("--json", metavar="FILE", help="write forecast and run, side by side")
-    parser.add_argument("--no-crops", action="store_true", help="read no data")
+    parser = bench_parser("report", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--out", metavar="FILE", help="file to write (default: report.html in the folder of a single run, or here)"
+    )
+    parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
+    parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
     options = parser.parse_args(list(argv))
     if options.json and not options.forecast:
-        raise ConfigError("--json: it writes what a forecast said beside what happened; give --forecast FILE too")
+        raise ConfigError("--json: it writes the comparison of a forecast with the run; give --forecast FILE too")
     folders = [Path(run).absolute() for run in options.runs]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    more = []
+    parts = []
     if options.forecast:
         try:
             forecast = json.loads(Path(options.forecast).read_text(encoding="utf-8"))
@@ -90,18 +85,13 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(
                 f"--forecast: {options.forecast} is not what bench forecast --json writes ({error})"
             ) from error
-        notes = mismatch(forecast, runs[0])
-        more = [comparison_part(rows, notes)]
-        print(f"{'':24} {'forecast':>12} {'happened':>12} {'off by':>7}")
-        for row in rows:
-            print(f"{row['what']:24} {row['forecast']:12,.6g} {row['happened']:12,.6g} {row['off']:+7.1%}")
-        for note in notes:
-            print(f"note: {note}")
+        notes = mismatches(forecast, runs[0])
+        parts = [comparison_part(rows, notes)]
+        print("\n".join([text_table(rows, COLUMNS), *(f"note: {note}" for note in notes)]))
         if options.json:
-            write_json(options.json, measurement("what was forecast of a run, and what happened", rows))
+            write_json(options.json, measurement("a forecast compared with the run that followed", rows))
     out = Path(options.out) if options.out else folders[0] / "report.html" if len(runs) == 1 else Path("report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page_of(runs, not options.no_crops, more), encoding="utf-8")
-    said = ", ".join(f"{run.name} {run.last['top1']:.2f} %" for run in runs)
-    in_all = " in all" if len(runs) > 1 else ""
-    print(f"{out}: {said}, {duration(sum(run.last['train_seconds'] for run in runs))} of training{in_all}")
+    out.write_text(page_of(runs, not options.no_crops, parts), encoding="utf-8")
+    accuracies = ", ".join(f"{run.name} {run.last['top1']:.2f} %" for run in runs)
+    print(f"{out}: {accuracies}, {duration(sum(run.last['train_seconds'] for run in runs))} of training")

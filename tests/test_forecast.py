@@ -1,0 +1,156 @@
+"""The forecast: how a budget is spent at given speeds, the bench that measures them, and the comparison with a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from vitlocal.bench import report, speeds
+from vitlocal.bench.__main__ import main
+from vitlocal.bench.report import compare
+from vitlocal.config import read_config
+from vitlocal.errors import ConfigError
+from vitlocal.progress import Length, Stage
+from vitlocal.report.page import read_run
+from vitlocal.train.loop import train
+from vitlocal.train.simulate import Speed, spend, spend_wall_time
+
+SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
+
+
+def test_spend_walks_through_stages():
+    stages = (Stage.parse("32px until 2ep"), Stage.parse("64px"))
+    first, last = spend(stages, Length.parse("60s"), 1000, SPEEDS)
+    assert (first.images, first.seconds, first.epochs) == (2000, pytest.approx(20), pytest.approx(2))
+    assert (last.images, last.seconds, last.epochs) == (1000, pytest.approx(40), pytest.approx(1))
+    assert last.end.step == 300 and last.end.fraction == pytest.approx(1)
+
+
+@pytest.mark.parametrize("budget", ["100s", "4ep", "400steps"])
+def test_stages_end_at_fractions_of_the_budget(budget: str):
+    stages = (Stage.parse("32px until 25%"), Stage.parse("64px"))
+    first, last = spend(stages, Length.parse(budget), 1000, SPEEDS)
+    assert Length.parse(budget).fraction_done(first.end) == pytest.approx(0.25)
+    assert Length.parse(budget).fraction_done(last.end) == pytest.approx(1)
+
+
+def test_spend_ends_with_the_budget():
+    stages = (Stage.parse("32px until 5ep"), Stage.parse("64px until 9ep"), Stage.parse("32px"))
+    spent = spend(stages, Length.parse("20s"), 1000, SPEEDS, used=10.0)
+    assert [part.images for part in spent] == [1000, 0, 0]
+
+
+def test_a_budget_in_flops_is_spent_by_the_cost_of_images():
+    stages = tuple(map(Stage.parse, ("16px until 30%", "48px")))
+    spent = spend(stages, Length.parse("0.004TF"), 120, {16: Speed(100.0, 32, 2e6), 48: Speed(50.0, 32, 1.4e7)})
+    assert [stage.images for stage in spent] == [600, 200]
+
+
+def test_evaluations_take_time_from_epochs():
+    """With 1,000 images and 100 images/s an epoch takes 10 s, and each evaluation 5 s."""
+
+    def spent(seconds: int, every: int = 1) -> float | None:
+        length = Length.parse(f"{seconds}s")
+        found = spend_wall_time((Stage(32),), length, 1000, SPEEDS, other=20.0, evaluation=5.0, every=every)
+        return None if found is None else found[-1].end.epoch
+
+    assert spent(25) is None and spent(26) == pytest.approx(0.1)
+    assert spent(125, every=0) == pytest.approx(10)
+    assert spent(123) == pytest.approx((123 - 20 - 7 * 5) / 10)  # 6 epochs end, and one evaluation is at the end
+
+
+# --- the bench ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, small) -> Path:
+    """A run that differs from the recipe of the forecast in some options."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert train(small(out, "--augment.mixup=0.8", "--augment.erase=0.5")) == 0
+    return out
+
+
+@pytest.fixture
+def recipe(small, tmp_path: Path) -> str:
+    """The small configuration as a recipe's option."""
+    (tmp_path / "small.yaml").write_text(small(tmp_path / "run").yaml())
+    return f"--config-file={tmp_path}/small.yaml"
+
+
+def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: Path, monkeypatch, capsys, decoder):
+    monkeypatch.setattr(speeds, "SECONDS", 0.3)
+    monkeypatch.setattr(speeds, "ROUND_SECONDS", 0.03)
+    file = tmp_path / "forecast.json"
+    main(["forecast", recipe, f"--json={file}", "--budgets=1m,1h"])
+    said = json.loads(file.read_text())
+    assert [row["size"] for row in said["rows"]] == [16, 32, 48]
+    assert said["epochs"] == pytest.approx(3) and said["images"] == 120
+    assert said["flops"] == pytest.approx(sum(row["gflops"] * 1e9 * row["images"] for row in said["rows"]))
+    assert all(row["step"] > 0 and row["loader"] > 0 and row["together"] > 0 for row in said["rows"])
+    assert said["evaluation_seconds"] > 0 and said["disk_bytes"] > 0 and said["measured_seconds"] > 0.3
+    out, shown = capsys.readouterr()
+    assert "16px until" in out and "the first after" in out and "s, without compiling" in out
+    turns = re.findall(r"measuring (\d+) px, . of 3 sizes, round (\d) of 3", shown)
+    assert turns == [(str(size), str(number)) for number in (1, 2, 3) for size in (16, 32, 48)]
+    # What it proposes fits: the parts are those of its own budget, and options take it.
+    stages = tuple(Stage.parse(text) for text in said["curriculum"])
+    stated = {row["size"]: Speed(row["together"], row["batch_size"]) for row in said["rows"]}
+    for part, row in zip(spend(stages, Length.parse("1h"), 120, stated), said["rows"], strict=True):
+        whole = sum(other["train_seconds"] for other in said["rows"])
+        assert part.seconds / 3600 == pytest.approx(row["train_seconds"] / whole, abs=0.006)
+    rows = compare(said, read_run(finished))
+    assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first accuracy, s"]
+    assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
+    main(["report", str(finished), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
+          "--json", str(tmp_path / "compared.json")])  # fmt: skip
+    page = (tmp_path / "page.html").read_text()
+    assert "Forecast and run" in page and "for another recipe: augment.mixup, augment.erase differ" in page
+    assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
+
+
+def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
+    monkeypatch.setattr(speeds, "SECONDS", 0.1)
+    main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
+    out = capsys.readouterr().out
+    assert "does not exist: only the step is measured" in out and "epochs of 1,281,167 images" in out
+
+
+def test_a_forecast_for_another_machine(capsys):
+    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:1000", "--budgets=12h"])
+    out = capsys.readouterr().out
+    assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
+    last = next(line for line in out.splitlines() if line.startswith("224"))
+    assert "1,000" in last
+
+
+def test_a_curriculum_that_the_budget_does_not_finish_fits_others_whole(capsys):
+    """The largest size has as long as the one before it, and not nothing."""
+    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
+    out = capsys.readouterr().out
+    assert "the budget ends before" in out and "192px until" in out
+    given = re.search(r'--image_size.stages="(.*)"', out)[1]
+    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).of("image_size").stages
+    assert [stage.size for stage in stages] == list(range(32, 225, 32))
+    ends = [stage.until.value for stage in stages[:-1]]
+    assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [(["--budgets=1x"], "--budgets: got '1x'"), (["--images=3"], "--images: got 3"), (["--nonsense=1"], "nonsense")],
+)
+def test_wrong_forecasts(recipe: str, words: list[str], part: str):
+    with pytest.raises(ConfigError, match=part):
+        main(["forecast", recipe, *words])
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", None])
+def test_what_is_no_forecast(finished: Path, tmp_path: Path, content: str | None):
+    file = tmp_path / "forecast.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match="is not what bench forecast --json writes"):
+        report.main([str(finished), f"--forecast={file}"])

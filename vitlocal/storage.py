@@ -1,0 +1,167 @@
+"""The command ``write_dataset.py --plan``: chooses the files to write for a recipe, a source and a machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from vitlocal.config import Config, WriteOptions, read_config
+from vitlocal.data.crops import Cropping
+from vitlocal.data.images import open_images
+from vitlocal.data.manifest import work_name
+from vitlocal.data.writer import layout
+from vitlocal.data.writer.journal import free_bytes
+from vitlocal.data.writer.write import QUALITY, SAMPLING
+from vitlocal.errors import ConfigError
+from vitlocal.machine import cores, memory
+from vitlocal.methods import METHODS
+from vitlocal.models.flops import count_macs
+from vitlocal.plan import Feed
+from vitlocal.progress import TRAINING_FLOPS, Stage
+from vitlocal.train.build import build_step, device_of, make_model
+from vitlocal.train.simulate import Speed, spend
+from vitlocal.train.timing import Timing, noise_step
+
+RECIPE = "rcfg/ours.yaml"
+RESERVED = 8 * 10**9  # bytes of memory that the page cache does not get
+MEASURE_SECONDS = 1.0  # of training at each size
+CPU_BATCH = 4  # images of a measured step on a CPU, on which a full batch would take a minute
+CLASSES = 1000
+
+
+def plan_files(options: WriteOptions) -> layout.Choice:
+    """Measures, prints the chosen files and stores them in the data folder, for the next write of the split.
+
+    Raises ConfigError for a wrong option, for a missing recipe, and if no choice fits the disk.
+    """
+    out = Path(options.out)
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    _check_out(out, nearest)
+    recipe = options.recipe or RECIPE
+    if not Path(recipe).exists():
+        raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that will use the files")
+    config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
+    images = open_images(options.source, "train")
+    stages = layout_stages(config, len(images), speeds_for(config, stated))
+    augment = config.augment
+    cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
+    limits = layout.Limits(
+        cores=options.cores or cores(),
+        disk=options.disk_limit or free_bytes(nearest),
+        memory=options.memory_limit or max(memory() - RESERVED, memory() // 2),
+    )
+    print(f"encoding and cropping some of {len(images):,} images ...", file=sys.stderr)
+    choice = layout.propose(
+        images, stages, cropping, config.data.side_ratio, limits, options.quality or QUALITY,
+        int(options.sampling or SAMPLING), options.keep_jpegs is not False,
+    )  # fmt: skip
+    lines = layout.described(choice, limits, len(images))
+    print("\n".join(lines))
+    source = f" --source {shlex.quote(options.source)}" if options.source else ""
+    command = f"python write_dataset.py --split train{source} --out {shlex.quote(options.out)}"
+    path = layout.save_plan(options.out, choice, lines, f"--plan, for {recipe}")
+    print(f"{path} stores this choice. Write the files with: {command}")
+    return choice
+
+
+def _check_out(out: Path, nearest: Path) -> None:
+    """Raises ConfigError if the choice cannot be stored in ``out``, or if the split is already written there.
+
+    ``nearest`` is ``out`` or the nearest folder above it that exists.
+    """
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out: {nearest} is not a folder that can be written to; name another")
+    for there in (out / "train.json", out / work_name("train")):
+        if there.exists():
+            raise ConfigError(
+                f"--out: {there} is there: the training split is already written, perhaps in other files. "
+                "Use another folder, or remove the split first"
+            )
+
+
+# --- the training speed of a recipe ---------------------------------------------------------------------------------
+
+
+def recipe_stages(config: Config) -> tuple[Stage, ...]:
+    """The recipe's curriculum, if it is known before a run. Without one: a single stage at the model's size."""
+    curricula = (tuple(METHODS[name].image_sizes(config)) for name in config.methods)
+    return next((stages for stages in curricula if stages), (Stage(config.model.size),))
+
+
+def methods_writing(config: Config, prefix: str) -> list[str]:
+    """The names of the recipe's methods that set a field of the plan whose name starts with ``prefix``."""
+    writes = {name: METHODS[name].claims(config).writes for name in config.methods}
+    return [name for name, found in writes.items() if any(field.startswith(prefix) for field in found)]
+
+
+def layout_stages(config: Config, images: int, speeds: Mapping[int, Speed]) -> tuple[layout.Stage, ...]:
+    """What the recipe's budget is spent on, for a training set of ``images`` and the speed at each size.
+
+    A size that the budget does not reach gets one image. Its file is still wanted, in case training is faster.
+    """
+    trained: dict[int, int] = {}
+    for stage in spend(recipe_stages(config), config.budget.length, images, speeds):
+        trained[stage.size] = trained.get(stage.size, 0) + stage.images
+    return tuple(layout.Stage(size, max(count, 1.0), speeds[size].images_per_second) for size, count in trained.items())
+
+
+def parse_rates(text: str | None) -> dict[int, float]:
+    """Images/s by size, from "224:2500" or "32:20000,224:2500". Raises ConfigError for anything else."""
+    stated: dict[int, float] = {}
+    for item in text.split(",") if text else ():
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+(?:\.\d+)?)\s*", item)
+        if match is None or not int(match[1]) or not float(match[2]):
+            raise ConfigError(f"--rates: got {item.strip()!r}, expected SIZE:IMAGES_A_SECOND, as in 32:20000,224:2500")
+        if int(match[1]) in stated:
+            raise ConfigError(f"--rates: {match[1]} px is given twice; leave one out")
+        stated[int(match[1])] = float(match[2])
+    return stated
+
+
+def speeds_for(config: Config, stated: Mapping[int, float]) -> dict[int, Speed]:
+    """The speed at each size of the recipe, from the ``stated`` images/s. Without any, measured on this machine.
+
+    The rate of another size follows from that of the next larger stated size (or the largest) by FLOPs. It is at most
+    the rate of a smaller stated size, because a GPU is slower at small sizes than FLOPs suggest.
+    """
+    model, _ = make_model(config, CLASSES, torch.device("cpu"))
+    sizes = list(dict.fromkeys(stage.size for stage in recipe_stages(config)))
+    macs = {}
+    for size in {*sizes, *stated}:
+        try:
+            macs[size] = count_macs(model, size)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--rates: {config.model.name} takes no images of {size} px ({error})") from error
+
+    def rate_at(size: int) -> float:
+        base = min((other for other in stated if other >= size), default=max(stated))
+        smaller = [rate for other, rate in stated.items() if other < size]
+        return min([stated[base] * macs[base] / macs[size], *smaller])
+
+    rates = {size: rate_at(size) for size in sizes} if stated else measured_rates(config, sizes)
+    return {
+        size: Speed(rate, config.train.batch_size, float(TRAINING_FLOPS * macs[size])) for size, rate in rates.items()
+    }
+
+
+def measured_rates(config: Config, sizes: Sequence[int]) -> dict[int, float]:
+    """Images/s of the recipe's training step on this machine, on random pixels that are on the device."""
+    device = device_of(config)
+    step = build_step(config, CLASSES, device)
+    count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
+    rates = {}
+    for size in sizes:
+        print(f"\rmeasuring the trainer: {size} px ", end="", file=sys.stderr, flush=True)
+        feed, timing = Feed(size, count), Timing()
+        step.warm_up(feed, CLASSES)
+        train = noise_step(step, feed, CLASSES, device, step.mode(feed))
+        train()  # the first step is slow: it loads kernels and allocates memory
+        rates[size] = count / timing.measure(train, device, seconds=MEASURE_SECONDS)
+    print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)
+    return rates
