@@ -15,7 +15,7 @@ import torch
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.writer.write import WriteConfig, parse_files, write
-from vitlocal.report.page import read_run
+from vitlocal.report.run_folder import read_run
 from vitlocal.train.run import Run
 
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it

@@ -23,12 +23,12 @@ from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Plan, fold
 from vitlocal.progress import Length, Progress, Stage
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.checks import end_warnings
 from vitlocal.train.clock import Clock
 from vitlocal.train.ema import ModelEma
 from vitlocal.train.folder import CHECKPOINT, JOURNAL
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_log
 from vitlocal.train.loop import train
 from vitlocal.train.optim import Schedule
 from vitlocal.train.room import leaving_seconds, rehearse_evaluation

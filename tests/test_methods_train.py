@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.jsonl import read_lines
 from vitlocal.methods.method import Probe, StepResult
 from vitlocal.models.factory import load_weights
 from vitlocal.models.shape import in_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
+from vitlocal.report.run_folder import read_log
 from vitlocal.train import probes
 from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.folder import CHECKPOINT
-from vitlocal.train.log import read_lines, read_log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.probes import answer, in_place, seconds
 from vitlocal.train.run import Run, open_run

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import read_lines
 from vitlocal.methods.method import Probe
 from vitlocal.plan import Shape
 from vitlocal.progress import Progress
+from vitlocal.report.run_folder import read_log
 from vitlocal.train import probes
 from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.folder import CHECKPOINT
-from vitlocal.train.log import read_lines, read_log
 from vitlocal.train.loop import train
 from vitlocal.train.searches import SEARCHES, Searches, plain_answer, plain_probe
 

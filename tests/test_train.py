@@ -22,12 +22,13 @@ from vitlocal.methods.method import MethodContext, StepResult
 from vitlocal.plan import Feed, Plan
 from vitlocal.predict import Predictor
 from vitlocal.progress import Length, Progress
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
 from vitlocal.train.checks import config_warnings
 from vitlocal.train.ema import ModelEma
 from vitlocal.train.folder import CHECKPOINT, changes, claimed, locked, origin_of
 from vitlocal.train.journal import Journal, Loading, read_spent
-from vitlocal.train.log import Log, read_log
+from vitlocal.train.log import Log
 from vitlocal.train.loop import fit, train
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.run import Run, open_run

@@ -29,9 +29,9 @@ from vitlocal.data.batch import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.folder import JOURNAL
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_log
 from vitlocal.train.optim import Schedule
 
 # The trainer's options that the bench sets for each run, and what of its own stands for them.

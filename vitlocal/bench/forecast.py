@@ -40,7 +40,7 @@ from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
 from vitlocal.plan import Feed, Plan, with_size
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Stage, upcoming_changes
-from vitlocal.report.page import duration
+from vitlocal.report.run_folder import duration
 from vitlocal.train.devices import prepare_device
 from vitlocal.train.rates import parse_rates, rates_for
 from vitlocal.train.room import rehearse_evaluation, rehearse_finish

@@ -15,8 +15,8 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError
 from vitlocal.report.figures import Line, race, save
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.folder import origin_of, stated
-from vitlocal.train.log import read_log
 
 PASS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
         "macs_per_image", "flops")  # fmt: skip

@@ -20,7 +20,7 @@ from vitlocal.bench.entries import ROOT, Entry
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
-from vitlocal.report.page import duration
+from vitlocal.report.run_folder import duration
 from vitlocal.train.folder import in_use
 
 LIBC = ctypes.CDLL(None)

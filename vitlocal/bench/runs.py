@@ -10,8 +10,7 @@ from typing import Any
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
 from vitlocal.report.figures import Line, by_size, race, save
-from vitlocal.report.page import duration, names_of, read_run
-from vitlocal.train.log import read_log
+from vitlocal.report.run_folder import duration, names_of, read_log, read_run
 
 
 def summary(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from vitlocal.methods import METHODS
 from vitlocal.models.factory import patch_side
 from vitlocal.models.shape import check_shape
 from vitlocal.progress import FIELDS, upcoming_changes
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.distributed import Ranks
-from vitlocal.train.log import read_log
 
 if TYPE_CHECKING:
     from vitlocal.train.run import Run

@@ -16,10 +16,11 @@ import yaml
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import read_lines, write_lines
 from vitlocal.machine import commit, hardware, versions
 from vitlocal.methods import METHODS
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_lines, read_log, write_lines
 
 CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")

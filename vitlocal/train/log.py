@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from vitlocal.jsonl import append_line, write_lines
 from vitlocal.progress import Length, Progress
+from vitlocal.report.run_folder import read_log
 
 REFRESH_SECONDS = 1.0
 FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line, where no bar is drawn
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's log, oldest first; a last line cut short by a kill is left out."""
-    return read_lines(folder / "log.jsonl")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of one a line, up to one cut short by a kill; none where there is no file."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Replaces ``path`` by these, one a line, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line to ``path``, on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Log:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from vitlocal.errors import ConfigError
 from vitlocal.machine import awake_seconds
-from vitlocal.report.page import rehearse_report
 from vitlocal.train.checkpoint import save_checkpoint
 from vitlocal.train.watch import wait
 
@@ -124,7 +123,6 @@ def rehearse_finish(run: Run) -> tuple[float, float]:
         save_checkpoint(folder / "checkpoint.pt", run.state(shared=False))
         times.append(perf_counter())
         run.export(folder)
-        rehearse_report(folder, run.config, [plan.feed.size for plan in run.plans_ahead()])
         times.append(perf_counter())
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -30,7 +30,7 @@ from vitlocal.models.memory import activation_bytes
 from vitlocal.models.shape import add_stage_table, grow, in_shape, parts_of
 from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Position, Progress, upcoming_changes
-from vitlocal.report.page import write_classes
+from vitlocal.report.run_folder import write_classes
 from vitlocal.train.checkpoint import keep_weights, load_checkpoint, save_checkpoint
 from vitlocal.train.checks import check_clock, check_peers, check_plans, check_sizes
 from vitlocal.train.clock import Clock

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import append_line, read_lines, write_lines
 from vitlocal.methods.method import Probe
 from vitlocal.plan import WHOLE_MODEL
 from vitlocal.progress import Progress
-from vitlocal.train.log import append_line, read_lines, write_lines
 
 SEARCHES = "searches.jsonl"
 
