@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.config import Config
+from vitlocal.config import SECTIONS, Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,10 +29,11 @@ def test_files_that_a_page_names_exist(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_that_a_page_names_exist(page: Path):
-    """Every ``--section.option`` is an option of the trainer."""
-    named = set(re.findall(r"--([a-z_]+\.[a-z_]+)\b(?!\.)", page.read_text(encoding="utf-8")))
-    made_by_the_reader = {"joining.start"}
-    assert not sorted(named - Config().flat().keys() - made_by_the_reader)
+    """Every ``--section.option``, and every `section.option` in code style, is an option of the trainer."""
+    text, sections = page.read_text(encoding="utf-8"), "|".join(SECTIONS)
+    named = set(re.findall(r"--([a-z_]+\.[a-z_]+)\b(?!\.)", text))
+    named |= set(re.findall(rf"`((?:{sections})\.(?!yaml|md|py|safetensors)[a-z_]+)\b(?!\.)", text))
+    assert not sorted(named - Config().flat().keys())
 
 
 def test_results_page_has_every_result_file():

@@ -278,7 +278,7 @@ def draw_curve(line: Line, path: Path) -> None:
 
 
 def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
-    """Top-1 against training time. Each name has a color and one line per run (for example, per seed)."""
+    """Top-1 against training time. Each name has a colour and one line per run (for example, per seed)."""
     unit, scale = time_unit(max(line.records[-1]["train_seconds"] for lines in runs.values() for line in lines))
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
