@@ -213,20 +213,13 @@ def classes_part(runs: Sequence[RunRecord]) -> str:
     return f'<h2>The ten worst classes</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 
-def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """The options in which runs differ, except their folder, with the value of each run."""
-    first, *others = [run.config.flat() for run in runs]
-    values = {
-        name: [value, *(other[name] for other in others)] for name, value in first.items() if name != "run.folder"
-    }
-    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
-
-
 def differences_part(runs: Sequence[RunRecord]) -> str:
-    """A table of :func:`differences`."""
+    """The options in which runs differ, except their folder, with the value of each run."""
     if len(runs) < 2:
         return ""
-    rows = [[name, *map(_flow, values)] for name, values in differences(runs).items()]
+    options = [run.config.flat() for run in runs]
+    rows = [[name, *(_flow(each[name]) for each in options)] for name in options[0] if name != "run.folder"]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
     table = rows_table(["option", *(run.name for run in runs)], rows) if rows else "<p>In no option.</p>"
     return "<h2>Where they differ</h2>" + table
 
@@ -238,11 +231,11 @@ def _flow(value: Any) -> str:
 
 def configuration_part(runs: Sequence[RunRecord]) -> str:
     """The whole configuration of each run, folded."""
-    parts = []
-    for run in runs:
-        text = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
-        parts.append(f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>")
-    return "<h2>Configuration</h2>" + "".join(parts)
+    texts = [html.escape((run.folder / "config.yaml").read_text(encoding="utf-8")) for run in runs]
+    return "<h2>Configuration</h2>" + "".join(
+        f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>"
+        for run, text in zip(runs, texts, strict=True)
+    )
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
