@@ -1,4 +1,4 @@
-"""The report page as text and as a browser draws it, and the comparison of a forecast with a run."""
+"""The report page, as text and as a browser draws it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.report import compare
-from vitlocal.config import AugmentConfig, read_config
+from vitlocal.config import AugmentConfig
 from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
-from vitlocal.progress import Length, Position, Stage
+from vitlocal.progress import Position
 from vitlocal.report.crops import stage_crops
 from vitlocal.report.figures import COLOURS, Line, by_cost, by_size, savings
 from vitlocal.report.page import changed_fields, learning_rates, page_of
 from vitlocal.report.run_folder import names_of, read_run
 from vitlocal.train.loop import train
-from vitlocal.train.simulate import Speed, spend
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 # The page posts what the browser drew to the page around it, which makes it its title. --dump-dom prints the title.
@@ -207,91 +204,3 @@ def test_names_are_unique():
 def test_folder_without_a_run_is_an_error(tmp_path: Path):
     with pytest.raises(ConfigError, match="holds no run with an evaluation"):
         main(["report", str(tmp_path)])
-
-
-# --- forecasts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def recipe(small, tmp_path: Path) -> str:
-    """The option that names a recipe with the small configuration."""
-    (tmp_path / "small.yaml").write_text(small(tmp_path / "run").yaml())
-    return f"--config-file={tmp_path}/small.yaml"
-
-
-def test_forecast_is_compared_with_its_run(runs: list[Path], recipe: str, tmp_path: Path, monkeypatch, capsys, decoder):
-    monkeypatch.setattr(forecast, "SECONDS", 0.3)
-    monkeypatch.setattr(forecast, "ROUND_SECONDS", 0.03)
-    file = tmp_path / "forecast.json"
-    main(["forecast", recipe, f"--json={file}", "--budgets=1m,1h"])
-    forecasted = json.loads(file.read_text())
-    assert [row["size"] for row in forecasted["rows"]] == [16, 32, 48]
-    assert forecasted["epochs"] == pytest.approx(3) and forecasted["images"] == 120
-    assert forecasted["flops"] == pytest.approx(sum(row["gflops"] * 1e9 * row["images"] for row in forecasted["rows"]))
-    assert all(row["step"] > 0 and row["loader"] > 0 and row["together"] > 0 for row in forecasted["rows"])
-    assert (
-        forecasted["evaluation_seconds"] > 0 and forecasted["disk_bytes"] > 0 and forecasted["measured_seconds"] > 0.3
-    )
-    out, shown = capsys.readouterr()
-    assert "16px until" in out and "the first after" in out and "s, but for compiling" in out
-    turns = re.findall(r"measuring (\d+) px, . of 3 sizes, round (\d) of 3", shown)
-    assert turns == [(str(size), str(number)) for number in (1, 2, 3) for size in (16, 32, 48)]
-    # The curriculum that it proposes for 1h divides the time as its own budget does.
-    stages = tuple(Stage.parse(text) for text in forecasted["curriculum"])
-    speeds = {row["size"]: Speed(row["together"], row["batch_size"]) for row in forecasted["rows"]}
-    for part, row in zip(spend(stages, Length.parse("1h"), 120, speeds), forecasted["rows"], strict=True):
-        whole = sum(other["train_seconds"] for other in forecasted["rows"])
-        assert part.seconds / 3600 == pytest.approx(row["train_seconds"] / whole, abs=0.006)
-    rows = compare(forecasted, read_run(runs[0]))
-    assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first accuracy, s"]
-    assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
-    main(["report", str(runs[0]), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
-          "--json", str(tmp_path / "compared.json")])  # fmt: skip
-    page = (tmp_path / "page.html").read_text()
-    assert "Forecast and run" in page and "of another recipe: augment.mixup, augment.erase differ" in page
-    assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
-
-
-def test_forecast_without_data_measures_the_step_alone(recipe: str, monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "SECONDS", 0.1)
-    main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
-    out = capsys.readouterr().out
-    assert "is not there: the step alone" in out and "epochs of 1,281,167 images" in out
-
-
-def test_forecast_from_given_rates(capsys):
-    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:1000", "--budgets=12h"])
-    out = capsys.readouterr().out
-    assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
-    last = next(line for line in out.splitlines() if line.startswith(" 224"))
-    assert "1,000" in last
-
-
-def test_forecast_proposes_a_whole_curriculum_if_the_budget_ends_early(capsys):
-    """The largest size gets as much time as the size before it."""
-    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
-    out = capsys.readouterr().out
-    assert "the budget ends before" in out and "192px until" in out
-    given = re.search(r'--image_size.stages="(.*)"', out)[1]
-    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).of("image_size").stages
-    assert [stage.size for stage in stages] == list(range(32, 225, 32))
-    ends = [stage.until.value for stage in stages[:-1]]
-    assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [(["--budgets=1x"], "--budgets: got '1x'"), (["--images=3"], "--images: got 3"), (["--nonsense=1"], "nonsense")],
-)
-def test_wrong_forecast_options_are_errors(recipe: str, words: list[str], part: str):
-    with pytest.raises(ConfigError, match=part):
-        main(["forecast", recipe, *words])
-
-
-@pytest.mark.parametrize("content", ["{}", "no json", None])
-def test_file_that_is_no_forecast_is_an_error(runs: list[Path], tmp_path: Path, content: str | None):
-    file = tmp_path / "forecast.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ConfigError, match="is not what bench forecast --json writes"):
-        report.main([str(runs[0]), f"--forecast={file}"])
