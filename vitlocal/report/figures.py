@@ -246,10 +246,10 @@ def savings(stages: Sequence[Record]) -> tuple[float, float]:
     """
     most = max(row["macs"] for row in stages)
     full = [row for row in stages if row["macs"] > (1 - SAME_COST) * most]
-    dearest = max(full, key=lambda row: row["seconds"] / row["images"])  # not one with frozen blocks, if possible
+    costliest = max(full, key=lambda row: row["seconds"] / row["images"])  # not one with frozen blocks, if possible
     images = sum(row["images"] for row in stages)
-    macs = sum(row["macs"] * row["images"] for row in stages) / (dearest["macs"] * images)
-    pace = dearest["seconds"] / dearest["images"]
+    macs = sum(row["macs"] * row["images"] for row in stages) / (costliest["macs"] * images)
+    pace = costliest["seconds"] / costliest["images"]
     return 1 - macs, 1 - sum(row["seconds"] for row in stages) / (pace * images)
 
 

@@ -58,7 +58,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
     """Writes ``classes.json``: for each class of the last evaluation, its images and how many were right (top-1).
 
-    ``by_class``: (C, 2), the right ones and all of them.
+    ``by_class``: (C, 2), how many were right, and how many there are.
     """
     found = [
         {"class": name, "right": int(right), "images": int(count)}
