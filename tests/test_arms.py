@@ -23,8 +23,8 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import build_model
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.folder import data_of, locked, note_origin, stated
-from vitlocal.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
 

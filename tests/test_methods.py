@@ -30,7 +30,7 @@ from vitlocal.models.flops import count_macs
 from vitlocal.models.shape import model_parts, temporary_shape
 from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
 from vitlocal.progress import Progress
-from vitlocal.train.log import read_log
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.simulate import curriculum
 
 ROOT = Path(__file__).parent.parent

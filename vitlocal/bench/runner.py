@@ -19,7 +19,7 @@ from vitlocal.bench.planned_runs import ROOT, PlannedRun
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
-from vitlocal.report.page import duration
+from vitlocal.report.run_folder import duration
 from vitlocal.train.folder import in_use
 
 LIBC = ctypes.CDLL(None)

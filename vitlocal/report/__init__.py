@@ -1,1 +1,1 @@
-"""A run, or several, on one page: figures and tables."""
+"""What a run folder shows: its log, figures, and a page that compares runs. It imports nothing from ``train``."""

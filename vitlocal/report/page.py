@@ -1,13 +1,11 @@
-"""Runs on one page, without outside links: curves, schedules, throughput, crops, worst classes, differences."""
+"""The page that shows a run or compares several: one HTML file without links to other files."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,35 +15,24 @@ import torch
 import yaml
 from PIL import Image
 
-from vitlocal.config import Config, read_config
-from vitlocal.data.augment import Augment
-from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.methods import build_methods
-from vitlocal.methods.method import MethodContext
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import model_blocks, model_parts
-from vitlocal.plan import Dials, Feed, Plan, fold
-from vitlocal.progress import Position, Progress
-from vitlocal.report.figures import Line, by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
-from vitlocal.train.log import read_log
-from vitlocal.train.optim import Schedule
+from vitlocal.models.shape import blocks_of, parts_of
+from vitlocal.progress import Progress
+from vitlocal.report.crops import stage_crops
+from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
+from vitlocal.report.run_folder import RunRecord, duration, read_run
+from vitlocal.schedule import LRSchedule, scaled_lr
 
-WORST = 10  # classes
-CROPS = 6  # of each size
-RATE_POINTS = 40  # of the learning rate, a pass
-# Shown where they change. Of shapes: what there is of each in the whole model, as model_parts() has it.
-DIALS = (
-    "batch_size",
-    "dials.strength",
-    "dials.randaugment_strength",
-    "dials.lr_scale",
-    "shape.token_keep_rate",
-    "shape.attention_keep_rate",
-)
-PARTS = {"shape.heads": "heads", "shape.hidden": "hidden", "shape.grid": "grid", "shape.block_order": "blocks",
-         "shape.trainable_blocks": "blocks"}  # fmt: skip
-TURNED = ("strength", "randaugment_strength")  # dials that crops show
+WORST_CLASSES = 10
+POINTS_PER_PASS = 40  # of the learning rate's curve
+# Fields of the log that the schedule shows if they change. Until a field is logged, its value is that of the whole
+# model's part with this name in parts_of(), or 1 without a name.
+SCHEDULE_FIELDS = {
+    "batch_size": "", "dials.strength": "", "dials.randaugment_strength": "", "dials.lr_scale": "",
+    "shape.token_keep_rate": "", "shape.attention_keep_rate": "", "shape.heads": "heads", "shape.hidden": "hidden",
+    "shape.grid": "grid", "shape.block_order": "blocks", "shape.trainable_blocks": "blocks",
+}  # fmt: skip
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -73,71 +60,15 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 85% }}
 """
 
 
-def duration(seconds: float) -> str:
-    """``1:02:03`` for 3723 seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+# --- parts of the page -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A run as it lies in its folder."""
-
-    folder: Path
-    name: str
-    records: list[dict[str, Any]]
-    config: Config
-    classes: list[dict[str, Any]]  # of the last evaluation: class, right, images
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """The last pass that was evaluated."""
-        return [record for record in self.records if record["top1"] is not None][-1]
-
-    @property
-    def line(self) -> Line:
-        return Line(self.name, self.records)
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path as tells them apart."""
-    parts = 1
-    while len({folder.parts[-parts:] for folder in folders}) < len(set(folders)) and parts < 20:
-        parts += 1
-    return ["/".join(folder.parts[-parts:]) for folder in folders]
-
-
-def read_run(folder: Path, name: str | None = None) -> RunRecord:
-    """The run in ``folder``; ConfigError where there is none, or none that was evaluated."""
-    records = read_log(folder)
-    if not any(record["top1"] is not None for record in records) or not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
-    classes = folder / "classes.json"
-    found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
-    config = read_config(["--config-file", str(folder / "config.yaml")], {})
-    return RunRecord(folder, name or folder.name, records, config, found)
-
-
-def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
-    """``classes.json``: of each class at the last evaluation, its images and those whose class came first.
-
-    ``by_class`` (C, 2): right, all.
-    """
-    found = [{"class": name, "right": int(right), "images": int(count)}
-             for name, (right, count) in zip(classes, by_class, strict=True)]  # fmt: skip
-    (folder / "classes.json").write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
-
-
-# --- parts of the page ----------------------------------------------------------------------------------------------
-
-
-def rows_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table; cells are escaped."""
-    cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+def rows_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An HTML table. Cells are escaped."""
     titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
-    return (
-        f'<div class="scroll"><table><tr>{titles}</tr>' + "".join(f"<tr>{row}</tr>" for row in cells) + "</table></div>"
-    )
+    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    lines = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div class="scroll"><table><tr>{titles}</tr>{lines}</table></div>'
 
 
 def _figure(drawing: str, caption: str, kind: str = "") -> str:
@@ -145,6 +76,7 @@ def _figure(drawing: str, caption: str, kind: str = "") -> str:
 
 
 def summary_part(runs: Sequence[RunRecord]) -> str:
+    """A table with the result of each run."""
     head = ["run", "top-1 %", "top-5 %", "epochs", "images", "trained", "in all", "images/s"]
     rows = []
     for run in runs:
@@ -158,55 +90,55 @@ def summary_part(runs: Sequence[RunRecord]) -> str:
 
 
 def curves_part(runs: Sequence[RunRecord]) -> str:
-    lines = [run.line for run in runs]
-    drawn = [
-        _figure(svg(curves(lines, along), f"curves-{along}"), f"Top-1 and loss against {along}")
-        for along in ("time", "epochs", "images")
-    ]
+    """Accuracy and loss against time, epochs and images."""
+    figures = {along: curves([run.line for run in runs], along) for along in ("time", "epochs", "images")}
+    drawn = [_figure(svg(figure, f"curves-{a}"), f"Top-1 and loss against {a}") for a, figure in figures.items()]
     return f'<h2>Curves</h2><div class="grid">{"".join(drawn)}</div>'
 
 
 def learning_rates(run: RunRecord) -> list[tuple[float, float]]:
-    """(training seconds, learning rate), by the recipe's schedule between the passes' ends."""
-    rate_at = Schedule(run.config.train)
+    """Points (training seconds, learning rate) of the recipe's schedule. Within a pass, progress is interpolated."""
+    train = run.config.train
+    peak = scaled_lr(train.lr, train.batch_size, train.lr_batch)
+    lr_at = LRSchedule(train.schedule, peak, train.end_lr, train.warmup, train.schedule_length, train.schedule_by)
     clock = "wall_seconds" if run.config.budget.counts == "wall" else "train_seconds"
     fields = ("epoch", "step", "images_seen", clock, "fraction", "flops")
     points, scale = [], 1.0
     for before, record in pairwise([dict.fromkeys((*fields, "train_seconds"), 0.0), *run.records]):
         scale = record.get("dials.lr_scale", scale)
-        for part in np.linspace(0, 1, RATE_POINTS):
+        for part in np.linspace(0, 1, POINTS_PER_PASS):
             epoch, step, images, *others = ((1 - part) * before.get(f, 0.0) + part * record.get(f, 0.0) for f in fields)
             seconds = (1 - part) * before["train_seconds"] + part * record["train_seconds"]
-            points.append((seconds, scale * rate_at(Progress(epoch, int(step), int(images), *others))))
+            points.append((seconds, scale * lr_at(Progress(epoch, int(step), int(images), *others))))
     return points
 
 
-def dials_of(run: RunRecord) -> dict[str, float]:
-    """What the run's methods turned, fields of its log, and what each is where the log has none."""
-    found, changing = {}, {name for name in (*DIALS, *PARTS) if _changes(run.records, name)}
-    if changing & PARTS.keys():
-        with torch.device("meta"):  # its shapes are all that counts
-            model, _ = build_model(run.config.model.name, run.config.model.arguments(), len(run.classes) or 1)
-        parts = model_parts(model) or {"blocks": len(model_blocks(model))}
-        found |= {name: float(parts[PARTS[name]]) for name in PARTS if name in changing and PARTS[name] in parts}
-    return {name: 1.0 for name in DIALS if name in changing} | found
+def changed_fields(run: RunRecord) -> dict[str, float]:
+    """The fields of the log that the run's methods changed, with the value before they are logged."""
+    changed = {name: part for name, part in SCHEDULE_FIELDS.items() if _changes(run.records, name)}
+    parts: dict[str, int] = {"": 1}
+    if any(changed.values()):
+        with torch.device("meta"):  # only the shapes are needed
+            model, _ = build_model(run.config.model, len(run.classes) or 1)
+        parts |= parts_of(model) or {"blocks": len(blocks_of(model))}
+    return {name: float(parts[part]) for name, part in changed.items() if part in parts}
 
 
 def _changes(records: Sequence[dict[str, Any]], name: str) -> bool:
-    """Whether a field that is logged when it changes, or always, does so after the first record."""
+    """Whether a field changes after the first record. Some fields are logged always, others only when they change."""
     values = [record[name] for record in records if name in record]
     return bool(values) and (name not in records[0] or any(value != values[0] for value in values))
 
 
 def schedule_part(runs: Sequence[RunRecord]) -> str:
-    drawn = []
-    for number, run in enumerate(runs):
-        figure = schedule(run.line, learning_rates(run), dials_of(run))
-        drawn.append(_figure(svg(figure, f"schedule-{number}"), run.name, "wide"))
+    """Image size, learning rate and what methods changed, against time."""
+    figures = [schedule(run.line, learning_rates(run), changed_fields(run)) for run in runs]
+    drawn = [_figure(svg(figure, f"schedule-{n}"), runs[n].name, "wide") for n, figure in enumerate(figures)]
     return "<h2>Schedule</h2>" + "".join(drawn)
 
 
 def throughput_part(runs: Sequence[RunRecord]) -> str:
+    """Images/s and data wait by image size."""
     rows = [
         [run.name, f"{size} px", f"{row['epochs']:.2f}", f"{row['images']:,.0f}", duration(row["seconds"]),
          f"{row['images_per_second']:,.0f}", f"{row['data_wait_fraction']:.1%}"]
@@ -214,16 +146,16 @@ def throughput_part(runs: Sequence[RunRecord]) -> str:
     ]  # fmt: skip
     head = ["run", "size", "epochs", "images", "trained", "images/s", "waited for data"]
     drawing = svg(throughput([run.line for run in runs]), "throughput")
-    caption = "Images a second, and the part of the time that the trainer waited for data"
+    caption = "Images per second, and the fraction of the time that the trainer waited for data"
     return f"<h2>Throughput</h2>{_figure(drawing, caption, 'wide')}{rows_table(head, rows)}"
 
 
 def costs_part(runs: Sequence[RunRecord]) -> str:
-    """What each stage's images cost, in multiply-adds and in time, and what the stages before the full model saved."""
+    """What an image costs in each stage, and what the cheaper stages saved. Empty if no run has several stages."""
     rows, lines = [], []
-    told = [by_cost(run.line) for run in runs]
-    freezes = any(stage["trained"] is not None for stages in told for stage in stages)
-    for run, stages in zip(runs, told, strict=True):
+    stages_of = [by_cost(run.line) for run in runs]
+    freezes = any(stage["trained"] is not None for stages in stages_of for stage in stages)
+    for run, stages in zip(runs, stages_of, strict=True):
         if len(stages) < 2:
             continue
         for stage in stages:
@@ -235,68 +167,31 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
         macs, seconds = savings(stages)
         probing = run.records[-1].get("probe_seconds")
         lines.append(
-            f"{html.escape(run.name)}: its images took {100 * macs:.0f} % fewer multiply-adds, and "
-            f"{100 * seconds:.0f} % less time, than if all had cost what they cost in its dearest stage"
-            + (f"; searches took {duration(probing)} beside." if probing else ".")
+            f"{html.escape(run.name)}: {100 * macs:.0f} % fewer multiply-adds and {100 * seconds:.0f} % less time "
+            "than if every image cost as much as in the most expensive stage"
+            + (f". Searches took {duration(probing)} more." if probing else ".")
         )
     if not rows:
         return ""
-    frozen = ["blocks trained"] if freezes else []
-    head = ["run", "size", *frozen, "epochs", "multiply-adds an image, forward", "time an image"]
+    head = ["run", "size", *(["blocks trained"] if freezes else []), "epochs", "multiply-adds per image, forward",
+            "time per image"]  # fmt: skip
     return f"<h2>What images cost</h2>{rows_table(head, rows)}<p>{'<br>'.join(lines)}</p>"
 
 
-def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
-    """Of each image size, the first training crops (S, S, 3) as the model saw them, augmentation and all.
-
-    Crops and augmentation are keyed, so that they are made again here; where a method chose among examples, of all of
-    them: the log does not tell which it chose. Raises ConfigError or DataError where the data are not there any more.
-    """
-    device, found, seen, dials = torch.device("cpu"), [], set(), Dials()
-    augment = Augment(run.config.augment)
-    methods = build_methods(MethodContext(run.config.recipe), writing="dials.")
-    sources = open_sources(run.config, device)
-    try:
-        began = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
-        for before, record in pairwise([began, *run.records]):
-            size = record["image_size"]
-            turned = {name: record[f"dials.{name}"] for name in TURNED if f"dials.{name}" in record}
-            dials = replace(dials, **turned)
-            if size in seen or record["step"] == before["step"]:
-                continue
-            seen.add(size)
-            feed, at = Feed(size, record["batch_size"]), Progress(fraction=before["fraction"])
-            # The log has a pass's last dials; this method's change within one, and are told anew.
-            then = fold(methods, Plan(feed), at).dials if methods else dials
-            done = round(before["epoch"] % 1 * sources.train.count)  # (of a subset, whose rows are not kept: about)
-            with sources.train.open(feed, Position(int(before["epoch"]), done)) as batches:
-                batch = next(batches)
-                key = run.config.run.seed, before["step"]
-                images = augment.prepare(batch.images, *key, batch.places, then.randaugment)
-                drawn = augment.draw(*key, batch.places, batch.total, size, then.strength)
-                pixels = augment(images, drawn)[:CROPS]
-            levels = (pixels - augment.normalize.shift) / augment.normalize.scale
-            crops = levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-            found.append((size, list(crops)))
-    finally:
-        sources.close()
-    return found
-
-
 def crops_part(runs: Sequence[RunRecord]) -> str:
-    rows = []
+    """The first crops of each size, or why there are none."""
+    parts = []
     for run in runs:
-        title = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
+        parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
         try:
             stages = stage_crops(run)
         except (ConfigError, DataError) as error:
-            rows.append(f"{title}<p>No crops: {html.escape(str(error))}</p>")
+            parts.append(f"<p>No crops: {html.escape(str(error))}</p>")
             continue
-        rows.append(title)
         for size, crops in stages:
             images = "".join(f'<img alt="a crop at {size} px" src="{_png(crop)}">' for crop in crops)
-            rows.append(f'<div class="crops"><span>{size} px</span>{images}</div>')
-    return "<h2>What the model saw</h2><p>The first crops of each size.</p>" + "".join(rows)
+            parts.append(f'<div class="crops"><span>{size} px</span>{images}</div>')
+    return "<h2>What the model saw</h2><p>The first crops of each size.</p>" + "".join(parts)
 
 
 def _png(pixels: np.ndarray) -> str:
@@ -306,55 +201,48 @@ def _png(pixels: np.ndarray) -> str:
 
 
 def classes_part(runs: Sequence[RunRecord]) -> str:
+    """The classes with the lowest accuracy."""
     drawn = []
     for run in runs:
-        known = [entry for entry in run.classes if entry["images"]]
-        worst = sorted(known, key=lambda entry: (entry["right"] / entry["images"], entry["class"]))[:WORST]
-        rows = [[entry["class"], f"{100 * entry['right'] / entry['images']:.1f}", entry["images"]] for entry in worst]
-        if rows:
-            drawn.append(
-                f"<div><h3>{html.escape(run.name)}</h3>{rows_table(['class', 'top-1 %', 'images'], rows)}</div>"
-            )
+        rates = {entry["class"]: (entry["right"] / entry["images"], entry) for entry in run.classes if entry["images"]}
+        worst = [rates[name] for name in sorted(rates, key=lambda name: (rates[name][0], name))][:WORST_CLASSES]
+        if worst:
+            rows = [[entry["class"], f"{100 * rate:.1f}", entry["images"]] for rate, entry in worst]
+            table = rows_table(["class", "top-1 %", "images"], rows)
+            drawn.append(f"<div><h3>{html.escape(run.name)}</h3>{table}</div>")
     return f'<h2>The ten worst classes</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 
-def differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """The options in which runs differ, with each run's value; not where the run was kept."""
-    flat = [run.config.flat() for run in runs]
-    return {
-        name: [one[name] for one in flat]
-        for name in flat[0]
-        if name != "run.folder" and any(one[name] != flat[0][name] for one in flat)
-    }
-
-
 def differences_part(runs: Sequence[RunRecord]) -> str:
-    found = differences(runs)
+    """The options in which runs differ, except their folder, with the value of each run."""
     if len(runs) < 2:
         return ""
-    head = ["option", *(run.name for run in runs)]
-    rows = [[name, *("none" if value is None else _flow(value) for value in values)] for name, values in found.items()]
-    return "<h2>Where they differ</h2>" + (rows_table(head, rows) if rows else "<p>In no option.</p>")
+    options = [run.config.flat() for run in runs]
+    rows = [[name, *(_flow(each[name]) for each in options)] for name in options[0] if name != "run.folder"]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    table = rows_table(["option", *(run.name for run in runs)], rows) if rows else "<p>In no option.</p>"
+    return "<h2>Where they differ</h2>" + table
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    text = "none" if value is None else yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
     return text.removesuffix("\n...").strip()
 
 
 def configuration_part(runs: Sequence[RunRecord]) -> str:
-    parts = []
-    for run in runs:
-        text = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
-        parts.append(f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>")
-    return "<h2>Configuration</h2>" + "".join(parts)
+    """The whole configuration of each run, folded."""
+    texts = [html.escape((run.folder / "config.yaml").read_text(encoding="utf-8")) for run in runs]
+    return "<h2>Configuration</h2>" + "".join(
+        f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>"
+        for run, text in zip(runs, texts, strict=True)
+    )
 
 
-# --- pages ----------------------------------------------------------------------------------------------------------
+# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) -> str:
-    """The page: HTML in one piece. With ``crops``, the data are read; ``more`` are further parts."""
+    """The page as one HTML text. ``crops`` reads the data; ``more`` are further parts, shown after the summary."""
     if len(runs) == 1:
         last = runs[0].last
         title = runs[0].name
@@ -374,25 +262,8 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
 
 
-def rehearse_report(folder: Path, config: Config, sizes: Sequence[int]) -> None:
-    """Makes the report of a made-up run through image ``sizes`` in ``folder``.
-
-    It takes the time that such a run's takes, and has fonts loaded by then.
-    """
-    fields = ("loss", "top1", "top5", "lr", "epoch", "step", "images_seen", "fraction", "data_wait_fraction")
-    records = [
-        dict.fromkeys(fields, 0.1 * number)
-        | {"train_seconds": number, "wall_seconds": number, "image_size": size, "images_per_second": 1.0}
-        for number, size in enumerate(sizes, start=1)
-    ]
-    (folder / "config.yaml").write_text(config.yaml(), encoding="utf-8")
-    run = RunRecord(folder, "", records, config, [])
-    draw_curve(run.line, folder / "curve.png")
-    page_of([run], crops=False)
-
-
 def write_report(folder: Path) -> dict[str, Any]:
-    """Draws ``curve.png`` and ``report.html`` into the run's folder; returns the last evaluated record."""
+    """Writes ``curve.png`` and ``report.html`` into a run's folder. Returns the last evaluated record."""
     run = read_run(folder)
     draw_curve(run.line, folder / "curve.png")
     (folder / "report.html").write_text(page_of([run], crops=False), encoding="utf-8")

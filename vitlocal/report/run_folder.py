@@ -1,13 +1,81 @@
-"""Reads the folder of a run."""
+"""Reads the folder of a run: its log, its configuration, and its accuracy for each class."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from vitlocal.config import Config, read_config
+from vitlocal.errors import ConfigError
 from vitlocal.jsonl import read_lines
+from vitlocal.report.figures import Line
+
+CLASSES = "classes.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run that was evaluated at least once, as its folder has it."""
+
+    folder: Path
+    name: str
+    records: list[dict[str, Any]]  # one for each pass, oldest first
+    config: Config
+    classes: list[dict[str, Any]]  # the last evaluation: class, right, images
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The record of the last pass that was evaluated."""
+        return self.line.scored[-1]
+
+    @property
+    def line(self) -> Line:
+        """What the figures need of the run."""
+        return Line(self.name, self.records)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's ``log.jsonl``, oldest first."""
+    """The records of the run's log, oldest first. A last line that a kill cut short is left out."""
     return read_lines(folder / "log.jsonl")
+
+
+def read_run(folder: Path, name: str | None = None) -> RunRecord:
+    """The run in ``folder``. Raises ConfigError if there is none, or if it was never evaluated."""
+    records = read_log(folder)
+    if not any(record["top1"] is not None for record in records) or not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
+    classes = folder / CLASSES
+    found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
+    config = read_config(["--config-file", str(folder / "config.yaml")], {})
+    return RunRecord(folder, name or folder.name, records, config, found)
+
+
+def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
+    """Writes ``classes.json``: for each class of the last evaluation, its images and how many were right (top-1).
+
+    ``by_class``: (C, 2), how many were right, and how many there are.
+    """
+    found = [
+        {"class": name, "right": int(right), "images": int(count)}
+        for name, (right, count) in zip(classes, by_class, strict=True)
+    ]
+    (folder / CLASSES).write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: the end of its path, as short as tells them apart."""
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(set(folders)) and parts < 20:
+        parts += 1
+    return ["/".join(folder.parts[-parts:]) for folder in folders]
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` for 3723 seconds."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
