@@ -12,6 +12,7 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
+from vitlocal.train.folder import data_of, locked, note_origin, stated
 
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
@@ -24,7 +25,6 @@ from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import build_model
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.folder import data_of, locked, note_origin, stated
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
 import write_dataset
 from vitlocal.config import read_config, read_plan, read_write_options
@@ -33,7 +34,6 @@ from vitlocal.data.writer.layout import (
 )
 from vitlocal.data.writer.write import StoredFile, WriteConfig, write
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
 LIMITS = StorageLimits(cores=4, disk=10**9, memory=10**9)
 TRAIN = CropPolicy(random=True)

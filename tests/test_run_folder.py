@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitlocal.data.sources import open_sources
-
 from vitlocal.bench.outcomes import place_of
+
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
 from vitlocal.progress import Length, Progress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vitlocal.config_reader import read_config
 
+from vitlocal.config_reader import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import MethodContext

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 from vitlocal.data.beton import MODES, check_beton, page_size_for
 from vitlocal.data.costs import ensure_costs
 from vitlocal.data.images import ImageSet, open_images
@@ -28,6 +27,7 @@ from vitlocal.data.writer.encode import EncodeJob, Interrupts, encode_chunks
 from vitlocal.data.writer.journal import SplitFiles, byte_words, difference, free_bytes
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
+from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 
 LARGEST_RAW = 160  # the largest side that `auto` stores raw
 LARGEST_SIDE = 16384
