@@ -1,4 +1,4 @@
-"""Files with one JSON object on each line."""
+"""Files with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in ``path``, in order. A last line that a kill cut short is left out. No file: no objects."""
+    """The objects in ``path``, up to the first damaged line (a kill can cut the last one); empty without the file."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -21,7 +21,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Replaces ``path`` by ``records``, one on each line. A crash leaves either the old file or the new one."""
+    """Replaces ``path`` by ``records``, one per line. A kill leaves either the old file or the new one."""
     temporary = path.with_name(f".{path.name}.writing")
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
@@ -31,7 +31,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds ``record`` to ``path``. It is on the disk when this returns."""
+    """Appends ``record``; it is on the disk when this returns."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
