@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import blocks_of, parts_of
+from vitlocal.models.shape import model_blocks, model_parts
 from vitlocal.progress import Progress
 from vitlocal.report.crops import stage_crops
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
@@ -27,7 +27,7 @@ from vitlocal.schedule import LRSchedule
 WORST_CLASSES = 10
 POINTS_PER_PASS = 40  # of the learning rate's curve
 # Fields of the log that the schedule shows if they change. Until a field is logged, its value is that of the whole
-# model's part with this name in parts_of(), or 1 without a name.
+# model's part with this name in model_parts(), or 1 without a name.
 SCHEDULE_FIELDS = {
     "batch_size": "", "dials.strength": "", "dials.randaugment_strength": "", "dials.lr_scale": "",
     "shape.token_keep_rate": "", "shape.attention_keep_rate": "", "shape.heads": "heads", "shape.hidden": "hidden",
@@ -119,8 +119,8 @@ def changed_fields(run: RunRecord) -> dict[str, float]:
     parts: dict[str, int] = {"": 1}
     if any(changed.values()):
         with torch.device("meta"):  # only the shapes are needed
-            model, _ = build_model(run.config.model, len(run.classes) or 1)
-        parts |= parts_of(model) or {"blocks": len(blocks_of(model))}
+            model, _ = build_model(run.config.model.name, run.config.model.arguments(), len(run.classes) or 1)
+        parts |= model_parts(model) or {"blocks": len(model_blocks(model))}
     return {name: float(parts[part]) for name, part in changed.items() if part in parts}
 
 
