@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from vitlocal.bench.__main__ import main
 from vitlocal.config import AugmentConfig
-from vitlocal.data.batch import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -58,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small) -> list[Path]:
     """Two runs that differ in some options and that have all parts of the page."""
     made = []
     for name, options in {
-        "one": ["--augment.mixup=0.8", "--augment.erase=0.5"],
+        "one": ["--augment.mixup=0.8", "--augment.random_erasing=0.5"],
         "other": ["--methods=image_size,strength,batch_size", "--augment.randaugment=5", "--batch_size.multiple=8",
                   "--train.batch_size=16"],
     }.items():  # fmt: skip
@@ -98,12 +96,12 @@ def test_browser_draws_every_figure(runs: list[Path], tmp_path: Path, width: int
     }  # fmt: skip
 
 
-def test_crops_without_augmentation_are_the_pixels_of_the_loader(runs: list[Path]):
+def test_crops_without_augmentation_are_the_pixels_of_the_loader(runs: list[Path], open_configured):
     run = read_run(runs[0])
     run = replace(run, config=replace(run.config, augment=AugmentConfig()))
     stages = stage_crops(run)
     assert [size for size, _ in stages] == [16, 32, 48] and all(len(crops) == 6 for _, crops in stages)
-    sources = open_sources(run.config, torch.device("cpu"))
+    sources = open_configured(run.config)
     with sources.train.open(Feed(32, 32), Position(1)) as batches:
         expected = next(batches).images[:6].permute(0, 2, 3, 1).numpy().copy()
     sources.close()

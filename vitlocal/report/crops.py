@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlocal.config import Config
 from vitlocal.data.augment import Augment
-from vitlocal.data.batch import Sources, open_sources
-from vitlocal.methods import METHODS, Method, MethodContext
+from vitlocal.data.batch import Sources
+from vitlocal.data.sources import open_sources
+from vitlocal.methods import METHODS
+from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.plan import Dials, Feed, Plan, fold
 from vitlocal.progress import Position, Progress
 from vitlocal.report.run_folder import RunRecord
@@ -27,10 +28,21 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     Crops and augmentation have keys, so they can be made again. If a method fed a subset of the rows, the crops are of
     all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
     """
-    augment, methods = Augment(run.config.augment), dial_methods(run.config)
+    config, methods = run.config, dial_methods(run.config.recipe)
+    data, options = config.data, config.augment
+    augment = Augment(
+        randaugment=options.randaugment, three_augment=options.three_augment, mixup=options.mixup,
+        cutmix=options.cutmix, mixup_prob=options.mixup_prob, cutmix_prob=options.cutmix_prob,
+        random_erasing=options.random_erasing,
+    )  # fmt: skip
     found: dict[int, list[np.ndarray]] = {}
     dials = Dials()
-    sources = open_sources(run.config, torch.device("cpu"))
+    sources = open_sources(
+        data.loader, data.root, source=data.source, workers=data.workers, on_error=data.on_error,
+        side_ratio=data.side_ratio, seed=config.run.seed, crop_scale=options.crop_scale,
+        crop_ratio=options.crop_ratio, flip=options.flip, repeats=options.repeats,
+        centre_crop=config.evaluate.crop_pct, device=torch.device("cpu"),
+    )  # fmt: skip
     try:
         start = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
         for before, record in pairwise([start, *run.records]):
@@ -40,17 +52,20 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
                 plan = Plan(Feed(record["image_size"], record["batch_size"]), dials)
                 # The log has the dials at the end of a pass. Methods that set only dials can be asked for its start.
                 plan = fold(methods, plan, Progress(fraction=before["fraction"]))
-                found[plan.feed.size] = first_crops(sources, augment, plan, run.config.run.seed, before)
+                found[plan.feed.size] = first_crops(sources, augment, plan, config.run.seed, before)
     finally:
         sources.close()
     return list(found.items())
 
 
-def dial_methods(config: Config) -> list[Method]:
-    """The run's methods that set nothing but dials."""
-    context = MethodContext(config)
-    written = {name: METHODS[name].claims(context.recipe).writes for name in config.methods}
-    return [METHODS[name](context) for name, writes in written.items() if all(w.startswith("dials.") for w in writes)]
+def dial_methods(recipe: Recipe) -> list[Method]:
+    """The recipe's methods that set nothing but dials."""
+    context = MethodContext(recipe)
+    return [
+        METHODS[claims.name](context)
+        for claims in recipe.claims
+        if claims.writes and all(field.startswith("dials.") for field in claims.writes)
+    ]
 
 
 def first_crops(sources: Sources, augment: Augment, plan: Plan, seed: int, start: dict[str, Any]) -> list[np.ndarray]:

@@ -17,17 +17,17 @@ from PIL import Image
 
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import blocks_of, parts_of
+from vitlocal.models.shape import model_blocks, model_parts
 from vitlocal.progress import Progress
 from vitlocal.report.crops import stage_crops
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.report.run_folder import RunRecord, duration, read_run
-from vitlocal.schedule import LRSchedule, scaled_lr
+from vitlocal.schedule import LRSchedule
 
 WORST_CLASSES = 10
 POINTS_PER_PASS = 40  # of the learning rate's curve
 # Fields of the log that the schedule shows if they change. Until a field is logged, its value is that of the whole
-# model's part with this name in parts_of(), or 1 without a name.
+# model's part with this name in model_parts(), or 1 without a name.
 SCHEDULE_FIELDS = {
     "batch_size": "", "dials.strength": "", "dials.randaugment_strength": "", "dials.lr_scale": "",
     "shape.token_keep_rate": "", "shape.attention_keep_rate": "", "shape.heads": "heads", "shape.hidden": "hidden",
@@ -99,7 +99,7 @@ def curves_part(runs: Sequence[RunRecord]) -> str:
 def learning_rates(run: RunRecord) -> list[tuple[float, float]]:
     """Points (training seconds, learning rate) of the recipe's schedule. Within a pass, progress is interpolated."""
     train = run.config.train
-    peak = scaled_lr(train.lr, train.batch_size, train.lr_batch)
+    peak = train.lr * (train.batch_size / train.lr_batch if train.lr_batch else 1.0)
     lr_at = LRSchedule(train.schedule, peak, train.end_lr, train.warmup, train.schedule_length, train.schedule_by)
     clock = "wall_seconds" if run.config.budget.counts == "wall" else "train_seconds"
     fields = ("epoch", "step", "images_seen", clock, "fraction", "flops")
@@ -119,8 +119,8 @@ def changed_fields(run: RunRecord) -> dict[str, float]:
     parts: dict[str, int] = {"": 1}
     if any(changed.values()):
         with torch.device("meta"):  # only the shapes are needed
-            model, _ = build_model(run.config.model, len(run.classes) or 1)
-        parts |= parts_of(model) or {"blocks": len(blocks_of(model))}
+            model, _ = build_model(run.config.model.name, run.config.model.arguments(), len(run.classes) or 1)
+        parts |= model_parts(model) or {"blocks": len(model_blocks(model))}
     return {name: float(parts[part]) for name, part in changed.items() if part in parts}
 
 
