@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     # Imported here, so that Ctrl-C is handled and wrong options are reported before PyTorch is loaded. Collecting
     # garbage among the imported objects would take a quarter of that time.
     gc.disable()
-    from vitlocal.config_reader import read_config
+    from vitlocal.config import read_config
 
     config = read_config(argv)
 

@@ -25,7 +25,7 @@ STEP = ["step", *SHAPE, "--sizes", "16,32", "--batch", "4", "--rounds", "2", "--
 
 def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "results" / "step.json", tmp_path / "plots" / "step.png"
-    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema=0.9", "--json", str(out), "--plot", str(plot)])
+    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out), "--plot", str(plot)])
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"batch_size", "precision", "peak_tflops", "peak_measured"}
     assert measured["batch_size"] == 4 and measured["peak_tflops"] > 0 and "matrices" in measured["peak_measured"]
@@ -126,7 +126,7 @@ def test_arms_by_device() -> None:
 def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], decoder) -> None:
     out, trace = tmp_path / "results" / "profile.json", tmp_path / "traces" / "step.json"
     main(["profile", *SHAPE, f"--data.root={folder}", "--sizes", "16,32", "--steps", "3", "--train.batch_size=40",
-          "--train.ema=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
+          "--train.ema_decay=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
           f"--run.folder={tmp_path / 'run'}", "--json", str(out), "--trace", str(trace)])  # fmt: skip
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"recipe", "operators"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitlocal.config_reader import read_config
+from vitlocal.config import read_config
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.train.budget import FINISH_SECONDS, FinalReserve

@@ -69,7 +69,7 @@ def test_evaluations_take_time_from_epochs():
 def finished(tmp_path_factory: pytest.TempPathFactory, small) -> Path:
     """A run that differs from the recipe of the forecast in some options."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    assert train(small(out, "--augment.mixup=0.8", "--augment.erase=0.5")) == 0
+    assert train(small(out, "--augment.mixup=0.8", "--augment.random_erasing=0.5")) == 0
     return out
 
 
@@ -107,7 +107,7 @@ def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: 
     main(["report", str(finished), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
           "--json", str(tmp_path / "compared.json")])  # fmt: skip
     page = (tmp_path / "page.html").read_text()
-    assert "Forecast and run" in page and "for another recipe: augment.mixup, augment.erase differ" in page
+    assert "Forecast and run" in page and "for another recipe: augment.mixup, augment.random_erasing differ" in page
     assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
 
 

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     ("errors", "machine", "jsonl", "progress"),
     ("plan",),
-    ("options",),
-    ("methods",),
-    ("config", "config_reader", "recipes"),
+    ("options", "schedule"),
+    ("methods", "config_reader"),
+    ("config", "write_options"),
+    ("recipes",),
     ("data", "models"),
     ("tasks", "report"),
     ("train",),

@@ -133,7 +133,12 @@ def test_each_stage_grows_once():
 # --- tri-level ------------------------------------------------------------------------------------------------------
 
 EXACT = ("trilevel.decay_steps=0", "train.compile=no")
-PUBLISHED = ("budget.length=300ep", "trilevel.decay_start=10ep", "trilevel.decay_end=110ep", "trilevel.update_every=30ep")
+PUBLISHED = (
+    "budget.length=300ep",
+    "trilevel.decay_start=10ep",
+    "trilevel.decay_end=110ep",
+    "trilevel.update_every=30ep",
+)
 
 
 def test_the_schedule_of_tokens():
@@ -601,7 +606,11 @@ def test_pairs_that_go_together_as_their_options_are(pair: str, options: tuple[s
         ("budgeted,trilevel", (), "both take away tokens"),
         ("budgeted,trilevel", ("trilevel.levels=tokens",), "both take away tokens"),
         ("trilevel,autoprog", (), "tokens and connections go at blocks that may not be there yet"),
-        ("trilevel,autoprog", ("trilevel.token_keep_rate=1",), "tokens and connections go at blocks that may not be there yet"),
+        (
+            "trilevel,autoprog",
+            ("trilevel.token_keep_rate=1",),
+            "tokens and connections go at blocks that may not be there yet",
+        ),
         ("image_size,autoprog", (), "both set feed.size"),
         ("budgeted,autoprog", (), "both set growth"),
         ("autoprog,unfreeze", ("autoprog.space=depth", "unfreeze.min_scale=1"), "both choose which blocks"),

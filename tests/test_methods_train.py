@@ -14,7 +14,7 @@ import torch
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import read_lines
 from vitlocal.methods.method import StepResult
-from vitlocal.models.shape import in_shape
+from vitlocal.models.shape import temporary_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
@@ -36,29 +36,39 @@ ROOT = Path(__file__).parent.parent
 # 120 training images in batches of 32: four steps an epoch. The model has 4 blocks and a grid of 6 x 6.
 COMMON = [
     "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
-    "--augment.mixup=0.8", "--train.ema=0.9",
+    "--augment.mixup=0.8", "--train.ema_decay=0.9",
 ]  # fmt: skip
-SEARCH = ["--autoprog.search=0.5ep", "--autoprog.batches=2", "--autoprog.multiple=16", "--augment.randaugment=9"]
-UPDATES = ["--trilevel.every=1ep", "--trilevel.updates=2", "--trilevel.swapped=0.1", "--trilevel.end=80%"]
+SEARCH = [
+    "--autoprog.search_length=0.5ep",
+    "--autoprog.probe_batches=2",
+    "--autoprog.size_multiple=16",
+    "--augment.randaugment=9",
+]
+UPDATES = [
+    "--trilevel.update_every=1ep",
+    "--trilevel.max_updates=2",
+    "--trilevel.swap_fraction=0.1",
+    "--trilevel.decay_end=80%",
+]
 METHODS = {
     "budgeted": ["--methods=budgeted"],
     "budgeted before": ["--methods=budgeted", "--budgeted.crop=before"],
-    "budgeted deit": ["--methods=budgeted", "--model.name=vitlocal_deit_tiny_patch8_64", "--budgeted.noise=0.1",
+    "budgeted deit": ["--methods=budgeted", "--model.name=vitlocal_deit_tiny_patch8_64", "--budgeted.copy_noise=0.1",
                       "--train.optimizer=muon"],
-    "budgeted compute": ["--methods=budgeted", "--budgeted.budget=1%", "--budgeted.moments=copy"],
-    "trilevel": ["--methods=trilevel", "--trilevel.kept=0.7", *UPDATES],
+    "budgeted compute": ["--methods=budgeted", "--budgeted.compute=1%", "--budgeted.new_moments=copy"],
+    "trilevel": ["--methods=trilevel", "--trilevel.token_keep_rate=0.7", *UPDATES],
     "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg",
-                      "--trilevel.masks=own", *UPDATES],
+                      "--trilevel.attention_masks=own", *UPDATES],
     "trilevel examples": ["--methods=trilevel", "--trilevel.levels=examples", "--trilevel.score=forgetting", *UPDATES],
     "autoprog": ["--methods=autoprog", *SEARCH],
     "autoprog by FLOPs": ["--methods=autoprog", *SEARCH, "--autoprog.cost=flops", "--autoprog.grow=momentum_new",
                           "--autoprog.moments=keep", "--autoprog.loss_of=online", "--autoprog.loss_on=val",
-                          "--autoprog.asked=0.5,1"],
+                          "--autoprog.loss_at=0.5,1"],
     "autoprog given": ["--methods=autoprog", "--autoprog.schedule=2@16px,3@32px,3@48px,4@48px"],
-    "unfreeze": ["--methods=unfreeze", "--unfreeze.multiple=16", "--unfreeze.samples=8"],
+    "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=8"],
     "unfreeze given": ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px",
-                       "--unfreeze.stage_std=0.02", "--model.drop_path=0", "--unfreeze.groups=top",
-                       "--unfreeze.outside=head", "--unfreeze.moments=reset"],
+                       "--unfreeze.stage_init_std=0.02", "--model.drop_path=0", "--unfreeze.groups=top",
+                       "--unfreeze.non_blocks=head", "--unfreeze.moments=reset"],
     "sizes and budgeted": ["--methods=image_size,budgeted", "--budgeted.grow=heads,hidden"],
     "sizes and trilevel": ["--methods=image_size,trilevel", *UPDATES],
     "budgeted and trilevel": ["--methods=budgeted,trilevel", "--trilevel.levels=examples", *UPDATES],
@@ -66,26 +76,26 @@ METHODS = {
     "trilevel and autoprog": ["--methods=trilevel,autoprog", "--trilevel.levels=examples", *UPDATES, *SEARCH],
     "trilevel and autoprog of sizes": ["--methods=trilevel,autoprog", "--autoprog.space=size", *UPDATES, *SEARCH],
     "autoprog of sizes and unfreeze": ["--methods=autoprog,unfreeze", "--autoprog.space=size", *SEARCH,
-                                       "--unfreeze.scale=1", "--unfreeze.samples=8"],
+                                       "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=8"],
     "budgeted and connections": ["--methods=budgeted,trilevel", "--trilevel.levels=attention", *UPDATES],
-    "budgeted and unfreeze": ["--methods=budgeted,unfreeze", "--budgeted.grow=heads,hidden", "--unfreeze.multiple=16",
-                              "--unfreeze.samples=8"],
-    "trilevel and unfreeze": ["--methods=trilevel,unfreeze", *UPDATES, "--unfreeze.multiple=16",
-                              "--unfreeze.samples=8"],
+    "budgeted and unfreeze": ["--methods=budgeted,unfreeze", "--budgeted.grow=heads,hidden", "--unfreeze.size_multiple=16",
+                              "--unfreeze.probe_batch_size=8"],
+    "trilevel and unfreeze": ["--methods=trilevel,unfreeze", *UPDATES, "--unfreeze.size_multiple=16",
+                              "--unfreeze.probe_batch_size=8"],
     "strength and trilevel": ["--methods=strength,trilevel", "--strength.by=budget", *UPDATES],
     "sizes and strength": ["--methods=image_size,strength", "--augment.randaugment=9"],
     "strength and budgeted": ["--methods=strength,budgeted", "--strength.by=budget", "--augment.randaugment=9"],
-    "strength and unfreeze": ["--methods=strength,unfreeze", "--strength.by=budget", "--unfreeze.multiple=16",
-                              "--unfreeze.samples=8"],
-    "strength and autoprog": ["--methods=strength,autoprog", "--strength.by=budget", "--autoprog.strengthen=no",
+    "strength and unfreeze": ["--methods=strength,unfreeze", "--strength.by=budget", "--unfreeze.size_multiple=16",
+                              "--unfreeze.probe_batch_size=8"],
+    "strength and autoprog": ["--methods=strength,autoprog", "--strength.by=budget", "--autoprog.grow_augmentation=no",
                               *SEARCH],
     "budgeted and batches": ["--methods=budgeted,batch_size", "--batch_size.limit=64"],
     "sizes and batches": ["--methods=image_size,batch_size", "--batch_size.limit=64"],
     "trilevel and batches": ["--methods=trilevel,batch_size", "--batch_size.limit=64", *UPDATES],
     "autoprog and batches": ["--methods=autoprog,batch_size", "--batch_size.limit=64", *SEARCH],
-    "unfreeze and batches": ["--methods=unfreeze,batch_size", "--batch_size.limit=64", "--unfreeze.multiple=16",
-                             "--unfreeze.samples=8"],
-    "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.scale=1", "--unfreeze.samples=8"],
+    "unfreeze and batches": ["--methods=unfreeze,batch_size", "--batch_size.limit=64", "--unfreeze.size_multiple=16",
+                             "--unfreeze.probe_batch_size=8"],
+    "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=8"],
 }  # fmt: skip
 
 
@@ -127,13 +137,13 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
 
 @pytest.mark.parametrize("name", ["budgeted", "trilevel", "trilevel deit", "autoprog", "unfreeze"])
 def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, name: str):
-    config = configure(*COMMON, *METHODS[name], "--train.ema=none")
+    config = configure(*COMMON, *METHODS[name], "--train.ema_decay=none")
     with open_run(config) as run:
         trainer = run.trainer
         fit(trainer)
         export(run, tmp_path / "run")
         images = torch.randn(4, 3, 48, 48)
-        with in_shape(trainer.state.model.eval(), trainer.evaluation_shape(), WHOLE_MODEL), torch.no_grad():
+        with temporary_shape(trainer.state.model.eval(), trainer.evaluation_shape(), WHOLE_MODEL), torch.no_grad():
             expected = trainer.state.model(images)
     exported = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
     assert isinstance(exported, VisionTransformer)
@@ -165,7 +175,7 @@ def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.Monk
 def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
     """MoGrow: right after growth the net is its slow average's, mapped; each average is its own, mapped; and all
     moments begin anew. A candidate of the supernet computes what the net does that is taken out for it."""
-    config = configure(*COMMON, *METHODS["autoprog"], "--train.ema=none", "--autoprog.averages=0.5,0.9")
+    config = configure(*COMMON, *METHODS["autoprog"], "--train.ema_decay=none", "--autoprog.ema_decays=0.5,0.9")
     seen: list[bool] = []
     original = Trainer._grow
 
@@ -200,11 +210,11 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
         order = method.supernet(1)[0]
         for net in method.candidates(1):
             skipped = method.skipped(1, net.depth)
-            with in_shape(trainer.state.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
+            with temporary_shape(trainer.state.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
                 inside = trainer.state.model(images)
             left = tuple(slot for slot in order if slot not in skipped)
             assert len(left) == net.depth
-            with in_shape(trainer.state.model, Shape(block_order=left), WHOLE_MODEL):
+            with temporary_shape(trainer.state.model, Shape(block_order=left), WHOLE_MODEL):
                 assert torch.equal(trainer.state.model(images), inside)
 
 
@@ -276,7 +286,7 @@ def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model
 
 
 def test_some_images_of_a_step_get_no_stage(configure, decoder, monkeypatch: pytest.MonkeyPatch):
-    """About unfreeze.stage_null of them, drawn by the step, also where nothing else is drawn for a block."""
+    """About unfreeze.stage_null_prob of them, drawn by the step, also where nothing else is drawn for a block."""
     untold = []
     original = VisionTransformer._told_stage
 
@@ -289,8 +299,8 @@ def test_some_images_of_a_step_get_no_stage(configure, decoder, monkeypatch: pyt
 
     monkeypatch.setattr(VisionTransformer, "_told_stage", told_stage)
     config = configure("--methods=unfreeze", "--model.depth=4", "--unfreeze.schedule=1@16px,2@16px,3@16px,4@16px",
-                       "--model.drop_path=0", "--unfreeze.stage_null=0.3", "--budget.length=6ep",
-                       "--unfreeze.stage_std=0.5")  # fmt: skip
+                       "--model.drop_path=0", "--unfreeze.stage_null_prob=0.3", "--budget.length=6ep",
+                       "--unfreeze.stage_init_std=0.5")  # fmt: skip
     with open_trainer(config) as trainer:
         fit(trainer)
     assert float(torch.cat(untold).float().mean()) == pytest.approx(0.3, abs=0.06)  # of 720 images
@@ -341,7 +351,10 @@ for options in json.loads(Path(sys.argv[1]).read_text()):
 @pytest.mark.parametrize("names", [list(METHODS)[::2], list(METHODS)[1::2]], ids=["even", "odd"])
 def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp_path: Path, names: list[str]):
     """With gloo, as one: what methods saw on both is put together, and rank 0's answers count for both."""
-    runs, plain = [], ["--augment.mixup=0", "--train.ema=none", "--train.batch_size=34", "--trilevel.score=attention"]
+    runs, plain = (
+        [],
+        ["--augment.mixup=0", "--train.ema_decay=none", "--train.batch_size=34", "--trilevel.score=attention"],
+    )
     for name in names:
         config = configure(*COMMON, *METHODS[name], *plain, f"--run.folder={tmp_path}/one-{_folder(name)}")
         assert train(config) == 0
@@ -374,8 +387,8 @@ def _text(value) -> str:
 
 def test_two_methods_have_probes_at_one_point(configure, decoder, tmp_path: Path):
     """A new subset is known before the next question is asked."""
-    options = ["--methods=trilevel,unfreeze", "--trilevel.levels=examples", *UPDATES, "--unfreeze.samples=8",
-               "--unfreeze.multiple=16"]  # fmt: skip
+    options = ["--methods=trilevel,unfreeze", "--trilevel.levels=examples", *UPDATES, "--unfreeze.probe_batch_size=8",
+               "--unfreeze.size_multiple=16"]  # fmt: skip
     assert train(configure(*COMMON, *options)) == 0
     state = load_checkpoint(tmp_path / "run" / CHECKPOINT)["methods"]
     assert state["trilevel"]["version"] == 3 and len(state["unfreeze"]["times"]) == 3
@@ -434,7 +447,7 @@ def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decod
 
 def test_a_run_that_ends_before_its_last_stage_is_exported_as_it_was(configure, decoder, tmp_path: Path):
     """Heads and hidden units that do not run give nothing in the exported model, which crops the grid as it did."""
-    with open_run(configure(*COMMON, "--methods=budgeted", "--train.ema=none")) as run:
+    with open_run(configure(*COMMON, "--methods=budgeted", "--train.ema_decay=none")) as run:
         trainer = run.trainer
         plan = trainer.plan()
         with trainer.sources.train.open(plan.feed, trainer.state.clock.position) as batches:

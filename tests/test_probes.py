@@ -20,10 +20,20 @@ ROOT = Path(__file__).parent.parent
 # 120 training images in batches of 32: four steps an epoch. The model has 4 blocks and a grid of 6 x 6.
 COMMON = [
     "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
-    "--augment.mixup=0.8", "--train.ema=0.9",
+    "--augment.mixup=0.8", "--train.ema_decay=0.9",
 ]  # fmt: skip
-SEARCH = ["--autoprog.search=0.5ep", "--autoprog.batches=2", "--autoprog.multiple=16", "--augment.randaugment=9"]
-UPDATES = ["--trilevel.every=1ep", "--trilevel.updates=2", "--trilevel.swapped=0.1", "--trilevel.end=80%"]
+SEARCH = [
+    "--autoprog.search_length=0.5ep",
+    "--autoprog.probe_batches=2",
+    "--autoprog.size_multiple=16",
+    "--augment.randaugment=9",
+]
+UPDATES = [
+    "--trilevel.update_every=1ep",
+    "--trilevel.max_updates=2",
+    "--trilevel.swap_fraction=0.1",
+    "--trilevel.decay_end=80%",
+]
 
 
 def test_probes_leave_no_trace(configure, decoder):
@@ -35,7 +45,7 @@ def test_probes_leave_no_trace(configure, decoder):
         shape = Shape(block_order=(0, 1, 2), skipped_blocks=(1,), input_size=32)
         assert 0 < prober._seconds(prober.complete(Probe("seconds", shape, 48, 2), plan, lambda size: 32), plan) < 10
         trainer.step.set_shape(plan.shape)
-        before = load_like(trainer)
+        before = tensors_of(trainer)
         generator = torch.get_rng_state()
         for probe in (
             Probe("loss", shape, 48, 2),
@@ -48,12 +58,12 @@ def test_probes_leave_no_trace(configure, decoder):
             first, again = prober.measure(complete, plan), prober.measure(complete, plan)
             assert first == again and np.isfinite(np.atleast_1d(first)).all()
         assert trainer.step.shape == plan.shape and torch.equal(generator, torch.get_rng_state())
-        after = load_like(trainer)
+        after = tensors_of(trainer)
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         assert all(p.requires_grad for p in trainer.state.model.parameters())
 
 
-def load_like(trainer: Trainer) -> dict[str, torch.Tensor]:
+def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     averages = {
         f"{number}.{name}": value.clone()
         for number, average in enumerate((trainer.state.ema, *trainer.state.method_emas))

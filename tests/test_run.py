@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from vitlocal.data.loader import FFCVSource
+from vitlocal.data.loader import NativeSource
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.method import MethodContext, StepResult
@@ -36,15 +36,15 @@ FIELDS = {
 VARIANTS = {
     "plain": [],
     "everything": [
-        "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.erase=0.25",
-        "--model.drop_path=0.2", "--train.ema=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
+        "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.random_erasing=0.25",
+        "--model.drop_path=0.2", "--train.ema_decay=0.9", "--train.clip_norm=1", "--train.warmup=1ep",
         "--image_size.step_epochs=0.7",
     ],
     "the newer ways": [
         "--methods=image_size,strength,batch_size", "--image_size.stages=16px until 20%,32px until 2ep,48px",
         "--train.batch_size=16", "--batch_size.limit=32", "--batch_size.multiple=8", "--model.drop_path=0.2",
-        "--train.optimizer=muon", "--train.ema_length=20%", "--train.warmup=10%", "--augment.three=yes",
-        "--model.position=sincos",
+        "--train.optimizer=muon", "--train.ema_length=20%", "--train.warmup=10%", "--augment.three_augment=yes",
+        "--model.pos_embed_init=sincos",
     ],
 }  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_divergence_stops_the_run(configure, decoder):
 def test_the_export_gives_the_same_logits_through_timm_and_predicts(configure, decoder, tmp_path: Path):
     from vitlocal.data.images import open_images
 
-    config = configure("--model.pool=avg", "--train.ema=0.5", "--model.drop_path=0.3")
+    config = configure("--model.pool=avg", "--train.ema_decay=0.5", "--model.drop_path=0.3")
     train(config)
     with open_trainer(config) as trainer:
         model = trainer.state.ema.model
@@ -257,7 +257,7 @@ def test_compiling_is_not_training_time(configure, decoder, tmp_path: Path, monk
 
     monkeypatch.setattr(TrainStep, "warm_up", warm_up)
     for when, before in (("stage", 1), ("start", 3)):
-        train(configure(f"--train.warm={when}", f"--run.folder={tmp_path}/{when}", "--evaluate.every=0"))
+        train(configure(f"--train.compile_at={when}", f"--run.folder={tmp_path}/{when}", "--evaluate.every=0"))
         log = read_log(tmp_path / when)
         assert [record["image_size"] for record in log] == [16, 32, 48]
         assert log[-1]["wall_seconds"] - log[-1]["train_seconds"] > 3
@@ -269,9 +269,9 @@ def test_growing_batches_survive_a_restart(configure, decoder, tmp_path: Path):
     with open_trainer(configure(*options, "--budget.length=1steps")) as trainer:
         fit(trainer)
         (method,) = (method for method in trainer.state.methods if method.name == "batch_size")
-        batches = dict(method._batches)
+        batches = dict(method._batch_sizes)
     assert sorted(batches) == [16, 32, 48] and batches[16] > batches[48] == 16
-    again = BatchSize(MethodContext(configure(*options), image_bytes=lambda size: 1))
+    again = BatchSize(MethodContext(configure(*options).recipe, image_bytes=lambda size: 1))
     again.load_state_dict(method.state_dict())
     assert {size: again.batch_size_at(size) for size in batches} == batches
 
@@ -287,7 +287,7 @@ def test_the_position_table_stays_one_trained_parameter(configure, decoder):
 
 
 def test_a_frozen_position_table_stays(configure, decoder):
-    with open_trainer(configure("--model.train_position=no")) as trainer:
+    with open_trainer(configure("--model.train_pos_embed=no")) as trainer:
         table, before = trainer.state.model.pos_embed, trainer.state.model.pos_embed.detach().clone()
         assert not any(table is p for group in trainer.state.optimizer.param_groups for p in group["params"])
         fit(trainer)
@@ -296,7 +296,7 @@ def test_a_frozen_position_table_stays(configure, decoder):
 
 def test_sources_are_the_ones_configured(configure, decoder):
     with open_trainer(configure()) as trainer:
-        assert isinstance(trainer.sources.train, FFCVSource)
+        assert isinstance(trainer.sources.train, NativeSource)
 
 
 def test_an_export_has_the_permissions_of_the_other_files(configure, decoder, no_report, tmp_path: Path):

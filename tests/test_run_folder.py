@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitlocal.bench.outcomes import place_of
 
+from vitlocal.bench.run_results import machine_of
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
@@ -97,8 +97,8 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
         (["--train.kernel=fused"], "fused needs a CUDA device"),
         (["--methods=batch_size,image_size"], "name it last"),
-        (["--train.graphs=yes", "--train.compile=no"], "train.graphs: yes needs train.compile"),
-        (["--model.size=1024", "--augment.erase=0.1"], "augment.erase: images of 1024 px"),
+        (["--train.cuda_graphs=yes", "--train.compile=no"], "train.cuda_graphs: yes needs train.compile"),
+        (["--model.size=1024", "--augment.random_erasing=0.1"], "augment.random_erasing: images of 1024 px"),
         (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: 8 is smaller"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
@@ -157,9 +157,11 @@ def test_end_warnings(configure, decoder, no_report, capsys, tmp_path: Path):
 def test_options_of_unused_methods_do_not_change_a_run(configure):
     """A default may have changed since the run began: it has no say unless one of the two recipes has the method."""
     plain, searched = configure("--methods=image_size"), configure("--methods=autoprog")
-    older = {"autoprog.averages": [0.998, 0.9986, 0.999, 0.9996]}
+    older = {"autoprog.ema_decays": [0.998, 0.9986, 0.999, 0.9996]}
     assert changed_options(plain.flat() | older, plain) == []
-    assert [phrase.split()[0] for phrase in changed_options(searched.flat() | older, searched)] == ["autoprog.averages"]
+    assert [phrase.split()[0] for phrase in changed_options(searched.flat() | older, searched)] == [
+        "autoprog.ema_decays"
+    ]
 
 
 def test_two_processes_cannot_train_in_one_folder(configure, decoder):
@@ -308,8 +310,8 @@ def test_the_origin_lists_every_machine_that_trained(configure, decoder, no_repo
     assert train(configure(*options)) == 0  # trains no more
     assert [origin["machine"]["cpu"] for origin in read_origin(run)] == ["one", "two"]
     assert read_origin(run)[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert (place_of(run)["cpu"], place_of(run)["gpu"]) == ("one, two", "H")
-    assert place_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}
+    assert (machine_of(run)["cpu"], machine_of(run)["gpu"]) == ("one, two", "H")
+    assert machine_of(tmp_path) == {"cpu": None, "gpu": None, "commit": None}
     (run / "trained_on.jsonl").write_text("{")
     assert read_origin(run) == []
 

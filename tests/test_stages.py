@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.config_reader import read_config
+from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import MethodContext
@@ -33,8 +33,8 @@ def test_stages_end_by_any_length():
 @pytest.mark.parametrize(
     ("stages", "part"),
     [
-        ("32px until 10%", "the last not"),
-        ("32px, 64px", "each stage but the last"),
+        ("32px until 10%", "an end for each stage except the last"),
+        ("32px, 64px", "an end for each stage except the last"),
         ("32px until 10%, 64px until 5%, 224px", "5% does not come after 10%"),
         ("32 until 10%, 224px", "a size and its end"),
         ("32px until 120%, 224px", "a size and its end"),

@@ -19,7 +19,7 @@ from vitlocal.train.step import TrainStep, micro_batches
 
 CLASSES = 10
 CPU = torch.device("cpu")
-AUGMENTED = ["--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.erase=0.5"]
+AUGMENTED = ["--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1", "--augment.random_erasing=0.5"]
 
 
 def a_batch(count: int, size: int = 24, device: torch.device = CPU) -> Batch:
@@ -88,7 +88,7 @@ def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
 @pytest.mark.parametrize("count", [12, 11, 2])
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int):
     # Not the step's weights: AdamW turns the rounding of a gradient near zero into a step of its own.
-    steps = a_step(configure), a_step(configure, "--train.accumulate=3")
+    steps = a_step(configure), a_step(configure, "--train.grad_accum_steps=3")
     for step in steps:
         step._gradients(a_batch(count), 0, EAGER)
     for (name, one), other in zip(steps[0].model.named_parameters(), steps[1].model.parameters(), strict=True):
@@ -107,7 +107,7 @@ def test_micro_batches_hold_every_sample_once_in_mirrored_pairs():
 @pytest.mark.parametrize("name", ["vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64"])
 def test_gradient_checkpointing_changes_only_memory(configure, name: str):
     kept, again = (
-        a_step(configure, f"--model.name={name}", f"--train.checkpointing={wish}") for wish in ("false", "true")
+        a_step(configure, f"--model.name={name}", f"--train.grad_checkpointing={wish}") for wish in ("false", "true")
     )
     assert again.model.grad_checkpointing and not kept.model.grad_checkpointing
     close(trained(kept), trained(again), tolerance=1e-9)
@@ -152,9 +152,9 @@ def test_what_a_device_cannot_do_is_an_error(configure):
     with pytest.raises(ConfigError, match=r"train\.kernel: plain is for local FFNs, and DeiT has none"):
         a_step(configure, "--train.kernel=plain", "--model.name=vitlocal_deit_tiny_patch8_64")
     with pytest.raises(ConfigError, match="BatchNorm would count each batch twice"):
-        a_step(configure, "--train.checkpointing=yes", "--model.norm=batch")
+        a_step(configure, "--train.grad_checkpointing=yes", "--model.norm=batch")
     with pytest.raises(ConfigError, match="yes needs a GPU"):
-        a_step(configure, "--train.graphs=yes")
+        a_step(configure, "--train.cuda_graphs=yes")
     with fast_attention(CPU):
         assert torch.backends.cuda.math_sdp_enabled()  # a CPU may use what it has
 
@@ -178,7 +178,9 @@ def gpu() -> torch.device:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [[], ["--train.ema=0.9", "--train.clip_norm=1", "--train.accumulate=2"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--train.ema_decay=0.9", "--train.clip_norm=1", "--train.grad_accum_steps=2"]]
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: bool):
     step = a_step(
@@ -207,7 +209,7 @@ def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: 
 def test_compiled_on_a_gpu_as_eager(configure, gpu, graphs: bool):
     options = ["--run.device=cuda", "--train.precision=fp32"]
     eager = a_step(configure, "--train.compile=no", *options, device=gpu)
-    captured = f"--train.graphs={'yes' if graphs else 'no'}"
+    captured = f"--train.cuda_graphs={'yes' if graphs else 'no'}"
     compiled = a_step(configure, "--train.compile=yes", captured, *options, device=gpu)
     close(trained(eager, steps=6), trained(compiled, Mode(True, graphs), steps=6), tolerance=1e-4)
 

@@ -112,7 +112,7 @@ def test_compiling_that_takes_the_rest_is_followed_by_no_step(configure, decoder
         compile_for(self, plan)
 
     monkeypatch.setattr(Trainer, "compile_for", compiling)
-    options = ("--budget.length=24s", "--evaluate.every=0", "--train.warm=stage", *COUNTED)
+    options = ("--budget.length=24s", "--evaluate.every=0", "--train.compile_at=stage", *COUNTED)
     assert train(configure(*options)) == 0
     last = read_log(tmp_path / "run")[-1]
     assert compiled == [0, 4] and last["step"] == 4 and last["top1"] is not None
@@ -121,7 +121,13 @@ def test_compiling_that_takes_the_rest_is_followed_by_no_step(configure, decoder
 def test_a_signal_while_compiling_takes_the_rest_leaves_the_evaluation_to_the_next_process(
     configure, decoder, tmp_path: Path, monkeypatch
 ):
-    options = ("--budget.length=30s", "--evaluate.every=0", "--train.warm=stage", "--run.save_every=1steps", *COUNTED)
+    options = (
+        "--budget.length=30s",
+        "--evaluate.every=0",
+        "--train.compile_at=stage",
+        "--run.save_every=1steps",
+        *COUNTED,
+    )
     with monkeypatch.context() as patch:
         compile_for = Trainer.compile_for
 
@@ -218,7 +224,7 @@ def test_a_run_that_had_spent_its_time_when_it_was_killed_is_evaluated(configure
 
 @pytest.mark.parametrize("rows", ["even", "odd"])
 def test_half_of_the_rows_are_counted(configure, decoder, tmp_path: Path, rows: str):
-    assert train(configure("--budget.length=1ep", f"--evaluate.part={rows}")) == 0
+    assert train(configure("--budget.length=1ep", f"--evaluate.rows={rows}")) == 0
     classes = json.loads((tmp_path / "run" / "classes.json").read_text())
     total = sum(entry["images"] for entry in classes)
     assert len(classes) == 20 and total == 40  # of 80
@@ -228,8 +234,8 @@ def test_half_of_the_rows_are_counted(configure, decoder, tmp_path: Path, rows: 
 
 def test_the_average_can_forget_over_a_part_of_the_budget(configure, decoder, tmp_path: Path):
     assert train(configure("--train.ema_length=20%", "--budget.length=1ep")) == 0
-    with pytest.raises(ConfigError, match="keep one of the two"):
-        configure("--train.ema_length=20%", "--train.ema=0.9")
+    with pytest.raises(ConfigError, match="remove one of the two"):
+        configure("--train.ema_length=20%", "--train.ema_decay=0.9")
 
 
 def test_a_budget_in_flops(configure, decoder, tmp_path: Path):

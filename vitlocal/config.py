@@ -99,8 +99,7 @@ class ModelConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
-        names = {"width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size",
-                 "train_pos_embed": "train_position", "pos_embed_init": "position"}  # fmt: skip
+        names = {"width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "weights")}
         return {names.get(name, name): value for name, value in values.items() if value is not None}
 

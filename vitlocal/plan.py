@@ -63,7 +63,8 @@ class Shape:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Shape:
         """The shape whose fields are ``state``. Lists, as JSON has them, become tuples."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in state.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state.items()}
+        return cls(**values)
 
 
 WHOLE_MODEL = Shape()
@@ -136,8 +137,10 @@ class Plan:
     @property
     def pass_key(self) -> tuple[Feed, Shape]:
         """The part of the plan that is constant within a pass: feed and shape, without what changes at single steps."""
-        constant = dict(skipped_blocks=(), input_size=None, token_keep_rate=1.0, attention_keep_rate=1.0)
-        return self.feed, replace(self.shape, **constant)
+        shape = replace(
+            self.shape, skipped_blocks=(), input_size=None, token_keep_rate=1.0, attention_keep_rate=1.0
+        )
+        return self.feed, shape
 
     def changed(self, before: Plan | None) -> dict[str, Any]:
         """The fields in which this plan differs from ``before`` (None: from the whole model), by dotted name."""
@@ -168,8 +171,11 @@ class Plan:
 class Planner(Protocol):
     """What :func:`fold` needs of a method."""
 
-    name: str
-    writes: frozenset[str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def writes(self) -> frozenset[str]: ...
 
     def plan(self, plan: Plan, progress: Progress) -> Plan: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 UNITS = {"ep": ("epochs", 1.0), "steps": ("steps", 1.0), "s": ("seconds", 1.0), "m": ("seconds", 60.0),
          "h": ("seconds", 3600.0), "%": ("fraction", None), "TF": ("flops", 1e12), "PF": ("flops", 1e15),
@@ -49,7 +50,8 @@ class Length:
 
     def end(self, progress: Progress) -> Progress:
         """``progress`` moved to the end of this length. Fields of other units keep their values."""
-        return replace(progress, **{FIELDS[self.kind]: self.value})
+        changes: dict[str, Any] = {FIELDS[self.kind]: self.value}
+        return replace(progress, **changes)
 
     def __str__(self) -> str:
         return self.text

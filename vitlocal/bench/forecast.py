@@ -27,7 +27,8 @@ from vitlocal.bench.measurement import measurement, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.bench.speeds import NoiseSource, SizeSpeed, batch_size_at, measured_speeds, plans_by_size
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Sources, load_manifest
+from vitlocal.data.batch import Sources
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, MethodContext
 from vitlocal.models.memory import activation_bytes

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import load_manifest
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.options import as_argument
 from vitlocal.storage import methods_writing

@@ -28,7 +28,7 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.batch import load_manifest, open_sources
+from vitlocal.data.manifest import load_manifest, open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import attention_weights
 from vitlocal.models.deit import FeedForward

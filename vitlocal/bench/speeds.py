@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vitlocal.data.batch import Batch, Rows, full_batches
+from vitlocal.data.batch import Batch, RowSubsets, full_batches
 from vitlocal.methods.method import Method
 from vitlocal.models.flops import count_macs
 from vitlocal.plan import Feed, Plan, with_size
@@ -60,7 +60,7 @@ class NoiseSource:
         self.count, self.device = count, device
         self.classes = tuple(str(number) for number in range(classes))
         self.damaged: Collection[int] = ()
-        self.rows = Rows(count)
+        self.rows = RowSubsets(count)
         self.side: int | None = None
 
     @contextmanager

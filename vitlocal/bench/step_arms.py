@@ -17,7 +17,7 @@ from vitlocal.bench.parsing import names
 from vitlocal.config import Config
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.models.local_mix import fuses
+from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.build import build_step
@@ -172,7 +172,7 @@ class StepEntry:
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
         size = feed.size // model_shape(config)[1]
         local = arm.model == "local" and config.model.convolution is not False
-        fused = arm.kernel == "auto" and fuses(device, (size, size))
+        fused = arm.kernel == "auto" and can_fuse(device, (size, size))
         self.kernel = ("fused" if fused else "plain") if local else None
 
     def _measure(self, steps: int) -> float:

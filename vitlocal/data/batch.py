@@ -6,7 +6,7 @@ Shape letters: B batch, S size (the side of a crop, px).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,7 +87,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-def full_batches(source: Source, feed: Feed, epoch: int = 0) -> Iterator[Batch]:
+def full_batches(source: Source, feed: Feed, epoch: int = 0) -> Generator[Batch, None, None]:
     """Batches of ``feed`` without end, from the start of ``epoch``. Batches that are not full are left out.
 
     Raises ConfigError if the source has too few images for one full batch.

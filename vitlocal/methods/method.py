@@ -53,7 +53,7 @@ class Probe:
     kernel_batches: int = 0
     split: str = "train"
     average: int | None = None
-    samples: int | None = None
+    samples: int = 0  # images per batch; 0: the batch size at that size
     value: Any = None
     sets: tuple[str, ...] = ()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ class ClassificationLoss(nn.Module):
         outputs: frozenset[str] = frozenset(),
     ):
         super().__init__()
-        self.model, self.augment = model, augment
+        self.model: Any = model
+        self.augment = augment
         self.label_smoothing, self.precision, self.outputs = label_smoothing, precision, outputs
         self.input_size: int | None = None  # px; larger images are resized to it
 

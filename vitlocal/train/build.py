@@ -21,9 +21,9 @@ from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import Method, MethodContext
 from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.local_mix import fuses
+from vitlocal.models.local_mix import can_fuse
 from vitlocal.models.memory import activation_bytes
-from vitlocal.models.shape import add_stage_table, check_shape, parts_of
+from vitlocal.models.shape import add_stage_table, check_shape, model_parts
 from vitlocal.plan import Feed
 from vitlocal.recipes import check_same_run, recipe_text
 from vitlocal.schedule import LRSchedule
@@ -76,7 +76,7 @@ def sources_of(config: Config, device: torch.device, ranks: Ranks = ALONE) -> So
         crop_ratio=augment.crop_ratio,
         flip=augment.flip,
         repeats=augment.repeats,
-        crop_pct=config.evaluate.crop_pct,
+        centre_crop=config.evaluate.crop_pct,
         share=ranks.share,
         local_world_size=ranks.local_world_size,
     )
@@ -90,7 +90,7 @@ def make_model(config: Config, num_classes: int, device: torch.device) -> tuple[
     torch.manual_seed(config.run.seed)
     model, arguments = build_model(config.model.name, config.model.arguments(), num_classes)
     check_image_sizes(config, model)
-    return model.to(device, memory_format=torch.channels_last).train(), arguments
+    return model.to(device).to(memory_format=torch.channels_last).train(), arguments
 
 
 def assemble_step(
@@ -105,7 +105,7 @@ def assemble_step(
         train.optimizer,
         lr=train.lr,
         weight_decay=train.weight_decay,
-        betas=tuple(train.betas),
+        betas=train.betas,
         eps=train.eps,
         muon_momentum=train.muon_momentum,
         precision=precision,
@@ -144,7 +144,7 @@ def build_step(config: Config, num_classes: int, device: torch.device, ranks: Ra
     return assemble_step(config, model, device, ranks=ranks)[0]
 
 
-def configure_model(model: nn.Module, kernel: str, grad_checkpointing: bool, device: torch.device) -> None:
+def configure_model(model: Any, kernel: str, grad_checkpointing: bool, device: torch.device) -> None:
     """Sets the kernel of the local FFN, and whether the backward pass computes activations again."""
     local = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
     if kernel == "fused" and device.type != "cuda":
@@ -203,10 +203,10 @@ def build_run(
 
     def image_bytes(size: int) -> int:
         side = size // patch_side(model)
-        fused = train.kernel != "plain" and fuses(device, (side, side))
+        fused = train.kernel != "plain" and can_fuse(device, (side, side))
         return activation_bytes(model, size, precision, fused)
 
-    parts, blocks = parts_of(model), len(getattr(model, "blocks", ()))
+    parts, blocks = model_parts(model), len(getattr(model, "blocks", ()))
     context = MethodContext(config.recipe, sources.train.count, image_bytes, macs, parts, blocks, ranks.world)
     methods = build_methods(context)
     for method in methods:

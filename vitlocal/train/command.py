@@ -9,7 +9,7 @@ from pathlib import Path
 from vitlocal.config import Config
 from vitlocal.methods import METHODS
 from vitlocal.models.factory import export_model, patch_side
-from vitlocal.models.shape import in_shape
+from vitlocal.models.shape import temporary_shape
 from vitlocal.progress import FIELDS, upcoming_changes
 from vitlocal.report.page import write_report
 from vitlocal.report.run_folder import read_log
@@ -79,7 +79,7 @@ def export(run: BuiltRun, folder: Path) -> None:
     trainer, config = run.trainer, run.config
     model, shape = trainer.evaluator.model, trainer.evaluation_shape()
     assert config.evaluate.size is not None
-    with in_shape(model, shape, trainer.step.shape):
+    with temporary_shape(model, shape, trainer.step.shape):
         export_model(
             folder,
             model,

@@ -31,7 +31,7 @@ class Ranks:
         self.rank, self.world = rank, world
         self.local_rank, self.local_world_size = local_rank, local_world_size  # on this machine
         self.device = torch.device("cpu")
-        self._decisions: dist.ProcessGroup | None = None
+        self._decisions: Any = None  # a gloo process group
 
     @property
     def first(self) -> bool:

@@ -6,7 +6,7 @@ import copy
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitlocal.progress import Length, Progress
 
@@ -38,7 +38,8 @@ class ModelEma:
     @torch.no_grad()
     def update(self, trained: nn.Module, decay: float) -> None:
         """Moves the average towards ``trained``; buffers are copied."""
-        averages, weights = list(self.model.parameters()), [p.detach() for p in trained.parameters()]
+        averages: list[Tensor] = list(self.model.parameters())
+        weights = [p.detach() for p in trained.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for mine, buffer in zip(self.model.buffers(), trained.buffers(), strict=True):
             mine.copy_(buffer)

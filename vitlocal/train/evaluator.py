@@ -11,7 +11,7 @@ from time import perf_counter
 from torch import nn
 
 from vitlocal.data.batch import Source
-from vitlocal.models.shape import in_shape
+from vitlocal.models.shape import temporary_shape
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.tasks.classification import Accuracy, evaluate_accuracy
 from vitlocal.train.devices import synchronize
@@ -53,7 +53,7 @@ class Evaluator:
 
         None if ``stop``, called before each batch, returned true.
         """
-        with in_shape(self.model, self.shape(plan), self._step.shape):
+        with temporary_shape(self.model, self.shape(plan), self._step.shape):
             return evaluate_accuracy(
                 self.model,
                 self._step.predict_fn(self.model),

@@ -5,7 +5,7 @@ Shape letters: M matrices of one shape, R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         self.parts, self.precision = parts, precision
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it takes no closure
         assert closure is None
         for group in self.param_groups:
             active = [p for p in group["params"] if p.grad is not None]
@@ -66,8 +66,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(active, 1 - group["lr"] * group["weight_decay"])
             self._update(active, directions, group["lr"])
 
-    def _update(self, parameters: list[nn.Parameter], directions: list[Tensor], lr: float) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    def _update(self, parameters: list[nn.Parameter], directions: Sequence[Tensor], lr: float) -> None:
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for p, direction in zip(parameters, directions, strict=True):
             parts = self.parts.get(id(p), 1)
             for target, matrix in zip(p.chunk(parts), direction.chunk(parts), strict=True):

@@ -14,7 +14,7 @@ from vitlocal.train.muon import CombinedOptimizer, Muon
 
 
 def build_optimizer(
-    model: nn.Module,
+    model: Any,
     name: str = "adamw",
     *,
     lr: float = 1e-3,
@@ -47,11 +47,9 @@ def build_optimizer(
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the linear layers in the model's blocks, by name."""
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if "blocks." in name and isinstance(module, nn.Linear) and module.weight.requires_grad
-    }
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    weights = {f"{name}.weight": module.weight for name, module in linear if "blocks." in name}
+    return {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 
 def optimizer_state(

@@ -16,7 +16,7 @@ import torch
 
 from vitlocal.data.batch import Batch, Sources, full_batches
 from vitlocal.methods.method import Probe
-from vitlocal.models.shape import check_shape, in_shape
+from vitlocal.models.shape import check_shape, temporary_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Plan
 from vitlocal.progress import TRAINING_FLOPS
@@ -66,13 +66,17 @@ class Prober:
         if probe.kind == "seconds" and self._state.search_log.replays:
             self._count_timing(probe)  # as if it were measured, so that a budget in FLOPs is spent as before
             return self._state.search_log.replayed_seconds(probe)
-        measure = {"seconds": self._seconds, "loss": self._loss, "trainability": self._trainability}[probe.kind]
+        kinds: dict[str, Callable[[Probe, Plan], Any]] = {
+            "seconds": self._seconds,
+            "loss": self._loss,
+            "trainability": self._trainability,
+        }
         before = self._step.shape, self._step.dials
         self._step.set_dials(plan.dials)
         try:
             seed = step_seed(self._seed, 0, self._ranks.rank)
             with generators_seeded(self._step.device, seed), buffers_kept(self._step.model):
-                return self._ranks.broadcast(measure(probe, plan))
+                return self._ranks.broadcast(kinds[probe.kind](probe, plan))
         finally:
             self._step.set_shape(before[0])
             self._step.set_dials(before[1])
@@ -112,7 +116,7 @@ class Prober:
         training = model.training
         total = torch.zeros(2, dtype=torch.float64, device=step.device)
         with (
-            in_shape(model, probe.shape, probe.shape),
+            temporary_shape(model, probe.shape, probe.shape),
             buffers_kept(model),
             self._batches(probe, plan) as batches,
         ):
@@ -165,7 +169,7 @@ class Prober:
         feed = Feed(probe.size, probe.samples, plan.feed.subset)
         if probe.split == "val":  # sorted by class, perhaps: take rows from all over it
             rows = np.linspace(0, source.count - 1, min(source.count, count * probe.samples)).astype(np.int64)
-            source.rows.keep(number := len(rows), rows)
+            source.rows.set(number := len(rows), rows)
             feed = replace(feed, subset=number)
         with closing(full_batches(source, feed, EPOCH)) as batches:
             yield islice(batches, count)

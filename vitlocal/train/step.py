@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,9 @@ class TrainStep:
         cuda_graphs: str = "auto",
         ranks: Ranks = ALONE,
     ):
-        self.model, self.optimizer, self.device = objective.model, optimizer, device
+        self.model: Any = objective.model  # Any: for type checkers, a module's attributes are tensors or modules
+        self.optimizer: Any = optimizer
+        self.device = device
         self.ema, self._method_emas = ema, method_emas
         self.precision = objective.precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -97,7 +100,7 @@ class TrainStep:
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
         self._mixes_samples = has_batch_norm(self.model)
         self._uses_all = True  # whether every trained parameter takes part in every step
-        self._ddp = ranks.wrap(objective)
+        self._ddp: Any = ranks.wrap(objective)
         # Several processes reduce gradients during the backward pass, and micro-batches add theirs up: no CUDA graphs.
         can_capture = device.type == "cuda" and ranks.world == 1 and grad_accum_steps == 1
         self._compiler = StepCompiler(self.model, compile_step, cuda_graphs, can_capture)
@@ -351,6 +354,8 @@ def micro_batches(count: int, parts: int) -> list[np.ndarray]:
 def _select(images: Tensor, labels: Tensor, params: AugmentParams, noise: Tensor | None, part: np.ndarray) -> tuple:
     """The samples ``part`` of a batch and of its random parameters."""
     chosen = send(torch.from_numpy(part), images.device)
-    cut = [None if values is None else values[chosen] for values in (images, labels, params.boxes, params.noise, noise)]
-    pixels = cut[0].contiguous(memory_format=torch.channels_last)
-    return pixels, cut[1], AugmentParams(cut[2], cut[3], params.mix), cut[4]
+    pixels = images[chosen].contiguous(memory_format=torch.channels_last)
+    boxes, pixel_noise, path_noise = (
+        None if values is None else values[chosen] for values in (params.boxes, params.noise, noise)
+    )
+    return pixels, labels[chosen], AugmentParams(boxes, pixel_noise, params.mix), path_noise

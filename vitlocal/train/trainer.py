@@ -119,7 +119,7 @@ class Trainer:
         subset, rows = plan.feed.subset, self.sources.train.rows
         if subset:
             method = next(method for method in self.state.methods if "feed.subset" in method.writes)
-            rows.keep(subset, method.rows(subset))
+            rows.set(subset, method.rows(subset))
         self.state.clock.images_per_epoch = rows.count(subset)
 
     @property
@@ -243,8 +243,8 @@ class Trainer:
     def _show(self, output: RunOutput, loss: torch.Tensor, lr: float, size: int) -> None:
         """Shows the loss about once a second; it is read some steps later, without waiting for the device."""
         if (found := self._shown.poll()) is not None:
-            value, (at, *shown) = found
-            output.log.show(at, check_loss(value, at.step), *shown)
+            value, (at, shown_lr, shown_size, rate) = found
+            output.log.show(at, check_loss(value, at.step), shown_lr, shown_size, rate)
         if not self._shown.pending and output.log.due():
             # Rank 0's part of the loss stands for all of them.
             rate = self._meter.images_per_second
@@ -294,8 +294,8 @@ class Trainer:
         if not clock.step:
             raise DataError(
                 f"the budget of {clock.length} is spent, but no step was saved. Remove the run's folder and train "
-                "again with more frequent checkpoints (--run.save_every). If starting and compiling took all the time, use a "
-                "longer budget or --budget.counts=train"
+                "again with more frequent checkpoints (--run.save_every). If starting and compiling took all the time, "
+                "use a longer budget or --budget.counts=train"
             )
         plan = state.current_plan = self._trained_plan()
         self._meter.read(clock.step)
