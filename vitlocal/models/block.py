@@ -1,4 +1,4 @@
-"""The parts that the blocks of all families share: attention, residual branches and checks of options.
+"""What the blocks of all families share: attention, residual branches and checks of options.
 
 Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D width, M heads, d head width.
 """
