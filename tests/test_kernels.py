@@ -1,4 +1,4 @@
-"""The fused local FFN against its twin in float64: on a GPU where there is one, else under Triton's interpreter."""
+"""The fused local FFN compared with the plain version in float64, on a GPU or under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import _fused_backward, can_fuse, fused_local_mix, local_mix, plain_local_mix
 
 triton = pytest.importorskip("triton")
-# Of Triton 3.6's interpreter with numpy 1.26.
+# Triton 3.6's interpreter warns with numpy 1.26.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """The kernels, made for the interpreter where there is no GPU."""
+    """Imports the kernels, for the interpreter if there is no GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")  # read when they are decorated
+            patch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it decorates the kernels
         yield importlib.import_module("vitlocal.models.kernels")
 
 
 def operands(grid: tuple[int, int], batch: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens behind a class token, weights, and a gradient by the result: not from where h-swish has its corners."""
+    """Returns tokens after a class token, weights, and a gradient by the result."""
     generator = torch.Generator().manual_seed(grid[0] * 100 + grid[1])
     count = grid[0] * grid[1]
     shapes = (batch, count + 1, channels), (channels, 1, 3, 3), (batch, count, channels)
@@ -51,10 +51,10 @@ def compare(grid: tuple[int, int], batch: int, channels: int, dtype: torch.dtype
     result = fused_local_mix(tokens, weight, *grid, activation)
     result.backward(grad)
     assert result.dtype == dtype and result.is_contiguous()
-    # float32 is summed in, so that results of 16 bits differ by their own last rounding alone (of bfloat16, the
-    # interpreter cuts digits off).
+    # The kernels sum in float32, so 16-bit results differ only by their last rounding. (The interpreter truncates
+    # bfloat16.)
     unit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}[dtype]
-    small = min(unit, 4e-6)  # absolute, for results that nearly vanish
+    small = min(unit, 4e-6)  # absolute, for results close to zero
     torch.testing.assert_close(result.double(), expected, rtol=unit, atol=small)
     torch.testing.assert_close(tokens.grad.double(), exact_tokens.grad, rtol=unit, atol=small)
     scale = exact_weight.grad.abs().max()
@@ -73,21 +73,21 @@ def test_other_grids(grid: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ["h_swish", "gelu"])
-def test_types_and_activations(dtype: torch.dtype, activation: str) -> None:
+def test_dtypes_and_activations(dtype: torch.dtype, activation: str) -> None:
     compare((4, 5), 2, 20, dtype, activation)
 
 
 @pytest.mark.parametrize("channels", [130, 256])
-def test_several_programs_and_images_a_program(kernels, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+def test_several_programs_and_images_per_program(kernels, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
     assert kernels._launch(7, (2, 3), channels)[1] > 1
     compare((2, 3), 7, channels, torch.float32)
 
 
-def test_the_corners_of_h_swish() -> None:
+def test_gradients_at_the_kinks_of_h_swish() -> None:
     tokens = torch.tensor([-3.0, 3.0, -4.0, 4.0], device=DEVICE).view(1, 4, 1).expand(1, 4, 3).contiguous()
     weight = torch.zeros(3, 1, 3, 3, device=DEVICE)
-    weight[:, :, 1, 1] = 1  # the convolution does nothing
+    weight[:, :, 1, 1] = 1  # the convolution is the identity
     results = []
     for mix in (
         lambda t: fused_local_mix(t, weight, 2, 2, "h_swish"),
@@ -106,14 +106,14 @@ def test_an_empty_batch() -> None:
     assert tokens.grad.shape == tokens.shape and not weight.grad.any()
 
 
-def test_gradients_by_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     tokens, weight, _ = operands((2, 3), 1, 2, torch.float64)
     tokens, weight = tokens.contiguous().requires_grad_(), weight.requires_grad_()
     torch.autograd.gradcheck(lambda t, w: fused_local_mix(t, w, 2, 3, "gelu"), (tokens, weight), atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
-def test_the_operator_keeps_its_promises() -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck raises this warning
+def test_opcheck() -> None:
     tokens, weight, _ = operands((2, 2), 1, 4, torch.float32)
     arguments = (tokens.contiguous().requires_grad_(), weight.requires_grad_(), 2, 2, "h_swish")
     torch.library.opcheck(fused_local_mix, arguments)
@@ -123,8 +123,8 @@ def test_the_operator_keeps_its_promises() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_compiled_for_good_the_gradients_are_the_same() -> None:
-    """By Inductor, which holds an operator to the strides that it promised."""
+def test_inductor_gives_the_same_gradients() -> None:
+    """Inductor relies on the strides that register_fake returns."""
     part = LocalFeedForward(BlockShape(8, 1, 16, True, "h_swish"), "layer", True).to(DEVICE)
     part.kernel = "fused"
     compiled, found = torch.compile(part), []
@@ -137,7 +137,7 @@ def test_compiled_for_good_the_gradients_are_the_same() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_graph_stays_whole() -> None:
+def test_torch_compile_makes_one_graph() -> None:
     part = LocalFeedForward(BlockShape(8, 1, 16, True, "h_swish"), "layer", True).to(DEVICE)
     nn.init.normal_(part.norm.weight)
     part.kernel = "fused"
@@ -155,7 +155,7 @@ def test_a_compiled_graph_stays_whole() -> None:
     torch.testing.assert_close(compiled(patches), part(patches, (2, 3)), rtol=1e-5, atol=1e-5)
 
 
-def test_which_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(module, "fused_local_mix", lambda tokens, *rest: used.append("fused") or tokens)
     monkeypatch.setattr(module, "plain_local_mix", lambda tokens, *rest: used.append("plain") or tokens)
@@ -187,13 +187,13 @@ for kernel in (kernels._forward, kernels._backward):
             file.write(binary.asm["cubin"])
             file.flush()
             tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-            said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        print(kernel.__name__, width, *re.search(r"REG:(\\d+) STACK:(\\d+) SHARED:\\d+ LOCAL:(\\d+)", said).groups())
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        print(kernel.__name__, width, *re.search(r"REG:(\\d+) STACK:(\\d+) SHARED:\\d+ LOCAL:(\\d+)", usage).groups())
 """
 
 
-def test_compiled_for_a_gpu_everything_stays_in_registers() -> None:
-    """Compiles for sm_90 with Triton's own compiler and assembler, which need no GPU."""
+def test_gpu_kernels_use_registers_only() -> None:
+    """Compiles for sm_90 with Triton's compiler and assembler, which need no GPU."""
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"} | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -203,8 +203,8 @@ def test_compiled_for_a_gpu_everything_stays_in_registers() -> None:
         assert int(registers) <= 255 and (stack, local) == ("0", "0"), (name, width)
 
 
-def test_a_compiler_can_trace_which_kernel_serves() -> None:
-    """A break here would leave every local FFN of a compiled model in pieces."""
+def test_torch_compile_can_trace_can_fuse() -> None:
+    """A graph break here would split every local FFN of a compiled model."""
 
     def chosen(tokens: torch.Tensor) -> torch.Tensor:
         return tokens + 1 if can_fuse(torch.device("cuda"), (4, 4)) else tokens - 1

@@ -161,7 +161,9 @@ def validation_batches(config: Config, images: int, device: torch.device) -> lis
     wanted = torch.tensor([place * count // images for place in range(images)]).unique()
     found: list[Tensor] = []
     try:
-        with sources.val.open(Feed(config.evaluate.size, config.evaluate.batch_size), Position()) as batches:
+        with sources.val.open(
+            Feed(config.evaluate.size or config.model.size, config.evaluate.batch_size), Position()
+        ) as batches:
             for batch in batches:
                 chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
                 found.append(normalize(batch.images[chosen]).clone())

@@ -1,4 +1,4 @@
-"""The parts that the blocks of all families share: attention, residual branches and checks of options.
+"""What the blocks of all families share: attention, residual branches and checks of options.
 
 Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D width, M heads, d head width.
 """
@@ -45,6 +45,14 @@ class BlockShape:
     activation: str
 
 
+def linear_slice(layer: nn.Linear, inputs: Tensor, rows: int | None = None) -> Tensor:
+    """Applies the part of ``layer`` with its first ``rows`` outputs (None: all) and as many inputs as there are."""
+    if inputs.shape[-1] == layer.in_features and rows in (None, layer.out_features):
+        return layer(inputs)
+    bias = layer.bias if layer.bias is None else layer.bias[:rows]
+    return F.linear(inputs, layer.weight[:rows, : inputs.shape[-1]], bias)
+
+
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the attention of queries (B, M, R, d) to keys (B, M, T, d): (B, M, R, T) float32.
 
@@ -80,10 +88,7 @@ class Attention(nn.Module):
 
     def _merge(self, mixed: Tensor) -> Tensor:
         """Projects the active heads' outputs (B, M, T, d) to (B, T, D)."""
-        merged = mixed.transpose(1, 2).flatten(2)
-        if self.active_heads == self.num_heads:
-            return self.proj(merged)
-        return F.linear(merged, self.proj.weight[:, : merged.shape[2]], self.proj.bias)
+        return linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""

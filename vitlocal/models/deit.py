@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vitlocal.models.block import Block, BlockShape, add_branch
+from vitlocal.models.block import Block, BlockShape, add_branch, linear_slice
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.registry import BASE, PATCH8_64, SMALL, TINY, register_family
 from vitlocal.models.vit import VisionTransformer
@@ -30,16 +29,10 @@ class FeedForward(nn.Module):
 
     def hidden_units(self, tokens: Tensor) -> Tensor:
         """Returns the active hidden units after the activation: (B, T, D) -> (B, T, C)."""
-        if self.active_hidden == self.hidden:
-            return ACTIVATIONS[self.activation](self.fc1(tokens))
-        weight, bias = self.fc1.weight[: self.active_hidden], self.fc1.bias[: self.active_hidden]
-        return ACTIVATIONS[self.activation](F.linear(tokens, weight, bias))
+        return ACTIVATIONS[self.activation](linear_slice(self.fc1, tokens, rows=self.active_hidden))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.hidden_units(tokens)
-        if self.active_hidden == self.hidden:
-            return self.fc2(hidden)
-        return F.linear(hidden, self.fc2.weight[:, : self.active_hidden], self.fc2.bias)
+        return linear_slice(self.fc2, self.hidden_units(tokens))
 
 
 class PlainBlock(Block):

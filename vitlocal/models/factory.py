@@ -130,7 +130,10 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> li
     state, kept = model.state_dict(), []
     classifier = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    names = _label_names(file.parent / "config.json")
+    try:
+        names = json.loads((file.parent / "config.json").read_text(encoding="utf-8")).get("label_names")
+    except (OSError, ValueError):
+        names = None
     same_classes = not names or not classes or names == list(classes)
     for name, tensor in state.items():
         other = loaded.get(name)
@@ -167,14 +170,6 @@ def _options_of_run(folder: Path) -> str:
     skipped = ("weights", "drop_path")
     set_options = [(name, value) for name, value in options if value is not None and name not in skipped]
     return ". That run has " + " ".join(f"--model.{name}={as_argument(value)}" for name, value in set_options)
-
-
-def _label_names(path: Path) -> list[str] | None:
-    """Returns the classes of an exported model, from its ``config.json``; None if the file does not name them."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("label_names")
-    except (OSError, ValueError):
-        return None
 
 
 def _resampled_positions(model: Any, table: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
-"""The local FFN's middle as Triton kernels: activation, 3×3 depth-wise convolution, activation, in one pass.
+"""Triton kernels for the middle of the local FFN: activation, 3×3 depth-wise convolution, activation, in one pass.
 
-A thread owns a channel of one image and walks down the grid's rows with whole rows in registers, so that the shifts of
-the convolution are names of registers and every activation is computed once. Accesses of the hidden activations
-(B, N, C): 2 forward (read x, write y), 3 backward (read x and dy, write dx), which is the floor of a kernel that stands
-between two matrix products; what else the backward needs (the convolution's result) is computed anew, not stored.
-The kernel's gradient is summed in float32 over a program's images, then over programs, in a fixed order.
+A thread owns a channel of one image. It walks down the grid's rows and keeps whole rows in registers. So the shifts of
+the convolution are names of registers, and each activation is computed once. The kernels access the hidden activations
+(B, N, C) twice forward (read x, write y) and three times backward (read x and dy, write dx), the least possible between
+two matrix products. The backward pass recomputes the convolution's result. The weights' gradient is summed in float32
+over a program's images, then over programs, in a fixed order.
 
-Imported on first use on a GPU, or under Triton's interpreter (``TRITON_INTERPRET=1``). The operator that calls these
-kernels and their slow twin are in ``local_mix.py``.
+Imported on first use on a GPU, or under Triton's interpreter (``TRITON_INTERPRET=1``). ``local_mix.py`` holds the
+operator that calls these kernels, and their reference.
 
-Shapes: B batch, N = H·W patch tokens of the grid (H, W), C hidden width.
+Shapes: B batch, N = H·W patch tokens of the grid (H, W), C hidden width, BC channels of a program.
 """
+# Triton's compiler takes neither type annotations of tensors nor tuples of one type.
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-THREADS = 128  # a program
-POSITIONS = 512  # that a program should walk at least, so that its weights are read for something ...
-# ... unless that would leave fewer programs than fill a GPU some times over. With more, what each of them writes for
-# the weights' gradient would tell: 36 bytes a channel.
+THREADS = 128  # per program
+# A program processes at least this many positions, to read its weights less often, unless fewer than PROGRAMS programs
+# would remain, which fill a GPU several times. More programs would cost memory traffic: each writes its part of the
+# weights' gradient, 36 bytes per channel.
+POSITIONS = 512
 PROGRAMS = 1024
 
 
@@ -35,17 +38,17 @@ def _activate(x, GELU: tl.constexpr):
 
 @triton.jit
 def _slope(x, GELU: tl.constexpr):
-    """The activation's derivative."""
+    """Returns the activation's derivative."""
     if GELU:
         bell = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * bell
-    step = tl.minimum(tl.maximum(x * (1.0 / 6.0) + 0.5, 0.0), 1.0)  # 0 or 1 outside; the same as in _activate
+    step = tl.minimum(tl.maximum(x * (1.0 / 6.0) + 0.5, 0.0), 1.0)  # as in _activate; 0 or 1 outside
     return tl.where(tl.abs(x) < 3.0, x * (1.0 / 3.0) + 0.5, step)
 
 
 @triton.jit
 def _load_row(rows, mask, W: tl.constexpr, C: tl.constexpr):
-    """W tensors (BC,), as stored: one row of the grid from its first token on; zeros where masked."""
+    """Loads one row of the grid: W tensors (BC,) in the stored type, masked elements as zeros."""
     row = ()
     for j in tl.static_range(W):
         row = row + (tl.load(rows + j * C, mask=mask, other=0.0),)
@@ -54,7 +57,7 @@ def _load_row(rows, mask, W: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _taps(weight, channel, mask, COMPUTE: tl.constexpr):
-    """The nine weights of each channel."""
+    """Loads the nine weights of each channel."""
     taps = ()
     for k in tl.static_range(9):
         taps = taps + (tl.load(weight + channel * 9 + k, mask=mask, other=0.0).to(COMPUTE),)
@@ -71,7 +74,7 @@ def _zeros(W: tl.constexpr, BC: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _add_row(sums, row, left, middle, right, W: tl.constexpr):
-    """``sums[j] + left·row[j - 1] + middle·row[j] + right·row[j + 1]``, zeros beyond the ends."""
+    """Returns ``sums[j] + left·row[j - 1] + middle·row[j] + right·row[j + 1]``, with zeros beyond the ends."""
     result = ()
     for j in tl.static_range(W):
         total = sums[j] + middle * row[j]
@@ -83,26 +86,26 @@ def _add_row(sums, row, left, middle, right, W: tl.constexpr):
     return result
 
 
-# Batches and groups of any size run one kernel: an epoch's last, short batch compiles nothing.
+# Not specialised: an epoch's last, short batch runs the same kernel.
 @triton.jit(do_not_specialize=["batch", "images"])
 def _forward(x, weight, y, batch, x_stride, y_stride, images, H, W: tl.constexpr, C: tl.constexpr,
              GELU: tl.constexpr, COMPUTE: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = channel < C
-    nought = tl.full((BC,), 0, tl.int32)  # makes masks of comparisons of rows, under the interpreter as well
+    nought = tl.full((BC,), 0, tl.int32)  # turns comparisons of scalars into masks, also in the interpreter
     w = _taps(weight, channel, mask, COMPUTE)
     first = tl.program_id(1) * images
     source = x + first.to(tl.int64) * x_stride + channel
     target = y + first.to(tl.int64) * y_stride + channel
     for _ in range(tl.minimum(images, batch - first)):
-        above = _zeros(W, BC, COMPUTE)  # the convolution's row i - 1, without its lowest taps
-        here = _zeros(W, BC, COMPUTE)  # its row i, of which the uppermost taps are summed
+        above = _zeros(W, BC, COMPUTE)  # the convolution's row i - 1, without its bottom taps
+        here = _zeros(W, BC, COMPUTE)  # its row i, with only its top taps
         ahead = _load_row(source, mask, W, C)
         for i in range(H + 1):
             row = ()
             for j in tl.static_range(W):
                 row = row + (_activate(ahead[j].to(COMPUTE), GELU),)
-            # The next row is under way while this one is worked on.
+            # The next row loads while this one is computed.
             ahead = _load_row(source + (i + 1) * W * C, mask & (nought + i + 1 < H), W, C)
             done = _add_row(above, row, w[6], w[7], w[8], W)
             line = target + (i - 1) * W * C
@@ -120,7 +123,7 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
               C: tl.constexpr, GELU: tl.constexpr, COMPUTE: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = channel < C
-    nought = tl.full((BC,), 0, tl.int32)  # makes masks of comparisons of rows, under the interpreter as well
+    nought = tl.full((BC,), 0, tl.int32)  # turns comparisons of scalars into masks, also in the interpreter
     w = _taps(weight, channel, mask, COMPUTE)
     sums = _zeros(9, BC, COMPUTE)
     first = tl.program_id(1) * images
@@ -128,9 +131,11 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
     given = dy + first.to(tl.int64) * dy_stride + channel
     target = dx + first.to(tl.int64) * dx_stride + channel
     for _ in range(tl.minimum(images, batch - first)):
-        z_above = _zeros(W, BC, COMPUTE)  # of the convolution's rows i - 1 and i, what is summed so far
+        z_above = _zeros(W, BC, COMPUTE)  # partial sums of the convolution's rows i - 1 and i
         z_here = _zeros(W, BC, COMPUTE)
-        d_above = _zeros(W, BC, COMPUTE)  # the same of the gradient by the convolution's input, rows i - 2 and i - 1
+        d_above = _zeros(
+            W, BC, COMPUTE
+        )  # partial sums of the gradient by the convolution's input, rows i - 2 and i - 1
         d_here = _zeros(W, BC, COMPUTE)
         x_above = _zeros(W, BC, COMPUTE)  # x's rows i - 2 and i - 1
         x_here = _zeros(W, BC, COMPUTE)
@@ -146,13 +151,13 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
                 below = below + (_activate(x_below[j], GELU),)
             ahead = _load_row(source + (i + 1) * W * C, mask & (nought + i + 1 < H), W, C)
             grads_ahead = _load_row(given + i * W * C, mask & (nought + i < H), W, C)
-            z = _add_row(z_above, below, w[6], w[7], w[8], W)  # row i - 1, whole
+            z = _add_row(z_above, below, w[6], w[7], w[8], W)  # row i - 1, complete
             z_above = _add_row(z_here, below, w[3], w[4], w[5], W)
             z_here = _add_row(_zeros(W, BC, COMPUTE), below, w[0], w[1], w[2], W)
             dz = ()
             for j in tl.static_range(W):
                 dz = dz + (grads[j] * _slope(z[j], GELU),)
-            # The gradient by the taps: row i - 1 of dz with the three rows around it.
+            # The gradient by the taps, from row i - 1 of dz and the three input rows around it.
             s0, s1, s2, s3, s4, s5, s6, s7, s8 = sums
             for j in tl.static_range(W):
                 up = _activate(x_above[j], GELU)
@@ -169,8 +174,8 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
                     s5 += dz[j - 1] * level
                     s8 += dz[j - 1] * below[j]
             sums = (s0, s1, s2, s3, s4, s5, s6, s7, s8)
-            # Transposed: what a tap reads from, it gives back to.
-            d = _add_row(d_above, dz, w[2], w[1], w[0], W)  # row i - 2, whole
+            # The transposed convolution.
+            d = _add_row(d_above, dz, w[2], w[1], w[0], W)  # row i - 2, complete
             line = target + (i - 2) * W * C
             for j in tl.static_range(W):
                 value = (d[j] * _slope(x_above[j], GELU)).to(dx.dtype.element_ty)
@@ -187,8 +192,8 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
 
 
 def _launch(batch: int, grid: tuple[int, int], channels: int) -> tuple[tuple[int, int], int, int]:
-    """The launch grid (channel blocks, groups of images), images a group, and channels a program."""
-    wide = 1 if grid[1] > 8 else 2  # channels a thread: wider loads where registers allow
+    """Returns the launch grid (channel blocks, groups of images), images per group, and channels per program."""
+    wide = 1 if grid[1] > 8 else 2  # channels per thread: wider loads if registers allow
     block = THREADS * wide if channels % (THREADS * wide) == 0 else THREADS
     blocks = triton.cdiv(channels, block)
     images = min(-(-POSITIONS // (grid[0] * grid[1])), max(1, batch * blocks // PROGRAMS))
@@ -196,17 +201,17 @@ def _launch(batch: int, grid: tuple[int, int], channels: int) -> tuple[tuple[int
 
 
 def _by_rows(tokens: Tensor) -> Tensor:
-    """``tokens`` where an image's rows lie one after another; the images themselves may be apart (a class token)."""
+    """Returns ``tokens`` with each image contiguous. Between images there may be a gap, for a class token."""
     return tokens if tokens.stride()[1:] == (tokens.shape[2], 1) else tokens.contiguous()
 
 
 def _sum_types(tokens: Tensor) -> tuple[tl.dtype, torch.dtype]:
-    """What is computed and summed in."""
+    """Returns the type of computations and sums, for Triton and for PyTorch."""
     return (tl.float64, torch.float64) if tokens.dtype == torch.float64 else (tl.float32, torch.float32)
 
 
 def local_mix_forward(tokens: Tensor, weight: Tensor, grid: tuple[int, int], activation: str) -> Tensor:
-    """(B, N, C) → (B, N, C), in the type of ``tokens``; ``weight`` (C, 1, 3, 3) of any floating type."""
+    """Computes (B, N, C) → (B, N, C), in the type of ``tokens``; ``weight`` (C, 1, 3, 3) has any floating type."""
     x, weight = _by_rows(tokens), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch, images, block = _launch(len(x), grid, x.shape[2])
@@ -221,7 +226,7 @@ def local_mix_forward(tokens: Tensor, weight: Tensor, grid: tuple[int, int], act
 def local_mix_backward(
     tokens: Tensor, weight: Tensor, grad: Tensor, grid: tuple[int, int], activation: str
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by ``tokens`` (B, N, C) and ``weight`` (C, 1, 3, 3), for ``grad`` (B, N, C) by the result."""
+    """Returns the gradients by ``tokens`` (B, N, C) and ``weight`` (C, 1, 3, 3), from ``grad`` (B, N, C)."""
     x, dy, taps = _by_rows(tokens), _by_rows(grad), weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch, images, block = _launch(len(x), grid, x.shape[2])
@@ -232,4 +237,4 @@ def local_mix_backward(
             x, taps, dy, dx, sums, len(x), x.stride(0), dy.stride(0), dx.stride(0), images, grid[0], W=grid[1],
             C=x.shape[2], GELU=activation == "gelu", COMPUTE=compute, BC=block, num_warps=THREADS // 32,
         )  # fmt: skip
-    return dx, sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()  # as compiled graphs are told
+    return dx, sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()  # as register_fake says

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.models.block import Block, BlockShape, add_branch, check_bool, check_choice
+from vitlocal.models.block import Block, BlockShape, add_branch, check_bool, check_choice, linear_slice
 from vitlocal.models.local_mix import ACTIVATIONS, local_mix
 from vitlocal.models.registry import BASE, PATCH4_32, PATCH8_64, SMALL, TINY, register_family
 from vitlocal.models.token_selection import gather_tokens, scatter_tokens
@@ -48,10 +48,10 @@ class LocalFeedForward(nn.Module):
             normed = self.norm(patches.flatten(0, 1)).view(patches.shape)
         else:
             normed = self.norm(patches)
-        is_whole = self.active_hidden == self.hidden
-        hidden = self.fc1(normed) if is_whole else F.linear(normed, self.fc1.weight[: self.active_hidden])  # (B, N, C)
+        hidden = linear_slice(self.fc1, normed, rows=self.active_hidden)  # (B, N, C)
         if self.conv is None:
             return ACTIVATIONS[self.activation](hidden)
+        is_whole = self.active_hidden == self.hidden
         weight = self.conv.weight if is_whole else self.conv.weight[: self.active_hidden]
         if kept is None:
             return local_mix(hidden, weight, grid, self.activation, self.kernel)
@@ -61,10 +61,7 @@ class LocalFeedForward(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
         """``kept`` (B, n): the patches' indices in the grid, if some are missing. The convolution reads those as 0."""
-        hidden = self.hidden_units(patches, grid, kept)
-        if self.active_hidden == self.hidden:
-            return self.fc2(hidden)
-        return F.linear(hidden, self.fc2.weight[:, : self.active_hidden])
+        return linear_slice(self.fc2, self.hidden_units(patches, grid, kept))
 
 
 @contextmanager

@@ -28,7 +28,14 @@ _TIMM_OPTIONS = frozenset({"pretrained_cfg", "pretrained_cfg_overlay", "pretrain
 def register_family(family: type[VisionTransformer], models: Mapping[str, Mapping[str, Any]]) -> None:
     """Registers ``models`` with timm: their names, each with its default options."""
     module = sys.modules[family.__module__]
-    configs = {name: default_cfg(defaults.get("img_size", 224)) for name, defaults in models.items()}
+    configs: dict[str, Any] = {
+        name: dict(
+            input_size=(3, defaults.get("img_size", 224), defaults.get("img_size", 224)), num_classes=1000,
+            crop_pct=0.875, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+            first_conv="patch_embed.proj", classifier="head",
+        )
+        for name, defaults in models.items()
+    }  # fmt: skip
     vars(module)["default_cfgs"] = generate_default_cfgs(configs)  # register_model() looks here
     for name, defaults in models.items():
         vars(module)[name] = register_model(_entry_point(family, name, defaults))
@@ -38,7 +45,7 @@ def _entry_point(
     family: type[VisionTransformer], name: str, defaults: Mapping[str, Any]
 ) -> Callable[..., VisionTransformer]:
     def create(pretrained: bool = False, **options: Any) -> VisionTransformer:
-        known = option_names(family)
+        known = _options(family)
         unknown = [option for option in options if option not in known and option not in _TIMM_OPTIONS]
         if unknown:
             similar = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
@@ -50,25 +57,8 @@ def _entry_point(
     return create
 
 
-def option_names(family: type[VisionTransformer]) -> tuple[str, ...]:
-    """Returns the options that a family's models take."""
-    names: dict[str, None] = {}
-    for cls in (VisionTransformer, family):
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                names[name] = None
-    return tuple(names)
-
-
-def default_cfg(size: int) -> dict[str, Any]:
-    """Returns timm's description of a model for images of ``size`` pixels, without published weights."""
-    return dict(
-        input_size=(3, size, size),
-        num_classes=1000,
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="patch_embed.proj",
-        classifier="head",
-    )
+def _options(family: type[VisionTransformer]) -> list[str]:
+    """Returns the names of the options that a family's models take."""
+    signatures = [inspect.signature(cls.__init__) for cls in (VisionTransformer, family)]
+    parameters = [parameter for signature in signatures for parameter in signature.parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))

@@ -8,7 +8,7 @@ get zero gradients. Blocks that do not run, or are frozen, get no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,6 @@ from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, growth_sou
 SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts that can run a slice of their hidden units
 
 Moments = Callable[[nn.Parameter], dict[str, Tensor]]
-Ranges = Mapping[str, tuple[int, int]]  # unit -> indices of the first new slice, and after the last
 
 
 def model_blocks(model: nn.Module) -> list[Any]:
@@ -142,7 +141,7 @@ def set_trainable(model: nn.Module, shape: Shape) -> bool:
     ``shape.head_only`` freezes stays frozen. Frozen parameters have no gradient.
     """
     order, trainable = shape.block_order, shape.trainable_blocks
-    if order is None and trainable is None and not shape.head_only and not hasattr(model, "blocks"):
+    if not hasattr(model, "blocks") and order is None and trainable is None and not shape.head_only:
         return False
     trains: dict[nn.Parameter, bool] = {}
     for index, block in enumerate(model_blocks(model)):
@@ -167,25 +166,25 @@ def set_trainable(model: nn.Module, shape: Shape) -> bool:
 
 @dataclass(frozen=True)
 class ParameterSlices:
-    """A parameter that has a slice for each head, or for each hidden unit.
+    """A parameter that has a slice for each head, or for each hidden unit."""
 
-    ``view`` is the shape in which ``axis`` counts the slices. ``outgoing``: the parameter carries the slices' outputs
-    to the rest of the model.
-    """
-
-    parameter: nn.Parameter
+    parameter: Any  # nn.Parameter
     unit: str  # "heads" or "hidden"
-    view: tuple[int, ...]
+    view: tuple[int, ...]  # the shape in which ``axis`` counts the slices
     axis: int
-    outgoing: bool = False
+    outgoing: bool = False  # whether the parameter carries the slices' outputs to the rest of the model
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Returns a view of ``tensor``, which has the parameter's size, with an axis that counts the slices."""
+        """Returns ``tensor``, which has the parameter's size, with an axis that counts the slices."""
         return tensor.view(self.view)
 
     def span(self, tensor: Tensor, start: int, end: int) -> Tensor:
         """Returns a view of the slices ``start`` to ``end`` of ``tensor``."""
         return self.of(tensor).narrow(self.axis, start, end - start)
+
+    def select(self, tensor: Tensor, indices: Sequence[int]) -> Tensor:
+        """Returns a copy of the slices ``indices`` of ``tensor``."""
+        return self.of(tensor).index_select(self.axis, torch.tensor(indices, device=tensor.device))
 
 
 def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
@@ -199,12 +198,10 @@ def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
             yield ParameterSlices(module.proj.weight, "heads", (dim, heads, dim // heads), 1, outgoing=True)
         elif isinstance(module, SLICED):
             dim, hidden = module.fc2.weight.shape
-            yield ParameterSlices(module.fc1.weight, "hidden", (hidden, dim), 0)
-            if module.fc1.bias is not None:
-                yield ParameterSlices(module.fc1.bias, "hidden", (hidden,), 0)
             conv = getattr(module, "conv", None)
-            if conv is not None:
-                yield ParameterSlices(conv.weight, "hidden", tuple(conv.weight.shape), 0)
+            for parameter in (module.fc1.weight, module.fc1.bias, None if conv is None else conv.weight):
+                if parameter is not None:
+                    yield ParameterSlices(parameter, "hidden", tuple(parameter.shape), 0)
             yield ParameterSlices(module.fc2.weight, "hidden", (dim, hidden), 1, outgoing=True)
 
 
@@ -220,48 +217,43 @@ def grow(
     """
     if growth.average is not None and not growth.new_only:
         model.load_state_dict(copies[growth.average].state_dict())
-    ranges = _new_slices(model, before, shape)
-    if growth.weights == "copy":
-        for grown in (model, *copies):
-            is_average = grown is model and growth.new_only and growth.average is not None
-            _copy_slices(grown, ranges, growth)
-            _copy_blocks(grown, growth.blocks, copies[growth.average or 0] if is_average else grown)
-        if growth.noise:
-            _add_noise(model, ranges, growth, seed)
-    elif ranges or growth.blocks:
-        fresh = _redrawn(model, seed * 1000 + growth.number)
-        for grown in (model, *copies):
-            for part, drawn in zip(parameter_slices(grown), parameter_slices(fresh), strict=True):
-                if part.unit in ranges:
-                    new = ranges[part.unit]
-                    part.span(part.parameter, *new).copy_(drawn.span(drawn.parameter, *new))
-            _copy_blocks(grown, [(index, index) for index, _ in growth.blocks], fresh)
-    _set_moments(model, ranges, growth, moments)
+    new = _new_slices(model, before, shape)
+    redrawn = None
+    if growth.weights == "random" and (new or growth.blocks):
+        redrawn = _redrawn(model, seed * 1000 + growth.number)
+    for grown in (model, *copies):
+        sources = _new_slices(redrawn or grown, before, shape)
+        for (part, start, end), (source, _, _) in zip(_new_slices(grown, before, shape), sources, strict=True):
+            copied = list(range(start, end)) if redrawn else growth_sources(start, end, growth.sources)
+            part.span(part.parameter, start, end).copy_(source.select(source.parameter, copied))
+            if part.outgoing and growth.scale != 1 and not redrawn:
+                changed = sorted({*copied, *range(start, end)})
+                scaled = part.select(part.parameter, changed) * growth.scale
+                part.of(part.parameter).index_copy_(part.axis, torch.tensor(changed, device=scaled.device), scaled)
+        donor = redrawn or grown
+        if grown is model and growth.new_only and growth.average is not None and not redrawn:
+            donor = copies[growth.average]
+        for index, old in growth.blocks:
+            state = model_blocks(donor)[index if redrawn else old].state_dict()
+            model_blocks(grown)[index].load_state_dict(state)
+    if growth.noise and not redrawn:
+        generator = torch.Generator().manual_seed(seed * 1000 + growth.number)  # on the host, the same in all processes
+        tensors = [part.span(part.parameter, start, end) for part, start, end in new]
+        tensors += [parameter for index, _ in growth.blocks for parameter in model_blocks(model)[index].parameters()]
+        for tensor in tensors:
+            spread = tensor.std() if tensor.numel() > 1 else 0.0
+            tensor += (torch.randn(tensor.shape, generator=generator) * growth.noise).to(tensor) * spread
+    _set_moments(model, new, growth, moments)
 
 
-def _new_slices(model: nn.Module, before: Shape, shape: Shape) -> Ranges:
-    found = {}
-    for unit in ("heads", "hidden"):
-        old, new = getattr(before, unit), getattr(shape, unit)
-        if old is None:
-            continue
-        new = new or next(part.view[part.axis] for part in parameter_slices(model) if part.unit == unit)
-        if new > old:
-            found[unit] = (old, new)
-    return found
-
-
-def _copy_slices(model: nn.Module, ranges: Ranges, growth: Growth) -> None:
+def _new_slices(model: nn.Module, before: Shape, shape: Shape) -> list[tuple[ParameterSlices, int, int]]:
+    """Returns each parameter that grows, with the indices of its first new slice and after its last."""
+    found = []
     for part in parameter_slices(model):
-        if part.unit not in ranges:
-            continue
-        old, new = ranges[part.unit]
-        view, sources = part.of(part.parameter), growth_sources(old, new, growth.sources)
-        copied = view.index_select(part.axis, torch.tensor(sources, device=view.device))
-        part.span(part.parameter, old, new).copy_(copied)
-        if part.outgoing and growth.scale != 1:
-            scaled = torch.tensor(sorted({*sources, *range(old, new)}), device=view.device)
-            view.index_copy_(part.axis, scaled, view.index_select(part.axis, scaled) * growth.scale)
+        old, new = getattr(before, part.unit), getattr(shape, part.unit) or part.view[part.axis]
+        if old is not None and new > old:
+            found.append((part, old, new))
+    return found
 
 
 def _redrawn(model: nn.Module, seed: int) -> nn.Module:
@@ -276,40 +268,23 @@ def _redrawn(model: nn.Module, seed: int) -> nn.Module:
     return fresh
 
 
-def _copy_blocks(model: nn.Module, pairs: Sequence[tuple[int, int]], source: nn.Module) -> None:
-    for new, old in pairs:
-        model_blocks(model)[new].load_state_dict(model_blocks(source)[old].state_dict())
-
-
-def _add_noise(model: nn.Module, ranges: Ranges, growth: Growth, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed * 1000 + growth.number)  # on the host: every process draws the same
-    new = [part.span(part.parameter, *ranges[part.unit]) for part in parameter_slices(model) if part.unit in ranges]
-    new += [parameter for index, _ in growth.blocks for parameter in model_blocks(model)[index].parameters()]
-    for tensor in new:
-        spread = tensor.std() if tensor.numel() > 1 else 0.0
-        tensor += (torch.randn(tensor.shape, generator=generator) * growth.noise).to(tensor) * spread
-
-
-def _set_moments(model: nn.Module, ranges: Ranges, growth: Growth, moments: Moments) -> None:
+def _set_moments(
+    model: nn.Module, new: Sequence[tuple[ParameterSlices, int, int]], growth: Growth, moments: Moments
+) -> None:
     if growth.moments == "reset":
         for parameter in model.parameters():
             for value in moments(parameter).values():
                 value.zero_()  # also the step count, so that bias correction starts again
         return
-    for part in parameter_slices(model):
-        if part.unit not in ranges:
-            continue
-        old, new = ranges[part.unit]
+    for part, start, end in new:
         for value in moments(part.parameter).values():
-            if value.shape != part.parameter.shape:
-                continue
-            if growth.moments == "copy":
-                sources = torch.tensor(growth_sources(old, new, growth.sources), device=value.device)
-                part.span(value, old, new).copy_(part.of(value).index_select(part.axis, sources))
-            else:
-                part.span(value, old, new).zero_()
-    blocks = model_blocks(model) if growth.blocks else []
+            if value.shape == part.parameter.shape and growth.moments == "copy":
+                copied = growth_sources(start, end, growth.sources)
+                part.span(value, start, end).copy_(part.select(value, copied))
+            elif value.shape == part.parameter.shape:
+                part.span(value, start, end).zero_()
     for index, source in growth.blocks:
+        blocks = model_blocks(model)
         for mine, theirs in zip(blocks[index].parameters(), blocks[source].parameters(), strict=True):
             moments(mine).clear()  # as before the first step
             if growth.moments == "copy":

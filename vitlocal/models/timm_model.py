@@ -14,10 +14,7 @@ from vitlocal.models.block import check_count
 
 
 class TimmModel(nn.Module):
-    """A classifier in timm's terms: ``forward`` is ``forward_head(forward_features(images))``. Subclasses set ``head``.
-
-    ``init``: the initial weights of a new head, "trunc_normal" or "xavier".
-    """
+    """A classifier whose ``forward`` is ``forward_head(forward_features(images))``. Subclasses set ``head``."""
 
     head: nn.Module
 

@@ -50,17 +50,11 @@ def keep_count(count: int, rate: float) -> int:
 
 
 def patch_scores(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Returns the importance of each patch token, (B, N), from attention averaged over heads, (B, T, T).
+    """Returns the class token's attention to each patch, (B, N), from attention averaged over heads, (B, T, T).
 
-    It is the class token's attention to the patch. Without a class token it is the attention of all tokens to the
-    patch, as in the released code for Swin.
+    Without a class token: the attention of all tokens to each patch, as in the released code for Swin.
     """
     return attention[:, 0, 1:] if num_prefix_tokens else attention.sum(dim=1)
-
-
-def top_indices(scores: Tensor, count: int) -> Tensor:
-    """Returns the indices of the ``count`` highest scores, in ascending order: (B, N) → (B, count) int64."""
-    return scores.topk(count, dim=1).indices.sort(dim=1).values
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
@@ -112,7 +106,8 @@ def prune_tokens(
     indices, keep = before.indices, keep_count(count, selection.token_keep_rate)
     attention = attention if selection.per_head_masks else mean
     if keep < count:
-        chosen = top_indices(patch_scores(mean[:, 0], num_prefix_tokens), keep)  # (B, keep), among those that remain
+        scores = patch_scores(mean[:, 0], num_prefix_tokens)
+        chosen = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (B, keep), among those that remain
         tokens = gather_tokens(tokens, chosen, num_prefix_tokens)
         indices = chosen if indices is None else indices.gather(1, chosen)
         attention = gather_attention(attention, chosen, num_prefix_tokens)

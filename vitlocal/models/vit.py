@@ -252,7 +252,6 @@ class VisionTransformer(TimmModel):
         return ((noise < keep) / keep).permute(1, 2, 0)[..., None, None]
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Returns tokens (B, T, D) after the last norm. ``noise``: see :meth:`forward`."""
         return self._features(images, noise)[0]
 
     def _features(
