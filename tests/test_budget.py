@@ -325,7 +325,13 @@ def test_a_signal_while_compiling_takes_what_was_left_leaves_evaluation_to_the_n
     configure, decoder, tmp_path: Path, monkeypatch
 ):
     """Nothing is exported that was not evaluated; the same command evaluates it."""
-    options = ("--budget.length=30s", "--evaluate.every=0", "--train.compile_at=stage", "--run.save_every=1steps", *COUNTED)
+    options = (
+        "--budget.length=30s",
+        "--evaluate.every=0",
+        "--train.compile_at=stage",
+        "--run.save_every=1steps",
+        *COUNTED,
+    )
     with monkeypatch.context() as patch:
         warm, count = Run.warm, [0]
 

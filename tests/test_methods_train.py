@@ -39,8 +39,18 @@ COMMON = [
     "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
     "--augment.mixup=0.8", "--train.ema_decay=0.9",
 ]  # fmt: skip
-SEARCH = ["--autoprog.search_length=0.5ep", "--autoprog.probe_batches=2", "--autoprog.size_multiple=16", "--augment.randaugment=9"]
-UPDATES = ["--trilevel.update_every=1ep", "--trilevel.max_updates=2", "--trilevel.swap_fraction=0.1", "--trilevel.decay_end=80%"]
+SEARCH = [
+    "--autoprog.search_length=0.5ep",
+    "--autoprog.probe_batches=2",
+    "--autoprog.size_multiple=16",
+    "--augment.randaugment=9",
+]
+UPDATES = [
+    "--trilevel.update_every=1ep",
+    "--trilevel.max_updates=2",
+    "--trilevel.swap_fraction=0.1",
+    "--trilevel.decay_end=80%",
+]
 METHODS = {
     "budgeted": ["--methods=budgeted"],
     "budgeted before": ["--methods=budgeted", "--budgeted.crop=before"],
@@ -49,7 +59,7 @@ METHODS = {
     "budgeted compute": ["--methods=budgeted", "--budgeted.compute=1%", "--budgeted.new_moments=copy"],
     "trilevel": ["--methods=trilevel", "--trilevel.token_keep_rate=0.7", *UPDATES],
     "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg",
-                      "--trilevel.attention_masks=own", *UPDATES],
+                      "--trilevel.attention_masks=per_head", *UPDATES],
     "trilevel examples": ["--methods=trilevel", "--trilevel.levels=examples", "--trilevel.score=forgetting", *UPDATES],
     "autoprog": ["--methods=autoprog", *SEARCH],
     "autoprog by FLOPs": ["--methods=autoprog", *SEARCH, "--autoprog.cost=flops", "--autoprog.grow=momentum_new",
@@ -119,11 +129,11 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
     assert exports[0] == exports[1]
     records = read_log(tmp_path / "whole")
     assert all(record["macs_per_image"] > 0 for record in records if record["loss"] is not None)
-    if any("samples" in option or "search" in option for option in options):  # what a search takes is told apart
+    if any("probe_batch_size" in option or "search" in option for option in options):  # what a search takes is told apart
         assert 0 < records[-1]["probe_seconds"] < records[-1]["train_seconds"]
     json.dumps(records)
     asked = [read_lines(tmp_path / name / SEARCHES) for name in ("whole", "killed")]
-    assert asked[0] == asked[1] and bool(asked[0]) == any("samples" in o or "search" in o for o in options)
+    assert asked[0] == asked[1] and bool(asked[0]) == any("probe_batch_size" in o or "search" in o for o in options)
 
 
 @pytest.mark.parametrize("name", ["budgeted", "trilevel", "trilevel deit", "autoprog", "unfreeze"])
@@ -154,12 +164,12 @@ def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Run, "train_on", train_on)
     with open_run(configure(*COMMON, *METHODS["trilevel examples"])) as run:
-        first = set(run.methods[0].kept.tolist())
+        first = set(run.methods[0]._kept.tolist())
         assert len(first) == 96 and run.clock.images_per_epoch == 96
         fit(run)
-        assert run.methods[0].version == 3
+        assert run.methods[0]._version == 3
     assert seen[0] == first and all(len(rows) == 96 for rows in seen)
-    assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(run.methods[0].kept.tolist())
+    assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(run.methods[0]._kept.tolist())
 
 
 def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
@@ -196,9 +206,9 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
         method = run.methods[0]
         images = torch.randn(2, 3, 48, 48)
         run.model.eval()
-        order = method.supernet(1)[0]
-        for net in method.candidates(1):
-            skipped = method.skipped(1, net.depth)
+        order = method._supernet(1)[0]
+        for net in method._candidates(1):
+            skipped = method._skipped(1, net.depth)
             with in_shape(run.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
                 inside = run.model(images)
             left = tuple(slot for slot in order if slot not in skipped)
@@ -461,7 +471,10 @@ for options in json.loads(Path(sys.argv[1]).read_text()):
 @pytest.mark.parametrize("names", [list(METHODS)[::2], list(METHODS)[1::2]], ids=["even", "odd"])
 def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp_path: Path, names: list[str]):
     """With gloo, as one: what methods saw on both is put together, and rank 0's answers count for both."""
-    runs, plain = [], ["--augment.mixup=0", "--train.ema_decay=none", "--train.batch_size=34", "--trilevel.score=attention"]
+    runs, plain = (
+        [],
+        ["--augment.mixup=0", "--train.ema_decay=none", "--train.batch_size=34", "--trilevel.score=attention"],
+    )
     for name in names:
         config = configure(*COMMON, *METHODS[name], *plain, f"--run.folder={tmp_path}/one-{_folder(name)}")
         assert train(config) == 0
@@ -514,21 +527,22 @@ class Pair:
 def test_notes_of_several_processes_are_added_up_and_come_back_once(configure, decoder):
     with open_run(configure(*COMMON, *METHODS["trilevel examples"], "--trilevel.score=attention")) as run:
         method = run.methods[0]
-        rows = torch.from_numpy(method.kept)
+        rows = torch.from_numpy(method._kept)
         for part, hit in ((rows[:48], True), (rows[48:], False)):  # a half by each process
             method.observe(StepResult(None, part, run.plan(), Progress(), torch.full((48,), hit), torch.ones(48)))
             if hit:
                 first = {name: value.clone() for name, value in method.local_state().items()}
-                method.records, method.spread = {}, None
+                method._new_record()
         state = method.state_dict()
         ranks, run.ranks = run.ranks, Pair([first[name] for name in method.local_state()])
         notes = run.state()["notes"]["trilevel"]
         run.ranks = ranks
         method.load_state_dict(state)
-        assert not any(record.any() for record in method.records.values())  # as it is on rank 1
-        method.load_local_state(notes)  # and on rank 0
-        (record,) = method.records.values()
-        assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48 and method.spread.sum() == 96
+        assert not method.local_state()["records"].any()  # as it is on rank 1
+        method.load_state_dict(state, notes)  # and on rank 0
+        (record,) = method.local_state()["records"]
+        assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48
+        assert method.local_state()["attention_variance"].sum() == 96
 
 
 def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decoder, tmp_path: Path, capsys):

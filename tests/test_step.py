@@ -181,7 +181,9 @@ def gpu() -> torch.device:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [[], ["--train.ema_decay=0.9", "--train.clip_norm=1", "--train.grad_accum_steps=2"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--train.ema_decay=0.9", "--train.clip_norm=1", "--train.grad_accum_steps=2"]]
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: bool):
     step = a_step(

@@ -55,7 +55,9 @@ class DataConfig:
         "stop", Choice("stop", "skip"), "at a damaged image, with data.loader=native: stop, or take another image"
     )
     side_ratio: float = option(
-        1.5, Number(low=0.1, high=16), "the loader uses a file for an image size if the file's side >= this ratio x size"
+        1.5,
+        Number(low=0.1, high=16),
+        "the loader uses a file for an image size if the file's side >= this ratio x size",
     )
 
 
@@ -94,7 +96,9 @@ class ModelConfig:
     )
     drop_path: float = option(0.1, Number(low=0, high=0.9), "stochastic depth: rate at the last block")
     weights: str | None = option(
-        None, Maybe(TEXT), "initial weights: a run folder, or a file; a head for other classes starts from random weights"
+        None,
+        Maybe(TEXT),
+        "initial weights: a run folder, or a file; a head for other classes starts from random weights",
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -147,17 +151,21 @@ class TrainConfig:
         was="accumulate",
     )  # fmt: skip
     grad_checkpointing: bool = option(
-        False, FLAG, "gradient checkpointing: blocks compute their activations again, to save memory", was="checkpointing"
+        False,
+        FLAG,
+        "gradient checkpointing: blocks compute their activations again, to save memory",
+        was="checkpointing",
     )
-    compile: str = option(
-        "auto", Choice("auto", "yes", "no"), "use torch.compile, for each image size; auto: on a GPU"
-    )
+    compile: str = option("auto", Choice("auto", "yes", "no"), "use torch.compile, for each image size; auto: on a GPU")
     compile_at: str = option(
         "start", Choice("start", "stage"), "compile all image sizes before training, or each where its stage begins",
         was="warm",
     )  # fmt: skip
     cuda_graphs: str = option(
-        "auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps that launch many small kernels", was="graphs"
+        "auto",
+        Choice("auto", "yes", "no"),
+        "use CUDA graphs; auto: for steps that launch many small kernels",
+        was="graphs",
     )
     kernel: str = option("auto", Choice(*KERNELS), "kernel of the local FFN; auto: fused on a GPU")
 
@@ -374,7 +382,9 @@ def _contradictions(config: Config) -> list[str]:
     if train.ema_decay is not None and train.ema_length is not None:
         found.append("train.ema_length: it replaces train.ema_decay; remove one of the two")
     if train.ema_length is not None and not train.ema_length.value:
-        found.append(f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%; or none for no average")
+        found.append(
+            f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%; or none for no average"
+        )
     if train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1):
         found.append("train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1")
     if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):

@@ -124,9 +124,7 @@ class OptionReader:
 
     def _help(self, section: str) -> NoReturn:
         """Prints all options, or the options of ``section``, and exits."""
-        shown = {
-            name: spec for name, spec in self._options.items() if section in ("", name.rpartition(".")[0] or name)
-        }
+        shown = {name: spec for name, spec in self._options.items() if section in ("", name.rpartition(".")[0] or name)}
         if not shown:
             raise ConfigError(f"--help: there is no section '{section}'; the sections are {self._sections}")
         OptionReader(shown, self._flags, self._about, self._sections)._parser.print_help()
@@ -135,7 +133,9 @@ class OptionReader:
     def _unknown(self, name: str, where: str) -> None:
         """Notes that there is no option ``name``, with its new name or the option that is most like it."""
         if name in self._renamed:
-            self.problems.append(f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}")
+            self.problems.append(
+                f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}"
+            )
             return
         section, _, key = name.rpartition(".")
         known = [*(flag.lstrip("-") for flag in self._flags), *self._options]

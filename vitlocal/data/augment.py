@@ -62,7 +62,9 @@ class Augment(torch.nn.Module):
         self.config = config
         self.mixes = config.mixup > 0 or config.cutmix > 0
         self.normalize = Normalize()
-        table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.random_erasing else torch.empty(0)
+        table = (
+            torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if config.random_erasing else torch.empty(0)
+        )
         self.register_buffer("table", table, persistent=False)
 
     def draw(

@@ -44,9 +44,7 @@ class AutoProgConfig(Section):
     space: tuple[str, ...] = option(
         SPACE, Series(Choice(*SPACE)), "what grows; without size, image_size may set the image size"
     )
-    min_scale: float = option(
-        0.5, FRACTION, "smallest depth and image size, as a fraction of the largest", was="scale"
-    )
+    min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest", was="scale")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
     schedule: tuple[Net, ...] | None = schedule_option(
         "depth and image size of every stage, instead of a search: 6@128px,8@160px,10@192px,12@224px"
@@ -66,7 +64,9 @@ class AutoProgConfig(Section):
         "average, from which nets grow", was="averages"
     )  # fmt: skip
     loss_of: str = option(
-        "average", Choice("average", "online"), "weights whose loss is measured: the fast average or the current weights"
+        "average",
+        Choice("average", "online"),
+        "weights whose loss is measured: the fast average or the current weights",
     )
     loss_on: str = option(
         "train", Choice("train", "val"), "split whose images measure the loss; val makes the validation accuracy biased"

@@ -71,7 +71,9 @@ class BudgetedConfig(Section):
         None, Maybe(Series(FRACTION)), "fraction of the heads in each stage; none: k / K in stage k"
     )
     hidden: tuple[float, ...] | None = option(
-        None, Maybe(Series(FRACTION)), "fraction of the hidden width in each stage; none: it doubles from stage to stage"
+        None,
+        Maybe(Series(FRACTION)),
+        "fraction of the hidden width in each stage; none: it doubles from stage to stage",
     )
     tokens: tuple[float, ...] | None = option(
         None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage; none: equal steps from 50 % to all"
@@ -80,9 +82,7 @@ class BudgetedConfig(Section):
         "after", Choice("after", "before"), "crop the token grid after the patch embedding, as published, or crop the "
         "image before it: the same tokens for less compute"
     )  # fmt: skip
-    new_weights: str = option(
-        "copy", Choice("copy", "random"), "weights of new heads and hidden units", was="weights"
-    )
+    new_weights: str = option("copy", Choice("copy", "random"), "weights of new heads and hidden units", was="weights")
     copy_from: str = option(
         "first", Choice("first", "last"), "heads and hidden units that are copied, if not all are", was="sources"
     )
@@ -91,7 +91,10 @@ class BudgetedConfig(Section):
         "the whole model become zero", was="moments"
     )  # fmt: skip
     copy_scale: float = option(
-        1.0, Number(low=0), "factor on the outputs of copies and of the parts they copy; 0.5 keeps their sum", was="scale"
+        1.0,
+        Number(low=0),
+        "factor on the outputs of copies and of the parts they copy; 0.5 keeps their sum",
+        was="scale",
     )
     copy_noise: float = option(
         0.0, Number(low=0), "noise added to copies, in standard deviations of the weights", was="noise"
@@ -184,7 +187,9 @@ class Budgeted(Method):
         reason = "both remove tokens; let one of the two keep them, as with budgeted.grow=heads,hidden"
         excludes = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
         length = {"budget.length"} if sets_length(config) else set()
-        return Claims(cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown_fields(config)), *length}), excludes)
+        return Claims(
+            cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown_fields(config)), *length}), excludes
+        )
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:

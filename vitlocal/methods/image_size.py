@@ -78,7 +78,10 @@ class ImageSize(Method):
         if config.init > config.final:
             found.append(f"image_size.init: {config.init} is larger than image_size.final ({config.final})")
         elif config.growth == "exponential":
-            switches, sizes = config.switch_epochs, [*range(config.init, config.final, config.step_pixels), config.final]
+            switches, sizes = (
+                config.switch_epochs,
+                [*range(config.init, config.final, config.step_pixels), config.final],
+            )
             if len(switches) < len(sizes):
                 found.append(
                     f"image_size.switch_epochs: got {len(switches)} epochs for the {len(sizes)} sizes "
@@ -99,7 +102,9 @@ class ImageSize(Method):
         progress = replace(progress, epoch=progress.epoch + 1e-9)
         return with_size(
             plan,
-            next(stage.size for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1),
+            next(
+                stage.size for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1
+            ),
         )
 
     def changes(self) -> Sequence[Length]:

@@ -81,7 +81,9 @@ def ladder(largest: int, scale: float, stages: int, divisor: int) -> tuple[int, 
 def stages_of(sizes: Sequence[int], stages: int) -> tuple[Stage, ...]:
     """Equal stages with these sizes. The last size repeats if there are fewer sizes than stages."""
     ends = [*map(as_fraction, equal_bounds(stages)[1:]), None]
-    return tuple(Stage(size, end) for size, end in zip((*sizes, *[sizes[-1]] * (stages - len(sizes))), ends, strict=True))
+    return tuple(
+        Stage(size, end) for size, end in zip((*sizes, *[sizes[-1]] * (stages - len(sizes))), ends, strict=True)
+    )
 
 
 def equal_bounds(stages: int) -> list[float]:
@@ -155,4 +157,3 @@ class SearchMethod(Method):
         if len(nets) == 1:
             return nets[0]
         return self._best(stage) if self._answered(stage) else nets[self._undecided]
-

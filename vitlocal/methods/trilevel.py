@@ -37,7 +37,10 @@ class TrilevelConfig(Section):
         0.05, FRACTION, "largest fraction of all examples that changes places at an update", was="swapped"
     )
     update_every: Length = option(
-        Length.parse("10%"), Duration(), "time between updates of the examples (published: 30 of 300 epochs)", was="every"
+        Length.parse("10%"),
+        Duration(),
+        "time between updates of the examples (published: 30 of 300 epochs)",
+        was="every",
     )
     max_updates: int = option(5, Number(low=0, whole=True), "largest number of updates of the examples", was="updates")
     score: str = option(
@@ -64,7 +67,10 @@ class TrilevelConfig(Section):
         was="begin",
     )  # fmt: skip
     decay_end: Length = option(
-        Length.parse("36.6667%"), Duration(), "when r and r_a reach their rates (published: 110 of 300 epochs)", was="end"
+        Length.parse("36.6667%"),
+        Duration(),
+        "when r and r_a reach their rates (published: 110 of 300 epochs)",
+        was="end",
     )
     decay_steps: int = option(
         8, Number(low=0, whole=True), "number of values between 1 and r, each of which is compiled; 0: a new value at "
@@ -216,7 +222,9 @@ class Trilevel(Method):
         openness, final = self._openness(progress) if self._prunes else 1.0, self._final_shape
         if openness == 1.0:
             return plan
-        tokens, attention = (rate + (1 - rate) * openness for rate in (final.token_keep_rate, final.attention_keep_rate))
+        tokens, attention = (
+            rate + (1 - rate) * openness for rate in (final.token_keep_rate, final.attention_keep_rate)
+        )
         return with_shape(
             plan, token_keep_rate=tokens, attention_keep_rate=attention, per_head_masks=final.per_head_masks,
             pruned_blocks=final.pruned_blocks,

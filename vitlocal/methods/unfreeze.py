@@ -59,7 +59,10 @@ class UnfreezeConfig(Section):
     zico_batches: int = option(2, Number(low=2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
     rank_weights: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, by conditioning and by ZiCo", was="votes"
+        (1.0, 0.5, 0.5),
+        Series(Number(low=0), 3),
+        "weights of the ranks by time, by conditioning and by ZiCo",
+        was="votes",
     )
     rank_tolerance: float = option(
         1e-6, Number(low=0), "values that differ by less share a rank; times are in seconds per batch", was="tolerance"
@@ -271,7 +274,9 @@ class Unfreeze(SearchMethod):
             trainable_blocks=self._groups[net.depth - 1], head_only=config.non_blocks == "head",
             stage=stage if config.stage_embedding else None,
         )  # fmt: skip
-        sets = ("trainable_blocks", "head_only", "stage") if config.stage_embedding else ("trainable_blocks", "head_only")
+        sets = (
+            ("trainable_blocks", "head_only", "stage") if config.stage_embedding else ("trainable_blocks", "head_only")
+        )
         size, samples = net.size if self._sizes_grow and net.size else 0, config.probe_batch_size
         if len(self._scores.get(stage, ())) == number:
             batches, kernel = config.zico_batches, config.kernel_batches
