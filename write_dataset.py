@@ -11,8 +11,8 @@ from collections.abc import Sequence
 # PyTorch's threads share the cores with others, and must not spin while they wait. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitlocal.write_options import read_write_options
 from vitlocal.errors import run_command
+from vitlocal.write_options import read_write_options
 
 
 def main(argv: Sequence[str]) -> None:

@@ -44,7 +44,14 @@ def test_budgets_of_every_kind():
     assert sum(c * e for c, e in zip(stated._costs, stated._epochs, strict=True)) <= 691.2e9
     given = Budgeted(context_of("budgeted.epochs=49,71,113"))
     assert given.needs.budget_length.text == "233ep"
-    assert [plan_at(given, epoch=epoch).shape.heads for epoch in (0, 48.9, 49, 119.9, 120, 233)] == [2, 2, 4, 4, None, None]
+    assert [plan_at(given, epoch=epoch).shape.heads for epoch in (0, 48.9, 49, 119.9, 120, 233)] == [
+        2,
+        2,
+        4,
+        4,
+        None,
+        None,
+    ]
     epochs = Budgeted(context_of("budget.length=30ep", "budgeted.alpha=0"))
     assert epochs.needs.budget_length is None and [end.value for end in epochs.changes()] == [10, 20]
     hours = Budgeted(context_of("budget.length=24h", "budgeted.alpha=0"))

@@ -33,8 +33,8 @@ from vitlocal.data.writer.layout import (
 )
 from vitlocal.data.writer.write import StoredFile, WriteConfig, write
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.write_options import read_plan, read_write_options
 from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
+from vitlocal.write_options import read_plan, read_write_options
 
 LIMITS = Limits(cores=4, disk=10**9, memory=10**9)
 TRAIN = Cropping(random=True)

@@ -78,7 +78,10 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
     [
         (("methods=budgeted", "budgeted.heads=0.5,1"), "2 values for 3 stages"),
         (("methods=budgeted", "budgeted.heads=0.5,0.4,1"), "expected increasing fractions above 0"),
-        (("methods=budgeted", "budgeted.compute=50%", "budgeted.epochs=1,2,3"), "sets the stages' lengths too; remove one of the two"),
+        (
+            ("methods=budgeted", "budgeted.compute=50%", "budgeted.epochs=1,2,3"),
+            "sets the stages' lengths too; remove one of the two",
+        ),
         (("methods=budgeted", "budgeted.compute=half"), "a part of full training"),
         (("methods=budgeted", "budgeted.grow=none"), "nothing grows"),
         (("methods=budgeted", "budgeted.new_weights=random", "budgeted.copy_noise=1"), "random weights are no copies"),
@@ -90,7 +93,10 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
         (("methods=autoprog", "autoprog.loss_at=0,1"), "expected increasing fractions of the search above 0"),
         (("methods=autoprog", "autoprog.ema_decays=0.9,0.99,0.999"), "expected two decays"),
         (("methods=autoprog", "autoprog.ema_decays=0.99,0.9"), "the smaller one first"),
-        (("methods=budgeted", "budgeted.new_weights=random", "budgeted.copy_from=last"), "random weights are no copies"),
+        (
+            ("methods=budgeted", "budgeted.new_weights=random", "budgeted.copy_from=last"),
+            "random weights are no copies",
+        ),
         (("methods=unfreeze", "unfreeze.zico_batches=1"), "at least 2"),
         (("methods=trilevel", "trilevel.levels=none"), "all levels are off"),
         (("methods=trilevel", "trilevel.decay_steps=0"), "set train.compile=no"),
@@ -100,10 +106,19 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
         (("methods=autoprog", "autoprog.search_length=2ep"), "give a part of it, as 2%"),
         (("methods=autoprog", "autoprog.search_length=25%"), "use a shorter search"),
         (("methods=autoprog", "autoprog.schedule=6,12"), "got 2 entries for 4 stages"),
-        (("methods=autoprog", "autoprog.schedule=8,6,10,12", "autoprog.space=depth"), "expected depths that do not decrease"),
+        (
+            ("methods=autoprog", "autoprog.schedule=8,6,10,12", "autoprog.space=depth"),
+            "expected depths that do not decrease",
+        ),
         (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,5@64px,5@64px"), "of at most 4"),
-        (("methods=unfreeze", "unfreeze.schedule=1@224px,2@160px,3@224px,4@224px"), "got sizes .224, 160.* not decrease"),
-        (("methods=autoprog", "autoprog.schedule=6@224px,8@160px,10@192px,12@224px"), "got sizes .224, 160.* not decrease"),
+        (
+            ("methods=unfreeze", "unfreeze.schedule=1@224px,2@160px,3@224px,4@224px"),
+            "got sizes .224, 160.* not decrease",
+        ),
+        (
+            ("methods=autoprog", "autoprog.schedule=6@224px,8@160px,10@192px,12@224px"),
+            "got sizes .224, 160.* not decrease",
+        ),
         (("methods=unfreeze,image_size",), "image_size sets the sizes"),
         (("methods=trilevel,trilevel",), "trilevel and trilevel both set"),
         (("methods=autoprog", "model.weights=a.pth"), "give an autoprog.schedule of one depth"),
@@ -127,7 +142,10 @@ def test_problems_of_recipes(options: tuple[str, ...], problem: str):
             r"compute \(50%\) assumes all images at model.size .* with image_size the run costs less",
         ),
         (("methods=budgeted,trilevel", "budgeted.compute=50%"), "with trilevel the run costs less"),
-        (("methods=budgeted,trilevel,unfreeze", "budgeted.compute=50%"), "with trilevel and unfreeze the run costs less"),
+        (
+            ("methods=budgeted,trilevel,unfreeze", "budgeted.compute=50%"),
+            "with trilevel and unfreeze the run costs less",
+        ),
         (("methods=image_size,budgeted", "budgeted.cost=time"), "changes with image_size, and the stages"),
         (("methods=budgeted", "model.weights=a.pth"), "uses only its own heads and hidden units of model.weights"),
         (("methods=budgeted,unfreeze", "model.weights=a.pth"), "growth overwrites the others"),

@@ -8,13 +8,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from vitlocal.config import read_config
+from vitlocal.methods import CLASSES, METHODS, build_methods
+from vitlocal.methods.method import Method, MethodContext
 from vitlocal.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
 
 
+def test_methods_have_the_name_of_their_line_and_file():
+    for name, method in METHODS.items():
+        assert (method.name, method.__name__) == (name, CLASSES[name])
+        assert method.__module__ == f"vitlocal.methods.{name}"
+
+
+def test_methods_add_no_public_members():
+    """The trainer knows methods by the base class alone."""
+    public = {name for name in dir(Method) if not name.startswith("_")} | {"name", "options"}
+    assert len(public) <= 20
+    for method in METHODS.values():
+        assert {name for name in dir(method) if not name.startswith("_")} <= public
+
+
+@pytest.mark.parametrize(
+    ("writing", "names"), [("dials.", ["strength", "batch_size"]), ("feed.batch_size", ["batch_size"])]
+)
+def test_methods_can_be_built_for_some_fields_without_a_model(writing: str, names: list[str]):
+    """A method that needs a model, such as budgeted, is not built."""
+    options = ["--methods=image_size,strength,budgeted,batch_size", "--budgeted.grow=heads", "--augment.mixup=1"]
+    context = MethodContext(read_config(options, {}).recipe)
+    assert [method.name for method in build_methods(context, writing)] == names
+
+
 def test_the_example_in_contributing_is_a_method(folder: Path, tmp_path: Path):
-    """File, line and recipe as they stand there, in a copy of the code, by the trainer's command."""
+    """The file, the line and the recipe of CONTRIBUTING.md, in a copy of the code, with the trainer's command."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     code, line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
@@ -26,9 +55,9 @@ def test_the_example_in_contributing_is_a_method(folder: Path, tmp_path: Path):
     (tmp_path / "rcfg" / "joining.yaml").write_text(recipe)
     registry = tmp_path / "vitlocal" / "methods" / "__init__.py"
     lines = registry.read_text().splitlines(keepends=True)
-    (place,) = (number for number, before in enumerate(lines) if before.startswith("MODULES ="))
-    assert line.replace(', "joining"', "") == lines[place]
-    registry.write_text("".join([*lines[:place], line, *lines[place + 1 :]]))
+    start = lines.index("CLASSES = {\n")
+    end = lines.index("}\n", start)
+    registry.write_text("".join([*lines[:end], line, *lines[end:]]))
     command = re.search(r"#   python (.*)", recipe)[1].split()
     small = ["--model.width=32", "--model.heads=2", "--budget.length=8steps", "--train.batch_size=32",
              "--run.device=cpu", "--train.warmup=0ep", f"--data.root={folder}",

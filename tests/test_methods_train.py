@@ -129,7 +129,9 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
     assert exports[0] == exports[1]
     records = read_log(tmp_path / "whole")
     assert all(record["macs_per_image"] > 0 for record in records if record["loss"] is not None)
-    if any("probe_batch_size" in option or "search" in option for option in options):  # what a search takes is told apart
+    if any(
+        "probe_batch_size" in option or "search" in option for option in options
+    ):  # what a search takes is told apart
         assert 0 < records[-1]["probe_seconds"] < records[-1]["train_seconds"]
     json.dumps(records)
     asked = [read_lines(tmp_path / name / SEARCHES) for name in ("whole", "killed")]

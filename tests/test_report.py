@@ -265,7 +265,9 @@ def test_a_curriculum_that_the_budget_does_not_finish_fits_others_whole(capsys):
     out = capsys.readouterr().out
     assert "the budget ends before" in out and "192px until" in out
     given = re.search(r'--image_size.stages="(.*)"', out)[1]
-    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).method_options["image_size"].stages
+    stages = (
+        read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).method_options["image_size"].stages
+    )
     assert [stage.size for stage in stages] == list(range(32, 225, 32))
     ends = [stage.until.value for stage in stages[:-1]]
     assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)

@@ -23,7 +23,9 @@ PUBLISHED = (
 
 
 def test_the_schedule_of_tokens():
-    method = Trilevel(context_of(*PUBLISHED, "trilevel.token_keep_rate=0.7", "trilevel.attention_keep_rate=0.3", *EXACT))
+    method = Trilevel(
+        context_of(*PUBLISHED, "trilevel.token_keep_rate=0.7", "trilevel.attention_keep_rate=0.3", *EXACT)
+    )
     kept = [plan_at(method, epoch=epoch).shape.token_keep_rate for epoch in (0, 9, 35, 60, 85, 110, 300)]
     assert kept == pytest.approx([1, 1, 0.956, 0.85, 0.744, 0.7, 0.7], abs=1e-3)
     assert plan_at(method, epoch=60).shape.pruned_blocks == (3, 6, 9)
@@ -71,7 +73,10 @@ def watched(method: Trilevel, epochs: int, start: int = 0) -> None:
 
 
 def test_evaluations_use_the_final_rates():
-    narrow, trained = Trilevel(context_of()), Shape(token_keep_rate=0.95, attention_keep_rate=0.5, pruned_blocks=(3, 6, 9))
+    narrow, trained = (
+        Trilevel(context_of()),
+        Shape(token_keep_rate=0.95, attention_keep_rate=0.5, pruned_blocks=(3, 6, 9)),
+    )
     assert (
         narrow.evaluation_shape(trained)
         == narrow.evaluation_shape(WHOLE_MODEL)
@@ -108,7 +113,9 @@ def test_updates_remove_easy_examples():
 def test_updates_end():
     method = Trilevel(context_of(*PUBLISHED, "trilevel.max_updates=2", "trilevel.score=forgetting"))
     assert method.needs.step_outputs == {"correct"}
-    assert not Trilevel(context_of("trilevel.max_updates=0", "trilevel.score=attention")).needs.step_outputs  # nobody would look
+    assert not Trilevel(
+        context_of("trilevel.max_updates=0", "trilevel.score=attention")
+    ).needs.step_outputs  # nobody would look
     for update in range(4):
         watched(method, 30, 30 * update)
         for probe in method.probes(Progress(epoch=30 * (update + 1))):

@@ -63,7 +63,9 @@ def test_stages_of_unfreezing():
     head.observe(ProbeResult(probe, (1.0, 1.0)))
     assert head.probes(Progress())[0].batches == 5
     given = Unfreeze(
-        context_of("unfreeze.non_blocks=head", "unfreeze.moments=reset", "unfreeze.schedule=1@64px,2@128px,3@160px,4@224px")
+        context_of(
+            "unfreeze.non_blocks=head", "unfreeze.moments=reset", "unfreeze.schedule=1@64px,2@128px,3@160px,4@224px"
+        )
     )
     plans = [plan_at(given, fraction=fraction) for fraction in (0, 0.3, 0.8)]
     assert all(plan.shape.head_only for plan in plans)

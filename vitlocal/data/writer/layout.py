@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from vitlocal.write_options import PLAN_NAME
 from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
 from vitlocal.data.crops import Cropping
@@ -28,6 +27,7 @@ from vitlocal.data.writer.encode import Job, encode_image
 from vitlocal.data.writer.journal import byte_words
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
+from vitlocal.write_options import PLAN_NAME
 
 MARGIN = 1.2  # the loader is to be this much faster than the trainer
 LOWER_QUALITIES = (80, 70)  # tried, in this order, where the wished one is too slow or too large

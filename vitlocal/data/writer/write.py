@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 from vitlocal.data.beton import MODES, check_beton, page_size_for
 from vitlocal.data.costs import keep_costs
 from vitlocal.data.images import ImageSet, open_images
@@ -28,6 +27,7 @@ from vitlocal.data.writer.encode import Interrupts, Job, encoded, stored_size
 from vitlocal.data.writer.journal import Store, byte_words, difference, free_bytes
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
+from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 
 __all__ = ["DEFAULT_FILES", "StoredFile", "WriteConfig", "parse_files", "stored_size", "write", "write_as_asked"]
 
