@@ -7,9 +7,9 @@ raises an error. ``help`` completes the sentence "expected ...".
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fastargs.validation import Checker
 
@@ -157,17 +157,16 @@ COUNT = Number(low=1, whole=True)
 FRACTION = Number(low=0, high=1)
 
 
-def option(default: Any, kind: Checker, meaning: str, was: str = "") -> Any:
-    """A dataclass field that is also an option of recipes and of the command line.
-
-    ``was``: the option's old name in its section. The old name is an error that names the new one.
-    """
-    return field(default=default, metadata={"kind": kind, "meaning": meaning, "was": was})
+def option(default: Any, kind: Checker, meaning: str) -> Any:
+    """A dataclass field that is also an option of recipes and of the command line."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Section:
     """The options of a training method."""
+
+    renamed: ClassVar[Mapping[str, str]] = {}  # old name -> new name
 
     def completed(self, model_size: int) -> Section:
         """These options, with defaults that depend on ``model.size`` filled in."""

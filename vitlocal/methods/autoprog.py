@@ -19,12 +19,12 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import (
+    NET,
     Net,
     SearchMethod,
     equal_bounds,
     ladder,
     remembered,
-    schedule_option,
     schedule_problems,
     schedule_warnings,
     stages_of,
@@ -41,52 +41,34 @@ ROUNDING = 1e-6  # relative difference of L · T^w below which candidates count 
 @dataclass(frozen=True)
 class AutoProgConfig(Section):
     stages: int = option(4, COUNT, "number S of equal stages")
-    space: tuple[str, ...] = option(
-        SPACE, Series(Choice(*SPACE)), "what grows; without size, image_size may set the image size"
+    space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; image_size may set the size instead")
+    min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest")
+    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
+    schedule: tuple[Net, ...] | None = option(
+        None, Maybe(Series(NET)), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
     )
-    min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest", was="scale")
-    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
-    schedule: tuple[Net, ...] | None = schedule_option(
-        "depth and image size of every stage, instead of a search: 6@128px,8@160px,10@192px,12@224px"
-    )
-    search_length: Length = option(
-        Length.parse("2%"), Duration(), "training steps of each search (published: 2 of 100 epochs); the measurements "
-        "come on top", was="search"
-    )  # fmt: skip
-    probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate", was="batches")
+    search_length: Length = option(Length.parse("2%"), Duration(), "training steps of each search, without its probes")
+    probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate")
     grow: str = option(
-        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: all weights are first replaced by "
-        "their slow average, and new blocks are copies; momentum_new: only new blocks are copies of the average; clone: "
-        "new blocks are copies of the current weights; random: new blocks have random weights"
+        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: the slow average replaces all "
+        "weights, and new blocks copy it; momentum_new: new blocks copy it; clone: they copy the weights; random: neither"
     )  # fmt: skip
-    ema_decays: tuple[float, ...] = option(
-        EMA_DECAYS, Series(FRACTION), "decays per step of the fast average, whose loss is measured, and of the slow "
-        "average, from which nets grow", was="averages"
-    )  # fmt: skip
+    ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(FRACTION), "decays per step of the fast and slow average")
     loss_of: str = option(
-        "average",
-        Choice("average", "online"),
-        "weights whose loss is measured: the fast average or the current weights",
+        "average", Choice("average", "online"), "measure the loss of the fast average, or the weights"
     )
-    loss_on: str = option(
-        "train", Choice("train", "val"), "split whose images measure the loss; val makes the validation accuracy biased"
-    )
+    loss_on: str = option("train", Choice("train", "val"), "split that measures the loss; val biases the accuracy")
     loss_at: tuple[float, ...] = option(
-        (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured; their "
-        "mean counts", was="asked"
-    )  # fmt: skip
-    cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or counted FLOPs")
-    exponent: float | None = option(
-        None, Maybe(Number(low=0)), "exponent w of the score L * T^w; none: fitted to the candidates"
+        (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured"
     )
-    moments: str = option(
-        "reset", Choice("reset", "keep"), "optimizer moments when the network grows and when a net is taken out of it"
-    )
-    grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages", was="strengthen")
-    randaugment_start: float = option(
-        0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage; all other augmentation starts at 0",
-        was="operations",
-    )  # fmt: skip
+    cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or FLOPs")
+    exponent: float | None = option(None, Maybe(Number(0)), "w in the score L * T^w; none: fitted to the candidates")
+    moments: str = option("reset", Choice("reset", "keep"), "optimizer moments when the network grows or shrinks")
+    grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages")
+    randaugment_start: float = option(0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage")
+    renamed = {"scale": "min_scale", "multiple": "size_multiple", "search": "search_length", "batches": "probe_batches",
+               "averages": "ema_decays", "asked": "loss_at", "strengthen": "grow_augmentation",
+               "operations": "randaugment_start"}  # fmt: skip
 
 
 def deepens(config: AutoProgConfig) -> bool:

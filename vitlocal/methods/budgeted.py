@@ -47,58 +47,34 @@ COMPUTE = Parsed(
 @dataclass(frozen=True)
 class BudgetedConfig(Section):
     stages: int = option(3, COUNT, "number K of stages")
-    grow: tuple[str, ...] = option(
-        tuple(GROWS), Series(Choice(*GROWS)), "what grows; everything else has its full size from the start"
-    )
-    compute: str | None = option(
-        None, Maybe(COMPUTE), "compute of the whole run, which sets its epochs; none: budget.length is divided into the "
-        "stages", was="budget"
-    )  # fmt: skip
-    reference_epochs: float = option(
-        300.0, Number(low=1), "epochs of full training, for a compute in %", was="reference"
-    )
+    grow: tuple[str, ...] = option(tuple(GROWS), Series(Choice(*GROWS)), "what grows; the rest has its full size")
+    compute: str | None = option(None, Maybe(COMPUTE), "compute of the run, which sets its epochs; none: budget.length")
+    reference_epochs: float = option(300.0, Number(1), "epochs of full training, for budgeted.compute in %")
     epochs: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(low=0, whole=True))), "epochs of each stage; none: the stages' lengths follow from "
-        "alpha, seed and cost"
-    )  # fmt: skip
+        None, Maybe(Series(Number(0, whole=True))), "epochs of each stage; none: they follow from alpha, seed and cost"
+    )
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
-    seed: int = option(0, Number(low=0, whole=True), "seed of the random numbers that set the stages' lengths")
-    cost: str = option(
-        "flops", Choice("flops", "time"), "cost of a stage's images, for a budget in time: counted FLOPs, or time "
-        "measured before the first step"
-    )  # fmt: skip
-    heads: tuple[float, ...] | None = option(
-        None, Maybe(Series(FRACTION)), "fraction of the heads in each stage; none: k / K in stage k"
-    )
-    hidden: tuple[float, ...] | None = option(
-        None,
-        Maybe(Series(FRACTION)),
-        "fraction of the hidden width in each stage; none: it doubles from stage to stage",
-    )
-    tokens: tuple[float, ...] | None = option(
-        None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage; none: equal steps from 50 % to all"
-    )
+    seed: int = option(0, Number(0, whole=True), "seed of the random numbers that set the stages' lengths")
+    cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
+    heads: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the heads in each stage")
+    hidden: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the hidden width, by stage")
+    tokens: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage")
     crop: str = option(
-        "after", Choice("after", "before"), "crop the token grid after the patch embedding, as published, or crop the "
-        "image before it: the same tokens for less compute"
-    )  # fmt: skip
-    new_weights: str = option("copy", Choice("copy", "random"), "weights of new heads and hidden units", was="weights")
-    copy_from: str = option(
-        "first", Choice("first", "last"), "heads and hidden units that are copied, if not all are", was="sources"
+        "after",
+        Choice("after", "before"),
+        "crop the tokens after the patch embedding (published), or the image before it",
     )
+    new_weights: str = option("copy", Choice("copy", "random"), "weights of new heads and hidden units")
+    copy_from: str = option("first", Choice("first", "last"), "heads and hidden units to copy, if not all are copied")
     new_moments: str = option(
-        "zero", Choice("zero", "copy", "reset"), "optimizer moments of new heads and hidden units; reset: the moments of "
-        "the whole model become zero", was="moments"
-    )  # fmt: skip
+        "zero", Choice("zero", "copy", "reset"), "moments of new parts; reset: zero for all parts"
+    )
     copy_scale: float = option(
-        1.0,
-        Number(low=0),
-        "factor on the outputs of copies and of the parts they copy; 0.5 keeps their sum",
-        was="scale",
+        1.0, Number(0), "factor on the outputs of copies and of their sources; 0.5 keeps the sum"
     )
-    copy_noise: float = option(
-        0.0, Number(low=0), "noise added to copies, in standard deviations of the weights", was="noise"
-    )
+    copy_noise: float = option(0.0, Number(0), "noise added to copies, in standard deviations of the weights")
+    renamed = {"budget": "compute", "reference": "reference_epochs", "weights": "new_weights", "sources": "copy_from",
+               "moments": "new_moments", "scale": "copy_scale", "noise": "copy_noise"}  # fmt: skip
 
 
 def grown_fields(config: BudgetedConfig) -> list[str]:

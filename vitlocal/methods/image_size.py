@@ -17,16 +17,13 @@ class ImageSizeConfig(Section):
     init: int = option(32, COUNT, "size of training crops at the start, px")
     step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
     final: int | None = option(None, Maybe(COUNT), "last size of training crops, px; none: model.size")
-    growth: str = option(
-        "linear", Choice("linear", "exponential"), "linear: the size grows every image_size.step_epochs; exponential: "
-        "it grows at image_size.switch_epochs"
-    )  # fmt: skip
+    growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
     stages: tuple[Stage, ...] | None = option(
         None, Maybe(Series(STAGE)), "the whole curriculum, stage by stage; replaces all other image_size options"
     )
-    step_epochs: float = option(5.0, Number(low=1e-3), "epochs between two sizes, for linear growth")
+    step_epochs: float = option(5.0, Number(1e-3), "epochs between two sizes, for linear growth")
     switch_epochs: tuple[float, ...] = option(
-        (0, 2, 4, 8, 12, 20, 36), Series(Number(low=0)), "epoch at which each size starts, for exponential growth"
+        (0, 2, 4, 8, 12, 20, 36), Series(Number(0)), "epoch at which each size starts, for exponential growth"
     )
 
     def completed(self, model_size: int) -> ImageSizeConfig:

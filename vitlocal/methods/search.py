@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from vitlocal.methods.method import Method, MethodContext
-from vitlocal.options import Maybe, Parsed, Series, option
+from vitlocal.options import Parsed
 from vitlocal.progress import Length, Progress, Stage
 
 T = TypeVar("T")
@@ -37,11 +37,6 @@ def parse_net(value: Any) -> Net:
 
 
 NET = Parsed(parse_net, "a number and a size: 6@128px, 8@160px, 12@224px; or numbers alone")
-
-
-def schedule_option(meaning: str) -> Any:
-    """The option that states the nets of all stages, so that nothing is searched."""
-    return option(None, Maybe(Series(NET)), meaning)
 
 
 def schedule_problems(name: str, schedule: Sequence[Net], stages: int) -> list[str]:

@@ -33,52 +33,28 @@ PRUNED_AT = (0.25, 0.5, 0.75)  # fractions of the depth: blocks 3, 6 and 9 of 12
 class TrilevelConfig(Section):
     levels: tuple[str, ...] = option(LEVELS, Series(Choice(*LEVELS)), "levels that are on")
     held_out: float = option(0.2, FRACTION, "fraction of the examples that is held out")
-    swap_fraction: float = option(
-        0.05, FRACTION, "largest fraction of all examples that changes places at an update", was="swapped"
-    )
-    update_every: Length = option(
-        Length.parse("10%"),
-        Duration(),
-        "time between updates of the examples (published: 30 of 300 epochs)",
-        was="every",
-    )
-    max_updates: int = option(5, Number(low=0, whole=True), "largest number of updates of the examples", was="updates")
+    swap_fraction: float = option(0.05, FRACTION, "largest fraction of the examples that an update exchanges")
+    update_every: Length = option(Length.parse("10%"), Duration(), "length between two updates of the examples")
+    max_updates: int = option(5, Number(0, whole=True), "largest number of updates of the examples")
     score: str = option(
-        "forgetting", Choice("forgetting", "attention"), "easy examples are those forgotten least often; ties are broken "
-        "at random (forgetting), or by how evenly the class token attends (attention)"
+        "forgetting", Choice("forgetting", "attention"), "easy examples are rarely forgotten; ties: random, or by how "
+        "evenly the class token attends"
     )  # fmt: skip
-    token_keep_rate: float = option(
-        0.9, FRACTION, "rate r of the tokens that each of the pruned blocks keeps, at the end of the decay", was="kept"
-    )
-    attention_keep_rate: float = option(
-        0.1, FRACTION, "rate r_a of the tokens that each token attends to from the first pruned block on, at the end of "
-        "the decay", was="attended"
-    )  # fmt: skip
+    token_keep_rate: float = option(0.9, FRACTION, "final rate r of the tokens that each of the pruned blocks keeps")
+    attention_keep_rate: float = option(0.1, FRACTION, "final rate r_a of the tokens that each token attends to")
     attention_masks: str = option(
-        "shared", Choice("shared", "per_head"), "one mask of attended tokens for all heads, or one mask for each head",
-        was="masks",
-    )  # fmt: skip
+        "shared", Choice("shared", "per_head"), "attention masks: one for all heads, or per head"
+    )
     pruned_blocks: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(low=0, whole=True))), "blocks that drop tokens, counted from 0; none: at quarters of "
-        "the depth", was="blocks"
-    )  # fmt: skip
-    decay_start: Length = option(
-        Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1 (published: 10 of 300 epochs)",
-        was="begin",
-    )  # fmt: skip
-    decay_end: Length = option(
-        Length.parse("36.6667%"),
-        Duration(),
-        "when r and r_a reach their rates (published: 110 of 300 epochs)",
-        was="end",
+        None, Maybe(Series(Number(0, whole=True))), "blocks that drop tokens, from 0; none: at quarters of the depth"
     )
-    decay_steps: int = option(
-        8, Number(low=0, whole=True), "number of values between 1 and r, each of which is compiled; 0: a new value at "
-        "every step", was="rungs"
-    )  # fmt: skip
-    prune_evaluation: bool = option(
-        True, FLAG, "evaluations use the final rates r and r_a; false: evaluations keep all tokens", was="evaluate"
-    )
+    decay_start: Length = option(Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1")
+    decay_end: Length = option(Length.parse("36.6667%"), Duration(), "when r and r_a reach their final rates")
+    decay_steps: int = option(8, Number(0, whole=True), "values of r, each compiled; 0: a new value at every step")
+    prune_evaluation: bool = option(True, FLAG, "evaluate with the final rates; false: with all tokens")
+    renamed = {"swapped": "swap_fraction", "every": "update_every", "updates": "max_updates", "kept": "token_keep_rate",
+               "attended": "attention_keep_rate", "masks": "attention_masks", "blocks": "pruned_blocks",
+               "begin": "decay_start", "end": "decay_end", "rungs": "decay_steps", "evaluate": "prune_evaluation"}  # fmt: skip
 
 
 def final_rates(config: TrilevelConfig) -> tuple[float, float]:

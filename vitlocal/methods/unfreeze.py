@@ -17,17 +17,17 @@ from typing import Any
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import (
+    NET,
     Net,
     SearchMethod,
     equal_bounds,
     ladder,
     remembered,
-    schedule_option,
     schedule_problems,
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Maybe, Number, Section, Series, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
 from vitlocal.progress import Progress, Stage
 
@@ -36,49 +36,32 @@ from vitlocal.progress import Progress, Stage
 class UnfreezeConfig(Section):
     stages: int = option(4, COUNT, "number S of equal stages, and of groups of blocks")
     groups: str = option(
-        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous: groups of "
-        "consecutive blocks from the first block on; top: the same from the last block on; released: the groups of the "
-        "released code, which compares name prefixes"
+        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: runs "
+        "of blocks from the first or the last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
-    non_blocks: str = option(
-        "all", Choice("all", "head"), "parameters outside of the blocks that are trained: all, or only the last norm and "
-        "the head; with head and stage_embedding=no, no gradient passes below the first trained block", was="outside"
-    )  # fmt: skip
+    non_blocks: str = option("all", Choice("all", "head"), "what is trained outside of the blocks; head: head and norm")
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
-    min_scale: float = option(
-        0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: the size does not grow", was="scale"
+    min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
+    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
+    schedule: tuple[Net, ...] | None = option(
+        None, Maybe(Series(NET)), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
     )
-    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
-    schedule: tuple[Net, ...] | None = schedule_option(
-        "level and image size of every stage, instead of a search: 1@64px,2@128px,3@160px,4@224px"
-    )
-    probe_batch_size: int = option(
-        16, Number(low=2, whole=True), "images per batch of a measurement, over all processes", was="samples"
-    )
+    probe_batch_size: int = option(16, Number(2, whole=True), "images per batch of a probe, over all processes")
     kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
-    zico_batches: int = option(2, Number(low=2, whole=True), "batches that measure ZiCo")
+    zico_batches: int = option(2, Number(2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
     rank_weights: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5),
-        Series(Number(low=0), 3),
-        "weights of the ranks by time, by conditioning and by ZiCo",
-        was="votes",
+        (1.0, 0.5, 0.5), Series(Number(0), 3), "weights of the ranks by time, by conditioning and by ZiCo"
     )
-    rank_tolerance: float = option(
-        1e-6, Number(low=0), "values that differ by less share a rank; times are in seconds per batch", was="tolerance"
-    )
+    rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
-    stage_init_std: float = option(
-        0.0, Number(low=0), "standard deviation of the stage vectors at the start (published: 0.02; 0 leaves the "
-        "pretrained model unchanged)", was="stage_std"
-    )  # fmt: skip
-    stage_null_prob: float = option(
-        0.1, FRACTION, "probability that a training image gets the vector of no stage", was="stage_null"
-    )
+    stage_init_std: float = option(0.0, Number(0), "standard deviation of the initial stage vectors (published: 0.02)")
+    stage_null_prob: float = option(0.1, FRACTION, "probability that a training image gets the vector of no stage")
     stage_tokens: str = option("all", Choice("all", "class"), "tokens to which the stage vector is added")
-    evaluate_stage: str = option(
-        "present", Choice("present", "last"), "stage whose vector evaluations use", was="evaluated"
-    )
+    evaluate_stage: str = option("present", Choice("present", "last"), "stage whose vector evaluations use")
+    renamed = {"outside": "non_blocks", "scale": "min_scale", "multiple": "size_multiple",
+               "samples": "probe_batch_size", "votes": "rank_weights", "tolerance": "rank_tolerance",
+               "stage_std": "stage_init_std", "stage_null": "stage_null_prob", "evaluated": "evaluate_stage"}  # fmt: skip
 
 
 def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
