@@ -89,7 +89,7 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
         (("methods=unfreeze", "unfreeze.schedule=[]"), "it is empty"),
         (("methods=autoprog", "autoprog.search_length=0%"), "0 leaves no steps"),
         (("methods=autoprog", "autoprog.loss_at=1,0.5"), "expected increasing fractions of the search"),
-        (("methods=autoprog", "autoprog.loss_at=0.5"), "and 1 as the last"),
+        (("methods=autoprog", "autoprog.loss_at=0.5"), "and 1 at last"),
         (("methods=autoprog", "autoprog.loss_at=0,1"), "expected increasing fractions of the search above 0"),
         (("methods=autoprog", "autoprog.ema_decays=0.9,0.99,0.999"), "expected two decays"),
         (("methods=autoprog", "autoprog.ema_decays=0.99,0.9"), "the smaller one first"),
@@ -126,7 +126,7 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
             ("methods=autoprog", "model.weights=a.pth", "autoprog.space=depth", "autoprog.schedule=6,8,10,12"),
             "copies replace blocks of model.weights",
         ),
-        (("methods=trilevel", "data.on_error=skip"), "a held-out example may replace a damaged image"),
+        (("methods=trilevel", "data.on_error=skip"), "a held-out example may replace a damaged one"),
     ],
 )
 def test_problems_of_recipes(options: tuple[str, ...], problem: str):

@@ -316,8 +316,8 @@ def _contradictions(config: Config) -> list[str]:
             found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
     if augment.random_erasing and config.model.size > LARGEST_ERASED:  # no stage is larger
         found.append(
-            f"augment.random_erasing: its noise covers at most {LARGEST_ERASED} px, and model.size is {config.model.size}; "
-            "set augment.random_erasing=0"
+            f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
+            "augment.random_erasing=0"
         )
     if train.ema_decay is not None and train.ema_length is not None:
         found.append("train.ema_length: it replaces train.ema_decay; remove one of the two")

@@ -30,8 +30,8 @@ class _Parser(argparse.ArgumentParser):
 class OptionReader:
     """Reads one set of options, given as ``{dotted name: dataclass field}``.
 
-    ``flags`` are further names of options on the command line, ``{"--split": "write.split"}``. ``renamed`` maps old names
-    to names: an old name is an error. ``sections`` lists the sections in the help; by default all of ``options``.
+    ``flags``: further names on the command line, ``{"--split": "write.split"}``. ``renamed``: old names, which
+    are errors, and new names. ``sections``: the sections that the help lists; by default all of ``options``.
     """
 
     def __init__(

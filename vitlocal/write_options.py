@@ -30,8 +30,7 @@ class WriteOptions:
     format: str = option("auto", Choice("auto", "raw", "jpg"), "format of sides without one; auto: raw up to 160 px")
     quality: int | None = option(None, Maybe(Number(1, 100, whole=True)), "JPEG quality; none: as planned, or 90")
     sampling: str | None = option(
-        None, Maybe(Choice("420", "444")), "JPEG chroma subsampling: keep a quarter of the pixels, or all; none: as planned, "
-        "or 420"
+        None, Maybe(Choice("420", "444")), "JPEG chroma subsampling; none: as planned, or 420"
     )  # fmt: skip
     keep_jpegs: bool | None = option(
         None, Maybe(FLAG), "copy JPEGs that need not shrink, without encoding them; none: as planned, or true"

@@ -2,7 +2,7 @@
 
 Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*, and each
 of its steps samples a depth and a size. Then the candidate with the best trade-off of loss and time is taken out of the
-supernet, with its weights, and trained to the end of the stage. The supernet's steps are training steps like all others.
+supernet, with its weights, and trained to the end of the stage. The supernet's steps are ordinary training steps.
 
 Symbols: S stages, l depth, r image size, L mean loss of a candidate, T its time per image.
 """
@@ -50,8 +50,8 @@ class AutoProgConfig(Section):
     search_length: Length = option(Length.parse("2%"), Duration(), "training steps of each search, without its probes")
     probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate")
     grow: str = option(
-        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: the slow average replaces all "
-        "weights, and new blocks copy it; momentum_new: new blocks copy it; clone: they copy the weights; random: neither"
+        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: all weights are replaced by the "
+        "slow average; momentum_new: new blocks copy the average; clone: new blocks copy the weights; random: neither"
     )  # fmt: skip
     ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(FRACTION), "decays per step of the fast and slow average")
     loss_of: str = option(
@@ -167,8 +167,8 @@ class AutoProg(SearchMethod):
             most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
             if length.value * config.stages >= most:
                 found.append(
-                    f"autoprog.search_length: {length} is as long as one of {config.stages} stages, and no step is left "
-                    "to train the chosen net; use a shorter search"
+                    f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is "
+                    "left to train the chosen net; use a shorter search"
                 )
         else:
             found += schedule_problems("autoprog", config.schedule, config.stages)
@@ -183,15 +183,14 @@ class AutoProg(SearchMethod):
         loss_at, decays = list(config.loss_at), list(config.ema_decays)
         if not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1:
             found.append(
-                f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 as the last"
+                f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 at last"
             )
         if len(decays) != 2 or decays != sorted(decays):
             found.append(f"autoprog.ema_decays: got {decays}, expected two decays, the smaller one first")
         if deepens(config) and recipe.model_weights:
             found.append(
-                "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search starts with "
-                "the blocks in another order; set autoprog.space=size, give an autoprog.schedule of one depth, or remove "
-                "model.weights"
+                "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
+                "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights"
             )
         return found
 

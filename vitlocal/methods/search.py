@@ -58,7 +58,7 @@ def schedule_warnings(name: str, schedule: Sequence[Net] | None, model_size: int
 
 
 def divisible(value: float, divisor: int) -> int:
-    """The multiple of ``divisor`` nearest to ``value``, at least one multiple, and at least nine tenths of ``value``."""
+    """The multiple of ``divisor`` nearest to ``value``, at least ``divisor`` and nine tenths of ``value``."""
     found = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return found + divisor if found < 0.9 * value else found
 

@@ -54,7 +54,8 @@ class TrilevelConfig(Section):
     prune_evaluation: bool = option(True, FLAG, "evaluate with the final rates; false: with all tokens")
     renamed = {"swapped": "swap_fraction", "every": "update_every", "updates": "max_updates", "kept": "token_keep_rate",
                "attended": "attention_keep_rate", "masks": "attention_masks", "blocks": "pruned_blocks",
-               "begin": "decay_start", "end": "decay_end", "rungs": "decay_steps", "evaluate": "prune_evaluation"}  # fmt: skip
+               "begin": "decay_start", "end": "decay_end", "rungs": "decay_steps",
+               "evaluate": "prune_evaluation"}  # fmt: skip
 
 
 def final_rates(config: TrilevelConfig) -> tuple[float, float]:
@@ -84,7 +85,7 @@ def swap(
 class Trilevel(Method):
     """Fewer examples, tokens and connections. Each level is on or off.
 
-    The device notes the correctness of each example, one byte per example and epoch. Updates alone read the notes, summed
+    The device notes the correctness of each example, one byte per example and epoch. Only updates read them, summed
     over all processes, so that all train on one subset. (In the released code each process has its own subset.)
     """
 
@@ -150,20 +151,18 @@ class Trilevel(Method):
         found = []
         if not config.levels:
             found.append(
-                "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove trilevel from "
-                "methods"
+                "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove the method"
             )
         if "examples" in config.levels:
             if recipe.repeats > 1:
                 found.append(
-                    "trilevel.levels: examples need exactly one presentation per epoch; set augment.repeats=1, or leave "
-                    "examples out"
+                    "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or leave them out"
                 )
             if not 0 < config.held_out < 1:
                 found.append(f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1")
             if recipe.on_error != "stop":
                 found.append(
-                    "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged image; write the "
+                    "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write "
                     "files without damaged images (--on-error skip), or leave examples out"
                 )
             if not config.update_every.value:

@@ -36,8 +36,8 @@ from vitlocal.progress import Progress, Stage
 class UnfreezeConfig(Section):
     stages: int = option(4, COUNT, "number S of equal stages, and of groups of blocks")
     groups: str = option(
-        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: runs "
-        "of blocks from the first or the last on; released: as the released code, which compares name prefixes"
+        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
+        "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
     non_blocks: str = option("all", Choice("all", "head"), "what is trained outside of the blocks; head: head and norm")
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
@@ -61,7 +61,8 @@ class UnfreezeConfig(Section):
     evaluate_stage: str = option("present", Choice("present", "last"), "stage whose vector evaluations use")
     renamed = {"outside": "non_blocks", "scale": "min_scale", "multiple": "size_multiple",
                "samples": "probe_batch_size", "votes": "rank_weights", "tolerance": "rank_tolerance",
-               "stage_std": "stage_init_std", "stage_null": "stage_null_prob", "evaluated": "evaluate_stage"}  # fmt: skip
+               "stage_std": "stage_init_std", "stage_null": "stage_null_prob",
+               "evaluated": "evaluate_stage"}  # fmt: skip
 
 
 def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
@@ -84,7 +85,7 @@ def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
 
 
 def ranks(values: Sequence[float], tolerance: float) -> list[int]:
-    """Ranks from 1 for the smallest value. A value within ``tolerance`` of the one before shares its rank. NaN is last."""
+    """Ranks from 1 for the smallest value. Values within ``tolerance`` of the value before share a rank. NaN: last."""
     finite = [math.inf if math.isnan(value) else value for value in values]
     order = sorted(range(len(finite)), key=lambda place: finite[place])
     found, rank = [0] * len(finite), 0
