@@ -156,7 +156,7 @@ class Trilevel(Method):
         if "examples" in config.levels:
             if recipe.repeats > 1:
                 found.append(
-                    "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or leave them out"
+                    "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or remove them"
                 )
             if not 0 < config.held_out < 1:
                 found.append(f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1")
