@@ -29,6 +29,7 @@ from vitlocal.options import (
     Number,
     Section,
     Series,
+    messages,
     option,
     plain_value,
 )
@@ -221,25 +222,25 @@ class Config:
         )
         return replace(recipe, claims=method_claims(recipe))
 
+    def nested(self) -> dict[str, Any]:
+        """Every option as plain yaml values, in sections."""
+        sections = {name: self.method_options[name] if name in METHODS else getattr(self, name) for name in SECTIONS}
+        values: dict[str, Any] = {
+            name: {f.name: plain_value(getattr(section, f.name)) for f in fields(section)}
+            for name, section in sections.items()
+        }
+        return {**values, "methods": list(self.methods)}
+
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
-        values: dict[str, Any] = {}
-        for name in SECTIONS:
-            section = self.method_options[name] if name in METHODS else getattr(self, name)
-            values |= {f"{name}.{f.name}": plain_value(getattr(section, f.name)) for f in fields(section)}
-        values["methods"] = list(self.methods)
-        return values
+        nested = self.nested()
+        methods = nested.pop("methods")
+        flat = {f"{name}.{key}": value for name, section in nested.items() for key, value in section.items()}
+        return {**flat, "methods": methods}
 
     def yaml(self) -> str:
         """A recipe that repeats this run."""
-        nested: dict[str, Any] = {}
-        for name, value in self.flat().items():
-            section, _, key = name.partition(".")
-            if key:
-                nested.setdefault(section, {})[key] = value
-            else:
-                nested[section] = value
-        return yaml.safe_dump(nested, sort_keys=False)
+        return yaml.safe_dump(self.nested(), sort_keys=False)
 
 
 SECTIONS: dict[str, Any] = {
@@ -302,35 +303,27 @@ def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
 def _contradictions(config: Config) -> list[str]:
     """Problems of options that are valid by themselves, but not together."""
     data, train, augment = config.data, config.train, config.augment
-    found = method_problems(config.recipe)
-    if augment.three_augment and augment.randaugment:
-        found.append("augment.three_augment: it replaces augment.randaugment; set one of them to 0")
-    if data.loader != "native" and data.on_error != "stop":
-        found.append(
-            f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was "
-            "written with --on-error skip"
-        )
-    for name in ("crop_scale", "crop_ratio"):
-        low, high = getattr(augment, name)
-        if not 0 < low <= high:
-            found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
-    if augment.random_erasing and config.model.size > LARGEST_ERASED:  # no stage is larger
-        found.append(
-            f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
-            "augment.random_erasing=0"
-        )
-    if train.ema_decay is not None and train.ema_length is not None:
-        found.append("train.ema_length: it replaces train.ema_decay; remove one of the two")
-    if train.ema_length is not None and not train.ema_length.value:
-        found.append(f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%")
-    if train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1):
-        found.append("train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1")
-    if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):
-        found.append("train.schedule_by: epoch needs a train.schedule_length in epochs, as 300ep")
-    if config.budget.length.value == 0:
-        found.append("budget.length: got 0, which trains nothing; expected a length above 0")
-    if config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"):
-        found.append(
-            f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train"
-        )
-    return found
+    crops = {name: getattr(augment, name) for name in ("crop_scale", "crop_ratio")}
+    return method_problems(config.recipe) + messages({
+        "augment.three_augment: it replaces augment.randaugment; set one of them to 0":
+            augment.three_augment and augment.randaugment,
+        f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was written "
+        "with --on-error skip": data.loader != "native" and data.on_error != "stop",
+        **{
+            f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first":
+            not 0 < low <= high for name, (low, high) in crops.items()
+        },
+        f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
+        "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
+        "train.ema_length: it replaces train.ema_decay; remove one of the two":
+            train.ema_decay is not None and train.ema_length is not None,
+        f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%":
+            train.ema_length is not None and not train.ema_length.value,
+        "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":
+            train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1),
+        "train.schedule_by: epoch needs a train.schedule_length in epochs, as 300ep": train.schedule_by == "epoch"
+            and (train.schedule_length is None or train.schedule_length.kind != "epochs"),
+        "budget.length: got 0, which trains nothing; expected a length above 0": config.budget.length.value == 0,
+        f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train":
+            config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
+    })  # fmt: skip

@@ -173,6 +173,11 @@ class Section:
         return self
 
 
+def messages(checks: Mapping[str, Any]) -> list[str]:
+    """The messages of ``checks`` whose condition is true, in order."""
+    return [message for message, wrong in checks.items() if wrong]
+
+
 def as_argument(value: Any) -> str:
     """``value``, as yaml gave it, in the form of the command line."""
     if isinstance(value, (list, tuple)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.errors import ConfigError
-from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Maybe, Number, option
+from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Maybe, Number, messages, option
 
 PLAN_NAME = "plan.yaml"  # the file of WriteOptions that --plan leaves in a data folder
 
@@ -58,17 +58,19 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
     reader = OptionReader(named, "Encodes a split of a data set into .beton files, each image decoded once.", flags)
     values = reader.read(argv, os.environ if environment is None else environment)
     options = WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
-    if options.plan and options.verify:
-        reader.problems.append("--plan and --verify: they exclude each other; remove one of the two")
-    if options.plan and (options.sides, options.format) != ("auto", "auto"):
-        reader.problems.append("--plan: it chooses sides and formats; remove --sides and --format")
-    if options.plan and options.split != "train":
-        reader.problems.append("--plan: it plans the files of the split train; val needs only one file")
-    if options.plan and (options.workers, options.on_error) != (0, "stop"):
-        reader.problems.append("--plan: it writes no images; remove --workers and --on-error")
-    for name in ("recipe", "rates", "cores", "disk_limit", "memory_limit"):
-        if not options.plan and getattr(options, name) is not None:
-            reader.problems.append(f"--{name.replace('_', '-')}: it needs --plan")
+    plan, unused = options.plan, ("recipe", "rates", "cores", "disk_limit", "memory_limit")
+    reader.problems += messages({
+        "--plan and --verify: they exclude each other; remove one of the two": plan and options.verify,
+        "--plan: it chooses sides and formats; remove --sides and --format":
+            plan and (options.sides, options.format) != ("auto", "auto"),
+        "--plan: it plans the files of the split train; val needs only one file": plan and options.split != "train",
+        "--plan: it writes no images; remove --workers and --on-error":
+            plan and (options.workers, options.on_error) != (0, "stop"),
+        **{
+            f"--{name.replace('_', '-')}: it needs --plan": not plan and getattr(options, name) is not None
+            for name in unused
+        },
+    })  # fmt: skip
     reader.check()
     return options
 

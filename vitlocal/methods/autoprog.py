@@ -29,7 +29,7 @@ from vitlocal.methods.search import (
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape
 from vitlocal.progress import Length, Progress, Stage
 
@@ -152,47 +152,32 @@ class AutoProg(SearchMethod):
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
         config, budget = recipe.section(AutoProgConfig), recipe.budget
-        length, found = config.search_length, []
-        if not config.space:
-            found.append("autoprog.space: nothing grows; name depth, size or both")
-        if length.kind not in ("epochs", "fraction"):
-            found.append(f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, as 2%")
-        if config.schedule is None:
-            if budget.kind != "epochs" and length.kind != "fraction":
-                found.append(
-                    f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, as 2%"
-                )
-            if not length.value:
-                found.append("autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%")
-            most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
-            if length.value * config.stages >= most:
-                found.append(
-                    f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is "
-                    "left to train the chosen net; use a shorter search"
-                )
-        else:
-            found += schedule_problems("autoprog", config.schedule, config.stages)
-            if any((net.size is None) == ("size" in config.space) for net in config.schedule):
-                found.append(
-                    "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may "
-                    "have a size (6)"
-                )
-            depths = [net.depth for net in config.schedule]
-            if depths != sorted(depths):
-                found.append(f"autoprog.schedule: got depths {depths}, expected depths that do not decrease")
-        loss_at, decays = list(config.loss_at), list(config.ema_decays)
-        if not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1:
-            found.append(
-                f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 at last"
-            )
-        if len(decays) != 2 or decays != sorted(decays):
-            found.append(f"autoprog.ema_decays: got {decays}, expected two decays, the smaller one first")
-        if deepens(config) and recipe.model_weights:
-            found.append(
-                "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
-                "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights"
-            )
-        return found
+        length, loss_at, decays = config.search_length, list(config.loss_at), list(config.ema_decays)
+        searches, schedule = config.schedule is None, config.schedule or ()
+        depths = [net.depth for net in schedule]
+        most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
+        found = [] if searches else schedule_problems("autoprog", schedule, config.stages)
+        return found + messages({
+            "autoprog.space: nothing grows; name depth, size or both": not config.space,
+            f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, as 2%":
+                length.kind not in ("epochs", "fraction"),
+            f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, as 2%":
+                searches and budget.kind != "epochs" and length.kind != "fraction",
+            "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%":
+                searches and not length.value,
+            f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left to "
+            "train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
+            "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may have a size "
+            "(6)": any((net.size is None) == ("size" in config.space) for net in schedule),
+            f"autoprog.schedule: got depths {depths}, expected depths that do not decrease": depths != sorted(depths),
+            f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 at last":
+                not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1,
+            f"autoprog.ema_decays: got {decays}, expected two decays, the smaller one first":
+                len(decays) != 2 or decays != sorted(decays),
+            "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
+            "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights":
+                deepens(config) and recipe.model_weights,
+        })  # fmt: skip
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
-from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, option
+from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -170,28 +170,18 @@ class Budgeted(Method):
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
         config = recipe.section(BudgetedConfig)
-        found = []
-        if sets_length(config):
-            found.append(f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored")
         others = " and ".join(claims.name for claims in recipe.claims if claims.writes & CHANGES_COST)
-        if config.compute is not None and others:
-            found.append(
-                f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with "
-                f"{others} the run costs less, and its stages take other fractions of the budget"
-            )
-        if config.cost == "time" and others:
-            found.append(
-                "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
-                f"{others}, and the stages will take other fractions of the time"
-            )
-        if recipe.model_weights and {"heads", "hidden"} & set(config.grow):
-            names = {"heads": "heads", "hidden": "hidden units"}
-            units = " and ".join(name for unit, name in names.items() if unit in config.grow)
-            found.append(
-                f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
-                "budgeted from methods to train all loaded weights"
-            )
-        return found
+        names = {"heads": "heads", "hidden": "hidden units"}
+        units = " and ".join(name for unit, name in names.items() if unit in config.grow)
+        return messages({
+            f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored": sets_length(config),
+            f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} the "
+            "run costs less, and its stages take other fractions of the budget": config.compute is not None and others,
+            "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
+            f"{others}, and the stages will take other fractions of the time": config.cost == "time" and others,
+            f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove budgeted "
+            "from methods to train all loaded weights": recipe.model_weights and units,
+        })  # fmt: skip
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
@@ -207,27 +197,21 @@ class Budgeted(Method):
                 found.append(
                     f"budgeted.{name}: got {list(values)}, expected increasing fractions above 0, and 1 as the last"
                 )
-        if config.epochs is not None and config.compute is not None:
-            found.append("budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two")
-        if config.epochs is not None and not (sum(config.epochs) and config.epochs[-1]):
-            found.append(f"budgeted.epochs: got {list(config.epochs)}; the last stage, the full model, needs epochs")
-        if not config.grow:
-            found.append(
-                "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove budgeted from methods"
-            )
         copies = config.new_moments == "copy" or config.copy_from != "first" or config.copy_scale != 1
-        if config.new_weights == "random" and (copies or config.copy_noise):
-            found.append(
-                "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
-                "copy_noise at their defaults"
-            )
-        if config.cost == "time" and recipe.budget.kind != "seconds":
-            found.append(f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}")
-        if config.cost == "time" and sets_length(config):
-            found.append(
-                "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them"
-            )
-        return found
+        measures, epochs = config.cost == "time", config.epochs
+        return found + messages({
+            "budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two":
+                epochs is not None and config.compute is not None,
+            f"budgeted.epochs: got {list(epochs or ())}; the last stage, the full model, needs epochs":
+                epochs is not None and not (epochs and epochs[-1]),
+            "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove the method": not config.grow,
+            "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and copy_noise "
+            "at their defaults": config.new_weights == "random" and (copies or config.copy_noise),
+            f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}":
+                measures and recipe.budget.kind != "seconds",
+            "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them":
+                measures and sets_length(config),
+        })  # fmt: skip
 
     def _solved_epochs(self) -> tuple[int, ...] | None:
         """T_k, if the options state epochs or compute; None if the run's budget counts."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.options import FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, option
+from vitlocal.options import FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -148,36 +148,27 @@ class Trilevel(Method):
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
         config = recipe.section(TrilevelConfig)
-        found = []
-        if not config.levels:
-            found.append(
-                "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove the method"
-            )
-        if "examples" in config.levels:
-            if recipe.repeats > 1:
-                found.append(
-                    "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or remove them"
-                )
-            if not 0 < config.held_out < 1:
-                found.append(f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1")
-            if recipe.on_error != "stop":
-                found.append(
-                    "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write "
-                    "files without damaged images (--on-error skip), or leave examples out"
-                )
-            if not config.update_every.value:
-                found.append("trilevel.update_every: got 0, expected a length above 0")
-            if config.score == "attention" and not recipe.model_name.startswith("vitlocal_"):
-                found.append("trilevel.score: attention needs a vitlocal_… model; use forgetting")
-        if not config.decay_steps and recipe.compiles:
-            found.append("trilevel.decay_steps: 0 would compile every step anew; set train.compile=no")
-        for name in ("token_keep_rate", "attention_keep_rate"):
-            if not getattr(config, name):
-                found.append(f"trilevel.{name}: got 0, which keeps nothing; expected a rate above 0")
-        start, end = config.decay_start, config.decay_end
-        if start.kind == end.kind and start.value >= end.value:
-            found.append(f"trilevel.decay_end: {end} does not come after trilevel.decay_start ({start})")
-        return found
+        examples, start, end = "examples" in config.levels, config.decay_start, config.decay_end
+        return messages({
+            "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove the method":
+                not config.levels,
+            "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or remove them":
+                examples and recipe.repeats > 1,
+            f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
+                examples and not 0 < config.held_out < 1,
+            "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write files without "
+            "damaged images (--on-error skip), or leave examples out": examples and recipe.on_error != "stop",
+            "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
+            "trilevel.score: attention needs a vitlocal_… model; use forgetting":
+                examples and config.score == "attention" and not recipe.model_name.startswith("vitlocal_"),
+            "trilevel.decay_steps: 0 would compile every step anew; set train.compile=no":
+                not config.decay_steps and recipe.compiles,
+            "trilevel.token_keep_rate: got 0, which keeps nothing; expected a rate above 0": not config.token_keep_rate,
+            "trilevel.attention_keep_rate: got 0, which keeps nothing; expected a rate above 0":
+                not config.attention_keep_rate,
+            f"trilevel.decay_end: {end} does not come after trilevel.decay_start ({start})":
+                start.kind == end.kind and start.value >= end.value,
+        })  # fmt: skip
 
     # --- tokens and attention ---
 

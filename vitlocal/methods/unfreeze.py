@@ -27,7 +27,7 @@ from vitlocal.methods.search import (
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Maybe, Number, Section, Series, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Maybe, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
 from vitlocal.progress import Progress, Stage
 
@@ -160,40 +160,31 @@ class Unfreeze(SearchMethod):
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
-        config = recipe.section(UnfreezeConfig)
-        found = []
-        if config.schedule:
-            found += schedule_problems("unfreeze", config.schedule, config.stages)
-            levels = [net.depth for net in config.schedule]
-            if levels != sorted(levels) or max(levels) > config.stages:
-                found.append(
-                    f"unfreeze.schedule: got levels {levels}, expected increasing levels of at most {config.stages}"
-                )
-            if any(net.size is None or net.size > recipe.model_size for net in config.schedule):
-                found.append("unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px")
-        if config.schedule == ():
-            found.append("unfreeze.schedule: it is empty; give level and size of each stage, or none for a search")
-        if "image_size" in recipe.methods and config.min_scale < 1 and not config.schedule:
-            found.append(
-                "unfreeze.min_scale: image_size sets the sizes; set unfreeze.min_scale=1, or remove image_size"
-            )
-        return found
+        config, size = recipe.section(UnfreezeConfig), recipe.model_size
+        schedule = config.schedule or ()
+        levels = [net.depth for net in schedule]
+        found = schedule_problems("unfreeze", schedule, config.stages) if schedule else []
+        return found + messages({
+            f"unfreeze.schedule: got levels {levels}, expected increasing levels of at most {config.stages}":
+                levels != sorted(levels) or any(level > config.stages for level in levels),
+            "unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px":
+                any(net.size is None or net.size > size for net in schedule),
+            "unfreeze.schedule: it is empty; give level and size of each stage, or none for a search":
+                config.schedule == (),
+            "unfreeze.min_scale: image_size sets the sizes; set unfreeze.min_scale=1, or remove image_size":
+                "image_size" in recipe.methods and config.min_scale < 1 and not schedule,
+        })  # fmt: skip
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
         config = recipe.section(UnfreezeConfig)
-        found = schedule_warnings("unfreeze", config.schedule, recipe.model_size)
-        if config.schedule and config.schedule[-1].depth < config.stages:
-            found.append(
-                f"unfreeze.schedule ends with level {config.schedule[-1].depth} of {config.stages}: the blocks of the "
-                "other groups are never trained"
-            )
-        if not recipe.model_weights:
-            found.append(
-                "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
-                "stage begins; give --model.weights=RUN or a file"
-            )
-        return found
+        last = config.schedule[-1].depth if config.schedule else config.stages
+        return schedule_warnings("unfreeze", config.schedule, recipe.model_size) + messages({
+            f"unfreeze.schedule ends with level {last} of {config.stages}: the blocks of the other groups are never "
+            "trained": last < config.stages,
+            "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their stage "
+            "begins; give --model.weights=RUN or a file": not recipe.model_weights,
+        })  # fmt: skip
 
     @staticmethod
     def image_sizes(recipe: Recipe) -> Sequence[Stage]:
