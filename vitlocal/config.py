@@ -307,8 +307,8 @@ def _contradictions(config: Config) -> list[str]:
     return method_problems(config.recipe) + messages({
         "augment.three_augment: it replaces augment.randaugment; set one of them to 0":
             augment.three_augment and augment.randaugment,
-        f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was written "
-        "with --on-error skip": data.loader != "native" and data.on_error != "stop",
+        f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was "
+        "written with --on-error skip": data.loader != "native" and data.on_error != "stop",
         **{
             f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first":
             not 0 < low <= high for name, (low, high) in crops.items()

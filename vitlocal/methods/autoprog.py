@@ -165,10 +165,10 @@ class AutoProg(SearchMethod):
                 searches and budget.kind != "epochs" and length.kind != "fraction",
             "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%":
                 searches and not length.value,
-            f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left to "
-            "train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
-            "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may have a size "
-            "(6)": any((net.size is None) == ("size" in config.space) for net in schedule),
+            f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left "
+            "to train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
+            "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may have "
+            "a size (6)": any((net.size is None) == ("size" in config.space) for net in schedule),
             f"autoprog.schedule: got depths {depths}, expected depths that do not decrease": depths != sorted(depths),
             f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 at last":
                 not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1,

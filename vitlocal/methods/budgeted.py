@@ -174,13 +174,15 @@ class Budgeted(Method):
         names = {"heads": "heads", "hidden": "hidden units"}
         units = " and ".join(name for unit, name in names.items() if unit in config.grow)
         return messages({
-            f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored": sets_length(config),
-            f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} the "
-            "run costs less, and its stages take other fractions of the budget": config.compute is not None and others,
+            f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored":
+                sets_length(config),
+            f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} "
+            "the run costs less, and its stages take other fractions of the budget":
+                config.compute is not None and others,
             "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
             f"{others}, and the stages will take other fractions of the time": config.cost == "time" and others,
-            f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove budgeted "
-            "from methods to train all loaded weights": recipe.model_weights and units,
+            f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
+            "budgeted from methods to train all loaded weights": recipe.model_weights and units,
         })  # fmt: skip
 
     @staticmethod
@@ -205,8 +207,8 @@ class Budgeted(Method):
             f"budgeted.epochs: got {list(epochs or ())}; the last stage, the full model, needs epochs":
                 epochs is not None and not (epochs and epochs[-1]),
             "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove the method": not config.grow,
-            "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and copy_noise "
-            "at their defaults": config.new_weights == "random" and (copies or config.copy_noise),
+            "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
+            "copy_noise at their defaults": config.new_weights == "random" and (copies or config.copy_noise),
             f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}":
                 measures and recipe.budget.kind != "seconds",
             "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them":

@@ -156,8 +156,8 @@ class Trilevel(Method):
                 examples and recipe.repeats > 1,
             f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
                 examples and not 0 < config.held_out < 1,
-            "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write files without "
-            "damaged images (--on-error skip), or leave examples out": examples and recipe.on_error != "stop",
+            "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write files "
+            "without damaged images (--on-error skip), or leave examples out": examples and recipe.on_error != "stop",
             "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
             "trilevel.score: attention needs a vitlocal_… model; use forgetting":
                 examples and config.score == "attention" and not recipe.model_name.startswith("vitlocal_"),

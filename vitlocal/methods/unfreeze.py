@@ -182,8 +182,8 @@ class Unfreeze(SearchMethod):
         return schedule_warnings("unfreeze", config.schedule, recipe.model_size) + messages({
             f"unfreeze.schedule ends with level {last} of {config.stages}: the blocks of the other groups are never "
             "trained": last < config.stages,
-            "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their stage "
-            "begins; give --model.weights=RUN or a file": not recipe.model_weights,
+            "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
+            "stage begins; give --model.weights=RUN or a file": not recipe.model_weights,
         })  # fmt: skip
 
     @staticmethod
