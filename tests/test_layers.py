@@ -18,7 +18,7 @@ ROOMS = (
     ("plan",),
     ("options",),
     ("methods",),
-    ("config", "config_reader", "recipes"),
+    ("config", "config_reader", "write_options", "recipes"),
     ("data", "models"),
     ("tasks", "report"),
     ("train",),
