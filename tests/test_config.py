@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from vitlocal.config import read_config, read_write_options
+from vitlocal.config import RENAMED_OPTIONS, SECTIONS, read_config
 from vitlocal.errors import ConfigError
-from vitlocal.methods import MethodContext, build_methods
+from vitlocal.methods import METHODS, build_methods
+from vitlocal.methods.image_size import ImageSizeConfig
+from vitlocal.methods.method import MethodContext
+from vitlocal.write_options import read_write_options
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "rcfg").glob("*.yaml"))
@@ -29,7 +33,7 @@ def test_later_sources_win(tmp_path: Path):
     assert read_config(["-C", first, "--train.lr=0.4"], environment).train.lr == 0.4
 
 
-def test_null_unsets(tmp_path: Path):
+def test_null_removes_a_value(tmp_path: Path):
     first = recipe(tmp_path, "train: {clip_norm: 1.0}", "first.yaml")
     second = recipe(tmp_path, "train: {clip_norm: null}", "second.yaml")
     assert read_config(["-C", first, "-C", second], {}).train.clip_norm is None
@@ -45,7 +49,7 @@ PARTS = {"heads": 6, "hidden": 1536, "grid": 14, "blocks": 12, "passing": 1}  # 
 
 
 @pytest.mark.parametrize("base", ["recipe.yaml", "[a.yaml, b.yaml]", "nowhere.yaml"])
-def test_a_base_that_cannot_be_is_named(tmp_path: Path, base: str):
+def test_a_wrong_base_is_an_error(tmp_path: Path, base: str):
     with pytest.raises(ConfigError, match="base is|nowhere.yaml: cannot be read"):
         read_config(["-C", recipe(tmp_path, f"base: {base}")], {})
 
@@ -73,14 +77,14 @@ def test_all_problems_are_reported_at_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", False), ("no", False), ("true", True), ("1", True)])
-def test_flags_mean_what_they_say(text: str, value: bool):
+def test_flag_values(text: str, value: bool):
     assert read_config([f"--run.progress={text}"], {}).run.progress is value
 
 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--data.loader=torchvision", "--data.on_error=skip"], "data.on_error: skip is for data.loader=native"),
+        (["--data.loader=torchvision", "--data.on_error=skip"], "data.on_error: skip needs data.loader=native"),
         (["--methods=image_size", "--image_size.init=256"], "image_size.init: 256 is larger"),
         (["--methods=image_size", "--image_size.final=256"], "set model.size=256"),
         (["--methods=image_size", "--image_size.growth=exponential", "--image_size.switch_epochs=0,1"], "7 sizes"),
@@ -89,12 +93,12 @@ def test_flags_mean_what_they_say(text: str, value: bool):
         (["--train.schedule_by=epoch"], "train.schedule_by"),
     ],
 )  # fmt: skip
-def test_contradictions_are_refused(options: list[str], part: str):
+def test_contradictions_are_errors(options: list[str], part: str):
     with pytest.raises(ConfigError, match=part):
         read_config(options, {})
 
 
-def test_abbreviations_and_missing_values_are_refused():
+def test_abbreviations_and_missing_values_are_errors():
     with pytest.raises(ConfigError, match="no option 'train.batch'"):
         read_config(["--train.batch=4"], {})
     with pytest.raises(ConfigError, match="expected one argument"):
@@ -111,7 +115,9 @@ def test_an_unreadable_recipe_is_named(tmp_path: Path):
 
 
 def test_the_stored_configuration_repeats_the_run(tmp_path: Path):
-    config = read_config(["--methods=image_size", "--train.ema=0.99", "--budget.length=45s", "--model.pool=avg"], {})
+    config = read_config(
+        ["--methods=image_size", "--train.ema_decay=0.99", "--budget.length=45s", "--model.pool=avg"], {}
+    )
     again = read_config(["-C", recipe(tmp_path, config.yaml())], {})
     assert again == config
 
@@ -130,20 +136,20 @@ def test_the_default_folder_tells_variants_apart():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_valid_and_open_with_their_facts(path: Path):
+def test_recipes_are_valid_and_state_their_hardware_and_result(path: Path):
     config = read_config(["-C", str(path)], {})
-    build_methods(MethodContext(config, macs=lambda size, shape: 1 + (shape.heads or 9), parts=PARTS, blocks=12))
+    build_methods(MethodContext(config.recipe, macs=lambda size, shape: 1 + (shape.heads or 9), parts=PARTS, blocks=12))
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"--config-file rcfg/{path.name}" in "\n".join(head) or path.name == "demo.yaml"
     for fact in ("Hardware:", "easured"):
         assert any(fact in line for line in head), f"{path.name} does not say: {fact}"
 
 
-def test_recipes_are_the_papers():
+def test_curricula_of_recipes_are_those_of_the_paper():
     sizes = {}
     for name in ("ours", "curriculum_128_3_16", "curriculum_64_5_32", "curriculum_exponential", "ours_no_curriculum"):
         config = read_config(["-C", str(ROOT / "rcfg" / f"{name}.yaml")], {})
-        stages = config.of("image_size").curriculum
+        stages = config.recipe.section(ImageSizeConfig).curriculum
         starts = [0, *(stage.until.value for stage in stages[:-1])]
         sizes[name] = [*zip(starts, (stage.size for stage in stages), strict=True)] if config.methods else []
     assert sizes["ours"] == [(0, 32), (5, 64), (10, 96), (15, 128), (20, 160), (25, 192), (30, 224)]
@@ -151,6 +157,43 @@ def test_recipes_are_the_papers():
     assert sizes["curriculum_64_5_32"] == [(5 * i, 64 + 32 * i) for i in range(6)]
     assert [start for start, _ in sizes["curriculum_exponential"]] == [0, 2, 4, 8, 12, 20, 36]
     assert sizes["ours_no_curriculum"] == []
+
+
+RENAMED = RENAMED_OPTIONS | {
+    f"{name}.{old}": f"{name}.{new}" for name, method in METHODS.items() for old, new in method.options.renamed.items()
+}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_option_name_is_an_error_with_the_new_one(tmp_path: Path, old: str):
+    section, _, key = old.partition(".")
+    for argv, environment in (
+        ([f"--{old}=1"], {}), (["-C", recipe(tmp_path, f"{section}: {{{key}: 1}}")], {}), ([], {old: "1"}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"no option '{old}' any more; its name is now {RENAMED[old]}$"):
+            read_config(argv, environment)
+
+
+def test_new_names_are_options_and_old_names_are_not():
+    known = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in fields(section)}
+    assert set(RENAMED.values()) <= known and not set(RENAMED) & known
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--trian.lr=1"], ["-C", str(ROOT / "rcfg" / "trilevel.yaml")]])
+def test_reading_a_configuration_imports_no_large_package(words: list[str]):
+    script = f"""
+import sys
+from vitlocal.config import read_config
+from vitlocal.errors import run_command
+try:
+    run_command(lambda argv: read_config(argv) and 0, {words!r})
+except SystemExit:  # after --help
+    pass
+large = {{"torch", "torchvision", "timm", "numba", "ffcv", "cv2", "PIL", "matplotlib"}}
+print("large:", sorted(large & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "large: []" in done.stdout, done.stderr
 
 
 def test_writer_options_have_plain_flags():
@@ -186,7 +229,7 @@ def test_help_shows_all_options_or_one_sections(capsys):
         (["write_dataset.py", "--split=tset"], "expected one of train, val"),
     ],
 )
-def test_commands_leave_with_status_2(command: list[str], part: str, tmp_path: Path):
+def test_commands_exit_with_status_2(command: list[str], part: str, tmp_path: Path):
     script = [sys.executable, str(ROOT / command[0]), *command[1:]]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

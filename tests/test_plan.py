@@ -5,10 +5,10 @@ from vitlocal.train.clock import Clock
 
 from vitlocal.config import BudgetConfig, TrainConfig, read_config
 from vitlocal.errors import ConfigError
-from vitlocal.methods import METHODS
+from vitlocal.methods import METHODS, conflicts
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
-from vitlocal.methods.method import MethodContext, conflicts
+from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Plan, fold
 from vitlocal.progress import Length, Progress
 from vitlocal.train.optim import Schedule
@@ -16,9 +16,9 @@ from vitlocal.train.optim import Schedule
 START = Plan(Feed(224, 64))
 
 
-def around(*options: str, **facts) -> MethodContext:
+def context_of(*options: str, **facts) -> MethodContext:
     """A run whose recipe has these options."""
-    return MethodContext(read_config([f"--{option}" for option in options], {}), **facts)
+    return MethodContext(read_config([f"--{option}" for option in options], {}).recipe, **facts)
 
 
 @pytest.mark.parametrize(
@@ -37,31 +37,31 @@ def test_wrong_lengths(text: str):
 
 
 def test_the_papers_curriculum():
-    method = ImageSize(around())
+    method = ImageSize(context_of())
     at = {epoch: fold([method], START, Progress(epoch=epoch)).feed.size for epoch in (0, 4.999, 5, 12, 29.9, 30, 300)}
     assert at == {0: 32, 4.999: 32, 5: 64, 12: 96, 29.9: 192, 30: 224, 300: 224}
 
 
 def test_a_last_step_that_does_not_fit_ends_at_the_final_size():
-    assert ImageSizeConfig(init=32, step_pixels=48, final=96).sizes == (32, 80, 96)
+    assert [stage.size for stage in ImageSizeConfig(init=32, step_pixels=48, final=96).curriculum] == [32, 80, 96]
 
 
 def test_planning_is_pure_and_conflicts_are_named():
-    method = ImageSize(around())
+    method = ImageSize(context_of())
     at = Progress(epoch=7.0)
     assert fold([method], START, at) == fold([method], START, at)
-    claims = ImageSize.claims(around().recipe)
+    claims = ImageSize.claims(context_of().recipe)
     (problem,) = conflicts([claims, claims])
     assert "feed.size" in problem
-    budgeted, autoprog = (METHODS[name].claims(around().recipe) for name in ("budgeted", "autoprog"))
+    budgeted, autoprog = (METHODS[name].claims(context_of().recipe) for name in ("budgeted", "autoprog"))
     (problem,) = conflicts([budgeted, autoprog])  # which refuses image sizes beside it, too
-    assert problem == "methods: budgeted and autoprog both set growth; keep one of the two"
+    assert problem == "methods: budgeted and autoprog both set growth; remove one of the two"
 
 
 @pytest.mark.parametrize(("rule", "scale"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])
 def test_batches_grow_as_images_shrink(rule: str, scale: float):
-    sizes = ImageSize(around())
-    batches = BatchSize(around("train.batch_size=64", "batch_size.limit=256", f"batch_size.lr_scaling={rule}"))
+    sizes = ImageSize(context_of())
+    batches = BatchSize(context_of("train.batch_size=64", "batch_size.limit=256", f"batch_size.lr_scaling={rule}"))
     early, later, last = (fold([sizes, batches], START, Progress(epoch=epoch)) for epoch in (0, 20, 40))
     assert (early.feed, early.dials.lr_scale) == (Feed(32, 256), scale)  # as many as would fit: 3136
     assert later.feed == Feed(160, 96)  # 125 fit
@@ -70,7 +70,9 @@ def test_batches_grow_as_images_shrink(rule: str, scale: float):
 
 def test_batches_fill_the_memory_of_every_device():
     options = ["train.batch_size=20", "batch_size.memory=10KB", "batch_size.limit=10000", "batch_size.multiple=7"]
-    one, four = (BatchSize(around(*options, image_bytes=lambda size: size * 10, processes=count)) for count in (1, 4))
+    one, four = (
+        BatchSize(context_of(*options, image_bytes=lambda size: size * 10, processes=count)) for count in (1, 4)
+    )
     assert (one.batch_size_at(32), four.batch_size_at(32)) == (28, 119)  # 31 on each device, and multiples of 7
     with pytest.raises(ConfigError, match="hold 15 images of 64 px"):  # the recipe's own batch is not made smaller
         one.batch_size_at(64)

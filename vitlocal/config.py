@@ -29,12 +29,14 @@ from vitlocal.options import (
     Number,
     Section,
     Series,
+    messages,
     option,
     plain_value,
 )
 from vitlocal.progress import Length
 
 LARGEST_ERASED = 836  # px; the noise of random erasing in data/augment.py has three channels of as many pixels
+LOADERS = ("native", "ffcv", "torchvision", "dali")
 KERNELS = ("auto", "fused", "plain")  # of the local FFN
 
 
@@ -42,59 +44,33 @@ KERNELS = ("auto", "fused", "plain")  # of the local FFN
 class DataConfig:
     root: str = option("data/imagenet", TEXT, "data folder that write_dataset.py filled")
     loader: str = option(
-        "native", Choice("native", "ffcv", "torchvision", "dali"), "loader: native and ffcv read the data folder's .beton "
-        "files; torchvision and dali decode the original images"
-    )  # fmt: skip
-    source: str | None = option(
-        None, Maybe(TEXT), "original images, for the loaders torchvision and dali; none: the source in the manifest"
+        "native", Choice(*LOADERS), "native and ffcv read the data folder; torchvision and dali decode original images"
     )
-    workers: int = option(
-        0, Number(low=0, high=1024, whole=True), "decoding threads (processes for torchvision); 0: one per core"
-    )
-    on_error: str = option(
-        "stop", Choice("stop", "skip"), "at a damaged image, with data.loader=native: stop, or take another image"
-    )
-    side_ratio: float = option(
-        1.5, Number(low=0.1, high=16), "the loader uses a file for an image size if the file's side >= this ratio x size"
-    )
+    source: str | None = option(None, Maybe(TEXT), "original images, for torchvision and dali; none: see the manifest")
+    workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
+    on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
+    side_ratio: float = option(1.5, Number(0.1, 16), "a file serves an image size if its side >= this ratio x the size")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = option("vitlocal_small_patch16_224", TEXT, "any timm model; our models begin with vitlocal_")
-    size: int = option(224, COUNT, "largest image size, px; the position table covers its grid")
-    patch_size: int | None = option(None, Maybe(COUNT), "patch size, px; none: as the model's name says")
-    width: int | None = option(None, Maybe(COUNT), "embedding width; none: as the model's name says")
-    depth: int | None = option(None, Maybe(COUNT), "number of blocks; none: as the model's name says")
-    heads: int | None = option(None, Maybe(COUNT), "attention heads per block; none: as the model's name says")
-    pool: str | None = option(
-        None, Maybe(Choice("token", "avg")), "input of the head: class token, or mean of the tokens; none: the model's "
-        "default"
-    )  # fmt: skip
-    qkv_bias: bool | None = option(
-        None, Maybe(FLAG), "biases in the query, key and value layers; none: the model's default"
-    )
-    activation: str | None = option(
-        None, Maybe(Choice("h_swish", "gelu")), "activation of the local FFN (ablation); none: the model's default"
-    )
-    norm: str | None = option(
-        None, Maybe(Choice("layer", "batch")), "normalisation of the local FFN (ablation); none: the model's default"
-    )
-    convolution: bool | None = option(
-        None, Maybe(FLAG), "depth-wise convolution in the local FFN (ablation); none: the model's default"
-    )
-    train_pos_embed: bool | None = option(
-        None, Maybe(FLAG), "train the position embeddings; none: yes", was="train_position"
-    )
-    init: str | None = option(
-        None, Maybe(Choice("trunc_normal", "xavier")), "distribution of the initial weights; none: the model's default"
-    )
-    pos_embed_init: str | None = option(
-        None, Maybe(Choice("random", "sincos")), "initial position embeddings; none: random", was="position"
-    )
-    drop_path: float = option(0.1, Number(low=0, high=0.9), "stochastic depth: rate at the last block")
+    size: int = option(224, COUNT, "largest image size, px; the position embeddings cover its grid")
+    patch_size: int | None = option(None, Maybe(COUNT), "patch size, px; none: from the model's name")
+    width: int | None = option(None, Maybe(COUNT), "embedding width; none: from the model's name")
+    depth: int | None = option(None, Maybe(COUNT), "number of blocks; none: from the model's name")
+    heads: int | None = option(None, Maybe(COUNT), "attention heads per block; none: from the model's name")
+    pool: str | None = option(None, Maybe(Choice("token", "avg")), "pooling: class token, or mean of the tokens")
+    qkv_bias: bool | None = option(None, Maybe(FLAG), "biases in the query, key and value layers")
+    activation: str | None = option(None, Maybe(Choice("h_swish", "gelu")), "ablation: activation of the local FFN")
+    norm: str | None = option(None, Maybe(Choice("layer", "batch")), "ablation: normalisation of the local FFN")
+    convolution: bool | None = option(None, Maybe(FLAG), "ablation: depth-wise convolution in the local FFN")
+    train_pos_embed: bool | None = option(None, Maybe(FLAG), "train the position embeddings; none: yes")
+    init: str | None = option(None, Maybe(Choice("trunc_normal", "xavier")), "distribution of the initial weights")
+    pos_embed_init: str | None = option(None, Maybe(Choice("random", "sincos")), "initial position embeddings")
+    drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
     weights: str | None = option(
-        None, Maybe(TEXT), "initial weights: a run folder, or a file; a head for other classes starts from random weights"
+        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes is initialised anew"
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -107,131 +83,99 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: int = option(256, COUNT, "images per step, over all processes")
-    lr: float = option(1e-3, Number(low=0), "peak learning rate, for train.lr_batch images per step")
-    lr_batch: int = option(
-        512, Number(low=0, whole=True), "train.lr is multiplied by batch_size / lr_batch; 0: it is not scaled"
-    )
+    lr: float = option(1e-3, Number(0), "peak learning rate, for train.lr_batch images per step")
+    lr_batch: int = option(512, Number(0, whole=True), "the peak is train.lr x batch_size / lr_batch; 0: train.lr")
     schedule: str = option("cosine", Choice("cosine", "linear", "constant"), "learning rate schedule")
-    schedule_length: Length | None = option(
-        None, Maybe(Duration()), "length of the learning rate schedule; none: the budget"
-    )
-    schedule_by: str = option("step", Choice("step", "epoch"), "update the learning rate after every step or epoch")
-    end_lr: float = option(1e-5, Number(low=0), "learning rate at the end of the schedule (not scaled)")
+    schedule_length: Length | None = option(None, Maybe(Duration()), "length of the schedule; none: the budget")
+    schedule_by: str = option("step", Choice("step", "epoch"), "update the learning rate after each step or epoch")
+    end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
-    optimizer: str = option(
-        "adamw", Choice("adamw", "muon"), "optimizer; muon: Muon for the matrices of the blocks, AdamW for the rest"
-    )
-    muon_momentum: float = option(0.95, FRACTION, "Muon: momentum", was="momentum")
-    weight_decay: float = option(
-        0.05, Number(low=0), "weight decay; none on norms, biases, position embeddings and tokens"
-    )
+    optimizer: str = option("adamw", Choice("adamw", "muon"), "muon: Muon for matrices in blocks, AdamW for the rest")
+    muon_momentum: float = option(0.95, FRACTION, "Muon: momentum")
+    weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
     betas: tuple[float, float] = option((0.9, 0.999), Series(FRACTION, 2), "AdamW: betas")
-    eps: float = option(1e-8, Number(low=0), "AdamW: epsilon")
-    clip_norm: float | None = option(None, Maybe(Number(low=0)), "largest gradient norm; none: no clipping")
+    eps: float = option(1e-8, Number(0), "AdamW: epsilon")
+    clip_norm: float | None = option(None, Maybe(Number(0)), "largest gradient norm; none: no clipping")
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
-    ema_decay: float | None = option(
-        None, Maybe(FRACTION), "decay per step of an exponential moving average of the weights; none: no average",
-        was="ema",
-    )  # fmt: skip
+    ema_decay: float | None = option(None, Maybe(FRACTION), "moving average of the weights: decay per step; none: off")
     ema_length: Length | None = option(
-        None, Maybe(Duration()), "instead of train.ema_decay: length after which the average of the weights forgets, to "
-        "1/e; 2% fits any budget"
-    )  # fmt: skip
-    precision: str = option(
-        "auto", Choice("auto", "bf16", "fp16", "fp32"), "precision of the forward pass; auto: bf16 if the GPU has it, else "
-        "fp16; fp32 on a CPU"
-    )  # fmt: skip
-    grad_accum_steps: int = option(
-        1, COUNT, "gradient accumulation: number of parts into which a process splits its batch, to save memory",
-        was="accumulate",
-    )  # fmt: skip
-    grad_checkpointing: bool = option(
-        False, FLAG, "gradient checkpointing: blocks compute their activations again, to save memory", was="checkpointing"
+        None, Maybe(Duration()), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
     )
-    compile: str = option(
-        "auto", Choice("auto", "yes", "no"), "use torch.compile, for each image size; auto: on a GPU"
-    )
-    compile_at: str = option(
-        "start", Choice("start", "stage"), "compile all image sizes before training, or each where its stage begins",
-        was="warm",
-    )  # fmt: skip
-    cuda_graphs: str = option(
-        "auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps that launch many small kernels", was="graphs"
-    )
+    precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: on a GPU bf16 or fp16, else fp32")
+    grad_accum_steps: int = option(1, COUNT, "gradient accumulation: parts of each process's batch, to save memory")
+    grad_checkpointing: bool = option(False, FLAG, "gradient checkpointing: compute activations twice, to save memory")
+    compile: str = option("auto", Choice("auto", "yes", "no"), "use torch.compile for each image size; auto: on a GPU")
+    compile_at: str = option("start", Choice("start", "stage"), "compile all sizes at the start, or at their stages")
+    cuda_graphs: str = option("auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps of small kernels")
     kernel: str = option("auto", Choice(*KERNELS), "kernel of the local FFN; auto: fused on a GPU")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), Series(FRACTION, 2), "smallest and largest area of the random crop, as fractions of the image"
-    )
+    crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
     crop_ratio: tuple[float, float] = option(
-        (0.75, 4 / 3), Series(Number(low=0.01), 2), "smallest and largest width / height of the random crop"
+        (0.75, 4 / 3), Series(Number(0.01), 2), "width / height of the random crop: range"
     )
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
     repeats: int = option(1, COUNT, "repeated augmentation: consecutive copies of each image in an epoch")
-    randaugment: float = option(0.0, Number(low=0, high=10), "RandAugment: magnitude, with 2 operations; 0: off")
-    three_augment: bool = option(
-        False, FLAG, "three-augment of DeiT III: greyscale, solarisation or blur, and colour jitter", was="three"
-    )
-    mixup: float = option(0.0, Number(low=0), "mixup: alpha; 0: off")
-    cutmix: float = option(0.0, Number(low=0), "cutmix: alpha; 0: off")
-    mixup_prob: float = option(1.0, FRACTION, "probability that mixup or cutmix changes a batch", was="mix_chance")
-    cutmix_prob: float = option(
-        0.5, FRACTION, "probability of cutmix instead of mixup, if both are on", was="cutmix_chance"
-    )
-    random_erasing: float = option(0.0, FRACTION, "probability of random erasing, with pixel noise", was="erase")
+    randaugment: float = option(0.0, Number(0, 10), "RandAugment: magnitude, with 2 operations; 0: off")
+    three_augment: bool = option(False, FLAG, "three-augment: grey, solarised or blurred images, and colour jitter")
+    mixup: float = option(0.0, Number(0), "mixup: alpha; 0: off")
+    cutmix: float = option(0.0, Number(0), "cutmix: alpha; 0: off")
+    mixup_prob: float = option(1.0, FRACTION, "probability that mixup or cutmix changes a batch")
+    cutmix_prob: float = option(0.5, FRACTION, "probability of cutmix instead of mixup, if both are on")
+    random_erasing: float = option(0.0, FRACTION, "probability of random erasing, with pixel noise")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     size: int | None = option(None, Maybe(COUNT), "size of evaluation crops, px; none: model.size")
-    every: float = option(1.0, Number(low=0), "epochs between evaluations; 0: only at the end")
-    rows: str = option(
-        "all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated: choose settings on one "
-        "half, and report the other", was="part"
-    )  # fmt: skip
+    every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
+    rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
     crop_pct: float = option(
-        0.875, Number(low=0.01, high=1), "side of the centre crop, as a fraction of the short edge (224 / 256)",
-        was="crop_ratio",
-    )  # fmt: skip
+        0.875, Number(0.01, 1), "centre crop: its side as a fraction of the short edge (224 / 256)"
+    )
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    length: Length = option(
-        Length.parse("24h"), Duration(part=False), "length of training: 24h, 30m, 45s, 90ep, 5000steps or 3PF"
-    )
+    length: Length = option(Length.parse("24h"), Duration(part=False), "length of training")
     counts: str = option(
-        "train", Choice("train", "wall", "cpu"), "time that counts; train: without evaluation and saving; wall: all time; "
-        "cpu: as train, but processor time of all threads, for runs that share cores"
+        "train", Choice("train", "wall", "cpu"), "train: time without evaluation and saving; wall: all time; "
+        "cpu: as train, in processor time of all threads, for runs that share cores"
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig:
     folder: str | None = option(None, Maybe(TEXT), "folder of the run; none: runs/<recipe and overrides>")
-    seed: int = option(
-        0, Number(low=0, high=2**31 - 1, whole=True), "seed of initial weights, order, crops and augmentation"
-    )
+    seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
     resume: str = option(
-        "auto", Choice("auto", "must", "never"), "auto: continue the run in the folder, if there is one; must: the same, "
-        "and it is an error if there is none (short form: --resume); never: it is an error if there is one"
-    )  # fmt: skip
+        "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
+    )
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
-    threads: int = option(0, Number(low=0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
+    threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(
-        (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "longest time between checkpoints; of several "
-        "lengths, the one that ends first"
-    )  # fmt: skip
+        (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "time between checkpoints: the first to pass"
+    )
     replay_search: str | None = option(
-        None, Maybe(TEXT), "folder of an earlier run, whose measured times replace the times that searches measure; on "
-        "the same CPU this run makes the same choices", was="replay"
-    )  # fmt: skip
+        None, Maybe(TEXT), "folder of an earlier run, whose measured times replace those of this run's searches"
+    )
     keep_weights: bool = option(False, FLAG, "keep the weights at each evaluation, for bench redundancy")
-    progress: bool = option(True, FLAG, "show a progress bar, or print progress lines if there is no terminal")
+    progress: bool = option(True, FLAG, "show a progress bar; without a terminal: print lines during long passes")
+
+
+# Old names of options outside of methods. A method's section has its own in ``renamed``.
+RENAMED_OPTIONS = {
+    "augment.three": "augment.three_augment", "augment.mix_chance": "augment.mixup_prob",
+    "augment.cutmix_chance": "augment.cutmix_prob", "augment.erase": "augment.random_erasing",
+    "train.accumulate": "train.grad_accum_steps", "train.checkpointing": "train.grad_checkpointing",
+    "train.graphs": "train.cuda_graphs", "train.ema": "train.ema_decay", "train.momentum": "train.muon_momentum",
+    "train.warm": "train.compile_at", "model.position": "model.pos_embed_init",
+    "model.train_position": "model.train_pos_embed", "evaluate.crop_ratio": "evaluate.crop_pct",
+    "evaluate.part": "evaluate.rows", "run.replay": "run.replay_search",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,25 +221,25 @@ class Config:
         )
         return replace(recipe, claims=method_claims(recipe))
 
+    def nested(self) -> dict[str, Any]:
+        """Every option as plain yaml values, in sections."""
+        sections = {name: self.method_options[name] if name in METHODS else getattr(self, name) for name in SECTIONS}
+        values: dict[str, Any] = {
+            name: {f.name: plain_value(getattr(section, f.name)) for f in fields(section)}
+            for name, section in sections.items()
+        }
+        return {**values, "methods": list(self.methods)}
+
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
-        values: dict[str, Any] = {}
-        for name in SECTIONS:
-            section = self.method_options[name] if name in METHODS else getattr(self, name)
-            values |= {f"{name}.{f.name}": plain_value(getattr(section, f.name)) for f in fields(section)}
-        values["methods"] = list(self.methods)
-        return values
+        nested = self.nested()
+        methods = nested.pop("methods")
+        flat = {f"{name}.{key}": value for name, section in nested.items() for key, value in section.items()}
+        return {**flat, "methods": methods}
 
     def yaml(self) -> str:
         """A recipe that repeats this run."""
-        nested: dict[str, Any] = {}
-        for name, value in self.flat().items():
-            section, _, key = name.partition(".")
-            if key:
-                nested.setdefault(section, {})[key] = value
-            else:
-                nested[section] = value
-        return yaml.safe_dump(nested, sort_keys=False)
+        return yaml.safe_dump(self.nested(), sort_keys=False)
 
 
 SECTIONS: dict[str, Any] = {
@@ -326,7 +270,12 @@ def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     options = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
     options["methods"] = next(f for f in fields(Config) if f.name == "methods")
     argv = ["--run.resume=must" if word == "--resume" else word for word in argv]
-    reader = OptionReader(options, {}, "Trains a Vision Transformer within a budget.")
+    renamed = RENAMED_OPTIONS | {
+        f"{name}.{old}": f"{name}.{new}"
+        for name, method in METHODS.items()
+        for old, new in method.options.renamed.items()
+    }
+    reader = OptionReader(options, "Trains a Vision Transformer within a budget.", renamed=renamed)
     values = reader.read(argv, os.environ if environment is None else environment)
     if values["run.folder"] is None:
         values["run.folder"] = default_folder(reader.files, reader.overrides)
@@ -353,35 +302,27 @@ def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
 def _contradictions(config: Config) -> list[str]:
     """Problems of options that are valid by themselves, but not together."""
     data, train, augment = config.data, config.train, config.augment
-    found = method_problems(config.recipe)
-    if augment.three_augment and augment.randaugment:
-        found.append("augment.three_augment: it replaces augment.randaugment; set one of them to 0")
-    if data.loader != "native" and data.on_error != "stop":
-        found.append(
-            f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was "
-            "written with --on-error skip"
-        )
-    for name in ("crop_scale", "crop_ratio"):
-        low, high = getattr(augment, name)
-        if not 0 < low <= high:
-            found.append(f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first")
-    if augment.random_erasing and config.model.size > LARGEST_ERASED:  # no stage is larger
-        found.append(
-            f"augment.random_erasing: got images of {config.model.size} px, and its noise covers {LARGEST_ERASED} px; set "
-            "augment.random_erasing=0"
-        )
-    if train.ema_decay is not None and train.ema_length is not None:
-        found.append("train.ema_length: it replaces train.ema_decay; remove one of the two")
-    if train.ema_length is not None and not train.ema_length.value:
-        found.append(f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%; or none for no average")
-    if train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1):
-        found.append("train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1")
-    if train.schedule_by == "epoch" and (train.schedule_length is None or train.schedule_length.kind != "epochs"):
-        found.append("train.schedule_by: epoch needs a train.schedule_length in epochs, as 300ep")
-    if config.budget.length.value == 0:
-        found.append("budget.length: got 0, which trains nothing; expected a length above 0")
-    if config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"):
-        found.append(
-            f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train"
-        )
-    return found
+    crops = {name: getattr(augment, name) for name in ("crop_scale", "crop_ratio")}
+    return method_problems(config.recipe) + messages({
+        "augment.three_augment: it replaces augment.randaugment; set one of them to 0":
+            augment.three_augment and augment.randaugment,
+        f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was "
+        "written with --on-error skip": data.loader != "native" and data.on_error != "stop",
+        **{
+            f"augment.{name}: got {low}, {high}; expected two positive numbers, the smaller one first":
+            not 0 < low <= high for name, (low, high) in crops.items()
+        },
+        f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
+        "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
+        "train.ema_length: it replaces train.ema_decay; remove one of the two":
+            train.ema_decay is not None and train.ema_length is not None,
+        f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%":
+            train.ema_length is not None and not train.ema_length.value,
+        "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":
+            train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1),
+        "train.schedule_by: epoch needs a train.schedule_length in epochs, as 300ep": train.schedule_by == "epoch"
+            and (train.schedule_length is None or train.schedule_length.kind != "epochs"),
+        "budget.length: got 0, which trains nothing; expected a length above 0": config.budget.length.value == 0,
+        f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train":
+            config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
+    })  # fmt: skip

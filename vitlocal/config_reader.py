@@ -27,28 +27,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def renamed_options(options: Mapping[str, Field[Any]]) -> dict[str, str]:
-    """The old names of ``options`` and the options that have them now, both as dotted names."""
-    return {
-        f"{name.rpartition('.')[0]}.{spec.metadata['was']}": name
-        for name, spec in options.items()
-        if spec.metadata["was"]
-    }
-
-
 class OptionReader:
     """Reads one set of options, given as ``{dotted name: dataclass field}``.
 
-    ``flags`` are further names of options on the command line, ``{"--split": "write.split"}``. ``sections`` lists the
-    sections in the help; by default all of ``options``.
+    ``flags``: further names on the command line, ``{"--split": "write.split"}``. ``renamed``: old names, which
+    are errors, and new names. ``sections``: the sections that the help lists; by default all of ``options``.
     """
 
-    def __init__(self, options: Mapping[str, Field[Any]], flags: Mapping[str, str], about: str, sections: str = ""):
+    def __init__(
+        self, options: Mapping[str, Field[Any]], about: str, flags: Mapping[str, str] | None = None,
+        renamed: Mapping[str, str] | None = None, sections: str = "",
+    ):  # fmt: skip
         self.problems: list[str] = []
         self.files: list[str] = []  # recipes that the command line names
         self.overrides: dict[str, str] = {}  # options that the command line sets
-        self._options, self._flags, self._about = options, flags, about
-        self._renamed = renamed_options(options)
+        self._options, self._about, self._flags, self._renamed = options, about, flags or {}, renamed or {}
         self._sections = sections or ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in options))
         self._origin: dict[str, str] = {}
         self._fastargs = fastargs.Config()
@@ -124,18 +117,18 @@ class OptionReader:
 
     def _help(self, section: str) -> NoReturn:
         """Prints all options, or the options of ``section``, and exits."""
-        shown = {
-            name: spec for name, spec in self._options.items() if section in ("", name.rpartition(".")[0] or name)
-        }
+        shown = {name: spec for name, spec in self._options.items() if section in ("", name.rpartition(".")[0] or name)}
         if not shown:
             raise ConfigError(f"--help: there is no section '{section}'; the sections are {self._sections}")
-        OptionReader(shown, self._flags, self._about, self._sections)._parser.print_help()
+        OptionReader(shown, self._about, self._flags, sections=self._sections)._parser.print_help()
         sys.exit(0)
 
     def _unknown(self, name: str, where: str) -> None:
         """Notes that there is no option ``name``, with its new name or the option that is most like it."""
         if name in self._renamed:
-            self.problems.append(f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}")
+            self.problems.append(
+                f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}"
+            )
             return
         section, _, key = name.rpartition(".")
         known = [*(flag.lstrip("-") for flag in self._flags), *self._options]

@@ -6,10 +6,11 @@ raises an error. ``help`` completes the sentence "expected ...".
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fastargs.validation import Checker
 
@@ -29,102 +30,74 @@ class Parsed(Checker):
         return self.expected
 
 
-@dataclass(frozen=True)
-class Number(Checker):
+class Number(Parsed):
     """A number in [low, high]. With ``whole`` it is an ``int``, and a fraction is an error."""
 
-    low: float = float("-inf")
-    high: float = float("inf")
-    whole: bool = False
+    def __init__(self, low: float = -math.inf, high: float = math.inf, whole: bool = False):
+        def parse(value: Any) -> float | int:
+            number = math.nan if isinstance(value, bool) else float(value)
+            if not low <= number <= high or (whole and number != int(number)):
+                raise ValueError
+            return int(number) if whole else number
 
-    def check(self, value: Any) -> float | int:
-        number = float("nan") if isinstance(value, bool) else float(value)
-        if not self.low <= number <= self.high or (self.whole and number != int(number)):
-            raise ValueError
-        return int(number) if self.whole else number
-
-    def help(self) -> str:
-        kind, low, high = "a whole number" if self.whole else "a number", abs(self.low), abs(self.high)
-        if low < float("inf") and high < float("inf"):
-            return f"{kind} from {self.low:g} to {self.high:g}"
-        bounded = f" of at least {self.low:g}" if low < float("inf") else f" of at most {self.high:g}"
-        return kind if low == high else kind + bounded
+        kind, least, most = "a whole number" if whole else "a number", low > -math.inf, high < math.inf
+        bounds = f" from {low:g} to {high:g}" if least and most else f" of at least {low:g}" if least else ""
+        super().__init__(parse, kind + (bounds or (f" of at most {high:g}" if most else "")))
 
 
-class Flag(Checker):
+class Flag(Parsed):
     """True or false. On the command line the option alone means true."""
 
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-
-    def check(self, value: Any) -> bool:
-        return self.words[str(value).lower()]
-
-    def help(self) -> str:
-        return "true or false"
+    def __init__(self) -> None:
+        super().__init__(lambda value: FLAG_WORDS[str(value).lower()], "true or false")
 
 
-class Choice(Checker):
+class Choice(Parsed):
     """One of ``names``."""
 
     def __init__(self, *names: str):
-        self.names = names
-
-    def check(self, value: Any) -> str:
-        if str(value) not in self.names:
-            raise ValueError
-        return str(value)
-
-    def help(self) -> str:
-        return "one of " + ", ".join(self.names)
+        super().__init__(lambda value: names[names.index(str(value))], "one of " + ", ".join(names))
 
 
-@dataclass(frozen=True)
-class Duration(Checker):
+class Duration(Parsed):
     """A length of training. With ``part`` it may be a percentage of the budget, at most 100%."""
 
-    part: bool = True
+    def __init__(self, part: bool = True):
+        def parse(value: Any) -> Length:
+            length = value if isinstance(value, Length) else Length.parse(str(value))
+            if length.kind == "fraction" and (not part or length.value > 1):
+                raise ValueError
+            return length
 
-    def check(self, value: Any) -> Length:
-        length = value if isinstance(value, Length) else Length.parse(str(value))
-        if length.kind == "fraction" and (not self.part or length.value > 1):
-            raise ValueError
-        return length
-
-    def help(self) -> str:
-        return "a length: 90ep, 5000steps, 45s, 30m, 24h or 3PF" + (", or 10% of the budget" if self.part else "")
+        expected = "a length: 90ep, 5000steps, 45s, 30m, 24h or 3PF"
+        super().__init__(parse, expected + (", or 10% of the budget" if part else ""))
 
 
-class Series(Checker):
+class Series(Parsed):
     """A yaml list, or text with commas, of values of one kind. ``none`` is the empty list."""
 
-    def __init__(self, kind: Checker, count: int | None = None):
-        self.kind, self.count = kind, count
+    def __init__(self, kind: Parsed, count: int | None = None):
+        def parse(value: Any) -> tuple[Any, ...]:
+            if isinstance(value, str):
+                value = [] if value in ("none", "[]", "") else [part.strip() for part in value.split(",")]
+            values = tuple(kind.check(part) for part in value)
+            if count is not None and len(values) != count:
+                raise ValueError
+            return values
 
-    def check(self, value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str):
-            value = [] if value in ("none", "[]", "") else [part.strip() for part in value.split(",")]
-        values = tuple(self.kind.check(part) for part in value)
-        if self.count is not None and len(values) != self.count:
-            raise ValueError
-        return values
-
-    def help(self) -> str:
-        return f"{self.count or 'a list'} of: {self.kind.help()}"
+        super().__init__(parse, f"{count or 'a list'} of: {kind.help()}")
 
 
-class Maybe(Checker):
+class Maybe(Parsed):
     """A value of ``kind``, or ``none``."""
 
-    def __init__(self, kind: Checker):
-        self.kind = kind
-
-    def check(self, value: Any) -> Any:
-        return None if value is None or value == "none" else self.kind.check(value)
-
-    def help(self) -> str:
-        return f"{self.kind.help()}, or none"
+    def __init__(self, kind: Parsed):
+        super().__init__(
+            lambda value: None if value is None or value == "none" else kind.check(value), f"{kind.help()}, or none"
+        )
 
 
+FLAG_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 BYTE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
               "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -157,21 +130,25 @@ COUNT = Number(low=1, whole=True)
 FRACTION = Number(low=0, high=1)
 
 
-def option(default: Any, kind: Checker, meaning: str, was: str = "") -> Any:
-    """A dataclass field that is also an option of recipes and of the command line.
-
-    ``was``: the option's old name in its section. The old name is an error that names the new one.
-    """
-    return field(default=default, metadata={"kind": kind, "meaning": meaning, "was": was})
+def option(default: Any, kind: Parsed, meaning: str) -> Any:
+    """A dataclass field that is also an option of recipes and of the command line."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Section:
     """The options of a training method."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}  # old name -> new name
+
     def completed(self, model_size: int) -> Section:
         """These options, with defaults that depend on ``model.size`` filled in."""
         return self
+
+
+def messages(checks: Mapping[str, Any]) -> list[str]:
+    """The messages of ``checks`` whose condition is true, in order."""
+    return [message for message, wrong in checks.items() if wrong]
 
 
 def as_argument(value: Any) -> str:

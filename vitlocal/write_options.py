@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.errors import ConfigError
-from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Maybe, Number, option
+from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Maybe, Number, messages, option
 
 PLAN_NAME = "plan.yaml"  # the file of WriteOptions that --plan leaves in a data folder
 
@@ -19,39 +19,32 @@ class WriteOptions:
 
     split: str = option("train", Choice("train", "val"), "split of the source to write")
     source: str | None = option(
-        None, Maybe(TEXT), "original images: class folders, the ILSVRC2012 tars, parquet shards, torchvision:NAME, or "
-        "sample for the built-in sample; none: $IMAGENET_DIR, else data/source"
+        None, Maybe(TEXT), "class folders, the ILSVRC2012 tars, parquet shards, torchvision:NAME, or sample for the "
+        "built-in sample; none: $IMAGENET_DIR, else data/source"
     )  # fmt: skip
     out: str = option("data/imagenet", TEXT, "data folder to fill")
     sides: str = option(
-        "auto", TEXT, "long edges of the files, px, as 64,160,256 or 64:raw,256:jpg; auto: the split's default; photos of "
+        "auto", TEXT, "long edges of the files, px: 64,160,256 or 64:raw,256:jpg; auto: the split's default; photos of "
         "val keep a short edge of 256"
     )  # fmt: skip
-    format: str = option(
-        "auto", Choice("auto", "raw", "jpg"), "format of sides that state none; auto: raw up to 160 px, else jpg"
-    )
-    quality: int | None = option(
-        None, Maybe(Number(low=1, high=100, whole=True)), "JPEG quality; none: as planned, or 90"
-    )
+    format: str = option("auto", Choice("auto", "raw", "jpg"), "format of sides without one; auto: raw up to 160 px")
+    quality: int | None = option(None, Maybe(Number(1, 100, whole=True)), "JPEG quality; none: as planned, or 90")
     sampling: str | None = option(
-        None, Maybe(Choice("420", "444")), "JPEG chroma subsampling: 420 keeps a quarter of the pixels, 444 all; none: as "
-        "planned, or 420"
+        None, Maybe(Choice("420", "444")), "JPEG chroma subsampling; none: as planned, or 420"
     )  # fmt: skip
     keep_jpegs: bool | None = option(
-        None, Maybe(FLAG), "copy JPEGs that need not shrink, instead of encoding them again; none: as planned, or true"
+        None, Maybe(FLAG), "copy JPEGs that need not shrink, without encoding them; none: as planned, or true"
     )
-    workers: int = option(0, Number(low=0, whole=True), "threads; 0: one per core")
+    workers: int = option(0, Number(0, whole=True), "threads; 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image: stop, or skip it")
-    verify: bool = option(False, FLAG, "check every image of every file that is written, and write nothing")
-    plan: bool = option(
-        False, FLAG, "measure, propose which files to write, store the proposal in the data folder, and write no images"
-    )
-    recipe: str | None = option(None, Maybe(TEXT), "for --plan: recipe that will be trained; none: rcfg/ours.yaml")
+    verify: bool = option(False, FLAG, "check every image of every written file, and write nothing")
+    plan: bool = option(False, FLAG, "measure, choose the files to write, store the choice, and write no images")
+    recipe: str | None = option(None, Maybe(TEXT), "for --plan: recipe to train; none: rcfg/ours.yaml")
     rates: str | None = option(
-        None, Maybe(TEXT), "for --plan: images/s of the trainer, as 224:2500 or 32:20000,224:2500 (other sizes by FLOPs); "
-        "none: measured here"
+        None, Maybe(TEXT), "for --plan: images/s of the trainer, as 224:2500 or 32:20000,224:2500 (other sizes by "
+        "FLOPs); none: measured here"
     )  # fmt: skip
-    cores: int | None = option(None, Maybe(COUNT), "for --plan: cores of the machine that will train; none: this one's")
+    cores: int | None = option(None, Maybe(COUNT), "for --plan: cores of the training machine; none: this machine's")
     disk_limit: int | None = option(None, Maybe(BYTES), "for --plan: disk space for the files; none: the free space")
     memory_limit: int | None = option(
         None, Maybe(BYTES), "for --plan: memory for the page cache; none: this machine's memory minus 8 GB"
@@ -62,20 +55,22 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
     """The options of ``write_dataset.py``. Each has a dotted name too (``--write.split``), for yaml files."""
     named = {f"write.{f.name}": f for f in fields(WriteOptions)}
     flags = {f"--{f.name.replace('_', '-')}": f"write.{f.name}" for f in fields(WriteOptions)}
-    reader = OptionReader(named, flags, "Encodes a split of a data set into .beton files, each image decoded once.")
+    reader = OptionReader(named, "Encodes a split of a data set into .beton files, each image decoded once.", flags)
     values = reader.read(argv, os.environ if environment is None else environment)
     options = WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
-    if options.plan and options.verify:
-        reader.problems.append("--plan and --verify: they exclude each other; remove one of the two")
-    if options.plan and (options.sides, options.format) != ("auto", "auto"):
-        reader.problems.append("--plan: it chooses sides and formats; remove --sides and --format")
-    if options.plan and options.split != "train":
-        reader.problems.append("--plan: it plans the files of the split train; val needs only one file")
-    if options.plan and (options.workers, options.on_error) != (0, "stop"):
-        reader.problems.append("--plan: it writes no images; remove --workers and --on-error")
-    for name in ("recipe", "rates", "cores", "disk_limit", "memory_limit"):
-        if not options.plan and getattr(options, name) is not None:
-            reader.problems.append(f"--{name.replace('_', '-')}: it needs --plan")
+    plan, unused = options.plan, ("recipe", "rates", "cores", "disk_limit", "memory_limit")
+    reader.problems += messages({
+        "--plan and --verify: they exclude each other; remove one of the two": plan and options.verify,
+        "--plan: it chooses sides and formats; remove --sides and --format":
+            plan and (options.sides, options.format) != ("auto", "auto"),
+        "--plan: it plans the files of the split train; val needs only one file": plan and options.split != "train",
+        "--plan: it writes no images; remove --workers and --on-error":
+            plan and (options.workers, options.on_error) != (0, "stop"),
+        **{
+            f"--{name.replace('_', '-')}: it needs --plan": not plan and getattr(options, name) is not None
+            for name in unused
+        },
+    })  # fmt: skip
     reader.check()
     return options
 

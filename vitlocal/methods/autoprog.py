@@ -2,7 +2,7 @@
 
 Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*, and each
 of its steps samples a depth and a size. Then the candidate with the best trade-off of loss and time is taken out of the
-supernet, with its weights, and trained to the end of the stage. The supernet's steps are training steps like all others.
+supernet, with its weights, and trained to the end of the stage. The supernet's steps are ordinary training steps.
 
 Symbols: S stages, l depth, r image size, L mean loss of a candidate, T its time per image.
 """
@@ -19,17 +19,17 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import (
+    NET,
     Net,
     SearchMethod,
     equal_bounds,
     ladder,
     remembered,
-    schedule_option,
     schedule_problems,
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape
 from vitlocal.progress import Length, Progress, Stage
 
@@ -41,52 +41,34 @@ ROUNDING = 1e-6  # relative difference of L · T^w below which candidates count 
 @dataclass(frozen=True)
 class AutoProgConfig(Section):
     stages: int = option(4, COUNT, "number S of equal stages")
-    space: tuple[str, ...] = option(
-        SPACE, Series(Choice(*SPACE)), "what grows; without size, image_size may set the image size"
+    space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; image_size may set the size instead")
+    min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest")
+    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
+    schedule: tuple[Net, ...] | None = option(
+        None, Maybe(Series(NET)), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
     )
-    min_scale: float = option(
-        0.5, FRACTION, "smallest depth and image size, as a fraction of the largest", was="scale"
-    )
-    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
-    schedule: tuple[Net, ...] | None = schedule_option(
-        "depth and image size of every stage, instead of a search: 6@128px,8@160px,10@192px,12@224px"
-    )
-    search_length: Length = option(
-        Length.parse("2%"), Duration(), "training steps of each search (published: 2 of 100 epochs); the measurements "
-        "come on top", was="search"
-    )  # fmt: skip
-    probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate", was="batches")
+    search_length: Length = option(Length.parse("2%"), Duration(), "training steps of each search, without its probes")
+    probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate")
     grow: str = option(
-        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: all weights are first replaced by "
-        "their slow average, and new blocks are copies; momentum_new: only new blocks are copies of the average; clone: "
-        "new blocks are copies of the current weights; random: new blocks have random weights"
+        "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: all weights are replaced by the "
+        "slow average; momentum_new: new blocks copy the average; clone: new blocks copy the weights; random: neither"
     )  # fmt: skip
-    ema_decays: tuple[float, ...] = option(
-        EMA_DECAYS, Series(FRACTION), "decays per step of the fast average, whose loss is measured, and of the slow "
-        "average, from which nets grow", was="averages"
-    )  # fmt: skip
+    ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(FRACTION), "decays per step of the fast and slow average")
     loss_of: str = option(
-        "average", Choice("average", "online"), "weights whose loss is measured: the fast average or the current weights"
+        "average", Choice("average", "online"), "measure the loss of the fast average, or the weights"
     )
-    loss_on: str = option(
-        "train", Choice("train", "val"), "split whose images measure the loss; val makes the validation accuracy biased"
-    )
+    loss_on: str = option("train", Choice("train", "val"), "split that measures the loss; val biases the accuracy")
     loss_at: tuple[float, ...] = option(
-        (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured; their "
-        "mean counts", was="asked"
-    )  # fmt: skip
-    cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or counted FLOPs")
-    exponent: float | None = option(
-        None, Maybe(Number(low=0)), "exponent w of the score L * T^w; none: fitted to the candidates"
+        (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured"
     )
-    moments: str = option(
-        "reset", Choice("reset", "keep"), "optimizer moments when the network grows and when a net is taken out of it"
-    )
-    grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages", was="strengthen")
-    randaugment_start: float = option(
-        0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage; all other augmentation starts at 0",
-        was="operations",
-    )  # fmt: skip
+    cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or FLOPs")
+    exponent: float | None = option(None, Maybe(Number(0)), "w in the score L * T^w; none: fitted to the candidates")
+    moments: str = option("reset", Choice("reset", "keep"), "optimizer moments when the network grows or shrinks")
+    grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages")
+    randaugment_start: float = option(0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage")
+    renamed = {"scale": "min_scale", "multiple": "size_multiple", "search": "search_length", "batches": "probe_batches",
+               "averages": "ema_decays", "asked": "loss_at", "strengthen": "grow_augmentation",
+               "operations": "randaugment_start"}  # fmt: skip
 
 
 def deepens(config: AutoProgConfig) -> bool:
@@ -170,48 +152,32 @@ class AutoProg(SearchMethod):
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
         config, budget = recipe.section(AutoProgConfig), recipe.budget
-        length, found = config.search_length, []
-        if not config.space:
-            found.append("autoprog.space: nothing grows; name depth, size or both")
-        if length.kind not in ("epochs", "fraction"):
-            found.append(f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, as 2%")
-        if config.schedule is None:
-            if budget.kind != "epochs" and length.kind != "fraction":
-                found.append(
-                    f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, as 2%"
-                )
-            if not length.value:
-                found.append("autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%")
-            most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
-            if length.value * config.stages >= most:
-                found.append(
-                    f"autoprog.search_length: {length} is as long as one of {config.stages} stages, and no step is left "
-                    "to train the chosen net; use a shorter search"
-                )
-        else:
-            found += schedule_problems("autoprog", config.schedule, config.stages)
-            if any((net.size is None) == ("size" in config.space) for net in config.schedule):
-                found.append(
-                    "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may "
-                    "have a size (6)"
-                )
-            depths = [net.depth for net in config.schedule]
-            if depths != sorted(depths):
-                found.append(f"autoprog.schedule: got depths {depths}, expected depths that do not decrease")
-        loss_at, decays = list(config.loss_at), list(config.ema_decays)
-        if not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1:
-            found.append(
-                f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 as the last"
-            )
-        if len(decays) != 2 or decays != sorted(decays):
-            found.append(f"autoprog.ema_decays: got {decays}, expected two decays, the smaller one first")
-        if deepens(config) and recipe.model_weights:
-            found.append(
-                "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search starts with "
-                "the blocks in another order; set autoprog.space=size, give an autoprog.schedule of one depth, or remove "
-                "model.weights"
-            )
-        return found
+        length, loss_at, decays = config.search_length, list(config.loss_at), list(config.ema_decays)
+        searches, schedule = config.schedule is None, config.schedule or ()
+        depths = [net.depth for net in schedule]
+        most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
+        found = [] if searches else schedule_problems("autoprog", schedule, config.stages)
+        return found + messages({
+            "autoprog.space: nothing grows; name depth, size or both": not config.space,
+            f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, as 2%":
+                length.kind not in ("epochs", "fraction"),
+            f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, as 2%":
+                searches and budget.kind != "epochs" and length.kind != "fraction",
+            "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%":
+                searches and not length.value,
+            f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left "
+            "to train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
+            "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may have "
+            "a size (6)": any((net.size is None) == ("size" in config.space) for net in schedule),
+            f"autoprog.schedule: got depths {depths}, expected depths that do not decrease": depths != sorted(depths),
+            f"autoprog.loss_at: got {loss_at}, expected increasing fractions of the search above 0, and 1 at last":
+                not loss_at or loss_at != sorted(set(loss_at)) or not loss_at[0] or loss_at[-1] != 1,
+            f"autoprog.ema_decays: got {decays}, expected two decays, the smaller one first":
+                len(decays) != 2 or decays != sorted(decays),
+            "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
+            "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights":
+                deepens(config) and recipe.model_weights,
+        })  # fmt: skip
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:

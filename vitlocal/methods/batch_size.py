@@ -18,14 +18,12 @@ LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 @dataclass(frozen=True)
 class BatchSizeConfig(Section):
     memory: int | None = option(
-        None, Maybe(BYTES), "memory for activations on each device; none: the memory that train.batch_size images of "
-        "model.size take"
-    )  # fmt: skip
+        None, Maybe(BYTES), "memory for activations on each device; none: as train.batch_size images of model.size take"
+    )
     limit: int = option(2048, COUNT, "largest batch size")
     multiple: int = option(32, COUNT, "batch sizes above train.batch_size are multiples of this number")
-    lr_scaling: str = option(
-        "sqrt", Choice("sqrt", "linear", "none"), "how the learning rate grows with the batch size", was="rule"
-    )
+    lr_scaling: str = option("sqrt", Choice(*LR_EXPONENTS), "how the learning rate grows with the batch size")
+    renamed = {"rule": "lr_scaling"}
 
 
 class BatchSize(Method):

@@ -20,7 +20,7 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
-from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, option
+from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -47,55 +47,34 @@ COMPUTE = Parsed(
 @dataclass(frozen=True)
 class BudgetedConfig(Section):
     stages: int = option(3, COUNT, "number K of stages")
-    grow: tuple[str, ...] = option(
-        tuple(GROWS), Series(Choice(*GROWS)), "what grows; everything else has its full size from the start"
-    )
-    compute: str | None = option(
-        None, Maybe(COMPUTE), "compute of the whole run, which sets its epochs; none: budget.length is divided into the "
-        "stages", was="budget"
-    )  # fmt: skip
-    reference_epochs: float = option(
-        300.0, Number(low=1), "epochs of full training, for a compute in %", was="reference"
-    )
+    grow: tuple[str, ...] = option(tuple(GROWS), Series(Choice(*GROWS)), "what grows; the rest has its full size")
+    compute: str | None = option(None, Maybe(COMPUTE), "compute of the run, which sets its epochs; none: budget.length")
+    reference_epochs: float = option(300.0, Number(1), "epochs of full training, for budgeted.compute in %")
     epochs: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(low=0, whole=True))), "epochs of each stage; none: the stages' lengths follow from "
-        "alpha, seed and cost"
-    )  # fmt: skip
+        None, Maybe(Series(Number(0, whole=True))), "epochs of each stage; none: they follow from alpha, seed and cost"
+    )
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
-    seed: int = option(0, Number(low=0, whole=True), "seed of the random numbers that set the stages' lengths")
-    cost: str = option(
-        "flops", Choice("flops", "time"), "cost of a stage's images, for a budget in time: counted FLOPs, or time "
-        "measured before the first step"
-    )  # fmt: skip
-    heads: tuple[float, ...] | None = option(
-        None, Maybe(Series(FRACTION)), "fraction of the heads in each stage; none: k / K in stage k"
-    )
-    hidden: tuple[float, ...] | None = option(
-        None, Maybe(Series(FRACTION)), "fraction of the hidden width in each stage; none: it doubles from stage to stage"
-    )
-    tokens: tuple[float, ...] | None = option(
-        None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage; none: equal steps from 50 % to all"
-    )
+    seed: int = option(0, Number(0, whole=True), "seed of the random numbers that set the stages' lengths")
+    cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
+    heads: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the heads in each stage")
+    hidden: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the hidden width, by stage")
+    tokens: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage")
     crop: str = option(
-        "after", Choice("after", "before"), "crop the token grid after the patch embedding, as published, or crop the "
-        "image before it: the same tokens for less compute"
-    )  # fmt: skip
-    new_weights: str = option(
-        "copy", Choice("copy", "random"), "weights of new heads and hidden units", was="weights"
+        "after",
+        Choice("after", "before"),
+        "crop the tokens after the patch embedding (published), or the image before it",
     )
-    copy_from: str = option(
-        "first", Choice("first", "last"), "heads and hidden units that are copied, if not all are", was="sources"
-    )
+    new_weights: str = option("copy", Choice("copy", "random"), "weights of new heads and hidden units")
+    copy_from: str = option("first", Choice("first", "last"), "heads and hidden units to copy, if not all are copied")
     new_moments: str = option(
-        "zero", Choice("zero", "copy", "reset"), "optimizer moments of new heads and hidden units; reset: the moments of "
-        "the whole model become zero", was="moments"
-    )  # fmt: skip
+        "zero", Choice("zero", "copy", "reset"), "moments of new parts; reset: zero for all parts"
+    )
     copy_scale: float = option(
-        1.0, Number(low=0), "factor on the outputs of copies and of the parts they copy; 0.5 keeps their sum", was="scale"
+        1.0, Number(0), "factor on the outputs of copies and of their sources; 0.5 keeps the sum"
     )
-    copy_noise: float = option(
-        0.0, Number(low=0), "noise added to copies, in standard deviations of the weights", was="noise"
-    )
+    copy_noise: float = option(0.0, Number(0), "noise added to copies, in standard deviations of the weights")
+    renamed = {"budget": "compute", "reference": "reference_epochs", "weights": "new_weights", "sources": "copy_from",
+               "moments": "new_moments", "scale": "copy_scale", "noise": "copy_noise"}  # fmt: skip
 
 
 def grown_fields(config: BudgetedConfig) -> list[str]:
@@ -184,33 +163,27 @@ class Budgeted(Method):
         reason = "both remove tokens; let one of the two keep them, as with budgeted.grow=heads,hidden"
         excludes = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
         length = {"budget.length"} if sets_length(config) else set()
-        return Claims(cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown_fields(config)), *length}), excludes)
+        return Claims(
+            cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown_fields(config)), *length}), excludes
+        )
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
         config = recipe.section(BudgetedConfig)
-        found = []
-        if sets_length(config):
-            found.append(f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored")
         others = " and ".join(claims.name for claims in recipe.claims if claims.writes & CHANGES_COST)
-        if config.compute is not None and others:
-            found.append(
-                f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with "
-                f"{others} the run costs less, and its stages take other fractions of the budget"
-            )
-        if config.cost == "time" and others:
-            found.append(
-                "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
-                f"{others}, and the stages will take other fractions of the time"
-            )
-        if recipe.model_weights and {"heads", "hidden"} & set(config.grow):
-            names = {"heads": "heads", "hidden": "hidden units"}
-            units = " and ".join(name for unit, name in names.items() if unit in config.grow)
-            found.append(
-                f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
-                "budgeted from methods to train all loaded weights"
-            )
-        return found
+        names = {"heads": "heads", "hidden": "hidden units"}
+        units = " and ".join(name for unit, name in names.items() if unit in config.grow)
+        return messages({
+            f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored":
+                sets_length(config),
+            f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} "
+            "the run costs less, and its stages take other fractions of the budget":
+                config.compute is not None and others,
+            "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
+            f"{others}, and the stages will take other fractions of the time": config.cost == "time" and others,
+            f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
+            "budgeted from methods to train all loaded weights": recipe.model_weights and units,
+        })  # fmt: skip
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
@@ -226,27 +199,21 @@ class Budgeted(Method):
                 found.append(
                     f"budgeted.{name}: got {list(values)}, expected increasing fractions above 0, and 1 as the last"
                 )
-        if config.epochs is not None and config.compute is not None:
-            found.append("budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two")
-        if config.epochs is not None and not (sum(config.epochs) and config.epochs[-1]):
-            found.append(f"budgeted.epochs: got {list(config.epochs)}; the last stage, the full model, needs epochs")
-        if not config.grow:
-            found.append(
-                "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove budgeted from methods"
-            )
         copies = config.new_moments == "copy" or config.copy_from != "first" or config.copy_scale != 1
-        if config.new_weights == "random" and (copies or config.copy_noise):
-            found.append(
-                "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
-                "copy_noise at their defaults"
-            )
-        if config.cost == "time" and recipe.budget.kind != "seconds":
-            found.append(f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}")
-        if config.cost == "time" and sets_length(config):
-            found.append(
-                "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them"
-            )
-        return found
+        measures, epochs = config.cost == "time", config.epochs
+        return found + messages({
+            "budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two":
+                epochs is not None and config.compute is not None,
+            f"budgeted.epochs: got {list(epochs or ())}; the last stage, the full model, needs epochs":
+                epochs is not None and not (epochs and epochs[-1]),
+            "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove the method": not config.grow,
+            "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
+            "copy_noise at their defaults": config.new_weights == "random" and (copies or config.copy_noise),
+            f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}":
+                measures and recipe.budget.kind != "seconds",
+            "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them":
+                measures and sets_length(config),
+        })  # fmt: skip
 
     def _solved_epochs(self) -> tuple[int, ...] | None:
         """T_k, if the options state epochs or compute; None if the run's budget counts."""

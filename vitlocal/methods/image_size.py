@@ -17,16 +17,13 @@ class ImageSizeConfig(Section):
     init: int = option(32, COUNT, "size of training crops at the start, px")
     step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
     final: int | None = option(None, Maybe(COUNT), "last size of training crops, px; none: model.size")
-    growth: str = option(
-        "linear", Choice("linear", "exponential"), "linear: the size grows every image_size.step_epochs; exponential: "
-        "it grows at image_size.switch_epochs"
-    )  # fmt: skip
+    growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
     stages: tuple[Stage, ...] | None = option(
         None, Maybe(Series(STAGE)), "the whole curriculum, stage by stage; replaces all other image_size options"
     )
-    step_epochs: float = option(5.0, Number(low=1e-3), "epochs between two sizes, for linear growth")
+    step_epochs: float = option(5.0, Number(1e-3), "epochs between two sizes, for linear growth")
     switch_epochs: tuple[float, ...] = option(
-        (0, 2, 4, 8, 12, 20, 36), Series(Number(low=0)), "epoch at which each size starts, for exponential growth"
+        (0, 2, 4, 8, 12, 20, 36), Series(Number(0)), "epoch at which each size starts, for exponential growth"
     )
 
     def completed(self, model_size: int) -> ImageSizeConfig:
@@ -78,7 +75,10 @@ class ImageSize(Method):
         if config.init > config.final:
             found.append(f"image_size.init: {config.init} is larger than image_size.final ({config.final})")
         elif config.growth == "exponential":
-            switches, sizes = config.switch_epochs, [*range(config.init, config.final, config.step_pixels), config.final]
+            switches, sizes = (
+                config.switch_epochs,
+                [*range(config.init, config.final, config.step_pixels), config.final],
+            )
             if len(switches) < len(sizes):
                 found.append(
                     f"image_size.switch_epochs: got {len(switches)} epochs for the {len(sizes)} sizes "
@@ -99,7 +99,9 @@ class ImageSize(Method):
         progress = replace(progress, epoch=progress.epoch + 1e-9)
         return with_size(
             plan,
-            next(stage.size for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1),
+            next(
+                stage.size for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1
+            ),
         )
 
     def changes(self) -> Sequence[Length]:

@@ -138,8 +138,6 @@ class Method:
     def __init__(self, context: MethodContext):
         self.writes = self.claims(context.recipe).writes
 
-    # --- before a run exists -----------------------------------------------------------------------------------------
-
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         """The fields that the method sets under this recipe."""
@@ -159,8 +157,6 @@ class Method:
     def image_sizes(recipe: Recipe) -> Sequence[Stage]:
         """The image sizes that it will feed, if they are known before the run. Empty if it sets none."""
         return ()
-
-    # --- planning ----------------------------------------------------------------------------------------------------
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
         """``plan`` with this method's changes."""
@@ -186,8 +182,6 @@ class Method:
         """The rows of ``feed.subset``, (n,) int64, if the method sets that field."""
         raise NotImplementedError
 
-    # --- measuring and observing -------------------------------------------------------------------------------------
-
     def probes(self, progress: Progress) -> Sequence[Probe]:
         """The measurements that it needs before it can plan on. :meth:`observe` gets each result."""
         return ()
@@ -198,8 +192,6 @@ class Method:
     def choices(self) -> Sequence[str]:
         """The decisions of its searches so far, in order."""
         return ()
-
-    # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Its state, the same on every process: plain values and tensors on the CPU."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from vitlocal.methods.method import Method, MethodContext
-from vitlocal.options import Maybe, Parsed, Series, option
+from vitlocal.options import Parsed
 from vitlocal.progress import Length, Progress, Stage
 
 T = TypeVar("T")
@@ -39,11 +39,6 @@ def parse_net(value: Any) -> Net:
 NET = Parsed(parse_net, "a number and a size: 6@128px, 8@160px, 12@224px; or numbers alone")
 
 
-def schedule_option(meaning: str) -> Any:
-    """The option that states the nets of all stages, so that nothing is searched."""
-    return option(None, Maybe(Series(NET)), meaning)
-
-
 def schedule_problems(name: str, schedule: Sequence[Net], stages: int) -> list[str]:
     """Errors in the option ``{name}.schedule`` that do not depend on the method."""
     found = []
@@ -63,7 +58,7 @@ def schedule_warnings(name: str, schedule: Sequence[Net] | None, model_size: int
 
 
 def divisible(value: float, divisor: int) -> int:
-    """The multiple of ``divisor`` nearest to ``value``, at least one multiple, and at least nine tenths of ``value``."""
+    """The multiple of ``divisor`` nearest to ``value``, at least ``divisor`` and nine tenths of ``value``."""
     found = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return found + divisor if found < 0.9 * value else found
 
@@ -81,7 +76,9 @@ def ladder(largest: int, scale: float, stages: int, divisor: int) -> tuple[int, 
 def stages_of(sizes: Sequence[int], stages: int) -> tuple[Stage, ...]:
     """Equal stages with these sizes. The last size repeats if there are fewer sizes than stages."""
     ends = [*map(as_fraction, equal_bounds(stages)[1:]), None]
-    return tuple(Stage(size, end) for size, end in zip((*sizes, *[sizes[-1]] * (stages - len(sizes))), ends, strict=True))
+    return tuple(
+        Stage(size, end) for size, end in zip((*sizes, *[sizes[-1]] * (stages - len(sizes))), ends, strict=True)
+    )
 
 
 def equal_bounds(stages: int) -> list[float]:
@@ -155,4 +152,3 @@ class SearchMethod(Method):
         if len(nets) == 1:
             return nets[0]
         return self._best(stage) if self._answered(stage) else nets[self._undecided]
-

@@ -46,7 +46,7 @@ class Strength(Method):
         drop_path = recipe.drop_path if recipe.model_name.startswith("vitlocal_") else 0
         if not (recipe.has_augmentation or drop_path):
             found.append(
-                "methods: strength has nothing to vary; set an option of augment, or model.drop_path of a vitlocal_ model"
+                "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models"
             )
         return found
 

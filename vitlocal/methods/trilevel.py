@@ -17,7 +17,7 @@ import numpy as np
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.options import FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, option
+from vitlocal.options import FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -33,46 +33,29 @@ PRUNED_AT = (0.25, 0.5, 0.75)  # fractions of the depth: blocks 3, 6 and 9 of 12
 class TrilevelConfig(Section):
     levels: tuple[str, ...] = option(LEVELS, Series(Choice(*LEVELS)), "levels that are on")
     held_out: float = option(0.2, FRACTION, "fraction of the examples that is held out")
-    swap_fraction: float = option(
-        0.05, FRACTION, "largest fraction of all examples that changes places at an update", was="swapped"
-    )
-    update_every: Length = option(
-        Length.parse("10%"), Duration(), "time between updates of the examples (published: 30 of 300 epochs)", was="every"
-    )
-    max_updates: int = option(5, Number(low=0, whole=True), "largest number of updates of the examples", was="updates")
+    swap_fraction: float = option(0.05, FRACTION, "largest fraction of the examples that an update exchanges")
+    update_every: Length = option(Length.parse("10%"), Duration(), "length between two updates of the examples")
+    max_updates: int = option(5, Number(0, whole=True), "largest number of updates of the examples")
     score: str = option(
-        "forgetting", Choice("forgetting", "attention"), "easy examples are those forgotten least often; ties are broken "
-        "at random (forgetting), or by how evenly the class token attends (attention)"
+        "forgetting", Choice("forgetting", "attention"), "easy examples are rarely forgotten; ties: random, or by how "
+        "evenly the class token attends"
     )  # fmt: skip
-    token_keep_rate: float = option(
-        0.9, FRACTION, "rate r of the tokens that each of the pruned blocks keeps, at the end of the decay", was="kept"
-    )
-    attention_keep_rate: float = option(
-        0.1, FRACTION, "rate r_a of the tokens that each token attends to from the first pruned block on, at the end of "
-        "the decay", was="attended"
-    )  # fmt: skip
+    token_keep_rate: float = option(0.9, FRACTION, "final rate r of the tokens that each of the pruned blocks keeps")
+    attention_keep_rate: float = option(0.1, FRACTION, "final rate r_a of the tokens that each token attends to")
     attention_masks: str = option(
-        "shared", Choice("shared", "per_head"), "one mask of attended tokens for all heads, or one mask for each head",
-        was="masks",
-    )  # fmt: skip
+        "shared", Choice("shared", "per_head"), "attention masks: one for all heads, or per head"
+    )
     pruned_blocks: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(low=0, whole=True))), "blocks that drop tokens, counted from 0; none: at quarters of "
-        "the depth", was="blocks"
-    )  # fmt: skip
-    decay_start: Length = option(
-        Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1 (published: 10 of 300 epochs)",
-        was="begin",
-    )  # fmt: skip
-    decay_end: Length = option(
-        Length.parse("36.6667%"), Duration(), "when r and r_a reach their rates (published: 110 of 300 epochs)", was="end"
+        None, Maybe(Series(Number(0, whole=True))), "blocks that drop tokens, from 0; none: at quarters of the depth"
     )
-    decay_steps: int = option(
-        8, Number(low=0, whole=True), "number of values between 1 and r, each of which is compiled; 0: a new value at "
-        "every step", was="rungs"
-    )  # fmt: skip
-    prune_evaluation: bool = option(
-        True, FLAG, "evaluations use the final rates r and r_a; false: evaluations keep all tokens", was="evaluate"
-    )
+    decay_start: Length = option(Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1")
+    decay_end: Length = option(Length.parse("36.6667%"), Duration(), "when r and r_a reach their final rates")
+    decay_steps: int = option(8, Number(0, whole=True), "values of r, each compiled; 0: a new value at every step")
+    prune_evaluation: bool = option(True, FLAG, "evaluate with the final rates; false: with all tokens")
+    renamed = {"swapped": "swap_fraction", "every": "update_every", "updates": "max_updates", "kept": "token_keep_rate",
+               "attended": "attention_keep_rate", "masks": "attention_masks", "blocks": "pruned_blocks",
+               "begin": "decay_start", "end": "decay_end", "rungs": "decay_steps",
+               "evaluate": "prune_evaluation"}  # fmt: skip
 
 
 def final_rates(config: TrilevelConfig) -> tuple[float, float]:
@@ -102,7 +85,7 @@ def swap(
 class Trilevel(Method):
     """Fewer examples, tokens and connections. Each level is on or off.
 
-    The device notes the correctness of each example, one byte per example and epoch. Updates alone read the notes, summed
+    The device notes the correctness of each example, one byte per example and epoch. Only updates read them, summed
     over all processes, so that all train on one subset. (In the released code each process has its own subset.)
     """
 
@@ -165,38 +148,27 @@ class Trilevel(Method):
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
         config = recipe.section(TrilevelConfig)
-        found = []
-        if not config.levels:
-            found.append(
-                "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove trilevel from "
-                "methods"
-            )
-        if "examples" in config.levels:
-            if recipe.repeats > 1:
-                found.append(
-                    "trilevel.levels: examples need exactly one presentation per epoch; set augment.repeats=1, or leave "
-                    "examples out"
-                )
-            if not 0 < config.held_out < 1:
-                found.append(f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1")
-            if recipe.on_error != "stop":
-                found.append(
-                    "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged image; write the "
-                    "files without damaged images (--on-error skip), or leave examples out"
-                )
-            if not config.update_every.value:
-                found.append("trilevel.update_every: got 0, expected a length above 0")
-            if config.score == "attention" and not recipe.model_name.startswith("vitlocal_"):
-                found.append("trilevel.score: attention needs a vitlocal_… model; use forgetting")
-        if not config.decay_steps and recipe.compiles:
-            found.append("trilevel.decay_steps: 0 would compile every step anew; set train.compile=no")
-        for name in ("token_keep_rate", "attention_keep_rate"):
-            if not getattr(config, name):
-                found.append(f"trilevel.{name}: got 0, which keeps nothing; expected a rate above 0")
-        start, end = config.decay_start, config.decay_end
-        if start.kind == end.kind and start.value >= end.value:
-            found.append(f"trilevel.decay_end: {end} does not come after trilevel.decay_start ({start})")
-        return found
+        examples, start, end = "examples" in config.levels, config.decay_start, config.decay_end
+        return messages({
+            "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove the method":
+                not config.levels,
+            "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or remove them":
+                examples and recipe.repeats > 1,
+            f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
+                examples and not 0 < config.held_out < 1,
+            "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write files "
+            "without damaged images (--on-error skip), or leave examples out": examples and recipe.on_error != "stop",
+            "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
+            "trilevel.score: attention needs a vitlocal_… model; use forgetting":
+                examples and config.score == "attention" and not recipe.model_name.startswith("vitlocal_"),
+            "trilevel.decay_steps: 0 would compile every step anew; set train.compile=no":
+                not config.decay_steps and recipe.compiles,
+            "trilevel.token_keep_rate: got 0, which keeps nothing; expected a rate above 0": not config.token_keep_rate,
+            "trilevel.attention_keep_rate: got 0, which keeps nothing; expected a rate above 0":
+                not config.attention_keep_rate,
+            f"trilevel.decay_end: {end} does not come after trilevel.decay_start ({start})":
+                start.kind == end.kind and start.value >= end.value,
+        })  # fmt: skip
 
     # --- tokens and attention ---
 
@@ -216,7 +188,9 @@ class Trilevel(Method):
         openness, final = self._openness(progress) if self._prunes else 1.0, self._final_shape
         if openness == 1.0:
             return plan
-        tokens, attention = (rate + (1 - rate) * openness for rate in (final.token_keep_rate, final.attention_keep_rate))
+        tokens, attention = (
+            rate + (1 - rate) * openness for rate in (final.token_keep_rate, final.attention_keep_rate)
+        )
         return with_shape(
             plan, token_keep_rate=tokens, attention_keep_rate=attention, per_head_masks=final.per_head_masks,
             pruned_blocks=final.pruned_blocks,

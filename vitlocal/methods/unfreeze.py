@@ -17,17 +17,17 @@ from typing import Any
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import (
+    NET,
     Net,
     SearchMethod,
     equal_bounds,
     ladder,
     remembered,
-    schedule_option,
     schedule_problems,
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Maybe, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
 from vitlocal.progress import Progress, Stage
 
@@ -36,46 +36,33 @@ from vitlocal.progress import Progress, Stage
 class UnfreezeConfig(Section):
     stages: int = option(4, COUNT, "number S of equal stages, and of groups of blocks")
     groups: str = option(
-        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous: groups of "
-        "consecutive blocks from the first block on; top: the same from the last block on; released: the groups of the "
-        "released code, which compares name prefixes"
+        "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
+        "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
-    non_blocks: str = option(
-        "all", Choice("all", "head"), "parameters outside of the blocks that are trained: all, or only the last norm and "
-        "the head; with head and stage_embedding=no, no gradient passes below the first trained block", was="outside"
-    )  # fmt: skip
+    non_blocks: str = option("all", Choice("all", "head"), "what is trained outside of the blocks; head: head and norm")
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
-    min_scale: float = option(
-        0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: the size does not grow", was="scale"
+    min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
+    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
+    schedule: tuple[Net, ...] | None = option(
+        None, Maybe(Series(NET)), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
     )
-    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px", was="multiple")
-    schedule: tuple[Net, ...] | None = schedule_option(
-        "level and image size of every stage, instead of a search: 1@64px,2@128px,3@160px,4@224px"
-    )
-    probe_batch_size: int = option(
-        16, Number(low=2, whole=True), "images per batch of a measurement, over all processes", was="samples"
-    )
+    probe_batch_size: int = option(16, Number(2, whole=True), "images per batch of a probe, over all processes")
     kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
-    zico_batches: int = option(2, Number(low=2, whole=True), "batches that measure ZiCo")
+    zico_batches: int = option(2, Number(2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
     rank_weights: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5), Series(Number(low=0), 3), "weights of the ranks by time, by conditioning and by ZiCo", was="votes"
+        (1.0, 0.5, 0.5), Series(Number(0), 3), "weights of the ranks by time, by conditioning and by ZiCo"
     )
-    rank_tolerance: float = option(
-        1e-6, Number(low=0), "values that differ by less share a rank; times are in seconds per batch", was="tolerance"
-    )
+    rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
-    stage_init_std: float = option(
-        0.0, Number(low=0), "standard deviation of the stage vectors at the start (published: 0.02; 0 leaves the "
-        "pretrained model unchanged)", was="stage_std"
-    )  # fmt: skip
-    stage_null_prob: float = option(
-        0.1, FRACTION, "probability that a training image gets the vector of no stage", was="stage_null"
-    )
+    stage_init_std: float = option(0.0, Number(0), "standard deviation of the initial stage vectors (published: 0.02)")
+    stage_null_prob: float = option(0.1, FRACTION, "probability that a training image gets the vector of no stage")
     stage_tokens: str = option("all", Choice("all", "class"), "tokens to which the stage vector is added")
-    evaluate_stage: str = option(
-        "present", Choice("present", "last"), "stage whose vector evaluations use", was="evaluated"
-    )
+    evaluate_stage: str = option("present", Choice("present", "last"), "stage whose vector evaluations use")
+    renamed = {"outside": "non_blocks", "scale": "min_scale", "multiple": "size_multiple",
+               "samples": "probe_batch_size", "votes": "rank_weights", "tolerance": "rank_tolerance",
+               "stage_std": "stage_init_std", "stage_null": "stage_null_prob",
+               "evaluated": "evaluate_stage"}  # fmt: skip
 
 
 def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
@@ -98,7 +85,7 @@ def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
 
 
 def ranks(values: Sequence[float], tolerance: float) -> list[int]:
-    """Ranks from 1 for the smallest value. A value within ``tolerance`` of the one before shares its rank. NaN is last."""
+    """Ranks from 1 for the smallest value. Values within ``tolerance`` of the value before share a rank. NaN: last."""
     finite = [math.inf if math.isnan(value) else value for value in values]
     order = sorted(range(len(finite)), key=lambda place: finite[place])
     found, rank = [0] * len(finite), 0
@@ -173,40 +160,31 @@ class Unfreeze(SearchMethod):
 
     @staticmethod
     def problems(recipe: Recipe) -> list[str]:
-        config = recipe.section(UnfreezeConfig)
-        found = []
-        if config.schedule:
-            found += schedule_problems("unfreeze", config.schedule, config.stages)
-            levels = [net.depth for net in config.schedule]
-            if levels != sorted(levels) or max(levels) > config.stages:
-                found.append(
-                    f"unfreeze.schedule: got levels {levels}, expected increasing levels of at most {config.stages}"
-                )
-            if any(net.size is None or net.size > recipe.model_size for net in config.schedule):
-                found.append("unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px")
-        if config.schedule == ():
-            found.append("unfreeze.schedule: it is empty; give level and size of each stage, or none for a search")
-        if "image_size" in recipe.methods and config.min_scale < 1 and not config.schedule:
-            found.append(
-                "unfreeze.min_scale: image_size sets the sizes; set unfreeze.min_scale=1, or remove image_size"
-            )
-        return found
+        config, size = recipe.section(UnfreezeConfig), recipe.model_size
+        schedule = config.schedule or ()
+        levels = [net.depth for net in schedule]
+        found = schedule_problems("unfreeze", schedule, config.stages) if schedule else []
+        return found + messages({
+            f"unfreeze.schedule: got levels {levels}, expected increasing levels of at most {config.stages}":
+                levels != sorted(levels) or any(level > config.stages for level in levels),
+            "unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px":
+                any(net.size is None or net.size > size for net in schedule),
+            "unfreeze.schedule: it is empty; give level and size of each stage, or none for a search":
+                config.schedule == (),
+            "unfreeze.min_scale: image_size sets the sizes; set unfreeze.min_scale=1, or remove image_size":
+                "image_size" in recipe.methods and config.min_scale < 1 and not schedule,
+        })  # fmt: skip
 
     @staticmethod
     def config_warnings(recipe: Recipe) -> list[str]:
         config = recipe.section(UnfreezeConfig)
-        found = schedule_warnings("unfreeze", config.schedule, recipe.model_size)
-        if config.schedule and config.schedule[-1].depth < config.stages:
-            found.append(
-                f"unfreeze.schedule ends with level {config.schedule[-1].depth} of {config.stages}: the blocks of the "
-                "other groups are never trained"
-            )
-        if not recipe.model_weights:
-            found.append(
-                "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
-                "stage begins; give --model.weights=RUN or a file"
-            )
-        return found
+        last = config.schedule[-1].depth if config.schedule else config.stages
+        return schedule_warnings("unfreeze", config.schedule, recipe.model_size) + messages({
+            f"unfreeze.schedule ends with level {last} of {config.stages}: the blocks of the other groups are never "
+            "trained": last < config.stages,
+            "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
+            "stage begins; give --model.weights=RUN or a file": not recipe.model_weights,
+        })  # fmt: skip
 
     @staticmethod
     def image_sizes(recipe: Recipe) -> Sequence[Stage]:
@@ -271,7 +249,9 @@ class Unfreeze(SearchMethod):
             trainable_blocks=self._groups[net.depth - 1], head_only=config.non_blocks == "head",
             stage=stage if config.stage_embedding else None,
         )  # fmt: skip
-        sets = ("trainable_blocks", "head_only", "stage") if config.stage_embedding else ("trainable_blocks", "head_only")
+        sets = (
+            ("trainable_blocks", "head_only", "stage") if config.stage_embedding else ("trainable_blocks", "head_only")
+        )
         size, samples = net.size if self._sizes_grow and net.size else 0, config.probe_batch_size
         if len(self._scores.get(stage, ())) == number:
             batches, kernel = config.zico_batches, config.kernel_batches

@@ -1,0 +1,40 @@
+"""Helpers of the tests of training methods: a DeiT-S whose recipe has given options, and a method's plans."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import timm
+import torch
+
+from vitlocal.config import read_config
+from vitlocal.methods.method import Method, MethodContext
+from vitlocal.models.flops import count_macs
+from vitlocal.models.shape import in_shape, parts_of
+from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
+from vitlocal.progress import Progress
+
+DEIT_S = "vitlocal_deit_small_patch16_224"
+START = Plan(Feed(224, 64))
+
+
+@lru_cache
+def deit_s():
+    with torch.device("meta"):
+        return timm.create_model(DEIT_S)
+
+
+@lru_cache
+def macs(size: int, shape: Shape) -> int:
+    with in_shape(deit_s(), shape, WHOLE_MODEL):
+        return count_macs(deit_s(), shape.input_size or size)
+
+
+def context_of(*options: str, images: int = 1000) -> MethodContext:
+    """A DeiT-S whose recipe has these options."""
+    config = read_config([f"--model.name={DEIT_S}", *(f"--{option}" for option in options)], {})
+    return MethodContext(config.recipe, images, macs=macs, parts=parts_of(deit_s()), blocks=12)
+
+
+def plan_at(method: Method, **progress) -> Plan:
+    return fold([method], START, Progress(**progress))
