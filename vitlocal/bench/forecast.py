@@ -189,7 +189,7 @@ def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) ->
 
 def disk_bytes(config: Config) -> int | None:
     """The size of the data folder's files, of both splits."""
-    if config.data.loader != "ffcv":
+    if config.data.loader in ("torchvision", "dali"):  # they read the original images
         return None
     manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
     return sum(file.bytes for manifest in manifests for file in manifest.files)

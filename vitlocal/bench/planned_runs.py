@@ -97,7 +97,7 @@ def data_in(root: str) -> dict[str, Any]:
 
 def check_data(folder: Path, config: Config) -> None:
     """Raises ConfigError if the run in ``folder`` was trained on other images than those of ``config``."""
-    if config.data.loader != "ffcv" or not (Path(config.data.root) / "train.json").exists():
+    if not (Path(config.data.root) / "train.json").exists():
         return  # the trainer itself checks other data
     before = [origin["data"] for origin in origin_of(folder) if "data" in origin][-1:]
     if before and before != [now := data_in(config.data.root)]:
