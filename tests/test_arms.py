@@ -12,6 +12,7 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
+import torch
 
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
@@ -22,7 +23,8 @@ from vitlocal.config import read_config
 from vitlocal.data.batch import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
-from vitlocal.models.factory import build_model
+from vitlocal.storage import recipe_stages
+from vitlocal.train.build import make_model
 from vitlocal.train.folder import data_of, locked, note_origin, stated
 from vitlocal.train.log import read_log
 
@@ -50,14 +52,14 @@ def test_every_arm_of_the_paper_is_a_configuration():
         assert ("image_size" in small.methods) == ("image_size" in config.methods)
         if arm.name not in ("ours", "deit", "localvit"):
             continue
-        model, _ = build_model(small.model, 50)
+        model, _ = make_model(small, 50, torch.device("cpu"))
         assert model.patch_size == 8 and model.embed_dim == 128 and len(model.blocks) == 6
 
 
 def test_scaled_sizes_are_the_papers_in_patches():
     assert [scaled_size(size, 64, 8) for size in range(32, 225, 32)] == [16, 24, 32, 40, 48, 56, 64]
     assert [scaled_size(size, 64, 4) for size in range(32, 225, 16)] == list(range(16, 65, 4))
-    stages = read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}).of("image_size").stages
+    stages = recipe_stages(read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}))
     assert [stage.size for stage in stages] == [16, 24, 32, 40, 48, 56, 64]
     # Five epochs each of the 16 that the paper's day has at 224 px, by multiply-adds: 4.62 G there.
     macs = [0.09, 0.36, 0.80, 1.44, 2.27, 3.33]
@@ -86,7 +88,7 @@ def test_arms_that_groups_share_run_once():
         (["--seeds=a"], "--seeds: got 'a', expected whole numbers of at least 0"),
         (["--run.resume=never"], "--run.resume: the bench sets it for each run; leave it out"),
         (["--together=2", "--budget.counts=wall"], "--budget.counts: the bench sets it for each run; --together"),
-        (["--data=/nowhere"], "/nowhere/train.json is not there"),
+        (["--data=/nowhere"], "/nowhere/train.json"),
         (["--nonsense=1"], "nonsense"),
         (["--jobs=99", "--data", "FOLDER"], "--jobs: got 99"),
     ],

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlocal.bench import profile, step, step_arms
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
 from vitlocal.train import timing
+from vitlocal.train.build import make_model
 
 CPU = torch.device("cpu")
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}
@@ -58,7 +58,7 @@ def test_flops_are_those_that_torch_counts() -> None:
     rows = step.compare(config, arms, [size], 1, 0.0, device, peak_tflops=1.0)
     assert len(rows) == 3
     for arm, row in zip(arms, rows, strict=True):
-        model = build_model(step_arms.arm_config(arm, config).model, step_arms.CLASSES)[0].eval()
+        model = make_model(step_arms.arm_config(arm, config), step_arms.CLASSES, CPU)[0].eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))
         assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
@@ -67,7 +67,7 @@ def test_flops_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_the_peer_has_the_shape_of_our_deit(pool: str) -> None:
     config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])
-    ours = build_model(step_arms.arm_config(step_arms.StepArm("deit", False), config).model, step_arms.CLASSES)[0]
+    ours = make_model(step_arms.arm_config(step_arms.StepArm("deit", False), config), step_arms.CLASSES, CPU)[0]
     peer = step_arms.timm_model(config)
     assert {name: p.shape for name, p in peer.named_parameters()} == {
         name: p.shape for name, p in ours.named_parameters()

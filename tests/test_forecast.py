@@ -15,6 +15,7 @@ from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.progress import Length, Stage
 from vitlocal.report.page import read_run
+from vitlocal.storage import recipe_stages
 from vitlocal.train.loop import train
 from vitlocal.train.simulate import Speed, spend, spend_wall_time
 
@@ -132,7 +133,7 @@ def test_a_curriculum_that_the_budget_does_not_finish_fits_others_whole(capsys):
     out = capsys.readouterr().out
     assert "the budget ends before" in out and "192px until" in out
     given = re.search(r'--image_size.stages="(.*)"', out)[1]
-    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).of("image_size").stages
+    stages = recipe_stages(read_config([f"--image_size.stages={given}", "--methods=image_size"], {}))
     assert [stage.size for stage in stages] == list(range(32, 225, 32))
     ends = [stage.until.value for stage in stages[:-1]]
     assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)

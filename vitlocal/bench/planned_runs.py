@@ -90,7 +90,7 @@ class PlannedRun:
 
 @lru_cache
 def data_in(root: str) -> dict[str, Any]:
-    """The training data of a data folder, see :func:`data_of`. Cached: ImageNet's manifest takes seconds to read."""
+    """What identifies the training data of a folder. Cached, because ImageNet's manifest takes seconds to read."""
     manifest = load_manifest(root, "train")
     return data_of(manifest.count, manifest.classes)
 
