@@ -183,7 +183,7 @@ def test_an_interrupted_bench_continues(two: Path, tmp_path: Path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the runs save what they have" in out
+    assert process.returncode == 130 and "stopping: the runs save" in out
     assert not (run / "model.safetensors").exists() and (run / "checkpoints" / "last.pt").exists()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert read_log(run)[-1]["step"] == 300 and (run / "report.html").exists()
