@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from vitlocal.recipes import stated_options
+from vitlocal.report.run_folder import read_log
+from vitlocal.train.build import make_model
+from vitlocal.train.run_folder import data_fingerprint, record_origin, run_folder_lock
 
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
@@ -20,14 +24,11 @@ from vitlocal.bench.planned_runs import Arm, plan_runs, read_arms
 from vitlocal.bench.run_results import RunResult, results_table
 from vitlocal.bench.runner import Runner
 from vitlocal.config import read_config
-from vitlocal.data.batch import load_manifest
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import patch_side
 from vitlocal.storage import recipe_stages
-from vitlocal.train.build import make_model
-from vitlocal.train.folder import data_of, locked, note_origin, stated
-from vitlocal.train.log import read_log
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,8 +119,8 @@ def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
     before = (run / "log.jsonl").stat().st_mtime_ns
     main([*command, "--only=half as deep"])
     assert "1 of" not in capsys.readouterr().out and (run / "log.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match="holds a run of another configuration: evaluate.part was 'all'"):
-        main([*command, "--only=half as deep", "--evaluate.part=odd"])
+    with pytest.raises(ConfigError, match="holds a run of another configuration: evaluate.rows was 'all'"):
+        main([*command, "--only=half as deep", "--evaluate.rows=odd"])
 
 
 def test_a_run_on_other_images_is_an_error(two: Path, folder: Path, tmp_path: Path):
@@ -129,11 +130,11 @@ def test_a_run_on_other_images_is_an_error(two: Path, folder: Path, tmp_path: Pa
     (entry.folder / "config.yaml").write_text(config.yaml())
     assert entry.config() == config  # an older run, which has no record of its data
     here = load_manifest(str(folder), "train")
-    note_origin(entry.folder, data_of(here.count, here.classes))
+    record_origin(entry.folder, data_fingerprint(here.count, here.classes))
     assert entry.config() == config
     for images, classes in ((119, here.classes), (120, (*here.classes[1:], "another"))):
         (entry.folder / "trained_on.jsonl").unlink()
-        note_origin(entry.folder, data_of(images, classes))
+        record_origin(entry.folder, data_fingerprint(images, classes))
         with pytest.raises(ConfigError, match=rf"trained on {images} images of 20 classes.* \(120 of 20\)"):
             entry.config()
 
@@ -145,7 +146,7 @@ def test_the_bench_waits_for_runs_that_still_save(two: Path, tmp_path: Path, mon
     monkeypatch.setattr(Runner, "_check_memory", lambda runner: None)
     (entry,) = plan_runs([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
     entry.folder.mkdir()
-    runner, saving = Runner(1, 1, tmp_path), locked(entry.folder)
+    runner, saving = Runner(1, 1, tmp_path), run_folder_lock(entry.folder)
     saving.__enter__()
     naps = iter([None, None, lambda: saving.__exit__(None, None, None)])
     monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: (nap := next(naps)) and nap())
@@ -234,7 +235,7 @@ def write_results_of_another_machine(arms: Path, path: Path) -> dict:
     """Writes a file of --json with a run of the first arm on another machine."""
     row = result("plain", 0, 40.0, "another").row | {"budget": "2steps"}
     config = read_config([*read_arms(str(arms))[0].command_line(), "--budget.length=2steps"])
-    made = {"rows": [row], "curves": {row["run"]: [{"epoch": 1.0}]}, "configs": {row["run"]: stated(config)}}
+    made = {"rows": [row], "curves": {row["run"]: [{"epoch": 1.0}]}, "configs": {row["run"]: stated_options(config)}}
     path.write_text(json.dumps(made))
     return made
 
@@ -259,7 +260,7 @@ def test_added_runs_are_not_trained_again(two: Path, tmp_path: Path, capsys):
     ("options", "part"),
     [
         (["--seeds=1"], "has none of these runs; it has 'plain' with seed 0 and 2steps"),
-        (["--evaluate.part=odd"], "has 'plain' with seed 0 of another configuration: evaluate.part was 'all' and is"),
+        (["--evaluate.rows=odd"], "has 'plain' with seed 0 of another configuration: evaluate.rows was 'all' and is"),
         (["--add=AGAIN"], "has 'plain' with seed 0, and so has another file"),
     ],
 )

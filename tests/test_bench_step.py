@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from vitlocal.train.build import make_model
 
 from vitlocal.bench import profile, step, step_arms
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.flops import count_macs
-from vitlocal.train.build import make_model
 
 CPU = torch.device("cpu")
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}
@@ -24,7 +24,7 @@ STEP = ["step", *SHAPE, "--sizes", "16,32", "--batch", "4", "--rounds", "2", "--
 
 def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "results" / "step.json", tmp_path / "plots" / "step.png"
-    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema=0.9", "--json", str(out), "--plot", str(plot)])
+    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out), "--plot", str(plot)])
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"batch_size", "precision", "peak_tflops", "peak_measured"}
     assert measured["batch_size"] == 4 and measured["peak_tflops"] > 0 and "matrices" in measured["peak_measured"]
@@ -111,7 +111,8 @@ def test_arms_by_device() -> None:
 def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], decoder) -> None:
     out, trace = tmp_path / "results" / "profile.json", tmp_path / "traces" / "step.json"
     main(["profile", *SHAPE, f"--data.root={folder}", "--sizes", "16,32", "--steps", "3", "--train.batch_size=40",
-          "--train.ema=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
+          "--train.ema_decay=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32",
+          "--run.device=cpu",
           f"--run.folder={tmp_path / 'run'}", "--json", str(out), "--trace", str(trace)])  # fmt: skip
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"recipe", "operators"}
@@ -175,7 +176,5 @@ def test_the_profile_without_data_uses_the_sample(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)  # data/sample is not here
     config = profile.configured(["--config-file", recipe])
     assert config.data.root == "sample" and written == [("val", "sample")]
-    assert (
-        profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"
-    )  # named
+    assert profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"  # named
     assert len(written) == 1

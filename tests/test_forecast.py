@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from vitlocal.report.run_folder import read_run
+from vitlocal.train.command import train
 
 from vitlocal.bench import report, speeds
 from vitlocal.bench.__main__ import main
@@ -14,9 +16,7 @@ from vitlocal.bench.report import compare
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.progress import Length, Stage
-from vitlocal.report.page import read_run
 from vitlocal.storage import recipe_stages
-from vitlocal.train.loop import train
 from vitlocal.train.simulate import Speed, spend, spend_wall_time
 
 SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
@@ -70,7 +70,7 @@ def test_evaluations_take_time_from_epochs():
 def finished(tmp_path_factory: pytest.TempPathFactory, small) -> Path:
     """A run that differs from the recipe of the forecast in some options."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    assert train(small(out, "--augment.mixup=0.8", "--augment.erase=0.5")) == 0
+    assert train(small(out, "--augment.mixup=0.8", "--augment.random_erasing=0.5")) == 0
     return out
 
 
@@ -108,7 +108,7 @@ def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: 
     main(["report", str(finished), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
           "--json", str(tmp_path / "compared.json")])  # fmt: skip
     page = (tmp_path / "page.html").read_text()
-    assert "Forecast and run" in page and "for another recipe: augment.mixup, augment.erase differ" in page
+    assert "Forecast and run" in page and "for another recipe: augment.mixup, augment.random_erasing differ" in page
     assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
 
 

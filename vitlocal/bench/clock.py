@@ -24,14 +24,14 @@ from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.bench.planned_runs import RECIPES, option_names
 from vitlocal.bench.runner import signal_on_parent_death, start_trainer
 from vitlocal.config import read_config
-from vitlocal.data.batch import load_manifest
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import schedule_of
-from vitlocal.train.folder import JOURNAL
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_log
+from vitlocal.train.run_folder import JOURNAL
 
 # The trainer's options that this bench sets itself, and the remedy if a user sets them.
 SET_HERE = {"budget.length": "use --budgets"} | dict.fromkeys(

@@ -17,7 +17,8 @@ from vitlocal.bench.measurement import measurement, text_table, write_json
 from vitlocal.bench.parsing import bench_parser
 from vitlocal.errors import ConfigError
 from vitlocal.report.figures import by_size
-from vitlocal.report.page import RunRecord, duration, names_of, page_of, read_run, rows_table
+from vitlocal.report.page import page_of, rows_table
+from vitlocal.report.run_folder import RunRecord, duration, names_of, read_run
 
 # Options that change nothing in a forecast.
 IGNORED = {"data.root", "data.source"} | {

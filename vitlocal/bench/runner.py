@@ -19,8 +19,8 @@ from vitlocal.bench.planned_runs import ROOT, PlannedRun
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
-from vitlocal.report.page import duration
-from vitlocal.train.folder import in_use
+from vitlocal.report.run_folder import duration
+from vitlocal.train.run_folder import in_use
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -9,8 +9,7 @@ from typing import Any
 from vitlocal.bench.measurement import measurement, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, plot_file
 from vitlocal.report.figures import Line, by_size, race, save
-from vitlocal.report.page import duration, names_of, read_run
-from vitlocal.train.log import read_log
+from vitlocal.report.run_folder import duration, names_of, read_log, read_run
 
 COLUMNS = {
     "run": ("run", ""), "top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "epochs": ("epochs", ".1f"),

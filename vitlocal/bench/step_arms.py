@@ -17,11 +17,12 @@ from vitlocal.bench.parsing import names
 from vitlocal.config import Config
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.models.local_mix import fuses
+from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.build import build_step
-from vitlocal.train.step import Mode, choose_precision
+from vitlocal.train.compile import Mode
+from vitlocal.train.precision import choose_precision
 from vitlocal.train.timing import LR, PhaseTimer, Timing, device_memory, noise_batch, noise_step
 
 CLASSES = 1000
@@ -120,7 +121,7 @@ class TimmStep:
         train = config.train
         torch.manual_seed(config.run.seed)
         self.model = timm_model(config).to(device).train()
-        if train.checkpointing:
+        if train.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         self.forward = torch.compile(self.model) if arm.compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, weight_decay=train.weight_decay, fused=True)
@@ -172,7 +173,7 @@ class StepEntry:
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
         size = feed.size // model_shape(config)[1]
         local = arm.model == "local" and config.model.convolution is not False
-        fused = arm.kernel == "auto" and fuses(device, (size, size))
+        fused = arm.kernel == "auto" and can_fuse(device, (size, size))
         self.kernel = ("fused" if fused else "plain") if local else None
 
     def _measure(self, steps: int) -> float:
