@@ -1,4 +1,4 @@
-"""Benches of arms: the paper's, and those of a yaml file."""
+"""The benches of arms: those of a yaml file, and those of the paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
-from vitlocal.train.folder import data_of, locked, note_origin, stated
+import torch
+from vitlocal.recipes import stated_options
+from vitlocal.report.run_folder import read_log
+from vitlocal.train.build import make_model
+from vitlocal.train.run_folder import data_fingerprint, record_origin, run_folder_lock
 
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
@@ -23,15 +27,15 @@ from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
-from vitlocal.models.factory import build_model
-from vitlocal.report.run_folder import read_log
+from vitlocal.models.factory import patch_side
+from vitlocal.storage import recipe_stages
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def two(small, tmp_path: Path) -> Path:
-    """A file of two arms, of which the second is shallower."""
+    """A file of two arms. The second one has fewer blocks."""
     (tmp_path / "small.yaml").write_text(small(tmp_path / "unused").yaml())
     path = tmp_path / "arms.yaml"
     path.write_text(
@@ -50,22 +54,22 @@ def test_every_arm_of_the_paper_is_a_configuration():
         assert ("image_size" in small.methods) == ("image_size" in config.methods)
         if arm.name not in ("ours", "deit", "localvit"):
             continue
-        model, _ = build_model(small.model.name, small.model.arguments(), 50)
-        assert model.patch_size == 8 and model.embed_dim == 128 and len(model.blocks) == 6
+        model, _ = make_model(small, 50, torch.device("cpu"))
+        assert patch_side(model) == 8 and model.embed_dim == 128 and len(model.blocks) == 6
 
 
-def test_scaled_sizes_are_the_papers_in_patches():
+def test_scaled_sizes_are_those_of_the_paper_in_whole_patches():
     assert [scaled_size(size, 64, 8) for size in range(32, 225, 32)] == [16, 24, 32, 40, 48, 56, 64]
     assert [scaled_size(size, 64, 4) for size in range(32, 225, 16)] == list(range(16, 65, 4))
-    stages = read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}).of("image_size").stages
+    stages = recipe_stages(read_config(scaled(ARMS["ours"], 64, 8).command_line(), {}))
     assert [stage.size for stage in stages] == [16, 24, 32, 40, 48, 56, 64]
-    # Five epochs each of the 16 that the paper's day has at 224 px, by multiply-adds: 4.62 G there.
+    # Each size has 5 of the 16 epochs that 24 hours buy at 224 px, by multiply-adds (4.62 G at 224 px).
     macs = [0.09, 0.36, 0.80, 1.44, 2.27, 3.33]
     spent = [sum(macs[: place + 1]) * 5 / 4.62 / PAPER_EPOCHS for place in range(6)]
     assert [stage.until.value for stage in stages[:-1]] == pytest.approx(spent, abs=1e-3)
 
 
-def test_arms_that_groups_share_run_once():
+def test_an_arm_in_two_groups_runs_once():
     assert [arm.name for arm in chosen("table1,ablations,ours")] == [
         "deit", "localvit", "ours", "ours_no_curriculum", "ours_gelu", "ours_batchnorm", "ours_no_convolution",
     ]  # fmt: skip
@@ -86,7 +90,7 @@ def test_arms_that_groups_share_run_once():
         (["--seeds=a"], "--seeds: got 'a', expected whole numbers of at least 0"),
         (["--run.resume=never"], "--run.resume: the bench sets it for each run; leave it out"),
         (["--together=2", "--budget.counts=wall"], "--budget.counts: the bench sets it for each run; --together"),
-        (["--data=/nowhere"], "/nowhere/train.json is not there"),
+        (["--data=/nowhere"], "/nowhere/train.json"),
         (["--nonsense=1"], "nonsense"),
         (["--jobs=99", "--data", "FOLDER"], "--jobs: got 99"),
     ],
@@ -119,30 +123,30 @@ def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
         main([*command, "--only=half as deep", "--evaluate.rows=odd"])
 
 
-def test_a_run_on_other_images_is_not_taken_for_one_on_these(two: Path, folder: Path, tmp_path: Path):
+def test_a_run_on_other_images_is_an_error(two: Path, folder: Path, tmp_path: Path):
     (entry,) = plan_runs([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
     config = entry.config()
     entry.folder.mkdir()
     (entry.folder / "config.yaml").write_text(config.yaml())
-    assert entry.config() == config  # an older run, which does not say
+    assert entry.config() == config  # an older run, which has no record of its data
     here = load_manifest(str(folder), "train")
-    note_origin(entry.folder, data_of(here.count, here.classes))
+    record_origin(entry.folder, data_fingerprint(here.count, here.classes))
     assert entry.config() == config
     for images, classes in ((119, here.classes), (120, (*here.classes[1:], "another"))):
         (entry.folder / "trained_on.jsonl").unlink()
-        note_origin(entry.folder, data_of(images, classes))
+        record_origin(entry.folder, data_fingerprint(images, classes))
         with pytest.raises(ConfigError, match=rf"trained on {images} images of 20 classes.* \(120 of 20\)"):
             entry.config()
 
 
-def test_runs_that_still_save_are_waited_for(two: Path, tmp_path: Path, monkeypatch, capsys):
-    """As after a bench that was killed: its runs are told to stop, and their folders are theirs until they have."""
+def test_the_bench_waits_for_runs_that_still_save(two: Path, tmp_path: Path, monkeypatch, capsys):
+    """After a bench is killed, its runs save before they stop, and use their folders until then."""
     started = []
     monkeypatch.setattr(Runner, "_start", lambda runner, run, *_: started.append(run))
     monkeypatch.setattr(Runner, "_check_memory", lambda runner: None)
     (entry,) = plan_runs([read_arms(str(two))[0]], [0], "1ep", tmp_path, ())
     entry.folder.mkdir()
-    runner, saving = Runner(1, 1, tmp_path), locked(entry.folder)
+    runner, saving = Runner(1, 1, tmp_path), run_folder_lock(entry.folder)
     saving.__enter__()
     naps = iter([None, None, lambda: saving.__exit__(None, None, None)])
     monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: (nap := next(naps)) and nap())
@@ -151,8 +155,8 @@ def test_runs_that_still_save_are_waited_for(two: Path, tmp_path: Path, monkeypa
     assert capsys.readouterr().out == f"waiting for another process to leave {entry.folder} ...\n"
 
 
-def test_what_the_paper_bench_leaves(tmp_path: Path, capsys):
-    """The table with the paper's numbers beside, both plots of figure 2, and the measurement."""
+def test_the_paper_bench_writes_a_table_and_plots(tmp_path: Path, capsys):
+    """It writes the table with the numbers of the paper, both plots, and the measurement."""
     arms = chosen("table1,curriculum_64_5_32")
     passes = [{"train_seconds": 10.0 * part, "top1": 5.0 * part, "epoch": part} for part in (1, 2)]
     found = [replace(result(arm.name, seed, 40.0 + seed), curve=passes) for arm in arms for seed in (0, 1)]
@@ -163,13 +167,13 @@ def test_what_the_paper_bench_leaves(tmp_path: Path, capsys):
     measured = json.loads((tmp_path / "paper.json").read_text())
     assert len(measured["rows"]) == 10 and measured["curves"]["ours-1ep-seed0"] == passes
     assert capsys.readouterr().out.splitlines() == lines
-    # One arm alone is tabulated, and there is nothing to draw it against.
+    # A single arm gets a table and no plot.
     write_paper(found[:2], arms[:1], tmp_path / "one", None, "15m")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["table.md"]
 
 
 @pytest.mark.slow
-def test_a_bench_that_is_stopped_goes_on(two: Path, tmp_path: Path):
+def test_an_interrupted_bench_continues(two: Path, tmp_path: Path):
     command = [sys.executable, "-m", "vitlocal.bench", "arms", str(two), "--budget=300steps", "--only=plain",
                f"--folder={tmp_path}/runs", "--evaluate.every=0", "--run.save_every=100ep"]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -180,13 +184,13 @@ def test_a_bench_that_is_stopped_goes_on(two: Path, tmp_path: Path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the runs save what they have" in out
+    assert process.returncode == 130 and "stopping: the runs save" in out
     assert not (run / "model.safetensors").exists() and (run / "checkpoints" / "last.pt").exists()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert read_log(run)[-1]["step"] == 300 and (run / "report.html").exists()
 
 
-def test_names_that_give_one_folder_are_refused(tmp_path: Path):
+def test_arms_with_the_same_folder_are_an_error(tmp_path: Path):
     with pytest.raises(ConfigError, match="give them different names"):
         plan_runs([Arm("a b", ()), Arm("a_b", ())], [0], "1ep", tmp_path, ())
 
@@ -196,7 +200,7 @@ def test_names_that_give_one_folder_are_refused(tmp_path: Path):
     [("arms: 3", "expected 'recipes'"), ("recipes: [a.yaml]", "expected 'recipes'"), ("[", "expected 'recipes'"),
      ("arms: {'a, b': {}}", "contains a comma"), (None, "cannot be read")],
 )  # fmt: skip
-def test_files_that_hold_no_arms(tmp_path: Path, text: str | None, part: str):
+def test_files_without_arms(tmp_path: Path, text: str | None, part: str):
     path = tmp_path / "arms.yaml"
     if text is not None:
         path.write_text(text)
@@ -209,7 +213,7 @@ def result(arm: str, seed: int, top1: float, cpu: str = "fast") -> RunResult:
     return RunResult(row | {"run": f"{arm}-1ep-seed{seed}", "cpu": cpu, "gpu": None}, [], {})
 
 
-def test_tables_say_mean_and_deviation_and_compare_seed_by_seed():
+def test_the_table_has_mean_and_deviation_and_compares_by_seed():
     arms = [Arm("ours", (), {}, "about", 53.98), Arm("absent", ()), Arm("other", ()), Arm("apart", ())]
     found = [result("ours", 0, 40.0), result("ours", 1, 42.0), result("other", 1, 43.0), result("other", 0, 42.0),
              result("apart", 2, 30.0), result("apart", 0, 30.0, "slow")]  # fmt: skip
@@ -227,17 +231,17 @@ def test_tables_say_mean_and_deviation_and_compare_seed_by_seed():
     )
 
 
-def made_elsewhere(arms: Path, path: Path) -> dict:
-    """A file as another machine's bench would have written it, of the first arm."""
+def write_results_of_another_machine(arms: Path, path: Path) -> dict:
+    """Writes a file of --json with a run of the first arm on another machine."""
     row = result("plain", 0, 40.0, "another").row | {"budget": "2steps"}
     config = read_config([*read_arms(str(arms))[0].command_line(), "--budget.length=2steps"])
-    made = {"rows": [row], "curves": {row["run"]: [{"epoch": 1.0}]}, "configs": {row["run"]: stated(config)}}
+    made = {"rows": [row], "curves": {row["run"]: [{"epoch": 1.0}]}, "configs": {row["run"]: stated_options(config)}}
     path.write_text(json.dumps(made))
     return made
 
 
-def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsys):
-    there = made_elsewhere(two, tmp_path / "there.json")
+def test_added_runs_are_not_trained_again(two: Path, tmp_path: Path, capsys):
+    there = write_results_of_another_machine(two, tmp_path / "there.json")
     assert there["configs"]["plain-1ep-seed0"]["model.width"] == 48
     command = ["arms", str(two), "--budget=2steps", f"--json={tmp_path}/all.json"]
     main([*command, f"--folder={tmp_path}/here", f"--add={tmp_path}/there.json"])
@@ -245,7 +249,7 @@ def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsy
     found = json.loads((tmp_path / "all.json").read_text())
     assert [row["arm"] for row in found["rows"]] == ["plain", "half as deep"] and len(found["curves"]) == 2
     assert found["rows"][0] == there["rows"][0] and found["rows"][1]["cpu"] == found["machine"]["cpu"]
-    # What was added may be added further, and keeps its machine.
+    # A file with added runs can be added too, and keeps their machine.
     capsys.readouterr()
     main([*command, f"--folder={tmp_path}/nothing", f"--add={tmp_path}/all.json", "--no-run"])
     assert "| half as deep |" in capsys.readouterr().out
@@ -260,9 +264,9 @@ def test_runs_made_elsewhere_are_not_made_again(two: Path, tmp_path: Path, capsy
         (["--add=AGAIN"], "has 'plain' with seed 0, and so has another file"),
     ],
 )
-def test_runs_of_something_else_are_not_added(two: Path, tmp_path: Path, options: list[str], part: str):
+def test_runs_of_another_configuration_are_not_added(two: Path, tmp_path: Path, options: list[str], part: str):
     for name in ("made.json", "again.json"):
-        made_elsewhere(two, tmp_path / name)
+        write_results_of_another_machine(two, tmp_path / name)
     options = [word.replace("AGAIN", f"{tmp_path}/again.json") for word in options]
     with pytest.raises(ConfigError, match=part):
         main(
@@ -274,7 +278,7 @@ def test_runs_of_something_else_are_not_added(two: Path, tmp_path: Path, options
 @pytest.mark.parametrize(
     ("text", "part"), [(None, "cannot be read"), ("[1]", "is not a file"), ("{}", "is not a file")]
 )
-def test_files_without_outcomes(two: Path, tmp_path: Path, text: str | None, part: str):
+def test_files_without_results(two: Path, tmp_path: Path, text: str | None, part: str):
     path = tmp_path / "made.json"
     if text:
         path.write_text(text)
@@ -282,7 +286,7 @@ def test_files_without_outcomes(two: Path, tmp_path: Path, text: str | None, par
         main(["arms", str(two), "--budget=2steps", f"--folder={tmp_path}/runs", f"--add={path}"])
 
 
-def test_what_a_bench_sets_is_not_for_arms(two: Path, tmp_path: Path):
+def test_arms_may_not_set_options_of_the_bench(two: Path, tmp_path: Path):
     command = ["arms", str(two), "--budget=2steps", f"--folder={tmp_path}/runs"]
     with pytest.raises(ConfigError, match="--model.depth: the arm 'half as deep' has model.depth=1; leave out one"):
         main([*command, "--model.depth=2"])
@@ -291,16 +295,16 @@ def test_what_a_bench_sets_is_not_for_arms(two: Path, tmp_path: Path):
         main(command)
 
 
-def test_a_scaled_benchmark_has_a_scaled_budget():
+def test_a_smaller_benchmark_has_a_smaller_budget():
     arms = [scaled(arm, 64, 8) for arm in chosen("table1")]
     assert {str(read_config(arm.command_line(), {}).budget.length) for arm in arms} == {"15m"}
 
 
-def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, monkeypatch, capsys):
+def test_seeds_run_one_after_the_other_if_runs_share_cores(tmp_path: Path, monkeypatch, capsys):
     begun: list[tuple[int, set[int]]] = []
 
     class Process:
-        """Ends when it has been asked a few times."""
+        """Ends after a few polls."""
 
         def __init__(self, seed: int):
             self.seed, self.asked, self.returncode = seed, 0, 0
@@ -330,7 +334,7 @@ def test_seeds_run_one_after_the_other_where_runs_share_cores(tmp_path: Path, mo
     assert capsys.readouterr().out.count("note: memory is short (nothing ran for 30% of the last minute)") == 1
 
 
-def test_how_long_memory_stalled_is_read_from_linux(tmp_path: Path):
+def test_memory_stalls_are_read_from_linux(tmp_path: Path):
     pressure = tmp_path / "memory"
     pressure.write_text(
         "some avg10=0.00 avg60=9.00 avg300=0.10 total=18\nfull avg10=0.00 avg60=3.50 avg300=0.05 total=13\n"

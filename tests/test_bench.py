@@ -1,8 +1,10 @@
-"""The benches on very little data: do they run, and do their rows say what tools rely on?"""
+"""The benches on very little data: they run, and their rows have the fields that tools rely on."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,11 +58,11 @@ def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (row["images"], row["files"]) == (12, "24:raw,32:jpg") and row["images_per_second"] > 0
     assert measured["rows"][0]["to_ffcv"] > 0 and plot.stat().st_size > 3000
     assert "to ffcv" in capsys.readouterr().out
-    assert not any((tmp_path / "out").iterdir())  # nothing is left of what was written
+    assert not any((tmp_path / "out").iterdir())  # all written files are removed
 
 
 @pytest.mark.slow
-def test_the_bench_of_the_clock(
+def test_the_clock_bench(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock, "TRIALS", [clock.Trial("busy", kills=(0.3,), load=(0.5, 0.7))])
@@ -74,7 +76,7 @@ def test_the_bench_of_the_clock(
     assert 5e-4 > row["lr"] >= row["end_lr"] == 1e-5 and "busy" in capsys.readouterr().out
 
 
-def test_a_run_that_fails_is_shown_by_the_bench_of_the_clock(folder: Path, tmp_path: Path) -> None:
+def test_the_clock_bench_shows_a_run_that_fails(folder: Path, tmp_path: Path) -> None:
     wrong = [f"--data.root={folder}", "--model.patch_size=5"]
     with pytest.raises(DataError, match=r"exit status 2\)[^!]*the patch of 5x5 pixels"):
         clock.attempt(clock.Trial("left alone"), Length.parse("3s"), wrong, tmp_path / "run")
@@ -84,6 +86,12 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, ["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("loader", "profile", "runs", "step", "write"))
+
+
+def test_help_imports_no_bench() -> None:
+    code = "import sys, vitlocal.bench.__main__ as bench; bench.main(['--help']); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("False\n") and "report " in shown
 
 
 def broken() -> None:

@@ -1,4 +1,4 @@
-"""The benches of the step and of the whole trainer on very little: do they run, and are their sums right?"""
+"""The benches of the step and of the trainer's phases, on small models: they run, and their sums are right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from vitlocal.train.build import make_model
 
 from vitlocal.bench import profile, step, step_arms
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.models.factory import build_model
 from vitlocal.models.flops import count_macs
-from vitlocal.train import timing
 
 CPU = torch.device("cpu")
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}
@@ -44,30 +43,30 @@ def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         present = [row[f"{phase}_ms"] is not None for phase in step_arms.PHASES]
         assert present == [ours, True, True, True, ours]
         assert row["kernel"] == ("plain" if ours else None) and (row["speed_to_timm"] is not None) == ours
-        assert row["time_to_deit"] is None  # it was not asked for
+        assert row["time_to_deit"] is None  # the arm deit was not measured
     assert rows[2]["gflops_per_image"] > 2 * rows[0]["gflops_per_image"]
     shown = capsys.readouterr().out
     assert "local-eager" in shown and "timm-eager" in shown and "MFU" in shown
     assert plot.stat().st_size > 5000
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+def test_flops_match_the_counter_of_torch() -> None:
     config, device = step.configured([*SHAPE, "--model.pool=avg", "--train.batch_size=2"])
     arms = [arm for arm in step_arms.choose_arms(None, device) if arm.model in step_arms.FAMILIES]
     size = config.model.size  # at another, reading the position table is a product too: one for a whole batch
     rows = step.compare(config, arms, [size], 1, 0.0, device, peak_tflops=1.0)
     assert len(rows) == 3
     for arm, row in zip(arms, rows, strict=True):
-        model = build_model(step_arms.arm_config(arm, config).model, step_arms.CLASSES)[0].eval()
+        model = make_model(step_arms.arm_config(arm, config), step_arms.CLASSES, CPU)[0].eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))
         assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_the_peer_has_the_shape_of_our_deit(pool: str) -> None:
+def test_the_timm_model_has_the_shape_of_our_deit(pool: str) -> None:
     config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])
-    ours = build_model(step_arms.arm_config(step_arms.StepArm("deit", False), config).model, step_arms.CLASSES)[0]
+    ours = make_model(step_arms.arm_config(step_arms.StepArm("deit", False), config), step_arms.CLASSES, CPU)[0]
     peer = step_arms.timm_model(config)
     assert {name: p.shape for name, p in peer.named_parameters()} == {
         name: p.shape for name, p in ours.named_parameters()
@@ -76,7 +75,7 @@ def test_the_peer_has_the_shape_of_our_deit(pool: str) -> None:
         assert count_macs(peer, size) == count_macs(ours, size)
 
 
-def test_ratios_compare_like_with_like() -> None:
+def test_ratios_compare_eager_with_eager() -> None:
     milliseconds = {
         ("local", False): 12.0, ("deit", False): 10.0, ("timm", False): 15.0, ("local", True): 6.0, ("deit", True): 4.0,
     }  # fmt: skip
@@ -91,20 +90,6 @@ def test_ratios_compare_like_with_like() -> None:
             ("local", False): (1.2, 1.25), ("deit", False): (None, 1.5), ("timm", False): (None, None),
             ("local", True): (1.5, None), ("deit", True): (None, None),
         }[row["model"], row["compiled"]]  # fmt: skip
-
-
-def test_the_stopwatch_adds_up_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 10.0, 17.0, 20.0, 25.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
-    watch = timing.PhaseTimer(CPU)
-    for phases in (["forward", "backward", "forward"], [], ["forward", "backward"]):
-        watch.begin()
-        for phase in phases:
-            watch.mark(phase)
-        if not phases:
-            watch.drop()
-    # Micro-batches: a phase that comes twice.
-    assert watch.milliseconds() == [{"forward": 2e3, "backward": 2e3}, {"forward": 7e3, "backward": 3e3}]
 
 
 def test_arms_by_device() -> None:
@@ -126,7 +111,8 @@ def test_arms_by_device() -> None:
 def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], decoder) -> None:
     out, trace = tmp_path / "results" / "profile.json", tmp_path / "traces" / "step.json"
     main(["profile", *SHAPE, f"--data.root={folder}", "--sizes", "16,32", "--steps", "3", "--train.batch_size=40",
-          "--train.ema_decay=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32", "--run.device=cpu",
+          "--train.ema_decay=0.9", "--model.size=32", "--image_size.init=16", "--image_size.final=32",
+          "--run.device=cpu",
           f"--run.folder={tmp_path / 'run'}", "--json", str(out), "--trace", str(trace)])  # fmt: skip
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"recipe", "operators"}
@@ -148,7 +134,7 @@ def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "run").exists()
 
 
-def test_a_last_smaller_batch_is_not_counted(folder: Path, configure, decoder) -> None:
+def test_the_smaller_last_batch_of_an_epoch_is_not_counted(folder: Path, configure, decoder) -> None:
     rows, _ = profile.profiled(configure("--train.batch_size=50"), [16], 3, None)  # of 120: 50, 50 and 20
     assert rows[0]["steps"] == 3 and rows[0]["batch_size"] == 50
     rows, _ = profile.profiled(configure("--train.batch_size=200"), [16], 1, None)  # there is none of 200
@@ -182,7 +168,7 @@ def test_wrong_arguments(
     assert message in capsys.readouterr().err
 
 
-def test_profile_without_data_takes_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_profile_without_data_uses_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(profile, "sample_folder", lambda: "sample")
     monkeypatch.setattr(profile, "write", lambda config: written.append((config.split, config.out)))
@@ -190,5 +176,5 @@ def test_profile_without_data_takes_the_sample(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)  # data/sample is not here
     config = profile.configured(["--config-file", recipe])
     assert config.data.root == "sample" and written == [("val", "sample")]
-    assert profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"  # named: wanted
+    assert profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"  # named
     assert len(written) == 1

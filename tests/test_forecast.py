@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from vitlocal.report.run_folder import read_run
+from vitlocal.train.command import train
 
 from vitlocal.bench import report, speeds
 from vitlocal.bench.__main__ import main
@@ -14,8 +16,7 @@ from vitlocal.bench.report import compare
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.progress import Length, Stage
-from vitlocal.report.page import read_run
-from vitlocal.train.loop import train
+from vitlocal.storage import recipe_stages
 from vitlocal.train.simulate import Speed, spend, spend_wall_time
 
 SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
@@ -75,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small) -> Path:
 
 @pytest.fixture
 def recipe(small, tmp_path: Path) -> str:
-    """The small configuration as a recipe's option."""
+    """The option that names a recipe with the small configuration."""
     (tmp_path / "small.yaml").write_text(small(tmp_path / "run").yaml())
     return f"--config-file={tmp_path}/small.yaml"
 
@@ -95,7 +96,7 @@ def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: 
     assert "16px until" in out and "the first after" in out and "s, without compiling" in out
     turns = re.findall(r"measuring (\d+) px, . of 3 sizes, round (\d) of 3", shown)
     assert turns == [(str(size), str(number)) for number in (1, 2, 3) for size in (16, 32, 48)]
-    # What it proposes fits: the parts are those of its own budget, and options take it.
+    # The proposed curriculum has the fractions of the own budget, and is a valid option.
     stages = tuple(Stage.parse(text) for text in said["curriculum"])
     stated = {row["size"]: Speed(row["together"], row["batch_size"]) for row in said["rows"]}
     for part, row in zip(spend(stages, Length.parse("1h"), 120, stated), said["rows"], strict=True):
@@ -126,13 +127,13 @@ def test_a_forecast_for_another_machine(capsys):
     assert "1,000" in last
 
 
-def test_a_curriculum_that_the_budget_does_not_finish_fits_others_whole(capsys):
-    """The largest size has as long as the one before it, and not nothing."""
+def test_a_curriculum_that_the_budget_does_not_finish_fits_other_budgets(capsys):
+    """The last size gets as much time as the size before it, and not none."""
     main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
     out = capsys.readouterr().out
     assert "the budget ends before" in out and "192px until" in out
     given = re.search(r'--image_size.stages="(.*)"', out)[1]
-    stages = read_config([f"--image_size.stages={given}", "--methods=image_size"], {}).of("image_size").stages
+    stages = recipe_stages(read_config([f"--image_size.stages={given}", "--methods=image_size"], {}))
     assert [stage.size for stage in stages] == list(range(32, 225, 32))
     ends = [stage.until.value for stage in stages[:-1]]
     assert 1 - ends[-1] == pytest.approx(ends[-1] - ends[-2], abs=1e-4)
@@ -148,7 +149,7 @@ def test_wrong_forecasts(recipe: str, words: list[str], part: str):
 
 
 @pytest.mark.parametrize("content", ["{}", "no json", None])
-def test_what_is_no_forecast(finished: Path, tmp_path: Path, content: str | None):
+def test_files_without_a_forecast(finished: Path, tmp_path: Path, content: str | None):
     file = tmp_path / "forecast.json"
     if content is not None:
         file.write_text(content)

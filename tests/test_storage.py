@@ -6,7 +6,7 @@ import pytest
 
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
-from vitlocal.storage import layout_stages, parse_rates, speeds_for
+from vitlocal.storage import parse_rates, size_demands, speeds_for
 from vitlocal.train.simulate import Speed
 
 
@@ -20,11 +20,11 @@ def recipe_options(**options: object) -> list[str]:
 def test_stages_spend_the_budget() -> None:
     speeds = {16: Speed(1000.0, 8), 32: Speed(500.0, 8), 48: Speed(100.0, 8)}
     for length, last in (("10ep", 600), ("5ep", 100), ("3ep", 1), ("100steps", 400), ("9s", 780)):
-        stages = layout_stages(read_config(recipe_options(**{"budget.length": length}), {}), 100, speeds)
+        stages = size_demands(read_config(recipe_options(**{"budget.length": length}), {}), 100, speeds)
         assert [stage.size for stage in stages] == [16, 32, 48]
         assert [stage.rate for stage in stages] == [1000, 500, 100]
         assert stages[0].images == 200 and stages[2].images == pytest.approx(last, abs=0.1 + last * 0.1)
-    single = layout_stages(read_config(recipe_options(methods="none", **{"budget.length": "10ep"}), {}), 100, speeds)
+    single = size_demands(read_config(recipe_options(methods="none", **{"budget.length": "10ep"}), {}), 100, speeds)
     assert [(stage.size, stage.images) for stage in single] == [(48, 1000)]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vitlocal.config import Config, WriteOptions, read_config
-from vitlocal.data.crops import Cropping
+from vitlocal.config import Config, read_config
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
 from vitlocal.data.manifest import work_name
 from vitlocal.data.writer import layout
@@ -27,6 +27,7 @@ from vitlocal.progress import TRAINING_FLOPS, Stage
 from vitlocal.train.build import build_step, device_of, make_model
 from vitlocal.train.simulate import Speed, spend
 from vitlocal.train.timing import Timing, noise_step
+from vitlocal.write_options import WriteOptions
 
 RECIPE = "rcfg/ours.yaml"
 RESERVED = 8 * 10**9  # bytes of memory that the page cache does not get
@@ -35,7 +36,7 @@ CPU_BATCH = 4  # images of a measured step on a CPU, on which a full batch would
 CLASSES = 1000
 
 
-def plan_files(options: WriteOptions) -> layout.Choice:
+def plan_files(options: WriteOptions) -> layout.StorageLayout:
     """Measures, prints the chosen files and stores them in the data folder, for the next write of the split.
 
     Raises ConfigError for a wrong option, for a missing recipe, and if no choice fits the disk.
@@ -48,24 +49,24 @@ def plan_files(options: WriteOptions) -> layout.Choice:
         raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that will use the files")
     config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
     images = open_images(options.source, "train")
-    stages = layout_stages(config, len(images), speeds_for(config, stated))
+    demands = size_demands(config, len(images), speeds_for(config, stated))
     augment = config.augment
-    cropping = Cropping(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
-    limits = layout.Limits(
+    crops = CropPolicy(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
+    limits = layout.StorageLimits(
         cores=options.cores or cores(),
         disk=options.disk_limit or free_bytes(nearest),
         memory=options.memory_limit or max(memory() - RESERVED, memory() // 2),
     )
     print(f"encoding and cropping some of {len(images):,} images ...", file=sys.stderr)
-    choice = layout.propose(
-        images, stages, cropping, config.data.side_ratio, limits, options.quality or QUALITY,
+    choice = layout.propose_layout(
+        images, demands, crops, config.data.side_ratio, limits, options.quality or QUALITY,
         int(options.sampling or SAMPLING), options.keep_jpegs is not False,
     )  # fmt: skip
-    lines = layout.described(choice, limits, len(images))
+    lines = layout.layout_lines(choice, limits, len(images))
     print("\n".join(lines))
     source = f" --source {shlex.quote(options.source)}" if options.source else ""
     command = f"python write_dataset.py --split train{source} --out {shlex.quote(options.out)}"
-    path = layout.save_plan(options.out, choice, lines, f"--plan, for {recipe}")
+    path = layout.save_layout(options.out, choice, lines, f"--plan, for {recipe}")
     print(f"{path} stores this choice. Write the files with: {command}")
     return choice
 
@@ -90,17 +91,17 @@ def _check_out(out: Path, nearest: Path) -> None:
 
 def recipe_stages(config: Config) -> tuple[Stage, ...]:
     """The recipe's curriculum, if it is known before a run. Without one: a single stage at the model's size."""
-    curricula = (tuple(METHODS[name].image_sizes(config)) for name in config.methods)
+    curricula = (tuple(METHODS[name].image_sizes(config.recipe)) for name in config.methods)
     return next((stages for stages in curricula if stages), (Stage(config.model.size),))
 
 
 def methods_writing(config: Config, prefix: str) -> list[str]:
     """The names of the recipe's methods that set a field of the plan whose name starts with ``prefix``."""
-    writes = {name: METHODS[name].claims(config).writes for name in config.methods}
-    return [name for name, found in writes.items() if any(field.startswith(prefix) for field in found)]
+    claims = config.recipe.claims
+    return [claim.name for claim in claims if any(field.startswith(prefix) for field in claim.writes)]
 
 
-def layout_stages(config: Config, images: int, speeds: Mapping[int, Speed]) -> tuple[layout.Stage, ...]:
+def size_demands(config: Config, images: int, speeds: Mapping[int, Speed]) -> tuple[layout.SizeDemand, ...]:
     """What the recipe's budget is spent on, for a training set of ``images`` and the speed at each size.
 
     A size that the budget does not reach gets one image. Its file is still wanted, in case training is faster.
@@ -108,7 +109,9 @@ def layout_stages(config: Config, images: int, speeds: Mapping[int, Speed]) -> t
     trained: dict[int, int] = {}
     for stage in spend(recipe_stages(config), config.budget.length, images, speeds):
         trained[stage.size] = trained.get(stage.size, 0) + stage.images
-    return tuple(layout.Stage(size, max(count, 1.0), speeds[size].images_per_second) for size, count in trained.items())
+    return tuple(
+        layout.SizeDemand(size, max(count, 1.0), speeds[size].images_per_second) for size, count in trained.items()
+    )
 
 
 def parse_rates(text: str | None) -> dict[int, float]:

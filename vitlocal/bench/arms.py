@@ -24,7 +24,7 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
 from vitlocal.progress import Length
-from vitlocal.train.folder import changes
+from vitlocal.recipes import changed_options
 
 
 def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunK
         if twice := keys & found.keys():
             raise ConfigError(f"--add: {path} has '{min(twice)[0]}' with seed {min(twice)[1]}, and so has another file")
         for key in keys:
-            if changed := changes(results[key].config, wanted[key].config()):
+            if changed := changed_options(results[key].config, wanted[key].config()):
                 raise ConfigError(
                     f"--add: {path} has '{key[0]}' with seed {key[1]} of another configuration: {'; '.join(changed)}"
                 )

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import bench_parser, times
@@ -28,10 +28,10 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
+from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import schedule_of
-from vitlocal.train.folder import JOURNAL
 from vitlocal.train.journal import read_spent
-from vitlocal.train.log import read_log
+from vitlocal.train.run_folder import JOURNAL
 
 # The trainer's options that this bench sets itself, and the remedy if a user sets them.
 SET_HERE = {"budget.length": "use --budgets"} | dict.fromkeys(
@@ -69,31 +69,31 @@ class TrialRun:
         self.alive = 0.0
 
     @contextmanager
-    def started(self) -> Iterator[subprocess.Popen[bytes]]:
+    def started(self) -> Iterator[None]:
         """Starts the trainer. At the end of the block it is killed, unless it has ended."""
         start = time.monotonic()
-        process = start_trainer(self.options, self.output)
+        self.process = start_trainer(self.options, self.output)
         try:
-            yield process
+            yield
         finally:
-            process.kill()
-            process.wait()
+            self.process.kill()
+            self.process.wait()
             self.alive += time.monotonic() - start
 
-    def wait_until(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+    def wait_until(self, seconds: float) -> None:
         """Waits until ``seconds`` of the budget are spent. DataError if the run ends before."""
         while read_spent(self.folder / JOURNAL)[self.counts == "wall"] < seconds:
-            if process.poll() is not None:
-                raise DataError(f"the run ended before {seconds:g} s of its budget were spent; {self._printed()}")
+            if self.process.poll() is not None:
+                self._fail(f"the run ended before {seconds:g} s of its budget were spent")
             time.sleep(POLL_SECONDS)
 
-    def finish(self, process: subprocess.Popen[bytes]) -> None:
+    def finish(self) -> None:
         """Waits for the end. DataError if the run failed."""
-        if process.wait():
-            raise DataError(f"the run failed (exit status {process.returncode}); {self._printed()}")
+        if self.process.wait():
+            self._fail(f"the run failed (exit status {self.process.returncode})")
 
-    def _printed(self) -> str:
-        return f"it printed:\n{self.output.read_text(errors='replace').strip()}"
+    def _fail(self, why: str) -> NoReturn:
+        raise DataError(f"{why}; it printed:\n{self.output.read_text(errors='replace').strip()}")
 
 
 @contextmanager
@@ -116,15 +116,14 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
     own = [f"--budget.length={budget}", f"--budget.counts={trial.counts}", "--run.progress=no"]
     run = TrialRun([*options, *own], folder, trial.counts)
     for fraction in trial.kills:
-        with run.started() as process:
-            run.wait_until(process, fraction * budget.value)
-    with run.started() as process:
+        with run.started():
+            run.wait_until(fraction * budget.value)
+    with run.started():
         if trial.load is not None:
-            start, end = trial.load
-            run.wait_until(process, start * budget.value)
+            run.wait_until(trial.load[0] * budget.value)
             with other_load():
-                run.wait_until(process, end * budget.value)
-        run.finish(process)
+                run.wait_until(trial.load[1] * budget.value)
+        run.finish()
     records = read_log(folder)
     last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # The lifetime of the command is measured from outside. Only the run itself knows its training time.

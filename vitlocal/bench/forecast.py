@@ -25,18 +25,20 @@ import torch
 from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import measurement, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
-from vitlocal.bench.speeds import NoiseSource, SizeSpeed, batch_size_at, measured_speeds, plans_by_size
+from vitlocal.bench.speeds import NoiseSource, SizeSpeed, measured_speeds, plans_by_size
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Sources
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
-from vitlocal.methods import METHODS, MethodContext
+from vitlocal.methods import METHODS, build_methods
+from vitlocal.methods.method import MethodContext
 from vitlocal.models.memory import activation_bytes
 from vitlocal.progress import Length, Stage
-from vitlocal.report.page import duration
+from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
 from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
 from vitlocal.train.simulate import Speed, StageForecast, by_fractions, seconds_at, spend, spend_wall_time
+from vitlocal.train.trainer import batch_size_at
 
 IMAGENET = 1_281_167
 BUDGETS = "1h,6h,24h"
@@ -179,8 +181,8 @@ def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) ->
     def image_bytes(size: int) -> int:
         return activation_bytes(model, size, torch.bfloat16, config.train.kernel != "plain")
 
-    context = MethodContext(config, images, image_bytes)
-    methods = [METHODS[name](context) for name in methods_writing(config, "feed.batch_size")]
+    context = MethodContext(config.recipe, images, image_bytes)
+    methods = build_methods(context, "feed.batch_size")
     sizes = []
     for size, speed in speeds_for(config, stated).items():
         batch_size, rate = batch_size_at(methods, size, config.train.batch_size), speed.images_per_second
@@ -190,7 +192,7 @@ def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) ->
 
 def disk_bytes(config: Config) -> int | None:
     """The size of the data folder's files, of both splits."""
-    if config.data.loader != "ffcv":
+    if config.data.loader in ("torchvision", "dali"):  # they read the original images
         return None
     manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
     return sum(file.bytes for manifest in manifests for file in manifest.files)

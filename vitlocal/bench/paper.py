@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 from vitlocal.bench.arms import arms_parser, compete, planned
 from vitlocal.bench.parsing import budget, names
@@ -32,17 +33,9 @@ from vitlocal.progress import Length, Stage
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import make_model
 
-ARMS = {arm.name: arm for arm in read_arms(str(RECIPES / "arms" / "paper.yaml"))}
-GROUPS = {
-    "table1": ("deit", "localvit", "ours", "ours_no_curriculum"),
-    "ablations": ("ours", "ours_no_curriculum", "ours_gelu", "ours_batchnorm", "ours_no_convolution"),
-    "curricula": ("ours", "ours_no_curriculum", "curriculum_128_3_16", "curriculum_128_5_16", "curriculum_64_3_16",
-                  "curriculum_64_5_32"),
-}  # fmt: skip
-PLOTS = {
-    "architectures.png": ("deit", "localvit", "ours_no_curriculum", "ours"),
-    "curricula.png": ("ours_no_curriculum", *GROUPS["curricula"][2:], "ours"),
-}
+FILE = RECIPES / "arms" / "paper.yaml"
+ARMS = {arm.name: arm for arm in read_arms(str(FILE))}
+GROUPS, PLOTS = map(yaml.safe_load(FILE.read_text(encoding="utf-8")).get, ("groups", "plots"))  # names of arms
 # What 24 hours buy the paper at 224 px: 6 epochs of LocalViT took 21.5 hours, and each took 2.4 times as long as ours.
 PAPER_EPOCHS = 16
 PAPER_SIZES = (32, 224)

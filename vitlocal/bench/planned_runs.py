@@ -15,8 +15,9 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.options import as_argument
+from vitlocal.recipes import check_same_run
 from vitlocal.storage import methods_writing
-from vitlocal.train.folder import check_same, data_of, origin_of
+from vitlocal.train.run_folder import data_fingerprint, read_origin
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
@@ -74,7 +75,7 @@ class PlannedRun:
                 "must have the same length; leave them out"
             )
         if (self.folder / "config.yaml").exists():
-            check_same(self.folder, config, "folder")
+            check_same_run(self.folder, config, "folder")
             check_data(self.folder, config)
         return config
 
@@ -90,16 +91,16 @@ class PlannedRun:
 
 @lru_cache
 def data_in(root: str) -> dict[str, Any]:
-    """The training data of a data folder, see :func:`data_of`. Cached: ImageNet's manifest takes seconds to read."""
+    """What identifies the training data of a folder. Cached, because ImageNet's manifest takes seconds to read."""
     manifest = load_manifest(root, "train")
-    return data_of(manifest.count, manifest.classes)
+    return data_fingerprint(manifest.count, manifest.classes)
 
 
 def check_data(folder: Path, config: Config) -> None:
     """Raises ConfigError if the run in ``folder`` was trained on other images than those of ``config``."""
-    if config.data.loader != "ffcv" or not (Path(config.data.root) / "train.json").exists():
+    if not (Path(config.data.root) / "train.json").exists():
         return  # the trainer itself checks other data
-    before = [origin["data"] for origin in origin_of(folder) if "data" in origin][-1:]
+    before = [origin["data"] for origin in read_origin(folder) if "data" in origin][-1:]
     if before and before != [now := data_in(config.data.root)]:
         raise ConfigError(
             f"folder: {folder} holds a run that was trained on {before[0]['images']} images of "

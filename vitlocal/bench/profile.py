@@ -37,10 +37,10 @@ from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.build import Trainer, make_model, open_trainer
-from vitlocal.train.devices import choose_device
+from vitlocal.train.build import make_model, open_trainer
+from vitlocal.train.devices import choose_device, synchronize
 from vitlocal.train.timing import PhaseTimer
-from vitlocal.train.watch import wait as synchronize
+from vitlocal.train.trainer import Trainer
 
 RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
 STEPS = 10

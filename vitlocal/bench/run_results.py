@@ -13,9 +13,10 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.planned_runs import Arm, PlannedRun, RunKey
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError
+from vitlocal.recipes import stated_options
 from vitlocal.report.figures import Line, race, save
-from vitlocal.train.folder import origin_of, stated
-from vitlocal.train.log import read_log
+from vitlocal.report.run_folder import read_log
+from vitlocal.train.run_folder import read_origin
 
 PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
                "macs_per_image", "flops")  # fmt: skip
@@ -42,7 +43,7 @@ class RunResult:
 
 def machine_of(folder: Path) -> dict[str, Any]:
     """Processor, GPU and commit of a run. None if unknown; all of them if the run moved."""
-    origins = origin_of(folder)
+    origins = read_origin(folder)
     found = {"cpu": [origin["machine"]["cpu"] for origin in origins],
              "gpu": [origin["machine"]["gpu"] for origin in origins],
              "commit": [origin["commit"] for origin in origins]}  # fmt: skip
@@ -53,7 +54,7 @@ def result_of(run: PlannedRun) -> RunResult:
     """The result of a finished run in its folder. Passes keep only the fields that are plotted or compared."""
     about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
     passes = [{name: record.get(name) for name in PASS_FIELDS} for record in read_log(run.folder)]
-    return RunResult({**about, **summary(run.folder), **machine_of(run.folder)}, passes, stated(run.config()))
+    return RunResult({**about, **summary(run.folder), **machine_of(run.folder)}, passes, stated_options(run.config()))
 
 
 def results_of(runs: Sequence[PlannedRun], added: Mapping[RunKey, RunResult]) -> list[RunResult]:

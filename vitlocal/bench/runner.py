@@ -20,7 +20,7 @@ from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
 from vitlocal.report.run_folder import duration
-from vitlocal.train.folder import in_use
+from vitlocal.train.run_folder import in_use
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

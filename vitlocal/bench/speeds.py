@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from vitlocal.data.batch import Batch, RowSubsets, full_batches
-from vitlocal.methods.method import Method
 from vitlocal.models.flops import count_macs
 from vitlocal.plan import Feed, Plan, with_size
 from vitlocal.progress import TRAINING_FLOPS, Position, Stage, upcoming_changes
-from vitlocal.train.build import Trainer
+from vitlocal.train.compile import EAGER
 from vitlocal.train.simulate import Speed
-from vitlocal.train.step import EAGER
 from vitlocal.train.timing import LR, Timing, device_memory, noise_batch, noise_step
+from vitlocal.train.trainer import Trainer, batch_size_at
 
 SECONDS = 80.0  # for all measurements; the sizes share it
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of the seconds of a size
@@ -70,12 +69,6 @@ class NoiseSource:
 
     def close(self) -> None:
         pass
-
-
-def batch_size_at(methods: Sequence[Method], size: int, default: int) -> int:
-    """The batch size that the methods choose at ``size`` px."""
-    chosen = (method.batch_size_at(size) for method in methods)
-    return next((batch_size for batch_size in chosen if batch_size is not None), default)
 
 
 def plans_by_size(trainer: Trainer, stages: Sequence[Stage]) -> list[Plan]:

@@ -37,7 +37,7 @@ from vitlocal.plan import Feed
 from vitlocal.report.figures import save
 from vitlocal.train.build import device_of
 from vitlocal.train.devices import choose_device
-from vitlocal.train.step import choose_precision
+from vitlocal.train.precision import choose_precision
 from vitlocal.train.timing import Timing
 
 ROUNDS, SECONDS = 3, 1.0

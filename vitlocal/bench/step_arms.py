@@ -21,7 +21,8 @@ from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.build import build_step
-from vitlocal.train.step import Mode, choose_precision
+from vitlocal.train.compile import Mode
+from vitlocal.train.precision import choose_precision
 from vitlocal.train.timing import LR, PhaseTimer, Timing, device_memory, noise_batch, noise_step
 
 CLASSES = 1000
@@ -120,7 +121,7 @@ class TimmStep:
         train = config.train
         torch.manual_seed(config.run.seed)
         self.model = timm_model(config).to(device).train()
-        if train.checkpointing:
+        if train.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         self.forward = torch.compile(self.model) if arm.compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, weight_decay=train.weight_decay, fused=True)

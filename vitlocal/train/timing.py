@@ -14,7 +14,7 @@ import torch
 
 from vitlocal.data.batch import Batch
 from vitlocal.plan import Feed
-from vitlocal.train.watch import wait as synchronize
+from vitlocal.train.devices import synchronize
 
 LR = 1e-6  # so small that the weights hardly change: each timed step does the same work
 
