@@ -13,10 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitlocal.recipes import stated_options
-from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import make_model
-from vitlocal.train.run_folder import data_fingerprint, record_origin, run_folder_lock
 
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
@@ -28,7 +24,11 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import patch_side
+from vitlocal.recipes import stated_options
+from vitlocal.report.run_folder import read_log
 from vitlocal.storage import recipe_stages
+from vitlocal.train.build import make_model
+from vitlocal.train.run_folder import data_fingerprint, record_origin, run_folder_lock
 
 ROOT = Path(__file__).parent.parent
 

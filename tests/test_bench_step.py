@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from vitlocal.train.build import make_model
 
 from vitlocal.bench import profile, step, step_arms
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.flops import count_macs
+from vitlocal.train.build import make_model
 
 CPU = torch.device("cpu")
 FORM = {"what", "command", "machine", "versions", "commit", "rows"}

@@ -39,10 +39,7 @@ def test_fine_tuning_starts_from_weights(configure, decoder, tmp_path: Path):
         trainer = run.trainer
         table = trainer.state.model.pos_embed
         assert table.shape[1] == 65 and torch.equal(table[:, :1], weights["pos_embed"][:, :1])
-    for folder, problem in (
-        ("nowhere", "is not there"),
-        ("first/classes.json", "cannot be read as weights"),
-    ):
+    for folder, problem in (("nowhere", "is not there"), ("first/classes.json", "cannot be read as weights")):
         with pytest.raises((ConfigError, DataError), match=problem):
             train(configure(f"--model.weights={tmp_path}/{folder}", f"--run.folder={tmp_path}/d"))
     with pytest.raises(ConfigError, match="set the model's options as they were"):

@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from vitlocal.report.run_folder import read_run
-from vitlocal.train.command import train
 
 from vitlocal.bench import report, speeds
 from vitlocal.bench.__main__ import main
@@ -16,7 +14,9 @@ from vitlocal.bench.report import compare
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.progress import Length, Stage
+from vitlocal.report.run_folder import read_run
 from vitlocal.storage import recipe_stages
+from vitlocal.train.command import train
 from vitlocal.train.simulate import Speed, spend, spend_wall_time
 
 SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}

@@ -417,13 +417,7 @@ def test_parquet_keeps_few_row_groups(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_parquet_other_columns(tmp_path: Path) -> None:
     write_shard(
-        tmp_path / "train.parquet",
-        range(3),
-        [0, 1, 1],
-        ["a", "b"],
-        struct=False,
-        image="img",
-        label="fine_label",
+        tmp_path / "train.parquet", range(3), [0, 1, 1], ["a", "b"], struct=False, image="img", label="fine_label"
     )
     source = open_images(str(tmp_path), "train")
     assert source.read(2) == photo(2) and source.classes == ("a", "b")
@@ -678,14 +672,7 @@ def noisy(format: str = "JPEG") -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [
-        b"",
-        b"no image at all",
-        noisy()[:1500],
-        noisy()[:30],
-        noisy("PNG")[:1500],
-        encoded(format="BMP")[:100],
-    ],
+    [b"", b"no image at all", noisy()[:1500], noisy()[:30], noisy("PNG")[:1500], encoded(format="BMP")[:100]],
     ids=["empty", "text", "half a JPEG", "JPEG header", "half a PNG", "half a BMP"],
 )
 def test_decode_refuses_what_is_not_whole(data: bytes) -> None:

@@ -10,11 +10,7 @@ import torch.nn.functional as F
 import vitlocal.models  # noqa: F401 (registers the models)
 from vitlocal.models.local_mix import image_as_tokens, local_mix, tokens_as_image
 
-FAMILIES = (
-    "vitlocal_tiny_patch16_224",
-    "vitlocal_deit_tiny_patch16_224",
-    "vitlocal_localvit_tiny_patch16_224",
-)
+FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
 NARROW = dict(embed_dim=32, depth=2, num_heads=2, num_classes=7)
 
 

@@ -150,14 +150,8 @@ def test_problems_of_recipes(options: tuple[str, ...], problem: str):
         (("methods=budgeted", "model.weights=a.pth"), "uses only its own heads and hidden units of model.weights"),
         (("methods=budgeted,unfreeze", "model.weights=a.pth"), "growth overwrites the others"),
         (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,3@64px,3@224px"), "level 3 of 4: .* never trained"),
-        (
-            ("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,3@64px,4@192px"),
-            "4@192px, and model.size is 224",
-        ),
-        (
-            ("methods=autoprog", "autoprog.schedule=6@64px,12@192px", "autoprog.stages=2"),
-            "12@192px, and model.size",
-        ),
+        (("methods=unfreeze", "unfreeze.schedule=1@64px,2@64px,3@64px,4@192px"), "4@192px, and model.size is 224"),
+        (("methods=autoprog", "autoprog.schedule=6@64px,12@192px", "autoprog.stages=2"), "12@192px, and model.size"),
         (("methods=autoprog", "autoprog.schedule=6,12", "autoprog.stages=2", "autoprog.space=depth"), None),
         (("methods=budgeted", "budgeted.compute=50%"), None),
         (("methods=image_size,budgeted",), None),

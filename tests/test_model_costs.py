@@ -14,11 +14,7 @@ from vitlocal.models.flops import count_macs
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.memory import activation_bytes
 
-FAMILIES = (
-    "vitlocal_tiny_patch16_224",
-    "vitlocal_deit_tiny_patch16_224",
-    "vitlocal_localvit_tiny_patch16_224",
-)
+FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
 
 
 def test_macs_equal_the_published_figures():

@@ -13,11 +13,7 @@ import vitlocal.models
 from vitlocal.errors import ConfigError
 from vitlocal.models.lffn import LocalFFNViT
 
-FAMILIES = (
-    "vitlocal_tiny_patch16_224",
-    "vitlocal_deit_tiny_patch16_224",
-    "vitlocal_localvit_tiny_patch16_224",
-)
+FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
 NARROW = dict(embed_dim=32, depth=2, num_heads=2, num_classes=7)
 
 

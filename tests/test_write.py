@@ -167,11 +167,7 @@ def test_validation_keeps_the_short_edge() -> None:
 
 def test_sides_and_formats() -> None:
     assert parse_files("") == ()
-    assert parse_files("256,64,160") == (
-        StoredFile(64, "raw"),
-        StoredFile(160, "raw"),
-        StoredFile(256, "jpg"),
-    )
+    assert parse_files("256,64,160") == (StoredFile(64, "raw"), StoredFile(160, "raw"), StoredFile(256, "jpg"))
     assert parse_files("64, 256", "raw") == (StoredFile(64, "raw"), StoredFile(256, "raw"))
     assert parse_files("64:jpg,64:raw") == (StoredFile(64, "jpg"), StoredFile(64, "raw"))
     assert parse_files("64,256:raw", "jpg") == (StoredFile(64, "jpg"), StoredFile(256, "raw"))
@@ -212,11 +208,9 @@ def test_every_file_holds_the_same_photos(tmp_path: Path) -> None:
         path = tmp_path / file.file
         assert file.file == f"train_{stored.side}_{stored.format}.beton"
         info = check_beton(path, classes=3)
-        assert (info.count, info.bytes, info.page_size) == (
-            148,
-            file.bytes,
-            file.page_size,
-        ) and info.modes == {stored.format}
+        assert (info.count, info.bytes, info.page_size) == (148, file.bytes, file.page_size) and info.modes == {
+            stored.format
+        }
         assert (info.max_width, info.max_height) == (file.max_width, file.max_height)
         assert checksum(path) == file.checksum == f"crc32:{zlib.crc32(path.read_bytes()):08x}"
         assert file.quality == (90 if stored.format == "jpg" else None)

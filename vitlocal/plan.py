@@ -137,9 +137,7 @@ class Plan:
     @property
     def pass_key(self) -> tuple[Feed, Shape]:
         """The part of the plan that is constant within a pass: feed and shape, without what changes at single steps."""
-        shape = replace(
-            self.shape, skipped_blocks=(), input_size=None, token_keep_rate=1.0, attention_keep_rate=1.0
-        )
+        shape = replace(self.shape, skipped_blocks=(), input_size=None, token_keep_rate=1.0, attention_keep_rate=1.0)
         return self.feed, shape
 
     def changed(self, before: Plan | None) -> dict[str, Any]:

@@ -40,14 +40,7 @@ from vitlocal.train.macs import MacCounter
 from vitlocal.train.optim import build_optimizer
 from vitlocal.train.output import RunOutput
 from vitlocal.train.precision import choose_precision
-from vitlocal.train.run_folder import (
-    CHECKPOINT,
-    JOURNAL,
-    data_fingerprint,
-    has_run,
-    record_origin,
-    run_folder_lock,
-)
+from vitlocal.train.run_folder import CHECKPOINT, JOURNAL, data_fingerprint, has_run, record_origin, run_folder_lock
 from vitlocal.train.search_log import SearchLog
 from vitlocal.train.signals import StopSignals
 from vitlocal.train.state import TrainState

@@ -52,9 +52,7 @@ def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer | CombinedOptimizer,
-) -> Callable[[nn.Parameter], dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Callable[[nn.Parameter], dict[str, Any]]:
     """A function from a parameter to its optimizer state, which may be changed; empty before the first step."""
     members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}

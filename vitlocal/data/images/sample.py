@@ -234,12 +234,7 @@ def _clutter(image: Image.Image, rng: Generator, count: int, smallest: float, la
     width, height = image.size
     short = min(width, height)
     for kind, x, y, size, angle, *colour in rng.random((count, 8)).tolist():
-        x, y, size, angle = (
-            x * width,
-            y * height,
-            short * (smallest + (largest - smallest) * size),
-            angle * math.tau,
-        )
+        x, y, size, angle = (x * width, y * height, short * (smallest + (largest - smallest) * size), angle * math.tau)
         fill = tuple(int(256 * c) for c in colour)
         if kind < 0.35:
             dx, dy = 2.0 * size * math.cos(angle), 2.0 * size * math.sin(angle)
