@@ -28,18 +28,20 @@ from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.manifest import load_manifest, open_sources
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import attention_weights
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import SLICED, add_stage_table, set_shape
+from vitlocal.models.shape import SLICED, add_stage_table, model_parts, set_shape
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import Feed, Shape, StageEmbedding
+from vitlocal.methods import build_methods
+from vitlocal.methods.method import MethodContext
+from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.figures import save
 from vitlocal.train.checkpoint import KEPT, read_weights
-from vitlocal.train.devices import prepare_device
+from vitlocal.train.build import device_of, sources_of
 
 EXPLAINED_VARIANCE = 0.99
 BATCH_SIZE = 64
@@ -146,8 +148,10 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{config.model.name} is timm's own model: only vitlocal_… models can be measured")
-    if (table := state.get("stage_table")) is not None:
-        add_stage_table(model, StageEmbedding(len(table), tokens=config.of("unfreeze").stage_tokens))
+    context = MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))
+    for method in build_methods(context):
+        if method.needs.stage_embedding is not None:
+            add_stage_table(model, method.needs.stage_embedding)
     model.load_state_dict(state)
     set_shape(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
     return about["epoch"], model.eval()
@@ -155,7 +159,7 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
 
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
     """Returns ``images`` of the validation split, spread over all of it, normalised, in batches."""
-    sources = open_sources(config, device)
+    sources = sources_of(config, device)
     normalize, count = Normalize().to(device), sources.val.count
     # unique(): if the split has fewer images, all of them
     wanted = torch.tensor([place * count // images for place in range(images)]).unique()
@@ -215,7 +219,7 @@ def main(argv: Sequence[str]) -> None:
     data = [f"--data.root={options.data}"] if options.data else []
     config = read_config([f"--config-file={folder / 'config.yaml'}", *data], {})
     num_classes = len(load_manifest(config.data.root, "val").classes)
-    device = prepare_device(config)
+    device = device_of(config)
     batches = validation_batches(config, options.images, device)
     rows: list[dict[str, Any]] = []
     print(f"{'epoch':>7} {'block':>6} {'heads, CKA':>11} {'hidden, %':>10} {'attended, %':>12}")
