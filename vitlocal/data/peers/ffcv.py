@@ -41,7 +41,7 @@ with keep_torch_threads():
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor
 
-# numba fails with a KeyError, which nobody can catch, if it frees FFCV's compiled decoders. At exit it does not free them.
+# Compiled loaders stay alive, because numba fails with a KeyError in a finalizer if it frees FFCV's decoders.
 _compiled: list[FFCVLoader] = []
 
 

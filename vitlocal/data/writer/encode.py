@@ -31,6 +31,7 @@ CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
 EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
+StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
 _UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 
 
@@ -215,7 +216,7 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
 def encode_image(
     images: ImageSet, index: int, job: EncodeJob, encoder: Encoder
 ) -> list[tuple[tuple[int, int, int], bytes]]:
-    """For each file ((mode, width, height), bytes). Raises the errors of reading and decoding."""
+    """The image as each file stores it. Raises the errors of reading and decoding."""
     if images.holds_files:
         data = images.read(index)
         photo = encoder.inspect(data)
@@ -239,7 +240,7 @@ def encode_image(
 
 def _stored(
     photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder
-) -> list[tuple[tuple[int, int, int], bytes]] | None:
+) -> list[StoredImage] | None:
     forms = [_form(file, width, height, keepable, job) for file in job.files]
     different = list(dict.fromkeys(forms))  # a small image may be equal in several files
     made = encoder.encode(photo, height, width, np.array([(*form, 0, 0, 0) for form in different], FORM))
