@@ -91,3 +91,15 @@ def rows_of(path: Path) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
     images = reader.metadata["f0"]
     return images, reader.metadata["f1"], [data[p : p + sizes[p]] for p in images["data_ptr"].tolist()]
+
+
+def encode_colour(
+    colour: object = (200, 30, 60), mode: str = "RGB", format: str = "PNG", size=(12, 8), **options
+) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def colour_of(image: Image.Image) -> tuple[int, ...]:
+    return image.getpixel((0, 0))
