@@ -1,18 +1,21 @@
-"""Made-up images and settings that the tests of the writer share."""
+"""Made-up images, and settings of the writer, that tests share."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vitlocal.data import beton
+from vitlocal.data.images import ImageSet, decode_rgb
 from vitlocal.data.writer import encode, journal
 from vitlocal.data.writer import write as write_module
 from vitlocal.data.writer.write import StoredFile, WriteConfig
@@ -103,3 +106,20 @@ def encode_colour(
 
 def colour_of(image: Image.Image) -> tuple[int, ...]:
     return image.getpixel((0, 0))
+
+
+def check_set(source: ImageSet, spec: str) -> None:
+    """Checks what every image set guarantees."""
+    assert isinstance(source, ImageSet)
+    assert source.spec == spec
+    assert source.labels.dtype == np.int64 and source.labels.shape == (len(source),)
+    assert 0 <= source.labels.min() and source.labels.max() < len(source.classes)
+    assert len({source.entry(i) for i in range(len(source))}) == len(source)
+    for i in (0, len(source) - 1):
+        loaded = source.load(i)
+        assert loaded.mode == "RGB"
+        assert np.array_equal(loaded, decode_rgb(source.read(i), source.entry(i)))
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(1) == source.read(1) and copy.entry(1) == source.entry(1)
+    with pytest.raises(IndexError):
+        source.read(len(source))

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_images import encode_colour
+from fake_images import check_set, encode_colour
 
 from vitlocal.data.images import (
     FolderImages,
     ImageSet,
     ParquetImages,
     TarImages,
-    decode_rgb,
     open_images,
     parquet,
     resolve_source,
@@ -39,23 +38,6 @@ def photo(k: int) -> bytes:
 
 def _read_in_child(source: ImageSet, index: int) -> bytes:
     return source.read(index)
-
-
-def check_set(source: ImageSet, spec: str) -> None:
-    """Checks what every image set guarantees."""
-    assert isinstance(source, ImageSet)
-    assert source.spec == spec
-    assert source.labels.dtype == np.int64 and source.labels.shape == (len(source),)
-    assert 0 <= source.labels.min() and source.labels.max() < len(source.classes)
-    assert len({source.entry(i) for i in range(len(source))}) == len(source)
-    for i in (0, len(source) - 1):
-        loaded = source.load(i)
-        assert loaded.mode == "RGB"
-        assert np.array_equal(loaded, decode_rgb(source.read(i), source.entry(i)))
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.read(1) == source.read(1) and copy.entry(1) == source.entry(1)
-    with pytest.raises(IndexError):
-        source.read(len(source))
 
 
 # Folders
@@ -88,10 +70,10 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["val", "validation", "valid"])
-@pytest.mark.parametrize("asked", ["val", "validation", "valid"])
-def test_folder_split_alias(tmp_path: Path, folder: str, asked: str) -> None:
+@pytest.mark.parametrize("alias", ["val", "validation", "valid"])
+def test_folder_split_alias(tmp_path: Path, folder: str, alias: str) -> None:
     make_folder(tmp_path, folder)
-    assert len(open_images(str(tmp_path), asked)) == 9
+    assert len(open_images(str(tmp_path), alias)) == 9
 
 
 def test_folder_without_splits_is_the_training_split(tmp_path: Path) -> None:
@@ -250,7 +232,7 @@ def test_tars_in_other_processes(tmp_path: Path, context: str) -> None:
 
 
 def fork_pool() -> multiprocessing.pool.Pool:
-    with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads, such as torch's
+    with warnings.catch_warnings():  # Python 3.12 warns of forks in a process with threads
         warnings.simplefilter("ignore", DeprecationWarning)
         return multiprocessing.get_context("fork").Pool(2)
 
@@ -310,7 +292,7 @@ def test_tar_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"one tar for each class"):
         open_images(spec, "train")
     train.write_bytes(tar_of({"n01440764.tar": tar_of({})}))
-    with pytest.raises(ConfigError, match=r"n01440764.tar: no images"):
+    with pytest.raises(ConfigError, match=r"n01440764.tar has no images"):
         open_images(spec, "train")
     train.unlink()
     with pytest.raises(ConfigError, match=r"no split 'train'"):
