@@ -28,7 +28,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vitlocal.bench.contestants import Progress
+from vitlocal.bench.contestants import TurnDisplay
 from vitlocal.bench.loader import sample_folder
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import numbers
@@ -148,7 +148,7 @@ def profiled(
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
             if device.type == "cpu":  # there the profiler has no more to tell than that it starts and stops
                 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-            told = Progress(3 * len(feeds))
+            told = TurnDisplay(3 * len(feeds))
             for feed in feeds:
                 told.bar.set_description_str(f"{feed.size} px, {run.step.mode(feed)}, made ready")
                 run.warm(Plan(feed))

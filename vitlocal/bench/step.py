@@ -36,7 +36,7 @@ import timm
 import torch
 from torch import nn
 
-from vitlocal.bench.contestants import Progress
+from vitlocal.bench.contestants import TurnDisplay
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import numbers, plot_file
 from vitlocal.config import Config, read_config
@@ -381,7 +381,7 @@ def compare(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the measurement: an arm at a size, each."""
     rows: list[dict[str, Any]] = []
-    told = Progress(len(sizes) * len(arms) * (rounds + 2))
+    told = TurnDisplay(len(sizes) * len(arms) * (rounds + 2))
     for size in sizes:
         feed = Feed(size, config.train.batch_size)
         entries = _compared_at(feed, config, arms, rounds, seconds, device, told)
@@ -395,7 +395,13 @@ def compare(
 
 
 def _compared_at(
-    feed: Feed, config: Config, arms: Sequence[Arm], rounds: int, seconds: float, device: torch.device, told: Progress
+    feed: Feed,
+    config: Config,
+    arms: Sequence[Arm],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    told: TurnDisplay,
 ) -> list[Entry]:
     entries = []
     for arm in arms:
