@@ -128,7 +128,7 @@ def compare(
     manifest = load_manifest(data, "train")
     rows, display = [], TurnDisplay(len(workers) * len(sizes) * (rounds + 1))
     for threads in workers:
-        cores, contestants, entries = cores_for(threads), [], []
+        cores, contestants, entries = cores_for(threads), list[Contestant](), []
         with closing_all(contestants):
             for name in names:
                 for stored in [ORIGINAL] if name in OF_ORIGINALS else [file.file for file in manifest.files]:
@@ -141,7 +141,7 @@ def compare(
                 for number in range(rounds + 1):  # the first round warms up and does not count
                     for place, contestant in enumerate(contestants):
                         rate = contestant.ask(size, seconds if number else 0)
-                        memory[place] = resident_mib(contestant.process.pid)
+                        memory[place] = resident_mib(contestant.process.pid or 0)
                         if number:
                             rates[place].append(rate)
                     display.step(f"{size} px, {threads} worker{'s' * (threads > 1)}")

@@ -139,7 +139,7 @@ def compare(
     rows, display = [], TurnDisplay(len(workers) * (rounds + 1))
     with tempfile.TemporaryDirectory(dir=out) as folder:
         for threads in workers:
-            cores, contestants = cores_for(threads), []
+            cores, contestants = cores_for(threads), list[Contestant]()
             with closing_all(contestants):
                 for name in names:
                     arguments = (name, source, count, tuple(files), threads, folder)

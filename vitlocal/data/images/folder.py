@@ -49,8 +49,10 @@ class FolderImages:
         self.classes = tuple(class_folders(folder))
         if not self.classes:
             loose = sum(name.lower().endswith(SUFFIXES) for name in os.listdir(folder))
-            found = f"{loose} images without a class folder" if loose else "no folders"
-            raise ConfigError(f"'{folder}': expected a folder with images for each class, found {found}; sort them so")
+            problem = f"{loose} images without a class folder" if loose else "no folders"
+            raise ConfigError(
+                f"'{folder}': expected a folder with images for each class, found {problem}; sort them so"
+            )
         for other in ("train", "val"):
             sibling = split_folder(root, other)
             if other != split and folder != root and sibling is not None:

@@ -10,6 +10,7 @@ alone, so `sample:10` is the beginning of `sample:250`.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -34,12 +35,8 @@ Field = np.ndarray  # (H, W) float32
 
 def _convex(u: Field, v: Field, sides: int, inradius: float) -> Field:
     """A regular polygon: the largest distance to its sides."""
-    distance = None
-    for k in range(sides):
-        angle = 2 * math.pi * k / sides
-        side = u * math.cos(angle) + v * math.sin(angle)
-        distance = side if distance is None else np.maximum(distance, side, out=distance)
-    return distance - inradius
+    angles = (2 * math.pi * k / sides for k in range(sides))
+    return functools.reduce(np.maximum, (u * math.cos(angle) + v * math.sin(angle) for angle in angles)) - inradius
 
 
 def _box(u: Field, v: Field, half_u: float, half_v: float) -> Field:
@@ -160,16 +157,12 @@ def _ripples(u: Field, v: Field, rng: Generator) -> Field:
 
 def _scales(u: Field, v: Field, rng: Generator) -> Field:
     """Rows of overlapping half discs, each row covering the top of the next."""
-    line = None
-    for shift in (0.0, 0.5):
-        x = u - shift
-        x = x - np.rint(x)
-        y = v - shift
-        y = np.mod(y, 1.0)
-        radius = np.hypot(x, y)
-        arc = np.where(y >= 0, np.abs(radius - 0.5), 1.0)
-        line = arc if line is None else np.minimum(line, arc)
-    return line - 0.1
+
+    def arc(shift: float) -> Field:
+        x, y = u - shift, np.mod(v - shift, 1.0)
+        return np.where(y >= 0, np.abs(np.hypot(x - np.rint(x), y) - 0.5), 1.0)
+
+    return np.minimum(arc(0.0), arc(0.5)) - 0.1
 
 
 def _stripes(u: Field, v: Field, rng: Generator) -> Field:

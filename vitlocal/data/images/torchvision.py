@@ -39,7 +39,7 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
     takes = inspect.signature(kind.__init__).parameters
     base: dict[str, Any] = {"root": root} if "root" in takes else {}
     if "train" in takes:
-        choices = [{"train": split == "train"}]
+        choices: list[dict[str, Any]] = [{"train": split == "train"}]
     elif "split" in takes:
         words = ("train", "trainval") if split == "train" else ("val", "valid", "validation", "test")
         choices = [{"split": word} for word in words]
@@ -135,12 +135,12 @@ def _dataset_labels(dataset: Any, spec: str) -> np.ndarray:
             continue
         if labels.ndim == 1 and labels.dtype.kind in "iu":
             return labels.astype(np.int64)
-    labels = [dataset[index][1] for index in range(count)]
+    items = [dataset[index][1] for index in range(count)]
     try:
-        flat = np.array([int(label) for label in labels], np.int64)
+        flat = np.array([int(label) for label in items], np.int64)
     except (TypeError, ValueError):
         raise ConfigError(
-            f"source '{spec}': expected one class for each image, got {labels[0]!r}; name another set"
+            f"source '{spec}': expected one class for each image, got {items[0]!r}; name another set"
         ) from None
     return flat
 

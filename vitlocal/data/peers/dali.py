@@ -13,7 +13,7 @@ import io
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -109,8 +109,10 @@ class DALISource:
     ):  # fmt: skip
         self.images, self.numbers = open_originals(root, spec, split)
         self.classes, self.count = tuple(self.images.classes), len(self.numbers)
-        self.crops, self.device, self.workers, self.damaged, self.share = crops, device, workers, (), share
-        self.rows, self.side = RowSubsets(self.count), None
+        self.crops, self.device, self.workers, self.share = crops, device, workers, share
+        self.damaged: Collection[int] = ()
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = None
         self.readers = ThreadPoolExecutor(workers)  # they wait for the disk and read headers
         self.local = threading.local()  # each reader has a copy of the images, whose open files have positions
         self.pipeline: Any = None
@@ -132,7 +134,7 @@ class DALISource:
         box = self.crops.box(epoch, draw, height, width)
         return pipeline_inputs(data, height, width, box, size)
 
-    def _read(self, slices: Sequence[Slice], epoch: int, size: int) -> Iterator[Batch]:
+    def _read(self, slices: Sequence[Slice], epoch: int, size: int) -> Generator[Batch, None, None]:
         # Only the last slice can be empty.
         spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
         if spans:

@@ -13,7 +13,7 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -127,9 +127,11 @@ class FFCVSource:
         side_ratio: float = 1.5, share: Share = WHOLE,
     ):  # fmt: skip
         self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
-        self.device, self.workers, self.share, self.damaged = device, workers, share, ()
+        self.device, self.workers, self.share = device, workers, share
+        self.damaged: Collection[int] = ()
         self.classes, self.count = manifest.classes, manifest.count
-        self.rows, self.side = RowSubsets(self.count), max(file.side for file in manifest.files)
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = max(file.side for file in manifest.files)
         self.loaders: dict[Path, FileLoader] = {}
         check_lengths(self.root, manifest)
 
@@ -156,7 +158,7 @@ class FFCVSource:
             self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
         return self.loaders[path]
 
-    def _read(self, loader: FileLoader, slices: list[Slice], size: int) -> Iterator[Batch]:
+    def _read(self, loader: FileLoader, slices: list[Slice], size: int) -> Generator[Batch, None, None]:
         # FFCV cuts its order into batches of one length; the last slice of a process may have another.
         for length, group in groupby(slices, lambda part: len(part.draws)):
             parts = list(group)

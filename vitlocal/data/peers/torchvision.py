@@ -6,7 +6,7 @@ It is the comparison that users know, and the slow reference for tests of the na
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -92,8 +92,10 @@ class TorchvisionSource:
     ):  # fmt: skip
         images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
-        self.crops, self.device, self.damaged, self.share = crops, device, (), share
-        self.rows, self.side = RowSubsets(self.count), None
+        self.crops, self.device, self.share = crops, device, share
+        self.damaged: Collection[int] = ()
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = None
         self.sampler = RequestSampler()
         self.loader: DataLoader = DataLoader(
             CropDataset(images, rows, crops),

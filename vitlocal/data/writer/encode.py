@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
@@ -85,7 +85,7 @@ class Interrupts:
 
 def encode_chunks(
     images: ImageSet, job: EncodeJob, start: int, workers: int, interrupts: Interrupts
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
     Interrupts take effect between chunks. A row that fails ends its chunk. The chunk with the rows before it comes
@@ -177,7 +177,9 @@ def rows_per_chunk(job: EncodeJob) -> int:
 def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder, stopping: threading.Event) -> Chunk:
     rows: list[list[tuple[int, ...]]] = [[] for _ in job.files]
     parts: list[list[bytes]] = [[] for _ in job.files]
-    skipped, failure, end = {}, None, span.stop
+    skipped: dict[int, str] = {}
+    failure: RuntimeError | None = None  # DataError is a RuntimeError
+    end = span.stop
     for index in span:
         if stopping.is_set():
             end = index
