@@ -97,7 +97,7 @@ def data_in(root: str) -> dict[str, Any]:
 
 def check_data(folder: Path, config: Config) -> None:
     """ConfigError where the run in ``folder`` says that it was trained on other images than ``config``'s."""
-    if config.data.loader != "ffcv" or not (Path(config.data.root) / "train.json").exists():
+    if config.data.loader not in ("native", "ffcv") or not (Path(config.data.root) / "train.json").exists():
         return  # the trainer knows what there is
     before = [origin["data"] for origin in origin_of(folder) if "data" in origin][-1:]
     if before and before != [now := data_in(config.data.root)]:

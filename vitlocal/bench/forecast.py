@@ -445,7 +445,7 @@ def reckoned(config: Config, images: int, stated: Mapping[int, float]) -> Foreca
 
 def disk_bytes(config: Config) -> int | None:
     """Of the data folder's files, both splits."""
-    if config.data.loader != "ffcv":
+    if config.data.loader not in ("native", "ffcv"):
         return None
     manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
     return sum(file.bytes for one in manifests for file in one.files)

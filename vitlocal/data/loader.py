@@ -25,7 +25,7 @@ from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy, replacement
 from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
 from vitlocal.data.native import DecoderThreads, native_policy
-from vitlocal.data.shares import WHOLE, Share, Slice, Slices
+from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -190,7 +190,7 @@ class EpochReader(Iterator[Batch]):
     def _record_damage(self, draws: np.ndarray, problems: dict[int, str]) -> None:
         self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
 
-    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: Slice) -> _Ready:
+    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: BatchSlice) -> _Ready:
         ids = torch.from_numpy(rows)
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
         labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))

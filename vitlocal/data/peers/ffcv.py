@@ -29,7 +29,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import check_lengths, choose_file
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.peers.crop_decoder import keep_torch_threads
-from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -158,7 +158,7 @@ class FFCVSource:
             self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
         return self.loaders[path]
 
-    def _read(self, loader: FileLoader, slices: list[Slice], size: int) -> Generator[Batch, None, None]:
+    def _read(self, loader: FileLoader, slices: list[BatchSlice], size: int) -> Generator[Batch, None, None]:
         # FFCV cuts its order into batches of one length; the last slice of a process may have another.
         for length, group in groupby(slices, lambda part: len(part.draws)):
             parts = list(group)

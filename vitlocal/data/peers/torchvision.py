@@ -17,7 +17,7 @@ from vitlocal.data.batch import Batch, RowSubsets
 from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -68,7 +68,7 @@ class RequestSampler(Sampler[list[Request]]):
     """A batch sampler whose slices, epoch and size are set before each pass."""
 
     def __init__(self) -> None:
-        self.slices: Sequence[Slice] = ()
+        self.slices: Sequence[BatchSlice] = ()
         self.epoch, self.size = 0, 0
 
     def __iter__(self) -> Iterator[list[Request]]:
