@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 import pytest
 import torch
+from fake_images import FakeImages, commit_often, contents, write_config
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Sources
@@ -118,3 +121,21 @@ def killed_after():
             yield patch
 
     return kill
+
+
+@pytest.fixture(scope="module")
+def frequent_commits() -> Iterator[None]:
+    """Writes commit after every chunk of a few rows. Meanwhile, the server for child processes starts."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["vitlocal.data.writer.write"])
+    multiprocessing.forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        commit_often(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(frequent_commits: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an uninterrupted write of FakeImages(60)."""
+    out = tmp_path_factory.mktemp("reference")
+    write(write_config(out), FakeImages(60), progress=False)
+    return contents(out)

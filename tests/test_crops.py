@@ -27,14 +27,14 @@ def boxes(height: int, width: int, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (375, 500), (500, 333), (40, 400), (1, 1), (3, 2)])
-def test_boxes_lie_inside(height: int, width: int):
+def test_boxes_are_inside_the_image(height: int, width: int):
     top, left, tall, across, _ = boxes(height, width, 500).T
     assert (tall > 0).all() and (across > 0).all() and (top >= 0).all() and (left >= 0).all()
     assert (top + tall <= height + 1e-9).all() and (left + across <= width + 1e-9).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (375, 500), (500, 333), (40, 400), (1, 1), (3, 2)])
-def test_the_native_boxes_are_the_same_to_the_bit(height: int, width: int):
+def test_native_boxes_are_bit_identical(height: int, width: int):
     cropping = CropPolicy(random=True, seed=5, scale=(0.2, 0.9), ratio=(0.6, 1.5), flip=0.3)
     policy = native_policy(cropping, 7)
     for draw in [*range(300), 12 | 3 << REPEAT_SHIFT]:
@@ -45,7 +45,7 @@ def test_the_native_boxes_are_the_same_to_the_bit(height: int, width: int):
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 250)])
-def test_boxes_follow_torchvisions_law(height: int, width: int):
+def test_boxes_have_torchvisions_distribution(height: int, width: int):
     top, left, tall, across, flipped = boxes(height, width, 4000).T
     theirs = RandomResizedCrop(8)
     image = np.zeros((3, height, width), np.uint8)
@@ -71,7 +71,7 @@ def test_a_crop_is_the_same_part_of_every_stored_size():
         assert big.flipped == small.flipped
 
 
-def test_keys_tell_seed_epoch_and_draw_apart():
+def test_keys_depend_on_seed_epoch_and_draw():
     keys = {int(crop_key(seed, epoch, draw)) for seed in range(20) for epoch in range(20) for draw in range(20)}
     assert len(keys) == 8000
 
@@ -82,23 +82,23 @@ def test_the_centre_crop():
     assert centre_box(64, 64, 1.0) == Box(0, 0, 64, 64)
 
 
-def test_cutting_takes_the_box_and_flips_it():
+def test_cut_takes_the_box_and_flips_it():
     ramp = Image.fromarray(np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2))
     assert np.asarray(cut(ramp, Box(8, 16, 32, 32), 32))[0, :, 0].tolist() == list(range(16, 48))
     assert np.asarray(cut(ramp, Box(8, 16, 32, 32, flipped=True), 32))[0, :, 0].tolist() == list(range(47, 15, -1))
-    halves = np.asarray(cut(ramp, Box(8.5, 16.5, 32, 32), 32))[3, 1:-1, 0]  # between two pixels: their mean
+    halves = np.asarray(cut(ramp, Box(8.5, 16.5, 32, 32), 32))[3, 1:-1, 0]  # the mean of two pixels
     assert np.abs(halves - (np.arange(17, 47) + 0.5)).max() <= 0.5
 
 
-def test_orders_are_permutations_with_keys_of_their_own():
+def test_orders_are_permutations_with_their_own_keys():
     orders = [epoch_order(1000, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert sorted(order) == list(range(1000))
-    assert len({tuple(order) for order in orders}) == 4  # FFCV's seed + epoch would make (0, 1) and (1, 0) one
+    assert len({tuple(order) for order in orders}) == 4  # with FFCV's seed + epoch, (0, 1) and (1, 0) would be equal
     assert (epoch_order(1000, 0, 0) == orders[0]).all()
 
 
-def test_repeats_follow_each_other_with_crops_of_their_own():
+def test_repeats_follow_each_other_with_their_own_crops():
     draws = epoch_order(100, 3, 0, repeats=3)
     rows = draws & ROW_MASK
     assert len(draws) == 100 and len(set(draws)) == 100

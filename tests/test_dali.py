@@ -1,4 +1,4 @@
-"""The DALI source: the same crops in the same order as the torchvision source, from whatever images there are."""
+"""The DALI source: the same crops in the same order as the torchvision source, from images of all kinds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read(source, feed: Feed, at: Position = Position()) -> list[tuple[torch.Tens
 
 
 @pytest.mark.parametrize("cropping", [TRAIN, VAL, dataclasses.replace(TRAIN, repeats=3)])
-def test_the_crops_are_those_of_torchvision(photos: Path, dali, cropping: CropPolicy) -> None:
+def test_crops_equal_torchvisions(photos: Path, dali, cropping: CropPolicy) -> None:
     slow, source = TorchvisionSource("nowhere", str(photos), "train", cropping, CPU, 1), dali(cropping=cropping)
     assert source.classes == slow.classes and source.count == slow.count == 40
     for size, count, at in ((32, 16, Position()), (48, 40, Position(1)), (24, 7, Position(2, 15))):
@@ -86,7 +86,7 @@ def test_the_crops_are_those_of_torchvision(photos: Path, dali, cropping: CropPo
     slow.close()
 
 
-def test_passes_repeat_and_may_be_left(dali) -> None:
+def test_passes_repeat_and_can_be_left_early(dali) -> None:
     source = dali()
     first = read(source, Feed(32, 8))
     for size, taken in ((48, 1), (16, 2), (64, 0)):
@@ -108,7 +108,7 @@ def test_a_damaged_image_is_named(photos: Path, dali, tmp_path: Path) -> None:
         whole = (photos / "train" / "ant" / "00.jpg").read_bytes()
         path.write_bytes(whole[: len(whole) // 3] if number == 5 else whole)
     source = dali(tmp_path)
-    for _ in range(2):  # it can be asked again
+    for _ in range(2):  # a failed pass can be repeated
         with pytest.raises(DataError, match=r"ant/5.jpg"):
             read(source, Feed(32, 4))
 

@@ -41,7 +41,7 @@ def jpeg(image: Image.Image, **options) -> bytes:
 
 
 class Stored:
-    """Images as they lie in a file."""
+    """Images as a file stores them."""
 
     def __init__(self, images: list[Image.Image], blobs: list[bytes], raw: bool):
         self.images = images
@@ -52,22 +52,22 @@ class Stored:
         self.rows["width"], self.rows["height"] = zip(*(image.size for image in images), strict=True)
         self.rows["raw"] = raw
 
-    def decode(self, size: int, threads: DecoderThreads, cropping: CropPolicy = TRAIN, most: int = EIGHTH, draws=None):
+    def decode(self, size: int, threads: DecoderThreads, policy: CropPolicy = TRAIN, most: int = EIGHTH, draws=None):
         draws = self.draws() if draws is None else np.array(draws, np.int64)
         crops = np.full((len(draws), size, size, 3), 77, np.uint8)
-        problems = threads.decode(self.bytes, self.rows, draws, native_policy(cropping, 0), crops, most)
+        problems = threads.decode(self.bytes, self.rows, draws, native_policy(policy, 0), crops, most)
         return crops, problems
 
     def draws(self) -> np.ndarray:
         return np.array([row | k << 40 for row in range(len(self.images)) for k in range(REPEATS)])
 
-    def twins(self, size: int) -> np.ndarray:
-        twins = []
+    def references(self, size: int) -> np.ndarray:
+        references = []
         for draw in self.draws().tolist():
             image = self.images[draw & 0xFF]
             box = random_box(TRAIN.seed, 0, draw, image.height, image.width, TRAIN.scale, TRAIN.ratio, TRAIN.flip)
-            twins.append(np.asarray(cut(image, box, size)))
-        return np.stack(twins)
+            references.append(np.asarray(cut(image, box, size)))
+        return np.stack(references)
 
 
 def raw(photos: list[Image.Image]) -> Stored:
@@ -101,20 +101,20 @@ def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 32, 40, 96, 224])
-def test_raw_crops_are_pillows(photos, threads, instructions: str, size: int):
+def test_raw_crops_equal_pillows(photos, threads, instructions: str, size: int):
     stored = raw(photos)
     crops, problems = stored.decode(size, threads)
     assert not problems
-    assert difference(crops, stored.twins(size)).max() <= 1
+    assert difference(crops, stored.references(size)).max() <= 1
 
 
 @pytest.mark.parametrize("size", [16, 32, 96, 224])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_jpeg_crops_at_full_scale_are_pillows(photos, threads, size: int, subsampling: int):
+def test_jpeg_crops_at_full_scale_equal_pillows(photos, threads, size: int, subsampling: int):
     stored = as_jpeg(photos, subsampling=subsampling)
     crops, problems = stored.decode(size, threads, most=FULL)
     assert not problems
-    assert difference(crops, stored.twins(size)).max() <= 1
+    assert difference(crops, stored.references(size)).max() <= 1
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_rows": 1}, {"quality": 30}])
@@ -122,10 +122,10 @@ def test_other_jpegs(photos, threads, options):
     stored = as_jpeg(photos, **options)
     crops, problems = stored.decode(64, threads, most=FULL)
     assert not problems
-    assert difference(crops, stored.twins(64)).max() <= 1
+    assert difference(crops, stored.references(64)).max() <= 1
 
 
-def test_grey_jpegs_come_out_grey(photos, threads):
+def test_grey_jpegs_give_grey_crops(photos, threads):
     grey = [image.convert("L") for image in photos]
     blobs = [jpeg(image) for image in grey]
     crops, problems = Stored(grey, blobs, raw=False).decode(32, threads)
@@ -140,7 +140,9 @@ def test_reduced_decoding_stays_close(photos, threads):
         crops, _ = stored.decode(size, threads)
         full, _ = stored.decode(size, threads, most=FULL)
         assert 0 < difference(crops, full).mean() < 4
-        assert difference(crops, full[:, :, ::-1]).mean() > 2 * difference(crops, full).mean()  # it could be told
+        assert (
+            difference(crops, full[:, :, ::-1]).mean() > 2 * difference(crops, full).mean()
+        )
 
 
 def test_every_number_of_threads_gives_the_same_bytes(photos):
@@ -156,11 +158,11 @@ def test_every_number_of_threads_gives_the_same_bytes(photos):
 def test_the_centre(photos, threads):
     stored = raw(photos)
     crops, _ = stored.decode(48, threads, CropPolicy(random=False, centre=0.75), draws=range(len(photos)))
-    twins = [np.asarray(cut(image, centre_box(image.height, image.width, 0.75), 48)) for image in photos]
-    assert difference(crops, np.stack(twins)).max() <= 1
+    references = [np.asarray(cut(image, centre_box(image.height, image.width, 0.75), 48)) for image in photos]
+    assert difference(crops, np.stack(references)).max() <= 1
 
 
-def test_a_whole_image_at_its_own_size_is_untouched(threads):
+def test_a_whole_image_at_its_own_size_is_unchanged(threads):
     pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     stored = raw([Image.fromarray(pixels)])
     crops, _ = stored.decode(64, threads, CropPolicy(random=False, centre=1.0), draws=[0])
@@ -168,7 +170,7 @@ def test_a_whole_image_at_its_own_size_is_untouched(threads):
     assert (np.asarray(cut(stored.images[0], Box(0, 0, 64, 64), 64)) == pixels).all()
 
 
-def test_damaged_images_are_told_apart_and_come_out_black(photos, threads):
+def test_damaged_images_are_named_and_become_black(photos, threads):
     blobs = [jpeg(image) for image in photos]
     blobs[0] = blobs[0][: len(blobs[0]) // 2]
     blobs[1] = b"\0\0" + blobs[1]
@@ -198,10 +200,10 @@ def test_threads_survive_damaged_images(photos, threads):
     assert not problems and (again == expected).all()
 
 
-def test_a_stock_loader_takes_the_decoder(folder: Path):
+def test_crop_decoder_in_an_ffcv_loader(folder: Path):
     from vitlocal.data.peers.crop_decoder import CropDecoder, keep_torch_threads
 
-    from ffcv.loader import Loader, OrderOption  # isort: skip  (after decode.py, which imports ffcv quietly)
+    from ffcv.loader import Loader, OrderOption  # isort: skip  (after crop_decoder, which imports ffcv without warnings)
 
     for name in ("train_128_jpg.beton", "train_48_raw.beton"):
         with keep_torch_threads():
@@ -212,7 +214,7 @@ def test_a_stock_loader_takes_the_decoder(folder: Path):
             first = [images.copy() for images, _ in loader]
             second = [images.copy() for images, _ in loader]
         assert [len(images) for images in first] == [50, 50, 20]
-        assert difference(first[0], second[0]).mean() > 5  # another epoch, other boxes
+        assert difference(first[0], second[0]).mean() > 5  # each pass is an epoch with its own boxes
         from vitlocal.data.loader import MappedFile
 
         file, draws = MappedFile(folder / name, 20), np.arange(50)
@@ -287,7 +289,7 @@ def without(data: bytes, marker: int) -> bytes:
 
 
 def many_scans(side: int, count: int) -> bytes:
-    """A progressive gray JPEG that repeats an empty scan ``count`` times, without anything to warn of."""
+    """A valid progressive grey JPEG that repeats an empty scan ``count`` times."""
     blocks = (side // 8) ** 2
     frame = segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0]))
     tables = segment(DQT, bytes(1) + bytes([1] * 64))
@@ -303,7 +305,7 @@ def raw_form(width: int, height: int) -> np.ndarray:
     return np.array([(width, height, AS_RAW, 0, 0, 0, 0, 0)], FORM)
 
 
-def test_an_image_does_not_inherit_the_tables_of_the_one_before(photos) -> None:
+def test_an_image_does_not_use_the_tables_of_the_previous_one(photos) -> None:
     photo = photos[4]
     sound, others = jpeg(photo), [jpeg(photo, quality=10), jpeg(photos[0], quality=20, optimize=True)]
     no_quantisation, no_codes = without(sound, DQT), without(sound, DHT)
@@ -326,7 +328,7 @@ def test_an_image_does_not_inherit_the_tables_of_the_one_before(photos) -> None:
         assert encoder.encode(no_codes, height, width, raw_form(width, height)) == expected
 
 
-def test_a_file_of_endless_scans_is_refused() -> None:
+def test_a_file_with_too_many_scans_is_rejected() -> None:
     side = 1024
     few, many = many_scans(side, 90), many_scans(side, 5000)
     gray = Image.new("RGB", (side, side))

@@ -1,4 +1,4 @@
-"""Real photos, where there are some: VITLOCAL_REALDATA names a folder that holds imagenet-photos-500.tar.
+"""Real photos, if available: VITLOCAL_REALDATA names a folder that holds imagenet-photos-500.tar.
 
 The archive has photos of ImageNet in a folder for each class (CLASS/NAME.JPEG, perhaps within others); some are enough.
 """
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with the default files of some photos, one a class, as training and validation split."""
+    """A data folder with the default files of some photos, one for each class, in both splits."""
     root = tmp_path_factory.mktemp("photos")
     with tarfile.open(PHOTOS) as archive:
         members = [member for member in archive if member.isfile() and member.name.lower().endswith((".jpeg", ".jpg"))]
@@ -55,9 +55,9 @@ def test_the_default_files(photos: Path):
 
 @pytest.mark.parametrize("size", [32, 96, 160, 224])
 def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
-    cpu, cropping = torch.device("cpu"), CropPolicy(random=True, seed=1)
-    mine = NativeSource(str(photos), load_manifest(str(photos), "train"), cropping, 1.5, cpu, shared)
-    theirs = TorchvisionSource(str(photos), None, "train", cropping, cpu, workers=1)
+    cpu, policy = torch.device("cpu"), CropPolicy(random=True, seed=1)
+    mine = NativeSource(photos, load_manifest(str(photos), "train"), policy, cpu, shared)
+    theirs = TorchvisionSource(str(photos), None, "train", policy, cpu, workers=1)
     try:
         with mine.open(Feed(size, COUNT), Position()) as a, theirs.open(Feed(size, COUNT), Position()) as b:
             one, other = next(a), next(iter(b))
@@ -65,6 +65,6 @@ def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
             difference = (one.images.float() - other.images.float()).abs().mean((1, 2, 3))
     finally:
         theirs.close()
-    # Mean levels of 255: stored at another size by OpenCV's area filter, as a JPEG or not, and resized again, which
-    # differs most where a small crop is enlarged. Crops of another part or photo differ by 50 and more.
+    # Mean levels of 255. Files hold another size, by OpenCV's area filter, and are resized again, which matters most if
+    # a small crop is enlarged. Crops of another part or photo differ by 50 and more.
     assert np.median(difference) < 9 and difference.max() < 25, difference

@@ -1,4 +1,4 @@
-"""The built-in sample: the same bytes everywhere, balanced, varied, and not to be told by its colours."""
+"""The built-in sample: the same bytes everywhere, balanced, varied, and not separable by colour."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_size(spec: str, train: int, val: int) -> None:
     assert len(open_images(spec, "train")) == train and len(open_images(spec, "val")) == val
 
 
-def test_a_smaller_sample_is_the_beginning_of_a_larger_one() -> None:
+def test_a_smaller_sample_is_the_beginning_of_a_larger_sample() -> None:
     assert open_images("sample:1", "train").read(13) == open_images("sample", "train").read(13)
 
 
@@ -111,8 +111,8 @@ def _features(source: SampleImages) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_colours_and_thumbnails_do_not_tell_the_classes() -> None:
-    """Softmax regression stays under 40 %, at its best weight decay, where a small network passes 90 %."""
+def test_colours_and_thumbnails_do_not_separate_the_classes() -> None:
+    """Softmax regression stays under 40 %, at its best weight decay; a small network passes 90 %."""
     train, val = SampleImages("train", 150), SampleImages("val", 150)
     x, x_val = _features(train), _features(val)
     mean, std = x.mean(0), x.std(0) + 1e-6

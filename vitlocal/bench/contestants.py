@@ -1,6 +1,6 @@
-"""Contestants of a bench, each in a process of its own, held to as many cores as it has workers.
+"""Contestants of a bench, each in its own process, limited to as many cores as it has workers.
 
-They take turns, round by round, so that what else the machine does falls on all of them alike.
+They take turns, round by round, so that other work on the machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from tqdm import tqdm
 
 from vitlocal.errors import ConfigError, DataError
 
-Made = Callable[..., Any]  # what a contestant's maker returns: called once a turn
+Turn = Callable[..., Any]  # called once for each turn
 
 
 class Contestant:
-    """A process that makes something once and is then asked, one turn at a time."""
+    """A process that calls ``make(*arguments)`` once, then the returned function for each request."""
 
-    def __init__(self, name: str, make: Callable[..., Made], arguments: Sequence[Any], cores: Sequence[int]):
+    def __init__(self, name: str, make: Callable[..., Turn], arguments: Sequence[Any], cores: Sequence[int]):
         context = multiprocessing.get_context("spawn")
         self.name, (self.pipe, theirs) = name, context.Pipe()
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited: it is read when PyTorch is loaded
-        # Not a daemon: it may have children of its own.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited; PyTorch reads it when it is loaded
+        # Not a daemon, because it may have children.
         self.process = context.Process(target=_serve, args=(make, arguments, cores, theirs))
         self.process.start()
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
-        """What the contestant answers; its ConfigError, else DataError with what went wrong in it."""
+        """The result of one turn. Raises the contestant's ConfigError, else DataError with its error."""
         try:
             self.pipe.send(request)
             problem, answer = self.pipe.recv()
         except (EOFError, BrokenPipeError):
-            raise DataError(f"{self.name}: its process died; see above") from None
+            raise DataError(f"{self.name}: its process ended; see its messages above") from None
         if problem is not None:
             raise problem(f"{self.name}: {answer}")
         return answer
@@ -54,13 +54,13 @@ class Contestant:
         self.process.kill()
 
 
-def _serve(make: Callable[..., Made], arguments: Sequence[Any], cores: Sequence[int], pipe: Connection) -> None:
+def _serve(make: Callable[..., Turn], arguments: Sequence[Any], cores: Sequence[int], pipe: Connection) -> None:
     os.sched_setaffinity(0, cores)
-    multiprocessing.set_start_method(None, force=True)  # the system's own, not the one that made this process
+    multiprocessing.set_start_method(None, force=True)  # the default of the system, not "spawn"
     try:
-        made = make(*arguments)
+        turn = make(*arguments)
         while (request := pipe.recv()) is not None:
-            pipe.send((None, made(*request)))
+            pipe.send((None, turn(*request)))
     except KeyboardInterrupt:
         pass
     except (ConfigError, DataError) as error:
@@ -79,23 +79,24 @@ def closing_all(contestants: list[Contestant]) -> Iterator[None]:
 
 
 def cores_for(workers: int) -> list[int]:
-    """The cores that contestants with so many workers are held to. ConfigError where there are not as many."""
+    """The cores for contestants with so many workers. Raises ConfigError if there are too few."""
     available = sorted(os.sched_getaffinity(0))
     if workers > len(available):
         raise ConfigError(f"--workers: got {workers}, expected at most the {len(available)} cores of this machine")
     return available[:workers]
 
 
-def resident_mib(mine: int) -> float:
-    """Memory of a process and all that descend from it, in MiB."""
-    parents, pages = {}, {}
+def resident_mib(process: int) -> float:
+    """The memory of a process and all its descendants, in MiB."""
+    parents: dict[int, int] = {}
+    pages: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
         except (OSError, ValueError):
-            continue  # it has ended meanwhile
-    family, grown = {mine}, True
+            continue  # it has ended
+    family, grown = {process}, True
     while grown:
         more = {pid for pid, parent in parents.items() if parent in family} - family
         family, grown = family | more, bool(more)
@@ -103,11 +104,13 @@ def resident_mib(mine: int) -> float:
 
 
 class PeakMemory:
-    """The most memory that a contestant takes while this is open. Watched from outside: FFCV's writer forks, which
-    in a process with threads may hang."""
+    """The peak memory of a contestant while this is open, in MiB.
+
+    It is measured from outside, because FFCV's writer forks, which may hang in a process with threads.
+    """
 
     def __init__(self, contestant: Contestant):
-        self.pid, self.mib, self.done = contestant.process.pid, 0.0, threading.Event()
+        self.pid, self.mib, self.done = contestant.process.pid or 0, 0.0, threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
@@ -124,16 +127,16 @@ class PeakMemory:
         self.mib = max(self.mib, resident_mib(self.pid))
 
 
-class Progress:
-    """A line that says how far a bench has come, and about how long the rest will take."""
+class TurnDisplay:
+    """A line with the number of turns that are done and the time that is left."""
 
     def __init__(self, steps: int):
         self.bar = tqdm(
             total=steps, unit=" turns", leave=False, bar_format="{desc}: {n} of {total} turns, {remaining} left"
         )
 
-    def step(self, what: str) -> None:
-        self.bar.set_description_str(what, refresh=False)
+    def step(self, description: str) -> None:
+        self.bar.set_description_str(description, refresh=False)
         self.bar.update()
 
     def close(self) -> None:
@@ -141,7 +144,7 @@ class Progress:
 
 
 def rates_row(rates: Sequence[float], workers: int) -> dict[str, Any]:
-    """Median, rate a core, spread (largest less smallest, as a part of the median) and number of measured rates."""
+    """Median, rate per core, spread ((largest - smallest) / median) and number of the measured rates."""
     median = statistics.median(rates)
     return {
         "workers": workers, "images_per_second": round(median, 1), "per_core": round(median / workers, 1),

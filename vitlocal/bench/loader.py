@@ -1,12 +1,12 @@
 """Loaders side by side: python -m vitlocal.bench loader [--data FOLDER] [--source FOLDER] [--sizes 32,96,224]
 
-Each contestant lives in a process of its own, held to as many cores as it has workers; they take turns, size by
-size and round by round, so that what else the machine does falls on all alike. Random resized crops with flips.
+Each contestant has its own process, limited to as many cores as it has workers. They take turns, size by size and
+round by round, so that other work on the machine affects all of them equally. Random resized crops with flips.
 
-    ours         each .beton file through our source; a * marks the file that the source itself would pick
-    ffcv         the same files through FFCV's own loader, its random crop and its flip
+    ours         each .beton file through the native loader; a * marks the file that the loader itself would choose
+    ffcv         the same files through FFCV's own loader, with its random crop and its flip
     torchvision  the original images through PyTorch's DataLoader and Pillow
-    dali         the original images through NVIDIA DALI, where it is installed, on the CPU
+    dali         the original images through NVIDIA DALI on the CPU, if it is installed
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.contestants import Contestant, Progress, closing_all, cores_for, rates_row, resident_mib
+from vitlocal.bench.contestants import (
+    Contestant,
+    TurnDisplay,
+    closing_all,
+    cores_for,
+    rates_row,
+    resident_mib,
+)
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.batch import Source
@@ -32,94 +39,53 @@ from vitlocal.report.figures import save
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
 ROUNDS, SECONDS = 3, 0.5
-IMAGES = 2048  # of a folder that has more: the same random ones each time, so that all come from memory
-ORIGINAL = "original"  # stored as
+IMAGES = 2048  # images of a pass, the same random ones each time, so that they come from memory
+ORIGINAL = "original"  # the column `stored` of the loaders of original images
+NAMES, OF_ORIGINALS = ("ours", "ffcv", "torchvision", "dali"), ("torchvision", "dali")
+
+Turn = Callable[[int, float], float]  # crop size and seconds -> images/s
 
 
-# --- in the contestants' processes ------------------------------------------------------------------------
-
-Pass = Callable[[int], Iterator[int]]  # crop size -> the sizes of the batches of a pass
+# --- in the processes of the contestants ---
 
 
-def _passes_of(source: Source, count: int) -> Pass:
-    def images(size: int) -> Iterator[int]:
-        with source.open(Feed(size, BATCH), Position(0, max(0, source.count - count))) as batches:
-            for batch in batches:
-                yield len(batch)
-
-    return images
-
-
-def ours(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
+def open_source(name: str, data: str, source: str | None, stored: str, workers: int) -> Source:
+    """The training split of the folder ``data``, read by the loader ``name`` (from the file ``stored``, if any)."""
     import torch
 
     from vitlocal.data.crops import CropPolicy
-    from vitlocal.data.loader import LoaderResources, NativeSource
 
+    crops, device = CropPolicy(random=True), torch.device("cpu")
+    if name in OF_ORIGINALS:
+        if name == "dali":
+            from vitlocal.data.peers.dali import DALISource
+
+            return DALISource(data, source, "train", crops, device, workers)
+        from vitlocal.data.peers.torchvision import TorchvisionSource
+
+        return TorchvisionSource(data, source, "train", crops, device, workers)
     manifest = load_manifest(data, "train")
     manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
-    return _passes_of(
-        NativeSource(data, manifest, CropPolicy(random=True), 1.5, torch.device("cpu"), LoaderResources(workers)), count
-    )
+    if name == "ffcv":
+        from vitlocal.data.peers.ffcv import FFCVSource
+
+        return FFCVSource(data, manifest, crops, device, workers)
+    from vitlocal.data.loader import LoaderResources, NativeSource
+
+    return NativeSource(data, manifest, crops, device, LoaderResources(workers))
 
 
-def ffcv(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
-    from vitlocal.data.crops import epoch_order
-    from vitlocal.data.peers.crop_decoder import keep_torch_threads  # imports ffcv quietly
-
-    rows = epoch_order(load_manifest(data, "train").count, 0, 0)[-count:]  # those that ours takes
-    with keep_torch_threads():
-        from ffcv.fields.basics import IntDecoder
-        from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import RandomHorizontalFlip, ToTensor
-
-        decoder = RandomResizedCropRGBImageDecoder((32, 32))
-        loader = Loader(
-            str(Path(data) / stored), batch_size=BATCH, num_workers=workers, os_cache=True, order=OrderOption.RANDOM,
-            seed=0, drop_last=False, indices=rows,
-            pipelines={"image": [decoder, RandomHorizontalFlip(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
-        )  # fmt: skip
-
-    def images(size: int) -> Iterator[int]:
-        decoder.output_size = (size, size)
-        for batch, _ in loader:
-            yield len(batch)
-
-    return images
-
-
-def torchvision(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
-    import torch
-
-    from vitlocal.data.crops import CropPolicy
-    from vitlocal.data.peers.torchvision import TorchvisionSource
-
-    cpu = torch.device("cpu")
-    return _passes_of(TorchvisionSource(data, source, "train", CropPolicy(random=True), cpu, workers), count)
-
-
-def dali(data: str, source: str | None, stored: str, workers: int, count: int) -> Pass:
-    import torch
-
-    from vitlocal.data.crops import CropPolicy
-    from vitlocal.data.peers.dali import DALISource
-
-    return _passes_of(DALISource(data, source, "train", CropPolicy(random=True), torch.device("cpu"), workers), count)
-
-
-READERS = {"ours": ours, "ffcv": ffcv, "torchvision": torchvision, "dali": dali}
-OF_ORIGINALS = ("torchvision", "dali")
-
-
-def reader(name: str, *arguments: Any) -> Callable[[int, float], float]:
-    images = READERS[name](*arguments)
+def reader(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Turn:
+    """Opens the source of a contestant. Returns the function that measures it at a crop size."""
+    opened = open_source(name, data, source, stored, workers)
+    start = Position(0, max(0, opened.count - images))
 
     def turn(size: int, seconds: float) -> float:
-        """Images/s over whole passes until ``seconds`` have gone."""
+        """Images/s over complete passes of at least ``seconds``."""
         count, began = 0, time.perf_counter()
         while True:
-            count += sum(images(size))
+            with opened.open(Feed(size, BATCH), start) as batches:
+                count += sum(len(batch) for batch in batches)
             spent = time.perf_counter() - began
             if spent >= seconds:
                 return count / spent
@@ -127,7 +93,7 @@ def reader(name: str, *arguments: Any) -> Callable[[int, float], float]:
     return turn
 
 
-# --- in the bench's ---------------------------------------------------------------------------------------
+# --- in the process of the bench ---
 
 
 def chosen_file(data: str, manifest: Manifest, size: int) -> str:
@@ -139,7 +105,7 @@ def chosen_file(data: str, manifest: Manifest, size: int) -> str:
 
 
 def sample_folder() -> str:
-    """The built-in sample in the default files of ImageNet, written where it is not there yet."""
+    """The built-in sample in the default files of ImageNet, written if it does not exist."""
     from vitlocal.data.costs import ensure_costs
     from vitlocal.data.writer.write import WriteConfig, write
 
@@ -150,19 +116,19 @@ def sample_folder() -> str:
 
 def installed() -> list[str]:
     """The contestants that can run here."""
-    there = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    return [name for name in READERS if name != "dali" or there]
+    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    return [name for name in NAMES if name != "dali" or has_dali]
 
 
 def compare(
     data: str, source: str | None, sizes: Sequence[int], workers: Sequence[int], names: Sequence[str], rounds: int,
     seconds: float, count: int = IMAGES,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of the measurement: a contestant at a size, each."""
+    """The rows of the measurement, one for each contestant and size."""
     manifest = load_manifest(data, "train")
-    rows, told = [], Progress(len(workers) * len(sizes) * (rounds + 1))
+    rows, display = [], TurnDisplay(len(workers) * len(sizes) * (rounds + 1))
     for threads in workers:
-        cores, contestants, entries = cores_for(threads), [], []
+        cores, contestants, entries = cores_for(threads), list[Contestant](), []
         with closing_all(contestants):
             for name in names:
                 for stored in [ORIGINAL] if name in OF_ORIGINALS else [file.file for file in manifest.files]:
@@ -172,27 +138,27 @@ def compare(
             for size in sizes:
                 rates: list[list[float]] = [[] for _ in contestants]
                 memory = [0.0] * len(contestants)
-                for number in range(rounds + 1):  # the first is not counted: compiling, first touches
+                for number in range(rounds + 1):  # the first round warms up and does not count
                     for place, contestant in enumerate(contestants):
                         rate = contestant.ask(size, seconds if number else 0)
-                        memory[place] = resident_mib(contestant.process.pid)
+                        memory[place] = resident_mib(contestant.process.pid or 0)
                         if number:
                             rates[place].append(rate)
-                    told.step(f"{size} px, {threads} worker{'s' * (threads > 1)}")
-                picked = {"source": "ours", "stored": chosen_file(data, manifest, size)}
+                    display.step(f"{size} px, {threads} worker{'s' * (threads > 1)}")
+                chosen = {"source": "ours", "stored": chosen_file(data, manifest, size)}
                 rows += [
                     {
-                        **entry, "size": size, **rates_row(of, threads), "rss_mib": round(mib),
-                        "chosen": entry == picked,
+                        **entry, "size": size, **rates_row(measured, threads), "rss_mib": round(mib),
+                        "chosen": entry == chosen,
                     }
-                    for entry, of, mib in zip(entries, rates, memory, strict=True)
+                    for entry, measured, mib in zip(entries, rates, memory, strict=True)
                 ]  # fmt: skip
-    told.close()
+    display.close()
     return with_ratios(rows)
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds to our rows the ratios to stock FFCV on the same file and to the loaders of original images."""
+    """Adds the ratios to FFCV on the same file, and to the loaders of original images, to our rows."""
     rate = {(r["source"], r["stored"], r["size"], r["workers"]): r["images_per_second"] for r in rows}
     for row in rows:
         if row["source"] == "ours":
@@ -218,7 +184,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Images a second and core against size, on a logarithmic axis, a line a contestant."""
+    """Plots images/s per core against the size, on a logarithmic axis, with a line for each contestant."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
@@ -233,14 +199,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if line:
                 axes.plot(*zip(*line, strict=True), styles[name], color=colours[file], marker=".",
                           label=f"{name}, {file.removesuffix('.beton').removeprefix('train_')}")  # fmt: skip
-    picked = sorted((r["size"], r["per_core"]) for r in rows if r["chosen"])
-    if picked:
-        axes.plot(
-            *zip(*picked, strict=True), "o", color="black", fillstyle="none", markersize=9, label="what is picked"
-        )
+    chosen = sorted((r["size"], r["per_core"]) for r in rows if r["chosen"])
+    if chosen:
+        axes.plot(*zip(*chosen, strict=True), "o", color="black", fillstyle="none", markersize=9, label="chosen file")
     axes.set_yscale("log")
     axes.set_xlabel("crop size, px")
-    axes.set_ylabel("images/s and core")
+    axes.set_ylabel("images/s per core")
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
@@ -252,14 +216,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vitlocal.bench loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", help="folder of .beton files; none: the built-in sample")
-    parser.add_argument("--source", help="original images; none: what the manifest says")
-    parser.add_argument("--sizes", default="32,64,96,128,160,192,224")
-    parser.add_argument("--workers", default="1", help="worker counts")
-    parser.add_argument("--only", default=",".join(installed()), help="contestants")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="least length of a turn")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of a pass, at most")
+    parser.add_argument("--data", help="folder of .beton files; default: the built-in sample")
+    parser.add_argument("--source", help="original images; default: the source that the manifest names")
+    parser.add_argument("--sizes", default="32,64,96,128,160,192,224", help="crop sizes, px")
+    parser.add_argument("--workers", default="1", help="numbers of workers, for example 1,2")
+    parser.add_argument("--only", default=",".join(installed()), help="contestants to run")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured rounds")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="minimal length of a turn")
+    parser.add_argument("--images", type=int, default=IMAGES, help="maximal images of a pass")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", type=plot_file, metavar="FILE")
     options = parser.parse_args(argv)
@@ -268,7 +232,7 @@ def main(argv: Sequence[str]) -> None:
             f"--rounds {options.rounds} --images {options.images} --seconds {options.seconds:g}: expected at least "
             "1, 1 and 0"
         )
-    chosen = names(options.only, list(READERS))
+    chosen = names(options.only, list(NAMES))
     data = options.data or sample_folder()
     sizes, workers = numbers(options.sizes, "--sizes"), numbers(options.workers, "--workers")
     rows = compare(
@@ -276,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     print(table(rows))
     if options.json:
-        what = "images a second of the loaders, random resized crops with flips, each held to as many cores as workers"
+        what = "images/s of the loaders, random resized crops with flips, each limited to as many cores as workers"
         images = min(load_manifest(data, "train").count, options.images)
         write_json(options.json, measurement(what, rows, batch_size=BATCH, images=images))
     if options.plot:

@@ -1,10 +1,10 @@
 """Writers side by side: python -m vitlocal.bench write [--source FOLDER] [--sides 64:raw,256:jpg] [--workers 1,2]
 
-Each contestant writes all files of a split from the same original images, in a process held to as many cores as it
-has workers; they take turns, round by round. Without --source: the built-in sample, as JPEG files.
+Each contestant writes all files of a split from the same original images, in a process that is limited to as many
+cores as it has workers. They take turns, round by round. Without --source: the built-in sample, as JPEG files.
 
     ours         all files in one pass
-    ffcv         FFCV's own writer, called once for each file
+    ffcv         FFCV's own writer, once for each file
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vitlocal.bench.contestants import Contestant, PeakMemory, Progress, closing_all, cores_for, rates_row
+from vitlocal.bench.contestants import (
+    Contestant,
+    PeakMemory,
+    TurnDisplay,
+    closing_all,
+    cores_for,
+    rates_row,
+)
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.images import ImageSet, open_images
@@ -33,12 +40,12 @@ from vitlocal.report.figures import save
 SAMPLE_SOURCE = "data/bench/source"
 SAMPLE_PER_CLASS = 20
 ROUNDS = 3
-IMAGES = 2000  # of a source that has more
+IMAGES = 2000  # maximal images of the source
 QUALITY = 90
 
 
-class Some:
-    """The first images of a set, in the order of a fixed shuffle: those of all classes."""
+class ImageSubset:
+    """``count`` random images of a set, the same each time, in the order of the set."""
 
     def __init__(self, images: ImageSet, count: int):
         import numpy as np
@@ -60,24 +67,24 @@ class Some:
         return self.images.load(int(self.order[index]))
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """As FFCV's writer asks for a sample."""
+        """A sample for FFCV's writer."""
         return self.load(index), int(self.labels[index])
 
 
-# --- in the contestants' processes ------------------------------------------------------------------------
+# --- in the processes of the contestants ---
 
 
-def ours(images: Some, files: Sequence[StoredFile], workers: int, out: str) -> None:
+def ours(images: ImageSubset, files: Sequence[StoredFile], workers: int, out: str) -> None:
     write(WriteConfig("train", None, out, tuple(files), QUALITY, workers=workers), images, progress=False)
 
 
-def ffcv(images: Some, files: Sequence[StoredFile], workers: int, out: str) -> None:
+def ffcv(images: ImageSubset, files: Sequence[StoredFile], workers: int, out: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ffcv import writer as ffcv_writer
         from ffcv.fields import IntField, RGBImageField
 
-        ffcv_writer.tqdm = functools.partial(tqdm, disable=True)  # its bars would cover ours
+        ffcv_writer.tqdm = functools.partial(tqdm, disable=True)  # its bars would hide ours
 
         for file in files:
             image = RGBImageField(file.format, max_resolution=file.side, jpeg_quality=QUALITY)
@@ -90,7 +97,7 @@ WRITERS = {"ours": ours, "ffcv": ffcv}
 
 
 def writer(name: str, source: str, count: int, files: Sequence[StoredFile], workers: int, out: str) -> Callable:
-    images = Some(open_images(source, "train"), count)
+    images = ImageSubset(open_images(source, "train"), count)
 
     def turn() -> tuple[float, int]:
         """Images/s, and bytes written."""
@@ -102,17 +109,17 @@ def writer(name: str, source: str, count: int, files: Sequence[StoredFile], work
             return len(images) / seconds, sum(path.stat().st_size for path in Path(folder).glob("*.beton"))
         finally:
             shutil.rmtree(folder)
-            for child in multiprocessing.active_children():  # of FFCV's writer, which does not wait for them
+            for child in multiprocessing.active_children():  # FFCV's writer does not wait for its processes
                 child.kill()
 
     return turn
 
 
-# --- in the bench's ---------------------------------------------------------------------------------------
+# --- in the process of the bench ---
 
 
 def sample_source() -> str:
-    """The built-in sample as a folder of JPEG files, made where it is not there yet."""
+    """The built-in sample as a folder of JPEG files, made if it does not exist."""
     folder = Path(SAMPLE_SOURCE)
     images = open_images(f"sample:{SAMPLE_PER_CLASS}", "train")
     for index in range(len(images)):
@@ -127,19 +134,19 @@ def compare(
     source: str, out: str, files: Sequence[StoredFile], workers: Sequence[int], names: Sequence[str], rounds: int,
     count: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of the measurement: a contestant with a number of workers, each."""
+    """The rows of the measurement, one for each contestant and number of workers."""
     images = min(count, len(open_images(source, "train")))
-    rows, told = [], Progress(len(workers) * (rounds + 1))
+    rows, display = [], TurnDisplay(len(workers) * (rounds + 1))
     with tempfile.TemporaryDirectory(dir=out) as folder:
         for threads in workers:
-            cores, contestants = cores_for(threads), []
+            cores, contestants = cores_for(threads), list[Contestant]()
             with closing_all(contestants):
                 for name in names:
                     arguments = (name, source, count, tuple(files), threads, folder)
                     contestants.append(Contestant(name, writer, arguments, cores))
                 rates: dict[str, list[float]] = {name: [] for name in names}
                 memory, written = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-                for number in range(rounds + 1):  # the first is not counted: imports, files that come from the disk
+                for number in range(rounds + 1):  # the first round warms up and does not count
                     for contestant in contestants:
                         name = contestant.name
                         with PeakMemory(contestant) as peak:
@@ -147,14 +154,14 @@ def compare(
                         memory[name] = max(memory[name], peak.mib)
                         if number:
                             rates[contestant.name].append(rate)
-                    told.step(f"{threads} worker{'s' * (threads > 1)}")
+                    display.step(f"{threads} worker{'s' * (threads > 1)}")
                 for name in names:
                     rows.append({
                         "source": name, "files": ",".join(f"{file.side}:{file.format}" for file in files),
                         "images": images, **rates_row(rates[name], threads), "rss_mib": round(memory[name]),
                         "megabytes": round(written[name] / 1e6, 1),
                     })  # fmt: skip
-    told.close()
+    display.close()
     for row in rows:
         if row["source"] == "ours":
             other = [r["images_per_second"] for r in rows if (r["source"], r["workers"]) == ("ffcv", row["workers"])]
@@ -164,7 +171,7 @@ def compare(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"{'writer':8} {'workers':>7} {'images/s':>9} {'a core':>8} {'spread':>7} {'MiB':>6} {'MB':>8} {'to ffcv':>8}"
+        f"{'writer':8} {'workers':>7} {'images/s':>9} {'per core':>8} {'spread':>7} {'MiB':>6} {'MB':>8} {'to ffcv':>8}"
     ]
     for row in sorted(rows, key=lambda r: (r["workers"], r["source"] != "ours")):
         to = f"{row['to_ffcv']:.2f} x" if row.get("to_ffcv") else ""
@@ -176,7 +183,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Images a second by writer, a group of bars for each number of workers."""
+    """Plots images/s of the writers, with a group of bars for each number of workers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
@@ -201,13 +208,13 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m vitlocal.bench write", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--source", help="original images; none: the built-in sample as JPEG files")
-    parser.add_argument("--out", default="data/bench", help="where files are written, and removed again")
-    parser.add_argument("--sides", default="auto", help="files, as write_dataset.py takes them")
-    parser.add_argument("--workers", default="1", help="worker counts")
-    parser.add_argument("--only", default=",".join(WRITERS), help="contestants")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--images", type=int, default=IMAGES, help="of the source, at most")
+    parser.add_argument("--source", help="original images; default: the built-in sample as JPEG files")
+    parser.add_argument("--out", default="data/bench", help="folder for the files, which are removed again")
+    parser.add_argument("--sides", default="auto", help="files, in the form of write_dataset.py --sides")
+    parser.add_argument("--workers", default="1", help="numbers of workers, for example 1,2")
+    parser.add_argument("--only", default=",".join(WRITERS), help="contestants to run")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured rounds")
+    parser.add_argument("--images", type=int, default=IMAGES, help="maximal images of the source")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", type=plot_file, metavar="FILE")
     options = parser.parse_args(argv)
@@ -222,7 +229,7 @@ def main(argv: Sequence[str]) -> None:
     )
     print(table(rows))
     if options.json:
-        what = "images a second of the writers, all files of a split, each held to as many cores as workers"
+        what = "images/s of the writers, all files of a split, each limited to as many cores as workers"
         write_json(options.json, measurement(what, rows, quality=QUALITY))
     if options.plot:
         draw(rows, options.plot)

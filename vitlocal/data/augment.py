@@ -10,6 +10,7 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -42,6 +43,9 @@ class AugmentParams(NamedTuple):
 class Normalize(torch.nn.Module):
     """Maps uint8 pixels to float32 with ImageNet's mean and standard deviation, in one multiply-add."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         deviation = torch.tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1)
@@ -64,6 +68,8 @@ class Augment(torch.nn.Module):
         cutmix_prob: probability of cutmix if both are on.
         random_erasing: probability of random erasing, with pixel noise.
     """
+
+    table: Tensor
 
     def __init__(
         self, *, randaugment: float = 0.0, three_augment: bool = False, mixup: float = 0.0, cutmix: float = 0.0,
@@ -128,7 +134,7 @@ class Augment(torch.nn.Module):
     def forward(self, images: Tensor, drawn: AugmentParams) -> Tensor:
         """(B, 3, S, S) uint8 to float32, normalised, erased and mixed, channels-last."""
         pixels = self.normalize(images)
-        if drawn.boxes is not None:
+        if drawn.boxes is not None and drawn.noise is not None:
             pixels = erase(pixels, drawn.boxes, drawn.noise, self.table)
         return pixels if drawn.mix is None else paste(pixels, drawn.mix)
 
@@ -315,7 +321,8 @@ def three_augment(images: Tensor, strength: float, seed: int, step: int, places:
     deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
     rows = send(torch.from_numpy(order), images.device)
     x = images[rows].float()
-    for (first, last), change in zip(pairwise(ends), (_grey, _solarised, partial(_blurred, deviations)), strict=True):
+    changes: tuple[Callable[[Tensor], Tensor], ...] = (_grey, _solarised, partial(_blurred, deviations))
+    for (first, last), change in zip(pairwise(ends), changes, strict=True):
         if first < last:
             x[first:last] = change(x[first:last])
     brightness, contrast, saturation = send(torch.from_numpy(factors[order].astype(np.float32)), x.device)[

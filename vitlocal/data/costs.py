@@ -33,7 +33,7 @@ class DecodingCosts:
     def microseconds_for(self, file: BetonFile, size: int) -> float | None:
         """The cost of a crop of ``size`` px from the file; None if it was not measured."""
         known = sorted(self.microseconds.get(file.file, {}).items())
-        return float(np.interp(size, *zip(*known, strict=True))) if known else None
+        return float(np.interp(size, *np.transpose(known))) if known else None
 
     @classmethod
     def load(cls, folder: str | Path, manifest: Manifest) -> DecodingCosts:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy, replacement
 from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
 from vitlocal.data.native import DecoderThreads, native_policy
-from vitlocal.data.shares import WHOLE, Share, Slice, Slices
+from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -190,7 +190,7 @@ class EpochReader(Iterator[Batch]):
     def _record_damage(self, draws: np.ndarray, problems: dict[int, str]) -> None:
         self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
 
-    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: Slice) -> _Ready:
+    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: BatchSlice) -> _Ready:
         ids = torch.from_numpy(rows)
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
         labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
@@ -270,10 +270,11 @@ class NativeSource:
         self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
         self.device, self.resources, self.share = device, resources, share
         self.skip_damaged = on_error == "skip"
-        self.damaged: set[int] = set()
+        self.damaged: Collection[int] = ()
         self.classes, self.count = manifest.classes, manifest.count
         self.costs = DecodingCosts.load(root, manifest)
-        self.rows, self.side = RowSubsets(self.count), max(file.side for file in manifest.files)
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = max(file.side for file in manifest.files)
         assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
         check_lengths(self.root, manifest)
 
@@ -299,8 +300,8 @@ class NativeSource:
             self._report(file, batches.damaged)
 
     def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
-        new = sorted(set(damaged) - self.damaged)
-        self.damaged.update(new)
+        new = sorted(set(damaged).difference(self.damaged))
+        self.damaged = {*self.damaged, *new}
         for row in new[:MAX_REPORTED]:
             print(f"{file.path}: skipped row {row} ({self.manifest.entries[row]}): it {damaged[row]}", file=sys.stderr)
         if len(new) > MAX_REPORTED:

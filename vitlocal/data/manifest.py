@@ -285,7 +285,7 @@ def _strings(content: Any, name: str) -> tuple[str, ...]:
 
 def _record(kind: type, content: Any) -> Any:
     types = {"int": int, "str": str}
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(kind):
         optional = str(field.type).endswith(" | None")
         if optional and isinstance(content, dict) and content.get(field.name) is None:  # old manifests lack it

@@ -13,7 +13,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Slice:
+class BatchSlice:
     """A process's part of one global batch of ``total`` samples. It may be empty."""
 
     draws: np.ndarray  # (b,) int64
@@ -45,7 +45,7 @@ class Share:
         return Slices(self, draws, batch_size)
 
 
-class Slices(Sequence[Slice]):
+class Slices(Sequence[BatchSlice]):
     """A part's slices of a pass, made on access: an epoch of small batches has a hundred thousand."""
 
     def __init__(self, share: Share, draws: np.ndarray, batch_size: int):
@@ -54,12 +54,12 @@ class Slices(Sequence[Slice]):
     def __len__(self) -> int:
         return -(-len(self.draws) // self.batch_size)
 
-    def __getitem__(self, number: int) -> Slice:  # type: ignore[override]  # no slices of slices
+    def __getitem__(self, number: int) -> BatchSlice:  # type: ignore[override]  # no slices of slices
         if not 0 <= number < len(self):
             raise IndexError(number)
         batch = self.draws[number * self.batch_size : (number + 1) * self.batch_size]
         places = self.share.places(len(batch))
-        return Slice(batch[places], places, len(batch))
+        return BatchSlice(batch[places], places, len(batch))
 
     @property
     def largest(self) -> int:

@@ -1,7 +1,7 @@
-"""Where images come from: folders, the ILSVRC2012 tars, parquet shards, torchvision's sets, the sample.
+"""Image sources: class folders, the ILSVRC2012 tars, parquet shards, torchvision's data sets, the built-in sample.
 
-`open_images` finds out what a source is. Each kind is an `ImageSet`: it knows all labels without decoding an
-image, reads any row at random, and may be pickled into worker processes, where it opens its files anew.
+``open_images`` detects the kind of a source. Each kind is an ``ImageSet``: it knows all labels without decoding, reads
+any row at random, and can be pickled to worker processes, which open its files again.
 """
 
 from vitlocal.data.images.find import open_images, resolve_source

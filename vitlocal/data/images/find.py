@@ -1,4 +1,4 @@
-"""Finds out what a source is, and opens it."""
+"""Detects the kind of a source and opens it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_SOURCE = "data/source"
 
 
 def resolve_source(spec: str | None) -> str:
-    """The source that --source names, else the variable IMAGENET_DIR, else the folder data/source."""
+    """The source: ``spec`` if given, else the variable IMAGENET_DIR, else the folder data/source."""
     if spec:
         return spec
     if os.environ.get(SOURCE_VARIABLE):
@@ -26,18 +26,17 @@ def resolve_source(spec: str | None) -> str:
     if os.path.isdir(DEFAULT_SOURCE):
         return DEFAULT_SOURCE
     raise ConfigError(
-        f"no images to read: --source is not given, the variable {SOURCE_VARIABLE} is not set, and there is "
-        f"no folder {DEFAULT_SOURCE}; expected one of them to be {KINDS}. "
+        f"no images to read: --source is not given, the variable {SOURCE_VARIABLE} is not set, and the folder "
+        f"{DEFAULT_SOURCE} does not exist; expected one of them to be {KINDS}. "
         "To try it without any data: --source sample"
     )
 
 
 def open_images(spec: str | None, split: str, *, seed: int = 0) -> ImageSet:
-    """Opens the `split` ('train', 'val' or an alias) of the source `spec`; None takes `resolve_source`'s.
+    """Opens the `split` ('train', 'val' or an alias) of the source `spec`; None: that of `resolve_source`.
 
-    `seed` is that of the built-in sample: 'sample', 'sample:N' (N training images a class) or
-    'sample:N:SEED', whose own seed wins. Raises a ConfigError that says what was found and what to do if
-    there is no such source or split.
+    `seed` is for the built-in sample: 'sample', 'sample:N' (N training images for each class) or 'sample:N:SEED', which
+    overrides it. Raises ConfigError with what was found and the remedy if there is no such source or split.
     """
     spec = resolve_source(spec)
     split = next((ours for ours, names in SPLIT_NAMES.items() if split in names), split)
@@ -48,10 +47,10 @@ def open_images(spec: str | None, split: str, *, seed: int = 0) -> ImageSet:
         return open_torchvision(rest, split)
     root = Path(spec).expanduser().absolute()
     if not root.exists():
-        hint = " (a name and not a folder? did you mean 'sample'?)" if spec.lower().startswith("samp") else ""
+        hint = " (did you mean 'sample'?)" if spec.lower().startswith("samp") else ""
         raise ConfigError(f"source '{spec}' does not exist{hint}; expected {KINDS}")
     if not root.is_dir():
-        raise ConfigError(f"source '{spec}' is a file; give the folder that holds it: '{root.parent}'")
+        raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")
     try:
         return _open_folder(root, split)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Images in folders of classes."""
+"""Images in class folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vitlocal.errors import ConfigError, DataError
 
 
 class FolderImages:
-    """Images in root/<split>/<class>/, at any depth below the class; rows go by class, then by path."""
+    """Images in root/<split>/<class>/, at any depth below the class. Rows are ordered by class, then by path."""
 
     holds_files = True
 
@@ -42,15 +42,17 @@ class FolderImages:
                 )
             if len(folders) == 1 and class_folders(root / folders[0]):
                 raise ConfigError(
-                    f"source '{root}' has but one folder, '{folders[0]}', with folders in it; expected folders "
+                    f"source '{root}' has only one folder, '{folders[0]}', with folders in it; expected folders "
                     f"of classes or splits. Did you mean '{root / folders[0]}'?"
                 )
             folder = root  # root/<class>/ without splits
         self.classes = tuple(class_folders(folder))
         if not self.classes:
             loose = sum(name.lower().endswith(SUFFIXES) for name in os.listdir(folder))
-            found = f"{loose} images without a class folder" if loose else "no folders"
-            raise ConfigError(f"'{folder}': expected one folder a class with its images, found {found}; sort them so")
+            problem = f"{loose} images without a class folder" if loose else "no folders"
+            raise ConfigError(
+                f"'{folder}': expected a folder with images for each class, found {problem}; sort them so"
+            )
         for other in ("train", "val"):
             sibling = split_folder(root, other)
             if other != split and folder != root and sibling is not None:
@@ -95,10 +97,10 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def _image_paths(folder: str, below: str) -> Iterator[str]:
-    """Paths relative to `folder` of the images under its subfolder `below`; links are followed."""
+    """The images under the subfolder `below`, as paths relative to `folder`. Follows links."""
     with os.scandir(os.path.join(folder, below)) as entries:
         for entry in entries:
-            if entry.name.startswith("."):  # such as ._name.jpg, which macOS leaves behind
+            if entry.name.startswith("."):  # for example ._name.jpg of macOS
                 continue
             path = f"{below}/{entry.name}"
             if entry.name.lower().endswith(SUFFIXES):

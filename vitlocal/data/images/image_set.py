@@ -1,4 +1,4 @@
-"""What every kind of source is, and the names that splits go by."""
+"""The protocol of all image sources, and the names of splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from vitlocal.errors import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid")}  # first is ours
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid")}  # ours comes first
 
 KINDS = (
     "a folder of <split>/<class>/<image>, a folder with the ILSVRC2012 tars, a folder of parquet shards "
@@ -22,12 +22,12 @@ KINDS = (
 
 @runtime_checkable
 class ImageSet(Protocol):
-    """Images with labels. Picklable and copyable; files are opened where they are read, on first use."""
+    """Images with labels. It can be pickled and copied. Files are opened on first use."""
 
-    spec: str  # what `open_images(spec, split)` takes to open it again
+    spec: str  # for `open_images(spec, split)`
     classes: tuple[str, ...]  # names; a label is an index into them
     labels: np.ndarray  # (n,) int64
-    holds_files: bool  # images are read() as the files that they came in; else they are arrays, and load() is direct
+    holds_files: bool  # read() returns the original files; else images are arrays, and load() is faster
 
     def __len__(self) -> int: ...
 
@@ -36,11 +36,11 @@ class ImageSet(Protocol):
         ...
 
     def read(self, index: int) -> bytes:
-        """The encoded image as stored; sets that hold arrays give PNG."""
+        """The encoded image; PNG if the set holds arrays."""
         ...
 
     def load(self, index: int) -> Image.Image:
-        """The image upright, in RGB."""
+        """The upright image in RGB."""
         ...
 
 
@@ -50,7 +50,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def known_split(name: str) -> str | None:
-    """The split that a folder or shard is named for, under our name for it."""
+    """Our name for the split that a folder or shard is named after, if any."""
     for ours, names in SPLIT_NAMES.items():
         if name in names:
             return ours
@@ -63,7 +63,7 @@ def listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def require_same_classes(where: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:
-    """Raises unless both splits have the same classes: else equal labels would mean different things."""
+    """Raises ConfigError unless both splits have the same classes, because a label is an index into them."""
     if set(classes) == set(others):
         return
     missing, surplus = sorted(set(others) - set(classes)), sorted(set(classes) - set(others))

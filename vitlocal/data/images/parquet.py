@@ -1,4 +1,4 @@
-"""Parquet shards in Hugging Face's layout."""
+"""Parquet shards in the layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vitlocal.data.images.image_set import SPLIT_NAMES, known_split, listed, req
 from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.errors import ConfigError, DataError
 
-CACHED_BYTES = 256 << 20  # of row groups, at least one
+CACHED_BYTES = 256 << 20  # of row groups; at least one is cached
 
 
 class ParquetImages:
-    """Hugging Face's layout: parquet shards with a column of images ({bytes, path} or bytes), one of labels.
+    """Parquet shards with a column of images ({bytes, path} or bytes) and a column of labels.
 
-    Row groups are read whole and the last ones kept (up to `CACHED_BYTES`): quick in the order of the rows,
-    slow at random, so write such a source to .beton files before training on it.
+    Row groups are read completely, and the last ones are cached. That is fast in the order of the rows and slow in
+    random order, so write such a source to .beton files before you train on it.
     """
 
     holds_files = True
@@ -54,8 +54,8 @@ class ParquetImages:
                 ) from error
             if column.null_count or not _is_integer(column.type):
                 raise ConfigError(
-                    f"{path}: expected whole numbers in column '{label}', got {column.type} with "
-                    f"{column.null_count} empty; name a source whose split '{split}' has labels"
+                    f"{path}: expected integers in column '{label}', got {column.type} with {column.null_count} "
+                    f"empty; name a source whose split '{split}' has labels"
                 )
             labels.append(column.to_numpy().astype(np.int64))
             for group in range(file.metadata.num_row_groups):
@@ -82,7 +82,7 @@ class ParquetImages:
         self._forget()
 
     def _check_train(self, parquet: Any, shards: dict[str, list[Path]], split: str) -> None:
-        """Compares with the training split's class names, or where none are stored, takes their number."""
+        """Compares the class names with those of the training split. Without names, takes their number from there."""
         if split == "train" or not shards.get("train"):
             return
         first = _open_shard(parquet, str(shards["train"][0]))
@@ -127,13 +127,13 @@ class ParquetImages:
         data = self._bytes_of(group)[index - int(self._starts[group])].as_py()
         if data is None:
             raise DataError(
-                f"{self.entry(index)}: its row stores no image, only a path to one; download shards that "
-                "embed the images, or leave such rows out with --on-error skip"
+                f"{self.entry(index)}: its row has only the path of an image; download shards that embed the "
+                "images, or skip such rows with --on-error skip"
             )
         return data
 
     def _bytes_of(self, group: int) -> Any:
-        if self._process != os.getpid():  # after a fork: Arrow's handles are the parent's
+        if self._process != os.getpid():  # after a fork: the handles of Arrow belong to the parent
             self._forget()
         if group in self._groups:
             self._groups.move_to_end(group)
@@ -147,7 +147,7 @@ class ParquetImages:
             file = self._files[shard]
             table = file.read_row_group(int(self._group_of[group]), columns=[self._image], use_threads=False)
             column = table.column(0).combine_chunks()
-        except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on corrupt data
+        except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on damaged data
             raise DataError(f"{self._paths[shard]} cannot be read: {error}; download it again") from error
         if hasattr(column.type, "num_fields") and column.type.num_fields:
             column = column.field("bytes")
@@ -169,7 +169,7 @@ def _parquet() -> Any:
 
 
 def shards_by_split(root: Path) -> dict[str, list[Path]]:
-    """The shards by split: <split>-….parquet or <split>/….parquet in `root`, else in root/data."""
+    """The shards of each split: <split>-….parquet or <split>/….parquet in `root`, else in root/data."""
     shards: dict[str, list[Path]] = {}
     for folder in (root, root / "data"):
         for path in sorted(folder.glob("*.parquet")):
@@ -190,7 +190,7 @@ def _open_shard(parquet: Any, path: str) -> Any:
     try:
         return parquet.ParquetFile(path)
     except Exception as error:
-        raise ConfigError(f"{path} is not a whole parquet file ({error}); download it again") from error
+        raise ConfigError(f"{path} is not a complete parquet file ({error}); download it again") from error
 
 
 def _is_integer(kind: Any) -> bool:
@@ -200,14 +200,14 @@ def _is_integer(kind: Any) -> bool:
 
 
 def _columns(schema: Any, path: str) -> tuple[str, str, list[str]]:
-    """The column of the images' bytes, that of the labels, and the class names if the schema tells them."""
+    """The names of the columns of image bytes and of labels, and the class names if the schema has them."""
     from pyarrow import types
 
     features: dict[str, Any] = {}
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
-        pass  # written by something else
+        pass  # another program wrote the file
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
 
     def pick(kind: str, *usual: str) -> str:

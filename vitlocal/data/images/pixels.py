@@ -1,4 +1,4 @@
-"""From the bytes of an image file to upright RGB."""
+"""Decodes image files to upright RGB."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ REMEDY = "restore the file, or write the data folder without such images: write_
 
 
 def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
-    """Decodes an image of any format that Pillow reads to RGB, turned upright by its EXIF orientation.
+    """Decodes an image of any format that Pillow reads to RGB, upright by its EXIF orientation.
 
-    16-bit values are scaled, not clipped; transparent parts are laid on white; an animation gives its
-    first frame. Raises a DataError that names `name` if the bytes are no image, or not a whole one.
+    16-bit values are scaled, transparent parts become white, and an animation gives its first frame. Raises a DataError
+    with `name` if the bytes are not a complete image.
     """
     try:
         try:
             return _decode(data)
-        except UserWarning:  # where warnings are errors: a broken EXIF block does not spoil the pixels
+        except UserWarning:  # if warnings are errors: a broken EXIF block does not affect the pixels
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 return _decode(data)
     except MemoryError:
         raise
-    except Exception as error:  # the decoders raise nearly anything on corrupt data
+    except Exception as error:  # decoders raise many kinds of errors on damaged data
         if not data:
             problem = "it is empty"
         elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
             problem = f"too large to decode safely: {error}"
         elif isinstance(error, UnidentifiedImageError):
-            problem = "of no format that Pillow knows"
+            problem = "of a format that Pillow does not know"
         else:
             problem = str(error) or type(error).__name__
         raise DataError(
@@ -49,7 +49,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns a loaded image upright and converts it to RGB; returns an upright RGB image itself, uncopied."""
+    """Turns a loaded image upright and converts it to RGB. Returns an upright RGB image without a copy."""
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
@@ -62,14 +62,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits; Pillow's convert would clip at 255
         deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
-    elif image.mode == "F":  # of 0..1 or of 0..255
+    elif image.mode == "F":  # values are in 0..1 or in 0..255
         values = np.nan_to_num(np.asarray(image))
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
         image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
-    return image.convert("RGB")  # Pillow's reader has inverted the inks of a CMYK JPEG, as Adobe writes them
+    return image.convert("RGB")  # Pillow has already inverted a CMYK JPEG of Adobe
 
 
-_TURNS = {  # what brings an image of each EXIF orientation upright
+_TURNS = {  # EXIF orientation -> the transposition that makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -81,7 +81,7 @@ _TURNS = {  # what brings an image of each EXIF orientation upright
 
 
 def is_upright(image: Image.Image) -> bool:
-    """Whether an opened image needs no turn; reads no pixels."""
+    """Whether an opened image needs no turn. Reads no pixels."""
     return _TURNS.get(_orientation(image)) is None
 
 
@@ -90,5 +90,5 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return image.getexif().get(0x0112, 1)
-    except Exception:  # a broken EXIF block does not spoil the pixels
+    except Exception:  # a broken EXIF block does not affect the pixels
         return 1

@@ -1,16 +1,16 @@
-"""The built-in sample: 20 classes of shapes and textures, rendered on the spot, nothing downloaded.
+"""The built-in sample: 20 classes of shapes and textures, rendered when they are read.
 
-Colours, places, sizes, backgrounds, light and clutter are drawn without regard to the class, so neither a
-colour histogram nor a thumbnail tells the classes apart: a model has to find edges and how they meet.
-Image `i` of a split depends on (seed, split, i) alone, so `sample:10` is the beginning of `sample:250`, and
-no image needs storing.
+Colours, places, sizes, backgrounds, light and clutter do not depend on the class. So a colour histogram or a thumbnail
+cannot separate the classes; a model must find edges and how they meet. Image `i` of a split depends on (seed, split, i)
+alone, so `sample:10` is the beginning of `sample:250`.
 
     H, W  height and width of the image in pixels; the short side is the unit of length
-    u, v  coordinates in the object's own frame, turned and scaled: a shape spans about [-1, 1]
+    u, v  coordinates in the object's frame, turned and scaled: a shape spans about [-1, 1]
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -29,18 +29,14 @@ LONGEST_ASPECT = 1.25
 Field = np.ndarray  # (H, W) float32
 
 
-# Shapes: signed distance to the outline in units of the shape's radius, negative inside. A bound on the
-# distance serves as well, since only its sign and its slope at the outline are used.
+# Shapes: signed distance to the outline in units of the shape's radius, negative inside. A bound on the distance is
+# enough, because only its sign and its slope at the outline are used.
 
 
 def _convex(u: Field, v: Field, sides: int, inradius: float) -> Field:
-    """A regular polygon: the largest of the distances to its sides."""
-    distance = None
-    for k in range(sides):
-        angle = 2 * math.pi * k / sides
-        side = u * math.cos(angle) + v * math.sin(angle)
-        distance = side if distance is None else np.maximum(distance, side, out=distance)
-    return distance - inradius
+    """A regular polygon: the largest distance to its sides."""
+    angles = (2 * math.pi * k / sides for k in range(sides))
+    return functools.reduce(np.maximum, (u * math.cos(angle) + v * math.sin(angle) for angle in angles)) - inradius
 
 
 def _box(u: Field, v: Field, half_u: float, half_v: float) -> Field:
@@ -93,7 +89,7 @@ def _square(u: Field, v: Field, rng: Generator) -> Field:
 
 
 def _star(u: Field, v: Field, rng: Generator) -> Field:
-    """Five points: the wedge of a fifth, mirrored, bounded by the line from a tip to a notch."""
+    """Five points: a mirrored wedge of a fifth, bounded by the line from a tip to a notch."""
     wedge = math.pi / 5
     angle = np.abs(np.mod(np.arctan2(v, u), 2 * wedge) - wedge)  # `wedge` at a tip, 0 at a notch
     radius = np.hypot(u, v)
@@ -112,7 +108,7 @@ def _triangle(u: Field, v: Field, rng: Generator) -> Field:
 
 
 def _triangle_wave(x: Field) -> Field:
-    """Distance to the nearest whole number, in [0, 1/2]."""
+    """Distance to the nearest integer, in [0, 1/2]."""
     return np.abs(x - np.rint(x))
 
 
@@ -124,7 +120,7 @@ def _bricks(u: Field, v: Field, rng: Generator) -> Field:
 
 
 def _camouflage(u: Field, v: Field, rng: Generator) -> Field:
-    """Patches without order: a few plane waves of about one period, in random directions."""
+    """Irregular patches: a few plane waves of about one period, in random directions."""
     sum_of_waves = np.zeros_like(u)
     for k, phase in enumerate(rng.uniform(0, 2 * math.pi, 5)):
         angle = math.pi * k / 5 + rng.uniform(-0.25, 0.25)
@@ -149,7 +145,7 @@ def _lattice(u: Field, v: Field, rng: Generator) -> Field:
 
 
 def _rays(u: Field, v: Field, rng: Generator) -> Field:
-    """Wedges about a middle."""
+    """Wedges around a centre."""
     wedges = int(rng.integers(7, 12))
     angle = np.arctan2(v, u) * (wedges / (2 * math.pi))
     return (_triangle_wave(angle) - 0.25) * np.hypot(u, v) * (2 * math.pi / wedges)
@@ -161,16 +157,12 @@ def _ripples(u: Field, v: Field, rng: Generator) -> Field:
 
 def _scales(u: Field, v: Field, rng: Generator) -> Field:
     """Rows of overlapping half discs, each row covering the top of the next."""
-    line = None
-    for shift in (0.0, 0.5):
-        x = u - shift
-        x = x - np.rint(x)
-        y = v - shift
-        y = np.mod(y, 1.0)
-        radius = np.hypot(x, y)
-        arc = np.where(y >= 0, np.abs(radius - 0.5), 1.0)
-        line = arc if line is None else np.minimum(line, arc)
-    return line - 0.1
+
+    def arc(shift: float) -> Field:
+        x, y = u - shift, np.mod(v - shift, 1.0)
+        return np.where(y >= 0, np.abs(np.hypot(x - np.rint(x), y) - 0.5), 1.0)
+
+    return np.minimum(arc(0.0), arc(0.5)) - 0.1
 
 
 def _stripes(u: Field, v: Field, rng: Generator) -> Field:
@@ -196,7 +188,7 @@ SHAPES: dict[str, Draw] = {
     "star": _star,
     "triangle": _triangle,
 }
-TEXTURES: dict[str, tuple[Draw, float, float]] = {  # with the least and the greatest period, in short sides
+TEXTURES: dict[str, tuple[Draw, float, float]] = {  # with the smallest and the largest period, in short sides
     "bricks": (_bricks, 0.13, 0.19),
     "camouflage": (_camouflage, 0.15, 0.25),
     "checker": (_checker, 0.11, 0.19),
@@ -208,7 +200,7 @@ TEXTURES: dict[str, tuple[Draw, float, float]] = {  # with the least and the gre
     "stripes": (_stripes, 0.11, 0.19),
     "zigzag": (_zigzag, 0.13, 0.19),
 }
-CENTRED = ("rays", "ripples")  # textures about a middle, which stays near the object's
+CENTRED = ("rays", "ripples")  # textures with a centre, which stays near that of the object
 CLASSES = tuple(sorted((*SHAPES, *TEXTURES)))
 
 
@@ -221,7 +213,7 @@ def _as_fill(colour: np.ndarray) -> tuple[int, ...]:
 
 
 def _two_colours(rng: Generator) -> np.ndarray:
-    """Two colours that a person tells apart at a glance, (2, 3) in 0..255."""
+    """Two clearly different colours, (2, 3) in 0..255."""
     while True:
         colours = rng.uniform(15, 240, (2, 3))
         if abs(_brightness(colours[0] - colours[1])) > 70:
@@ -229,12 +221,13 @@ def _two_colours(rng: Generator) -> np.ndarray:
 
 
 def _clutter(image: Image.Image, rng: Generator, count: int, smallest: float, largest: float) -> None:
-    """Draws small shapes and lines of random colours and places on `image`; sizes in short sides."""
+    """Draws small shapes and lines with random colours and places on `image`. Sizes are in short sides."""
     draw = ImageDraw.Draw(image)
     width, height = image.size
     short = min(width, height)
     for kind, x, y, size, angle, *colour in rng.random((count, 8)).tolist():
-        x, y, size, angle = (x * width, y * height, short * (smallest + (largest - smallest) * size), angle * math.tau)
+        x, y, size = x * width, y * height, short * (smallest + (largest - smallest) * size)
+        angle *= math.tau
         fill = tuple(int(256 * c) for c in colour)
         if kind < 0.35:
             dx, dy = 2.0 * size * math.cos(angle), 2.0 * size * math.sin(angle)
@@ -248,35 +241,35 @@ def _clutter(image: Image.Image, rng: Generator, count: int, smallest: float, la
 
 
 def _cloth(rng: Generator, size: tuple[int, int], colour: np.ndarray, spread: float, cells: int) -> Image.Image:
-    """An image of about one colour, with soft hills, about `cells` of them across."""
+    """An image of about one colour, with about `cells` soft hills across."""
     hills = rng.standard_normal((cells, cells, 1)) * rng.uniform(-spread, spread, 3)
     grid = np.clip(colour + hills, 0, 255).astype(np.uint8)
     return Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
 
 
 def _mask(distance: Field, pixel: float) -> Image.Image:
-    """How much of each pixel lies inside, 0..255; `pixel` is its width in the distance's unit."""
+    """The part of each pixel that is inside, 0..255. `pixel` is its width in the unit of the distance."""
     covered = distance * np.float32(-255.0 / pixel)
     covered += 127.5
     return Image.fromarray(np.clip(covered, 0, 255, out=covered).astype(np.uint8))
 
 
 def _in_light(image: Image.Image, rng: Generator) -> Image.Image:
-    """Light from one side, and the noise of a sensor."""
+    """Adds light from one side, and sensor noise."""
     width, height = image.size
     across, down = rng.uniform(-0.3, 0.3, 2).astype(np.float32)
     x = np.linspace(-0.5, 0.5, width, dtype=np.float32) * across
     y = np.linspace(-0.5, 0.5, height, dtype=np.float32) * down
     noise = rng.standard_normal((height, width), dtype=np.float32)
     noise *= np.float32(rng.uniform(1.0, 9.0))
-    # (H, 3 W): numpy is slow where the innermost axis has but 3 entries
+    # (H, 3 W), because numpy is slow if the innermost axis has only 3 entries
     pixels = np.asarray(image).reshape(height, 3 * width) * (1.0 + np.repeat(x, 3) + y[:, None])
     pixels += np.repeat(noise, 3, axis=1)
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8).reshape(height, width, 3))
 
 
 def render(name: str, rng: Generator) -> Image.Image:
-    """Draws one image of the class `name`, with everything but the class taken from `rng`."""
+    """Draws one image of the class `name`. Everything else comes from `rng`."""
     short = round(SHORT_SIDE[0] * (SHORT_SIDE[1] / SHORT_SIDE[0]) ** rng.random())
     long = round(short * rng.uniform(1.0, LONGEST_ASPECT))
     size = width, height = (long, short) if rng.random() < 0.6 else (short, long)
@@ -284,7 +277,7 @@ def render(name: str, rng: Generator) -> Image.Image:
     image = _cloth(rng, size, ground, 16, int(rng.integers(3, 7)))
     _clutter(image, rng, int(rng.integers(5, 14)), 0.015, 0.06)
 
-    # The object's frame; its middle is such that a central crop holds the object.
+    # The object's frame. Its centre is such that a central crop contains the object.
     texture = name in TEXTURES
     radius = rng.uniform(0.4, 0.65) if texture else rng.uniform(0.29, 0.46)  # in short sides
     slack = max(0.0, 0.5 - radius)
@@ -313,23 +306,25 @@ def render(name: str, rng: Generator) -> Image.Image:
         outline = _mask(SHAPES[name](u / radius, v / radius, rng), 1.0 / (short * radius))
     image.paste(inside, mask=outline)
 
-    _clutter(image, rng, int(rng.integers(0, 4)), 0.015, 0.04)  # a few small things in front
+    _clutter(image, rng, int(rng.integers(0, 4)), 0.015, 0.04)  # a few small shapes in front
     return _in_light(image, rng)
 
 
 class SampleImages:
-    """The built-in sample as an image set; row `i` is of class `i % 20`."""
+    """The built-in sample as an image set. Row `i` has the class `i % 20`."""
 
     holds_files = True
 
     def __init__(self, split: str, per_class: int = IMAGES_PER_CLASS, seed: int = 0) -> None:
-        """`per_class` counts training images; the validation split has a fifth as many, at least 4."""
+        """`per_class` is the number of training images; the validation split has a fifth of it, at least 4."""
         if split not in ("train", "val"):
             raise ConfigError(f"the built-in sample has no split '{split}'; expected 'train' or 'val'")
         if per_class < 1:
-            raise ConfigError(f"sample:{per_class}: expected at least 1 training image a class, say sample:50")
+            raise ConfigError(
+                f"sample:{per_class}: expected at least 1 training image for each class, for example sample:50"
+            )
         if seed < 0:
-            raise ConfigError(f"the sample's seed is {seed}; expected a whole number from 0 up")
+            raise ConfigError(f"the sample's seed is {seed}; expected an integer of at least 0")
         self.spec = "sample" if per_class == IMAGES_PER_CLASS else f"sample:{per_class}"
         if seed:
             self.spec = f"sample:{per_class}:{seed}"
@@ -346,7 +341,7 @@ class SampleImages:
 
     def read(self, index: int) -> bytes:
         """Renders image `index` and returns it as a JPEG of random quality."""
-        index = range(len(self))[index]  # an IndexError past the end, and -1 is the last
+        index = range(len(self))[index]  # raises IndexError past the end; -1 is the last
         key = SeedSequence(self.seed, spawn_key=(int(self.split == "val"), index))
         rng = Generator(Philox(key))
         image = render(self.classes[self.labels[index]], rng)

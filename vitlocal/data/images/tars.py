@@ -1,4 +1,4 @@
-"""The ILSVRC2012 tars as they are downloaded, read in place."""
+"""The ILSVRC2012 tars, read in place as downloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vitlocal.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class _Member:
-    """A file in a tar: where its bytes lie in the (outermost) file."""
+    """A file in a tar, with the offset of its bytes in the outermost file."""
 
     name: str
     offset: int
@@ -30,10 +30,9 @@ class _Member:
 
 
 def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Member]:
-    """Lists the regular files of the tar in bytes [start, end) by reading nothing but its headers.
+    """Lists the regular files of the tar in bytes [start, end). Reads only headers, of ustar, GNU and pax archives.
 
-    Much faster than `tarfile`, which matters for the 1.28 million headers of ImageNet. Reads ustar, GNU and
-    pax archives.
+    It is much faster than `tarfile`, which matters for the 1.28 million headers of ImageNet.
     """
     offset, long_name = start, None
     while offset + 512 <= end:
@@ -47,13 +46,13 @@ def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Mem
             size = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b" \0") or b"0", 8)
         except ValueError:
             raise ConfigError(
-                f"{where}: no tar header at byte {offset}; the file is damaged, download it again"
+                f"{where}: no tar header at byte {offset}: the file is damaged; download it again"
             ) from None
         body = offset + 512
         offset = body + -(-size // 512) * 512
         if body + size > end:
             raise ConfigError(
-                f"{where}: cut short: it should reach byte {body + size}, but ends at {end}; download it again"
+                f"{where}: cut off: expected at least {body + size} bytes, found {end}; download it again"
             )
         kind = header[156:157]
         if kind == b"L":  # GNU: the next member's name
@@ -67,15 +66,15 @@ def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Mem
                 name = header[345:500].rstrip(b"\0") + b"/" + name
             long_name = None
             yield _Member(os.fsdecode(name), body, size)
-        elif kind not in (b"g", b"K"):  # those go with the member to come
+        elif kind not in (b"g", b"K"):  # they describe the next member
             long_name = None
 
 
 class TarImages:
     """ImageNet as downloaded: ILSVRC2012_img_{train,val}.tar, read in place.
 
-    The index of the members is made on opening, by seeking over the headers with a few threads. Rows and
-    entries are those of the same images unpacked: by class, then by name.
+    Opening it indexes the members, from their headers, with several threads. Rows and entries equal those of the
+    unpacked images: by class, then by name.
     """
 
     holds_files = True
@@ -94,7 +93,7 @@ class TarImages:
         rows = self._train_rows(path) if split == "train" else self._val_rows(root, path)
         self._file.read_ahead(True)
         if not rows:
-            raise ConfigError(f"{path}: no images in it; download it again")
+            raise ConfigError(f"{path} has no images; download it again")
         rows.sort(key=lambda row: (row[0], row[1].name))
         self.classes = tuple(sorted({wnid for wnid, _ in rows}))
         train = root / "ILSVRC2012_img_train.tar"
@@ -109,7 +108,7 @@ class TarImages:
         self._sizes = np.array([member.size for _, member in rows], np.int64)
 
     def _train_rows(self, path: Path) -> list[tuple[str, _Member]]:
-        """One tar a class, named for it, in the tar."""
+        """The outer tar holds one tar for each class, named after it."""
         descriptor = self._file.fileno()
 
         def rows_of(tar: _Member) -> list[tuple[str, _Member]]:
@@ -118,18 +117,20 @@ class TarImages:
             members = _members(descriptor, tar.offset, tar.offset + tar.size, where)
             rows = [(wnid, member) for member in members if member.name.lower().endswith(SUFFIXES)]
             if not rows:
-                raise ConfigError(f"{where}: no images in it; download {path.name} again")
+                raise ConfigError(f"{where} has no images; download {path.name} again")
             return rows
 
         tars = list(_members(descriptor, 0, path.stat().st_size, str(path)))
         for tar in tars:
             if not tar.name.endswith(".tar"):
-                raise ConfigError(f"{path}: expected one tar a class in it, found '{tar.name}'; download it again")
-        with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
+                raise ConfigError(
+                    f"{path}: expected one tar for each class in it, found '{tar.name}'; download it again"
+                )
+        with ThreadPoolExecutor(16) as pool:  # they wait for the disk
             return [row for rows in pool.map(rows_of, tars) for row in rows]
 
     def _val_rows(self, root: Path, path: Path) -> list[tuple[str, _Member]]:
-        """All images in one tar, in the order of the names; their classes are in the devkit."""
+        """All images are in one tar, ordered by name. The devkit has their classes."""
         members = _members(self._file.fileno(), 0, path.stat().st_size, str(path))
         images = sorted((m for m in members if m.name.lower().endswith(SUFFIXES)), key=lambda member: member.name)
         wnids = _validation_wnids(root)
@@ -162,7 +163,7 @@ def _class_of(tar_name: str) -> str:
 
 
 def _validation_wnids(root: Path) -> list[str]:
-    """The class of each validation image in the order of their names, from the devkit (packed or not)."""
+    """The class of each validation image, in the order of their names, from the devkit (packed or unpacked)."""
     truth, meta = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
     packed = sorted(root.glob("ILSVRC2012_devkit*.tar.gz"))
     folders = [folder for folder in sorted(root.glob("ILSVRC2012_devkit*")) if (folder / truth).is_file()]
@@ -184,8 +185,8 @@ def _validation_wnids(root: Path) -> list[str]:
             raise ConfigError(f"{where} cannot be read: {error}; download it again") from error
     else:
         raise ConfigError(
-            f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz, which tells the classes of the validation "
-            "images; download it from image-net.org to this folder"
+            f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz with the classes of the validation images; "
+            "download it from image-net.org to this folder"
         )
     for name in (truth, meta):
         if name not in found:
@@ -198,7 +199,7 @@ def _validation_wnids(root: Path) -> list[str]:
         return [wnids[int(line)] for line in found[truth].split()]
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise ConfigError(
-            f"{where}: its ground truth and meta.mat do not fit each other ({error!r}); download it again"
+            f"{where}: its ground truth and meta.mat do not match ({error!r}); download it again"
         ) from error
 
 
@@ -212,16 +213,16 @@ def _scipy_loadmat() -> Any:
 
 def _read_at(descriptor: int, offset: int, size: int, name: str) -> bytes:
     data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # a read may be cut short by 2 GiB limits or signals
+    while len(data) < size:  # limits of 2 GiB and signals may shorten a read
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
-            raise DataError(f"{name}: expected {size} bytes, got {len(data)}: its file has been cut short; restore it")
+            raise DataError(f"{name}: expected {size} bytes, got {len(data)}: its file was cut off; restore it")
         data += more
     return data
 
 
 class _Descriptor:
-    """A file opened on first use, pickled as its path; `pread` has no position, so forks may share it."""
+    """A file that is opened on first use and pickled as its path. `pread` has no position, so forks may share it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -233,7 +234,7 @@ class _Descriptor:
         return self._file.fileno()
 
     def read_ahead(self, on: bool) -> None:
-        """Whether the system fetches more than is asked; off while only headers are wanted."""
+        """Turns read-ahead of the system on or off. It is off while only headers are read."""
         if hasattr(os, "posix_fadvise"):
             advice = os.POSIX_FADV_NORMAL if on else os.POSIX_FADV_RANDOM
             os.posix_fadvise(self.fileno(), 0, 0, advice)

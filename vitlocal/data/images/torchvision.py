@@ -1,4 +1,4 @@
-"""Any set of torchvision.datasets by its name."""
+"""Any data set of torchvision.datasets, by its name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TORCHVISION_ROOT = "data/torchvision"
 
 
 def open_torchvision(rest: str, split: str) -> ImageSet:
-    """'NAME' or 'NAME:ROOT'; the split becomes torchvision's train=…, split=… by the set's signature."""
+    """Opens 'NAME' or 'NAME:ROOT'. The split becomes the argument train=… or split=… that the set's signature has."""
     name, _, given = rest.partition(":")
     root = str(Path(given).expanduser().absolute()) if given else TORCHVISION_ROOT
     spec = f"torchvision:{name}:{root}" if given else f"torchvision:{name}"
@@ -39,18 +39,18 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
     takes = inspect.signature(kind.__init__).parameters
     base: dict[str, Any] = {"root": root} if "root" in takes else {}
     if "train" in takes:
-        choices = [{"train": split == "train"}]
+        choices: list[dict[str, Any]] = [{"train": split == "train"}]
     elif "split" in takes:
         words = ("train", "trainval") if split == "train" else ("val", "valid", "validation", "test")
         choices = [{"split": word} for word in words]
-    elif "random_offset" in takes:  # FakeData: other seeds, other images
+    elif "random_offset" in takes:  # FakeData: another seed gives other images
         size = int(takes["size"].default)
-        base |= {"image_size": (3, 32, 32)}  # all are made once for their labels
+        base |= {"image_size": (3, 32, 32)}  # all are made once, for their labels
         choices = [{"random_offset": 0 if split == "train" else size}]
     elif split == "train":
         choices = [{}]
     else:
-        raise ConfigError(f"source '{spec}' is one set without splits, so it has no '{split}'; name another source")
+        raise ConfigError(f"source '{spec}' has no splits, so it has no '{split}'; name another source")
     downloads = [{"download": False}, {"download": True}] if "download" in takes else [{}]
     refusals: list[str] = []
     for download in downloads:
@@ -62,11 +62,11 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
                 images = TorchvisionImages(spec, name, root, split, arguments)
             except ConfigError:
                 raise
-            except Exception as error:  # RuntimeError: not there; ValueError: no such split; URLError: no network …
+            except Exception as error:  # for example missing files, no such split, no network
                 if not (isinstance(error, ValueError) and "split" in str(error)):
                     refusals.append(f"{type(error).__name__}: {error}")
                 continue
-            images._arguments.pop("download", None)  # it is there now; workers only read
+            images._arguments.pop("download", None)  # the files exist now, and workers only read
             return images
     problem = refusals[-1] if refusals else "no such split"
     raise ConfigError(
@@ -76,7 +76,7 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
 
 
 class TorchvisionImages:
-    """A set of torchvision.datasets by its name; the dataset is built anew in each process that reads."""
+    """A set of torchvision.datasets. Each process that reads builds the dataset again."""
 
     holds_files = False
 
@@ -116,12 +116,12 @@ class TorchvisionImages:
         except Exception as error:
             raise DataError(
                 f"{self.entry(index)} of {self.spec} cannot be read ({error}); "
-                f"remove '{self._root}' to download it anew"
+                f"remove '{self._root}' to download it again"
             ) from error
 
 
 def _dataset_labels(dataset: Any, spec: str) -> np.ndarray:
-    """(n,) int64 labels from wherever the set keeps them, else by reading every item once."""
+    """The labels, (n,) int64, from the attribute that holds them, else by reading every item once."""
     count = len(dataset)
     for name in ("targets", "labels", "_labels", "_samples", "samples"):
         kept = getattr(dataset, name, None)
@@ -135,12 +135,12 @@ def _dataset_labels(dataset: Any, spec: str) -> np.ndarray:
             continue
         if labels.ndim == 1 and labels.dtype.kind in "iu":
             return labels.astype(np.int64)
-    labels = [dataset[index][1] for index in range(count)]
+    items = [dataset[index][1] for index in range(count)]
     try:
-        flat = np.array([int(label) for label in labels], np.int64)
+        flat = np.array([int(label) for label in items], np.int64)
     except (TypeError, ValueError):
         raise ConfigError(
-            f"source '{spec}': expected one class an image, got {labels[0]!r}; name another set"
+            f"source '{spec}': expected one class for each image, got {items[0]!r}; name another set"
         ) from None
     return flat
 

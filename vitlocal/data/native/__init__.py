@@ -18,7 +18,7 @@ import functools
 import numpy as np
 
 from vitlocal.data.crops import Box, CropPolicy
-from vitlocal.data.native import _native
+from vitlocal.data.native import _native  # type: ignore[attr-defined]  # the compiled module
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 
@@ -97,7 +97,8 @@ def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
     """The box that the native code cuts. It equals that of crops.random_box or crops.centre_box."""
     box = np.zeros(1, _BOX)
     library().vitlocal_box(policy.ctypes.data, draw, height, width, box.ctypes.data)
-    return Box(*(float(box[0][name]) for name in ("top", "left", "height", "width")), bool(box[0]["flipped"]))
+    top, left, height_, width_, flipped = box[0].item()
+    return Box(top, left, height_, width_, bool(flipped))
 
 
 class DecoderThreads:
@@ -177,7 +178,7 @@ class Encoder:
         """
         assert forms.dtype == FORM and forms.flags.c_contiguous
         data, pixels = (photo, None) if isinstance(photo, bytes) else (None, photo.ctypes.data)
-        assert pixels is None or (photo.flags.c_contiguous and photo.shape == (height, width, 3))
+        assert isinstance(photo, bytes) or (photo.flags.c_contiguous and photo.shape == (height, width, 3))
         status = library().vitlocal_encode(
             self._encoder, data, len(data or b""), pixels, height, width, forms.ctypes.data, len(forms),
             ctypes.byref(self._output), self._message,

@@ -1,4 +1,4 @@
-/* Threads that decode batches, any number of batches at once and any number of threads. */
+/* Threads that decode batches. Several batches may be decoded at once. */
 #include "native.h"
 
 #include <pthread.h>
@@ -9,19 +9,19 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-/* One call: images `draws` (count,) of a file, to `crops`. Lives on the caller's stack. */
+/* One call: decodes the images `draws` (count,) of a file to `crops`. It is on the caller's stack. */
 struct batch {
     const uint8_t *file;
     uint64_t file_bytes;
     const struct row *rows;
-    int64_t row_count; /* 0: `rows` are those of the draws, in their order */
+    int64_t row_count; /* 0: there is one row for each draw, in their order */
     const int64_t *draws;
     int64_t count;
     const struct policy *policy;
     int size, most_reduction;
     uint8_t *crops;
     int32_t *statuses;
-    char *message; /* of the first bad image in the batch's order */
+    char *message; /* of the first bad image of the batch */
 
     int64_t next, done, worst; /* guarded by the pool */
     struct batch *after;
@@ -30,12 +30,12 @@ struct batch {
 struct pool {
     pthread_mutex_t lock;
     pthread_cond_t work, finished;
-    struct batch *first; /* those with images that nobody has taken */
+    struct batch *first; /* list of batches with images that no thread has taken */
     int closing, threads;
     pthread_t *ids;
 };
 
-/* Images that a thread takes at once: small ones are too quick to fetch one by one. */
+/* Images that a thread takes at once, because small images decode faster than a thread can fetch them. */
 enum { TAKEN = 4, REPEAT_SHIFT = 40 /* of crops.py */ };
 
 static size_t crop_bytes(const struct batch *b) { return (size_t)b->size * (size_t)b->size * 3; }
@@ -68,7 +68,7 @@ static void *serve(void *argument) {
             const enum status status = decode_place(decoder, b, place, message);
             b->statuses[place] = (int32_t)status;
             if (status == OK) continue;
-            memset(b->crops + (size_t)place * crop_bytes(b), 0, crop_bytes(b)); /* not what was there before */
+            memset(b->crops + (size_t)place * crop_bytes(b), 0, crop_bytes(b)); /* not old pixels */
             pthread_mutex_lock(&pool->lock);
             if (b->worst < 0 || place < b->worst) {
                 b->worst = place;
@@ -100,7 +100,7 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
     free(pool);
 }
 
-/* NULL where the system gives no memory or no threads. */
+/* NULL if the system has no memory or cannot start the threads. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
     struct pool *pool = calloc(1, sizeof *pool);
     if (!pool) return NULL;
@@ -118,10 +118,12 @@ EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
     return pool;
 }
 
-/* Decodes `draws` (count,) of the `rows` (row_count,) of a file, or `rows` (count,) where row_count is 0, to `crops` (count, S, S, 3) and fills `statuses` (count,).
+/* Decodes `draws` (count,) of the `rows` (row_count,) of a file to `crops` (count, S, S, 3) and fills `statuses`
+ * (count,). If row_count is 0, `rows` (count,) has one row for each draw.
  *
- * Returns the place of the first image that could not be decoded, of which `message` (MESSAGE_BYTES) may then tell
- * more, or -1; such crops are black, and added to *damaged unless that is NULL. May be called from several threads at once; the caller must not hold the interpreter's lock. */
+ * Returns the place of the first image that could not be decoded, with a `message` (MESSAGE_BYTES), or -1. Such crops
+ * are black and are added to *damaged unless that is NULL. Several threads may call it at once. The caller must not
+ * hold the interpreter's lock. */
 EXPORT int64_t vitlocal_decode(struct pool *pool, const uint8_t *file, int64_t file_bytes, const struct row *rows,
                                int64_t row_count, const int64_t *draws, int64_t count, const struct policy *policy,
                                int64_t size, int64_t most_reduction, uint8_t *crops, int32_t *statuses,
@@ -147,7 +149,7 @@ EXPORT int64_t vitlocal_decode(struct pool *pool, const uint8_t *file, int64_t f
     return batch.worst;
 }
 
-/* Python finds the library by importing it; the functions above are called through ctypes. */
+/* Python imports the library to find it, and calls the functions above through ctypes. */
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "The fused decoder, for ctypes.", -1,
                                     NULL, NULL, NULL, NULL, NULL};
 

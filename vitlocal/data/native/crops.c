@@ -1,12 +1,10 @@
 /* Where crops are cut: SplitMix64 (Steele et al. 2014) keyed by (seed, epoch, draw), in relative coordinates.
  *
- * vitlocal/data/crops.py says the same in Python; a test holds the two together.
+ * vitlocal/data/crops.py is the same in Python; a test compares them.
  */
 #include "native.h"
 
-#include <math.h>
-
-enum { ATTEMPTS = 10 }; /* as torchvision's RandomResizedCrop, before it falls back to a centre crop */
+enum { ATTEMPTS = 10 }; /* before the fallback to a centre crop, as in torchvision */
 
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
 

@@ -1,8 +1,8 @@
-/* One photo -> its stored forms: decoded once, and for each file shrunk from the full image and encoded. */
+/* Encodes a photo to its stored forms. It is decoded once, then shrunk from the full image for each form. */
 #include "native.h"
 
 #include <setjmp.h>
-#include <stdio.h> /* jpeglib.h needs it before */
+#include <stdio.h> /* jpeglib.h needs it */
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,9 +17,9 @@ struct encoder {
     struct jpeg_error_mgr errors;
     struct jpeg_destination_mgr destination;
     jmp_buf escape;
-    enum status failure; /* why compressing was left */
+    enum status failure; /* the reason of the longjmp */
     char *message;
-    uint8_t *output, *small; /* all forms, one behind the other; one form's pixels */
+    uint8_t *output, *small; /* all forms in a row; the pixels of one form */
     size_t capacity, length, small_bytes;
 };
 
@@ -42,14 +42,14 @@ static int reserve(struct encoder *encoder, size_t more) {
     return 1;
 }
 
-/* libjpeg writes behind what is there already. */
+/* libjpeg appends to the output. */
 static void begin_output(j_compress_ptr compressor) {
     struct encoder *encoder = compressor->client_data;
     compressor->dest->next_output_byte = encoder->output + encoder->length;
     compressor->dest->free_in_buffer = encoder->capacity - encoder->length;
 }
 
-static boolean more_output(j_compress_ptr compressor) { /* called when all of the buffer is full */
+static boolean more_output(j_compress_ptr compressor) { /* called if the buffer is full */
     struct encoder *encoder = compressor->client_data;
     encoder->length = encoder->capacity;
     if (!reserve(encoder, encoder->capacity)) {
@@ -114,7 +114,7 @@ static enum status compress(struct encoder *encoder, const struct region *pixels
     c->comp_info[0].h_samp_factor = c->comp_info[0].v_samp_factor = form->sampling == 444 ? 1 : 2;
     jpeg_start_compress(c, TRUE);
     while (c->next_scanline < c->image_height) {
-        JSAMPROW row = (JSAMPROW)pixels->pixels + c->next_scanline * pixels->stride; /* not const in old headers */
+        JSAMPROW row = (JSAMPROW)pixels->pixels + c->next_scanline * pixels->stride; /* old headers have no const */
         jpeg_write_scanlines(c, &row, 1);
     }
     jpeg_finish_compress(c);
@@ -126,12 +126,7 @@ static enum status store(struct encoder *encoder, const struct region *full, con
     if (form->width != (uint32_t)full->width || form->height != (uint32_t)full->height) {
         const struct box whole = {0, 0, full->height, full->width, 0};
         const size_t needed = (size_t)form->width * form->height * 3;
-        if (needed > encoder->small_bytes) {
-            free(encoder->small);
-            encoder->small = malloc(needed);
-            encoder->small_bytes = encoder->small ? needed : 0;
-        }
-        if (!encoder->small) return NO_MEMORY;
+        if (!hold(&encoder->small, &encoder->small_bytes, needed)) return NO_MEMORY;
         const enum status status = resize(encoder->resizer, full->pixels, full->stride, full->height, full->width, &whole,
                                           AREA, (int)form->height, (int)form->width, encoder->small);
         if (status != OK) return status;
@@ -159,7 +154,7 @@ EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t
     message[0] = 0;
     struct region full = {pixels, (size_t)width * 3, 0, 0, (int)height, (int)width, 1};
     if (!pixels) {
-        /* At half size or less where that is still twice what any file holds: the difference is not seen. */
+        /* At half size or less if that is still twice the size of any form: the difference is not visible. */
         int largest = 0;
         for (int64_t i = 0; i < count; i++) {
             const int shorter = (int)(forms[i].width < forms[i].height ? forms[i].width : forms[i].height);
@@ -170,7 +165,7 @@ EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t
                                                2 * largest, 8, &full, message);
         if (status != OK) return (int)status;
     }
-    if (!reserve(encoder, 1 << 16)) return NO_MEMORY; /* libjpeg begins with what there is */
+    if (!reserve(encoder, 1 << 16)) return NO_MEMORY; /* libjpeg starts with the free part */
     for (int64_t i = 0; i < count; i++) {
         forms[i].offset = encoder->length;
         size_t kept = 0;
@@ -178,7 +173,7 @@ EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t
             if (!reserve(encoder, (size_t)bytes)) return NO_MEMORY;
             kept = jpeg_strip(data, (size_t)bytes, encoder->output + encoder->length);
             encoder->length += kept;
-            if (!kept) forms[i].kind = AS_JPEG; /* several scans: slow to read */
+            if (!kept) forms[i].kind = AS_JPEG; /* several scans would be slow to decode */
         }
         if (!kept) {
             if (!reserve(encoder, 1 << 12)) return NO_MEMORY;

@@ -1,9 +1,9 @@
-/* One image: from the bytes in the file to the crop. */
+/* Decodes one image from its bytes to the crop. */
 #include "native.h"
 
 #include <stdlib.h>
 
-enum { LARGEST_EDGE = 65535 }; /* a .beton file's table has 16 bits for each */
+enum { LARGEST_EDGE = 65535 }; /* the table of a .beton file has 16 bits for each */
 
 struct decoder {
     struct jpeg *jpeg;
@@ -38,8 +38,7 @@ enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_b
     vitlocal_box(policy, draw, height, width, &box);
     if (row->raw) {
         if (row->bytes < (uint64_t)row->width * row->height * 3) return OUTSIDE;
-        return resize(decoder->resizer, data, (size_t)width * 3, height, width, &box, TRIANGLE, size, size,
-                      crop);
+        return resize(decoder->resizer, data, (size_t)width * 3, height, width, &box, TRIANGLE, size, size, crop);
     }
     struct region region;
     const enum status status = jpeg_decode(decoder->jpeg, data, row->bytes, height, width, &box, size,
@@ -49,6 +48,6 @@ enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_b
     box.left = box.left / region.reduction - region.left;
     box.height /= region.reduction;
     box.width /= region.reduction;
-    return resize(decoder->resizer, region.pixels, region.stride, region.height, region.width, &box, TRIANGLE, size, size,
-                      crop);
+    return resize(decoder->resizer, region.pixels, region.stride, region.height, region.width, &box, TRIANGLE, size,
+                  size, crop);
 }

@@ -1,14 +1,12 @@
 /* Decodes the part of a JPEG that a box needs, at 1/1, 1/2, 1/4 or 1/8 of its size.
  *
- * Columns are left out by whole blocks (jpeg_crop_scanline), rows above are entropy-decoded only
- * (jpeg_skip_scanlines), rows below are never reached. Other scales of libjpeg-turbo (3/8, 5/8 …) have no SIMD
- * and take longer than full size.
+ * Whole blocks of columns are skipped (jpeg_crop_scanline), rows above are only entropy-decoded (jpeg_skip_scanlines),
+ * and rows below are not read. Other scales of libjpeg-turbo (3/8, 5/8 …) have no SIMD and are slower than full size.
  */
 #include "native.h"
 
-#include <math.h>
 #include <setjmp.h>
-#include <stdio.h> /* jpeglib.h needs it before */
+#include <stdio.h> /* jpeglib.h needs it */
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,7 +16,7 @@
 
 enum {
     MARGIN = 2,
-    MOST_SCANS = 100, /* progressive photos have about ten; thousands would hold a thread for many minutes */
+    MAX_SCANS = 100, /* progressive photos have about ten; thousands would take many minutes */
     EXIF_MARKER = JPEG_APP0 + 1,
     LONGEST_MARKER = 65533,
 };
@@ -28,7 +26,7 @@ struct jpeg {
     struct jpeg_error_mgr errors;
     struct jpeg_progress_mgr progress;
     jmp_buf escape;
-    enum status failure; /* why it was left */
+    enum status failure; /* the reason of the longjmp */
     char *message;
     uint8_t *pixels;
     size_t capacity;
@@ -47,15 +45,15 @@ static void fail(j_common_ptr decoder) {
     leave(jpeg, decoder->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT);
 }
 
-/* libjpeg goes on after a warning with pixels that it made up; to us the image is corrupt. */
+/* After a warning, libjpeg continues with invented pixels. Here the image counts as corrupt. */
 static void warn(j_common_ptr decoder, int level) {
     if (level < 0) fail(decoder);
 }
 
 static void watch(j_common_ptr decoder) {
     struct jpeg *jpeg = decoder->client_data;
-    if (((j_decompress_ptr)decoder)->input_scan_number <= MOST_SCANS) return;
-    snprintf(jpeg->message, MESSAGE_BYTES, "has more than %d scans", MOST_SCANS);
+    if (((j_decompress_ptr)decoder)->input_scan_number <= MAX_SCANS) return;
+    snprintf(jpeg->message, MESSAGE_BYTES, "has more than %d scans", MAX_SCANS);
     leave(jpeg, REFUSED);
 }
 
@@ -73,22 +71,22 @@ void jpeg_free(struct jpeg *jpeg) {
     free(jpeg);
 }
 
-/* A new decompressor for each image: libjpeg keeps the tables of the last one, with which an image that lacks its own
- * would decode to nonsense without an error. To be called where failures are caught. */
+/* Makes a new decompressor for each image. Otherwise libjpeg would use the tables of the last image for one that lacks
+ * its own, without an error. The caller must have set the longjmp target. */
 static void begin(struct jpeg *jpeg, const uint8_t *data, size_t bytes) {
     struct jpeg_decompress_struct *d = &jpeg->decoder;
-    jpeg_destroy_decompress(d); /* nothing, the first time */
+    jpeg_destroy_decompress(d); /* does nothing the first time */
     d->err = jpeg_std_error(&jpeg->errors);
     jpeg->errors.error_exit = fail;
     jpeg->errors.emit_message = warn;
     d->client_data = jpeg; /* jpeg_create_decompress keeps it and err */
     jpeg_create_decompress(d);
     d->progress = &jpeg->progress;
-    jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes); /* not const in old headers */
+    jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes); /* old headers have no const */
 }
 
-/* Whether parts of the image may be decoded. libjpeg-turbo 2.1 leaves columns of chroma undefined where luma has four
- * samples by two for each (and such files are as good as never met). */
+/* Whether a part of the image can be decoded. libjpeg-turbo 2.1 leaves columns of chroma undefined if luma has four by
+ * two samples for each (such files are very rare). */
 static int usual_sampling(const struct jpeg_decompress_struct *d) {
     if (d->num_components == 1) return 1;
     for (int i = 1; i < d->num_components; i++) {
@@ -119,17 +117,12 @@ enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, in
     d->dct_method = JDCT_ISLOW;
     jpeg_start_decompress(d);
 
-    const int all_rows = (int)d->output_height, all_columns = (int)d->output_width;
-    int top = (int)floor(box->top / reduction), bottom = (int)ceil((box->top + box->height) / reduction);
-    int left = (int)floor(box->left / reduction), right = (int)ceil((box->left + box->width) / reduction);
-    top = top < 0 ? 0 : top > all_rows - 1 ? all_rows - 1 : top;
-    left = left < 0 ? 0 : left > all_columns - 1 ? all_columns - 1 : left;
-    bottom = bottom > all_rows ? all_rows : bottom <= top ? top + 1 : bottom;
-    right = right > all_columns ? all_columns : right <= left ? left + 1 : right;
-
-    /* Chroma is upsampled from its neighbours, and at the border of what is decoded there are none. */
-    left = left < MARGIN ? 0 : left - MARGIN;
-    right = right + MARGIN > all_columns ? all_columns : right + MARGIN;
+    const int all_columns = (int)d->output_width;
+    const struct window window = window_of(box, reduction, (int)d->output_height, all_columns);
+    const int top = window.top, bottom = window.bottom;
+    /* Chroma is upsampled from its neighbours, which are missing at the border of the decoded part. */
+    const int left = window.left < MARGIN ? 0 : window.left - MARGIN;
+    const int right = window.right + MARGIN > all_columns ? all_columns : window.right + MARGIN;
     JDIMENSION first = (JDIMENSION)left, columns = (JDIMENSION)(right - left);
     if (!usual_sampling(d)) {
         first = 0;
@@ -138,12 +131,7 @@ enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, in
         jpeg_crop_scanline(d, &first, &columns); /* widened to whole blocks */
     }
     const size_t stride = (size_t)columns * 3, needed = stride * (size_t)(bottom - top);
-    if (needed > jpeg->capacity) {
-        free(jpeg->pixels);
-        jpeg->pixels = malloc(needed);
-        jpeg->capacity = jpeg->pixels ? needed : 0;
-    }
-    if (!jpeg->pixels) return NO_MEMORY;
+    if (!hold(&jpeg->pixels, &jpeg->capacity, needed)) return NO_MEMORY;
     if (top > 0) jpeg_skip_scanlines(d, (JDIMENSION)top);
     while ((int)d->output_scanline < bottom) {
         JSAMPROW row = jpeg->pixels + (d->output_scanline - (JDIMENSION)top) * stride;
@@ -153,7 +141,7 @@ enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, in
     return OK;
 }
 
-/* --- what a file is, before it is decoded ------------------------------------------------------------------ */
+/* --- the header of a file --- */
 
 static uint32_t number_at(const uint8_t *data, size_t bytes, int big_endian) {
     uint32_t number = 0;
@@ -169,10 +157,10 @@ static int contains(const uint8_t *data, size_t bytes, const char *word) {
     return 0;
 }
 
-/* Whether all that APP1 segments say of it is that the image is upright; 0 also where they are not understood. */
+/* Whether the APP1 segments say that the image is upright; 0 also if they cannot be parsed. */
 static int says_upright(jpeg_saved_marker_ptr segment) {
     static const uint32_t ORIENTATION = 0x0112, SHORT = 3;
-    int exifs = 0, told = 0, elsewhere = 0;
+    int exifs = 0, upright = 0, elsewhere = 0;
     for (; segment; segment = segment->next) {
         const uint8_t *tiff = segment->data + 6;
         if (segment->data_length < 6 || memcmp(segment->data, "Exif\0", 6) != 0) {
@@ -191,10 +179,10 @@ static int says_upright(jpeg_saved_marker_ptr segment) {
             if (number_at(entry, 2, big_endian) != ORIENTATION) continue;
             if (number_at(entry + 2, 2, big_endian) != SHORT || number_at(entry + 4, 4, big_endian) != 1
                 || number_at(entry + 8, 2, big_endian) != 1) return 0;
-            told = 1;
+            upright = 1;
         }
     }
-    return told || !exifs || !elsewhere;
+    return upright || !exifs || !elsewhere;
 }
 
 size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept) {
@@ -208,7 +196,7 @@ size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept) {
         const int marker = data[at + 1];
         const size_t segment = 2 + number_at(data + at + 2, 2, 1);
         if (marker == TEM || (marker >= RST0 && marker <= EOI) || segment < 4 || segment > bytes - at) return 0;
-        /* JFIF's and Adobe's tell what the colours are */
+        /* the segments of JFIF and Adobe define the colours */
         const int needed = (marker < APP0 || marker > APP15 || marker == APP0 || marker == APP14) && marker != COM;
         if (needed) memcpy(kept + length, data + at, segment);
         length += needed ? segment : 0;

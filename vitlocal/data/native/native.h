@@ -1,11 +1,12 @@
-/* The fused decoder: stored bytes -> finished crop, one call for a batch, on threads of its own.
+/* The fused decoder: stored bytes to finished crops, with one call for each batch, on its own threads.
  *
  * Shapes: an image is H x W x 3 bytes, a crop S x S x 3. A box is in pixels of the image and need not be whole.
- * Errors are codes, never exits: a corrupt image costs its own crop alone.
+ * Errors are status codes. A corrupt image spoils only its own crop.
  */
 #ifndef VITLOCAL_NATIVE_H
 #define VITLOCAL_NATIVE_H
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -13,25 +14,25 @@
 
 enum status {
     OK = 0,
-    CORRUPT = 1,     /* libjpeg's message tells how */
-    WRONG_SIZE = 2,  /* not of the width and height that the file's table gives */
+    CORRUPT = 1,     /* see libjpeg's message */
+    WRONG_SIZE = 2,  /* width or height differ from those in the file's table */
     NO_MEMORY = 3,
-    OUTSIDE = 4,     /* its bytes lie outside the file, or it is no image at all */
-    REFUSED = 5,     /* it would take unduly long; the message tells why */
+    OUTSIDE = 4,     /* its bytes are outside of the file, or it has no area */
+    REFUSED = 5,     /* it would take too long; see the message */
 };
 
 enum { MESSAGE_BYTES = 200 };
 
-enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, all of the image */
+enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, the whole image */
 
-/* What a pass draws its boxes from. The layout is known to __init__.py. */
+/* The crop policy of a pass. __init__.py has this struct, and row, photo and form, as numpy types. */
 struct policy {
     int64_t kind;
     int64_t seed, epoch;
-    double scale_low, scale_high; /* area of the box as a part of the image's */
+    double scale_low, scale_high; /* area of the box, as a fraction of the image */
     double ratio_low, ratio_high; /* width : height */
-    double flip;                  /* chance */
-    double centre;                /* side of the central square as a part of the short edge */
+    double flip;                  /* probability */
+    double centre;                /* side of the central square, as a fraction of the short edge */
 };
 
 struct box {
@@ -39,8 +40,23 @@ struct box {
     int32_t flipped;
 };
 
-/* A row of a .beton file. The layout is known to __init__.py. */
-struct row {
+/* The whole pixels in [0, height) x [0, width) that a box covers at 1/reduction. There is at least one. */
+struct window {
+    int top, left, bottom, right;
+};
+static inline struct window window_of(const struct box *box, int reduction, int height, int width) {
+    struct window w = {
+        (int)floor(box->top / reduction), (int)floor(box->left / reduction),
+        (int)ceil((box->top + box->height) / reduction), (int)ceil((box->left + box->width) / reduction),
+    };
+    w.top = w.top < 0 ? 0 : w.top > height - 1 ? height - 1 : w.top;
+    w.left = w.left < 0 ? 0 : w.left > width - 1 ? width - 1 : w.left;
+    w.bottom = w.bottom > height ? height : w.bottom <= w.top ? w.top + 1 : w.bottom;
+    w.right = w.right > width ? width : w.right <= w.left ? w.left + 1 : w.right;
+    return w;
+}
+
+struct row { /* of a .beton file */
     uint64_t offset, bytes;
     uint32_t width, height;
     uint32_t raw;
@@ -51,21 +67,23 @@ struct row {
 EXPORT void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, struct box *box);
 
 /* resize.c */
-struct resizer; /* scratch of one thread, grown as needed and kept */
+struct resizer; /* scratch memory of one thread, which grows as needed */
 struct resizer *resizer_new(void);
 void resizer_free(struct resizer *resizer);
-/* TRIANGLE widens as it shrinks: what Pillow and torchvision call bilinear with antialiasing. AREA, for shrinking
- * alone, is the mean of what an output pixel covers: OpenCV's INTER_AREA, with which FFCV stores images. */
+/* Makes *pointer hold at least `bytes`, aligned to 64; its content is lost. Returns 0 if there is no memory. */
+int hold(void *pointer, size_t *capacity, size_t bytes);
+/* TRIANGLE is the bilinear filter with antialiasing of Pillow and torchvision. AREA, only for shrinking, is the mean of
+ * the covered pixels, as OpenCV's INTER_AREA, which FFCV uses to store images. */
 enum filter { TRIANGLE, AREA };
-/* Resamples `box` (in pixels of `image`, whose rows are `stride` bytes apart) to `out` (rows, columns, 3). Reads no
- * pixel outside of the image. OK or NO_MEMORY. */
+/* Resamples `box` (in pixels of `image`, with rows `stride` bytes apart) to `out` (rows, columns, 3). Reads no pixel
+ * outside of the image. Returns OK or NO_MEMORY. */
 enum status resize(struct resizer *resizer, const uint8_t *image, size_t stride, int height, int width,
                    const struct box *box, enum filter filter, int rows, int columns, uint8_t *out);
-EXPORT int vitlocal_instructions(int wanted); /* 0 plain, 1 SSE2, 2 AVX2; < 0: the best here. Returns what is used. */
+EXPORT int vitlocal_instructions(int wanted); /* 0 plain, 1 SSE2, 2 AVX2; < 0: the best here. Returns the choice. */
 
 /* jpeg.c */
-struct jpeg; /* a decompressor and its scratch, of one thread */
-struct region { /* part of an image that was decoded at 1/reduction */
+struct jpeg; /* a decompressor and its scratch memory, of one thread */
+struct region { /* a part of an image, decoded at 1/reduction */
     const uint8_t *pixels;
     size_t stride;
     int top, left, height, width; /* in pixels of the reduced image */
@@ -73,12 +91,12 @@ struct region { /* part of an image that was decoded at 1/reduction */
 };
 struct jpeg *jpeg_new(void);
 void jpeg_free(struct jpeg *jpeg);
-/* Decodes what `box` needs, at the largest of 1, 2, 4, 8 that keeps the box at least `size` px. `message` may be
- * written where the result is CORRUPT. The pixels stand until the next call. */
+/* Decodes the part that `box` needs, at the largest reduction of 1, 2, 4, 8 that keeps the box at least `size` px.
+ * Writes `message` if the result is CORRUPT. The pixels are valid until the next call. */
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
                         const struct box *box, int size, int most_reduction, struct region *region, char *message);
 
-/* How a photo is to be stored; `offset` and `bytes` tell where it is in the encoder's output. Known to __init__.py. */
+/* A stored form of a photo. `offset` and `bytes` locate it in the encoder's output. */
 struct form {
     uint32_t width, height;
     uint32_t kind;     /* of enum storing */
@@ -88,40 +106,39 @@ struct form {
     uint64_t offset, bytes;
 };
 
-enum storing { AS_JPEG = 0, AS_RAW = 1, AS_ORIGINAL = 2 }; /* the last: the JPEG itself, stripped */
+enum storing { AS_JPEG = 0, AS_RAW = 1, AS_ORIGINAL = 2 }; /* AS_ORIGINAL: the JPEG itself without metadata */
 
 /* encode.c */
-struct encoder; /* what one thread needs */
-EXPORT struct encoder *vitlocal_encoder_new(void); /* NULL where there is no memory */
+struct encoder; /* for one thread */
+EXPORT struct encoder *vitlocal_encoder_new(void); /* NULL if there is no memory */
 EXPORT void vitlocal_encoder_free(struct encoder *encoder);
-/* What `data` says it is; CORRUPT where it is no JPEG. */
+/* Reads the header of `data`; CORRUPT if it is not a JPEG. */
 struct photo;
 EXPORT int vitlocal_inspect(struct encoder *encoder, const uint8_t *data, int64_t bytes, struct photo *photo);
-/* Encodes a photo in all `forms` (count,), none of them larger than it: the JPEG `data`, or `pixels` (height, width, 3)
- * where they are not NULL. Returns OK and sets *output, which stands until the next call; else a status of which
- * `message` (MESSAGE_BYTES) tells more. */
+/* Encodes a photo in all `forms` (count,), none of them larger than it. The photo is the JPEG `data`, or `pixels`
+ * (height, width, 3) if not NULL. Returns OK and sets *output, which is valid until the next call, or another status
+ * with a `message` (MESSAGE_BYTES). */
 EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t bytes, const uint8_t *pixels,
                            int64_t height, int64_t width, struct form *forms, int64_t count, const uint8_t **output,
                            char *message);
 
-/* What a file says it is. The layout is known to __init__.py. */
-struct photo {
+struct photo { /* the header of a file */
     uint32_t width, height;
-    uint32_t upright;  /* EXIF tells of no turn, nor does XMP beside it */
+    uint32_t upright;  /* neither EXIF nor XMP turns it */
     uint32_t plain;    /* 8 bits, gray or YCbCr */
-    uint32_t keepable; /* quick to read: neither progressive nor arithmetic, and of usual sampling */
+    uint32_t keepable; /* fast to decode: not progressive, not arithmetic, usual sampling */
 };
 enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message);
-/* Copies to `kept` (bytes,) what a decoder needs of a file, without comments, previews and what applications add,
- * and without what follows the end. Returns its length; 0 where there is more than one scan, or no end. */
+/* Copies a file to `kept` (bytes,) without comments, previews, application data and trailing bytes. Returns its length;
+ * 0 if it has several scans or no end. */
 size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept);
 
 /* image.c */
-struct decoder; /* what one thread needs */
+struct decoder; /* for one thread */
 struct decoder *decoder_new(void);
 void decoder_free(struct decoder *decoder);
-/* The crop (S, S, 3) that `policy` draws for `draw` from the image that `row` tells of in a file. `message`
- * (MESSAGE_BYTES) tells more of a CORRUPT one. */
+/* Decodes the crop (S, S, 3) of `draw` by `policy` from the image `row` of a file. Writes `message` (MESSAGE_BYTES) if
+ * the image is CORRUPT. */
 enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_bytes, const struct row *row,
                    const struct policy *policy, int64_t draw, int size, int most_reduction, uint8_t *crop,
                    char *message);

@@ -1,4 +1,4 @@
-/* The two passes for TARGET; AVX2 says whether a vector of 16 numbers is one register or two. */
+/* The two passes for TARGET. With AVX2, a vector of 16 numbers is one register, else two. */
 
 #if AVX2
 #define VECTOR __m256i
@@ -35,7 +35,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
     const uint8_t *rows[ROWS];
     for (int row = 0; row < ROWS; row++) rows[row] = image + (size_t)first[row] * stride;
     for (int column = 0; column < columns; column += ROWS) {
-        if (column > columns - ROWS) column = columns - ROWS; /* the last ones are done twice, to stay inside */
+        if (column > columns - ROWS) column = columns - ROWS; /* repeats some columns to stay inside */
         __m128i lower[ROWS], upper[ROWS]; /* columns 0-7 and 8-15 of each row */
         for (int row = 0; row < ROWS; row++) {
             const uint8_t *pixel = rows[row] + column;
@@ -66,7 +66,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
 
 TARGET static void NAME(first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                                const uint16_t *wide, uint16_t *turned) {
-    switch (taps) { /* constants, so that the loop over the taps is unrolled */
+    switch (taps) { /* constants unroll the loop over the taps */
     case 2: NAME(first_of_taps)(image, stride, columns, first, 2, wide, turned); break;
     case 3: NAME(first_of_taps)(image, stride, columns, first, 3, wide, turned); break;
     case 4: NAME(first_of_taps)(image, stride, columns, first, 4, wide, turned); break;
@@ -81,7 +81,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
     const VECTOR half = FILL(rounding(taps));
     for (int start = strip->start; start < strip->end; start += ROWS) {
         const int count = strip->end - start < ROWS ? strip->end - start : ROWS;
-        __m128i bytes[3 * ROWS]; /* of 16 pixels, three channels each; a row's byte in each lane */
+        __m128i bytes[3 * ROWS]; /* 16 pixels with three channels; each lane is a row */
         for (int i = 0; i < count; i++) {
             const uint16_t *from = turned + (size_t)(weights->first[start + i] - strip->from) * 3 * ROWS;
             const uint16_t *weight = weights->of + (size_t)(start + i) * taps;
@@ -107,7 +107,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
         uint8_t *place = out + (size_t)(start - strip->start) * 3;
         for (int part = 0; part < 3; part++) {
             __m128i *turning = bytes + part * ROWS;
-            const int there = 3 * count - part * ROWS; /* bytes of this part that are in the strip */
+            const int there = 3 * count - part * ROWS; /* bytes of this part in the strip */
             if (there <= 0) break;
             TURN_BYTES(turning);
             for (int row = 0; row < strip->rows; row++) {

@@ -1,12 +1,11 @@
 /* Antialiased resampling of interleaved RGB bytes, rows first and then columns.
  *
- * Sixteen output rows are made at a time. Their columns are turned so that the same column of all sixteen lies in
- * one vector: the second pass then needs no shuffles, and its weights are one number a vector. All arithmetic is
- * on 16-bit integers, so every instruction set gives the same bytes.
+ * Sixteen output rows are made at a time. They are transposed so that a column of all sixteen is one vector. So the
+ * second pass needs no shuffles and one weight for each vector. All arithmetic is on 16-bit integers, so every
+ * instruction set gives the same bytes.
  */
 #include "native.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,10 +18,10 @@ enum {
     ROWS = 16,
     ALIGNMENT = 64,
     MANY_TAPS = 64,
-    STRIP = 160, /* pixels of the image that are turned at a time: 15 KiB, which stay in the first cache */
+    STRIP = 160, /* pixels of the image that are transposed at a time: 15 KiB, which stay in the L1 cache */
 };
 
-/* Which `taps` pixels from `first` on give an output pixel. Each has all its taps inside of the image. */
+/* An output pixel is a weighted sum of the `taps` pixels from `first`, all inside of the image. */
 struct weights {
     int taps;
     int32_t *first; /* (length of the output,) */
@@ -36,16 +35,16 @@ struct capacity {
 struct resizer {
     struct weights vertical, horizontal;
     struct capacity vertical_capacity, horizontal_capacity;
-    uint16_t *wide;   /* (ROWS, taps, ROWS): a block's vertical weights, each filling a vector */
-    uint16_t *turned; /* (columns, ROWS): a block of rows after the first pass, values x 256 */
+    uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
+    uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
     uint8_t *narrow;  /* a copy of an image too narrow for a vector */
-    double *shares;   /* (taps,): of the pixels in one output pixel */
+    double *shares;   /* (taps,): weights of the pixels in one output pixel */
     size_t wide_bytes, turned_bytes, narrow_bytes, shares_bytes;
 };
 
 typedef void first_pass(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                         const uint16_t *wide, uint16_t *turned);
-/* Output pixels start..end of some rows, made while what they need is at hand: pixels `from` on, turned. */
+/* Output pixels start..end of some rows, from the transposed pixels from `from`. */
 struct strip {
     int start, end, rows, from;
 };
@@ -53,7 +52,7 @@ struct strip {
 typedef void second_pass(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
                          uint8_t *out, size_t stride);
 
-/* --- plain C, the twin that the others are tested against ------------------------------------------------- */
+/* --- plain C, with which tests compare the others --- */
 
 static void first_plain(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                         const uint16_t *wide, uint16_t *turned) {
@@ -69,54 +68,48 @@ static void first_plain(const uint8_t *image, size_t stride, int columns, const 
     }
 }
 
-static uint16_t rounding(int taps) { /* half a level, and what cutting each product off loses on average */
+static uint16_t rounding(int taps) { /* half a level, and the average loss of truncating each product */
     return (uint16_t)(128 + taps / 2);
+}
+
+static inline void second_in_c(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
+                               uint8_t *out, size_t stride, const int exact) {
+    const int taps = weights->taps;
+    for (int x = strip->start; x < strip->end; x++) {
+        for (int channel = 0; channel < 3; channel++) {
+            const uint16_t *column = turned + ((weights->first[x] - strip->from) * 3 + channel) * ROWS;
+            for (int row = 0; row < strip->rows; row++) {
+                uint32_t sum = exact ? 0 : rounding(taps); /* exact: at most 65280 x 65535 */
+                for (int tap = 0; tap < taps; tap++) {
+                    const uint32_t product = (uint32_t)column[(size_t)tap * 3 * ROWS + row]
+                                             * weights->of[(size_t)x * taps + tap];
+                    sum += exact ? product : product >> 16;
+                }
+                out[(size_t)row * stride + (size_t)(x - strip->start) * 3 + channel] =
+                    exact ? (uint8_t)(((uint64_t)sum + (1 << 23)) >> 24) : (uint8_t)((sum > 65535 ? 65535 : sum) >> 8);
+            }
+        }
+    }
 }
 
 static void second_plain(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
                          uint8_t *out, size_t stride) {
-    const int taps = weights->taps;
-    for (int x = strip->start; x < strip->end; x++) {
-        for (int channel = 0; channel < 3; channel++) {
-            const uint16_t *column = turned + ((weights->first[x] - strip->from) * 3 + channel) * ROWS;
-            for (int row = 0; row < strip->rows; row++) {
-                uint32_t sum = rounding(taps);
-                for (int tap = 0; tap < taps; tap++) {
-                    sum += ((uint32_t)column[tap * 3 * ROWS + row] * weights->of[x * taps + tap]) >> 16;
-                }
-                out[(size_t)row * stride + (size_t)(x - strip->start) * 3 + channel] =
-                    (uint8_t)((sum > 65535 ? 65535 : sum) >> 8);
-            }
-        }
-    }
+    second_in_c(turned, weights, strip, out, stride, 0);
 }
 
-/* For more taps than a sum of cut-off products is exact enough for: shrinking to less than a thirtieth. */
+/* For more taps than a sum of truncated products is exact enough for: shrinking to less than a thirtieth. */
 static void second_exact(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
                          uint8_t *out, size_t stride) {
-    const int taps = weights->taps;
-    for (int x = strip->start; x < strip->end; x++) {
-        for (int channel = 0; channel < 3; channel++) {
-            const uint16_t *column = turned + ((weights->first[x] - strip->from) * 3 + channel) * ROWS;
-            for (int row = 0; row < strip->rows; row++) {
-                uint32_t sum = 0; /* at most 65280 x 65535 */
-                for (int tap = 0; tap < taps; tap++) {
-                    sum += (uint32_t)column[(size_t)tap * 3 * ROWS + row] * weights->of[(size_t)x * taps + tap];
-                }
-                out[(size_t)row * stride + (size_t)(x - strip->start) * 3 + channel] =
-                    (uint8_t)(((uint64_t)sum + (1 << 23)) >> 24);
-            }
-        }
-    }
+    second_in_c(turned, weights, strip, out, stride, 1);
 }
 
 #ifdef HAVE_X86
 
-/* Turns a 16 x 16 square of bytes: rows in, columns out. */
+/* Transposes a 16 x 16 square of bytes. */
 #define TURN_BYTES(v)                                                                                         \
     do {                                                                                                      \
         __m128i t[16];                                                                                        \
-        for (int stage = 0; stage < 4; stage++) { /* each doubles the run that lies right */                  \
+        for (int stage = 0; stage < 4; stage++) { /* each doubles the length of the runs in place */                  \
             for (int i = 0; i < 8; i++) {                                                                     \
                 t[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);                                                 \
                 t[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);                                             \
@@ -125,7 +118,7 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
         }                                                                                                     \
     } while (0)
 
-/* Turns an 8 x 8 square of 16-bit numbers. */
+/* Transposes an 8 x 8 square of 16-bit numbers. */
 #define TURN_WORDS(v)                                                                                         \
     do {                                                                                                      \
         __m128i t[8];                                                                                         \
@@ -138,7 +131,7 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
         }                                                                                                     \
     } while (0)
 
-/* The two passes for one instruction set; included once for each. */
+/* The two passes, for each instruction set. */
 #define TARGET __attribute__((target("avx2")))
 #define NAME(pass) pass##_avx2
 #define AVX2 1
@@ -156,9 +149,16 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
 
 #endif
 
-/* --- which of them --------------------------------------------------------------------------------------- */
+/* --- the choice of an instruction set --- */
 
 enum { PLAIN = 0, SSE2 = 1, WITH_AVX2 = 2 };
+#ifdef HAVE_X86
+static first_pass *const FIRST[] = {first_plain, first_sse2, first_avx2};
+static second_pass *const SECOND[] = {second_plain, second_sse2, second_avx2};
+#else
+static first_pass *const FIRST[] = {first_plain};
+static second_pass *const SECOND[] = {second_plain};
+#endif
 
 static int instructions = -1;
 
@@ -178,40 +178,22 @@ int vitlocal_instructions(int wanted) {
     return used;
 }
 
-static first_pass *first_of(int kind) {
-#ifdef HAVE_X86
-    return kind == WITH_AVX2 ? first_avx2 : kind == SSE2 ? first_sse2 : first_plain;
-#else
-    (void)kind;
-    return first_plain;
-#endif
-}
+/* --- weights --- */
 
-static second_pass *second_of(int kind) {
-#ifdef HAVE_X86
-    return kind == WITH_AVX2 ? second_avx2 : kind == SSE2 ? second_sse2 : second_plain;
-#else
-    (void)kind;
-    return second_plain;
-#endif
-}
+static const double TINY = 1e-6; /* of a pixel: rounding errors must not add a pixel */
 
-/* --- weights --------------------------------------------------------------------------------------------- */
-
-static const double TINY = 1e-6; /* of a pixel: rounding errors must not cover another one */
-
-/* Written out, for without them calls of libm are half of the time that a small crop takes. */
+/* Without these, calls of libm take half of the time of a small crop. */
 static inline double larger(double a, double b) { return a > b ? a : b; }
 static inline double smaller(double a, double b) { return a < b ? a : b; }
-static inline int rounded_up(double a) { /* of what is not negative */
+static inline int rounded_up(double a) { /* for a >= 0 */
     const int down = (int)a;
     return down + (down < a);
 }
 
 static int taps_for(enum filter filter, double start, double extent, int size, int length) {
     const double scale = extent / size;
-    int taps = rounded_up(2 * larger(scale, 1)); /* as many middles of pixels as can lie under the triangle */
-    if (filter == AREA) { /* as many as are covered in part: at 5 to 4 never more than two */
+    int taps = rounded_up(2 * larger(scale, 1)); /* the largest number of pixel centres under the triangle */
+    if (filter == AREA) { /* the largest number of covered pixels */
         taps = 1;
         for (int i = 0; i < size; i++) {
             const int covered = rounded_up(start + (i + 1) * scale - TINY) - (int)(start + i * scale + TINY);
@@ -221,8 +203,8 @@ static int taps_for(enum filter filter, double start, double extent, int size, i
     return taps < length ? taps : length;
 }
 
-/* How much each of the pixels low..high counts in the output pixel that covers [from, to), and the sum of that: as much
- * as is covered, or a triangle around the middle that reaches `reach` pixels to either side. */
+/* The weights of the pixels low..high in the output pixel that covers [from, to), and their sum. A weight is the covered
+ * part of a pixel (AREA), or a triangle around the centre that reaches `reach` pixels to either side. */
 static double shares_of(enum filter filter, int low, int high, double from, double to, double reach, double *shares) {
     const double centre = (from + to) / 2, slope = 1 / reach;
     double sum = 0;
@@ -234,8 +216,8 @@ static double shares_of(enum filter filter, int low, int high, double from, doub
     return sum;
 }
 
-/* The filter over [start, start + extent) of `length` pixels. Each weight is the difference of two rounded running
- * sums, so that they sum to `total` and rounding errors cancel between neighbours. `shares` is scratch, (taps,). */
+/* Fills in the weights of the filter over [start, start + extent) of `length` pixels. Each weight is the difference of
+ * two rounded running sums. So the weights sum to `total`, and rounding errors cancel. `shares` is scratch, (taps,). */
 static void fill(struct weights *weights, enum filter filter, double start, double extent, int length, int size,
                  int total, int flip, double *shares) {
     const double scale = extent / size, reach = larger(scale, 1);
@@ -267,7 +249,7 @@ static void fill(struct weights *weights, enum filter filter, double start, doub
     }
 }
 
-/* --- scratch --------------------------------------------------------------------------------------------- */
+/* --- scratch memory --- */
 
 struct resizer *resizer_new(void) { return calloc(1, sizeof(struct resizer)); }
 
@@ -284,8 +266,7 @@ void resizer_free(struct resizer *r) {
     free(r);
 }
 
-/* Makes *pointer hold at least `bytes`; what was in it is lost. */
-static int hold(void *pointer, size_t *capacity, size_t bytes) {
+int hold(void *pointer, size_t *capacity, size_t bytes) {
     void **memory = pointer;
     if (bytes <= *capacity && *memory) return 1;
     free(*memory);
@@ -302,18 +283,12 @@ static int prepare_weights(struct weights *weights, struct capacity *capacity, i
 
 enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int height, int width,
                    const struct box *box, enum filter filter, int rows, int columns, uint8_t *out) {
-    /* Only what the box covers is looked at, be it in part. */
-    int top = (int)floor(box->top), left = (int)floor(box->left);
-    int bottom = (int)ceil(box->top + box->height), right = (int)ceil(box->left + box->width);
-    top = top < 0 ? 0 : top > height - 1 ? height - 1 : top;
-    left = left < 0 ? 0 : left > width - 1 ? width - 1 : left;
-    bottom = bottom > height ? height : bottom <= top ? top + 1 : bottom;
-    right = right > width ? width : right <= left ? left + 1 : right;
-    const int tall = bottom - top, across = right - left;
+    const struct window window = window_of(box, 1, height, width); /* no other pixels are read */
+    const int top = window.top, left = window.left, tall = window.bottom - top, across = window.right - left;
     image += (size_t)top * stride + (size_t)left * 3;
 
     int bytes_across = across * 3;
-    if (bytes_across < ROWS) { /* a vector would read past the end of the image */
+    if (bytes_across < ROWS) { /* a vector would exceed the image */
         if (!hold(&r->narrow, &r->narrow_bytes, (size_t)tall * ROWS)) return NO_MEMORY;
         for (int row = 0; row < tall; row++) {
             memset(r->narrow + row * ROWS, 0, ROWS);
@@ -337,15 +312,15 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
 
     int kind = __atomic_load_n(&instructions, __ATOMIC_RELAXED);
     if (kind < 0) kind = vitlocal_instructions(-1);
-    first_pass *first = first_of(kind);
-    second_pass *second = r->horizontal.taps > MANY_TAPS ? second_exact : second_of(kind);
-    /* In whole vectors of three channels. */
+    first_pass *first = FIRST[kind];
+    second_pass *second = r->horizontal.taps > MANY_TAPS ? second_exact : SECOND[kind];
+    /* Whole vectors of three channels. */
     const int fitting = (int)fmin(columns, STRIP * columns / box->width) / ROWS * ROWS;
     const int strip_columns = fitting ? fitting : ROWS;
     for (int y = 0; y < rows; y += ROWS) {
         const int some = rows - y < ROWS ? rows - y : ROWS;
         int32_t from[ROWS];
-        for (int row = 0; row < ROWS; row++) { /* the last block's missing rows repeat the last one */
+        for (int row = 0; row < ROWS; row++) { /* the last block repeats its last row */
             const int place = y + (row < some ? row : some - 1);
             from[row] = r->vertical.first[place];
             for (int tap = 0; tap < taps; tap++) {
@@ -356,9 +331,9 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
         }
         for (int x = 0; x < columns; x += strip_columns) {
             const int end = columns - x < strip_columns ? columns : x + strip_columns;
-            const int a = r->horizontal.first[x], b = r->horizontal.first[end - 1]; /* a > b where it is flipped */
+            const int a = r->horizontal.first[x], b = r->horizontal.first[end - 1]; /* a > b if it is flipped */
             int low = a < b ? a : b, bytes = ((a < b ? b : a) + r->horizontal.taps - low) * 3;
-            if (bytes < ROWS) { /* less than a vector: all of the row is not */
+            if (bytes < ROWS) { /* less than a vector, but the whole row is not */
                 low = 0;
                 bytes = bytes_across;
             }

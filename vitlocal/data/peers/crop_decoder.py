@@ -63,7 +63,7 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images 
         pool, policy, most_reduction = self.threads.pool, self.policy.ctypes.data, self.most_reduction
         damaged, row_bytes = self.damaged.ctypes.data, ROW.itemsize
 
-        def decode(rows_asked, crops, metadata, storage_state):
+        def decode(rows_asked, crops, metadata, storage_state):  # type: ignore[no-untyped-def]  # numba compiles it
             count = len(rows_asked)
             rows = np.zeros((count, row_bytes // 8), np.uint64)  # native.ROW, with an address as the offset
             draws = np.empty(count, np.int64)

@@ -13,7 +13,7 @@ import io
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +28,7 @@ from vitlocal.data.crops import ROW_MASK, Box, CropPolicy, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -109,8 +109,10 @@ class DALISource:
     ):  # fmt: skip
         self.images, self.numbers = open_originals(root, spec, split)
         self.classes, self.count = tuple(self.images.classes), len(self.numbers)
-        self.crops, self.device, self.workers, self.damaged, self.share = crops, device, workers, (), share
-        self.rows, self.side = RowSubsets(self.count), None
+        self.crops, self.device, self.workers, self.share = crops, device, workers, share
+        self.damaged: Collection[int] = ()
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = None
         self.readers = ThreadPoolExecutor(workers)  # they wait for the disk and read headers
         self.local = threading.local()  # each reader has a copy of the images, whose open files have positions
         self.pipeline: Any = None
@@ -132,13 +134,13 @@ class DALISource:
         box = self.crops.box(epoch, draw, height, width)
         return pipeline_inputs(data, height, width, box, size)
 
-    def _read(self, slices: Sequence[Slice], epoch: int, size: int) -> Iterator[Batch]:
+    def _read(self, slices: Sequence[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         # Only the last slice can be empty.
         spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
         if spans:
             self._build_pipeline(max(len(part.draws) for part in spans))
         reading: deque[Any] = deque()
-        decoding: deque[Slice] = deque()
+        decoding: deque[BatchSlice] = deque()
         try:
             for number in range(len(spans) + BATCHES_AHEAD):
                 if number < len(spans):
@@ -181,7 +183,7 @@ class DALISource:
         for name in samples[0]:
             self.pipeline.feed_input(name, [sample[name] for sample in samples])
 
-    def _batch(self, part: Slice, size: int) -> Batch:
+    def _batch(self, part: BatchSlice, size: int) -> Batch:
         rows = part.draws & ROW_MASK
         try:
             (output,) = self.pipeline.share_outputs()

@@ -13,7 +13,7 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +29,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import check_lengths, choose_file
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.peers.crop_decoder import keep_torch_threads
-from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -41,7 +41,7 @@ with keep_torch_threads():
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor
 
-# numba fails with a KeyError, which nobody can catch, if it frees FFCV's compiled decoders. At exit it does not free them.
+# Compiled loaders stay alive, because numba fails with a KeyError in a finalizer if it frees FFCV's decoders.
 _compiled: list[FFCVLoader] = []
 
 
@@ -127,9 +127,11 @@ class FFCVSource:
         side_ratio: float = 1.5, share: Share = WHOLE,
     ):  # fmt: skip
         self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
-        self.device, self.workers, self.share, self.damaged = device, workers, share, ()
+        self.device, self.workers, self.share = device, workers, share
+        self.damaged: Collection[int] = ()
         self.classes, self.count = manifest.classes, manifest.count
-        self.rows, self.side = RowSubsets(self.count), max(file.side for file in manifest.files)
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = max(file.side for file in manifest.files)
         self.loaders: dict[Path, FileLoader] = {}
         check_lengths(self.root, manifest)
 
@@ -156,7 +158,7 @@ class FFCVSource:
             self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
         return self.loaders[path]
 
-    def _read(self, loader: FileLoader, slices: list[Slice], size: int) -> Iterator[Batch]:
+    def _read(self, loader: FileLoader, slices: list[BatchSlice], size: int) -> Generator[Batch, None, None]:
         # FFCV cuts its order into batches of one length; the last slice of a process may have another.
         for length, group in groupby(slices, lambda part: len(part.draws)):
             parts = list(group)

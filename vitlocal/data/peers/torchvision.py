@@ -6,7 +6,7 @@ It is the comparison that users know, and the slow reference for tests of the na
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,7 +17,7 @@ from vitlocal.data.batch import Batch, RowSubsets
 from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, Share, Slice
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -68,7 +68,7 @@ class RequestSampler(Sampler[list[Request]]):
     """A batch sampler whose slices, epoch and size are set before each pass."""
 
     def __init__(self) -> None:
-        self.slices: Sequence[Slice] = ()
+        self.slices: Sequence[BatchSlice] = ()
         self.epoch, self.size = 0, 0
 
     def __iter__(self) -> Iterator[list[Request]]:
@@ -92,8 +92,10 @@ class TorchvisionSource:
     ):  # fmt: skip
         images, rows = open_originals(root, spec, split)
         self.classes, self.count = tuple(images.classes), len(rows)
-        self.crops, self.device, self.damaged, self.share = crops, device, (), share
-        self.rows, self.side = RowSubsets(self.count), None
+        self.crops, self.device, self.share = crops, device, share
+        self.damaged: Collection[int] = ()
+        self.rows = RowSubsets(self.count)
+        self.side: int | None = None
         self.sampler = RequestSampler()
         self.loader: DataLoader = DataLoader(
             CropDataset(images, rows, crops),

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
@@ -31,6 +31,7 @@ CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
 EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
+StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
 _UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 
 
@@ -84,7 +85,7 @@ class Interrupts:
 
 def encode_chunks(
     images: ImageSet, job: EncodeJob, start: int, workers: int, interrupts: Interrupts
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
     Interrupts take effect between chunks. A row that fails ends its chunk. The chunk with the rows before it comes
@@ -176,7 +177,9 @@ def rows_per_chunk(job: EncodeJob) -> int:
 def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder, stopping: threading.Event) -> Chunk:
     rows: list[list[tuple[int, ...]]] = [[] for _ in job.files]
     parts: list[list[bytes]] = [[] for _ in job.files]
-    skipped, failure, end = {}, None, span.stop
+    skipped: dict[int, str] = {}
+    failure: RuntimeError | None = None  # DataError is a RuntimeError
+    end = span.stop
     for index in span:
         if stopping.is_set():
             end = index
@@ -215,7 +218,7 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
 def encode_image(
     images: ImageSet, index: int, job: EncodeJob, encoder: Encoder
 ) -> list[tuple[tuple[int, int, int], bytes]]:
-    """For each file ((mode, width, height), bytes). Raises the errors of reading and decoding."""
+    """The image as each file stores it. Raises the errors of reading and decoding."""
     if images.holds_files:
         data = images.read(index)
         photo = encoder.inspect(data)
@@ -239,7 +242,7 @@ def encode_image(
 
 def _stored(
     photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder
-) -> list[tuple[tuple[int, int, int], bytes]] | None:
+) -> list[StoredImage] | None:
     forms = [_form(file, width, height, keepable, job) for file in job.files]
     different = list(dict.fromkeys(forms))  # a small image may be equal in several files
     made = encoder.encode(photo, height, width, np.array([(*form, 0, 0, 0) for form in different], FORM))

@@ -1,0 +1,125 @@
+"""Made-up images, and settings of the writer, that tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitlocal.data import beton
+from vitlocal.data.images import ImageSet, decode_rgb
+from vitlocal.data.writer import encode, journal
+from vitlocal.data.writer import write as write_module
+from vitlocal.data.writer.write import StoredFile, WriteConfig
+from vitlocal.errors import DataError
+
+FILES = (StoredFile(64, "raw"), StoredFile(96, "jpg"))
+
+
+@dataclasses.dataclass
+class FakeImages:
+    """Smooth noise of varying sizes. ``acts`` maps rows to what happens when they are loaded."""
+
+    count: int
+    size: tuple[int, int] | None = None  # width, height; None: vary
+    acts: dict[int, str] = dataclasses.field(default_factory=dict)
+    spec: str = "fake"
+    holds_files: bool = False
+    classes: tuple[str, ...] = ("ant", "bee", "cow")
+
+    def __post_init__(self) -> None:
+        self.labels = np.arange(self.count) % 3
+
+    def __len__(self) -> int:
+        return self.count
+
+    def entry(self, index: int) -> str:
+        return f"{self.classes[index % 3]}/{index}.png"
+
+    def load(self, index: int) -> Image.Image:
+        act = self.acts.get(index)
+        if act == "unreadable":
+            raise DataError(f"{self.entry(index)}: cut off after 12 bytes; restore it")
+        if act == "bug":
+            raise TypeError("an error of ours")
+        if act in ("SIGKILL", "SIGINT", "SIGTERM"):
+            os.kill(os.getpid(), getattr(signal, act))
+        if act == "slow":
+            time.sleep(60)
+        rng = np.random.default_rng(index)
+        width, height = self.size or rng.integers(40, 140, 2).tolist()
+        noise = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_config(out: Path, **changes: object) -> WriteConfig:
+    options = {"split": "train", "source": None, "out": str(out), "files": FILES, "quality": 90, "workers": 1}
+    return WriteConfig(**{**options, "on_error": "stop", **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def finished_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".beton", ".json"))
+
+
+def commit_often(setattr=setattr) -> None:
+    """Commits after every chunk, of a few rows, on pages of 2 MiB."""
+    setattr(journal, "COMMIT_SECONDS", 0.0)
+    setattr(encode, "CHUNK_BYTES", 60_000)
+    setattr(write_module, "page_size_for", lambda largest: beton.page_size_for(largest, 1 << 21))
+
+
+def rgb(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def rows_of(path: Path) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    """The metadata of the images, the labels and the encoded images, by FFCV's own reader."""
+    from ffcv.reader import Reader
+
+    reader = Reader(str(path))
+    assert reader.field_names == ["image", "label"]
+    data = path.read_bytes()
+    sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
+    images = reader.metadata["f0"]
+    return images, reader.metadata["f1"], [data[p : p + sizes[p]] for p in images["data_ptr"].tolist()]
+
+
+def encode_colour(
+    colour: object = (200, 30, 60), mode: str = "RGB", format: str = "PNG", size=(12, 8), **options
+) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def colour_of(image: Image.Image) -> tuple[int, ...]:
+    return image.getpixel((0, 0))
+
+
+def check_set(source: ImageSet, spec: str) -> None:
+    """Checks what every image set guarantees."""
+    assert isinstance(source, ImageSet)
+    assert source.spec == spec
+    assert source.labels.dtype == np.int64 and source.labels.shape == (len(source),)
+    assert 0 <= source.labels.min() and source.labels.max() < len(source.classes)
+    assert len({source.entry(i) for i in range(len(source))}) == len(source)
+    for i in (0, len(source) - 1):
+        loaded = source.load(i)
+        assert loaded.mode == "RGB"
+        assert np.array_equal(loaded, decode_rgb(source.read(i), source.entry(i)))
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(1) == source.read(1) and copy.entry(1) == source.entry(1)
+    with pytest.raises(IndexError):
+        source.read(len(source))

@@ -1,0 +1,137 @@
+"""Checking .beton files and manifests."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_images import FILES, FakeImages, rows_of, write_config
+
+from vitlocal.data import beton
+from vitlocal.data.beton import check_beton
+from vitlocal.data.manifest import Manifest
+from vitlocal.data.writer.write import write
+from vitlocal.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("frequent_commits")
+
+
+def test_a_truncated_file_is_detected(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    path = tmp_path / "cut.beton"
+    for name in ("train_64_raw.beton", "train_96_jpg.beton"):
+        data = reference[name]
+        cuts = {*range(40), *range(len(data) - 60 * 24 - 3, len(data)), *range(0, len(data), 4999)}
+        path.write_bytes(data)
+        for cut in sorted(cuts, reverse=True):
+            os.truncate(path, cut)
+            with pytest.raises(DataError, match=r"cut.beton: .*(cut off|expected|no images).*write the split again"):
+                check_beton(path)
+        path.write_bytes(data + b"\0")
+        with pytest.raises(DataError, match=r"damaged"):
+            check_beton(path)
+
+
+def test_damaged_and_foreign_files(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    data = np.frombuffer(reference["train_64_raw.beton"], np.uint8)
+    path = tmp_path / "bad.beton"
+    metadata_at = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
+    table_at = len(data) - 60 * 24
+    for at, value in (
+        (0, 3),  # version
+        (2, 1),  # fields
+        (4, 7),  # page size
+        (8, 61),  # samples
+        (beton.HEADER.itemsize, 3),  # type of a field
+        (metadata_at, 2),  # mode
+        (metadata_at + 2, 77),  # width
+        (metadata_at + 5, data[metadata_at + 5] ^ 1),  # pointer
+        (metadata_at + 17, 1),  # label
+        (table_at + 15, 255),  # pointer, near 2^64
+        (table_at + 16, data[table_at + 16] ^ 1),  # size
+        (table_at + 23, 255),  # size, near 2^64
+    ):
+        changed = data.copy()
+        changed[at] = value
+        path.write_bytes(changed.tobytes())
+        with pytest.raises(DataError, match=r"bad.beton: .*write the split again"):
+            check_beton(path, classes=3)
+    path.write_bytes(np.random.default_rng(0).bytes(5000))
+    with pytest.raises(DataError, match=r"not a .beton file"):
+        check_beton(path)
+    with pytest.raises(DataError, match=r"does not exist"):
+        check_beton(tmp_path / "none.beton")
+    with pytest.raises(DataError, match=r"cannot be read"):
+        check_beton(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_files_that_ffcv_wrote_pass(tmp_path: Path) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    images = FakeImages(30)
+    samples = [(np.asarray(images.load(index)), index % 3) for index in range(30)]
+    fields = {"image": RGBImageField("raw", max_resolution=64), "label": IntField()}
+    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=2).from_indexed_dataset(samples, chunksize=4)
+    info = check_beton(tmp_path / "stock.beton", classes=3)
+    assert (info.count, info.modes, info.max_label) == (30, {"raw"}, 2)
+    write(write_config(tmp_path, files=FILES[:1]), images, progress=False)
+    theirs, ours = rows_of(tmp_path / "stock.beton"), rows_of(tmp_path / "train_64_raw.beton")
+    assert theirs[1].tolist() == ours[1].tolist()
+    for stock, mine in zip(theirs[2], ours[2], strict=True):
+        assert np.abs(np.frombuffer(stock, np.uint8).astype(int) - np.frombuffer(mine, np.uint8)).max() <= 1
+
+
+def test_checking_a_million_rows_is_quick(tmp_path: Path) -> None:
+    count = 1_280_000
+    rng, start = np.random.default_rng(0), beton.data_start(count)
+    metadata, table = np.zeros(count, beton.METADATA), np.zeros(count, beton.ALLOCATION)
+    metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"] = beton.RAW, 2, 1
+    metadata["f0"]["data_ptr"] = start + 8 * np.arange(count)
+    order = rng.permutation(count)
+    table["sample_id"], table["ptr"], table["size"] = order, metadata["f0"]["data_ptr"][order], 6
+    path = tmp_path / "many.beton"
+    with open(path, "wb") as file:
+        file.write(beton.head_bytes(metadata, 1 << 21, start + 8 * count))
+        file.seek(start + 8 * count)
+        file.write(table.tobytes())
+    began = time.process_time()
+    assert check_beton(path).count == count
+    assert time.process_time() - began < 3  # about 0.3 on a quiet machine
+
+
+def test_wrong_manifests(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.json does not exist.*write_dataset.py --split train"):
+        Manifest.load(tmp_path / "train.json")
+    write(write_config(tmp_path), FakeImages(4), progress=False)
+    path = tmp_path / "train.json"
+    text = path.read_text()
+    content = json.loads(text)
+    path.write_text(json.dumps({**content, "version": 2, "other": 1}))
+    with pytest.raises(DataError, match=r"version 2 of a newer vitlocal"):
+        Manifest.load(path)
+    wrong = [text[:-20], "[]", "{}", '{"version": "1"}', "\x00", ""]
+    for change in (
+        {"count": 5},
+        {"entries": [1, 2, 3, 4]},
+        {"entries": "abcd"},
+        {"files": []},
+        {"files": [3]},
+        {"files": [{**content["files"][0], "side": None}]},
+        {"files": [{**content["files"][0], "file": "../x.beton"}]},
+        {"source": None},
+        {"source": {**content["source"], "length": 9}},
+        {"count": True},
+    ):
+        wrong.append(json.dumps({**content, **change}))
+    for damaged in wrong:
+        path.write_text(damaged)
+        with pytest.raises(DataError, match=r"train.json is damaged: .*write the split again"):
+            Manifest.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"damaged"):
+        Manifest.load(path)
