@@ -386,13 +386,7 @@ def test_parquet_caches_few_row_groups(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_parquet_other_columns(tmp_path: Path) -> None:
     write_shard(
-        tmp_path / "train.parquet",
-        range(3),
-        [0, 1, 1],
-        ["a", "b"],
-        struct=False,
-        image="img",
-        label="fine_label",
+        tmp_path / "train.parquet", range(3), [0, 1, 1], ["a", "b"], struct=False, image="img", label="fine_label"
     )
     source = open_images(str(tmp_path), "train")
     assert source.read(2) == photo(2) and source.classes == ("a", "b")

@@ -140,9 +140,7 @@ def test_reduced_decoding_stays_close(photos, threads):
         crops, _ = stored.decode(size, threads)
         full, _ = stored.decode(size, threads, most=FULL)
         assert 0 < difference(crops, full).mean() < 4
-        assert (
-            difference(crops, full[:, :, ::-1]).mean() > 2 * difference(crops, full).mean()
-        )
+        assert difference(crops, full[:, :, ::-1]).mean() > 2 * difference(crops, full).mean()
 
 
 def test_every_number_of_threads_gives_the_same_bytes(photos):

@@ -11,10 +11,7 @@ import pytest
 from fake_images import colour_of, encode_colour
 from PIL import Image, features
 
-from vitlocal.data.images import (
-    decode_rgb,
-    to_rgb,
-)
+from vitlocal.data.images import decode_rgb, to_rgb
 from vitlocal.errors import DataError
 
 
@@ -162,14 +159,7 @@ def noisy(format: str = "JPEG") -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [
-        b"",
-        b"no image at all",
-        noisy()[:1500],
-        noisy()[:30],
-        noisy("PNG")[:1500],
-        encode_colour(format="BMP")[:100],
-    ],
+    [b"", b"no image at all", noisy()[:1500], noisy()[:30], noisy("PNG")[:1500], encode_colour(format="BMP")[:100]],
     ids=["empty", "text", "half a JPEG", "JPEG header", "half a PNG", "half a BMP"],
 )
 def test_decode_rejects_incomplete_files(data: bytes) -> None:

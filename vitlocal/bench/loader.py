@@ -19,14 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.contestants import (
-    Contestant,
-    TurnDisplay,
-    closing_all,
-    cores_for,
-    rates_row,
-    resident_mib,
-)
+from vitlocal.bench.contestants import Contestant, TurnDisplay, closing_all, cores_for, rates_row, resident_mib
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.batch import Source

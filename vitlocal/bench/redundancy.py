@@ -30,18 +30,18 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
+from vitlocal.methods import build_methods
+from vitlocal.methods.method import MethodContext
 from vitlocal.models.block import attention_weights
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
 from vitlocal.models.shape import SLICED, add_stage_table, model_parts, set_shape
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.methods import build_methods
-from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.figures import save
-from vitlocal.train.checkpoint import KEPT, read_weights
 from vitlocal.train.build import device_of, sources_of
+from vitlocal.train.checkpoint import KEPT, read_weights
 
 EXPLAINED_VARIANCE = 0.99
 BATCH_SIZE = 64

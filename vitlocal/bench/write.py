@@ -22,14 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vitlocal.bench.contestants import (
-    Contestant,
-    PeakMemory,
-    TurnDisplay,
-    closing_all,
-    cores_for,
-    rates_row,
-)
+from vitlocal.bench.contestants import Contestant, PeakMemory, TurnDisplay, closing_all, cores_for, rates_row
 from vitlocal.bench.measurement import measurement, write_json
 from vitlocal.bench.parsing import names, numbers, plot_file
 from vitlocal.data.images import ImageSet, open_images
