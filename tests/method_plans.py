@@ -10,7 +10,7 @@ import torch
 from vitlocal.config import read_config
 from vitlocal.methods.method import Method, MethodContext
 from vitlocal.models.flops import count_macs
-from vitlocal.models.shape import in_shape, parts_of
+from vitlocal.models.shape import model_parts, temporary_shape
 from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
 from vitlocal.progress import Progress
 
@@ -26,14 +26,14 @@ def deit_s():
 
 @lru_cache
 def macs(size: int, shape: Shape) -> int:
-    with in_shape(deit_s(), shape, WHOLE_MODEL):
+    with temporary_shape(deit_s(), shape, WHOLE_MODEL):
         return count_macs(deit_s(), shape.input_size or size)
 
 
 def context_of(*options: str, images: int = 1000) -> MethodContext:
     """A DeiT-S whose recipe has these options."""
     config = read_config([f"--model.name={DEIT_S}", *(f"--{option}" for option in options)], {})
-    return MethodContext(config.recipe, images, macs=macs, parts=parts_of(deit_s()), blocks=12)
+    return MethodContext(config.recipe, images, macs=macs, parts=model_parts(deit_s()), blocks=12)
 
 
 def plan_at(method: Method, **progress) -> Plan:

@@ -15,7 +15,7 @@ from vitlocal.methods.method import ProbeResult, StepResult
 from vitlocal.methods.search import Net, divisible, ladder
 from vitlocal.plan import Shape, fold
 from vitlocal.progress import Progress
-from vitlocal.train.simulate import curriculum
+from vitlocal.storage import recipe_stages
 
 
 def test_ladders():
@@ -210,7 +210,7 @@ def test_the_last_stage_has_the_recipes_strength():
 
 def test_sizes_that_are_known_before_a_run():
     def fed(*options: str) -> list[str]:
-        return [str(stage) for stage in curriculum(read_config([f"--{option}" for option in options], {}))]
+        return [str(stage) for stage in recipe_stages(read_config([f"--{option}" for option in options], {}))]
 
     ladder_of = ["128px until 25%", "160px until 50%", "192px until 75%", "224px"]
     assert fed("methods=autoprog") == ladder_of

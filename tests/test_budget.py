@@ -195,6 +195,83 @@ leave(3)
     assert (done.returncode, done.stdout, done.stderr) == (3, "output\n", "error\n")
 
 
+# --- a manual clock --------------------------------------------------------------------------------------------------
+
+
+class ManualTime:
+    """The time of a clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def manual_clock(length: str, counts: str = "train") -> tuple[Clock, ManualTime]:
+    now = ManualTime()
+    return Clock(length, counts, images_per_epoch=100, now=now), now
+
+
+def test_training_time_stops_in_pauses():
+    clock, now = manual_clock("60s")
+    now.time += 5  # set-up
+    clock.start()
+    now.time += 30
+    with clock.timer.paused():
+        now.time += 1000
+    assert clock.progress.fraction == 0.5 and not clock.spent
+    now.time += 30
+    assert clock.spent and clock.timer.train_seconds == 60 and clock.timer.wall_seconds == 1065
+
+
+def test_wall_time_counts_everything():
+    clock, now = manual_clock("60s", "wall")
+    now.time += 15
+    clock.start()
+    with clock.timer.paused():
+        now.time += 15
+    assert clock.progress.fraction == 0.5
+
+
+def test_time_survives_a_restart():
+    clock, now = manual_clock("10h")
+    clock.start()
+    now.time += 3600
+    state = clock.state_dict()
+    again, now = manual_clock("10h")
+    again.load_state_dict(state)
+    now.time += 999  # not training
+    assert again.progress.fraction == pytest.approx(0.1)
+    again.start()
+    now.time += 3600
+    assert again.progress.fraction == pytest.approx(0.2)
+
+
+def test_time_after_the_last_checkpoint_is_spent_as_well():
+    clock, _ = manual_clock("100s")
+    clock.load_state_dict(clock.state_dict() | {"train_seconds": 30.0, "wall_seconds": 40.0})
+    clock.timer.resume(45.0, 35.0)  # of training more than the checkpoint knew
+    assert (clock.timer.train_seconds, clock.timer.wall_seconds) == (45, 40) and clock.progress.fraction == 0.45
+
+
+def test_wall_time_begins_with_the_process():
+    now = ManualTime()
+    clock = Clock("60s", "wall", 100, now=now, began=now.time - 6)
+    assert clock.progress.fraction == 0.1 and clock.timer.train_seconds == 0
+
+
+def test_epochs_and_steps():
+    clock, _ = manual_clock("2ep")
+    for images in (40, 40, 20):
+        clock.record_step(images)
+    assert (clock.position.epoch, clock.position.images, clock.step) == (1, 0, 3)
+    assert clock.progress.fraction == 0.5
+    clock, _ = manual_clock("4steps")
+    clock.record_step(32)
+    assert clock.progress.fraction == 0.25
+
+
 # --- the journal ------------------------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vitlocal.train.rates import measured_rates, parse_rates, rates_for, stages_of
 
 import write_dataset
-from vitlocal.config import read_config, read_plan, read_write_options
+from vitlocal.config import read_plan, read_write_options
 from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
@@ -162,35 +161,6 @@ def a_recipe(**options: object) -> list[str]:
                "image_size.init": 16, "image_size.step_pixels": 16, "image_size.step_epochs": 2,
                "train.batch_size": 8, **options}  # fmt: skip
     return [f"--{name}={value}" for name, value in options.items()]
-
-
-def test_stages_spend_the_budget() -> None:
-    rates = {16: 1000.0, 32: 500.0, 48: 100.0}
-    for length, last in (("10ep", 600), ("5ep", 100), ("3ep", 1), ("100steps", 400), ("9s", 780)):
-        stages = stages_of(read_config(a_recipe(**{"budget.length": length}), {}), 100, rates)
-        assert [stage.size for stage in stages] == [16, 32, 48]
-        assert [stage.rate for stage in stages] == [1000, 500, 100]
-        assert stages[0].images == 200 and stages[2].images == pytest.approx(last, abs=0.1 + last * 0.1)
-    alone = stages_of(read_config(a_recipe(methods="none", **{"budget.length": "10ep"}), {}), 100, rates)
-    assert [(stage.size, stage.images) for stage in alone] == [(48, 1000)]
-
-
-def test_rates_follow_from_flops() -> None:
-    config = read_config(a_recipe(), {})
-    rates = rates_for(config, {48: 100.0})
-    assert rates[48] == 100 and rates[32] > 200 and rates[16] > 2.5 * rates[32]
-    assert rates_for(config, {16: 250.0, 48: 100.0}) == {16: 250, 32: rates[32], 48: 100}
-    assert rates_for(config, {16: 150.0, 48: 100.0}) == {16: 150, 32: 150, 48: 100}  # 32 px cannot be quicker than 16
-    assert parse_rates(" 32:20000, 224:2500.5") == {32: 20000, 224: 2500.5} and parse_rates(None) == {}
-    for wrong in ("224", "224:x", "0:5", "5:0", "32:1,", "224=5"):
-        with pytest.raises(ConfigError, match=r"--rates.*SIZE:IMAGES_A_SECOND"):
-            parse_rates(wrong)
-
-
-def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitlocal.train.rates.MEASURE_SECONDS", 0.0)
-    found = measured_rates(read_config(a_recipe(**{"run.device": "cpu"}), {}), [16, 48])
-    assert found.keys() == {16, 48} and min(found.values()) > 0
 
 
 # --- the command --------------------------------------------------------------------------------------------

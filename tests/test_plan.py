@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from vitlocal.train.clock import Clock
 
-from vitlocal.config import BudgetConfig, TrainConfig, read_config
+from vitlocal.config import TrainConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, conflicts
 from vitlocal.methods.batch_size import BatchSize
@@ -11,7 +10,7 @@ from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
 from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Plan, fold
 from vitlocal.progress import Length, Progress
-from vitlocal.train.optim import Schedule
+from vitlocal.train.build import schedule_of
 
 START = Plan(Feed(224, 64))
 
@@ -89,82 +88,9 @@ def test_what_changed():
     }  # fmt: skip
 
 
-class Hands:
-    """A clock's time, moved by hand."""
-
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def __call__(self) -> float:
-        return self.time
-
-
-def clock(length: str, counts: str = "train") -> tuple[Clock, Hands]:
-    hands = Hands()
-    return Clock(BudgetConfig(Length.parse(length), counts), images_per_epoch=100, now=hands), hands
-
-
-def test_training_time_stands_still_in_pauses():
-    it, hands = clock("60s")
-    hands.time += 5  # set-up
-    it.start()
-    hands.time += 30
-    with it.paused():
-        hands.time += 1000
-    assert it.progress.fraction == 0.5 and not it.spent
-    hands.time += 30
-    assert it.spent and it.train_seconds == 60 and it.wall_seconds == 1065
-
-
-def test_wall_time_counts_everything():
-    it, hands = clock("60s", "wall")
-    hands.time += 15
-    it.start()
-    with it.paused():
-        hands.time += 15
-    assert it.progress.fraction == 0.5
-
-
-def test_time_survives_a_restart():
-    it, hands = clock("10h")
-    it.start()
-    hands.time += 3600
-    state = it.state_dict()
-    again, hands = clock("10h")
-    again.load_state_dict(state)
-    hands.time += 999  # not training
-    assert again.progress.fraction == pytest.approx(0.1)
-    again.start()
-    hands.time += 3600
-    assert again.progress.fraction == pytest.approx(0.2)
-
-
-def test_time_after_the_last_checkpoint_is_spent_as_well():
-    it, _ = clock("100s")
-    it.load_state_dict(it.state_dict() | {"train_seconds": 30.0, "wall_seconds": 40.0})
-    it.spent_before(45.0, 35.0)  # of training more than the checkpoint knew
-    assert (it.train_seconds, it.wall_seconds) == (45, 40) and it.progress.fraction == 0.45
-
-
-def test_what_came_before_the_clock_counts_where_everything_does():
-    hands = Hands()
-    it = Clock(BudgetConfig(Length.parse("60s"), "wall"), 100, now=hands, began=hands.time - 6)
-    assert it.progress.fraction == 0.1 and it.train_seconds == 0
-
-
-def test_epochs_and_steps():
-    it, _ = clock("2ep")
-    for images in (40, 40, 20):
-        it.tick(images)
-    assert (it.position.epoch, it.position.images, it.step) == (1, 0, 3)
-    assert it.progress.fraction == 0.5
-    it, _ = clock("4steps")
-    it.tick(32)
-    assert it.progress.fraction == 0.25
-
-
 def test_the_learning_rate_ends_with_the_budget():
-    schedule = Schedule(TrainConfig(batch_size=256, lr=1e-3, lr_batch=512, end_lr=1e-5))
+    config = Config(train=TrainConfig(batch_size=256, lr=1e-3, lr_batch=512, end_lr=1e-5))
+    schedule = schedule_of(config)
     assert schedule(Progress()) == pytest.approx(5e-4)
     assert schedule(Progress(fraction=0.5)) == pytest.approx((5e-4 + 1e-5) / 2)
     assert schedule(Progress(fraction=1.0)) == pytest.approx(1e-5)

@@ -13,7 +13,7 @@ import torch
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.redundancy import attended_percent, component_percent, linear_cka, mean_pair, measure_blocks
 from vitlocal.errors import ConfigError
-from vitlocal.train.loop import train
+from vitlocal.train.command import train
 
 
 def plain_cka(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from vitlocal.report.crops import stage_crops
 from vitlocal.report.figures import COLOURS, Line, by_cost, by_size, savings
 from vitlocal.report.page import changed_fields, learning_rates, page_of
 from vitlocal.report.run_folder import names_of, read_run
-from vitlocal.train.loop import train
+from vitlocal.train.command import train
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
 # The page posts what the browser drew to the page around it, which makes it its title. --dump-dom prints the title.

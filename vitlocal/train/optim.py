@@ -47,9 +47,11 @@ def build_optimizer(
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of the linear layers in the model's blocks, by name."""
-    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    weights = {f"{name}.weight": module.weight for name, module in linear if "blocks." in name}
-    return {name: weight for name, weight in weights.items() if weight.requires_grad}
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if "blocks." in name and isinstance(module, nn.Linear) and module.weight.requires_grad:
+            found[f"{name}.weight"] = module.weight
+    return found
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Callable[[nn.Parameter], dict[str, Any]]:
