@@ -7,25 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from vitlocal.data.images.image_set import (
     KINDS,
     SPLIT_NAMES,
     SUFFIXES,
+    ImageSet,
     known_split,
     listed,
     require_same_classes,
     split_folder,
 )
-from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.errors import ConfigError, DataError
 
 
-class FolderImages:
+class FolderImages(ImageSet):
     """Images in root/<split>/<class>/, at any depth below the class. Rows are ordered by class, then by path."""
-
-    holds_files = True
 
     def __init__(self, root: Path, split: str) -> None:
         self.spec = str(root)
@@ -73,9 +70,6 @@ class FolderImages:
             counts.append(len(paths))
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
     def entry(self, index: int) -> str:
         return self._paths[index]
 
@@ -86,9 +80,6 @@ class FolderImages:
                 return file.read()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; restore the file") from error
-
-    def load(self, index: int) -> Image.Image:
-        return decode_rgb(self.read(index), self.entry(index))
 
 
 def class_folders(folder: Path) -> list[str]:

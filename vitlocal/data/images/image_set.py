@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.errors import ConfigError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
@@ -27,9 +28,10 @@ class ImageSet(Protocol):
     spec: str  # for `open_images(spec, split)`
     classes: tuple[str, ...]  # names; a label is an index into them
     labels: np.ndarray  # (n,) int64
-    holds_files: bool  # read() returns the original files; else images are arrays, and load() is faster
+    holds_files: bool = True  # read() returns the original files; else images are arrays, and load() is faster
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def entry(self, index: int) -> str:
         """The row's name, unique in the set, for messages and manifests."""
@@ -41,7 +43,7 @@ class ImageSet(Protocol):
 
     def load(self, index: int) -> Image.Image:
         """The upright image in RGB."""
-        ...
+        return decode_rgb(self.read(index), self.entry(index))
 
 
 def split_folder(root: Path, split: str) -> Path | None:

@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vitlocal.data.images.image_set import SPLIT_NAMES, known_split, listed, require_same_classes, split_folder
-from vitlocal.data.images.pixels import decode_rgb
+from vitlocal.data.images.image_set import (
+    SPLIT_NAMES,
+    ImageSet,
+    known_split,
+    listed,
+    require_same_classes,
+    split_folder,
+)
 from vitlocal.errors import ConfigError, DataError
 
 CACHED_BYTES = 256 << 20  # of row groups; at least one is cached
 
 
-class ParquetImages:
+class ParquetImages(ImageSet):
     """Parquet shards with a column of images ({bytes, path} or bytes) and a column of labels.
 
     Row groups are read completely, and the last ones are cached. That is fast in the order of the rows and slow in
     random order, so write such a source to .beton files before you train on it.
     """
-
-    holds_files = True
 
     def __init__(self, root: Path, split: str) -> None:
         parquet = _parquet()
@@ -113,9 +116,6 @@ class ParquetImages:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_groups": OrderedDict(), "_process": -1}
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def entry(self, index: int) -> str:
         index = range(len(self))[index]
         shard = int(np.searchsorted(self._shard_rows, index, side="right")) - 1
@@ -155,9 +155,6 @@ class ParquetImages:
         while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > CACHED_BYTES:
             self._groups.popitem(last=False)
         return column
-
-    def load(self, index: int) -> Image.Image:
-        return decode_rgb(self.read(index), self.entry(index))
 
 
 def _parquet() -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.random import Generator, Philox, SeedSequence
 from PIL import Image, ImageDraw
 
-from vitlocal.data.images import decode_rgb
+from vitlocal.data.images.image_set import ImageSet
 from vitlocal.errors import ConfigError
 
 IMAGES_PER_CLASS = 250
@@ -310,10 +310,8 @@ def render(name: str, rng: Generator) -> Image.Image:
     return _in_light(image, rng)
 
 
-class SampleImages:
+class SampleImages(ImageSet):
     """The built-in sample as an image set. Row `i` has the class `i % 20`."""
-
-    holds_files = True
 
     def __init__(self, split: str, per_class: int = IMAGES_PER_CLASS, seed: int = 0) -> None:
         """`per_class` is the number of training images; the validation split has a fifth of it, at least 4."""
@@ -333,9 +331,6 @@ class SampleImages:
         count = per_class if split == "train" else max(4, per_class // 5)
         self.labels = np.arange(count * len(CLASSES), dtype=np.int64) % len(CLASSES)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def entry(self, index: int) -> str:
         return f"{self.split}/{self.classes[self.labels[index]]}/{range(len(self))[index]}"
 
@@ -348,6 +343,3 @@ class SampleImages:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=int(rng.integers(50, 96)))
         return buffer.getvalue()
-
-    def load(self, index: int) -> Image.Image:
-        return decode_rgb(self.read(index), self.entry(index))

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
-from vitlocal.data.images.image_set import SUFFIXES, listed, require_same_classes
-from vitlocal.data.images.pixels import decode_rgb
+from vitlocal.data.images.image_set import SUFFIXES, ImageSet, listed, require_same_classes
 from vitlocal.errors import ConfigError, DataError
 
 
@@ -70,14 +68,12 @@ def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Mem
             long_name = None
 
 
-class TarImages:
+class TarImages(ImageSet):
     """ImageNet as downloaded: ILSVRC2012_img_{train,val}.tar, read in place.
 
     Opening it indexes the members, from their headers, with several threads. Rows and entries equal those of the
     unpacked images: by class, then by name.
     """
-
-    holds_files = True
 
     def __init__(self, root: Path, split: str) -> None:
         path = root / f"ILSVRC2012_img_{split}.tar"
@@ -141,9 +137,6 @@ class TarImages:
             )
         return list(zip(wnids, images, strict=True))
 
-    def __len__(self) -> int:
-        return len(self._names)
-
     def entry(self, index: int) -> str:
         return f"{self.classes[self.labels[index]]}/{self._names[index]}"
 
@@ -153,9 +146,6 @@ class TarImages:
             return _read_at(descriptor, int(self._offsets[index]), int(self._sizes[index]), self.entry(index))
         except OSError as error:
             raise DataError(f"{self._file.path} cannot be read: {error.strerror}; restore the file") from error
-
-    def load(self, index: int) -> Image.Image:
-        return decode_rgb(self.read(index), self.entry(index))
 
 
 def _class_of(tar_name: str) -> str:
@@ -192,7 +182,10 @@ def _validation_wnids(root: Path) -> list[str]:
         if name not in found:
             raise ConfigError(f"{where} lacks {name}; download ILSVRC2012_devkit_t12.tar.gz from image-net.org again")
 
-    loadmat = _scipy_loadmat()
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ConfigError(f"reading the devkit's meta.mat needs scipy ({error}); pip install scipy") from error
     try:
         table = np.atleast_1d(loadmat(io.BytesIO(found[meta]), squeeze_me=True)["synsets"])
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
@@ -201,14 +194,6 @@ def _validation_wnids(root: Path) -> list[str]:
         raise ConfigError(
             f"{where}: its ground truth and meta.mat do not match ({error!r}); download it again"
         ) from error
-
-
-def _scipy_loadmat() -> Any:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ConfigError(f"reading the devkit's meta.mat needs scipy ({error}); pip install scipy") from error
-    return loadmat
 
 
 def _read_at(descriptor: int, offset: int, size: int, name: str) -> bytes:

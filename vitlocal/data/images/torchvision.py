@@ -75,7 +75,7 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
     )
 
 
-class TorchvisionImages:
+class TorchvisionImages(ImageSet):
     """A set of torchvision.datasets. Each process that reads builds the dataset again."""
 
     holds_files = False
@@ -97,9 +97,6 @@ class TorchvisionImages:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_dataset"}
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def entry(self, index: int) -> str:
         return f"{self._split}/{range(len(self))[index]}"
