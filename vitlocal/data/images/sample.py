@@ -33,25 +33,17 @@ Field = np.ndarray  # (H, W) float32
 # enough, because only its sign and its slope at the outline are used.
 
 
-def _convex(u: Field, v: Field, sides: int, inradius: float) -> Field:
-    """A regular polygon: the largest distance to its sides."""
-    angles = (2 * math.pi * k / sides for k in range(sides))
-    return functools.reduce(np.maximum, (u * math.cos(angle) + v * math.sin(angle) for angle in angles)) - inradius
-
-
 def _box(u: Field, v: Field, half_u: float, half_v: float) -> Field:
     return np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
 
 
 def _arrow(u: Field, v: Field, rng: Generator) -> Field:
     head = np.maximum(0.64 * (u - 1.0) + 0.77 * np.abs(v), 0.1 - u)
-    shaft = _box(u + 0.4, v, 0.6, rng.uniform(0.2, 0.27))
-    return np.minimum(head, shaft)
+    return np.minimum(head, _box(u + 0.4, v, 0.6, rng.uniform(0.2, 0.27)))
 
 
 def _crescent(u: Field, v: Field, rng: Generator) -> Field:
-    bite = rng.uniform(0.5, 0.6)
-    return np.maximum(np.hypot(u, v) - 1.0, 0.85 - np.hypot(u - bite, v))
+    return np.maximum(np.hypot(u, v) - 1.0, 0.85 - np.hypot(u - rng.uniform(0.5, 0.6), v))
 
 
 def _cross(u: Field, v: Field, rng: Generator) -> Field:
@@ -59,17 +51,12 @@ def _cross(u: Field, v: Field, rng: Generator) -> Field:
     return np.minimum(_box(u, v, 0.95, arm), _box(u, v, arm, 0.95))
 
 
-def _disc(u: Field, v: Field, rng: Generator) -> Field:
-    return np.hypot(u, v) - 0.9
-
-
 def _heart(u: Field, v: Field, rng: Generator) -> Field:
     """A square on its tip with a half disc on each of its two upper sides."""
     u, v = np.abs(u), v + 0.2
     half = 0.62  # of the square's diagonal; each disc is centred in the middle of a side
     square = (u + np.abs(v)) * math.sqrt(0.5) - half * math.sqrt(0.5)
-    lobe = np.hypot(u - half / 2, v + half / 2) - half * math.sqrt(0.5)
-    return np.minimum(square, lobe)
+    return np.minimum(square, np.hypot(u - half / 2, v + half / 2) - half * math.sqrt(0.5))
 
 
 def _hourglass(u: Field, v: Field, rng: Generator) -> Field:
@@ -84,10 +71,6 @@ def _ring(u: Field, v: Field, rng: Generator) -> Field:
     return np.abs(np.hypot(u, v) - (0.95 - width)) - width
 
 
-def _square(u: Field, v: Field, rng: Generator) -> Field:
-    return _box(u, v, 0.78, 0.78)
-
-
 def _star(u: Field, v: Field, rng: Generator) -> Field:
     """Five points: a mirrored wedge of a fifth, bounded by the line from a tip to a notch."""
     wedge = math.pi / 5
@@ -96,12 +79,13 @@ def _star(u: Field, v: Field, rng: Generator) -> Field:
     x, y = radius * np.cos(angle), radius * np.sin(angle)
     notch = rng.uniform(0.4, 0.46)
     tip_x, tip_y = math.cos(wedge), math.sin(wedge)
-    length = math.hypot(tip_x - notch, tip_y)
-    return ((x - notch) * tip_y - y * (tip_x - notch)) / length
+    return ((x - notch) * tip_y - y * (tip_x - notch)) / math.hypot(tip_x - notch, tip_y)
 
 
 def _triangle(u: Field, v: Field, rng: Generator) -> Field:
-    return _convex(u, v, 3, 0.52)
+    """The largest distance to its sides."""
+    angles = (2 * math.pi * k / 3 for k in range(3))
+    return functools.reduce(np.maximum, (u * math.cos(angle) + v * math.sin(angle) for angle in angles)) - 0.52
 
 
 # Textures: signed field in units of one period, negative on the figure and positive on the ground.
@@ -113,9 +97,8 @@ def _triangle_wave(x: Field) -> Field:
 
 
 def _bricks(u: Field, v: Field, rng: Generator) -> Field:
-    row = np.floor(v)
     joint = rng.uniform(0.09, 0.13)
-    along = _triangle_wave(u * 0.5 + 0.5 * np.mod(row, 2)) * 2
+    along = _triangle_wave(u * 0.5 + 0.5 * np.mod(np.floor(v), 2)) * 2
     return joint - np.minimum(along, _triangle_wave(v))
 
 
@@ -134,14 +117,9 @@ def _checker(u: Field, v: Field, rng: Generator) -> Field:
     return np.copysign(np.minimum(np.abs(a), np.abs(b)) * 2, a * b)
 
 
-def _dots(u: Field, v: Field, rng: Generator) -> Field:
-    return np.hypot(u - np.rint(u), v - np.rint(v)) - rng.uniform(0.24, 0.32)
-
-
 def _lattice(u: Field, v: Field, rng: Generator) -> Field:
     """Thin bars, crossed."""
-    width = rng.uniform(0.13, 0.18)
-    return np.minimum(_triangle_wave(u), _triangle_wave(v)) - width
+    return np.minimum(_triangle_wave(u), _triangle_wave(v)) - rng.uniform(0.13, 0.18)
 
 
 def _rays(u: Field, v: Field, rng: Generator) -> Field:
@@ -149,10 +127,6 @@ def _rays(u: Field, v: Field, rng: Generator) -> Field:
     wedges = int(rng.integers(7, 12))
     angle = np.arctan2(v, u) * (wedges / (2 * math.pi))
     return (_triangle_wave(angle) - 0.25) * np.hypot(u, v) * (2 * math.pi / wedges)
-
-
-def _ripples(u: Field, v: Field, rng: Generator) -> Field:
-    return _triangle_wave(np.hypot(u, v)) - 0.25
 
 
 def _scales(u: Field, v: Field, rng: Generator) -> Field:
@@ -165,26 +139,17 @@ def _scales(u: Field, v: Field, rng: Generator) -> Field:
     return np.minimum(arc(0.0), arc(0.5)) - 0.1
 
 
-def _stripes(u: Field, v: Field, rng: Generator) -> Field:
-    return _triangle_wave(u) - rng.uniform(0.2, 0.3)
-
-
-def _zigzag(u: Field, v: Field, rng: Generator) -> Field:
-    bend = 2.0 * _triangle_wave(u / 2.6)
-    return _triangle_wave(v + bend * 1.1) - 0.25
-
-
 Draw = Callable[[Field, Field, Generator], Field]
 
 SHAPES: dict[str, Draw] = {
     "arrow": _arrow,
     "crescent": _crescent,
     "cross": _cross,
-    "disc": _disc,
+    "disc": lambda u, v, rng: np.hypot(u, v) - 0.9,
     "heart": _heart,
     "hourglass": _hourglass,
     "ring": _ring,
-    "square": _square,
+    "square": lambda u, v, rng: _box(u, v, 0.78, 0.78),
     "star": _star,
     "triangle": _triangle,
 }
@@ -192,13 +157,13 @@ TEXTURES: dict[str, tuple[Draw, float, float]] = {  # with the smallest and the 
     "bricks": (_bricks, 0.13, 0.19),
     "camouflage": (_camouflage, 0.15, 0.25),
     "checker": (_checker, 0.11, 0.19),
-    "dots": (_dots, 0.14, 0.21),
+    "dots": (lambda u, v, rng: np.hypot(u - np.rint(u), v - np.rint(v)) - rng.uniform(0.24, 0.32), 0.14, 0.21),
     "lattice": (_lattice, 0.13, 0.21),
     "rays": (_rays, 0.15, 0.22),
-    "ripples": (_ripples, 0.13, 0.19),
+    "ripples": (lambda u, v, rng: _triangle_wave(np.hypot(u, v)) - 0.25, 0.13, 0.19),
     "scales": (_scales, 0.20, 0.28),
-    "stripes": (_stripes, 0.11, 0.19),
-    "zigzag": (_zigzag, 0.13, 0.19),
+    "stripes": (lambda u, v, rng: _triangle_wave(u) - rng.uniform(0.2, 0.3), 0.11, 0.19),
+    "zigzag": (lambda u, v, rng: _triangle_wave(v + 2.0 * _triangle_wave(u / 2.6) * 1.1) - 0.25, 0.13, 0.19),
 }
 CENTRED = ("rays", "ripples")  # textures with a centre, which stays near that of the object
 CLASSES = tuple(sorted((*SHAPES, *TEXTURES)))
@@ -206,10 +171,6 @@ CLASSES = tuple(sorted((*SHAPES, *TEXTURES)))
 
 def _brightness(colour: np.ndarray) -> float:
     return float(colour @ (0.299, 0.587, 0.114))
-
-
-def _as_fill(colour: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(value) for value in colour)
 
 
 def _two_colours(rng: Generator) -> np.ndarray:
@@ -224,9 +185,8 @@ def _clutter(image: Image.Image, rng: Generator, count: int, smallest: float, la
     """Draws small shapes and lines with random colours and places on `image`. Sizes are in short sides."""
     draw = ImageDraw.Draw(image)
     width, height = image.size
-    short = min(width, height)
     for kind, x, y, size, angle, *colour in rng.random((count, 8)).tolist():
-        x, y, size = x * width, y * height, short * (smallest + (largest - smallest) * size)
+        x, y, size = x * width, y * height, min(image.size) * (smallest + (largest - smallest) * size)
         angle *= math.tau
         fill = tuple(int(256 * c) for c in colour)
         if kind < 0.35:
@@ -297,8 +257,8 @@ def render(name: str, rng: Generator) -> Image.Image:
         other = _two_colours(rng)[0]
         if abs(_brightness(other - figure)) < 60 or rng.random() < 0.5:
             other = ground
-        inside = Image.new("RGB", size, _as_fill(other))
-        inside.paste(_as_fill(figure), mask=_mask(pattern, 1.0 / (short * period)))
+        inside = Image.new("RGB", size, tuple(other.astype(int).tolist()))
+        inside.paste(tuple(figure.astype(int).tolist()), mask=_mask(pattern, 1.0 / (short * period)))
         wobble = 1.0 + 0.12 * np.cos(np.arctan2(v, u) * int(rng.integers(2, 6)))
         outline = _mask(np.hypot(u, v) - radius * wobble, 1.0 / short)
     else:
