@@ -3,20 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from reference_boxes import _scramble, crop_key, random_box
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from vitlocal.data.crops import (
-    REPEAT_SHIFT,
-    ROW_MASK,
-    Box,
-    CropPolicy,
-    centre_box,
-    crop_key,
-    cut,
-    epoch_order,
-    random_box,
-)
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, CropPolicy, centre_box, cut, epoch_order
 from vitlocal.data.native import native_box, native_policy
+from vitlocal.data.random_keys import integers
 
 POLICY = ((0.08, 1.0), (0.75, 4 / 3), 0.5)
 
@@ -74,6 +66,14 @@ def test_a_crop_is_the_same_part_of_every_stored_size():
 def test_keys_depend_on_seed_epoch_and_draw():
     keys = {int(crop_key(seed, epoch, draw)) for seed in range(20) for epoch in range(20) for draw in range(20)}
     assert len(keys) == 8000
+
+
+def test_integers_have_the_keys_of_crops():
+    draws = np.array([0, 7, 12 | 3 << REPEAT_SHIFT])
+    found = integers((5, 2), draws, 3, 1000).tolist()
+    assert found == [
+        _scramble((crop_key(5, 2, draw) + (1 << 32) + 3) & (1 << 64) - 1) % 1000 for draw in draws.tolist()
+    ]
 
 
 def test_the_centre_crop():

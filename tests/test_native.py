@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from reference_boxes import random_box
 
 from vitlocal.data.beton import ALLOCATION
-from vitlocal.data.crops import Box, CropPolicy, centre_box, cut, random_box
+from vitlocal.data.crops import Box, CropPolicy, centre_box, cut
 from vitlocal.data.native import AS_RAW, EIGHTH, FORM, FULL, ROW, DecoderThreads, Encoder, library, native_policy
 from vitlocal.errors import DataError
 

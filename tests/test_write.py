@@ -314,7 +314,9 @@ def test_jpegs_can_be_encoded_again(tmp_path: Path) -> None:
 
 
 def test_crops_of_unchanged_jpegs_match_pillow(tmp_path: Path) -> None:
-    from vitlocal.data.crops import CropPolicy, cut, random_box
+    from reference_boxes import random_box
+
+    from vitlocal.data.crops import CropPolicy, cut
     from vitlocal.data.loader import LoaderResources
     from vitlocal.data.native import FULL, native_policy
 

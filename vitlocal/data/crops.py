@@ -1,10 +1,7 @@
 """Where crops are cut and in which order images come. All sources use the same rules.
 
-A random crop comes from a counter-based generator (SplitMix64, Steele et al. 2014) with the key (seed, epoch, draw), in
-coordinates relative to the image. So it is the same part of the photo in every stored size, for any number of workers,
-and after a restart. A *draw* is a row of the split and, above bit 40, the number of its repeat in the epoch.
-
-``native/crops.c`` computes the same boxes in C, bit for bit. The sources that read original images use this module.
+``native/crops.c`` computes the boxes. A *draw* is a row of the split and, above bit 40, the number of its repeat in the
+epoch.
 """
 
 from __future__ import annotations
@@ -20,10 +17,6 @@ if TYPE_CHECKING:
 
 REPEAT_SHIFT = 40
 ROW_MASK = (1 << REPEAT_SHIFT) - 1
-ATTEMPTS = 10  # before the fallback to a centre crop, as in torchvision's RandomResizedCrop
-
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -50,12 +43,6 @@ class CropPolicy:
             return epoch_order(count, self.seed, epoch, self.repeats)[start:].astype(np.int64)
         return np.arange(start, count, dtype=np.int64)
 
-    def box(self, epoch: int, draw: int, height: int, width: int) -> Box:
-        """The box that is cut from an image of ``height`` x ``width`` px."""
-        if self.random:
-            return random_box(self.seed, epoch, draw, height, width, self.scale, self.ratio, self.flip)
-        return centre_box(height, width, self.centre)
-
 
 @dataclass(frozen=True)
 class Box:
@@ -66,54 +53,6 @@ class Box:
     height: float
     width: float
     flipped: bool = False
-
-
-def _scramble(word: int) -> int:
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD
-    return word ^ (word >> 31)
-
-
-def crop_key(seed: int, epoch: int, draw: int) -> int:
-    """The generator's key (64 bits) for one draw. All arguments are non-negative integers."""
-    key = _scramble((seed + _GOLDEN) & _WORD)
-    key = _scramble(((key ^ epoch) + _GOLDEN) & _WORD)
-    return _scramble(((key ^ draw) + _GOLDEN) & _WORD)
-
-
-def _uniform(key: int, counter: int) -> float:
-    return (_scramble((key + (counter + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53  # in [0, 1)
-
-
-def random_box(
-    seed: int, epoch: int, draw: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
-    flip: float,
-) -> Box:  # fmt: skip
-    """A random resized crop of an image of ``height`` x ``width`` px, as in torchvision's RandomResizedCrop.
-
-    The area is uniform in ``scale``, the ratio of width to height log-uniform in ``ratio``. After ten failed attempts
-    the box is the largest centre crop of a legal ratio. Unlike torchvision's, the box is not rounded to whole pixels,
-    because that would select another part of the photo in each stored size.
-    """
-    key = crop_key(seed, epoch, draw)
-    shape = width / height
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    flipped = _uniform(key, 0) < flip
-    for attempt in range(ATTEMPTS):
-        area = scale[0] + (scale[1] - scale[0]) * _uniform(key, 4 * attempt + 1)
-        wide = math.exp(log_low + (log_high - log_low) * _uniform(key, 4 * attempt + 2))
-        part_w, part_h = math.sqrt(area * wide / shape), math.sqrt(area / wide * shape)
-        if part_w <= 1 and part_h <= 1:
-            left = _uniform(key, 4 * attempt + 3) * (1 - part_w)
-            top = _uniform(key, 4 * attempt + 4) * (1 - part_h)
-            return Box(top * height, left * width, part_h * height, part_w * width, flipped)
-    tall, across = min(1.0, shape / ratio[0]) * height, min(1.0, ratio[1] / shape) * width
-    return Box((height - tall) / 2, (width - across) / 2, tall, across, flipped)
-
-
-def replacement(seed: int, epoch: int, draw: int, attempt: int, count: int) -> int:
-    """The row of ``count`` that replaces a draw whose image does not decode."""
-    return _scramble((crop_key(seed, epoch, draw) + (1 << 32) + attempt) & _WORD) % count
 
 
 def centre_box(height: int, width: int, part: float) -> Box:

@@ -22,9 +22,10 @@ import torch
 from vitlocal.data.batch import Batch, RowSubsets
 from vitlocal.data.beton import read_beton
 from vitlocal.data.costs import DecodingCosts
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy, replacement
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy
 from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
 from vitlocal.data.native import DecoderThreads, native_policy
+from vitlocal.data.random_keys import integers
 from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
@@ -173,10 +174,7 @@ class EpochReader(Iterator[Batch]):
         draws = draws.copy()
         for attempt in range(MAX_REPLACEMENTS):
             places = np.array(sorted(problems))
-            others = np.array([
-                replacement(self._crops.seed, self._epoch, int(draws[place]), attempt, len(file.rows))
-                for place in places
-            ])  # fmt: skip
+            others = integers((self._crops.seed, self._epoch), draws[places], attempt, len(file.rows))
             replaced = np.empty((len(others), *crops.shape[1:]), np.uint8)
             failed = self._resources.threads.decode(file.bytes, file.rows, others, policy, replaced)
             self._record_damage(others, failed)

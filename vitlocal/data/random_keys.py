@@ -1,6 +1,6 @@
 """Random numbers with keys instead of states, on the host: a sample's numbers depend on its place in the batch alone.
 
-SplitMix64 (Steele et al. 2014) over arrays. ``crops.py`` has the same generator over Python integers.
+SplitMix64 (Steele et al. 2014) over arrays. ``native/crops.c`` has the same generator.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ def _scramble(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
+def _words(key: tuple[int, ...], places: np.ndarray) -> np.ndarray:
+    """The generator's keys (n,) uint64 for non-negative ``places`` (n,)."""
+    word = np.zeros(1, np.uint64)
+    for part in key:
+        word = _scramble((word ^ np.uint64(part)) + _GOLDEN)
+    return _scramble((word ^ places.astype(np.uint64)) + _GOLDEN)
+
+
 def uniform(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarray:
     """(len(places), columns) float64 in [0, 1): a row for each place, from ``key`` and the place.
 
     ``key`` holds non-negative integers, for example the seed, the step and a number for the purpose.
     """
-    word = np.zeros(1, np.uint64)
-    for part in key:
-        word = _scramble((word ^ np.uint64(part)) + _GOLDEN)
-    rows = _scramble((word ^ places.astype(np.uint64)) + _GOLDEN)[:, None]  # (n, 1)
+    rows = _words(key, places)[:, None]  # (n, 1)
     counters = np.arange(1, columns + 1, dtype=np.uint64) * _GOLDEN
     return (_scramble(rows + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def integers(key: tuple[int, ...], places: np.ndarray, number: int, end: int) -> np.ndarray:
+    """(len(places),) int64 below ``end``. ``number`` < 2^31 selects one of several for each place."""
+    return (_scramble(_words(key, places) + np.uint64((1 << 32) + number)) % np.uint64(end)).astype(np.int64)
 
 
 def generator(key: tuple[int, ...]) -> np.random.Generator:

@@ -94,7 +94,7 @@ def whole_policy() -> np.ndarray:
 
 
 def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
-    """The box that the native code cuts. It equals that of crops.random_box or crops.centre_box."""
+    """The box that is cut from an image of ``height`` x ``width`` px."""
     box = np.zeros(1, _BOX)
     library().vitlocal_box(policy.ctypes.data, draw, height, width, box.ctypes.data)
     top, left, height_, width_, flipped = box[0].item()

@@ -1,6 +1,8 @@
 /* Where crops are cut: SplitMix64 (Steele et al. 2014) keyed by (seed, epoch, draw), in relative coordinates.
  *
- * vitlocal/data/crops.py is the same in Python; a test compares them.
+ * The box has the distribution of torchvision's RandomResizedCrop. The area is uniform, the ratio log-uniform. After ten
+ * attempts, the box is the largest centre crop of a legal ratio. It is not rounded to whole pixels: so it is the same
+ * part of the photo in every stored size. tests/reference_boxes.py is the same in Python.
  */
 #include "native.h"
 

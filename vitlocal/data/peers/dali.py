@@ -27,6 +27,7 @@ from vitlocal.data.batch import Batch, RowSubsets
 from vitlocal.data.crops import ROW_MASK, Box, CropPolicy, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
+from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import open_originals
 from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import ConfigError, DataError
@@ -131,7 +132,7 @@ class DALISource:
         if not hasattr(self.local, "images"):
             self.local.images = copy.copy(self.images)
         data, height, width = dali_bytes(self.local.images, int(self.numbers[draw & ROW_MASK]))
-        box = self.crops.box(epoch, draw, height, width)
+        box = native_box(native_policy(self.crops, epoch), draw, height, width)
         return pipeline_inputs(data, height, width, box, size)
 
     def _read(self, slices: Sequence[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vitlocal.data.batch import Batch, RowSubsets
 from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
 from vitlocal.data.images import ImageSet
+from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import open_originals
 from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import DataError
@@ -44,7 +45,7 @@ class CropDataset(Dataset):
             image = self.images.load(index)
         except DataError as error:
             return error
-        box = self.crops.box(epoch, draw, image.height, image.width)
+        box = native_box(native_policy(self.crops, epoch), draw, image.height, image.width)
         return np.asarray(cut(image, box, size)), int(self.images.labels[index]), row
 
 
