@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from vitlocal.data.crops import CropPolicy
+from vitlocal.data.shares import WHOLE, Share, Slices
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -85,6 +87,29 @@ class Source(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class SplitSource(Source):
+    """What all sources of a split have in common. A source adds ``_read``."""
+
+    def __init__(
+        self, classes: tuple[str, ...], count: int, side: int | None, crops: CropPolicy, device: torch.device,
+        share: Share = WHOLE,
+    ):  # fmt: skip
+        self.classes, self.count, self.side = classes, count, side
+        self.crops, self.device, self.share = crops, device, share
+        self.damaged: Collection[int] = ()
+        self.rows = RowSubsets(count)
+
+    def _read(self, slices: Slices, epoch: int, size: int) -> Any:
+        """The batches of a pass: an iterator that has ``close``."""
+        raise NotImplementedError
+
+    @contextmanager
+    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
+        with closing(self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)) as batches:
+            yield batches
 
 
 def full_batches(source: Source, feed: Feed, epoch: int = 0) -> Generator[Batch, None, None]:

@@ -11,15 +11,14 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.batch import Batch, SplitSource
 from vitlocal.data.beton import read_beton
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy
@@ -119,12 +118,12 @@ class EpochReader(Iterator[Batch]):
 
     def __init__(
         self, resources: LoaderResources, file: MappedFile, slices: Slices, crops: CropPolicy, epoch: int, size: int,
-        device: torch.device, skip_damaged: bool = False,
+        device: torch.device, skip_damaged: bool, report: Callable[[MappedFile, dict[int, str]], None],
     ):  # fmt: skip
         self.damaged: dict[int, str] = {}
         self._resources, self._file, self._slices = resources, file, slices
         self._crops, self._epoch, self._policy = crops, epoch, native_policy(crops, epoch)
-        self._device, self._skip = device, skip_damaged
+        self._device, self._skip, self._report = device, skip_damaged, report
         self._copy_stream = resources.stream(device)
         self._copies: list[torch.cuda.Event | None] = [None] * RING_SLOTS
         shape = (max(1, slices.largest), size, size, 3)
@@ -227,7 +226,7 @@ class EpochReader(Iterator[Batch]):
         return item.batch
 
     def close(self) -> None:
-        """Stops and joins the thread, and gives its buffers back. May be called twice."""
+        """Stops and joins the thread, gives its buffers back, and reports the damage. May be called twice."""
         self._closed.set()
         self._ended = True
         while not self._queue.empty():  # a thread that waits for a place in the queue sees at once that it is closed
@@ -237,6 +236,7 @@ class EpochReader(Iterator[Batch]):
             copy.synchronize()  # device sync: it may still read the host buffer
         self._resources.buffers.give_back(self._buffers)
         self._buffers, self._ring = [], []
+        self._report(self._file, self.damaged)
 
 
 def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
@@ -253,49 +253,51 @@ def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, sid
     return enough[int(np.argmin(measured))] if len(measured) == len(enough) else enough[0]
 
 
-class NativeSource:
-    """A split of the data folder ``root``, read by the native loader.
+class BetonSource(SplitSource):
+    """A split of the data folder ``root``, read from the file that :func:`choose_file` picks for each size.
 
-    It serves each size from the file that :func:`choose_file` picks, with ``side_ratio``. ``on_error`` is "stop" or
-    "skip" (see :class:`EpochReader`). ``share`` is the part of each batch that this process reads.
     DataError if a file has another length than the manifest says.
     """
 
     def __init__(
-        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, resources: LoaderResources,
-        *, side_ratio: float = 1.5, on_error: str = "stop", share: Share = WHOLE,
+        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, costs: DecodingCosts,
+        side_ratio: float, share: Share,
     ):  # fmt: skip
-        self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
-        self.device, self.resources, self.share = device, resources, share
-        self.skip_damaged = on_error == "skip"
-        self.damaged: Collection[int] = ()
-        self.classes, self.count = manifest.classes, manifest.count
-        self.costs = DecodingCosts.load(root, manifest)
-        self.rows = RowSubsets(self.count)
-        self.side: int | None = max(file.side for file in manifest.files)
-        assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
+        side = max(file.side for file in manifest.files)
+        super().__init__(manifest.classes, manifest.count, side, crops, device, share)
+        self.root, self.manifest, self.costs, self.side_ratio = Path(root), manifest, costs, side_ratio
         check_lengths(self.root, manifest)
 
     def choose(self, size: int) -> BetonFile:
         """The file for crops of ``size`` px."""
         return choose_file(self.manifest, self.costs, self.crops, self.side_ratio, size)
 
-    @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[EpochReader]:
-        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
-        file = self.resources.file(self.root / self.choose(feed.size).file, len(self.classes))
-        if len(file.rows) != self.count:
-            raise DataError(f"{file.path} has {len(file.rows)} rows, its manifest says {self.count}; write both again")
-        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
-        batches = EpochReader(
-            self.resources, file, self.share.slices(draws, feed.batch_size), self.crops, at.epoch, feed.size,
-            self.device, self.skip_damaged,
-        )  # fmt: skip
-        try:
-            yield batches
-        finally:
-            batches.close()
-            self._report(file, batches.damaged)
+    def check_count(self, path: Path, count: int) -> None:
+        if count != self.count:
+            raise DataError(f"{path} has {count} rows, its manifest says {self.count}; write both again")
+
+
+class NativeSource(BetonSource):
+    """A split of a data folder, read by the native loader.
+
+    ``on_error`` is "stop" or "skip" (see :class:`EpochReader`). ``share`` is the part of each batch that this process
+    reads.
+    """
+
+    def __init__(
+        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, resources: LoaderResources,
+        *, side_ratio: float = 1.5, on_error: str = "stop", share: Share = WHOLE,
+    ):  # fmt: skip
+        super().__init__(root, manifest, crops, device, DecodingCosts.load(root, manifest), side_ratio, share)
+        self.resources, self.skip_damaged = resources, on_error == "skip"
+        assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
+
+    def _read(self, slices: Slices, epoch: int, size: int) -> EpochReader:
+        file = self.resources.file(self.root / self.choose(size).file, len(self.classes))
+        self.check_count(file.path, len(file.rows))
+        return EpochReader(
+            self.resources, file, slices, self.crops, epoch, size, self.device, self.skip_damaged, self._report
+        )
 
     def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
         new = sorted(set(damaged).difference(self.damaged))

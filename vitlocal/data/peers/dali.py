@@ -13,9 +13,8 @@ import io
 import math
 import threading
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,14 @@ import torch
 from PIL import Image
 
 from vitlocal.data.augment import send
-from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.batch import Batch, SplitSource
 from vitlocal.data.crops import ROW_MASK, Box, CropPolicy, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, BatchSlice, Share
+from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.plan import Feed
-from vitlocal.progress import Position
 
 try:
     from nvidia.dali import fn, pipeline_def, types
@@ -98,7 +95,7 @@ def pipeline_inputs(data: bytes, height: int, width: int, box: Box, size: int) -
     }
 
 
-class DALISource:
+class DALISource(SplitSource):
     """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
 
     ``spec`` names the images; None: the manifest does.
@@ -109,24 +106,11 @@ class DALISource:
         share: Share = WHOLE,
     ):  # fmt: skip
         self.images, self.numbers = open_originals(root, spec, split)
-        self.classes, self.count = tuple(self.images.classes), len(self.numbers)
-        self.crops, self.device, self.workers, self.share = crops, device, workers, share
-        self.damaged: Collection[int] = ()
-        self.rows = RowSubsets(self.count)
-        self.side: int | None = None
+        super().__init__(tuple(self.images.classes), len(self.numbers), None, crops, device, share)
+        self.workers = workers
         self.readers = ThreadPoolExecutor(workers)  # they wait for the disk and read headers
         self.local = threading.local()  # each reader has a copy of the images, whose open files have positions
         self.pipeline: Any = None
-
-    @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
-        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
-        batches = self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)
-        try:
-            yield batches
-        finally:
-            batches.close()
 
     def _sample(self, draw: int, epoch: int, size: int) -> Sample:
         if not hasattr(self.local, "images"):
@@ -135,7 +119,7 @@ class DALISource:
         box = native_box(native_policy(self.crops, epoch), draw, height, width)
         return pipeline_inputs(data, height, width, box, size)
 
-    def _read(self, slices: Sequence[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+    def _read(self, slices: Slices, epoch: int, size: int) -> Generator[Batch, None, None]:
         # Only the last slice can be empty.
         spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
         if spans:

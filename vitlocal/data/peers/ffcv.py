@@ -13,8 +13,7 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import queue
-from collections.abc import Collection, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.batch import Batch
 from vitlocal.data.beton import check_beton
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
-from vitlocal.data.loader import check_lengths, choose_file
-from vitlocal.data.manifest import BetonFile, Manifest
+from vitlocal.data.loader import BetonSource
+from vitlocal.data.manifest import Manifest
 from vitlocal.data.peers.crop_decoder import keep_torch_threads
-from vitlocal.data.shares import WHOLE, BatchSlice, Share
-from vitlocal.errors import DataError
-from vitlocal.plan import Feed
-from vitlocal.progress import Position
+from vitlocal.data.shares import WHOLE, Share, Slices
 
 with keep_torch_threads():
     from ffcv.fields.basics import IntDecoder
@@ -119,46 +115,24 @@ class FileLoader:
             return GuardedIterator(self.loader, rows.astype(np.uint64))
 
 
-class FFCVSource:
+class FFCVSource(BetonSource):
     """A split of the data folder ``root``, read by FFCV. See the module for what differs from the native loader."""
 
     def __init__(
         self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, workers: int, *,
         side_ratio: float = 1.5, share: Share = WHOLE,
     ):  # fmt: skip
-        self.root, self.manifest, self.crops, self.side_ratio = Path(root), manifest, crops, side_ratio
-        self.device, self.workers, self.share = device, workers, share
-        self.damaged: Collection[int] = ()
-        self.classes, self.count = manifest.classes, manifest.count
-        self.rows = RowSubsets(self.count)
-        self.side: int | None = max(file.side for file in manifest.files)
-        self.loaders: dict[Path, FileLoader] = {}
-        check_lengths(self.root, manifest)
+        super().__init__(root, manifest, crops, device, DecodingCosts({}), side_ratio, share)
+        self.workers, self.loaders = workers, dict[Path, FileLoader]()
 
-    def choose(self, size: int) -> BetonFile:
-        """The file for crops of ``size`` px: the smallest that is large enough."""
-        return choose_file(self.manifest, DecodingCosts({}), self.crops, self.side_ratio, size)
-
-    @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
-        loader = self._loader(self.root / self.choose(feed.size).file)
-        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
-        batches = self._read(loader, list(self.share.slices(draws, feed.batch_size)), feed.size)
-        try:
-            yield batches
-        finally:
-            batches.close()
-
-    def _loader(self, path: Path) -> FileLoader:
+    def _read(self, slices: Slices, epoch: int, size: int) -> Generator[Batch, None, None]:
+        path = self.root / self.choose(size).file
         if path not in self.loaders:
-            info = check_beton(path, len(self.classes))
-            if info.count != self.count:
-                raise DataError(f"{path} has {info.count} rows, its manifest says {self.count}; write both again")
+            self.check_count(path, check_beton(path, len(self.classes)).count)
             self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
-        return self.loaders[path]
+        return self._batches(self.loaders[path], slices, size)
 
-    def _read(self, loader: FileLoader, slices: list[BatchSlice], size: int) -> Generator[Batch, None, None]:
+    def _batches(self, loader: FileLoader, slices: Slices, size: int) -> Generator[Batch, None, None]:
         # FFCV cuts its order into batches of one length; the last slice of a process may have another.
         for length, group in groupby(slices, lambda part: len(part.draws)):
             parts = list(group)

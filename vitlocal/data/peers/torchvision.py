@@ -6,22 +6,19 @@ It is the comparison that users know, and the slow reference for tests of the na
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vitlocal.data.batch import Batch, RowSubsets
+from vitlocal.data.batch import Batch, SplitSource
 from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, BatchSlice, Share
+from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
 from vitlocal.errors import DataError
-from vitlocal.plan import Feed
-from vitlocal.progress import Position
 
 # (draw, epoch, size): everything that a crop depends on, so that worker processes serve all passes.
 Request = tuple[int, int, int]
@@ -55,13 +52,10 @@ def start_worker(number: int) -> None:
 
 
 def collate(items: list[Crop | DataError]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | DataError:
-    crops, labels, rows = [], [], []
     for item in items:
         if isinstance(item, DataError):
             return item
-        crops.append(item[0])
-        labels.append(item[1])
-        rows.append(item[2])
+    crops, labels, rows = zip(*items, strict=True)
     return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
 
 
@@ -77,11 +71,8 @@ class RequestSampler(Sampler[list[Request]]):
             if len(part.draws):
                 yield [(draw, self.epoch, self.size) for draw in part.draws.tolist()]
 
-    def __len__(self) -> int:
-        return sum(len(part.draws) > 0 for part in self.slices)
 
-
-class TorchvisionSource:
+class TorchvisionSource(SplitSource):
     """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
 
     ``spec`` names the images; None: the manifest does.
@@ -92,11 +83,7 @@ class TorchvisionSource:
         share: Share = WHOLE,
     ):  # fmt: skip
         images, rows = open_originals(root, spec, split)
-        self.classes, self.count = tuple(images.classes), len(rows)
-        self.crops, self.device, self.share = crops, device, share
-        self.damaged: Collection[int] = ()
-        self.rows = RowSubsets(self.count)
-        self.side: int | None = None
+        super().__init__(tuple(images.classes), len(rows), None, crops, device, share)
         self.sampler = RequestSampler()
         self.loader: DataLoader = DataLoader(
             CropDataset(images, rows, crops),
@@ -110,17 +97,10 @@ class TorchvisionSource:
             pin_memory=device.type == "cuda",
         )
 
-    @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        """One pass, from ``at`` to the end of its epoch. See :class:`~vitlocal.data.batch.Source`."""
-        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
-        self.sampler.slices = self.share.slices(draws, feed.batch_size)
-        self.sampler.epoch, self.sampler.size = at.epoch, feed.size
-        yield self._read()
-
-    def _read(self) -> Iterator[Batch]:
-        size, read = self.sampler.size, iter(self.loader)
-        for part in self.sampler.slices:
+    def _read(self, slices: Slices, epoch: int, size: int) -> Iterator[Batch]:
+        self.sampler.slices, self.sampler.epoch, self.sampler.size = slices, epoch, size
+        read = iter(self.loader)
+        for part in slices:
             if not len(part.draws):
                 yield Batch.empty(size, self.device, part.total)
                 continue
