@@ -8,9 +8,9 @@ import os
 import re
 import shlex
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from vitlocal.data.beton import check_beton
 from vitlocal.errors import ConfigError, DataError
@@ -120,35 +120,25 @@ class Manifest:
                     f"{path} has manifest version {version} of a newer vitlocal; this vitlocal reads versions "
                     f"up to {VERSION}. Update vitlocal, or write the split again into another folder."
                 )
-            return cls._of(content)
+            manifest = _record(cls, content)
+            manifest._check()
+            return manifest
         except (TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged: {error}. {again}") from None
 
-    @classmethod
-    def _of(cls, content: dict[str, Any]) -> Manifest:
-        manifest = cls(
-            split=_member(content, "split", str),
-            count=_member(content, "count", int),
-            classes=_strings(content, "classes"),
-            files=tuple(_record(BetonFile, file) for file in _member(content, "files", list)),
-            source=_record(SourceInfo, _member(content, "source", dict)),
-            skipped=tuple(_record(Skipped, skip) for skip in _member(content, "skipped", list)),
-            entries=_strings(content, "entries"),
-            version=_member(content, "version", int),
-        )
-        if len(manifest.entries) != manifest.count:
-            raise ValueError(f"count is {manifest.count}, but it lists {len(manifest.entries)} entries")
-        if manifest.source.length != manifest.count + len(manifest.skipped):
+    def _check(self) -> None:
+        if len(self.entries) != self.count:
+            raise ValueError(f"count is {self.count}, but it lists {len(self.entries)} entries")
+        if self.source.length != self.count + len(self.skipped):
             raise ValueError(
-                f"the source's length is {manifest.source.length}, but {manifest.count} rows and "
-                f"{len(manifest.skipped)} skipped images are listed"
+                f"the source's length is {self.source.length}, but {self.count} rows and "
+                f"{len(self.skipped)} skipped images are listed"
             )
-        if not manifest.files:
+        if not self.files:
             raise ValueError("it lists no files")
-        for file in manifest.files:
+        for file in self.files:
             if file.format not in ("raw", "jpg") or Path(file.file).name != file.file:
                 raise ValueError(f"it lists the file {file.file!r} of format {file.format!r}")
-        return manifest
 
 
 def load_manifest(root: str, split: str) -> Manifest:
@@ -265,31 +255,29 @@ def _dump(value: Any) -> str:
     return json.dumps(value)
 
 
-def _member(content: Any, name: str, kind: type) -> Any:
+def _record(kind: Any, content: Any) -> Any:
+    """An object of JSON as the dataclass ``kind``. Raises ValueError."""
+    return kind(**{name: _member(content, name, type_) for name, type_ in get_type_hints(kind).items()})
+
+
+def _member(content: Any, name: str, kind: Any) -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"expected an object with {name!r}, got {type(content).__name__}")
+    optional = type(None) in get_args(kind)
+    if optional and content.get(name) is None:  # old manifests lack it
+        return None
     if name not in content:
         raise ValueError(f"{name!r} is missing")
-    value = content[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is {value!r:.80}, expected {kind.__name__}")
-    return value
+    return _value(get_args(kind)[0] if optional else kind, content[name], name)
 
 
-def _strings(content: Any, name: str) -> tuple[str, ...]:
-    values = _member(content, name, list)
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{name!r} has an item that is not a string")
-    return tuple(values)
-
-
-def _record(kind: type, content: Any) -> Any:
-    types = {"int": int, "str": str}
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        optional = str(field.type).endswith(" | None")
-        if optional and isinstance(content, dict) and content.get(field.name) is None:  # old manifests lack it
-            values[field.name] = None
-        else:
-            values[field.name] = _member(content, field.name, types[str(field.type).removesuffix(" | None")])
-    return kind(**values)
+def _value(kind: Any, value: Any, name: str) -> Any:
+    items = get_args(kind)  # of a tuple
+    expected = list if items else dict if is_dataclass(kind) else kind
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise ValueError(f"{name!r} is {value!r:.80}, expected {expected.__name__}")
+    if items and all(type(item) is items[0] for item in value):  # ImageNet has a million entries
+        return tuple(value)
+    if items:
+        return tuple(_value(items[0], item, name) for item in value)
+    return _record(kind, value) if is_dataclass(kind) else value

@@ -12,8 +12,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Generator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from queue import Empty, Queue
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
 StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
-_UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
+UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,14 @@ def encode_chunks(
     """
     count = rows_per_chunk(job)
     spans = deque(range(first, min(first + count, len(images))) for first in range(start, len(images), count))
-    requests: Queue[range | None] = Queue()
-    results: Queue[Chunk | BaseException] = Queue()
+    requests: Queue[tuple[range, Future[Chunk]] | None] = Queue()
     stopping = threading.Event()
     threads = [  # daemons, because one may wait for a disk that does not answer
-        threading.Thread(target=_work, args=(copy.copy(images), job, requests, results, stopping), daemon=True)
+        threading.Thread(target=_work, args=(copy.copy(images), job, requests, stopping), daemon=True)
         for _ in range(min(workers, len(spans)))
     ]
-    ready: dict[int, Chunk] = {}  # by first row, because they finish out of order
-    done, started = start, 0
+    chunks: deque[Future[Chunk]] = deque()  # in the order of their rows
+    started = 0
     interrupts.deferring = True
     try:
         for thread in threads:
@@ -110,28 +110,23 @@ def encode_chunks(
             except RuntimeError as error:
                 raise DataError(f"cannot start {len(threads)} threads: {error}; use fewer --workers") from error
             started += 1
-        while done < len(images):
-            while spans and spans[0].start < done + CHUNKS_AHEAD * len(threads) * count:
-                requests.put(spans.popleft())
-            try:
-                chunk = results.get(timeout=0.2)
-            except Empty:
+        while spans or chunks:
+            while spans and len(chunks) < CHUNKS_AHEAD * len(threads):
+                chunks.append(Future())
+                requests.put((spans.popleft(), chunks[-1]))
+            if not wait([chunks[0]], timeout=0.2).done:
                 interrupts.check()
                 continue
-            if isinstance(chunk, MemoryError):
+            try:
+                chunk = chunks.popleft().result()
+            except MemoryError as error:
                 raise DataError(
                     "memory ran out; use fewer --workers. The same command continues where this one stopped."
-                ) from chunk
-            if isinstance(chunk, BaseException):
-                raise chunk
-            ready[chunk.start] = chunk
-            while done in ready:
-                chunk = ready.pop(done)
-                yield chunk
-                if chunk.failure is not None:
-                    raise chunk.failure
-                done = chunk.next
-                interrupts.check()
+                ) from error
+            yield chunk
+            if chunk.failure is not None:
+                raise chunk.failure
+            interrupts.check()
     finally:
         stopping.set()
         for _ in threads:
@@ -142,14 +137,16 @@ def encode_chunks(
         interrupts.deferring = False
 
 
-def _work(images: ImageSet, job: EncodeJob, requests: Queue, results: Queue, stopping: threading.Event) -> None:
+def _work(images: ImageSet, job: EncodeJob, requests: Queue, stopping: threading.Event) -> None:
     """A thread: encodes spans of rows to chunks. ``images`` is a copy for this thread, whose files have positions."""
-    try:
-        encoder = Encoder()
-        while (span := requests.get()) is not None and not stopping.is_set():
-            results.put(_encode_rows(images, span, job, encoder, stopping))
-    except BaseException as error:  # the main thread raises it, whatever it is
-        results.put(error)
+    encoder = None
+    while (request := requests.get()) is not None and not stopping.is_set():
+        span, chunk = request
+        try:
+            encoder = encoder or Encoder()
+            chunk.set_result(_encode_rows(images, span, job, encoder, stopping))
+        except BaseException as error:  # the main thread raises it, whatever it is
+            chunk.set_exception(error)
 
 
 # --- one row ---
@@ -186,7 +183,7 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
             break
         try:
             stored = encode_image(images, index, job, encoder)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             reason = reason.removeprefix(f"{images.entry(index)}: ")
             if job.skip:
@@ -215,9 +212,7 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
     return Chunk(span.start, end, np.array(rows, STORED_ROW), parts, skipped, failure)
 
 
-def encode_image(
-    images: ImageSet, index: int, job: EncodeJob, encoder: Encoder
-) -> list[tuple[tuple[int, int, int], bytes]]:
+def encode_image(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     """The image as each file stores it. Raises the errors of reading and decoding."""
     if images.holds_files:
         data = images.read(index)

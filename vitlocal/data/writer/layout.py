@@ -22,7 +22,7 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import ImageSet
 from vitlocal.data.manifest import FileSpec
 from vitlocal.data.native import ROW, DecoderThreads, Encoder
-from vitlocal.data.writer.encode import EncodeJob, encode_image
+from vitlocal.data.writer.encode import UNREADABLE, EncodeJob, encode_image
 from vitlocal.data.writer.journal import byte_words
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
@@ -168,7 +168,7 @@ def _encode_some(images: ImageSet, files: Sequence[FileSpec]) -> list[tuple[np.n
     for index in np.random.default_rng(1).permutation(chosen).tolist():
         try:
             forms = encode_image(images, index, job, encoder)
-        except (DataError, OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             problem = error
             continue
         for place, ((mode, width, height), data) in enumerate(forms):
