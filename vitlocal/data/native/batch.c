@@ -36,7 +36,53 @@ struct pool {
 };
 
 /* Images that a thread takes at once, because small images decode faster than a thread can fetch them. */
-enum { TAKEN = 4, REPEAT_SHIFT = 40 /* of crops.py */ };
+enum { TAKEN = 4, REPEAT_SHIFT = 40 /* of crops.py */, LARGEST_EDGE = 65535 /* 16 bits in a .beton file's table */ };
+
+struct decoder { /* of one thread */
+    struct jpeg *jpeg;
+    struct resizer *resizer;
+};
+
+static void decoder_free(struct decoder *decoder) {
+    if (!decoder) return;
+    jpeg_free(decoder->jpeg);
+    resizer_free(decoder->resizer);
+    free(decoder);
+}
+
+static struct decoder *decoder_new(void) {
+    struct decoder *decoder = malloc(sizeof *decoder);
+    if (!decoder) return NULL;
+    *decoder = (struct decoder){jpeg_new(), resizer_new()};
+    if (decoder->jpeg && decoder->resizer) return decoder;
+    decoder_free(decoder);
+    return NULL;
+}
+
+/* Decodes the crop (S, S, 3) of `draw` from the image `row` of the batch's file. */
+static enum status decode(struct decoder *decoder, const struct batch *b, const struct row *row, int64_t draw,
+                          uint8_t *crop, char *message) {
+    if (row->offset > b->file_bytes || row->bytes > b->file_bytes - row->offset || !row->width || !row->height
+        || row->width > LARGEST_EDGE || row->height > LARGEST_EDGE) return OUTSIDE;
+    const int height = (int)row->height, width = (int)row->width, size = b->size;
+    const uint8_t *data = b->file + row->offset;
+    struct box box;
+    vitlocal_box(b->policy, draw, height, width, &box);
+    if (row->raw) {
+        if (row->bytes < (uint64_t)row->width * row->height * 3) return OUTSIDE;
+        return resize(decoder->resizer, data, (size_t)width * 3, height, width, &box, TRIANGLE, size, size, crop);
+    }
+    struct region region;
+    const enum status status = jpeg_decode(decoder->jpeg, data, row->bytes, height, width, &box, size,
+                                           b->most_reduction, &region, message);
+    if (status != OK) return status;
+    box.top = box.top / region.reduction - region.top;
+    box.left = box.left / region.reduction - region.left;
+    box.height /= region.reduction;
+    box.width /= region.reduction;
+    return resize(decoder->resizer, region.pixels, region.stride, region.height, region.width, &box, TRIANGLE, size,
+                  size, crop);
+}
 
 static size_t crop_bytes(const struct batch *b) { return (size_t)b->size * (size_t)b->size * 3; }
 
@@ -46,8 +92,7 @@ static enum status decode_place(struct decoder *decoder, const struct batch *b, 
     const int64_t index = b->row_count ? draw & (((int64_t)1 << REPEAT_SHIFT) - 1) : place;
     if (!decoder) return NO_MEMORY;
     if (draw < 0 || (b->row_count && index >= b->row_count)) return OUTSIDE;
-    return decode(decoder, b->file, b->file_bytes, &b->rows[index], b->policy, draw, b->size, b->most_reduction,
-                  b->crops + (size_t)place * crop_bytes(b), message);
+    return decode(decoder, b, &b->rows[index], draw, b->crops + (size_t)place * crop_bytes(b), message);
 }
 
 static void *serve(void *argument) {

@@ -8,7 +8,7 @@
 
 #include <jpeglib.h>
 
-#include <jerror.h>
+enum status describe_error(j_common_ptr codec, char *message); /* in jpeg.c */
 
 struct encoder {
     struct jpeg *jpeg;
@@ -25,10 +25,7 @@ struct encoder {
 
 static void fail(j_common_ptr compressor) {
     struct encoder *encoder = compressor->client_data;
-    char text[JMSG_LENGTH_MAX];
-    compressor->err->format_message(compressor, text);
-    snprintf(encoder->message, MESSAGE_BYTES, "%s", text);
-    encoder->failure = compressor->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT;
+    encoder->failure = describe_error(compressor, encoder->message);
     longjmp(encoder->escape, 1);
 }
 
@@ -75,7 +72,7 @@ EXPORT void vitlocal_encoder_free(struct encoder *encoder) {
     free(encoder);
 }
 
-EXPORT struct encoder *vitlocal_encoder_new(void) {
+EXPORT struct encoder *vitlocal_encoder_new(void) { /* NULL if there is no memory */
     char message[MESSAGE_BYTES];
     struct encoder *volatile encoder = calloc(1, sizeof *encoder);
     if (!encoder) return NULL;
@@ -146,6 +143,9 @@ EXPORT int vitlocal_inspect(struct encoder *encoder, const uint8_t *data, int64_
     return (int)jpeg_inspect(encoder->jpeg, data, (size_t)bytes, photo, message);
 }
 
+/* Encodes a photo in all `forms` (count,), none of them larger than it. The photo is the JPEG `data`, or `pixels`
+ * (height, width, 3) if not NULL. Returns OK and sets *output, which is valid until the next call, or another status
+ * with a `message` (MESSAGE_BYTES). */
 EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t bytes, const uint8_t *pixels,
                            int64_t height, int64_t width, struct form *forms, int64_t count, const uint8_t **output,
                            char *message) {

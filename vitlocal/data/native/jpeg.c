@@ -37,12 +37,16 @@ static void leave(struct jpeg *jpeg, enum status failure) {
     longjmp(jpeg->escape, 1);
 }
 
+enum status describe_error(j_common_ptr codec, char *message) {
+    char text[JMSG_LENGTH_MAX];
+    codec->err->format_message(codec, text);
+    snprintf(message, MESSAGE_BYTES, "%s", text);
+    return codec->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT;
+}
+
 static void fail(j_common_ptr decoder) {
     struct jpeg *jpeg = decoder->client_data;
-    char text[JMSG_LENGTH_MAX];
-    decoder->err->format_message(decoder, text);
-    snprintf(jpeg->message, MESSAGE_BYTES, "%s", text);
-    leave(jpeg, decoder->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT);
+    leave(jpeg, describe_error(decoder, jpeg->message));
 }
 
 /* After a warning, libjpeg continues with invented pixels. Here the image counts as corrupt. */

@@ -96,8 +96,7 @@ void jpeg_free(struct jpeg *jpeg);
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
                         const struct box *box, int size, int most_reduction, struct region *region, char *message);
 
-/* A stored form of a photo. `offset` and `bytes` locate it in the encoder's output. */
-struct form {
+struct form { /* a stored form of a photo; `offset` and `bytes` locate it in the encoder's output */
     uint32_t width, height;
     uint32_t kind;     /* of enum storing */
     uint32_t quality;  /* of JPEG */
@@ -108,39 +107,16 @@ struct form {
 
 enum storing { AS_JPEG = 0, AS_RAW = 1, AS_ORIGINAL = 2 }; /* AS_ORIGINAL: the JPEG itself without metadata */
 
-/* encode.c */
-struct encoder; /* for one thread */
-EXPORT struct encoder *vitlocal_encoder_new(void); /* NULL if there is no memory */
-EXPORT void vitlocal_encoder_free(struct encoder *encoder);
-/* Reads the header of `data`; CORRUPT if it is not a JPEG. */
-struct photo;
-EXPORT int vitlocal_inspect(struct encoder *encoder, const uint8_t *data, int64_t bytes, struct photo *photo);
-/* Encodes a photo in all `forms` (count,), none of them larger than it. The photo is the JPEG `data`, or `pixels`
- * (height, width, 3) if not NULL. Returns OK and sets *output, which is valid until the next call, or another status
- * with a `message` (MESSAGE_BYTES). */
-EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t bytes, const uint8_t *pixels,
-                           int64_t height, int64_t width, struct form *forms, int64_t count, const uint8_t **output,
-                           char *message);
-
 struct photo { /* the header of a file */
     uint32_t width, height;
     uint32_t upright;  /* neither EXIF nor XMP turns it */
     uint32_t plain;    /* 8 bits, gray or YCbCr */
     uint32_t keepable; /* fast to decode: not progressive, not arithmetic, usual sampling */
 };
+/* Reads the header of `data`; CORRUPT if it is not a JPEG. */
 enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message);
 /* Copies a file to `kept` (bytes,) without comments, previews, application data and trailing bytes. Returns its length;
  * 0 if it has several scans or no end. */
 size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept);
-
-/* image.c */
-struct decoder; /* for one thread */
-struct decoder *decoder_new(void);
-void decoder_free(struct decoder *decoder);
-/* Decodes the crop (S, S, 3) of `draw` by `policy` from the image `row` of a file. Writes `message` (MESSAGE_BYTES) if
- * the image is CORRUPT. */
-enum status decode(struct decoder *decoder, const uint8_t *file, uint64_t file_bytes, const struct row *row,
-                   const struct policy *policy, int64_t draw, int size, int most_reduction, uint8_t *crop,
-                   char *message);
 
 #endif

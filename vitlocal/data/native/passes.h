@@ -1,6 +1,8 @@
 /* The two passes for TARGET. With AVX2, a vector of 16 numbers is one register, else two. */
 
 #if AVX2
+#define TARGET __attribute__((target("avx2")))
+#define NAME(pass) pass##_avx2
 #define VECTOR __m256i
 #define LOAD(p) _mm256_load_si256((const __m256i *)(p))
 #define LOAD_BYTES(p) _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p)))
@@ -10,7 +12,12 @@
 #define ADD_CLIPPED(a, b) _mm256_adds_epu16(a, b)
 #define LOW(a, b) _mm256_mullo_epi16(a, b)
 #define HIGH(a, b) _mm256_mulhi_epu16(a, b)
+#define SHIFTED(v) _mm256_srli_epi16(v, 8)
+#define LOWER(v) _mm256_castsi256_si128(v)
+#define UPPER(v) _mm256_extracti128_si256(v, 1)
 #else
+#define TARGET
+#define NAME(pass) pass##_sse2
 typedef struct { __m128i low, high; } NAME(pair);
 #define VECTOR NAME(pair)
 #define BOTH(operation, a, b) ((VECTOR){operation((a).low, (b).low), operation((a).high, (b).high)})
@@ -22,6 +29,9 @@ typedef struct { __m128i low, high; } NAME(pair);
 #define ADD_CLIPPED(a, b) BOTH(_mm_adds_epu16, a, b)
 #define LOW(a, b) BOTH(_mm_mullo_epi16, a, b)
 #define HIGH(a, b) BOTH(_mm_mulhi_epu16, a, b)
+#define SHIFTED(v) ((VECTOR){_mm_srli_epi16((v).low, 8), _mm_srli_epi16((v).high, 8)})
+#define LOWER(v) (v).low
+#define UPPER(v) (v).high
 
 static inline VECTOR NAME(widened)(__m128i bytes) {
     const __m128i zero = _mm_setzero_si128();
@@ -44,13 +54,8 @@ TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
             for (int tap = 1; tap < taps; tap++) {
                 sum = ADD(sum, LOW(LOAD_BYTES(pixel + (size_t)tap * stride), LOAD(weight + tap * ROWS)));
             }
-#if AVX2
-            lower[row] = _mm256_castsi256_si128(sum);
-            upper[row] = _mm256_extracti128_si256(sum, 1);
-#else
-            lower[row] = sum.low;
-            upper[row] = sum.high;
-#endif
+            lower[row] = LOWER(sum);
+            upper[row] = UPPER(sum);
         }
         for (int half = 0; half < ROWS; half += 8) {
             __m128i *a = lower + half, *b = upper + half;
@@ -93,14 +98,8 @@ TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
                 sums[2] = ADD_CLIPPED(sums[2], HIGH(LOAD(from + 2 * ROWS), filled));
             }
             for (int channel = 0; channel < 3; channel++) {
-#if AVX2
-                const __m256i shifted = _mm256_srli_epi16(sums[channel], 8);
-                bytes[3 * i + channel] =
-                    _mm_packus_epi16(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
-#else
-                bytes[3 * i + channel] =
-                    _mm_packus_epi16(_mm_srli_epi16(sums[channel].low, 8), _mm_srli_epi16(sums[channel].high, 8));
-#endif
+                const VECTOR shifted = SHIFTED(sums[channel]);
+                bytes[3 * i + channel] = _mm_packus_epi16(LOWER(shifted), UPPER(shifted));
             }
         }
         for (int i = 3 * count; i < 3 * ROWS; i++) bytes[i] = _mm_setzero_si128();
@@ -145,3 +144,9 @@ TARGET static void NAME(second)(const uint16_t *turned, const struct weights *we
 #undef ADD_CLIPPED
 #undef LOW
 #undef HIGH
+#undef SHIFTED
+#undef LOWER
+#undef UPPER
+#undef TARGET
+#undef NAME
+#undef AVX2

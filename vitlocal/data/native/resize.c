@@ -26,15 +26,11 @@ struct weights {
     int taps;
     int32_t *first; /* (length of the output,) */
     uint16_t *of;   /* (length, taps), each row summing to `total` */
-};
-
-struct capacity {
-    size_t places, numbers; /* bytes */
+    size_t first_bytes, of_bytes;
 };
 
 struct resizer {
     struct weights vertical, horizontal;
-    struct capacity vertical_capacity, horizontal_capacity;
     uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
     uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
     uint8_t *narrow;  /* a copy of an image too narrow for a vector */
@@ -132,20 +128,10 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
     } while (0)
 
 /* The two passes, for each instruction set. */
-#define TARGET __attribute__((target("avx2")))
-#define NAME(pass) pass##_avx2
 #define AVX2 1
 #include "passes.h"
-#undef TARGET
-#undef NAME
-#undef AVX2
-#define TARGET
-#define NAME(pass) pass##_sse2
 #define AVX2 0
 #include "passes.h"
-#undef TARGET
-#undef NAME
-#undef AVX2
 
 #endif
 
@@ -276,9 +262,9 @@ int hold(void *pointer, size_t *capacity, size_t bytes) {
     return *memory != NULL;
 }
 
-static int prepare_weights(struct weights *weights, struct capacity *capacity, int length) {
-    return hold(&weights->first, &capacity->places, (size_t)length * sizeof(int32_t))
-           && hold(&weights->of, &capacity->numbers, (size_t)length * (size_t)weights->taps * sizeof(uint16_t));
+static int prepare_weights(struct weights *weights, int length) {
+    return hold(&weights->first, &weights->first_bytes, (size_t)length * sizeof(int32_t))
+           && hold(&weights->of, &weights->of_bytes, (size_t)length * (size_t)weights->taps * sizeof(uint16_t));
 }
 
 enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int height, int width,
@@ -301,8 +287,7 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
     const int taps = taps_for(filter, box->top - top, box->height, rows, tall);
     r->vertical.taps = taps;
     r->horizontal.taps = taps_for(filter, box->left - left, box->width, columns, across);
-    if (!prepare_weights(&r->vertical, &r->vertical_capacity, rows)
-        || !prepare_weights(&r->horizontal, &r->horizontal_capacity, columns)
+    if (!prepare_weights(&r->vertical, rows) || !prepare_weights(&r->horizontal, columns)
         || !hold(&r->shares, &r->shares_bytes, (size_t)(taps > r->horizontal.taps ? taps : r->horizontal.taps) * sizeof(double))
         || !hold(&r->wide, &r->wide_bytes, (size_t)ROWS * ROWS * (size_t)taps * sizeof(uint16_t))
         || !hold(&r->turned, &r->turned_bytes, (size_t)bytes_across * ROWS * sizeof(uint16_t))) return NO_MEMORY;
