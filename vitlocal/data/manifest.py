@@ -20,8 +20,8 @@ FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_(?P<format>raw|jpg)\
 
 
 @dataclass(frozen=True)
-class FileSpec:
-    """A .beton file to write."""
+class BetonFile:
+    """A .beton file of a split. A file that is not written yet has no bytes."""
 
     file: str  # name within the data folder
     side: int  # long edge of the stored images, px
@@ -30,16 +30,10 @@ class FileSpec:
     sampling: int | None  # chroma sampling of JPEG, 420 or 444; None for raw, or if it is unknown
     keep: int | None  # 1: small JPEGs are stored unchanged, 0: all are encoded again; None as for sampling
     page_size: int
-
-
-@dataclass(frozen=True)
-class BetonFile(FileSpec):
-    """A .beton file of a split."""
-
-    bytes: int
-    checksum: str  # see checksum()
-    max_width: int
-    max_height: int
+    bytes: int = 0
+    checksum: str = ""  # see checksum()
+    max_width: int = 0
+    max_height: int = 0
 
 
 @dataclass(frozen=True)

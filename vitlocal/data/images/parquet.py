@@ -32,7 +32,6 @@ class ParquetImages(ImageSet):
     """
 
     def __init__(self, root: Path, split: str) -> None:
-        parquet = _parquet()
         shards = shards_by_split(root)
         if not shards.get(split):
             raise ConfigError(
@@ -43,27 +42,26 @@ class ParquetImages(ImageSet):
         self._root = root
         self._paths = [str(path) for path in shards[split]]
         self._names = [path.relative_to(root).as_posix() for path in shards[split]]
-        first = _open_shard(parquet, self._paths[0])
+        first = _open_shard(self._paths[0])
         self._image, label, names = _columns(first.schema_arrow, self._paths[0])
 
-        labels, shard_of, group_of, rows = [], [], [], []
+        labels, groups, rows = [], [], []
         for shard, path in enumerate(self._paths):
-            file = first if shard == 0 else _open_shard(parquet, path)
+            file = first if shard == 0 else _open_shard(path)
             try:
                 column = file.read([label], use_threads=False).column(0)
             except Exception as error:
                 raise ConfigError(
                     f"{path}: its column '{label}' cannot be read ({error}); download it again"
                 ) from error
-            if column.null_count or not _is_integer(column.type):
+            if column.null_count or not re.fullmatch("u?int(8|16|32|64)", str(column.type)):
                 raise ConfigError(
                     f"{path}: expected integers in column '{label}', got {column.type} with {column.null_count} "
                     f"empty; name a source whose split '{split}' has labels"
                 )
             labels.append(column.to_numpy().astype(np.int64))
             for group in range(file.metadata.num_row_groups):
-                shard_of.append(shard)
-                group_of.append(group)
+                groups.append((shard, group))
                 rows.append(file.metadata.row_group(group).num_rows)
             file.close()
         self.labels = np.concatenate(labels)
@@ -77,18 +75,17 @@ class ParquetImages(ImageSet):
                 "split often has none)"
             )
         self.classes = tuple(names) if names else tuple(str(k) for k in range(high + 1))
-        self._check_train(parquet, shards, split)
-        self._shard_of = np.array(shard_of, np.int64)  # of each row group
-        self._group_of = np.array(group_of, np.int64)
+        self._check_train(shards, split)
+        self._shards_and_groups = groups  # of each row group
         self._starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)  # first row of each row group
-        self._shard_rows = np.array([self._starts[np.searchsorted(shard_of, s)] for s in range(len(self._paths))])
+        self._shard_rows = np.concatenate([[0], np.cumsum([len(part) for part in labels[:-1]])]).astype(np.int64)
         self._forget()
 
-    def _check_train(self, parquet: Any, shards: dict[str, list[Path]], split: str) -> None:
+    def _check_train(self, shards: dict[str, list[Path]], split: str) -> None:
         """Compares the class names with those of the training split. Without names, takes their number from there."""
         if split == "train" or not shards.get("train"):
             return
-        first = _open_shard(parquet, str(shards["train"][0]))
+        first = _open_shard(str(shards["train"][0]))
         _, label, names = _columns(first.schema_arrow, str(shards["train"][0]))
         first.close()
         if names:
@@ -98,7 +95,7 @@ class ParquetImages(ImageSet):
             return
         most = 0
         for path in shards["train"]:
-            file = _open_shard(parquet, str(path))
+            file = _open_shard(str(path))
             most = max(most, int(file.read([label], use_threads=False).column(0).to_numpy().max(initial=0)) + 1)
             file.close()
         if len(self.classes) > most:
@@ -138,14 +135,14 @@ class ParquetImages(ImageSet):
         if group in self._groups:
             self._groups.move_to_end(group)
             return self._groups[group]
-        shard = int(self._shard_of[group])
+        shard, number = self._shards_and_groups[group]
         try:
             if shard not in self._files:
                 for file in self._files.values():
                     file.close()
-                self._files = {shard: _open_shard(_parquet(), self._paths[shard])}
+                self._files = {shard: _open_shard(self._paths[shard])}
             file = self._files[shard]
-            table = file.read_row_group(int(self._group_of[group]), columns=[self._image], use_threads=False)
+            table = file.read_row_group(number, columns=[self._image], use_threads=False)
             column = table.column(0).combine_chunks()
         except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on damaged data
             raise DataError(f"{self._paths[shard]} cannot be read: {error}; download it again") from error
@@ -157,14 +154,6 @@ class ParquetImages(ImageSet):
         return column
 
 
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(f"reading parquet shards needs pyarrow ({error}); pip install pyarrow") from error
-    return pyarrow.parquet
-
-
 def shards_by_split(root: Path) -> dict[str, list[Path]]:
     """The shards of each split: <split>-….parquet or <split>/….parquet in `root`, else in root/data."""
     shards: dict[str, list[Path]] = {}
@@ -174,37 +163,32 @@ def shards_by_split(root: Path) -> dict[str, list[Path]]:
             shards.setdefault(known_split(word) or word, []).append(path)
         for split in (*SPLIT_NAMES, "test"):
             inner = split_folder(folder, split)
-            if inner is not None and split not in shards:
-                paths = sorted(inner.glob("*.parquet"))
-                if paths:
-                    shards[split] = paths
+            if inner is not None and split not in shards and (paths := sorted(inner.glob("*.parquet"))):
+                shards[split] = paths
         if shards:
             break
     return shards
 
 
-def _open_shard(parquet: Any, path: str) -> Any:
+def _open_shard(path: str) -> Any:
     try:
-        return parquet.ParquetFile(path)
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ConfigError(f"reading parquet shards needs pyarrow ({error}); pip install pyarrow") from error
+    try:
+        return ParquetFile(path)
     except Exception as error:
         raise ConfigError(f"{path} is not a complete parquet file ({error}); download it again") from error
-
-
-def _is_integer(kind: Any) -> bool:
-    from pyarrow import types
-
-    return types.is_integer(kind)
 
 
 def _columns(schema: Any, path: str) -> tuple[str, str, list[str]]:
     """The names of the columns of image bytes and of labels, and the class names if the schema has them."""
     from pyarrow import types
 
-    features: dict[str, Any] = {}
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
-        pass  # another program wrote the file
+        features = {}  # another program wrote the file
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
 
     def pick(kind: str, *usual: str) -> str:

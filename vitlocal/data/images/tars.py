@@ -85,9 +85,10 @@ class TarImages(ImageSet):
             )
         self.spec = str(root)
         self._file = _Descriptor(str(path))
-        self._file.read_ahead(False)
+        advise = getattr(os, "posix_fadvise", lambda *_: None)
+        advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_RANDOM", 0))  # no read-ahead: it reads only headers
         rows = self._train_rows(path) if split == "train" else self._val_rows(root, path)
-        self._file.read_ahead(True)
+        advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_NORMAL", 0))
         if not rows:
             raise ConfigError(f"{path} has no images; download it again")
         rows.sort(key=lambda row: (row[0], row[1].name))
@@ -97,8 +98,7 @@ class TarImages(ImageSet):
             outer = _Descriptor(str(train))
             inner = [_class_of(tar.name) for tar in _members(outer.fileno(), 0, train.stat().st_size, str(train))]
             require_same_classes(path.name, self.classes, train.name, inner)
-        places = {wnid: label for label, wnid in enumerate(self.classes)}
-        self.labels = np.array([places[wnid] for wnid, _ in rows], np.int64)
+        self.labels = np.unique([wnid for wnid, _ in rows], return_inverse=True)[1].astype(np.int64)
         self._names = [os.path.basename(member.name) for _, member in rows]
         self._offsets = np.array([member.offset for _, member in rows], np.int64)
         self._sizes = np.array([member.size for _, member in rows], np.int64)
@@ -218,19 +218,9 @@ class _Descriptor:
             self._file = open(self.path, "rb", buffering=0)
         return self._file.fileno()
 
-    def read_ahead(self, on: bool) -> None:
-        """Turns read-ahead of the system on or off. It is off while only headers are read."""
-        if hasattr(os, "posix_fadvise"):
-            advice = os.POSIX_FADV_NORMAL if on else os.POSIX_FADV_RANDOM
-            os.posix_fadvise(self.fileno(), 0, 0, advice)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def __reduce__(self) -> tuple[type[_Descriptor], tuple[str]]:
         return _Descriptor, (self.path,)
 
     def __del__(self) -> None:
-        self.close()
+        if self._file is not None:
+            self._file.close()

@@ -1,11 +1,8 @@
 """The native code: the fused decoder and the photo encoder. Both run without Python's lock.
 
-The decoder turns stored bytes into finished crops, with one call for each batch. For each image it draws the box,
-decodes the part of the JPEG that the box needs, resizes it with antialiasing and flips it while it writes. JPEGs are
-decoded at the largest useful reduction (1/2, 1/4 or 1/8, in libjpeg-turbo). The same draw gives the same bytes for any
-number of threads and any instruction set.
-
-The encoder decodes a photo once and makes its stored form for each file.
+The decoder makes finished crops, with one call for each batch. It decodes the part of a JPEG that the box needs at the
+largest useful reduction, resizes it with antialiasing and flips it while it writes. The same draw gives the same bytes
+for any number of threads and any instruction set. The encoder decodes a photo once for all its stored forms.
 
 Shape letters: B batch, S size, n rows of a file, F forms of a photo.
 """
@@ -14,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -49,48 +47,35 @@ _PROBLEMS = {
 }
 
 
+_NUMBER, _ADDRESS, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+_FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n number, a address, b bytes, i int
+    "pool_new": (_ADDRESS, "n"),
+    "pool_free": (None, "a"),
+    "decode": (_NUMBER, "aanananannaaaa"),
+    "encoder_new": (_ADDRESS, ""),
+    "encoder_free": (None, "a"),
+    "inspect": (_INT, "abna"),
+    "encode": (_INT, "abnannanaa"),
+    "box": (None, "annna"),
+    "instructions": (_INT, "i"),
+}
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native functions with declared arguments. Calls release Python's lock."""
     functions = ctypes.CDLL(_native.__file__)
-    number, address = ctypes.c_int64, ctypes.c_void_p
-    functions.vitlocal_pool_new.restype = address
-    functions.vitlocal_pool_new.argtypes = [number]
-    functions.vitlocal_pool_free.restype = None
-    functions.vitlocal_pool_free.argtypes = [address]
-    functions.vitlocal_decode.restype = number
-    functions.vitlocal_decode.argtypes = [
-        address, address, number, address, number, address, number, address, number, number, address, address, address,
-        address,
-    ]  # fmt: skip
-    functions.vitlocal_encoder_new.restype = address
-    functions.vitlocal_encoder_new.argtypes = []
-    functions.vitlocal_encoder_free.restype = None
-    functions.vitlocal_encoder_free.argtypes = [address]
-    functions.vitlocal_inspect.restype = ctypes.c_int
-    functions.vitlocal_inspect.argtypes = [address, ctypes.c_char_p, number, address]
-    functions.vitlocal_encode.restype = ctypes.c_int
-    functions.vitlocal_encode.argtypes = [
-        address, ctypes.c_char_p, number, address, number, number, address, number, address, address,
-    ]  # fmt: skip
-    functions.vitlocal_box.restype = None
-    functions.vitlocal_box.argtypes = [address, number, number, number, address]
-    functions.vitlocal_instructions.restype = ctypes.c_int
-    functions.vitlocal_instructions.argtypes = [ctypes.c_int]
+    types: dict[str, Any] = {"n": _NUMBER, "a": _ADDRESS, "b": ctypes.c_char_p, "i": _INT}
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(functions, f"vitlocal_{name}")
+        function.restype, function.argtypes = result, [types[letter] for letter in arguments]
     return functions
 
 
-def native_policy(crops: CropPolicy, epoch: int) -> np.ndarray:
-    """The crop policy of one pass for the native code: (1,) of POLICY."""
-    kind = RANDOM if crops.random else CENTRE
+def native_policy(crops: CropPolicy, epoch: int, kind: int | None = None) -> np.ndarray:
+    """The crop policy of one pass for the native code: (1,) of POLICY; ``kind`` WHOLE decodes every byte."""
+    kind = kind if kind is not None else RANDOM if crops.random else CENTRE
     return np.array([(kind, crops.seed, epoch, crops.scale, crops.ratio, crops.flip, crops.centre)], POLICY)
-
-
-def whole_policy() -> np.ndarray:
-    """The policy that takes the whole image, so that every byte is decoded."""
-    policy = np.zeros(1, POLICY)
-    policy["kind"] = WHOLE
-    return policy
 
 
 def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:

@@ -23,7 +23,7 @@ from PIL import Image
 from vitlocal.data.beton import MAX_EDGE, MODES
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb
-from vitlocal.data.manifest import FileSpec
+from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
 from vitlocal.errors import DataError, Interrupted
 
@@ -40,7 +40,7 @@ UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBo
 class EncodeJob:
     """How to encode each row."""
 
-    files: tuple[FileSpec, ...]
+    files: tuple[BetonFile, ...]
     short_edge: int  # px; the short edge is not shrunk below this
     skip: bool  # skip unreadable images
 
@@ -253,7 +253,7 @@ def _stored(
     return stored
 
 
-def _form(file: FileSpec, width: int, height: int, keepable: bool, job: EncodeJob) -> tuple[int, int, int, int, int]:
+def _form(file: BetonFile, width: int, height: int, keepable: bool, job: EncodeJob) -> tuple[int, int, int, int, int]:
     """The form of an image of that size in the file: (width, height, kind, quality, sampling)."""
     size = stored_size(width, height, file.side, job.short_edge)
     if max(size) > MAX_EDGE:

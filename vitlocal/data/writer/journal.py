@@ -20,14 +20,14 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from vitlocal.data.beton import ALLOCATION, METADATA, data_start, head_bytes
-from vitlocal.data.manifest import BetonFile, FileSpec, Manifest, flush_folder, joined_crc32
+from vitlocal.data.manifest import BetonFile, Manifest, flush_folder, joined_crc32
 from vitlocal.data.writer.encode import STORED_ROW, Chunk
 from vitlocal.errors import ConfigError, DataError
 
@@ -51,7 +51,7 @@ class SplitFiles:
     is the number of rows of the source. Writes with equal ``identity`` give the same files.
     """
 
-    def __init__(self, work: Path, files: tuple[FileSpec, ...], length: int, identity: dict[str, str]) -> None:
+    def __init__(self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str]) -> None:
         self.work, self.files, self.length = work, files, length
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
@@ -265,13 +265,8 @@ class SplitFiles:
             _write_all(descriptor, head, 0)
             os.fsync(descriptor)
         checksum = joined_crc32(zlib.crc32(head), zlib.crc32(tail, self.mark.checksums[index]), length - self.start)
-        return BetonFile(
-            **asdict(file),
-            bytes=length,
-            checksum=f"crc32:{checksum:08x}",
-            max_width=int(rows["width"].max()),
-            max_height=int(rows["height"].max()),
-        )
+        widest, tallest = int(rows["width"].max()), int(rows["height"].max())
+        return replace(file, bytes=length, checksum=f"crc32:{checksum:08x}", max_width=widest, max_height=tallest)
 
     def publish(self, manifest: Manifest, path: Path) -> None:
         """Gives the complete files their names, then saves the manifest at ``path``. Repeatable after a kill."""

@@ -20,7 +20,7 @@ from vitlocal.data.beton import ALLOCATION, RAW, data_start, page_size_for
 from vitlocal.data.costs import crop_seconds
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import ImageSet
-from vitlocal.data.manifest import FileSpec
+from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import ROW, DecoderThreads, Encoder
 from vitlocal.data.writer.encode import UNREADABLE, EncodeJob, encode_image
 from vitlocal.data.writer.journal import byte_words
@@ -125,7 +125,7 @@ def measure_candidates(
     """
     sides = sorted({-(-int(np.ceil(size * side_ratio)) // SIDE_STEP) * SIDE_STEP for size in sizes})
     files = tuple(
-        FileSpec("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
+        BetonFile("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
         for side in sides
         for format in formats
     )
@@ -157,7 +157,7 @@ def measure_candidates(
     )
 
 
-def _encode_some(images: ImageSet, files: Sequence[FileSpec]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _encode_some(images: ImageSet, files: Sequence[BetonFile]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Some of the images as each file would store them: (bytes,) uint8 and (n,) of native.ROW."""
     job, encoder = EncodeJob(tuple(files), 0, True), Encoder()
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:IMAGES])

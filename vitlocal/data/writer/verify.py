@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import MappedFile
 from vitlocal.data.manifest import BetonFile, Manifest, checksum
-from vitlocal.data.native import FULL, DecoderThreads, whole_policy
+from vitlocal.data.native import FULL, WHOLE, DecoderThreads, native_policy
 from vitlocal.errors import DataError
 
 BATCH = 256
@@ -72,7 +73,7 @@ def _differences(path: Path, file: MappedFile, stored: BetonFile, manifest: Mani
 
 def _damaged(path: Path, file: MappedFile, manifest: Manifest, threads: DecoderThreads, bar: tqdm) -> list[str]:
     problems = []
-    crops, policy = np.empty((BATCH, SIDE, SIDE, 3), np.uint8), whole_policy()
+    crops, policy = np.empty((BATCH, SIDE, SIDE, 3), np.uint8), native_policy(CropPolicy(random=False), 0, WHOLE)
     for start in range(0, len(file.rows), BATCH):
         draws = np.arange(start, min(start + BATCH, len(file.rows)))
         found = threads.decode(file.bytes, file.rows, draws, policy, crops[: len(draws)], FULL)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vitlocal.data.beton import MODES, check_beton, page_size_for
 from vitlocal.data.costs import ensure_costs
 from vitlocal.data.images import ImageSet, open_images
-from vitlocal.data.manifest import FileSpec, Manifest, Skipped, SourceInfo, work_name
+from vitlocal.data.manifest import BetonFile, Manifest, Skipped, SourceInfo, work_name
 from vitlocal.data.writer.encode import EncodeJob, Interrupts, encode_chunks
 from vitlocal.data.writer.journal import SplitFiles, byte_words, difference, free_bytes
 from vitlocal.errors import ConfigError, DataError
@@ -108,21 +108,29 @@ def write(config: WriteConfig, images: ImageSet | None = None, progress: bool = 
     continues where it stopped.
     """
     config = _checked(config)
+    out = Path(config.out)
+    work, manifest_path = out / work_name(config.split), out / f"{config.split}.json"
     with Interrupts() as interrupts:
-        if images is None:
-            images = open_images(config.source, config.split)
-        task = _WriteTask.of(config, images)
-        manifest = finished = _finished_manifest(task)
+        images = images if images is not None else open_images(config.source, config.split)
+        planned = _planned_manifest(config, images)
+        manifest = finished = _finished_manifest(manifest_path, planned)
         if manifest is None:
-            with SplitFiles(task.work, task.files, len(task.entries), task.identity) as files:
+            job = EncodeJob(planned.files, _short_edge(config.split), config.on_error == "skip")
+            with SplitFiles(work, planned.files, planned.count, _identity(planned)) as files:
                 if not files.sealed:
-                    _fill(files, task, images, interrupts, progress)
-                    files.seal(task.labels)
-                manifest = task.manifest_of(files)
-                files.publish(manifest, task.manifest_path)
-        shutil.rmtree(task.work, ignore_errors=True)  # also the remains of a finished write that was killed
+                    _fill(files, job, planned, images, config.workers or cores(), interrupts, progress)
+                    files.seal(np.asarray(images.labels, np.int64))
+                manifest = replace(
+                    planned,
+                    count=files.count,
+                    files=files.sealed,
+                    skipped=tuple(Skipped(planned.entries[row], reason) for row, reason in files.skipped.items()),
+                    entries=tuple(entry for row, entry in enumerate(planned.entries) if row not in files.skipped),
+                )
+                files.publish(manifest, manifest_path)
+        shutil.rmtree(work, ignore_errors=True)  # also the remains of a finished write that was killed
     if progress:
-        print(_summary(task.manifest_path, manifest) + (" (already finished)" if finished else ""))
+        print(_summary(manifest_path, manifest) + (" (already finished)" if finished else ""))
     return manifest
 
 
@@ -144,104 +152,55 @@ def write_from_options(options: WriteOptions) -> Manifest:
     return manifest
 
 
-def _fill(files: SplitFiles, task: _WriteTask, images: ImageSet, interrupts: Interrupts, progress: bool) -> None:
+def _fill(
+    files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet, workers: int, interrupts: Interrupts,
+    progress: bool,
+) -> None:  # fmt: skip
     """Encodes and appends all rows that the files lack."""
-    workers = task.config.workers or cores()
     forecast_at = files.mark.next + FORECAST_IMAGES
     with (
-        _ProgressDisplay(task.config.split, files, progress) as display,
-        closing(encode_chunks(images, task.job, files.mark.next, workers, interrupts)) as chunks,
+        _ProgressDisplay(planned.split, files, progress) as display,
+        closing(encode_chunks(images, job, files.mark.next, workers, interrupts)) as chunks,
     ):
         for chunk in chunks:
             files.append(chunk)
             display.update()
             if chunk.start < forecast_at <= chunk.next < files.length:
-                free, needed = free_bytes(task.out), files.needed or 0
+                free, needed = free_bytes(files.out), files.needed or 0
                 if needed > free:
                     tqdm.write(
-                        f"warning: about {byte_words(needed)} more are needed in {task.out}, {byte_words(free)} "
+                        f"warning: about {byte_words(needed)} more are needed in {files.out}, {byte_words(free)} "
                         "are free; free some space while this runs, or stop it and use another --out",
                         file=sys.stderr,
                     )
     if not files.count:
         raise DataError(
-            f"none of the {files.length} images of {task.source.spec} could be read; the first: "
-            f"{task.entries[0]}: {files.skipped[0]}. Check --source, and remove {task.work}."
+            f"none of the {files.length} images of {images.spec} could be read; the first: "
+            f"{planned.entries[0]}: {files.skipped[0]}. Check --source, and remove {files.work}."
         )
 
 
-# --- the checked options ---
-
-
-@dataclass(frozen=True)
-class _WriteTask:
-    """A checked configuration with its source."""
-
-    config: WriteConfig
-    files: tuple[FileSpec, ...]
-    source: SourceInfo
-    classes: tuple[str, ...]
-    labels: np.ndarray  # (n,) int64
-    entries: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: WriteConfig, images: ImageSet) -> _WriteTask:
-        labels = np.asarray(images.labels, np.int64)
-        entries = tuple(images.entry(index) for index in range(len(images)))
-        classes = tuple(images.classes)
-        if not entries:
-            raise DataError(f"the source {images.spec} has no images for the split {config.split}; check --source")
-        if labels.shape != (len(entries),) or labels.min() < 0 or labels.max() >= len(classes):
-            raise DataError(
-                f"the source {images.spec} has {labels.size} labels from {labels.min()} to {labels.max()}, "
-                f"expected {len(entries)} from 0 to {len(classes) - 1}"
-            )
-        files = tuple(
-            FileSpec(
-                file=f"{config.split}_{file.side}_{file.format}.beton",
-                side=file.side,
-                format=file.format,
-                quality=config.quality if file.format == "jpg" else None,
-                sampling=config.sampling if file.format == "jpg" else None,
-                keep=int(config.keep_jpegs) if file.format == "jpg" else None,
-                # A JPEG of noise at full quality can be slightly larger than its pixels, so 64 KiB are added.
-                page_size=page_size_for(3 * max(file.side, _short_edge(config.split)) ** 2 + (1 << 16)),
-            )
-            for file in config.files
+def _planned_manifest(config: WriteConfig, images: ImageSet) -> Manifest:
+    """The manifest of a write that skips no image. Its files lack what only their bytes tell."""
+    labels = np.asarray(images.labels, np.int64)
+    entries = tuple(images.entry(index) for index in range(len(images)))
+    classes = tuple(images.classes)
+    if not entries:
+        raise DataError(f"the source {images.spec} has no images for the split {config.split}; check --source")
+    if labels.shape != (len(entries),) or labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(
+            f"the source {images.spec} has {labels.size} labels from {labels.min()} to {labels.max()}, "
+            f"expected {len(entries)} from 0 to {len(classes) - 1}"
         )
-        fingerprint = _digest(entries, 32, b"\n" + labels.tobytes())
-        return cls(config, files, SourceInfo(images.spec, len(entries), fingerprint), classes, labels, entries)
-
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
-
-    @property
-    def work(self) -> Path:
-        return self.out / work_name(self.config.split)
-
-    @property
-    def manifest_path(self) -> Path:
-        return self.out / f"{self.config.split}.json"
-
-    @property
-    def identity(self) -> dict[str, str]:
-        return _identity(self.files, self.source, self.classes)
-
-    @property
-    def job(self) -> EncodeJob:
-        return EncodeJob(self.files, _short_edge(self.config.split), self.config.on_error == "skip")
-
-    def manifest_of(self, files: SplitFiles) -> Manifest:
-        return Manifest(
-            split=self.config.split,
-            count=files.count,
-            classes=self.classes,
-            files=files.sealed,
-            source=self.source,
-            skipped=tuple(Skipped(self.entries[index], reason) for index, reason in files.skipped.items()),
-            entries=tuple(entry for index, entry in enumerate(self.entries) if index not in files.skipped),
-        )
+    files = []
+    for file in config.files:
+        # A JPEG of noise at full quality can be slightly larger than its pixels, so 64 KiB are added.
+        page_size = page_size_for(3 * max(file.side, _short_edge(config.split)) ** 2 + (1 << 16))
+        options = (config.quality, config.sampling, int(config.keep_jpegs)) if file.format == "jpg" else (None,) * 3
+        name = f"{config.split}_{file.side}_{file.format}.beton"
+        files.append(BetonFile(name, file.side, file.format, *options, page_size=page_size))
+    source = SourceInfo(images.spec, len(entries), _digest(entries, 32, b"\n" + labels.tobytes()))
+    return Manifest(config.split, len(entries), classes, tuple(files), source, (), entries)
 
 
 def _checked(config: WriteConfig) -> WriteConfig:
@@ -273,7 +232,7 @@ def _digest(names: Sequence[str], length: int, more: bytes = b"") -> str:
     return hashlib.sha256(text + more).hexdigest()[:length]
 
 
-def _identity(files: Sequence[FileSpec], source: SourceInfo, classes: Sequence[str]) -> dict[str, str]:
+def _identity(manifest: Manifest) -> dict[str, str]:
     """The properties that two writes with equal files share, in words."""
     return {
         "files": ", ".join(
@@ -281,32 +240,33 @@ def _identity(files: Sequence[FileSpec], source: SourceInfo, classes: Sequence[s
             + (f" of quality {file.quality}" if file.quality else "")
             + (" and sampling 444" if file.sampling == 444 else "")
             + (", all encoded again" if file.keep == 0 else "")
-            for file in files
+            for file in manifest.files
         ),
-        "source": source.spec,
-        "images in the source": str(source.length),
-        "classes": f"{len(classes)} (digest {_digest(classes, 8)})",
-        "names and labels of the source's images (digest)": source.fingerprint,
+        "source": manifest.source.spec,
+        "images in the source": str(manifest.source.length),
+        "classes": f"{len(manifest.classes)} (digest {_digest(manifest.classes, 8)})",
+        "names and labels of the source's images (digest)": manifest.source.fingerprint,
     }
 
 
-def _finished_manifest(task: _WriteTask) -> Manifest | None:
+def _finished_manifest(manifest_path: Path, planned: Manifest) -> Manifest | None:
     """The manifest of a finished split of the same configuration, if there is one."""
-    if not task.manifest_path.exists():
+    if not manifest_path.exists():
         return None
-    manifest = Manifest.load(task.manifest_path)
-    paths = [task.out / file.file for file in manifest.files]
-    remedy = f"Remove {' '.join(map(str, (task.manifest_path, *paths)))} to write it again, or use another --out."
-    if what := difference(_identity(manifest.files, manifest.source, manifest.classes), task.identity):
-        raise ConfigError(f"{task.manifest_path} is a finished split of another configuration ({what}). {remedy}")
+    manifest = Manifest.load(manifest_path)
+    paths = [manifest_path.parent / file.file for file in manifest.files]
+    names = " ".join(map(str, (manifest_path, *paths)))
+    remedy = f"Remove {names} to write it again, or use another --out."
+    if what := difference(_identity(manifest), _identity(planned)):
+        raise ConfigError(f"{manifest_path} is a finished split of another configuration ({what}). {remedy}")
     for file, path in zip(manifest.files, paths, strict=True):
         try:
             info = check_beton(path, len(manifest.classes))
         except DataError as error:
-            raise DataError(f"{error}. They are {' '.join(map(str, (task.manifest_path, *paths)))}") from None
+            raise DataError(f"{error}. They are {names}") from None
         if (info.bytes, info.count) != (file.bytes, manifest.count):
             raise DataError(
-                f"{path} has {info.bytes} bytes and {info.count} images; {task.manifest_path} says {file.bytes} "
+                f"{path} has {info.bytes} bytes and {info.count} images; {manifest_path} says {file.bytes} "
                 f"and {manifest.count}. {remedy}"
             )
     return manifest
