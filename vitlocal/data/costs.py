@@ -1,7 +1,6 @@
 """The cost of a crop from each stored file, measured on this machine and kept next to the files.
 
-``{split}.costs.json`` holds microseconds on one core, by file and crop size. It describes a machine, not the data: if
-it is removed, the next ``write_dataset.py`` of the split measures again.
+If ``{split}.costs.json`` is removed, the next ``write_dataset.py`` of the split measures again.
 """
 
 from __future__ import annotations
@@ -40,12 +39,10 @@ class DecodingCosts:
         """The saved costs of the manifest's files. Files that changed since, or a damaged record, have no costs."""
         try:
             records = json.loads(costs_path(folder, manifest.split).read_text(encoding="utf-8"))["files"]
-            found = {
-                (record["file"], record["checksum"]): {
-                    int(size): float(cost) for size, cost in record["microseconds"].items()
-                }
-                for record in records
-            }
+            found = {}
+            for record in records:
+                costs = {int(size): float(cost) for size, cost in record["microseconds"].items()}
+                found[record["file"], record["checksum"]] = costs
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             found = {}
         return cls({file.file: found[key] for file in manifest.files if (key := (file.file, file.checksum)) in found})
@@ -83,8 +80,13 @@ def crop_seconds(
     return sorted(took[1:])[(len(took) - 1) // 4] / batch
 
 
-def measure_costs(folder: str | Path, manifest: Manifest) -> DecodingCosts:
-    """Measures all files of a split on one core. Raises DataError for a damaged file."""
+def ensure_costs(folder: str | Path, manifest: Manifest) -> None:
+    """Measures and saves the costs of a split with several files, unless they are known, on one core.
+
+    Raises DataError for a damaged file.
+    """
+    if len(manifest.files) == 1 or len(DecodingCosts.load(folder, manifest).microseconds) == len(manifest.files):
+        return
     threads, crops = DecoderThreads(1), CropPolicy(random=True)
     found = {}
     for stored in manifest.files:
@@ -100,10 +102,4 @@ def measure_costs(folder: str | Path, manifest: Manifest) -> DecodingCosts:
             if size <= max(stored.side, min(SIZES))
         }
     threads.close()
-    return DecodingCosts(found)
-
-
-def ensure_costs(folder: str | Path, manifest: Manifest) -> None:
-    """Measures and saves the costs of a split with several files, unless they are known."""
-    if len(manifest.files) > 1 and len(DecodingCosts.load(folder, manifest).microseconds) < len(manifest.files):
-        measure_costs(folder, manifest).save(folder, manifest)
+    DecodingCosts(found).save(folder, manifest)

@@ -1,7 +1,6 @@
 """The native loader: ``.beton`` files to batches of crops, by one reader thread over a ring of host buffers.
 
-The reader thread calls the fused decoder once for each batch. Nothing is compiled: a file opens in milliseconds, passes
-may overlap, and each pass has its own file, size, seed and crop policy. The module needs torch and numpy only.
+The reader thread calls the fused decoder once for each batch. Nothing is compiled, and passes may overlap.
 
 Shape letters: B batch, S size, n rows of a file.
 """
@@ -12,7 +11,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -100,12 +98,7 @@ class LoaderResources:
         return self.copy_stream if device.type == "cuda" else None
 
 
-@dataclass
-class _Ready:
-    """A batch in the queue, with the event that marks the end of its copy to a GPU."""
-
-    batch: Batch
-    copied: torch.cuda.Event | None
+Ready = tuple[Batch, torch.cuda.Event | None]  # with the event that marks the end of its copy to a GPU
 
 
 class EpochReader(Iterator[Batch]):
@@ -130,7 +123,7 @@ class EpochReader(Iterator[Batch]):
         self._buffers = resources.buffers.take(RING_SLOTS, int(np.prod(shape)), self._copy_stream is not None)
         with torch.inference_mode(False):
             self._ring = [buffer[: int(np.prod(shape))].view(shape) for buffer in self._buffers]  # (B, S, S, 3) each
-        self._queue: queue.Queue[_Ready | BaseException | None] = queue.Queue(BATCHES_AHEAD)
+        self._queue: queue.Queue[Ready | BaseException | None] = queue.Queue(BATCHES_AHEAD)
         self._closed, self._ended = threading.Event(), False
         self.thread = threading.Thread(target=self._run, name="vitlocal-loader", daemon=True)
         self.thread.start()
@@ -187,21 +180,21 @@ class EpochReader(Iterator[Batch]):
     def _record_damage(self, draws: np.ndarray, problems: dict[int, str]) -> None:
         self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
 
-    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: BatchSlice) -> _Ready:
+    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: BatchSlice) -> Ready:
         ids = torch.from_numpy(rows)
         images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
         labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
-        if self._copy_stream is None:
-            return _Ready(Batch(images, labels, ids, part.places, part.total), None)
-        with torch.cuda.stream(self._copy_stream):  # host-to-device copies, which overlap the training step
-            images = images.to(self._device, non_blocking=True)
-            labels = labels.pin_memory().to(self._device, non_blocking=True)
-            event = torch.cuda.Event(blocking=True)  # a thread that waits for it leaves its core to the decoders
-            event.record(self._copy_stream)
-        self._copies[slot] = event
-        return _Ready(Batch(images, labels, ids, part.places, part.total), event)
+        event = None
+        if self._copy_stream is not None:
+            with torch.cuda.stream(self._copy_stream):  # host-to-device copies, which overlap the training step
+                images = images.to(self._device, non_blocking=True)
+                labels = labels.pin_memory().to(self._device, non_blocking=True)
+                event = torch.cuda.Event(blocking=True)  # a thread that waits for it leaves its core to the decoders
+                event.record(self._copy_stream)
+            self._copies[slot] = event
+        return Batch(images, labels, ids, part.places, part.total), event
 
-    def _put(self, item: _Ready | BaseException | None) -> bool:
+    def _put(self, item: Ready | BaseException | None) -> bool:
         """Hands ``item`` to the consumer; False if the consumer has closed the pass."""
         while not self._closed.is_set():
             try:
@@ -215,15 +208,16 @@ class EpochReader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         item = None if self._ended else self._queue.get()
-        if not isinstance(item, _Ready):
+        if not isinstance(item, tuple):
             self._ended = True
             raise StopIteration if item is None else item
-        if item.copied is not None:
+        batch, copied = item
+        if copied is not None:
             stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(item.copied)
-            item.batch.images.record_stream(stream)
-            item.batch.labels.record_stream(stream)
-        return item.batch
+            stream.wait_event(copied)
+            batch.images.record_stream(stream)
+            batch.labels.record_stream(stream)
+        return batch
 
     def close(self) -> None:
         """Stops and joins the thread, gives its buffers back, and reports the damage. May be called twice."""
@@ -266,7 +260,14 @@ class BetonSource(SplitSource):
         side = max(file.side for file in manifest.files)
         super().__init__(manifest.classes, manifest.count, side, crops, device, share)
         self.root, self.manifest, self.costs, self.side_ratio = Path(root), manifest, costs, side_ratio
-        check_lengths(self.root, manifest)
+        for file in manifest.files:  # before a run starts, because a curriculum may need a file hours later
+            path = self.root / file.file
+            if path.exists() and path.stat().st_size != file.bytes:
+                raise DataError(
+                    f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: it is cut off, or "
+                    f"another file. Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write "
+                    f"them again with the same command: python write_dataset.py --split {manifest.split} --out {root} …"
+                )
 
     def choose(self, size: int) -> BetonFile:
         """The file for crops of ``size`` px."""
@@ -310,21 +311,6 @@ class NativeSource(BetonSource):
     def close(self) -> None:
         """Forgets the open files."""
         self.resources.files.clear()
-
-
-def check_lengths(root: Path, manifest: Manifest) -> None:
-    """Raises DataError if a file has another length than ``manifest`` says.
-
-    It is called before a run starts, because a curriculum may need a file hours later.
-    """
-    for file in manifest.files:
-        path = root / file.file
-        if path.exists() and path.stat().st_size != file.bytes:
-            raise DataError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: it is cut off, or another "
-                f"file. Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write them again "
-                f"with the same command: python write_dataset.py --split {manifest.split} --out {root} …"
-            )
 
 
 class Loader:

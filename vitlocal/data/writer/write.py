@@ -32,7 +32,7 @@ from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 LARGEST_RAW = 160  # the largest side that `auto` stores raw
 LARGEST_SIDE = 16384
 QUALITY, SAMPLING = 90, 420  # of JPEG
-VAL_SHORT_EDGE = 256  # px of every validation photo, for an evaluation at 224 of 256
+SHORT_EDGES = {"train": 0, "val": 256}  # px: photos are not shrunk below; val is evaluated at 224 of 256
 FORECAST_IMAGES = 256  # images before the space for the rest is estimated
 REPORT_SECONDS = 10.0  # between lines if there is no terminal
 
@@ -115,7 +115,7 @@ def write(config: WriteConfig, images: ImageSet | None = None, progress: bool = 
         planned = _planned_manifest(config, images)
         manifest = finished = _finished_manifest(manifest_path, planned)
         if manifest is None:
-            job = EncodeJob(planned.files, _short_edge(config.split), config.on_error == "skip")
+            job = EncodeJob(planned.files, SHORT_EDGES[config.split], config.on_error == "skip")
             with SplitFiles(work, planned.files, planned.count, _identity(planned)) as files:
                 if not files.sealed:
                     _fill(files, job, planned, images, config.workers or cores(), interrupts, progress)
@@ -158,10 +158,8 @@ def _fill(
 ) -> None:  # fmt: skip
     """Encodes and appends all rows that the files lack."""
     forecast_at = files.mark.next + FORECAST_IMAGES
-    with (
-        _ProgressDisplay(planned.split, files, progress) as display,
-        closing(encode_chunks(images, job, files.mark.next, workers, interrupts)) as chunks,
-    ):
+    display = _ProgressDisplay(planned.split, files, progress)
+    with display.bar, closing(encode_chunks(images, job, files.mark.next, workers, interrupts)) as chunks:
         for chunk in chunks:
             files.append(chunk)
             display.update()
@@ -195,10 +193,12 @@ def _planned_manifest(config: WriteConfig, images: ImageSet) -> Manifest:
     files = []
     for file in config.files:
         # A JPEG of noise at full quality can be slightly larger than its pixels, so 64 KiB are added.
-        page_size = page_size_for(3 * max(file.side, _short_edge(config.split)) ** 2 + (1 << 16))
-        options = (config.quality, config.sampling, int(config.keep_jpegs)) if file.format == "jpg" else (None,) * 3
+        page_size = page_size_for(3 * max(file.side, SHORT_EDGES[config.split]) ** 2 + (1 << 16))
+        jpeg = file.format == "jpg"
+        quality, sampling = (config.quality, config.sampling) if jpeg else (None, None)
+        keep = int(config.keep_jpegs) if jpeg else None
         name = f"{config.split}_{file.side}_{file.format}.beton"
-        files.append(BetonFile(name, file.side, file.format, *options, page_size=page_size))
+        files.append(BetonFile(name, file.side, file.format, quality, sampling, keep, page_size))
     source = SourceInfo(images.spec, len(entries), _digest(entries, 32, b"\n" + labels.tobytes()))
     return Manifest(config.split, len(entries), classes, tuple(files), source, (), entries)
 
@@ -221,10 +221,6 @@ def _checked(config: WriteConfig) -> WriteConfig:
         if file.format not in MODES or not 1 <= file.side <= LARGEST_SIDE:
             raise ConfigError(f"{file}: expected a format raw or jpg and a side from 1 to {LARGEST_SIDE}")
     return replace(config, files=files)
-
-
-def _short_edge(split: str) -> int:
-    return VAL_SHORT_EDGE if split == "val" else 0
 
 
 def _digest(names: Sequence[str], length: int, more: bytes = b"") -> str:
@@ -286,12 +282,6 @@ class _ProgressDisplay:
             total=files.length, initial=self.first, desc=name, unit=" images", smoothing=0.05, disable=not bar
         )
         self.began = self.reported = time.monotonic()
-
-    def __enter__(self) -> _ProgressDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
     def update(self) -> None:
         done, total, size = self.files.mark.next, self.files.length, byte_words(self.files.data_bytes)
