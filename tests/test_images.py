@@ -16,16 +16,10 @@ import numpy as np
 import pytest
 from fake_images import check_set, encode_colour
 
-from vitlocal.data.images import (
-    FolderImages,
-    ImageSet,
-    ParquetImages,
-    TarImages,
-    open_images,
-    parquet,
-    resolve_source,
-    tars,
-)
+from vitlocal.data.images import ImageSet, open_images, parquet, resolve_source, tars
+from vitlocal.data.images.folder import FolderImages
+from vitlocal.data.images.parquet import ParquetImages
+from vitlocal.data.images.tars import TarImages
 from vitlocal.errors import ConfigError, DataError
 
 WNIDS = ("n01440764", "n01443537", "n02084071")

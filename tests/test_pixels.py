@@ -11,7 +11,7 @@ import pytest
 from fake_images import colour_of, encode_colour
 from PIL import Image, features
 
-from vitlocal.data.images import decode_rgb, to_rgb
+from vitlocal.data.images.pixels import decode_rgb, to_rgb
 from vitlocal.errors import DataError
 
 

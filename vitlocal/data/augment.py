@@ -2,8 +2,6 @@
 
 Random numbers come from the host, with the key (seed, step) and the sample's place in the global batch. So a step
 repeats bit for bit after a restart, several processes draw the same numbers as one, and nothing waits for the device.
-RandAugment runs first. The rest is one expression over the batch, which a compiled step fuses with its first
-operation.
 
 Shape letters: B batch, S size.
 """
@@ -141,10 +139,7 @@ class Augment(torch.nn.Module):
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Starts a host-to-device copy; neither side waits.
-
-    The pinned memory may be freed at once: PyTorch reuses it only after the copy.
-    """
+    """Starts a host-to-device copy; neither side waits. PyTorch reuses the pinned memory only after the copy."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
@@ -322,7 +317,9 @@ def three_augment(images: Tensor, strength: float, seed: int, step: int, places:
     deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
     rows = send(torch.from_numpy(order), images.device)
     x = images[rows].float()
-    changes: tuple[Callable[[Tensor], Tensor], ...] = (_grey, _solarised, partial(_blurred, deviations))
+    changes: tuple[Callable[[Tensor], Tensor], ...] = (
+        _grey, lambda x: torch.minimum(x, 255 - x), partial(_blurred, deviations)  # integers above 127 are inverted
+    )  # fmt: skip
     for (first, last), change in zip(pairwise(ends), changes, strict=True):
         if first < last:
             x[first:last] = change(x[first:last])
@@ -341,10 +338,6 @@ def _grey(x: Tensor) -> Tensor:
     """(n, 1, S, S) of (n, 3, S, S)."""
     red, green, blue = x.split(1, dim=1)  # weights are numbers, so nothing is copied to the device
     return GREY[0] * red + GREY[1] * green + GREY[2] * blue
-
-
-def _solarised(x: Tensor) -> Tensor:
-    return torch.minimum(x, 255 - x)  # of integers up to 255: inverts those above 127
 
 
 def _blurred(deviations: np.ndarray, x: Tensor) -> Tensor:

@@ -23,16 +23,8 @@ JPG, RAW = 0, 1  # `mode` of an image
 MODES = {"jpg": JPG, "raw": RAW}
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2  # `type_id` of a field
 
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ],
-    align=True,
-)
+_HEADER = {"version": "<u2", "num_fields": "<u2", "page_size": "<u4", "num_samples": "<u8", "alloc_table_ptr": "<u8"}
+HEADER = np.dtype(list(_HEADER.items()), align=True)
 FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
@@ -80,14 +72,12 @@ def head_bytes(metadata: np.ndarray, page_size: int, allocations_at: int) -> byt
 class BetonInfo:
     """The head of a .beton file."""
 
-    path: Path
     count: int
     bytes: int
     page_size: int
     modes: frozenset[str]  # of "raw" and "jpg"
     max_width: int
     max_height: int
-    min_label: int
     max_label: int
 
 
@@ -113,8 +103,7 @@ def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tupl
 
     try:
         with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            return _check(file, path, length, classes, wrong)
+            return _check(file, classes, wrong)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. {_REMEDY}") from None
     except OSError as error:
@@ -122,8 +111,10 @@ def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tupl
 
 
 def _check(
-    file: BinaryIO, path: Path, length: int, classes: int | None, wrong: Callable[[str], DataError]
+    file: BinaryIO, classes: int | None, wrong: Callable[[str], DataError]
 ) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
+    length = os.fstat(file.fileno()).st_size
+
     def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
         if count > (length - file.tell()) // dtype.itemsize:
             raise wrong(f"cut off: its {length} bytes end in its {what}")
@@ -186,15 +177,5 @@ def _check(
     rows = np.zeros(count, ROW)
     rows["offset"], rows["bytes"], rows["raw"] = wanted, size, mode == RAW
     rows["width"], rows["height"] = width, height
-    info = BetonInfo(
-        path=path,
-        count=count,
-        bytes=length,
-        page_size=page,
-        modes=frozenset(name for name, code in MODES.items() if (mode == code).any()),
-        max_width=int(width.max()),
-        max_height=int(height.max()),
-        min_label=low,
-        max_label=high,
-    )
-    return info, rows, label
+    modes = frozenset(name for name, code in MODES.items() if (mode == code).any())
+    return BetonInfo(count, length, page, modes, int(width.max()), int(height.max()), high), rows, label

@@ -1,10 +1,8 @@
 """Triton kernels for the middle of the local FFN: activation, 3×3 depth-wise convolution, activation, in one pass.
 
-A thread owns a channel of one image. It walks down the grid's rows and keeps whole rows in registers. So the shifts of
-the convolution are names of registers, and each activation is computed once. The kernels access the hidden activations
-(B, N, C) twice forward (read x, write y) and three times backward (read x and dy, write dx), the least possible between
-two matrix products. The backward pass recomputes the convolution's result. The weights' gradient is summed in float32
-over a program's images, then over programs, in a fixed order.
+A thread owns a channel of one image. It walks down the grid's rows and keeps whole rows in registers, so each
+activation is computed once. The backward pass recomputes the convolution's result. The weights' gradient is summed in
+float32 over a program's images, then over programs, in a fixed order.
 
 Imported on first use on a GPU, or under Triton's interpreter (``TRITON_INTERPRET=1``). ``local_mix.py`` holds the
 operator that calls these kernels, and their reference.
@@ -23,8 +21,7 @@ from torch import Tensor
 
 THREADS = 128  # per program
 # A program processes at least this many positions, to read its weights less often, unless fewer than PROGRAMS programs
-# would remain, which fill a GPU several times. More programs would cost memory traffic: each writes its part of the
-# weights' gradient, 36 bytes per channel.
+# would remain, which fill a GPU several times.
 POSITIONS = 512
 PROGRAMS = 1024
 
@@ -133,9 +130,7 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
     for _ in range(tl.minimum(images, batch - first)):
         z_above = _zeros(W, BC, COMPUTE)  # partial sums of the convolution's rows i - 1 and i
         z_here = _zeros(W, BC, COMPUTE)
-        d_above = _zeros(
-            W, BC, COMPUTE
-        )  # partial sums of the gradient by the convolution's input, rows i - 2 and i - 1
+        d_above = _zeros(W, BC, COMPUTE)  # partial sums of the input's gradient, rows i - 2 and i - 1
         d_here = _zeros(W, BC, COMPUTE)
         x_above = _zeros(W, BC, COMPUTE)  # x's rows i - 2 and i - 1
         x_here = _zeros(W, BC, COMPUTE)

@@ -67,9 +67,7 @@ def _fused_backward(
 
 @_fused_backward.register_fake
 def _(tokens: Tensor, weight: Tensor, grad: Tensor, height: int, width: int, activation: str) -> tuple[Tensor, Tensor]:
-    return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device), torch.empty(
-        weight.shape, dtype=weight.dtype, device=weight.device
-    )
+    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

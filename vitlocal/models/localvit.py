@@ -17,9 +17,7 @@ from vitlocal.models.registry import PATCH8_64, register_family
 from vitlocal.models.vit import VisionTransformer
 
 # As in the released code, heads are 48 wide (DeiT: 64). There is no published base model; ours does the same.
-TINY: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=4)
-SMALL: dict[str, Any] = dict(embed_dim=384, depth=12, num_heads=8)
-BASE: dict[str, Any] = dict(embed_dim=768, depth=12, num_heads=16)
+TINY, SMALL, BASE = (dict[str, Any](embed_dim=48 * heads, depth=12, num_heads=heads) for heads in (4, 8, 16))
 
 
 class SqueezeExcitation(nn.Module):

@@ -41,13 +41,9 @@ def model_parts(model: nn.Module) -> dict[str, int] | None:
     """Returns the numbers of heads, hidden units, patches a side and blocks; None for a model that is not ours."""
     if not isinstance(model, VisionTransformer):
         return None
-    first = model_blocks(model)[0]
-    return {
-        "heads": first.attn.num_heads,
-        "hidden": first.mlp.fc1.weight.shape[0],
-        "grid": min(model.patch_embed.grid_size),
-        "blocks": len(model.blocks),
-    }
+    first, grid = model_blocks(model)[0], min(model.patch_embed.grid_size)
+    hidden = first.mlp.fc1.weight.shape[0]
+    return {"heads": first.attn.num_heads, "hidden": hidden, "grid": grid, "blocks": len(model.blocks)}
 
 
 def check_shape(model: nn.Module, shape: Shape) -> None:
@@ -55,10 +51,8 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
     if shape == WHOLE_MODEL:
         return
     name, blocks, parts = type(model).__name__, model_blocks(model), model_parts(model)
-    fields = [
-        field for field in ("heads", "hidden", "grid", "block_order", "stage") if getattr(shape, field) is not None
-    ]
-    fields += ["pruned_blocks"] if shape.pruned_blocks else []
+    names = ("heads", "hidden", "grid", "block_order", "stage", "pruned_blocks")
+    fields = [field for field in names if getattr(shape, field) not in (None, ())]
     if fields and parts is None:
         raise ConfigError(
             f"{name} is timm's own model: only vitlocal_… models can change {', '.join(fields)}; use one of them"

@@ -47,9 +47,8 @@ class TimmModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters that need no weight decay, apart from norms and biases."""
-        return {"pos_embed", "cls_token"} | (
-            {"stage_table"} if getattr(self, "stage_table", None) is not None else set()
-        )
+        has_stages = getattr(self, "stage_table", None) is not None
+        return {"pos_embed", "cls_token", *(["stage_table"] if has_stages else [])}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns patterns that group parameters by depth."""

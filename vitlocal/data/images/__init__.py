@@ -5,21 +5,7 @@ any row at random, and can be pickled to worker processes, which open its files 
 """
 
 from vitlocal.data.images.find import open_images, resolve_source
-from vitlocal.data.images.folder import FolderImages
 from vitlocal.data.images.image_set import ImageSet
-from vitlocal.data.images.parquet import ParquetImages
-from vitlocal.data.images.pixels import decode_rgb, to_rgb
-from vitlocal.data.images.tars import TarImages
-from vitlocal.data.images.torchvision import TorchvisionImages
+from vitlocal.data.images.pixels import decode_rgb
 
-__all__ = [
-    "FolderImages",
-    "ImageSet",
-    "ParquetImages",
-    "TarImages",
-    "TorchvisionImages",
-    "decode_rgb",
-    "open_images",
-    "resolve_source",
-    "to_rgb",
-]
+__all__ = ["ImageSet", "decode_rgb", "open_images", "resolve_source"]

@@ -19,12 +19,9 @@ DEFAULT_SOURCE = "data/source"
 
 def resolve_source(spec: str | None) -> str:
     """The source: ``spec`` if given, else the variable IMAGENET_DIR, else the folder data/source."""
+    spec = spec or os.environ.get(SOURCE_VARIABLE) or (DEFAULT_SOURCE if os.path.isdir(DEFAULT_SOURCE) else None)
     if spec:
         return spec
-    if os.environ.get(SOURCE_VARIABLE):
-        return os.environ[SOURCE_VARIABLE]
-    if os.path.isdir(DEFAULT_SOURCE):
-        return DEFAULT_SOURCE
     raise ConfigError(
         f"no images to read: --source is not given, the variable {SOURCE_VARIABLE} is not set, and the folder "
         f"{DEFAULT_SOURCE} does not exist; expected one of them to be {KINDS}. "

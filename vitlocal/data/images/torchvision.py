@@ -134,12 +134,11 @@ def _dataset_labels(dataset: Any, spec: str) -> np.ndarray:
             return labels.astype(np.int64)
     items = [dataset[index][1] for index in range(count)]
     try:
-        flat = np.array([int(label) for label in items], np.int64)
+        return np.array([int(label) for label in items], np.int64)
     except (TypeError, ValueError):
         raise ConfigError(
             f"source '{spec}': expected one class for each image, got {items[0]!r}; name another set"
         ) from None
-    return flat
 
 
 def _dataset_classes(dataset: Any, least: int) -> tuple[str, ...]:

@@ -120,10 +120,9 @@ class DALISource(SplitSource):
         return pipeline_inputs(data, height, width, box, size)
 
     def _read(self, slices: Slices, epoch: int, size: int) -> Generator[Batch, None, None]:
-        # Only the last slice can be empty.
-        spans, rest = [part for part in slices if len(part.draws)], [part for part in slices if not len(part.draws)]
+        spans = [part for part in slices if len(part.draws)]  # only the last slice can be empty
         if spans:
-            self._build_pipeline(max(len(part.draws) for part in spans))
+            self._build_pipeline(slices.largest)
         reading: deque[Any] = deque()
         decoding: deque[BatchSlice] = deque()
         try:
@@ -141,10 +140,9 @@ class DALISource(SplitSource):
             for future in (future for futures in reading for future in futures):
                 future.cancel()
             if self.pipeline is not None:
-                for _ in decoding:  # DALI finishes the batches that it has started
-                    self.pipeline.share_outputs()
-                    self.pipeline.release_outputs()
-        yield from (Batch.empty(size, self.device, part.total) for part in rest)
+                self._discard(len(decoding))  # DALI finishes the batches that it has started
+        if len(spans) < len(slices):
+            yield Batch.empty(size, self.device, slices[len(spans)].total)
 
     def _build_pipeline(self, batch_size: int) -> None:
         """Builds the pipeline, again if batches have grown, and fills its queue with empty work."""
@@ -160,7 +158,10 @@ class DALISource(SplitSource):
         for _ in range(BATCHES_AHEAD):
             self._feed([pipeline_inputs(dot, 1, 1, centre_box(1, 1, 1.0), 1)])
         self.pipeline.schedule_run()  # the first call runs as many batches as the queue is deep
-        for _ in range(BATCHES_AHEAD):
+        self._discard(BATCHES_AHEAD)
+
+    def _discard(self, batches: int) -> None:
+        for _ in range(batches):
             self.pipeline.share_outputs()
             self.pipeline.release_outputs()
 

@@ -7,6 +7,7 @@ the smallest on disk.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -83,10 +84,6 @@ class StorageLayout:
         return tuple(file for demand in self.demands if (file := fastest_file(demand, self.files)))
 
     @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-    @property
     def waits(self) -> tuple[float, ...]:
         """For each demand, the fraction of the time that the trainer waits for the loader."""
         return tuple(
@@ -126,8 +123,7 @@ def measure_candidates(
     sides = sorted({-(-int(np.ceil(size * side_ratio)) // SIDE_STEP) * SIDE_STEP for size in sizes})
     files = tuple(
         BetonFile("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
-        for side in sides
-        for format in formats
+        for side, format in itertools.product(sides, formats)
     )
     stored = _encode_some(images, files)
     served = [[size for size in sizes if file.side >= size * side_ratio - 1e-6] for file in files]
@@ -284,11 +280,9 @@ def layout_lines(layout: StorageLayout, limits: StorageLimits, count: int) -> li
         f"{'px':>5} {'epochs':>7} {'trainer':>11} {'loader':>11} {'':>8}  file",
     ]
     for demand, file, wait in zip(layout.demands, layout.serving, layout.waits, strict=True):
-        rate, note = file.rates[demand.size], ""
+        rate, note = file.rates[demand.size], "  little to spare" if missing_seconds(demand, file) > 0 else ""
         if wait:
             note = f"  waits {100 * wait:.0f} % of its time"
-        elif missing_seconds(demand, file) > 0:
-            note = "  little to spare"
         if file.bytes > limits.memory:
             note += f"  does not fit in memory ({byte_words(limits.memory)}), so the disk limits its rate"
         lines.append(
@@ -299,7 +293,9 @@ def layout_lines(layout: StorageLayout, limits: StorageLimits, count: int) -> li
     jpeg *= any(file.format == "jpg" for file in layout.files)
     files = ", ".join(f"{file} ({byte_words(file.bytes)})" for file in layout.files)
     largest = max(file.bytes for file in layout.serving)
-    lines.append(f"{byte_words(layout.bytes)} on disk, of {byte_words(limits.disk)}: {files}{jpeg}")
+    lines.append(
+        f"{byte_words(sum(file.bytes for file in layout.files))} on disk, of {byte_words(limits.disk)}: {files}{jpeg}"
+    )
     lines.append(f"at most {byte_words(largest)} of them at a time in the page cache, of {byte_words(limits.memory)}")
     if layout.missing_seconds:
         lines.append(
@@ -313,10 +309,8 @@ def save_layout(out: str, layout: StorageLayout, lines: Sequence[str], command: 
     """Saves the layout in the data folder, as options that the next write of the split reads."""
     path = Path(out) / PLAN_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {
-        "sides": ",".join(str(file) for file in layout.files), "quality": layout.quality, "sampling": layout.sampling,
-        "keep_jpegs": layout.keep,
-    }  # fmt: skip
+    sides = ",".join(map(str, layout.files))
+    options = dict(sides=sides, quality=layout.quality, sampling=layout.sampling, keep_jpegs=layout.keep)
     head = "".join(f"# {line}\n" for line in (f"Made by {command}", *lines))
     path.write_text(head + yaml.safe_dump({"write": options}, sort_keys=False), encoding="utf-8")
     return path
