@@ -186,8 +186,8 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor, table: Tensor) -> Tensor
 
 # --- RandAugment ------------------------------------------------------------------------------------------------------
 
-# The "increasing" operations of RandAugment (Cubuk et al. 2020) with timm's ranges: a larger level in [0, 1] always
-# means a larger change. ``sign`` is ±1; some operations ignore it.
+# The "increasing" operations of RandAugment (Cubuk et al. 2020) with timm's ranges: a larger level in [0, 1] means a
+# larger change. ``sign`` is ±1.
 
 
 def _solarize_add(x: Tensor, level: float) -> Tensor:
@@ -195,8 +195,7 @@ def _solarize_add(x: Tensor, level: float) -> Tensor:
 
 
 def _sharpness(x: Tensor, factor: float) -> Tensor:
-    # Pillow's: away from or towards a 3×3 blur with weight 5 in the middle; borders stay. (torchvision's version makes
-    # its kernel on the host at each call, so it waits for the device.)
+    # Pillow's: a 3×3 blur with weight 5 in the middle; borders stay. (torchvision's version waits for the device.)
     blurred = x.float()
     inner = blurred[..., 1:-1, 1:-1]
     inner.copy_((9 * F.avg_pool2d(x.float(), 3, 1) + 4 * inner) / 13)
@@ -257,10 +256,8 @@ def randaugment(
     """Applies two random operations to each image, each with probability 0.5, as timm's ``rand-m9-mstd0.5-inc1``.
 
     ``images`` (B, 3, S, S) uint8 are the ``places`` of the global batch; returns a new tensor. ``strength`` scales the
-    magnitude; for operations without a magnitude, the probability.
-
-    Departures from timm: images with the same colour operation and sign share one magnitude and one call, and all
-    geometric operations share one call. Interpolation is bilinear and runs on the crop.
+    magnitude, or the probability of operations without one. Departures from timm: images with the same colour operation
+    and sign share one magnitude and one call; geometric operations share one call, bilinear, on the crop.
     """
     names, moving = [*COLOURS, *MOVES], 2 * len(COLOURS)
     chances = np.array([0.5 * strength if name in LEVELLESS else 0.5 for name in names])
@@ -306,7 +303,6 @@ def three_augment(images: Tensor, strength: float, seed: int, step: int, places:
 
     As in DeiT III (Touvron et al. 2022, arXiv 2204.07118). ``images`` (B, 3, S, S) uint8 are the ``places`` of the
     global batch; returns a new tensor. ``strength`` is the probability of the first operation and scales the jitter.
-    Each operation runs once, on all images that drew it: about thirty calls, while RandAugment makes about a hundred.
     """
     draws = uniform((seed, step, THREE), places, 6)
     chosen = np.where(draws[:, 0] < strength, (draws[:, 1] * 3).astype(int), -1)

@@ -74,10 +74,7 @@ class BufferPool:
 
 
 class LoaderResources:
-    """What the native sources of a process share: decoder threads, buffers, open files and the copy stream.
-
-    ``workers`` is the number of decoder threads; 0 means one for each core.
-    """
+    """What the native sources of a process share. ``workers`` is the number of decoder threads; 0: one a core."""
 
     def __init__(self, workers: int = 0):
         self.threads = DecoderThreads(workers)
@@ -105,8 +102,7 @@ class EpochReader(Iterator[Batch]):
     """The batches of one pass: the ``slices`` of ``file``, cropped to ``size`` px by a thread of its own.
 
     A damaged image raises DataError. With ``skip_damaged`` another image replaces it in training, and evaluation leaves
-    it out. ``damaged`` maps the rows found so far to what is wrong with them. Every error of the thread is raised in
-    the consumer.
+    it out. ``damaged`` maps such rows to what is wrong with them. Errors of the thread are raised in the consumer.
     """
 
     def __init__(
@@ -279,11 +275,7 @@ class BetonSource(SplitSource):
 
 
 class NativeSource(BetonSource):
-    """A split of a data folder, read by the native loader.
-
-    ``on_error`` is "stop" or "skip" (see :class:`EpochReader`). ``share`` is the part of each batch that this process
-    reads.
-    """
+    """A split of a data folder, read by the native loader. ``on_error`` "skip": see :class:`EpochReader`."""
 
     def __init__(
         self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, resources: LoaderResources,
@@ -318,8 +310,7 @@ class Loader:
 
     Batches are (B, 3, S, S) uint8, channels-last, and (B,) int64, on ``device``. Each iteration is the next epoch,
     ``epoch``. ``size`` (px) and ``batch_size`` may be set between epochs. On a CPU, a batch is valid until the next.
-    ``train`` selects shuffled random resized crops with flips, else centre crops in order; by default, the split
-    "train" has random crops.
+    ``train`` (default: of the split "train") selects shuffled random resized crops with flips, else centre crops.
     """
 
     def __init__(

@@ -199,10 +199,7 @@ def manifest_of_ffcv_files(folder: str | os.PathLike[str], split: str) -> Manife
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
-    """``crc32:`` and the CRC-32 of the whole file, as in zip and gzip, in 8 hexadecimal digits.
-
-    The writer computes a CRC-32 from those of the parts, without reading the file again, and after an interruption.
-    """
+    """``crc32:`` and the CRC-32 of the whole file in 8 hexadecimal digits. The writer joins those of the parts."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -1,7 +1,7 @@
 """The part of each global batch that a process reads, if several processes train together.
 
-A *place* is the index of a sample in the global batch. Mixup and cutmix pair place i with its mirror place. Each
-process takes mirrored pairs, so both samples of a pair are in the same process.
+A *place* is the index of a sample in the global batch. Mixup and cutmix pair place i with its mirror place, so each
+process takes mirrored pairs.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
+from vitlocal.models.positions import Grid
 from vitlocal.models.token_selection import ALL_TOKENS, RemainingTokens, TokenSelection, prune_tokens
 
 
@@ -125,9 +126,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(shape.dim, eps=1e-6)
         self.attn = Attention(shape.dim, shape.num_heads, shape.qkv_bias)
 
-    def feed_forward(
-        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
-    ) -> Tensor:
+    def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Applies the feed-forward part with its norm and residual: (B, T, D) -> (B, T, D).
 
         ``kept`` (B, n): the indices in the grid of the patch tokens; None: all are there.
@@ -135,7 +134,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None = None,
+        self, tokens: Tensor, grid: Grid, scales: tuple[Tensor, Tensor] | None = None,
         remaining: RemainingTokens = ALL_TOKENS,
     ) -> Tensor:  # fmt: skip
         """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps both branches."""
@@ -144,7 +143,7 @@ class Block(nn.Module):
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
 
     def forward_pruned(
-        self, tokens: Tensor, grid: tuple[int, int], scales: tuple[Tensor, Tensor] | None,
+        self, tokens: Tensor, grid: Grid, scales: tuple[Tensor, Tensor] | None,
         remaining: RemainingTokens, selection: TokenSelection, num_prefix_tokens: int,
     ) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
         """As :meth:`forward`, but drops tokens and connections after the attention, which chooses them."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitlocal.models.block import Block, BlockShape, add_branch, linear_slice
 from vitlocal.models.local_mix import ACTIVATIONS
+from vitlocal.models.positions import Grid
 from vitlocal.models.registry import BASE, PATCH8_64, SMALL, TINY, register_family
 from vitlocal.models.vit import VisionTransformer
 
@@ -43,9 +44,7 @@ class PlainBlock(Block):
         self.norm2 = nn.LayerNorm(shape.dim, eps=1e-6)
         self.mlp = FeedForward(shape)
 
-    def feed_forward(
-        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
-    ) -> Tensor:
+    def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
         return add_branch(tokens, self.mlp(self.norm2(tokens)), scale)
 
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitlocal.models.positions import Grid
+
 THREADS = 128  # per program
 # A program processes at least this many positions, to read its weights less often, unless fewer than PROGRAMS programs
 # would remain, which fill a GPU several times.
@@ -186,7 +188,7 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
         tl.store(dw + (tl.program_id(1) * 9 + k) * C + channel, sums[k], mask=mask)
 
 
-def _launch(batch: int, grid: tuple[int, int], channels: int) -> tuple[tuple[int, int], int, int]:
+def _launch(batch: int, grid: Grid, channels: int) -> tuple[tuple[int, int], int, int]:
     """Returns the launch grid (channel blocks, groups of images), images per group, and channels per program."""
     wide = 1 if grid[1] > 8 else 2  # channels per thread: wider loads if registers allow
     block = THREADS * wide if channels % (THREADS * wide) == 0 else THREADS
@@ -205,7 +207,7 @@ def _sum_types(tokens: Tensor) -> tuple[tl.dtype, torch.dtype]:
     return (tl.float64, torch.float64) if tokens.dtype == torch.float64 else (tl.float32, torch.float32)
 
 
-def local_mix_forward(tokens: Tensor, weight: Tensor, grid: tuple[int, int], activation: str) -> Tensor:
+def local_mix_forward(tokens: Tensor, weight: Tensor, grid: Grid, activation: str) -> Tensor:
     """Computes (B, N, C) → (B, N, C), in the type of ``tokens``; ``weight`` (C, 1, 3, 3) has any floating type."""
     x, weight = _by_rows(tokens), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -219,7 +221,7 @@ def local_mix_forward(tokens: Tensor, weight: Tensor, grid: tuple[int, int], act
 
 
 def local_mix_backward(
-    tokens: Tensor, weight: Tensor, grad: Tensor, grid: tuple[int, int], activation: str
+    tokens: Tensor, weight: Tensor, grad: Tensor, grid: Grid, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients by ``tokens`` (B, N, C) and ``weight`` (C, 1, 3, 3), from ``grad`` (B, N, C)."""
     x, dy, taps = _by_rows(tokens), _by_rows(grad), weight.contiguous()

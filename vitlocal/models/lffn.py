@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitlocal.models.block import Block, BlockShape, add_branch, check_bool, check_choice, linear_slice
 from vitlocal.models.local_mix import ACTIVATIONS, local_mix
+from vitlocal.models.positions import Grid
 from vitlocal.models.registry import BASE, PATCH4_32, PATCH8_64, SMALL, TINY, register_family
 from vitlocal.models.token_selection import gather_tokens, scatter_tokens
 from vitlocal.models.vit import VisionTransformer
@@ -41,7 +42,7 @@ class LocalFeedForward(nn.Module):
         self.kernel = "auto"
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
-    def hidden_units(self, patches: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+    def hidden_units(self, patches: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
         """Returns the active hidden units after convolution and activations: (B, N, D) -> (B, N, C)."""
         # The outputs of norm and fc1 are contiguous even if their input is a slice.
         if isinstance(self.norm, nn.BatchNorm1d):
@@ -59,7 +60,7 @@ class LocalFeedForward(nn.Module):
         hidden = scatter_tokens(hidden, kept, grid[0] * grid[1])
         return gather_tokens(local_mix(hidden, weight, grid, self.activation, self.kernel), kept)
 
-    def forward(self, patches: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+    def forward(self, patches: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
         """``kept`` (B, n): the patches' indices in the grid, if some are missing. The convolution reads those as 0."""
         return linear_slice(self.fc2, self.hidden_units(patches, grid, kept))
 
@@ -81,24 +82,20 @@ def use_kernel(model: nn.Module, kernel: str) -> Iterator[None]:
 class LocalBlock(Block):
     """Attention over all tokens, then the local FFN over the patch tokens.
 
-    The released code splits and concatenates. Here a row of zeros is added to the class token, with the same bits as
-    result. If the head reads the class token, the last block's FFN has no effect, as in the released code, and its
-    gradients are zero.
+    The released code splits and concatenates. Here a row of zeros is added to the class token: the same bits. If the
+    head reads the class token, the last block's FFN has no effect, as in the released code.
     """
 
     def __init__(self, shape: BlockShape, norm: str, convolution: bool) -> None:
         super().__init__(shape)
         self.mlp = LocalFeedForward(shape, norm, convolution)
 
-    def feed_forward(
-        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
-    ) -> Tensor:
+    def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
         num_prefix_tokens = tokens.shape[1] - (grid[0] * grid[1] if kept is None else kept.shape[1])
         if not num_prefix_tokens:
             return add_branch(tokens, self.mlp(tokens, grid, kept), scale)
         branch = self.mlp(tokens[:, num_prefix_tokens:], grid, kept)  # (B, N, D)
-        # The padding's gradient is a view. A step of a 6-block, 192-wide model takes 1240 ms on one CPU core,
-        # 1360 with split and concatenation, 1330 with a hand-written in-place addition.
+        # The padding's gradient is a view: a step takes 9 % less time on a CPU than with split and concatenation.
         return add_branch(tokens, F.pad(branch, (0, 0, num_prefix_tokens, 0)), scale)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitlocal.models.block import Block, BlockShape, check_count
 from vitlocal.models.local_mix import ACTIVATIONS, image_as_tokens, tokens_as_image
+from vitlocal.models.positions import Grid
 from vitlocal.models.registry import PATCH8_64, register_family
 from vitlocal.models.vit import VisionTransformer
 
@@ -51,7 +52,7 @@ class ConvFeedForward(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(dim)
 
-    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         act = ACTIVATIONS[self.activation]
         image = tokens_as_image(patches.contiguous(), grid)  # with a class token, this copies
         image = act(self.bn1(self.fc1(image)))  # (B, C, h, w)
@@ -69,9 +70,7 @@ class ConvBlock(Block):
         super().__init__(shape)
         self.mlp = ConvFeedForward(shape, squeezed)
 
-    def feed_forward(
-        self, tokens: Tensor, grid: tuple[int, int], scale: Tensor | None, kept: Tensor | None = None
-    ) -> Tensor:
+    def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
         num_prefix_tokens = tokens.shape[1] - grid[0] * grid[1]
         prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
         return torch.cat([prefix, patches + self.mlp(patches, grid)], dim=1)

@@ -36,10 +36,7 @@ def position_matrix(full: Grid, grid: Grid, device: torch.device, dtype: torch.d
 
 
 def resample_positions(table: Tensor, full: Grid, grid: Grid, cache: MutableMapping[Any, Tensor]) -> Tensor:
-    """Resamples the table (1, T, D) from ``full`` to ``grid``; rows of prefix tokens come first and stay unchanged.
-
-    ``cache`` keeps the matrices.
-    """
+    """Resamples the table (1, T, D) from ``full`` to ``grid``, except the first rows, of prefix tokens."""
     if grid == full:
         return table
     key = (grid, table.device, table.dtype)

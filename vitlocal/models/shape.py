@@ -1,8 +1,7 @@
 """Sets which part of a model runs, and initializes the parts that start to run.
 
-Parameters keep their identity and size: a shape selects slices and blocks of the full model, so the optimizer, the
-EMA and checkpoints keep their structure. A part that does not run has no effect on the outputs. Slices that do not run
-get zero gradients. Blocks that do not run, or are frozen, get no gradients.
+Parameters keep their identity and size: a shape selects slices and blocks of the full model. Slices that do not run get
+zero gradients. Blocks that do not run, or are frozen, get no gradients.
 """
 
 from __future__ import annotations
@@ -74,10 +73,7 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
 
 
 def set_shape(model: nn.Module, shape: Shape) -> None:
-    """Makes ``model`` run in ``shape`` from now on. Changes no weights, and does not wait for the device.
-
-    Models that are not ours stay whole.
-    """
+    """Makes ``model`` run in ``shape`` from now on, without a device sync. Models that are not ours stay whole."""
     if not isinstance(model, VisionTransformer):
         return
     blocks = model_blocks(model)

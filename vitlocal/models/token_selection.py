@@ -1,7 +1,6 @@
 """Fewer tokens and fewer connections, chosen by attention (Kong et al. 2023, arXiv 2211.10801; code Tri-Level-ViT).
 
-Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (0 or 1), n kept patch tokens, G masks (1
-or M).
+Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (0 or 1), n kept patch tokens, G masks.
 """
 
 from __future__ import annotations

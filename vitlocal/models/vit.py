@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import Block, BlockShape, check_bool, check_choice, check_count
 from vitlocal.models.local_mix import ACTIVATIONS
-from vitlocal.models.positions import center_window, crop_tokens, resample_positions, sincos_table
+from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.timm_model import TimmModel, init_linear
 from vitlocal.models.token_selection import ALL_TOKENS, TokenSelection
 from vitlocal.plan import StageEmbedding
@@ -29,8 +29,7 @@ from vitlocal.plan import StageEmbedding
 class PatchEmbed(nn.Module):
     """Maps each patch of P × P pixels of images (B, C, S, S) to a token: (B, N, D), contiguous.
 
-    A convolution whose stride is its side is one matrix product over patches: 1.1 to 2.2 times as fast as PyTorch's
-    convolution on a CPU. Everything before it, from uint8 pixels on, compiles into the copy that arranges patches.
+    One matrix product over patches: 1.1 to 2.2 times as fast as PyTorch's convolution on a CPU.
     """
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
@@ -206,11 +205,11 @@ class VisionTransformer(TimmModel):
             elif isinstance(module, nn.Linear):
                 init_linear(module, self._init)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
+    def positions(self, grid: Grid) -> Tensor:
         """Returns the position table at ``grid``: (1, T, D). The class token's row comes first, unchanged."""
         return resample_positions(self.pos_embed, self.patch_embed.grid_size, grid, self._position_matrices)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Returns tokens (B, T, D) with their positions added, and their grid (h, w)."""
         channels, prefix = self.patch_embed.proj.in_channels, self.num_prefix_tokens
         if images.ndim != 4 or images.shape[1] != channels:
@@ -302,9 +301,8 @@ class VisionTransformer(TimmModel):
     def forward_with_attention_variance(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns :meth:`forward`'s logits and the relative variance of the last block's attention to patches, (B,).
 
-        That is the variance over patches of the class token's attention, divided by the squared mean. So it does not
-        depend on the number of patches; with one patch it is 0. (The released code takes the variance alone, at one
-        image size.) Without a class token, the attention is that of all tokens, summed.
+        That is the variance over patches of the class token's attention, divided by the squared mean. (The released
+        code does not divide, at one image size.) Without a class token, it is the attention of all tokens, summed.
         """
         tokens, attention = self._features(images, noise, with_attention=True)
         assert attention is not None

@@ -1,11 +1,8 @@
 """FFCV's own ``Loader`` as a source: ``data.loader=ffcv``, to compare with.
 
-Training uses FFCV's ``RandomResizedCropRGBImageDecoder`` and ``RandomHorizontalFlip``; validation uses its
-``CenterCropRGBImageDecoder``. Both are compiled once for each file; ``output_size`` follows the size of each pass.
-
-Differences from the native loader: the order of the rows is the same, but the boxes are FFCV's own. They depend on
-numba's random state and not on keys, so a run does not repeat exactly. A damaged JPEG is not detected: FFCV returns the
-pixels of another image. Files are chosen by their side alone.
+FFCV's decoders are compiled once for each file; ``output_size`` follows the size of each pass. Differences from the
+native loader: the boxes are FFCV's own and come from numba's random state, so a run does not repeat exactly. A damaged
+JPEG is not detected: FFCV returns the pixels of another image. Files are chosen by their side alone.
 
 Shape letters: B batch, S size.
 """

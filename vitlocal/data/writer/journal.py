@@ -1,8 +1,8 @@
 """The hidden folder of an unfinished write: the growing files, and the journal of what they safely hold.
 
 The journal starts with a line of JSON that identifies the write. Each commit adds a block: a line of JSON, and the
-rows, (F, K) of STORED_ROW. A block is written after its images have reached the disk. So whatever follows the last
-complete block is cut off after a crash. The last line says that the files are complete.
+rows, (F, K) of STORED_ROW. A block is written after its images have reached the disk. After a crash, the rest behind
+the last complete block is cut off. The last line says that the files are complete.
 
 Letters: F files, K readable rows of a chunk.
 """
