@@ -71,13 +71,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
 
 TARGET static void NAME(first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                                const uint16_t *wide, uint16_t *turned) {
-    switch (taps) { /* constants unroll the loop over the taps */
-    case 2: NAME(first_of_taps)(image, stride, columns, first, 2, wide, turned); break;
-    case 3: NAME(first_of_taps)(image, stride, columns, first, 3, wide, turned); break;
-    case 4: NAME(first_of_taps)(image, stride, columns, first, 4, wide, turned); break;
-    case 5: NAME(first_of_taps)(image, stride, columns, first, 5, wide, turned); break;
-    default: NAME(first_of_taps)(image, stride, columns, first, taps, wide, turned);
-    }
+#define PASS(taps) NAME(first_of_taps)(image, stride, columns, first, taps, wide, turned)
+    FOR_TAPS(taps);
+#undef PASS
 }
 
 TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
@@ -125,13 +121,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
 
 TARGET static void NAME(second)(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
                                 uint8_t *out, size_t stride) {
-    switch (weights->taps) {
-    case 2: NAME(second_of_taps)(turned, weights, strip, 2, out, stride); break;
-    case 3: NAME(second_of_taps)(turned, weights, strip, 3, out, stride); break;
-    case 4: NAME(second_of_taps)(turned, weights, strip, 4, out, stride); break;
-    case 5: NAME(second_of_taps)(turned, weights, strip, 5, out, stride); break;
-    default: NAME(second_of_taps)(turned, weights, strip, weights->taps, out, stride);
-    }
+#define PASS(taps) NAME(second_of_taps)(turned, weights, strip, taps, out, stride)
+    FOR_TAPS(weights->taps);
+#undef PASS
 }
 
 #undef VECTOR

@@ -101,31 +101,30 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
 
 #ifdef HAVE_X86
 
-/* Transposes a 16 x 16 square of bytes. */
-#define TURN_BYTES(v)                                                                                         \
+/* Transposes a square of count x count numbers. Each stage doubles the length of the runs in place. */
+#define TURN(v, count, stages, type)                                                                          \
     do {                                                                                                      \
-        __m128i t[16];                                                                                        \
-        for (int stage = 0; stage < 4; stage++) { /* each doubles the length of the runs in place */                  \
-            for (int i = 0; i < 8; i++) {                                                                     \
-                t[2 * i] = _mm_unpacklo_epi8(v[i], v[i + 8]);                                                 \
-                t[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + 8]);                                             \
+        __m128i t[count];                                                                                     \
+        for (int stage = 0; stage < stages; stage++) {                                                        \
+            for (int i = 0; i < count / 2; i++) {                                                             \
+                t[2 * i] = _mm_unpacklo_##type(v[i], v[i + count / 2]);                                       \
+                t[2 * i + 1] = _mm_unpackhi_##type(v[i], v[i + count / 2]);                                   \
             }                                                                                                 \
-            for (int i = 0; i < 16; i++) v[i] = t[i];                                                         \
+            for (int i = 0; i < count; i++) v[i] = t[i];                                                      \
         }                                                                                                     \
     } while (0)
+#define TURN_BYTES(v) TURN(v, 16, 4, epi8)
+#define TURN_WORDS(v) TURN(v, 8, 3, epi16)
 
-/* Transposes an 8 x 8 square of 16-bit numbers. */
-#define TURN_WORDS(v)                                                                                         \
-    do {                                                                                                      \
-        __m128i t[8];                                                                                         \
-        for (int stage = 0; stage < 3; stage++) {                                                             \
-            for (int i = 0; i < 4; i++) {                                                                     \
-                t[2 * i] = _mm_unpacklo_epi16(v[i], v[i + 4]);                                                \
-                t[2 * i + 1] = _mm_unpackhi_epi16(v[i], v[i + 4]);                                            \
-            }                                                                                                 \
-            for (int i = 0; i < 8; i++) v[i] = t[i];                                                          \
-        }                                                                                                     \
-    } while (0)
+/* Constants unroll the loop over the taps. */
+#define FOR_TAPS(taps)                                                                                        \
+    switch (taps) {                                                                                           \
+    case 2: PASS(2); break;                                                                                   \
+    case 3: PASS(3); break;                                                                                   \
+    case 4: PASS(4); break;                                                                                   \
+    case 5: PASS(5); break;                                                                                   \
+    default: PASS(taps);                                                                                      \
+    }
 
 /* The two passes, for each instruction set. */
 #define AVX2 1
