@@ -65,7 +65,7 @@ def open_configured():
             data.loader, data.root, device=device, source=data.source, workers=data.workers, on_error=data.on_error,
             side_ratio=data.side_ratio, seed=config.run.seed, crop_scale=augment.crop_scale,
             crop_ratio=augment.crop_ratio, flip=augment.flip, repeats=augment.repeats,
-            centre_crop=config.evaluate.crop_ratio, share=share,
+            centre_crop=config.evaluate.crop_pct, share=share,
         )  # fmt: skip
 
     return build

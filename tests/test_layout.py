@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import write_dataset
-from vitlocal.config import read_plan, read_write_options
+from vitlocal.write_options import read_plan, read_write_options
 from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vitlocal.config import TrainConfig, read_config
+from vitlocal.config import Config, TrainConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, conflicts
 from vitlocal.methods.batch_size import BatchSize
@@ -97,10 +97,14 @@ def test_the_learning_rate_ends_with_the_budget():
 
 
 def test_linear_constant_and_warm_up():
-    linear = Schedule(TrainConfig(schedule="linear", lr=1.0, lr_batch=0, end_lr=0.0, warmup=Length.parse("2ep")))
+    linear = schedule_of(
+        Config(train=TrainConfig(schedule="linear", lr=1.0, lr_batch=0, end_lr=0.0, warmup=Length.parse("2ep")))
+    )
     assert linear(Progress(epoch=1, fraction=0.25)) == pytest.approx(0.375)
     assert linear(Progress(epoch=3, fraction=0.75)) == pytest.approx(0.25)
-    assert Schedule(TrainConfig(schedule="constant", lr=1.0, lr_batch=0))(Progress(fraction=0.9)) == 1.0
+    assert (
+        schedule_of(Config(train=TrainConfig(schedule="constant", lr=1.0, lr_batch=0)))(Progress(fraction=0.9)) == 1.0
+    )
 
 
 def test_the_released_schedule_lags_by_an_epoch():
@@ -109,4 +113,4 @@ def test_the_released_schedule_lags_by_an_epoch():
     config = TrainConfig(batch_size=64, schedule_length=Length.parse("300ep"), schedule_by="epoch")
     for epoch in (0, 1, 2, 30):
         stated = 1e-5 + 0.5 * (1.25e-4 - 1e-5) * (1 + math.cos(math.pi * max(epoch - 1, 0) / 300))
-        assert Schedule(config)(Progress(epoch=epoch + 0.5)) == pytest.approx(stated)
+        assert schedule_of(Config(train=config))(Progress(epoch=epoch + 0.5)) == pytest.approx(stated)

@@ -96,10 +96,10 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--evaluate.size=50"], "evaluate.size 50: expected multiples of 8"),
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
         (["--train.kernel=fused"], "fused needs a CUDA device"),
-        (["--methods=batch_size,image_size"], "name it last"),
+        (["--methods=batch_size,image_size"], "put it last"),
         (["--train.cuda_graphs=yes", "--train.compile=no"], "train.cuda_graphs: yes needs train.compile"),
-        (["--model.size=1024", "--augment.random_erasing=0.1"], "augment.random_erasing: images of 1024 px"),
-        (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: 8 is smaller"),
+        (["--model.size=1024", "--augment.random_erasing=0.1"], "augment.random_erasing: its noise covers"),
+        (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: got 8"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
         (["--data.workers=4096"], "data.workers"),
@@ -107,7 +107,7 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
 )
 def test_wrong_options_leave_no_folder(configure, tmp_path: Path, options: list[str], part: str, monkeypatch, shared):
     if "workers" not in options[0]:
-        monkeypatch.setattr("vitlocal.data.loader.Decoder", lambda workers=0: shared)
+        monkeypatch.setattr("vitlocal.data.loader.LoaderResources", lambda workers=0: shared)
     with pytest.raises(ConfigError, match=part):
         train(configure(*options))
     assert not (tmp_path / "run").exists()

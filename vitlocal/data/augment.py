@@ -2,7 +2,8 @@
 
 Random numbers come from the host, with the key (seed, step) and the sample's place in the global batch. So a step
 repeats bit for bit after a restart, several processes draw the same numbers as one, and nothing waits for the device.
-RandAugment runs first. The rest is one expression over the batch, which a compiled step can_fuse with its first operation.
+RandAugment runs first. The rest is one expression over the batch, which a compiled step fuses with its first
+operation.
 
 Shape letters: B batch, S size.
 """

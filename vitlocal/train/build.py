@@ -361,8 +361,9 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
                         content = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if ranks.first else None)
                         check_data(dict(run.trainer.state.data), content["data"], config)
                         run.trainer.load(content)
+                    run.trainer.sync_ranks()
                     if run.output is not None:
-                        begin_folder(run, folder, continues)
+                        begin_folder(run, config, continues)
                     try:
                         yield run
                     finally:
@@ -380,14 +381,14 @@ def open_trainer(config: Config, began: float | None = None) -> Iterator[Trainer
         yield run.trainer
 
 
-def begin_folder(run: BuiltRun, folder: Path, continues: bool) -> None:
+def begin_folder(run: BuiltRun, config: Config, continues: bool) -> None:
     """Writes the run's configuration and origin, and drops log lines that will be written again."""
-    state = run.trainer.state
+    assert run.output is not None
+    state, folder = run.trainer.state, run.output.folder
     if not continues:
-        (folder / "config.yaml").write_text(recipe_text(run.config), encoding="utf-8")
+        (folder / "config.yaml").write_text(recipe_text(config), encoding="utf-8")
     if not state.clock.spent:
         record_origin(folder, state.data)
-    assert run.output is not None
     reopened = state.current_plan is not None and state.totals.images > 0
     run.output.log.begin(state.clock.step - reopened)
     state.search_log.begin()

@@ -84,7 +84,6 @@ class Trainer:
         self._set_epoch_rows(self.plan())
         state.initialized_shape = self.plan().shape
         self._saved: Progress | None = None  # at the last checkpoint
-        self.sync_ranks()
 
     def load(self, content: Mapping[str, Any]) -> None:
         """Continues from the content of a checkpoint."""
