@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import write_dataset
-from vitlocal.write_options import read_plan, read_write_options
 from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
@@ -33,6 +32,7 @@ from vitlocal.data.writer.layout import (
 )
 from vitlocal.data.writer.write import StoredFile, WriteConfig, write
 from vitlocal.errors import ConfigError, run_command
+from vitlocal.write_options import read_plan, read_write_options
 
 LIMITS = StorageLimits(cores=4, disk=10**9, memory=10**9)
 TRAIN = CropPolicy(random=True)

@@ -214,7 +214,7 @@ def growth_sources(old: int, new: int, which: str = "first") -> list[int]:
 def duplicated_layers(before: int, after: int) -> list[int]:
     """The source layer of each of ``after`` layers, from ``before`` layers. The last layers are repeated most.
 
-    Copies are adjacent: 6 to 8 gives 0, 1, 2, 3, 4, 4, 5, 5. This is the "interpolation" of Li et al. 2022, as released.
+    Copies are adjacent: 6 to 8 gives 0, 1, 2, 3, 4, 4, 5, 5 (the "interpolation" of Li et al. 2022, as released).
     """
     times, more = divmod(after, before)
     return [layer for layer in range(before) for _ in range(times + (layer >= before - more))]
