@@ -29,7 +29,6 @@ from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import schedule_of
 from vitlocal.train.journal import read_spent
 from vitlocal.train.run_folder import JOURNAL
 
@@ -128,7 +127,7 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
     last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # The lifetime of the command is measured from outside. Only the run itself knows its training time.
     spent = run.alive if trial.counts == "wall" else last["train_seconds"]
-    schedule = schedule_of(read_config(run.options))
+    schedule = read_config(run.options).train.lr_schedule
     return {
         "budget": str(budget), "trial": trial.name, "counts": trial.counts, "spent_seconds": round(spent, 3),
         "off_percent": round(100 * (spent / budget.value - 1), 3),
