@@ -200,22 +200,22 @@ def test_planned_files_are_written(
     assert "another configuration" in capsys.readouterr().err
     (tmp_path / "data" / "plan.yaml").write_text("write: {quality: 80}\n")
     assert run_command(write_dataset.main, common) == 2
-    assert "write.sides is not there" in capsys.readouterr().err
+    assert "the option write.sides is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rates", "32:5"], "--rates: it is for --plan"),
-        (["--disk-limit", "5GB"], "--disk-limit: it is for --plan"),
+        (["--rates", "32:5"], "--rates: it needs --plan"),
+        (["--disk-limit", "5GB"], "--disk-limit: it needs --plan"),
         (["--plan", "--disk-limit", "5 parsecs"], "bytes with a unit: 150GB"),
         (["--plan", "--disk-limit", "150"], "bytes with a unit: 150GB"),
         (["--plan", "--memory-limit", "0GB"], "bytes with a unit: 150GB"),
-        (["--plan", "--workers", "3"], "leave out --workers"),
+        (["--plan", "--workers", "3"], "remove --workers"),
         (["--plan", "--source", "sample:1", "--rates", "32:5,32:6"], "given twice"),
         (["--plan", "--source", "sample:1", "--rates", "225:5"], "takes no images of 225 px"),
-        (["--plan", "--verify"], "one thing at a time"),
-        (["--plan", "--sides", "64"], "leave out --sides"),
+        (["--plan", "--verify"], "they exclude each other"),
+        (["--plan", "--sides", "64"], "remove --sides"),
         (["--plan", "--split", "val"], "split train"),
         (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml is not there"),
         (["--plan", "--source", "sample:1", "--rates", "5"], "SIZE:IMAGES_A_SECOND"),
