@@ -23,8 +23,8 @@ STEP = ["step", *SHAPE, "--sizes", "16,32", "--batch", "4", "--rounds", "2", "--
 
 
 def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, plot = tmp_path / "results" / "step.json", tmp_path / "plots" / "step.png"
-    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out), "--plot", str(plot)])
+    out = tmp_path / "results" / "step.json"
+    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out)])
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"batch_size", "precision", "peak_tflops", "peak_measured"}
     assert measured["batch_size"] == 4 and measured["peak_tflops"] > 0 and "matrices" in measured["peak_measured"]
@@ -47,7 +47,6 @@ def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rows[2]["gflops_per_image"] > 2 * rows[0]["gflops_per_image"]
     shown = capsys.readouterr().out
     assert "local-eager" in shown and "timm-eager" in shown and "MFU" in shown
-    assert plot.stat().st_size > 5000
 
 
 def test_flops_match_the_counter_of_torch() -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from vitlocal.bench.parsing import bench_parser, budget, names, numbers, plot_file
+from vitlocal.bench.parsing import at_least, bench_parser, budget, names, numbers, plot_file
 from vitlocal.bench.planned_runs import Arm, PlannedRun, RunKey, option_names, plan_runs, read_arms
 from vitlocal.bench.run_results import RunResult, draw, read_results, results_of, results_table, write_results
 from vitlocal.bench.runner import Runner, say, visible_gpus
@@ -31,14 +32,17 @@ def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The options that all benches of arms share."""
     parser = bench_parser(name, description)
     parser.add_argument("--data", metavar="DIR", help="data folder (default: that of the recipes)")
-    parser.add_argument("--seeds", default="0", metavar="LIST", help="seeds; 0,1,2 is three runs per arm (default: 0)")
+    parser.add_argument(
+        "--seeds", type=partial(numbers, least=0), default="0", metavar="LIST",
+        help="seeds; 0,1,2 is three runs per arm (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="places for runs; they divide the cores (default: 1)")
     parser.add_argument(
-        "--together", type=int, default=1, metavar="N",
+        "--together", type=at_least(1), default=1, metavar="N",
         help="runs in each place; they share its cores, and budgets count processor time (default: 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--folder", default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)"
+        "--folder", type=Path, default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)"
     )
     parser.add_argument(
         "--add", action="append", default=[], metavar="FILE",
@@ -52,14 +56,11 @@ def planned(
     arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str]
 ) -> list[PlannedRun]:
     """The runs with the trainer's options ``trainer``. ConfigError if the bench itself sets one of those."""
-    if options.together < 1:
-        raise ConfigError(f"--together: got {options.together}, expected at least 1")
     shared = [f"--data.root={options.data}"] if options.data else []
     if options.together > 1:
         option_names(trainer, {"budget.counts": "--together counts processor time"})
         shared.append("--budget.counts=cpu")
-    seeds = numbers(options.seeds, "--seeds", least=0)
-    return plan_runs(arms, seeds, str(length), Path(options.folder), [*shared, *trainer])
+    return plan_runs(arms, options.seeds, str(length), options.folder, [*shared, *trainer])
 
 
 def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunKey, RunResult]:
@@ -89,7 +90,7 @@ def train_runs(runs: Sequence[PlannedRun], options: argparse.Namespace) -> None:
         for split in ("train", "val"):
             load_manifest(root, split)  # its error says how to write the data
     on_gpus = any(config.run.device != "cpu" for config in configs)
-    runner = Runner(options.jobs, options.together, Path(options.folder), visible_gpus() if on_gpus else ())
+    runner = Runner(options.jobs, options.together, options.folder, visible_gpus() if on_gpus else ())
     length, at_once = Length.parse(runs[0].budget), options.jobs * options.together
     if length.kind == "seconds":
         busy = options.jobs if options.together == 1 else min(at_once, cores())
@@ -125,19 +126,20 @@ def compete(
 def main(argv: Sequence[str]) -> None:
     parser = arms_parser("arms", __doc__)
     parser.add_argument("arms", metavar="ARMS.yaml", help="file of arms")
-    parser.add_argument("--budget", required=True, metavar="LENGTH", help="budget of each run: 4m, 90ep, 24h")
+    parser.add_argument(
+        "--budget", type=budget, required=True, metavar="LENGTH", help="budget of each run: 4m, 90ep, 24h"
+    )
     parser.add_argument("--only", metavar="LIST", help="names of arms to train, separated by commas (default: all)")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
-    options, trainer = parser.parse_known_args(list(argv))
-    arms, length = read_arms(options.arms), budget(options.budget)
+    options, trainer = parser.parse_known_args(argv)
+    arms, length = read_arms(options.arms), options.budget
     if options.only:
         chosen = names(options.only, [arm.name for arm in arms])
         arms = [arm for arm in arms if arm.name in chosen]
 
     def write(results: Sequence[RunResult]) -> None:
-        if options.json:
-            what = f"training runs with a budget of {length} each, by arm: the accuracy, and the log of passes"
-            write_results(options.json, what, results)
+        what = f"training runs with a budget of {length} each, by arm: the accuracy, and the log of passes"
+        write_results(options.json, what, results)
         if options.plot and results:
             draw(results, options.plot, f"{length} per run")
         say(results_table(results, arms))

@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.bench.planned_runs import RECIPES, option_names
 from vitlocal.bench.runner import signal_on_parent_death, start_trainer
@@ -37,7 +38,11 @@ from vitlocal.train.run_folder import JOURNAL
 SET_HERE = {"budget.length": "use --budgets"} | dict.fromkeys(
     ("budget.counts", "run.folder", "run.progress", "run.resume", "resume"), "leave it out"
 )
-POLL_SECONDS = 0.05
+COLUMNS = {
+    "budget": ("budget", ">"), "trial": ("trial", ""), "spent, s": ("spent_seconds", ".2f"),
+    "deviation, %": ("off_percent", "+.2f"), "a step, s": ("step_seconds", ".3f"), "last lr": ("lr", ".2e"),
+    "its end": ("end_lr", ".2e"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class TrialRun:
         while read_spent(self.folder / JOURNAL)[self.counts == "wall"] < seconds:
             if self.process.poll() is not None:
                 self._fail(f"the run ended before {seconds:g} s of its budget were spent")
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.05)
 
     def finish(self) -> None:
         """Waits for the end. DataError if the run failed."""
@@ -140,26 +145,23 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("clock", __doc__, trainer_options=True)
-    parser.add_argument("--budgets", default="45s,3m", metavar="LIST", help="budgets in time (default: %(default)s)")
-    options, trainer = parser.parse_known_args(list(argv))
+    parser.add_argument(
+        "--budgets", type=times, default="45s,3m", metavar="LIST", help="budgets in time (default: %(default)s)"
+    )
+    options, trainer = parser.parse_known_args(argv)
     option_names(trainer, SET_HERE)
     named = any(word.startswith(("--config-file", "-C")) for word in trainer)
     recipe = [] if named else [f"--config-file={RECIPES / 'demo.yaml'}"]
     trainer = [*recipe, "--run.save_every=10s", "--evaluate.every=0", *trainer]
-    budgets, config, rows = times(options.budgets), read_config(trainer), []
+    config, rows = read_config(trainer), []
     for split in ("train", "val"):
         load_manifest(config.data.root, split)  # its error says how to write the data
-    print(f"{'budget':>7} {'trial':26} {'spent':>9} {'deviation':>9} {'a step':>8} {'last lr':>10} {'its end':>10}")
-    for budget in budgets:
-        for trial in TRIALS:
+    with progress_bar(len(options.budgets) * len(TRIALS)) as bar:
+        for budget, trial in product(options.budgets, TRIALS):
+            bar.set_description_str(f"{budget}, {trial.name}")
             with tempfile.TemporaryDirectory() as folder:
-                row = attempt(trial, budget, trainer, Path(folder) / "run")
-            rows.append(row)
-            print(
-                f"{row['budget']:>7} {row['trial']:26} {row['spent_seconds']:7.2f} s {row['off_percent']:+7.2f} % "
-                f"{row['step_seconds']:6.3f} s {row['lr']:10.2e} {row['end_lr']:10.2e}",
-                flush=True,
-            )
-    if options.json:
-        what = "seconds that runs spent of budgets in time; some were killed with SIGKILL or slowed down"
-        write_json(options.json, measurement(what, rows))
+                rows.append(attempt(trial, budget, trainer, Path(folder) / "run"))
+            bar.update()
+    print(text_table(rows, COLUMNS))
+    what = "seconds that runs spent of budgets in time; some were killed with SIGKILL or slowed down"
+    write_json(options.json, what, rows)

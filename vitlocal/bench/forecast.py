@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from vitlocal.bench.contestants import resident_mib
-from vitlocal.bench.measurement import measurement, text_table, write_json
+from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.bench.speeds import NoiseSource, SizeSpeed, measured_speeds, plans_by_size
 from vitlocal.config import Config, read_config
@@ -33,7 +34,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.memory import activation_bytes
-from vitlocal.progress import Length, Stage
+from vitlocal.progress import Length, Progress, Stage
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
 from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
@@ -41,7 +42,7 @@ from vitlocal.train.simulate import Speed, StageForecast, by_fractions, seconds_
 from vitlocal.train.trainer import batch_size_at
 
 IMAGENET = 1_281_167
-BUDGETS = "1h,6h,24h"
+MEASURED = ("evaluation_seconds", "disk_bytes", "resident_mib", "measured_seconds")  # fields of the JSON file
 CPU_EVALUATED = 32  # images in a measured batch of an evaluation on a CPU
 OTHER_SECONDS = 15.0  # an estimate of the time for starting, saving and the report, without compiling
 COLUMNS = {
@@ -70,26 +71,25 @@ class Forecast:
         """Whether the budget counts all time, and not only training."""
         return self.config.budget.counts == "wall" and self.config.budget.length.kind == "seconds"
 
-    @property
+    @cached_property
     def speeds(self) -> dict[int, Speed]:
         return {measured.size: measured.speed for measured in self.sizes}
-
-    @property
-    def every(self) -> int:
-        """Epochs between evaluations, which take place at the end of an epoch."""
-        return math.ceil(self.config.evaluate.every)
 
     @cached_property
     def stages(self) -> tuple[StageForecast, ...]:
         """The recipe's budget, stage by stage."""
         return self.spending(recipe_stages(self.config), self.config.budget.length)
 
+    @property
+    def end(self) -> Progress:
+        return self.stages[-1].end
+
     def spending(self, stages: tuple[Stage, ...], length: Length) -> tuple[StageForecast, ...]:
         """How ``length`` is spent on ``stages``. ConfigError if no time is left for training."""
         if not self.counts_all:
             return spend(stages, length, self.images, self.speeds)
-        evaluation = self.evaluation_seconds or 0.0
-        spent = spend_wall_time(stages, length, self.images, self.speeds, self.other_seconds, evaluation, self.every)
+        evaluation, every = self.evaluation_seconds or 0.0, math.ceil(self.config.evaluate.every)
+        spent = spend_wall_time(stages, length, self.images, self.speeds, self.other_seconds, evaluation, every)
         if spent is None:
             raise ConfigError(
                 f"budget.length: {length} in all, of which {self.other_seconds + evaluation:.0f} s are for starting, "
@@ -100,9 +100,9 @@ class Forecast:
 
     @property
     def first_point(self) -> float | None:
-        """Seconds of training until the first accuracy; None if that is at the end."""
-        epochs = self.stages[-1].end.epoch
-        return None if not self.every or self.every >= epochs else seconds_at(self.stages, self.every)
+        """Seconds of training until the first accuracy, at the end of an epoch; None if that is at the end."""
+        every = math.ceil(self.config.evaluate.every)
+        return seconds_at(self.stages, every) if 0 < every < self.end.epoch else None
 
     @cached_property
     def fractions(self) -> tuple[Stage, ...]:
@@ -114,15 +114,14 @@ class Forecast:
         """What other budgets buy with the same fractions: rows with epochs, also by size. None: too short."""
         found: list[dict[str, Any]] = []
         for budget in budgets:
-            sizes = dict.fromkeys((stage.size for stage in self.fractions), 0.0)
-            try:
+            row: dict[str, Any] = {"budget": str(budget), "epochs": None, "epochs_by_size": None}
+            with suppress(ConfigError):
                 spent = self.spending(self.fractions, budget)
-            except ConfigError:
-                found.append({"budget": str(budget), "epochs": None, "epochs_by_size": None})
-                continue
-            for stage in spent:
-                sizes[stage.size] += stage.epochs
-            found.append({"budget": str(budget), "epochs": spent[-1].end.epoch, "epochs_by_size": sizes})
+                sizes = dict.fromkeys((stage.size for stage in spent), 0.0)
+                for stage in spent:
+                    sizes[stage.size] += stage.epochs
+                row |= {"epochs": spent[-1].end.epoch, "epochs_by_size": sizes}
+            found.append(row)
         return found
 
     def rows(self) -> list[dict[str, Any]]:
@@ -198,12 +197,9 @@ def disk_bytes(config: Config) -> int | None:
     return sum(file.bytes for manifest in manifests for file in manifest.files)
 
 
-# --- the text -------------------------------------------------------------------------------------------------------
-
-
 def as_text(found: Forecast, budgets: Sequence[Length]) -> str:
     """The forecast as text."""
-    config, last = found.config, found.stages[-1].end
+    config, last = found.config, found.end
     counts = "in all" if found.counts_all else "of training"
     rows = [row | {"time": duration(row["train_seconds"])} for row in found.rows()]
     lines = [
@@ -260,16 +256,15 @@ def takes_stages(method: str) -> bool:
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("forecast", __doc__, trainer_options=True)
     parser.add_argument(
-        "--budgets", default=BUDGETS, metavar="LIST", help="other budgets in time, or none (default: %(default)s)"
-    )
+        "--budgets", default="1h,6h,24h", type=lambda text: [] if text == "none" else times(text), metavar="LIST",
+        help="other budgets in time, or none (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
     parser.add_argument("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
-    options, trainer = parser.parse_known_args(list(argv))
-    config = read_config(trainer)
-    budgets = [] if options.budgets == "none" else times(options.budgets)
-    if options.images is not None and options.images < config.train.batch_size:
-        raise ConfigError(f"--images: got {options.images}, expected at least a batch ({config.train.batch_size})")
-    images = options.images
+    options, trainer = parser.parse_known_args(argv)
+    config, images = read_config(trainer), options.images
+    if images is not None and images < config.train.batch_size:
+        raise ConfigError(f"--images: got {images}, expected at least a batch ({config.train.batch_size})")
     if images is None and not Path(config.data.root).exists():
         images = IMAGENET
         what = "" if options.rates else "only the step is measured, with random pixels, "
@@ -279,20 +274,16 @@ def main(argv: Sequence[str]) -> None:
         found = stated_forecast(config, count, parse_rates(options.rates))
     else:
         found = forecast(config, images)
-    print(as_text(found, budgets))
+    print(as_text(found, options.budgets))
     if shaping := methods_writing(config, "shape."):
         print(f"note: {', '.join(shaping)} change the cost of an image; this forecast is for the full model throughout")
     if config.budget.counts == "cpu":
         print("note: the budget counts processor time; this forecast is for a run that does not share its cores")
-    if options.json:
-        what = "what a budget is forecast to buy: measured images/s by size, and the simulated budget"
-        last = found.stages[-1].end
-        more = {
-            "budget": str(config.budget.length), "counts": config.budget.counts, "images": found.images,
-            "epochs": last.epoch, "flops": last.flops, "evaluation_seconds": found.evaluation_seconds,
-            "first_point_seconds": found.first_point, "disk_bytes": found.disk_bytes,
-            "resident_mib": found.resident_mib, "curriculum": [str(stage) for stage in found.fractions],
-            "measured_seconds": found.measured_seconds,
-            "budgets": found.within(budgets), "recipe": config.flat(),
-        }  # fmt: skip
-        write_json(options.json, measurement(what, found.rows(), **more))
+    what, last = "what a budget is forecast to buy: measured images/s by size, and the simulated budget", found.end
+    measured = {name: getattr(found, name) for name in MEASURED}
+    write_json(
+        options.json, what, found.rows(), budget=str(config.budget.length), counts=config.budget.counts,
+        images=found.images, epochs=last.epoch, flops=last.flops, first_point_seconds=found.first_point, **measured,
+        curriculum=[str(stage) for stage in found.fractions], budgets=found.within(options.budgets),
+        recipe=config.flat(),
+    )  # fmt: skip

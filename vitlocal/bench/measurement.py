@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,17 @@ from tqdm import tqdm
 from vitlocal.machine import commit, hardware, versions
 
 
-def measurement(what: str, rows: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """The object that ``--json`` writes. ``rows`` are flat, ``more`` are further fields."""
+def write_json(path: str | None, what: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Writes the file of ``--json``, if there is a ``path``. ``rows`` are flat, ``more`` are further fields."""
+    if path is None:
+        return
     in_package = Path(sys.argv[0]).parent.name == "bench"
     program = ["-m", "vitlocal.bench"] if in_package else [Path(sys.argv[0]).name]
     command = shlex.join(["python", *program, *sys.argv[1:]])
     made = {"machine": hardware(), "versions": versions(), "commit": commit()}
-    return {"what": what, "command": command, **more, **made, "rows": list(rows)}
-
-
-def write_json(path: str, measured: dict[str, Any]) -> None:
-    """Writes a measurement. Creates the folder if necessary."""
+    text = json.dumps({"what": what, "command": command, **more, **made, "rows": list(rows)}, indent=1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
@@ -45,6 +44,11 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[st
         "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(line, signs, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def spread(rates: Sequence[float]) -> float:
+    """(largest - smallest) / median."""
+    return round((max(rates) - min(rates)) / statistics.median(rates), 3)
 
 
 def progress_bar(turns: int) -> tqdm:

@@ -106,29 +106,29 @@ def write_paper(
         drawn = [result for member in members for result in results if result.row["arm"] == member]
         if len({result.row["arm"] for result in drawn}) > 1:
             draw(drawn, folder / name, f"{name.removesuffix('.png')}, {length} per run")
-    if json:
-        what = f"the arms of arXiv 2211.05187 with a budget of {length} each: the accuracy, and the log of passes"
-        write_results(json, what, results)
+    what = f"the arms of arXiv 2211.05187 with a budget of {length} each: the accuracy, and the log of passes"
+    write_results(json, what, results)
     say(text)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = arms_parser("paper", __doc__)
     parser.add_argument(
-        "--budget", metavar="LENGTH", help="budget of each run (default: 24h; with --scale that of its recipe: 15m)"
-    )
+        "--budget", type=budget, metavar="LENGTH",
+        help="budget of each run (default: 24h; with --scale that of its recipe: 15m)",
+    )  # fmt: skip
     parser.add_argument("--only", metavar="LIST", help="arms and groups, separated by commas (default: all)")
     parser.add_argument("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
     parser.add_argument("--patch", type=int, metavar="PX", help=f"patch size with --scale (default: {SCALED_PATCH})")
-    options, trainer = parser.parse_known_args(list(argv))
+    options, trainer = parser.parse_known_args(argv)
     arms = chosen(options.only)
     if options.scale is not None:
         arms = [scaled(arm, options.scale, SCALED_PATCH if options.patch is None else options.patch) for arm in arms]
     elif options.patch is not None:
         raise ConfigError("--patch: it applies to a smaller benchmark only; give --scale 64 too")
-    length = budget(options.budget or str(read_config(arms[0].command_line(), {}).budget.length))
+    length = options.budget or read_config(arms[0].command_line(), {}).budget.length
 
     def write(results: Sequence[RunResult]) -> None:
-        write_paper(results, arms, Path(options.folder), options.json, length)
+        write_paper(results, arms, options.folder, options.json, length)
 
     compete(planned(arms, length, options, trainer), options, write)

@@ -28,13 +28,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vitlocal.bench.loader import sample_folder
-from vitlocal.bench.measurement import measurement, progress_bar, text_table, write_json
-from vitlocal.bench.parsing import bench_parser, check_multiples, numbers
+from vitlocal.bench.measurement import progress_bar, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
 from vitlocal.bench.step_arms import PHASES
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch
 from vitlocal.data.writer.write import WriteConfig, write
-from vitlocal.errors import ConfigError
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
 from vitlocal.train.build import make_model, open_trainer
@@ -43,7 +42,6 @@ from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
 
 RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
-STEPS = 10
 WARM_UP_STEPS = 2  # uncounted steps at each size
 TRACED_STEPS = 3  # traced steps at each size, at most
 SHOWN_OPERATORS = 10
@@ -61,17 +59,13 @@ def batches_of(trainer: Trainer, feed: Feed) -> Generator[Batch, None, None]:
             yield from batches
 
 
-def full_batch(trainer: Trainer, feed: Feed) -> int:
-    """The images of a full batch. A data set that is smaller than a batch gives all of its images."""
-    return min(feed.batch_size, trainer.sources.train.count)
-
-
 def train_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: int, timer: PhaseTimer) -> float:
     """Trains until ``timer`` holds ``steps`` steps; returns the number of full batches that were trained on.
 
     The last batch of an epoch, if it is smaller than the others, is trained on but not timed.
     """
-    images, full = 0, full_batch(trainer, feed)
+    # A data set that is smaller than a batch gives all of its images.
+    images, full = 0, min(feed.batch_size, trainer.sources.train.count)
     trainer.step.phase_hook = timer.mark
     try:
         while len(timer.steps) < steps:
@@ -93,9 +87,10 @@ def row_of(trainer: Trainer, feed: Feed, steps: Sequence[dict[str, float]], copy
     spent = {part: sum(step.get(part, 0.0) for step in steps) / len(steps) for part in PARTS}
     total = sum(spent.values())
     spent = {"data": spent["data"], "copy": copy_ms, **spent}
+    images = min(feed.batch_size, trainer.sources.train.count)
     return {
         "size": feed.size, "batch_size": feed.batch_size, "mode": str(trainer.step.mode(feed)), "steps": len(steps),
-        "step_ms": round(total, 3), "images_per_second": round(1e3 * full_batch(trainer, feed) / total, 1),
+        "step_ms": round(total, 3), "images_per_second": round(1e3 * images / total, 1),
         **{f"{part}_ms": round(value, 3) for part, value in spent.items()},
         **{f"{part}_percent": round(100 * value / total, 2) for part, value in spent.items()},
     }  # fmt: skip
@@ -123,41 +118,49 @@ def profiled(
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, folder=f"{folder}/run", resume="never", progress=False)
         with open_trainer(replace(config, run=run)) as trainer:
-            device, clock = trainer.step.device, trainer.state.clock
             feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
             if sizes is not None:
                 batch_sizes = {feed.size: feed.batch_size for feed in feeds}
                 feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sizes]
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-            if device.type == "cpu":  # the profiler would print only that it starts and stops
-                os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-            bar = progress_bar(len(feeds))
-            for feed in feeds:
-                bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
-                trainer.compile_for(Plan(feed))
-                clock.start()
-                with closing(batches_of(trainer, feed)) as batches:
-                    train_steps(trainer, feed, batches, WARM_UP_STEPS, PhaseTimer(device))
-                    timer = PhaseTimer(device)
-                    train_steps(trainer, feed, batches, steps, timer)
-                    synchronize(device)
-                    with profile(activities=activities, acc_events=True) as profiler:
-                        traced = train_steps(trainer, feed, batches, min(steps, TRACED_STEPS), PhaseTimer(device))
-                        synchronize(device)
-                clock.timer.stop()
-                averages = profiler.key_averages()
-                copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
-                rows.append(row_of(trainer, feed, timer.milliseconds(), copied / 1e3 / traced))
-                operators += operator_rows(averages, feed, traced, device)
-                if trace:
-                    file = Path(trace)
-                    if len(feeds) > 1:
+            with progress_bar(len(feeds)) as bar:
+                for feed in feeds:
+                    bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
+                    file = Path(trace) if trace else None
+                    if file and len(feeds) > 1:
                         file = file.with_name(f"{file.stem}_{feed.size}px_{feed.batch_size}{file.suffix}")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    profiler.export_chrome_trace(str(file))
-                bar.update()
-            bar.close()
+                    row, found = profile_size(trainer, feed, steps, file)
+                    rows.append(row)
+                    operators += found
+                    bar.update()
     return rows, operators
+
+
+def profile_size(
+    trainer: Trainer, feed: Feed, steps: int, trace: Path | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of one size, and those of its operators."""
+    device, clock = trainer.step.device, trainer.state.clock
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    if device.type == "cpu":  # the profiler would print only that it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    trainer.compile_for(Plan(feed))
+    clock.start()
+    with closing(batches_of(trainer, feed)) as batches:
+        train_steps(trainer, feed, batches, WARM_UP_STEPS, PhaseTimer(device))
+        timer = PhaseTimer(device)
+        train_steps(trainer, feed, batches, steps, timer)
+        synchronize(device)
+        with profile(activities=activities, acc_events=True) as profiler:
+            traced = train_steps(trainer, feed, batches, min(steps, TRACED_STEPS), PhaseTimer(device))
+            synchronize(device)
+    clock.timer.stop()
+    if trace:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    averages = profiler.key_averages()
+    copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
+    row = row_of(trainer, feed, timer.milliseconds(), copied / 1e3 / traced)
+    return row, operator_rows(averages, feed, traced, device)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -201,9 +204,9 @@ def configured(arguments: Sequence[str]) -> Config:
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("profile", __doc__, trainer_options=True)
-    parser.add_argument("--sizes", metavar="LIST", help="image sizes in px (default: those of the recipe)")
+    parser.add_argument("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
     parser.add_argument(
-        "--steps", type=int, default=STEPS,
+        "--steps", type=at_least(1), default=10,
         help=f"steps to time at each size (%(default)s); at most {TRACED_STEPS} of them are traced",
     )  # fmt: skip
     parser.add_argument(
@@ -211,15 +214,12 @@ def main(argv: Sequence[str]) -> None:
         help="write a trace for chrome://tracing; with several sizes, to NAME_{size}px_{batch}.json",
     )  # fmt: skip
     options, rest = parser.parse_known_args(argv)
-    if options.steps < 1:
-        raise ConfigError(f"--steps {options.steps}: expected at least 1")
-    sizes = None if options.sizes is None else sorted(numbers(options.sizes, "--sizes"))
+    sizes = options.sizes and sorted(options.sizes)
     config = configured(rest)
-    if sizes is not None:  # checked before the trainer is built
+    if sizes:  # checked before the trainer is built
         check_multiples(sizes, patch_side(make_model(config, 2, torch.device("cpu"))[0]), config.model.name)
     rows, operators = profiled(config, sizes, options.steps, options.trace)
     print(table(rows), operators_table(operators), sep="\n\n")
-    if options.json:
-        what = "the trainer's time by phase, at each size of its recipe"
-        large = [row for row in operators if row["percent"] >= 0.1]
-        write_json(options.json, measurement(what, rows, recipe=config.flat(), operators=large))
+    large = [row for row in operators if row["percent"] >= 0.1]
+    what = "the trainer's time by phase, at each size of its recipe"
+    write_json(options.json, what, rows, recipe=config.flat(), operators=large)

@@ -13,7 +13,6 @@ Shapes: B images, T tokens, N patch tokens, M heads, d head width, C hidden widt
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.bench.parsing import plot_file
+from vitlocal.bench.measurement import progress_bar, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, plot_file
+from vitlocal.bench.plots import PlottedLine, plot_lines
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.manifest import load_manifest
@@ -39,7 +38,6 @@ from vitlocal.models.shape import SLICED, add_stage_table, model_parts, set_shap
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
-from vitlocal.report.figures import save
 from vitlocal.train.build import device_of, sources_of
 from vitlocal.train.checkpoint import KEPT, read_weights
 
@@ -51,6 +49,10 @@ MEASURES = {
     "hidden_percent": "components of hidden units, %",
     "attended_percent": "patches attended to, %",
 }
+COLUMNS = {
+    "epoch": ("epoch", ".2f"), "block": ("block", "d"), "heads, CKA": ("heads_cka", ".3f"),
+    "hidden, %": ("hidden_percent", ".1f"), "attended, %": ("attended_percent", ".1f"),
+}  # fmt: skip
 
 
 def linear_cka(outputs: Tensor) -> Tensor:
@@ -136,9 +138,6 @@ def _measuring_hooks(block: Any, row: dict[str, float], num_prefix_tokens: int) 
     return [block.norm1.register_forward_hook(after_norm), block.mlp.register_forward_pre_hook(before_mlp)]
 
 
-# --- weights over time ----------------------------------------------------------------------------------------------
-
-
 def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
     """Returns the epoch at which ``file`` was kept, and the model with its weights, in its shape then.
 
@@ -164,10 +163,9 @@ def validation_batches(config: Config, images: int, device: torch.device) -> lis
     # unique(): if the split has fewer images, all of them
     wanted = torch.tensor([place * count // images for place in range(images)]).unique()
     found: list[Tensor] = []
+    feed = Feed(config.evaluate.size or config.model.size, config.evaluate.batch_size)
     try:
-        with sources.val.open(
-            Feed(config.evaluate.size or config.model.size, config.evaluate.batch_size), Position()
-        ) as batches:
+        with sources.val.open(feed, Position()) as batches:
             for batch in batches:
                 chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
                 found.append(normalize(batch.images[chosen]).clone())
@@ -176,61 +174,50 @@ def validation_batches(config: Config, images: int, device: torch.device) -> lis
     return list(torch.cat(found).split(BATCH_SIZE))
 
 
-def draw(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the three measures against the epoch, a line for each block."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plots the three measures against the epoch, with a line for each block."""
     blocks = sorted({row["block"] for row in rows})
-    for axes, (name, title) in zip(figure.subplots(1, 3), MEASURES.items(), strict=True):
-        for block in blocks:
-            points = [(row["epoch"], row[name]) for row in rows if row["block"] == block]
-            color = matplotlib.colormaps["viridis"](block / max(1, blocks[-1]))
-            axes.plot(
-                *zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.2, label=f"block {block}"
-            )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    return figure
+    styles = {
+        block: {"color": matplotlib.colormaps["viridis"](block / max(1, blocks[-1])), "marker": "o", "markersize": 3}
+        for block in blocks
+    }
+    panels = {
+        title: [
+            PlottedLine(f"block {block}", [(row["epoch"], row[name]) for row in rows if row["block"] == block], style)
+            for block, style in styles.items()
+        ]
+        for name, title in MEASURES.items()
+    }
+    plot_lines(panels, "epoch", path, (11, 3.6))
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures each kept set of weights, prints the rows, and writes or draws them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vitlocal.bench redundancy", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="folder of a run that kept weights")
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="validation images (default: 512)")
+    parser = bench_parser("redundancy", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that kept weights")
+    parser.add_argument("--images", type=at_least(2), default=512, metavar="N", help="validation images (default: 512)")
     parser.add_argument("--data", metavar="DIR", help="data folder (default: the run's)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw the rows to this file (png, svg or pdf)")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot the measures against the epoch")
     options = parser.parse_args(argv)
-    if options.images < 2:
-        raise ConfigError(f"--images: got {options.images}, expected at least 2")
-    folder = Path(options.run)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} holds no run; expected a folder that train_imagenet.py made")
-    files = sorted((folder / KEPT).glob("*.safetensors"))  # their names begin with the step
+    recipe, kept = options.run / "config.yaml", options.run / KEPT
+    if not recipe.is_file():
+        raise ConfigError(f"{options.run} holds no run; expected a folder that train_imagenet.py made")
+    files = sorted(kept.glob("*.safetensors"))  # their names begin with the step
     if not files:
         raise ConfigError(
-            f"{folder / KEPT} holds no weights; train with --run.keep_weights=yes, which keeps them at each evaluation"
+            f"{kept} holds no weights; train with --run.keep_weights=yes, which keeps them at each evaluation"
         )
-    data = [f"--data.root={options.data}"] if options.data else []
-    config = read_config([f"--config-file={folder / 'config.yaml'}", *data], {})
+    config = read_config([f"--config-file={recipe}", *([f"--data.root={options.data}"] if options.data else [])], {})
     num_classes = len(load_manifest(config.data.root, "val").classes)
     device = device_of(config)
     batches = validation_batches(config, options.images, device)
     rows: list[dict[str, Any]] = []
-    print(f"{'epoch':>7} {'block':>6} {'heads, CKA':>11} {'hidden, %':>10} {'attended, %':>12}")
-    for file in files:
-        epoch, model = load_kept(file, config, num_classes)
-        for row in measure_blocks(model.to(device), batches):
-            rows.append({"epoch": epoch, **row})
-            heads, hidden, attended = (row[name] for name in MEASURES)
-            print(f"{epoch:7.2f} {row['block']:6d} {heads:11.3f} {hidden:10.1f} {attended:12.1f}", flush=True)
-    if options.json:
-        what = f"redundancy of a model's parts during training, on {sum(map(len, batches))} validation images"
-        write_json(options.json, measurement(what, rows))
+    with progress_bar(len(files)) as bar:
+        for file in files:
+            epoch, model = load_kept(file, config, num_classes)
+            rows += [{"epoch": epoch, **row} for row in measure_blocks(model.to(device), batches)]
+            bar.update()
+    print(text_table(rows, COLUMNS))
+    what = f"redundancy of a model's parts during training, on {sum(map(len, batches))} validation images"
+    write_json(options.json, what, rows)
     if options.plot:
-        save(draw(rows), options.plot)
+        draw(rows, options.plot)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.measurement import measurement, text_table, write_json
+from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser
 from vitlocal.errors import ConfigError
 from vitlocal.report.figures import by_size
@@ -66,16 +66,19 @@ def comparison_part(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> str
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("report", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
-        "--out", metavar="FILE", help="file to write (default: report.html in the folder of a single run, or here)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: report.html in the folder of a single run, or here)",
     )
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_args(argv)
     if options.json and not options.forecast:
         raise ConfigError("--json: it writes the comparison of a forecast with the run; give --forecast FILE too")
-    folders = [Path(run).absolute() for run in options.runs]
+    folders = [run.absolute() for run in options.runs]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
     parts = []
     if options.forecast:
@@ -89,9 +92,8 @@ def main(argv: Sequence[str]) -> None:
         notes = mismatches(forecast, runs[0])
         parts = [comparison_part(rows, notes)]
         print("\n".join([text_table(rows, COLUMNS), *(f"note: {note}" for note in notes)]))
-        if options.json:
-            write_json(options.json, measurement("a forecast compared with the run that followed", rows))
-    out = Path(options.out) if options.out else folders[0] / "report.html" if len(runs) == 1 else Path("report.html")
+        write_json(options.json, "a forecast compared with the run that followed", rows)
+    out = options.out or (folders[0] if len(runs) == 1 else Path()) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page_of(runs, not options.no_crops, parts), encoding="utf-8")
     accuracies = ", ".join(f"{run.name} {run.last['top1']:.2f} %" for run in runs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.measurement import write_json
 from vitlocal.bench.planned_runs import Arm, PlannedRun, RunKey
 from vitlocal.bench.runs import summary
 from vitlocal.errors import ConfigError
@@ -76,11 +76,11 @@ def read_results(path: str) -> list[RunResult]:
         raise ConfigError(f"--add: {path} is not a file that --json of this bench wrote ({error})") from error
 
 
-def write_results(path: str, what: str, results: Sequence[RunResult]) -> None:
-    """Writes the results as ``--json`` does."""
+def write_results(path: str | None, what: str, results: Sequence[RunResult]) -> None:
+    """Writes the file of ``--json``, if there is a ``path``."""
     curves = {result.row["run"]: result.curve for result in results}
     configs = {result.row["run"]: result.config for result in results}
-    write_json(path, measurement(what, [result.row for result in results], curves=curves, configs=configs))
+    write_json(path, what, [result.row for result in results], curves=curves, configs=configs)
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:

@@ -22,26 +22,23 @@ import os
 import sys
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from vitlocal.bench.measurement import measurement, progress_bar, text_table, write_json
-from vitlocal.bench.parsing import bench_parser, check_multiples, numbers, plot_file
-from vitlocal.bench.step_arms import FAMILIES, PHASES, StepArm, StepEntry, choose_arms, model_shape
+from vitlocal.bench.measurement import progress_bar, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
+from vitlocal.bench.step_arms import PHASES, StepArm, StepEntry, choose_arms, model_shape
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
-from vitlocal.report.figures import save
 from vitlocal.train.build import device_of
 from vitlocal.train.devices import choose_device
 from vitlocal.train.precision import choose_precision
 from vitlocal.train.timing import Timing
 
-ROUNDS, SECONDS = 3, 1.0
-SIZES = {"cpu": "32,64", "cuda": "32,64,96,128,160,192,224"}
+SIZES = {"cpu": [32, 64], "cuda": list(range(32, 225, 32))}
 # Defaults below recipes and the command line; they replace the environment.
 DEFAULTS = {
     "cpu": {"model.name": "vitlocal_tiny_patch8_64", "model.size": "64", "train.batch_size": "16"},
@@ -132,34 +129,6 @@ def note_of(row: dict[str, Any]) -> str | None:
     return "as a CUDA graph" if "graph" in row["mode"] else None
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plots images/s against size on a logarithmic axis, and the fraction of the peak below; one line for each arm."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 6.6), layout="constrained")
-    rates, fractions = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    colours = {model: f"C{number}" for number, model in enumerate((*FAMILIES, "timm"))}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        line = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["size"])
-        style = {
-            "color": colours[line[0]["model"]], "linestyle": "-" if line[0]["compiled"] else ":", "label": arm,
-            "marker": "x" if "plain" in arm else ".",
-        }  # fmt: skip
-        sizes = [row["size"] for row in line]
-        rates.plot(sizes, [row["images_per_second"] for row in line], **style)
-        fractions.plot(sizes, [100 * row["mfu"] for row in line], **style)
-    rates.set(yscale="log", ylabel="images/s")
-    fractions.set(ylabel="model FLOP/s, % of the peak", xlabel="image size, px")
-    fractions.set_ylim(bottom=0)
-    fractions.set_xticks(sorted({row["size"] for row in rows}))
-    for axes in (rates, fractions):
-        axes.grid(alpha=0.3, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*rates.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
-
-
 def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
     """The trainer's configuration, with a small model as the default on a CPU, and the device."""
     device = choose_device(read_config(arguments).run.device)
@@ -176,23 +145,22 @@ def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("step", __doc__, trainer_options=True)
-    defaults = "; ".join(f"{device}: {sizes}" for device, sizes in SIZES.items())
-    parser.add_argument("--sizes", metavar="LIST", help=f"image sizes in px (default on {defaults})")
+    parser.add_argument(
+        "--sizes", type=numbers, metavar="LIST",
+        help="image sizes in px (default: 32,64,96,128,160,192,224 on a GPU, 32,64 on a CPU)",
+    )  # fmt: skip
     parser.add_argument("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
     parser.add_argument("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each arm at each size (%(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="approximate length of a turn, at least one step (%(default)s)"
+        "--seconds", type=at_least(0, float), default=1.0, help="approximate length of a turn (default: 1)"
     )
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot images/s against the image size")
     options, rest = parser.parse_known_args(argv)
-    if options.rounds < 1 or options.seconds < 0:
-        raise ConfigError(f"--rounds {options.rounds} --seconds {options.seconds:g}: expected at least 1 and 0")
     if options.batch is not None:
         rest.append(f"--train.batch_size={options.batch}")
     config, device = configured(rest)
     arms = choose_arms(options.arms, device)
-    sizes = sorted(numbers(options.sizes or SIZES[device.type], "--sizes"))
+    sizes = sorted(options.sizes or SIZES[device.type])
     check_multiples(sizes, model_shape(config)[1], config.model.name)
     device_of(config)
     precision = choose_precision(config.train.precision, device)
@@ -202,9 +170,6 @@ def main(argv: Sequence[str]) -> None:
     print(text_table([row | {"note": note_of(row)} for row in rows], COLUMNS))
     print(f"batches of {batch_size} on {device}, {name}; MFU is relative to {peak:.3g} TFLOP/s ({how}); "
           "phases were timed in separate steps")  # fmt: skip
-    if options.json:
-        what = "the training step on random pixels that are on the device; arms take turns in one process"
-        more = {"device": str(device), "batch_size": batch_size, "precision": name}
-        write_json(options.json, measurement(what, rows, **more, peak_tflops=round(peak, 4), peak_measured=how))
-    if options.plot:
-        draw(rows, options.plot)
+    what = "the training step on random pixels that are on the device; arms take turns in one process"
+    more = {"device": str(device), "batch_size": batch_size, "precision": name}
+    write_json(options.json, what, rows, **more, peak_tflops=round(peak, 4), peak_measured=how)

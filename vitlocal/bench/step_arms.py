@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from vitlocal.bench.measurement import spread
 from vitlocal.bench.parsing import names
 from vitlocal.config import Config
 from vitlocal.errors import ConfigError
@@ -22,7 +23,7 @@ from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.build import build_step
 from vitlocal.train.compile import Mode
-from vitlocal.train.precision import choose_precision
+from vitlocal.train.precision import autocast, choose_precision
 from vitlocal.train.timing import LR, PhaseTimer, Timing, device_memory, noise_batch, noise_step
 
 CLASSES = 1000
@@ -140,7 +141,7 @@ class TimmStep:
 
     def run(self) -> None:
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(self.device, self.precision):
             loss = self.criterion(self.forward(self.images), self.labels)
         self.phase_hook("forward")
         self.scaler.scale(loss).backward()
@@ -208,7 +209,7 @@ class StepEntry:
             "arm": str(self.arm), "model": self.arm.model, "compiled": self.arm.compiled,
             "kernel": self.kernel, "mode": str(self.runner.mode),
             "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
-            "spread": round((max(rates) - min(rates)) / rate, 3) if len(rates) > 1 else None, "n": len(rates),
+            "spread": spread(rates) if len(rates) > 1 else None, "n": len(rates),
             "step_ms": round(1e3 * self.feed.batch_size / rate, 3), "gflops_per_image": flops / 1e9,
             "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
             "peak_mib": round(self.peak / 2**20) if self.device.type == "cuda" else None,
