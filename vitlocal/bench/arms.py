@@ -13,19 +13,134 @@ names recipes, relative to itself, and the options that each arm changes:
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from vitlocal.bench.measurement import write_json
 from vitlocal.bench.parsing import at_least, bench_parser, budget, names, numbers, plot_file
-from vitlocal.bench.planned_runs import Arm, PlannedRun, RunKey, option_names, plan_runs, read_arms
-from vitlocal.bench.run_results import RunResult, draw, read_results, results_of, results_table, write_results
-from vitlocal.bench.runner import Runner, say, visible_gpus
+from vitlocal.bench.runner import Arm, PlannedRun, RunKey, Runner, option_names, plan_runs, read_arms, say, visible_gpus
+from vitlocal.bench.runs import summary
 from vitlocal.data.manifest import load_manifest
-from vitlocal.errors import ConfigError, DataError, Interrupted
+from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
-from vitlocal.recipes import changed_options
+from vitlocal.recipes import changed_options, stated_options
+from vitlocal.report.figures import Line, race, save
+from vitlocal.report.run_folder import read_log
+from vitlocal.train.run_folder import read_origin
+
+PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
+               "macs_per_image", "flops")  # fmt: skip
+ROW_FIELDS = {"arm", "seed", "budget", "run", "top1", "epochs", "images_per_second", "cpu", "gpu"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its row, its passes, and its options that differ from the defaults, by dotted name."""
+
+    row: dict[str, Any]
+    curve: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    @property
+    def key(self) -> RunKey:
+        return self.row["arm"], self.row["seed"], self.row["budget"]
+
+    @property
+    def machine(self) -> tuple[str | None, str | None]:
+        """The processor and the GPU that it was trained on."""
+        return self.row["cpu"], self.row["gpu"]
+
+
+def machine_of(folder: Path) -> dict[str, Any]:
+    """Processor, GPU and commit of a run. None if unknown; all of them if the run moved."""
+    origins = read_origin(folder)
+    found = {name: [origin["machine"][name] for origin in origins] for name in ("cpu", "gpu")}
+    found["commit"] = [origin["commit"] for origin in origins]
+    return {name: ", ".join(dict.fromkeys(filter(None, values))) or None for name, values in found.items()}
+
+
+def result_of(run: PlannedRun) -> RunResult:
+    """The result of a finished run in its folder. Passes keep only the fields that are plotted or compared."""
+    about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
+    passes = [{name: record.get(name) for name in PASS_FIELDS} for record in read_log(run.folder)]
+    return RunResult({**about, **summary(run.folder), **machine_of(run.folder)}, passes, stated_options(run.config()))
+
+
+def read_results(path: str) -> list[RunResult]:
+    """The results in a file of ``--json``. ConfigError if it is not such a file."""
+    try:
+        measured = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows, curves, configs = measured["rows"], measured["curves"], measured["configs"]
+        if any(not row.keys() >= ROW_FIELDS or not curves[row["run"]] for row in rows):
+            raise ValueError("a run lacks its row or its passes")
+        return [RunResult(row, curves[row["run"]], dict(configs[row["run"]])) for row in rows]
+    except OSError as error:
+        raise ConfigError(f"--add: {path} cannot be read ({error.strerror}); give a file of --json") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--add: {path} is not a file that --json of this bench wrote ({error})") from error
+
+
+def write_results(path: str | None, what: str, results: Sequence[RunResult]) -> None:
+    """Writes the file of ``--json``, if there is a ``path``."""
+    curves = {result.row["run"]: result.curve for result in results}
+    configs = {result.row["run"]: result.config for result in results}
+    write_json(path, what, [result.row for result in results], curves=curves, configs=configs)
+
+
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+    """The mean and the standard deviation; of a single value, only the value."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{deviation}"
+
+
+def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
+    """A markdown table with one line for each arm.
+
+    It has the mean and the standard deviation over seeds, and those of the differences from the first arm. Differences
+    are paired by seed, because runs of one seed share the order of images. Runs on different machines are not paired.
+    """
+    by_arm = {arm.name: {r.row["seed"]: r for r in results if r.row["arm"] == arm.name} for arm in arms}
+    arms = [arm for arm in arms if by_arm[arm.name]]
+    published = any(arm.published is not None for arm in arms)
+    first = arms[0].name if len(arms) > 1 else None
+    titles = ["arm", "paper, top-1 %" * published, "top-1 %", f"against {first}" if first else ""]
+    titles = [*filter(None, titles), "seeds", "epochs", "images/s"]
+    lines = []
+    for arm in arms:
+        by_seed = by_arm[arm.name]
+        rows = [result.row for result in by_seed.values()]
+        top1 = [row["top1"] for row in rows]
+        cells = {
+            "arm": arm.name + (f": {arm.about}" if arm.about else ""),
+            "paper, top-1 %": "" if arm.published is None else f"{arm.published:g}",
+            "top-1 %": mean_and_deviation(top1),
+            "seeds": ", ".join(f"{value:.2f}" for value in top1),
+            "epochs": f"{statistics.mean(row['epochs'] for row in rows):.1f}",
+            "images/s": f"{statistics.mean(row['images_per_second'] for row in rows):,.0f}",
+        }
+        differences = [
+            result.row["top1"] - other.row["top1"]
+            for seed, result in by_seed.items()
+            if first not in (None, arm.name) and (other := by_arm[first].get(seed))
+            if result.row["cpu"] and other.machine == result.machine
+        ]
+        cells[f"against {first}"] = mean_and_deviation(differences, "+") if differences else ""
+        lines.append([cells[title] for title in titles])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *lines])
+
+
+def draw(results: Sequence[RunResult], path: Path, title: str) -> None:
+    """Plots top-1 against training time."""
+    lines: dict[str, list[Line]] = {}
+    for result in results:
+        lines.setdefault(result.row["arm"], []).append(Line(result.row["run"], result.curve))
+    save(race(lines, title), path)
 
 
 def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -50,17 +165,6 @@ def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--no-run", action="store_true", help="train nothing; tabulate and plot the finished runs")
     return parser
-
-
-def planned(
-    arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str]
-) -> list[PlannedRun]:
-    """The runs with the trainer's options ``trainer``. ConfigError if the bench itself sets one of those."""
-    shared = [f"--data.root={options.data}"] if options.data else []
-    if options.together > 1:
-        option_names(trainer, {"budget.counts": "--together counts processor time"})
-        shared.append("--budget.counts=cpu")
-    return plan_runs(arms, options.seeds, str(length), options.folder, [*shared, *trainer])
 
 
 def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunKey, RunResult]:
@@ -102,12 +206,19 @@ def train_runs(runs: Sequence[PlannedRun], options: argparse.Namespace) -> None:
 
 
 def compete(
-    runs: Sequence[PlannedRun], options: argparse.Namespace, write: Callable[[Sequence[RunResult]], None]
-) -> None:
+    arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str],
+    write: Callable[[Sequence[RunResult]], None],
+) -> None:  # fmt: skip
     """Trains the runs that are not finished, and calls ``write`` with all results, also after an interruption.
 
-    Raises as :func:`train_runs` does, and ConfigError if there are neither results nor runs to train.
+    ``trainer`` are options of the trainer. ConfigError if the bench itself sets one of them, and if there are neither
+    results nor runs to train. Raises as :func:`train_runs` does.
     """
+    shared = [f"--data.root={options.data}"] if options.data else []
+    if options.together > 1:
+        option_names(trainer, {"budget.counts": "--together counts processor time"})
+        shared.append("--budget.counts=cpu")
+    runs = plan_runs(arms, options.seeds, str(length), options.folder, [*shared, *trainer])
     for run in runs:
         run.config()
     added = added_results(runs, options.add)
@@ -117,10 +228,8 @@ def compete(
     try:
         if waiting and not options.no_run:
             train_runs(waiting, options)
-    except (DataError, Interrupted):
-        write(results_of(runs, added))
-        raise
-    write(results_of(runs, added))
+    finally:
+        write([added.get(run.key) or result_of(run) for run in runs if run.key in added or run.done])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -144,4 +253,4 @@ def main(argv: Sequence[str]) -> None:
             draw(results, options.plot, f"{length} per run")
         say(results_table(results, arms))
 
-    compete(planned(arms, length, options, trainer), options, write)
+    compete(arms, length, options, trainer, write)

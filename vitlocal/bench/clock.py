@@ -22,8 +22,7 @@ from typing import Any, NoReturn
 
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
-from vitlocal.bench.planned_runs import RECIPES, option_names
-from vitlocal.bench.runner import signal_on_parent_death, start_trainer
+from vitlocal.bench.runner import RECIPES, option_names, signal_on_parent_death, start_trainer
 from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError

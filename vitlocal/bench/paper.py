@@ -21,11 +21,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from vitlocal.bench.arms import arms_parser, compete, planned
+from vitlocal.bench.arms import RunResult, arms_parser, compete, draw, results_table, write_results
 from vitlocal.bench.parsing import budget, names
-from vitlocal.bench.planned_runs import RECIPES, Arm, read_arms
-from vitlocal.bench.run_results import RunResult, draw, results_table, write_results
-from vitlocal.bench.runner import say
+from vitlocal.bench.runner import RECIPES, Arm, read_arms, say
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
@@ -131,4 +129,4 @@ def main(argv: Sequence[str]) -> None:
     def write(results: Sequence[RunResult]) -> None:
         write_paper(results, arms, options.folder, options.json, length)
 
-    compete(planned(arms, length, options, trainer), options, write)
+    compete(arms, length, options, trainer, write)

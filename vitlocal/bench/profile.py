@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from vitlocal.bench.loader import sample_folder
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
-from vitlocal.bench.step_arms import PHASES
+from vitlocal.bench.step import PHASES
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch
 from vitlocal.data.writer.write import WriteConfig, write
