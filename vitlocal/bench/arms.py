@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from vitlocal.bench.parsing import at_least, bench_parser, budget, names, number
 from vitlocal.bench.runner import Arm, PlannedRun, RunKey, Runner, option_names, plan_runs, read_arms, say, visible_gpus
 from vitlocal.bench.runs import summary
 from vitlocal.data.manifest import load_manifest
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.recipes import changed_options, stated_options
@@ -50,11 +50,6 @@ class RunResult:
     @property
     def key(self) -> RunKey:
         return self.row["arm"], self.row["seed"], self.row["budget"]
-
-    @property
-    def machine(self) -> tuple[str | None, str | None]:
-        """The processor and the GPU that it was trained on."""
-        return self.row["cpu"], self.row["gpu"]
 
 
 def machine_of(folder: Path) -> dict[str, Any]:
@@ -84,13 +79,6 @@ def read_results(path: str) -> list[RunResult]:
         raise ConfigError(f"--add: {path} cannot be read ({error.strerror}); give a file of --json") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--add: {path} is not a file that --json of this bench wrote ({error})") from error
-
-
-def write_results(path: str | None, what: str, results: Sequence[RunResult]) -> None:
-    """Writes the file of ``--json``, if there is a ``path``."""
-    curves = {result.row["run"]: result.curve for result in results}
-    configs = {result.row["run"]: result.config for result in results}
-    write_json(path, what, [result.row for result in results], curves=curves, configs=configs)
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
@@ -128,19 +116,30 @@ def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
             result.row["top1"] - other.row["top1"]
             for seed, result in by_seed.items()
             if first not in (None, arm.name) and (other := by_arm[first].get(seed))
-            if result.row["cpu"] and other.machine == result.machine
+            if result.row["cpu"] and all(result.row[part] == other.row[part] for part in ("cpu", "gpu"))
         ]
         cells[f"against {first}"] = mean_and_deviation(differences, "+") if differences else ""
         lines.append([cells[title] for title in titles])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, ["---"] * len(titles), *lines])
 
 
-def draw(results: Sequence[RunResult], path: Path, title: str) -> None:
-    """Plots top-1 against training time."""
-    lines: dict[str, list[Line]] = {}
-    for result in results:
-        lines.setdefault(result.row["arm"], []).append(Line(result.row["run"], result.curve))
-    save(race(lines, title), path)
+def publish(
+    results: Sequence[RunResult], arms: Sequence[Arm], budget: str, what: str, json: str | None,
+    plots: Mapping[Path, Sequence[str]],
+) -> str:  # fmt: skip
+    """Writes the file of ``--json``, and plots of top-1 against time: files with the names of their arms.
+
+    Prints the table of the results and returns it.
+    """
+    what = f"{what} with a budget of {budget} each: the accuracy, and the log of passes"
+    curves, configs = ({r.row["run"]: getattr(r, name) for r in results} for name in ("curve", "config"))
+    write_json(json, what, [result.row for result in results], curves=curves, configs=configs)
+    for path, drawn in plots.items():
+        lines = {name: [Line(r.row["run"], r.curve) for r in results if r.row["arm"] == name] for name in drawn}
+        save(race({name: found for name, found in lines.items() if found}, f"{budget} per run"), path)
+    table = results_table(results, arms)
+    say(table)
+    return table
 
 
 def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -225,11 +224,15 @@ def compete(
     waiting = [run for run in runs if not run.done and run.key not in added]
     if options.no_run and len(waiting) == len(runs):
         raise ConfigError(f"--no-run: {options.folder} has none of these runs; train them, or name another --folder")
+    failure = None
     try:
         if waiting and not options.no_run:
             train_runs(waiting, options)
-    finally:
-        write([added.get(run.key) or result_of(run) for run in runs if run.key in added or run.done])
+    except (DataError, Interrupted) as error:
+        failure = error
+    write([added.get(run.key) or result_of(run) for run in runs if run.key in added or run.done])
+    if failure:
+        raise failure
 
 
 def main(argv: Sequence[str]) -> None:
@@ -247,10 +250,7 @@ def main(argv: Sequence[str]) -> None:
         arms = [arm for arm in arms if arm.name in chosen]
 
     def write(results: Sequence[RunResult]) -> None:
-        what = f"training runs with a budget of {length} each, by arm: the accuracy, and the log of passes"
-        write_results(options.json, what, results)
-        if options.plot and results:
-            draw(results, options.plot, f"{length} per run")
-        say(results_table(results, arms))
+        plots = {options.plot: [arm.name for arm in arms]} if options.plot and results else {}
+        publish(results, arms, str(length), "training runs by arm,", options.json, plots)
 
     compete(arms, length, options, trainer, write)

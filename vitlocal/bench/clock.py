@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -88,31 +88,23 @@ class TrialRun:
         """Waits until ``seconds`` of the budget are spent. DataError if the run ends before."""
         while read_spent(self.folder / JOURNAL)[self.counts == "wall"] < seconds:
             if self.process.poll() is not None:
-                self._fail(f"the run ended before {seconds:g} s of its budget were spent")
+                self.fail(f"the run ended before {seconds:g} s of its budget were spent")
             time.sleep(0.05)
 
-    def finish(self) -> None:
-        """Waits for the end. DataError if the run failed."""
-        if self.process.wait():
-            self._fail(f"the run failed (exit status {self.process.returncode})")
-
-    def _fail(self, why: str) -> NoReturn:
+    def fail(self, why: str) -> NoReturn:
         raise DataError(f"{why}; it printed:\n{self.output.read_text(errors='replace').strip()}")
 
 
 @contextmanager
 def other_load() -> Iterator[None]:
     """Keeps every core busy inside the block."""
-    busy = []
-    try:
+    with ExitStack() as stack:
         for _ in range(cores()):
             command = [sys.executable, "-c", "while True: pass"]
-            busy.append(subprocess.Popen(command, preexec_fn=lambda: signal_on_parent_death(signal.SIGKILL)))
+            process = subprocess.Popen(command, preexec_fn=lambda: signal_on_parent_death(signal.SIGKILL))
+            stack.callback(process.wait)
+            stack.callback(process.kill)
         yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
 
 
 def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -127,7 +119,8 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
             run.wait_until(trial.load[0] * budget.value)
             with other_load():
                 run.wait_until(trial.load[1] * budget.value)
-        run.finish()
+        if status := run.process.wait():
+            run.fail(f"the run failed (exit status {status})")
     records = read_log(folder)
     last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # The lifetime of the command is measured from outside. Only the run itself knows its training time.

@@ -15,15 +15,21 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitlocal.bench.contestants import Turn, started, take_turns
-from vitlocal.bench.measurement import progress_bar, text_table, write_json
+from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, names, numbers, plot_file
-from vitlocal.bench.plots import PlottedLine, plot_lines
 from vitlocal.data.batch import Source
-from vitlocal.data.manifest import Manifest, load_manifest
+from vitlocal.data.costs import DecodingCosts, ensure_costs
+from vitlocal.data.crops import ROW_MASK, CropPolicy
+from vitlocal.data.loader import LoaderResources, NativeSource, choose_file
+from vitlocal.data.manifest import load_manifest
+from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
@@ -44,10 +50,6 @@ COLUMNS = {
 
 def open_pass(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Callable[[int], int]:
     """Opens a loader. Returns the function that reads a pass of crops of a size and counts the images."""
-    import torch
-
-    from vitlocal.data.crops import ROW_MASK, CropPolicy
-
     crops, device = CropPolicy(random=True), torch.device("cpu")
     opened: Source
     if name == "dali":
@@ -59,8 +61,6 @@ def open_pass(name: str, data: str, source: str | None, stored: str, workers: in
 
         opened = TorchvisionSource(data, source, "train", crops, device, workers)
     elif name == "ours":
-        from vitlocal.data.loader import LoaderResources, NativeSource
-
         manifest = load_manifest(data, "train")
         manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
         opened = NativeSource(data, manifest, crops, device, LoaderResources(workers))
@@ -84,13 +84,11 @@ def reader(*arguments: Any) -> Turn:
     read_pass = open_pass(*arguments)
 
     def turn(size: int, seconds: float) -> tuple[float, dict[str, Any]]:
-        """Images/s over complete passes of at least ``seconds``."""
-        count, began = 0, time.perf_counter()
-        while True:
+        count, spent, began = 0, 0.0, time.perf_counter()
+        while not count or spent < seconds:  # complete passes only
             count += read_pass(size)
             spent = time.perf_counter() - began
-            if spent >= seconds:
-                return count / spent, {}
+        return count / spent, {}
 
     return turn
 
@@ -98,28 +96,11 @@ def reader(*arguments: Any) -> Turn:
 # --- in the process of the bench ---
 
 
-def chosen_file(data: str, manifest: Manifest, size: int) -> str:
-    from vitlocal.data.costs import DecodingCosts
-    from vitlocal.data.crops import CropPolicy
-    from vitlocal.data.loader import choose_file
-
-    return choose_file(manifest, DecodingCosts.load(data, manifest), CropPolicy(random=True), 1.5, size).file
-
-
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written if it does not exist."""
-    from vitlocal.data.costs import ensure_costs
-    from vitlocal.data.writer.write import WriteConfig, write
-
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
         ensure_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))
     return SAMPLE_FOLDER
-
-
-def installed() -> list[str]:
-    """The contestants that can run here."""
-    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    return [name for name in NAMES if name != "dali" or has_dali]
 
 
 def compare(
@@ -127,7 +108,8 @@ def compare(
     seconds: float, count: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the measurement, one for each contestant and size."""
-    manifest = load_manifest(data, "train")
+    manifest, crops = load_manifest(data, "train"), CropPolicy(random=True)
+    costs = DecodingCosts.load(data, manifest)
     files = [file.file for file in manifest.files]
     entries = [(name, stored) for name in names for stored in ([ORIGINAL] if name in OF_ORIGINALS else files)]
     rows = []
@@ -137,7 +119,7 @@ def compare(
             with started(reader, arguments, threads) as contestants:
                 for size in sizes:
                     bar.set_description_str(f"{size} px, workers: {threads}")
-                    chosen = ("ours", chosen_file(data, manifest, size))
+                    chosen = ("ours", choose_file(manifest, costs, crops, 1.5, size).file)
                     turns = take_turns(contestants, threads, rounds, (size, 0), (size, seconds), bar)
                     rows += [
                         {"source": entry[0], "stored": entry[1], "size": size, **measured, "chosen": entry == chosen}
@@ -158,39 +140,30 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text, with a * at the files that the native loader itself would choose."""
-    ordered = sorted(rows, key=lambda row: (row["workers"], row["size"], row["stored"], row["source"]))
-    marked = [row | {"source": ("*" if row["chosen"] else " ") + row["source"]} for row in ordered]
-    return text_table(marked, COLUMNS)
-
-
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plots images/s per core against the size, with a line for each contestant."""
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
     stored = sorted({row["stored"] for row in rows})
     styles = {"ours": "-", "ffcv": "--", "dali": "-.", "torchvision": ":"}
-    lines = [
-        PlottedLine(
-            f"{name}, {file.removesuffix('.beton').removeprefix('train_')}",
-            [(r["size"], r["per_core"]) for r in rows if (r["source"], r["stored"]) == (name, file)],
-            {"linestyle": style, "color": f"C{number}", "marker": "."},
-        )
-        for name, style in styles.items()
-        for number, file in enumerate(stored)
-    ]
+    lines: list[PlottedLine] = []
+    for name, (number, file) in product(styles, enumerate(stored)):
+        points = [(r["size"], r["per_core"]) for r in rows if (r["source"], r["stored"]) == (name, file)]
+        label = f"{name}, {file.removesuffix('.beton').removeprefix('train_')}"
+        lines.append((label, points, {"linestyle": styles[name], "color": f"C{number}", "marker": "."}))
     circles = {"linestyle": "none", "color": "black", "marker": "o", "fillstyle": "none", "markersize": 9}
-    chosen = PlottedLine("chosen file", [(row["size"], row["per_core"]) for row in rows if row["chosen"]], circles)
+    chosen = ("chosen file", [(row["size"], row["per_core"]) for row in rows if row["chosen"]], circles)
     plot_lines({"images/s per core": [*lines, chosen]}, "crop size, px", path, (8.5, 4.6), log=True)
 
 
 def main(argv: Sequence[str]) -> None:
+    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    installed = ",".join(NAMES if has_dali else NAMES[:3])
     parser = bench_parser("loader", __doc__)
     parser.add_argument("--data", metavar="DIR", help="folder of .beton files (default: the built-in sample)")
     parser.add_argument("--source", help="original images (default: the source that the manifest names)")
     parser.add_argument("--sizes", type=numbers, default="32,64,96,128,160,192,224", help="crop sizes in px")
     parser.add_argument("--workers", type=numbers, default="1", help="numbers of workers, such as 1,2 (default: 1)")
-    parser.add_argument("--only", default=",".join(installed()), help="contestants to run (default: %(default)s)")
+    parser.add_argument("--only", default=installed, help="contestants to run (default: %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
     parser.add_argument("--seconds", type=at_least(0, float), default=0.5, help="minimal length of a turn (0.5)")
     parser.add_argument("--images", type=at_least(1), default=IMAGES, help="maximal images of a pass (%(default)s)")
@@ -201,7 +174,8 @@ def main(argv: Sequence[str]) -> None:
     rows = compare(
         data, options.source, options.sizes, options.workers, chosen, options.rounds, options.seconds, options.images
     )
-    print(table(rows))
+    ordered = sorted(rows, key=lambda row: (row["workers"], row["size"], row["stored"], row["source"]))
+    print(text_table([r | {"source": ("*" if r["chosen"] else " ") + r["source"]} for r in ordered], COLUMNS))
     what = "images/s of the loaders, random resized crops with flips, each limited to as many cores as workers"
     images = min(load_manifest(data, "train").count, options.images)
     write_json(options.json, what, rows, batch_size=BATCH, images=images)

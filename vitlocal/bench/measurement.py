@@ -1,4 +1,4 @@
-"""The common output of all benches: the JSON file, the table on the terminal, and the progress bar."""
+"""The common output of all benches: the JSON file, the table, the line plot, and the progress bar."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vitlocal.machine import commit, hardware, versions
+
+PlottedLine = tuple[str, Sequence[tuple[float, float]], Mapping[str, Any]]  # label, points, matplotlib's style
 
 
 def write_json(path: str | None, what: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
@@ -54,3 +56,24 @@ def spread(rates: Sequence[float]) -> float:
 def progress_bar(turns: int) -> tqdm:
     """A line on the terminal with the number of finished turns and an estimate of the remaining time."""
     return tqdm(total=turns, leave=False, bar_format="{desc}: {n} of {total} turns, {remaining} left")
+
+
+def plot_lines(
+    panels: Mapping[str, Sequence[PlottedLine]], x_title: str, path: Path, inches: tuple[float, float],
+    log: bool = False,
+) -> None:  # fmt: skip
+    """Writes a figure with one plot for each title of ``panels``, and one legend for all of them."""
+    from matplotlib.figure import Figure
+
+    from vitlocal.report.figures import save
+
+    figure = Figure(figsize=inches, layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, points, style in lines:
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), label=label, **style)
+        axes.set(xlabel=x_title, ylabel=title, yscale="log" if log else "linear")
+        axes.grid(alpha=0.3, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    save(figure, path)

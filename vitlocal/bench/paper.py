@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from vitlocal.bench.arms import RunResult, arms_parser, compete, draw, results_table, write_results
+from vitlocal.bench.arms import RunResult, arms_parser, compete, publish
 from vitlocal.bench.parsing import budget, names
-from vitlocal.bench.runner import RECIPES, Arm, read_arms, say
+from vitlocal.bench.runner import RECIPES, Arm, read_arms
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.progress import Length, Stage
+from vitlocal.progress import Stage
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import make_model
 
@@ -92,21 +92,14 @@ def chosen(text: str | None) -> list[Arm]:
     return [ARMS[name] for name in dict.fromkeys(found)]
 
 
-def write_paper(
-    results: Sequence[RunResult], arms: Sequence[Arm], folder: Path, json: str | None, length: Length
-) -> None:
-    """Writes the table and the plots of the finished runs into ``folder``."""
-    text = results_table(results, arms)
+def write_paper(results: Sequence[RunResult], arms: Sequence[Arm], folder: Path, json: str | None, budget: str) -> None:
+    """Writes the table and the plots of the finished runs into ``folder``. A plot needs two arms."""
+    finished = {result.row["arm"] for result in results}
+    plots = {folder / name: members for name, members in PLOTS.items() if len(finished.intersection(members)) > 1}
+    table = publish(results, arms, budget, "the arms of arXiv 2211.05187", json, plots)
     if results:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    for name, members in PLOTS.items():
-        drawn = [result for member in members for result in results if result.row["arm"] == member]
-        if len({result.row["arm"] for result in drawn}) > 1:
-            draw(drawn, folder / name, f"{name.removesuffix('.png')}, {length} per run")
-    what = f"the arms of arXiv 2211.05187 with a budget of {length} each: the accuracy, and the log of passes"
-    write_results(json, what, results)
-    say(text)
+        (folder / "table.md").write_text(table + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -126,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--patch: it applies to a smaller benchmark only; give --scale 64 too")
     length = options.budget or read_config(arms[0].command_line(), {}).budget.length
 
-    def write(results: Sequence[RunResult]) -> None:
-        write_paper(results, arms, options.folder, options.json, length)
-
-    compete(arms, length, options, trainer, write)
+    compete(
+        arms, length, options, trainer,
+        lambda results: write_paper(results, arms, options.folder, options.json, str(length)),
+    )  # fmt: skip

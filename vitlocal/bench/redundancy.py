@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from vitlocal.bench.measurement import progress_bar, text_table, write_json
+from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, plot_file
-from vitlocal.bench.plots import PlottedLine, plot_lines
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.manifest import load_manifest
@@ -177,17 +177,11 @@ def validation_batches(config: Config, images: int, device: torch.device) -> lis
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plots the three measures against the epoch, with a line for each block."""
     blocks = sorted({row["block"] for row in rows})
-    styles = {
-        block: {"color": matplotlib.colormaps["viridis"](block / max(1, blocks[-1])), "marker": "o", "markersize": 3}
-        for block in blocks
-    }
-    panels = {
-        title: [
-            PlottedLine(f"block {block}", [(row["epoch"], row[name]) for row in rows if row["block"] == block], style)
-            for block, style in styles.items()
-        ]
-        for name, title in MEASURES.items()
-    }
+    panels: dict[str, list[PlottedLine]] = {title: [] for title in MEASURES.values()}
+    for block, (name, title) in product(blocks, MEASURES.items()):
+        points = [(row["epoch"], row[name]) for row in rows if row["block"] == block]
+        color = matplotlib.colormaps["viridis"](block / max(1, blocks[-1]))
+        panels[title].append((f"block {block}", points, {"color": color, "marker": "o", "markersize": 3}))
     plot_lines(panels, "epoch", path, (11, 3.6))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -108,7 +109,7 @@ class PlannedRun:
     @property
     def output(self) -> Path:
         """The file with what the trainer prints."""
-        return self.folder.with_name(f"{self.folder.name}.txt")
+        return Path(f"{self.folder}.txt")
 
     @property
     def done(self) -> bool:
@@ -131,23 +132,18 @@ def plan_runs(
     """
     common = option_names(shared, BENCH_OPTIONS)
     runs: dict[Path, PlannedRun] = {}
-    for arm in arms:
-        for name in arm.options:
-            if name in BENCH_OPTIONS:
-                raise ConfigError(f"the arm '{arm.name}': the bench sets {name} for each run; {BENCH_OPTIONS[name]}")
-            if name in common:
-                raise ConfigError(
-                    f"--{name}: the arm '{arm.name}' has {name}={as_argument(arm.options[name])}; leave out one of them"
-                )
-    for seed in seeds:
-        for arm in arms:
-            place = folder / f"{re.sub(r'[^a-zA-Z0-9_.=+-]', '_', arm.name)}-{budget}-seed{seed}"
-            if place in runs:
-                raise ConfigError(
-                    f"the arms '{runs[place].arm.name}' and '{arm.name}' would both train in {place}; "
-                    "give them different names"
-                )
-            runs[place] = PlannedRun(arm, seed, budget, place, tuple(shared))
+    for arm, name in ((each, name) for each in arms for name in each.options):
+        if name in BENCH_OPTIONS:
+            raise ConfigError(f"the arm '{arm.name}': the bench sets {name} for each run; {BENCH_OPTIONS[name]}")
+        if name in common:
+            stated = as_argument(arm.options[name])
+            raise ConfigError(f"--{name}: the arm '{arm.name}' has {name}={stated}; leave out one of them")
+    for seed, arm in product(seeds, arms):
+        place = folder / f"{re.sub(r'[^a-zA-Z0-9_.=+-]', '_', arm.name)}-{budget}-seed{seed}"
+        if place in runs:
+            both = f"the arms '{runs[place].arm.name}' and '{arm.name}'"
+            raise ConfigError(f"{both} would both train in {place}; give them different names")
+        runs[place] = PlannedRun(arm, seed, budget, place, tuple(shared))
     return list(runs.values())
 
 
@@ -169,29 +165,26 @@ def read_arms(path: str) -> list[Arm]:
     """
     folder = Path(path).parent
 
-    def recipes(part: Mapping[str, Any]) -> tuple[Path, ...]:
-        named = part.get("recipes", ())
+    def files(named: str | Sequence[str]) -> tuple[Path, ...]:
         return tuple(folder / name for name in ([named] if isinstance(named, str) else named))
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        shared, common, arms = recipes(content), content.get("options") or {}, []
+        shared, common, arms = files(content.get("recipes", ())), content.get("options") or {}, []
         for name, options in content["arms"].items():
             if "," in str(name):
                 raise ConfigError(f"{path}: the name of the arm '{name}' contains a comma, which separates names")
             own = {**common, **(options or {})}
-            own_recipes, about, published = recipes(own), own.pop("about", ""), own.pop("published", None)
-            own.pop("recipes", None)
-            arms.append(Arm(str(name), (*shared, *own_recipes), own, about, published))
+            recipes, about, published = own.pop("recipes", ()), own.pop("about", ""), own.pop("published", None)
+            arms.append(Arm(str(name), (*shared, *files(recipes)), own, about, published))
         if not arms:
             raise TypeError("there are no arms")
         return arms
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a yaml file of arms") from error
     except (yaml.YAMLError, UnicodeError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: expected 'recipes', a list of files, and 'arms', each a name with options ({error})"
-        ) from error
+        expected = "'recipes', a list of files, and 'arms', each a name with options"
+        raise ConfigError(f"{path}: expected {expected} ({error})") from error
 
 
 class Runner:
@@ -296,9 +289,9 @@ class Runner:
             if first:
                 say("\nstopping: the runs save; the same command continues them", sys.stderr)
 
-        handled = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-            handled.append(signal.SIGHUP)
+        handled = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            handled.pop()
         before = {number: signal.signal(number, forward) for number in handled}
         try:
             yield
