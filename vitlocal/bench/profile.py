@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
 from vitlocal.bench.step import PHASES
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Batch
+from vitlocal.data.batch import Batch, full_batches
 from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
@@ -52,51 +52,36 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def batches_of(trainer: Trainer, feed: Feed) -> Generator[Batch, None, None]:
-    """Endless batches from the present position of the clock."""
-    while True:
-        with trainer.sources.train.open(feed, trainer.state.clock.position) as batches:
-            yield from batches
-
-
-def train_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: int, timer: PhaseTimer) -> float:
-    """Trains until ``timer`` holds ``steps`` steps; returns the number of full batches that were trained on.
-
-    The last batch of an epoch, if it is smaller than the others, is trained on but not timed.
-    """
-    # A data set that is smaller than a batch gives all of its images.
-    images, full = 0, min(feed.batch_size, trainer.sources.train.count)
+def timed_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: int) -> PhaseTimer:
+    """Trains for ``steps`` steps, and times each of them by phase."""
+    timer, hook = PhaseTimer(trainer.step.device), trainer.step.phase_hook
     trainer.step.phase_hook = timer.mark
     try:
-        while len(timer.steps) < steps:
+        for _ in range(steps):
             timer.begin()
             batch = next(batches)
             timer.mark("data")
             trainer.train_step(batch, Plan(feed))
             timer.mark("other")
-            images += batch.total
-            if batch.total < full:
-                timer.drop()
     finally:
-        trainer.step.phase_hook = lambda phase: None
-    return images / full
+        trainer.step.phase_hook = hook
+    return timer
 
 
-def row_of(trainer: Trainer, feed: Feed, steps: Sequence[dict[str, float]], copy_ms: float) -> dict[str, Any]:
+def row_of(feed: Feed, mode: str, steps: Sequence[dict[str, float]], copy_ms: float) -> dict[str, Any]:
     """The row of one size: milliseconds and percent of a step by phase."""
     spent = {part: sum(step.get(part, 0.0) for step in steps) / len(steps) for part in PARTS}
     total = sum(spent.values())
     spent = {"data": spent["data"], "copy": copy_ms, **spent}
-    images = min(feed.batch_size, trainer.sources.train.count)
     return {
-        "size": feed.size, "batch_size": feed.batch_size, "mode": str(trainer.step.mode(feed)), "steps": len(steps),
-        "step_ms": round(total, 3), "images_per_second": round(1e3 * images / total, 1),
+        "size": feed.size, "batch_size": feed.batch_size, "mode": mode, "steps": len(steps),
+        "step_ms": round(total, 3), "images_per_second": round(1e3 * feed.batch_size / total, 1),
         **{f"{part}_ms": round(value, 3) for part, value in spent.items()},
         **{f"{part}_percent": round(100 * value / total, 2) for part, value in spent.items()},
     }  # fmt: skip
 
 
-def operator_rows(averages: Any, feed: Feed, steps: float, device: torch.device) -> list[dict[str, Any]]:
+def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -> list[dict[str, Any]]:
     """The milliseconds per step that each operator takes itself. On a GPU these are kernels, also of CUDA graphs."""
     on_gpu = device.type == "cuda"
     found = []
@@ -122,6 +107,8 @@ def profiled(
             if sizes is not None:
                 batch_sizes = {feed.size: feed.batch_size for feed in feeds}
                 feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sizes]
+            count = trainer.sources.train.count  # a small data set is one batch
+            feeds = [replace(feed, batch_size=min(feed.batch_size, count)) for feed in feeds]
             with progress_bar(len(feeds)) as bar:
                 for feed in feeds:
                     bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
@@ -139,19 +126,18 @@ def profile_size(
     trainer: Trainer, feed: Feed, steps: int, trace: Path | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The row of one size, and those of its operators."""
-    device, clock = trainer.step.device, trainer.state.clock
+    device, clock, traced = trainer.step.device, trainer.state.clock, min(steps, TRACED_STEPS)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     if device.type == "cpu":  # the profiler would print only that it starts and stops
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     trainer.compile_for(Plan(feed))
     clock.start()
-    with closing(batches_of(trainer, feed)) as batches:
-        train_steps(trainer, feed, batches, WARM_UP_STEPS, PhaseTimer(device))
-        timer = PhaseTimer(device)
-        train_steps(trainer, feed, batches, steps, timer)
+    with closing(full_batches(trainer.sources.train, feed)) as batches:
+        timed_steps(trainer, feed, batches, WARM_UP_STEPS)
+        timer = timed_steps(trainer, feed, batches, steps)
         synchronize(device)
         with profile(activities=activities, acc_events=True) as profiler:
-            traced = train_steps(trainer, feed, batches, min(steps, TRACED_STEPS), PhaseTimer(device))
+            timed_steps(trainer, feed, batches, traced)
             synchronize(device)
     clock.timer.stop()
     if trace:
@@ -159,7 +145,7 @@ def profile_size(
         profiler.export_chrome_trace(str(trace))
     averages = profiler.key_averages()
     copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
-    row = row_of(trainer, feed, timer.milliseconds(), copied / 1e3 / traced)
+    row = row_of(feed, str(trainer.step.mode(feed)), timer.milliseconds(), copied / 1e3 / traced)
     return row, operator_rows(averages, feed, traced, device)
 
 
@@ -167,9 +153,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The phases of each size, in milliseconds and in percent of the step."""
     lines: list[dict[str, Any]] = []
     for row in rows:
-        parts = COLUMNS.keys() & {"copy", *PARTS}
-        lines.append({**row, "unit": "ms", "step": row["step_ms"], **{part: row[f"{part}_ms"] for part in parts}})
-        lines.append({"unit": "%", **{part: row[f"{part}_percent"] for part in parts}})
+        parts = {unit: {part: row[f"{part}_{unit}"] for part in ("copy", *PARTS)} for unit in ("ms", "percent")}
+        lines += [{**row, "unit": "ms", "step": row["step_ms"], **parts["ms"]}, {"unit": "%", **parts["percent"]}]
     return text_table(lines, COLUMNS)
 
 

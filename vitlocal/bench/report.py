@@ -57,22 +57,11 @@ def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
     return found
 
 
-def comparison_part(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
-    """The comparison as HTML."""
-    cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
-    paragraphs = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in notes)
-    return "<h2>Forecast and run</h2>" + paragraphs + rows_table(list(COLUMNS), cells)
-
-
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="file to write (default: report.html in the folder of a single run, or here)",
-    )
+    where = "report.html in the folder of a single run, or here"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"file to write (default: {where})")
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
     options = parser.parse_args(argv)
@@ -80,17 +69,18 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--json: it writes the comparison of a forecast with the run; give --forecast FILE too")
     folders = [run.absolute() for run in options.runs]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    parts = []
+    parts: list[str] = []
     if options.forecast:
         try:
             forecast = json.loads(Path(options.forecast).read_text(encoding="utf-8"))
             rows = compare(forecast, runs[0])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"--forecast: {options.forecast} is not what bench forecast --json writes ({error})"
-            ) from error
+            wrong = f"{options.forecast} is not what bench forecast --json writes"
+            raise ConfigError(f"--forecast: {wrong} ({error})") from error
         notes = mismatches(forecast, runs[0])
-        parts = [comparison_part(rows, notes)]
+        cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
+        paragraphs = [f"<p>Note: {html.escape(note)}.</p>" for note in notes]
+        parts = ["<h2>Forecast and run</h2>", *paragraphs, rows_table(list(COLUMNS), cells)]
         print("\n".join([text_table(rows, COLUMNS), *(f"note: {note}" for note in notes)]))
         write_json(options.json, "a forecast compared with the run that followed", rows)
     out = options.out or (folders[0] if len(runs) == 1 else Path()) / "report.html"
