@@ -162,15 +162,3 @@ def test_wrong_arguments(
         main(arguments)
     assert run_command(main, arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_profile_without_data_uses_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-    monkeypatch.setattr(profile, "sample_folder", lambda: "sample")
-    monkeypatch.setattr(profile, "write", lambda config: written.append((config.split, config.out)))
-    recipe = str(Path("rcfg/demo.yaml").absolute())
-    monkeypatch.chdir(tmp_path)  # data/sample is not here
-    config = profile.configured(["--config-file", recipe])
-    assert config.data.root == "sample" and written == [("val", "sample")]
-    assert profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"  # named
-    assert len(written) == 1

@@ -145,24 +145,14 @@ def publish(
 def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The options that all benches of arms share."""
     parser = bench_parser(name, description)
-    parser.add_argument("--data", metavar="DIR", help="data folder (default: that of the recipes)")
-    parser.add_argument(
-        "--seeds", type=partial(numbers, least=0), default="0", metavar="LIST",
-        help="seeds; 0,1,2 is three runs per arm (default: 0)",
-    )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="places for runs; they divide the cores (default: 1)")
-    parser.add_argument(
-        "--together", type=at_least(1), default=1, metavar="N",
-        help="runs in each place; they share its cores, and budgets count processor time (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--folder", type=Path, default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--add", action="append", default=[], metavar="FILE",
-        help="add the runs that --json wrote on another machine; they are not trained again",
-    )  # fmt: skip
-    parser.add_argument("--no-run", action="store_true", help="train nothing; tabulate and plot the finished runs")
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="data folder (default: that of the recipes)")
+    add("--seeds", type=partial(numbers, least=0), default="0", help="seeds; 0,1,2 is three runs per arm (default: 0)")
+    add("--jobs", type=int, default=1, help="places for runs; they divide the cores (default: 1)")
+    add("--together", type=at_least(1), default=1, help="runs in each place; budgets count processor time (default: 1)")
+    add("--folder", type=Path, default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)")
+    add("--add", action="append", default=[], metavar="FILE", help="add the runs of a --json from another machine")
+    add("--no-run", action="store_true", help="train nothing; tabulate and plot the finished runs")
     return parser
 
 
@@ -179,9 +169,8 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunK
             raise ConfigError(f"--add: {path} has '{min(twice)[0]}' with seed {min(twice)[1]}, and so has another file")
         for key in keys:
             if changed := changed_options(results[key].config, wanted[key].config()):
-                raise ConfigError(
-                    f"--add: {path} has '{key[0]}' with seed {key[1]} of another configuration: {'; '.join(changed)}"
-                )
+                what = f"'{key[0]}' with seed {key[1]} of another configuration"
+                raise ConfigError(f"--add: {path} has {what}: {'; '.join(changed)}")
             found[key] = results[key]
     return found
 
@@ -237,12 +226,11 @@ def compete(
 
 def main(argv: Sequence[str]) -> None:
     parser = arms_parser("arms", __doc__)
-    parser.add_argument("arms", metavar="ARMS.yaml", help="file of arms")
-    parser.add_argument(
-        "--budget", type=budget, required=True, metavar="LENGTH", help="budget of each run: 4m, 90ep, 24h"
-    )
-    parser.add_argument("--only", metavar="LIST", help="names of arms to train, separated by commas (default: all)")
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
+    add = parser.add_argument
+    add("arms", metavar="ARMS.yaml", help="file of arms")
+    add("--budget", type=budget, required=True, metavar="LENGTH", help="budget of each run: 4m, 90ep, 24h")
+    add("--only", metavar="LIST", help="names of arms to train, separated by commas (default: all)")
+    add("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
     options, trainer = parser.parse_known_args(argv)
     arms, length = read_arms(options.arms), options.budget
     if options.only:

@@ -29,6 +29,7 @@ from vitlocal.data.costs import DecodingCosts, ensure_costs
 from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import LoaderResources, NativeSource, choose_file
 from vitlocal.data.manifest import load_manifest
+from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -57,8 +58,6 @@ def open_pass(name: str, data: str, source: str | None, stored: str, workers: in
 
         opened = DALISource(data, source, "train", crops, device, workers)
     elif name == "torchvision":
-        from vitlocal.data.peers.torchvision import TorchvisionSource
-
         opened = TorchvisionSource(data, source, "train", crops, device, workers)
     elif name == "ours":
         manifest = load_manifest(data, "train")

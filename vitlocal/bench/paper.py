@@ -104,13 +104,11 @@ def write_paper(results: Sequence[RunResult], arms: Sequence[Arm], folder: Path,
 
 def main(argv: Sequence[str]) -> None:
     parser = arms_parser("paper", __doc__)
-    parser.add_argument(
-        "--budget", type=budget, metavar="LENGTH",
-        help="budget of each run (default: 24h; with --scale that of its recipe: 15m)",
-    )  # fmt: skip
-    parser.add_argument("--only", metavar="LIST", help="arms and groups, separated by commas (default: all)")
-    parser.add_argument("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
-    parser.add_argument("--patch", type=int, metavar="PX", help=f"patch size with --scale (default: {SCALED_PATCH})")
+    add = parser.add_argument
+    add("--budget", type=budget, metavar="LENGTH", help="budget of each run (default: 24h, or 15m with --scale 64)")
+    add("--only", metavar="LIST", help="arms and groups, separated by commas (default: all)")
+    add("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
+    add("--patch", type=int, metavar="PX", help=f"patch size with --scale (default: {SCALED_PATCH})")
     options, trainer = parser.parse_known_args(argv)
     arms = chosen(options.only)
     if options.scale is not None:
@@ -119,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--patch: it applies to a smaller benchmark only; give --scale 64 too")
     length = options.budget or read_config(arms[0].command_line(), {}).budget.length
 
-    compete(
-        arms, length, options, trainer,
-        lambda results: write_paper(results, arms, options.folder, options.json, str(length)),
-    )  # fmt: skip
+    def write(results: Sequence[RunResult]) -> None:
+        write_paper(results, arms, options.folder, options.json, str(length))
+
+    compete(arms, length, options, trainer, write)

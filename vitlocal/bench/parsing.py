@@ -48,9 +48,8 @@ def numbers(text: str, least: int = 1) -> list[int]:
     except ValueError:
         values = []
     if not values or min(values) < least:
-        raise argparse.ArgumentTypeError(
-            f"got '{text}', expected whole numbers of at least {least}, separated by commas: {least},{least + 1}"
-        )
+        expected = f"whole numbers of at least {least}, separated by commas, such as {least},{least + 1}"
+        raise argparse.ArgumentTypeError(f"got '{text}', expected {expected}")
     return list(dict.fromkeys(values))
 
 

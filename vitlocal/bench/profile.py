@@ -2,7 +2,7 @@
 
 Runs the trainer itself with the data and the loader of its recipe, for some steps at each size of the recipe. The steps
 are first timed by phase, and then traced with PyTorch's profiler, which slows them down. The default recipe is
-rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU. If there are no data, the built-in sample is used.
+rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU.
 
     data       the step waits for its batch
     copy       host-to-device copies; they overlap with other phases and are not part of the sum (on a CPU: none)
@@ -15,7 +15,6 @@ On a GPU, a phase is the time between two CUDA events. It includes launches that
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -27,13 +26,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vitlocal.bench.loader import sample_folder
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
 from vitlocal.bench.step import PHASES
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, full_batches
-from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
 from vitlocal.train.build import make_model, open_trainer
@@ -171,36 +168,22 @@ def operators_table(operators: Sequence[dict[str, Any]]) -> str:
     return text_table(sorted(lines.values(), key=lambda line: -line["ms"])[:SHOWN_OPERATORS], columns)
 
 
-def configured(arguments: Sequence[str]) -> Config:
-    """The trainer's configuration, with a default recipe, and with the sample if the default data are missing."""
-    if not any(word.startswith(("--config-file", "-C")) for word in arguments):
-        device = choose_device(read_config(arguments).run.device)
-        arguments = ["--config-file", RECIPES.get(device.type, RECIPES["cpu"]), *arguments]
-    config = read_config(arguments)
-    named = any(word.partition("=")[0] == "--data.root" for word in arguments)
-    if not named and not Path(config.data.root).is_dir():
-        print(f"{config.data.root} does not exist; the built-in sample is used instead", file=sys.stderr)
-        folder = sample_folder()
-        if not (Path(folder) / "val.json").exists():
-            write(WriteConfig("val", "sample:20", folder))
-        config = replace(config, data=replace(config.data, root=folder))
-    return config
-
-
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("profile", __doc__, trainer_options=True)
-    parser.add_argument("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
-    parser.add_argument(
-        "--steps", type=at_least(1), default=10,
-        help=f"steps to time at each size (%(default)s); at most {TRACED_STEPS} of them are traced",
-    )  # fmt: skip
-    parser.add_argument(
-        "--trace", metavar="FILE",
-        help="write a trace for chrome://tracing; with several sizes, to NAME_{size}px_{batch}.json",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
+    add("--steps", type=at_least(1), default=10, help=f"steps to time at each size, {TRACED_STEPS} of them traced (10)")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="write a trace for chrome://tracing; of several sizes, NAME_{size}px_{batch}.json",
+    )
     options, rest = parser.parse_known_args(argv)
     sizes = options.sizes and sorted(options.sizes)
-    config = configured(rest)
+    if not any(word.startswith(("--config-file", "-C")) for word in rest):
+        device = choose_device(read_config(rest).run.device)
+        rest = ["--config-file", RECIPES.get(device.type, RECIPES["cpu"]), *rest]
+    config = read_config(rest)
     if sizes:  # checked before the trainer is built
         check_multiples(sizes, patch_side(make_model(config, 2, torch.device("cpu"))[0]), config.model.name)
     rows, operators = profiled(config, sizes, options.steps, options.trace)

@@ -14,6 +14,7 @@ Shapes: B images, T tokens, N patch tokens, M heads, d head width, C hidden widt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import matplotlib
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 
 from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, plot_file
@@ -49,10 +51,7 @@ MEASURES = {
     "hidden_percent": "components of hidden units, %",
     "attended_percent": "patches attended to, %",
 }
-COLUMNS = {
-    "epoch": ("epoch", ".2f"), "block": ("block", "d"), "heads, CKA": ("heads_cka", ".3f"),
-    "hidden, %": ("hidden_percent", ".1f"), "attended, %": ("attended_percent", ".1f"),
-}  # fmt: skip
+COLUMNS = {"epoch": ("epoch", ".2f"), "block": ("block", "d")} | {t: (name, ".3f") for name, t in MEASURES.items()}
 
 
 def linear_cka(outputs: Tensor) -> Tensor:
@@ -72,9 +71,7 @@ def linear_cka(outputs: Tensor) -> Tensor:
 def mean_pair(matrix: Tensor) -> float:
     """Returns the mean over pairs of different heads; NaN for one head."""
     heads = len(matrix)
-    if heads < 2:
-        return float("nan")
-    return float((matrix.sum() - matrix.diagonal().sum()) / (heads * (heads - 1)))
+    return float((matrix.sum() - matrix.trace()) / (heads * (heads - 1)))
 
 
 def component_percent(hidden: Tensor) -> Tensor:
@@ -93,28 +90,24 @@ def component_percent(hidden: Tensor) -> Tensor:
 
 def attended_percent(attention: Tensor) -> Tensor:
     """Returns the exponential of the entropy of attention over N patches (B, N), in percent of N: (B,) float64."""
-    weights = attention.double()
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=1)
-    return 100 * entropy.exp() / weights.shape[1]
+    return 100 * Categorical(attention.double()).perplexity() / attention.shape[1]
 
 
 @torch.inference_mode()
 def measure_blocks(model: VisionTransformer, batches: Sequence[Tensor]) -> list[dict[str, float]]:
     """Returns a row of measures for each block, over batches of normalised images (B, 3, S, S)."""
     rows = [dict.fromkeys(MEASURES, 0.0) for _ in model.active.block_order]
-    handles: list[Any] = []
-    for index, row in zip(model.active.block_order, rows, strict=True):
-        block: Any = model.blocks[index]
-        if not isinstance(block.mlp, SLICED):
-            raise ConfigError(f"{type(model).__name__}: hidden units can be measured only in DeiT and local-FFN models")
-        handles += _measuring_hooks(block, row, model.num_prefix_tokens)
-    try:
+    with ExitStack() as hooks:
+        for index, row in zip(model.active.block_order, rows, strict=True):
+            block: Any = model.blocks[index]
+            if not isinstance(block.mlp, SLICED):
+                raise ConfigError(
+                    f"{type(model).__name__}: expected a DeiT or local-FFN model, to measure hidden units"
+                )
+            for hook in _measuring_hooks(block, row, model.num_prefix_tokens):
+                hooks.enter_context(hook)
         for images in batches:
             model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     count = sum(map(len, batches))
     return [{"block": place, **{name: row[name] / count for name in row}} for place, row in enumerate(rows)]
 
@@ -158,19 +151,15 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
 
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
     """Returns ``images`` of the validation split, spread over all of it, normalised, in batches."""
-    sources = sources_of(config, device)
-    normalize, count = Normalize().to(device), sources.val.count
-    # unique(): if the split has fewer images, all of them
-    wanted = torch.tensor([place * count // images for place in range(images)]).unique()
-    found: list[Tensor] = []
+    normalize, found = Normalize().to(device), []
     feed = Feed(config.evaluate.size or config.model.size, config.evaluate.batch_size)
-    try:
-        with sources.val.open(feed, Position()) as batches:
-            for batch in batches:
-                chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
-                found.append(normalize(batch.images[chosen]).clone())
-    finally:
-        sources.close()
+    with closing(sources_of(config, device)) as sources, sources.val.open(feed, Position()) as batches:
+        count = sources.val.count
+        # unique(): if the split has fewer images, all of them
+        wanted = torch.tensor([place * count // images for place in range(images)]).unique()
+        for batch in batches:
+            chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
+            found.append(normalize(batch.images[chosen]).clone())
     return list(torch.cat(found).split(BATCH_SIZE))
 
 
@@ -197,9 +186,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{options.run} holds no run; expected a folder that train_imagenet.py made")
     files = sorted(kept.glob("*.safetensors"))  # their names begin with the step
     if not files:
-        raise ConfigError(
-            f"{kept} holds no weights; train with --run.keep_weights=yes, which keeps them at each evaluation"
-        )
+        raise ConfigError(f"{kept} holds no weights; train with --run.keep_weights=yes, which keeps them")
     config = read_config([f"--config-file={recipe}", *([f"--data.root={options.data}"] if options.data else [])], {})
     num_classes = len(load_manifest(config.data.root, "val").classes)
     device = device_of(config)

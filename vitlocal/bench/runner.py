@@ -85,10 +85,8 @@ class PlannedRun:
         """The run's configuration. ConfigError if it is wrong, or if the folder holds a different run."""
         config = read_config(self.options)
         if setting := methods_writing(config, "budget.length"):
-            raise ConfigError(
-                f"the arm '{self.arm.name}': options of {', '.join(setting)} set the length of the run, but all arms "
-                "must have the same length; leave them out"
-            )
+            what = f"the arm '{self.arm.name}': options of {', '.join(setting)} set the length of the run"
+            raise ConfigError(f"{what}, but all arms must have the same length; leave them out")
         if (self.folder / "config.yaml").exists():
             check_same_run(self.folder, config, "folder")
             self._check_data(config.data.root)
@@ -100,10 +98,10 @@ class PlannedRun:
         if not before or not (Path(root) / "train.json").exists():  # the trainer itself checks other data
             return
         if before != [now := data_in(root)]:
+            trained_on = f"{before[0]['images']} images of {before[0]['classes']} classes"
             raise ConfigError(
-                f"folder: {self.folder} holds a run that was trained on {before[0]['images']} images of "
-                f"{before[0]['classes']} classes, but {root} holds other data ({now['images']} of {now['classes']}); "
-                "use another --folder, or the same data"
+                f"folder: {self.folder} holds a run that was trained on {trained_on}, but {root} holds other data "
+                f"({now['images']} of {now['classes']}); use another --folder, or the same data"
             )
 
     @property
@@ -204,9 +202,7 @@ class Runner:
         if 0 < len(gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
         if gpus and together > 1:
-            raise ConfigError(
-                "--together: runs that share a GPU cannot be timed; leave it out, or train on the CPU: --run.device=cpu"
-            )
+            raise ConfigError("--together: runs that share a GPU cannot be timed; leave it out, or use a CPU")
         self.share = len(self.cores) // jobs
         self.free = [*range(jobs)] * together  # places
         self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}  # runs and their places

@@ -31,7 +31,6 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from vitlocal.bench.measurement import progress_bar, spread, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, names, numbers
@@ -67,7 +66,8 @@ COLUMNS = {
     "px": ("size", "d"), "arm": ("arm", ""), "images/s": ("images_per_second", ",.1f"), "spread": ("spread", ".1%"),
     "step ms": ("step_ms", ",.1f"), "MFU": ("mfu", ".1%"), "GFLOP/image": ("gflops_per_image", ".2f"),
     "peak MiB": ("peak_mib", ",d"), **{f"{phase} ms": (f"{phase}_ms", ".1f") for phase in PHASES},
-    "time to deit": ("time_to_deit", ".2f"), "speed to timm": ("speed_to_timm", ".2f"), "": ("note", ""),
+    "time to deit": ("time_to_deit", ".2f"), "speed to timm": ("speed_to_timm", ".2f"), "kernel": ("kernel", ""),
+    "mode": ("mode", ""),
 }  # fmt: skip
 
 
@@ -267,7 +267,19 @@ def compare(
     rows: list[dict[str, Any]] = []
     with progress_bar(len(sizes) * len(arms) * (rounds + 2)) as bar:
         for size in sizes:
-            entries = _take_turns(Feed(size, config.train.batch_size), config, arms, rounds, seconds, device, bar)
+            feed, entries = Feed(size, config.train.batch_size), list[StepEntry]()
+            for arm in arms:
+                bar.set_description_str(f"{size} px, {'compiling' if arm.compiled else 'building'} {arm}")
+                try:
+                    entries.append(StepEntry(arm, config, feed, device))
+                except torch.OutOfMemoryError:
+                    print(f"{arm}: {feed.batch_size} images of {size} px do not fit; it is skipped", file=sys.stderr)
+                bar.update()
+            # The first round is not counted: caches are cold, clocks rise, and the lengths of turns are first guesses.
+            for number, place in product(range(rounds + 1), range(len(entries))):
+                entries[place].turn(seconds, counted=number > 0)
+                bar.set_description_str(f"{size} px, {entries[place].arm}", refresh=False)
+                bar.update()
             rows += [entry.row(peak_tflops) for entry in entries]
             # Weights, compiled code and the pools of CUDA graphs make room for the next size.
             entries.clear()
@@ -278,25 +290,6 @@ def compare(
     if not rows:
         raise ConfigError(f"train.batch_size: nothing fits on {device}; use a --batch below {config.train.batch_size}")
     return with_ratios(rows)
-
-
-def _take_turns(
-    feed: Feed, config: Config, arms: Sequence[StepArm], rounds: int, seconds: float, device: torch.device, bar: tqdm
-) -> list[StepEntry]:
-    entries = []
-    for arm in arms:
-        bar.set_description_str(f"{feed.size} px, {'compiling' if arm.compiled else 'building'} {arm}")
-        try:
-            entries.append(StepEntry(arm, config, feed, device))
-        except torch.OutOfMemoryError:
-            print(f"{arm}: {feed.batch_size} images of {feed.size} px do not fit; it is skipped", file=sys.stderr)
-        bar.update()
-    # The first round is not counted: caches are cold, clocks rise, and the lengths of turns are first guesses.
-    for number, entry in product(range(rounds + 1), entries):
-        entry.turn(seconds, counted=number > 0)
-        bar.set_description_str(f"{feed.size} px, {entry.arm}", refresh=False)
-        bar.update()
-    return entries
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -326,16 +319,12 @@ def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("step", __doc__, trainer_options=True)
-    parser.add_argument(
-        "--sizes", type=numbers, metavar="LIST",
-        help="image sizes in px (default: 32,64,96,128,160,192,224 on a GPU, 32,64 on a CPU)",
-    )  # fmt: skip
-    parser.add_argument("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
-    parser.add_argument("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
-    parser.add_argument(
-        "--seconds", type=at_least(0, float), default=1.0, help="approximate length of a turn (default: 1)"
-    )
+    add = parser.add_argument
+    add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: 32 to 224 on a GPU, 32,64 on a CPU)")
+    add("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
+    add("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
+    add("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
+    add("--seconds", type=at_least(0, float), default=1.0, help="approximate length of a turn (default: 1)")
     options, rest = parser.parse_known_args(argv)
     if options.batch is not None:
         rest.append(f"--train.batch_size={options.batch}")
@@ -347,12 +336,8 @@ def main(argv: Sequence[str]) -> None:
     precision = choose_precision(config.train.precision, device)
     name, batch_size = str(precision).removeprefix("torch."), config.train.batch_size
     peak, how = measured_peak(precision, device)
-    rows, shown = compare(config, arms, sizes, options.rounds, options.seconds, device, peak), []
-    for row in rows:
-        unfused = row["peak_mib"] is not None and row["kernel"] == "plain" and "plain" not in row["arm"]
-        graph = "as a CUDA graph" if "graph" in row["mode"] else None
-        shown.append(row | {"note": "plain: the kernel does not support this grid" if unfused else graph})
-    print(text_table(shown, COLUMNS))
+    rows = compare(config, arms, sizes, options.rounds, options.seconds, device, peak)
+    print(text_table(rows, COLUMNS))
     print(f"batches of {batch_size} on {device}, {name}; MFU is relative to {peak:.3g} TFLOP/s ({how}); "
           "phases were timed in separate steps")  # fmt: skip
     what = "the training step on random pixels that are on the device; arms take turns in one process"
