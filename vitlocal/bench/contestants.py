@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,24 +40,20 @@ class Contestant:
         try:
             self.pipe.send(request)
             # Memory is measured from outside, because FFCV's writer forks, which may hang in a process with threads.
-            while not self.pipe.poll(0.5):
-                self._measure_memory()
+            answered = False
+            while not answered:
+                answered = self.pipe.poll(0.5)
+                self.peak_mib = max(self.peak_mib, resident_mib(self.process.pid or 0))
             problem, answer = self.pipe.recv()
-            self._measure_memory()
         except (EOFError, BrokenPipeError):
             raise DataError(f"{self.name}: its process ended; see its messages above") from None
         if problem is not None:
             raise problem(f"{self.name}: {answer}")
         return answer
 
-    def _measure_memory(self) -> None:
-        self.peak_mib = max(self.peak_mib, resident_mib(self.process.pid or 0))
-
     def close(self) -> None:
-        try:
+        with suppress(OSError):
             self.pipe.send(None)
-        except OSError:
-            pass
         self.process.join(10)
         self.process.kill()
 
@@ -85,14 +81,11 @@ def started(
     available = sorted(os.sched_getaffinity(0))
     if workers > len(available):
         raise ConfigError(f"--workers: got {workers}, expected at most the {len(available)} cores of this machine")
-    contestants: list[Contestant] = []
-    try:
-        for name, values in arguments.items():
-            contestants.append(Contestant(name, make, values, available[:workers]))
-        yield contestants
-    finally:
-        for contestant in contestants:
-            contestant.close()
+    cores = available[:workers]
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(closing(Contestant(name, make, values, cores))) for name, values in arguments.items()
+        ]
 
 
 def take_turns(
@@ -128,13 +121,10 @@ def resident_mib(process: int) -> float:
     parents: dict[int, int] = {}
     pages: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError, ValueError):  # it has ended
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
-        except (OSError, ValueError):
-            continue  # it has ended
-    family, grown = {process}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in family} - family
-        family, grown = family | more, bool(more)
+    family = {process}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
     return sum(pages.get(pid, 0) for pid in family) * os.sysconf("SC_PAGE_SIZE") / 2**20

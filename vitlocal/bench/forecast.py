@@ -315,10 +315,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
 def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
     """The forecast for another machine, with stated images/s (see :func:`vitlocal.storage.speeds_for`)."""
     if methods_writing(config, "budget.length"):
-        raise ConfigError(
-            "--rates: a method of the recipe sets the length of the run; leave --rates out, or leave the method out "
-            "and give --budget.length"
-        )
+        raise ConfigError("--rates: a method of the recipe sets the length of the run; leave --rates or the method out")
     model, _ = make_model(config, 1000, torch.device("cpu"))
     fused = config.train.kernel != "plain"
     context = MethodContext(config.recipe, images, lambda size: activation_bytes(model, size, torch.bfloat16, fused))

@@ -11,6 +11,7 @@ round by round, so that other work on the machine affects all of them equally. R
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,6 @@ from vitlocal.progress import Position
 
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
-IMAGES = 2048  # images of a pass, the same random ones each time, so that they come from memory
 ORIGINAL = "original"  # the column `stored` of the loaders of original images
 NAMES, OF_ORIGINALS = ("ours", "ffcv", "torchvision", "dali"), ("torchvision", "dali")
 COLUMNS = {
@@ -44,9 +44,6 @@ COLUMNS = {
     "images/s": ("images_per_second", ",.0f"), "spread": ("spread", ".1%"), "MiB": ("rss_mib", "d"),
     **{f"to {name}": (f"to_{name}", ".2f") for name in NAMES[1:]},
 }  # fmt: skip
-
-
-# --- in the processes of the contestants ---
 
 
 def open_pass(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Callable[[int], int]:
@@ -92,9 +89,6 @@ def reader(*arguments: Any) -> Turn:
     return turn
 
 
-# --- in the process of the bench ---
-
-
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written if it does not exist."""
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
@@ -102,24 +96,24 @@ def sample_folder() -> str:
     return SAMPLE_FOLDER
 
 
-def compare(
-    data: str, source: str | None, sizes: Sequence[int], workers: Sequence[int], names: Sequence[str], rounds: int,
-    seconds: float, count: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+def compare(data: str, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the measurement, one for each contestant and size."""
+    sizes, rounds, rows = options.sizes, options.rounds, []
     manifest, crops = load_manifest(data, "train"), CropPolicy(random=True)
     costs = DecodingCosts.load(data, manifest)
     files = [file.file for file in manifest.files]
     entries = [(name, stored) for name in names for stored in ([ORIGINAL] if name in OF_ORIGINALS else files)]
-    rows = []
-    with progress_bar(len(workers) * len(sizes) * (rounds + 1)) as bar:
-        for threads in workers:
-            arguments = {f"{name}, {stored}": (name, data, source, stored, threads, count) for name, stored in entries}
+    with progress_bar(len(options.workers) * len(sizes) * (rounds + 1)) as bar:
+        for threads in options.workers:
+            arguments = {
+                f"{name}, {stored}": (name, data, options.source, stored, threads, options.images)
+                for name, stored in entries
+            }
             with started(reader, arguments, threads) as contestants:
                 for size in sizes:
                     bar.set_description_str(f"{size} px, workers: {threads}")
                     chosen = ("ours", choose_file(manifest, costs, crops, 1.5, size).file)
-                    turns = take_turns(contestants, threads, rounds, (size, 0), (size, seconds), bar)
+                    turns = take_turns(contestants, threads, rounds, (size, 0), (size, options.seconds), bar)
                     rows += [
                         {"source": entry[0], "stored": entry[1], "size": size, **measured, "chosen": entry == chosen}
                         for entry, measured in zip(entries, turns, strict=True)
@@ -165,14 +159,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only", default=installed, help="contestants to run (default: %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
     parser.add_argument("--seconds", type=at_least(0, float), default=0.5, help="minimal length of a turn (0.5)")
-    parser.add_argument("--images", type=at_least(1), default=IMAGES, help="maximal images of a pass (%(default)s)")
+    # A pass has the same random images each time, so that they come from memory.
+    parser.add_argument("--images", type=at_least(1), default=2048, help="maximal images of a pass (default: 2048)")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot images/s per core against the crop size")
     options = parser.parse_args(argv)
     chosen = names(options.only, NAMES)
     data = options.data or sample_folder()
-    rows = compare(
-        data, options.source, options.sizes, options.workers, chosen, options.rounds, options.seconds, options.images
-    )
+    rows = compare(data, chosen, options)
     ordered = sorted(rows, key=lambda row: (row["workers"], row["size"], row["stored"], row["source"]))
     print(text_table([r | {"source": ("*" if r["chosen"] else " ") + r["source"]} for r in ordered], COLUMNS))
     what = "images/s of the loaders, random resized crops with flips, each limited to as many cores as workers"

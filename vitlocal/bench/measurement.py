@@ -38,8 +38,8 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[st
     """
     lines = [list(columns)]
     for row in rows:
-        values = [(row.get(field), form) for field, form in columns.values()]
-        lines.append(["" if value is None else format(value, form) for value, form in values])
+        cells = ("" if row.get(field) is None else format(row[field], form) for field, form in columns.values())
+        lines.append(list(cells))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     signs = [">" if form else "<" for _, form in columns.values()]
     return "\n".join(

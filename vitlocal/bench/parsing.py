@@ -68,7 +68,7 @@ def times(text: str) -> list[Length]:
     """An argparse type: budgets in time, separated by commas."""
     found = [budget(part) for part in text.split(",")]
     if any(length.kind != "seconds" for length in found):
-        raise argparse.ArgumentTypeError(f"got '{text}', expected lengths of time, separated by commas, such as 45s,1h")
+        raise argparse.ArgumentTypeError(f"got '{text}', expected lengths of time, separated by commas: 45s,1h")
     return found
 
 
@@ -89,9 +89,5 @@ def names(text: str, known: Sequence[str], option: str = "--only") -> list[str]:
 
 def check_multiples(sizes: Sequence[int], patch: int, model: str) -> None:
     """Raises ConfigError if a size of ``--sizes`` is not a multiple of the model's patch size."""
-    if wrong := [size for size in sizes if size % patch]:
-        better = ",".join(str(max(1, round(size / patch)) * patch) for size in wrong)
-        raise ConfigError(
-            f"--sizes: got {', '.join(map(str, wrong))}, expected multiples of {patch}, the patch size of {model}; "
-            f"use {better}, or another --model.patch_size"
-        )
+    if wrong := [str(size) for size in sizes if size % patch]:
+        raise ConfigError(f"--sizes: got {', '.join(wrong)}, expected multiples of {patch}, the patch size of {model}")

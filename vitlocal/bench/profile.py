@@ -38,6 +38,7 @@ from vitlocal.train.devices import choose_device, synchronize
 from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
 
+Rows = list[dict[str, Any]]
 RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
 WARM_UP_STEPS = 2  # uncounted steps at each size
 TRACED_STEPS = 3  # traced steps at each size, at most
@@ -78,7 +79,7 @@ def row_of(feed: Feed, mode: str, steps: Sequence[dict[str, float]], copy_ms: fl
     }  # fmt: skip
 
 
-def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -> list[dict[str, Any]]:
+def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -> Rows:
     """The milliseconds per step that each operator takes itself. On a GPU these are kernels, also of CUDA graphs."""
     on_gpu = device.type == "cuda"
     found = []
@@ -92,9 +93,7 @@ def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -
     return [row | {"ms": round(row["ms"], 4), "percent": round(100 * row["ms"] / total, 2)} for row in found]
 
 
-def profiled(
-    config: Config, sizes: Sequence[int] | None, steps: int, trace: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str | None) -> tuple[Rows, Rows]:
     """The rows of the measurement, one for each size, and those of the operators. The run folder is temporary."""
     rows, operators = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -119,9 +118,7 @@ def profiled(
     return rows, operators
 
 
-def profile_size(
-    trainer: Trainer, feed: Feed, steps: int, trace: Path | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: Path | None) -> tuple[dict[str, Any], Rows]:
     """The row of one size, and those of its operators."""
     device, clock, traced = trainer.step.device, trainer.state.clock, min(steps, TRACED_STEPS)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -146,16 +143,16 @@ def profile_size(
     return row, operator_rows(averages, feed, traced, device)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     """The phases of each size, in milliseconds and in percent of the step."""
-    lines: list[dict[str, Any]] = []
+    lines: Rows = []
     for row in rows:
         parts = {unit: {part: row[f"{part}_{unit}"] for part in ("copy", *PARTS)} for unit in ("ms", "percent")}
         lines += [{**row, "unit": "ms", "step": row["step_ms"], **parts["ms"]}, {"unit": "%", **parts["percent"]}]
     return text_table(lines, COLUMNS)
 
 
-def operators_table(operators: Sequence[dict[str, Any]]) -> str:
+def operators_table(operators: Rows) -> str:
     """The operators that take the most time themselves, over all sizes."""
     lines: dict[str, dict[str, Any]] = {}
     columns = {"operator, ms per step and percent": ("operator", "")}
@@ -173,11 +170,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
     add("--steps", type=at_least(1), default=10, help=f"steps to time at each size, {TRACED_STEPS} of them traced (10)")
-    add(
-        "--trace",
-        metavar="FILE",
-        help="write a trace for chrome://tracing; of several sizes, NAME_{size}px_{batch}.json",
-    )
+    add("--trace", metavar="FILE", help="write a trace for chrome://tracing; of each size, NAME_{size}px_{batch}.json")
     options, rest = parser.parse_known_args(argv)
     sizes = options.sizes and sorted(options.sizes)
     if not any(word.startswith(("--config-file", "-C")) for word in rest):

@@ -186,12 +186,10 @@ def read_arms(path: str) -> list[Arm]:
 
 
 class Runner:
-    """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and its own GPU if there are GPUs.
+    """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and one of the ``gpus``, if any.
 
     In each place, ``together`` runs share the cores. They meet the same slow and fast minutes. To make this true for
     all runs that are compared, the runs of a seed start when those of the seed before have ended.
-
-    ``gpus`` are GPUs as CUDA_VISIBLE_DEVICES names them. Raises ConfigError if there are fewer places.
     """
 
     def __init__(self, jobs: int, together: int, folder: Path, gpus: Sequence[str] = ()):
@@ -230,8 +228,7 @@ class Runner:
 
     def _check_memory(self) -> None:
         """Prints a note once if memory is short: the search for free pages would count as training time."""
-        stalls = memory_stalls()
-        if stalls > STALL_LIMIT and not self._stall_noted:
+        if not self._stall_noted and (stalls := memory_stalls()) > STALL_LIMIT:
             self._stall_noted = True
             say(
                 f"note: memory is short (nothing ran for {stalls:.0%} of the last minute), so the present runs are "
@@ -329,7 +326,5 @@ def start_trainer(
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return named.split(",") if named and count else [str(number) for number in range(count)]

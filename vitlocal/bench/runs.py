@@ -35,14 +35,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
     options = parser.parse_args(argv)
-    rows, curves, times = [], {}, []
+    rows, curves = [], {}
     for folder, name in zip(options.runs, names_of(options.runs), strict=True):
-        row, curves[name] = summary(folder) | {"run": name}, read_log(folder)
-        rows.append(row)
-        times.append({"training": duration(row["train_seconds"]), "total": duration(row["wall_seconds"])})
-    print(text_table([row | time for row, time in zip(rows, times, strict=True)], COLUMNS))
-    write_json(
-        options.json, "training runs: the accuracy that each reached, and the log of its passes", rows, curves=curves
-    )
+        rows.append(summary(folder) | {"run": name})
+        curves[name] = read_log(folder)
+    times = {"training": "train_seconds", "total": "wall_seconds"}
+    print(text_table([row | {title: duration(row[name]) for title, name in times.items()} for row in rows], COLUMNS))
+    what = "training runs: the accuracy that each reached, and the log of its passes"
+    write_json(options.json, what, rows, curves=curves)
     if options.plot:
         save(race({name: [Line(name, curve)] for name, curve in curves.items()}), options.plot)

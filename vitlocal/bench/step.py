@@ -60,7 +60,6 @@ DEFAULTS = {
     "cuda": {"model.name": "vitlocal_small_patch16_224", "model.size": "224", "train.batch_size": "1024"},
 }
 PEAK = {"cpu": (1024, 1), "cuda": (8192, 10)}  # the side of the matrices, and the products of a turn
-PEAK_TURNS = 20
 
 COLUMNS = {
     "px": ("size", "d"), "arm": ("arm", ""), "images/s": ("images_per_second", ",.1f"), "spread": ("spread", ".1%"),
@@ -103,10 +102,8 @@ def model_shape(config: Config) -> tuple[str, int]:
     """The width (tiny, small, base) and the patch size of the recipe's model. ConfigError if it is a timm model."""
     match = OUR_MODELS.fullmatch(config.model.name)
     if match is None:
-        raise ConfigError(
-            f"model.name: got '{config.model.name}', expected a vitlocal model, such as vitlocal_small_patch16_224; "
-            "all arms have its width and its patch size"
-        )
+        example = "such as vitlocal_small_patch16_224"
+        raise ConfigError(f"model.name: got '{config.model.name}', expected a vitlocal model for all arms, {example}")
     return match[1], config.model.patch_size or int(match[2])
 
 
@@ -252,10 +249,9 @@ def measured_peak(precision: torch.dtype, device: torch.device) -> tuple[float, 
     # Not zeros: a GPU needs less power for them, and is faster than on any real matrix.
     left, right = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
     out = torch.empty_like(left)
-    timing = Timing()
-    best = min(timing.measure(lambda: torch.mm(left, right, out=out), device, products) for _ in range(PEAK_TURNS))
+    best = min(Timing().measure(lambda: torch.mm(left, right, out=out), device, products) for _ in range(20))
     name = str(precision).removeprefix("torch.")
-    how = f"best of {PEAK_TURNS} turns of {products} product{'s' * (products > 1)} of {side} x {side} matrices, {name}"
+    how = f"best of 20 turns of {products} product{'s' * (products > 1)} of {side} x {side} matrices, {name}"
     return 2 * side**3 / best / 1e12, how
 
 

@@ -9,6 +9,7 @@ cores as it has workers. They take turns, round by round. Without --source: the 
 
 from __future__ import annotations
 
+import argparse
 import functools
 import multiprocessing
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vitlocal.bench.contestants import Turn, started, take_turns
@@ -40,8 +42,6 @@ class ImageSubset:
     """``count`` random images of a set, the same each time, in the order of the set."""
 
     def __init__(self, images: ImageSet, count: int):
-        import numpy as np
-
         self.images, self.order = images, np.sort(np.random.default_rng(0).permutation(len(images))[:count])
         self.spec, self.classes, self.holds_files = images.spec, images.classes, images.holds_files
         self.labels = np.asarray(images.labels)[self.order]
@@ -61,9 +61,6 @@ class ImageSubset:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """A sample for FFCV's writer."""
         return self.load(index), int(self.labels[index])
-
-
-# --- in the processes of the contestants ---
 
 
 def ours(images: ImageSubset, files: Sequence[StoredFile], workers: int, out: str) -> None:
@@ -108,9 +105,6 @@ def writer(name: str, source: str, count: int, files: Sequence[StoredFile], work
     return turn
 
 
-# --- in the process of the bench ---
-
-
 def sample_source() -> str:
     """The built-in sample as a folder of JPEG files, made if it does not exist."""
     images = open_images(SAMPLE_SPEC, "train")
@@ -123,17 +117,19 @@ def sample_source() -> str:
 
 
 def compare(
-    source: str, out: str, files: Sequence[StoredFile], workers: Sequence[int], names: Sequence[str], rounds: int,
-    count: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    source: str, files: Sequence[StoredFile], names: Sequence[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """The rows of the measurement, one for each contestant and number of workers."""
-    images = min(count, len(open_images(source, "train")))
+    rounds, images = options.rounds, min(options.images, len(open_images(source, "train")))
     about = {"files": ",".join(f"{file.side}:{file.format}" for file in files), "images": images}
     rows = []
-    with tempfile.TemporaryDirectory(dir=out) as folder, progress_bar(len(workers) * (rounds + 1)) as bar:
-        for threads in workers:
+    with (
+        tempfile.TemporaryDirectory(dir=options.out) as folder,
+        progress_bar(len(options.workers) * (rounds + 1)) as bar,
+    ):
+        for threads in options.workers:
             bar.set_description_str(f"workers: {threads}")
-            arguments = {name: (name, source, count, files, threads, folder) for name in names}
+            arguments = {name: (name, source, images, files, threads, folder) for name in names}
             with started(writer, arguments, threads) as contestants:
                 turns = dict(zip(names, take_turns(contestants, threads, rounds, (), (), bar), strict=True))
             if "ours" in turns:
@@ -157,7 +153,7 @@ def main(argv: Sequence[str]) -> None:
     files = parse_files("" if options.sides == "auto" else options.sides) or DEFAULT_FILES["train"]
     options.out.mkdir(parents=True, exist_ok=True)
     source = options.source or sample_source()
-    rows = compare(source, str(options.out), files, options.workers, chosen, options.rounds, options.images)
+    rows = compare(source, files, chosen, options)
     print(text_table(rows, COLUMNS))
     what = "images/s of the writers, all files of a split, each limited to as many cores as workers"
     write_json(options.json, what, rows, quality=QUALITY)
