@@ -127,10 +127,7 @@ def publish(
     results: Sequence[RunResult], arms: Sequence[Arm], budget: str, what: str, json: str | None,
     plots: Mapping[Path, Sequence[str]],
 ) -> str:  # fmt: skip
-    """Writes the file of ``--json``, and plots of top-1 against time: files with the names of their arms.
-
-    Prints the table of the results and returns it.
-    """
+    """Writes the file of ``--json`` and plots of some arms (by file name); prints and returns the table."""
     what = f"{what} with a budget of {budget} each: the accuracy, and the log of passes"
     curves, configs = ({r.row["run"]: getattr(r, name) for r in results} for name in ("curve", "config"))
     write_json(json, what, [result.row for result in results], curves=curves, configs=configs)

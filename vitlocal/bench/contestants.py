@@ -81,21 +81,16 @@ def started(
     available = sorted(os.sched_getaffinity(0))
     if workers > len(available):
         raise ConfigError(f"--workers: got {workers}, expected at most the {len(available)} cores of this machine")
-    cores = available[:workers]
     with ExitStack() as stack:
-        yield [
-            stack.enter_context(closing(Contestant(name, make, values, cores))) for name, values in arguments.items()
-        ]
+        contestants = (Contestant(name, make, values, available[:workers]) for name, values in arguments.items())
+        yield [stack.enter_context(closing(contestant)) for contestant in contestants]
 
 
 def take_turns(
     contestants: Sequence[Contestant], workers: int, rounds: int, warm_up: Sequence[Any], request: Sequence[Any],
     bar: tqdm,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The measured fields of each contestant's row. The first round sends ``warm_up`` and is not counted.
-
-    ``images_per_second`` is the median of the rounds, and ``rss_mib`` the peak of the memory.
-    """
+    """The measured fields of each contestant's row. The first round sends ``warm_up`` and is not counted."""
     rates: list[list[float]] = [[] for _ in contestants]
     fields: list[dict[str, Any]] = [{} for _ in contestants]
     for contestant in contestants:

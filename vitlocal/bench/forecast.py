@@ -183,18 +183,14 @@ class SizeMeter:
         size, batch_size = self.plan.feed.size, self.plan.feed.batch_size
         gflops = 1e-9 * TRAINING_FLOPS * count_macs(self.trainer.state.model, size)
         waited = self.waited / self.timings["together" if self.has_data else "step"].seconds
-        on_gpu = self.device.type == "cuda"
         return SizeSpeed(
             size, batch_size, together, step, gflops, rates.get("loader"), self.feed.batch_size, str(self.mode),
-            waited, self.compile_seconds, self.peak / 2**20 if on_gpu else None,
+            waited, self.compile_seconds, self.peak / 2**20 if self.device.type == "cuda" else None,
         )  # fmt: skip
 
 
 def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
-    """The speed of each plan, measured in about ``SECONDS`` and the time that compiling takes.
-
-    If there is enough time, sizes take turns. A machine that becomes slower then affects all of them.
-    """
+    """The speed of each plan. If there is time, sizes take turns, so that a slow minute affects all of them."""
     share = SECONDS / len(plans)
     rounds = max(1, min(ROUNDS, int(share / ROUND_SECONDS)))
     meters: list[SizeMeter] = []
@@ -404,10 +400,10 @@ def main(argv: Sequence[str]) -> None:
     if config.budget.counts == "cpu":
         print("note: the budget counts processor time; this forecast is for a run that does not share its cores")
     what, last = "what a budget is forecast to buy: measured images/s by size, and the simulated budget", found.end
-    measured = {name: getattr(found, name) for name in MEASURED}
     write_json(
         options.json, what, found.rows(), budget=str(config.budget.length), counts=config.budget.counts,
-        images=found.images, epochs=last.epoch, flops=last.flops, first_point_seconds=found.first_point, **measured,
+        images=found.images, epochs=last.epoch, flops=last.flops, first_point_seconds=found.first_point,
+        **{name: getattr(found, name) for name in MEASURED},
         curriculum=[str(stage) for stage in found.fractions], budgets=found.within(options.budgets),
         recipe=config.flat(),
     )  # fmt: skip

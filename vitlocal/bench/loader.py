@@ -125,11 +125,10 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds the ratios to FFCV on the same file, and to the loaders of original images, to our rows."""
     rate = {(r["source"], r["stored"], r["size"], r["workers"]): r["images_per_second"] for r in rows}
     for row in rows:
-        if row["source"] == "ours":
-            for name in ("ffcv", *OF_ORIGINALS):
-                stored = ORIGINAL if name in OF_ORIGINALS else row["stored"]
-                other = rate.get((name, stored, row["size"], row["workers"]))
-                row[f"to_{name}"] = round(row["images_per_second"] / other, 2) if other else None
+        for name in NAMES[1:] if row["source"] == "ours" else ():
+            stored = ORIGINAL if name in OF_ORIGINALS else row["stored"]
+            other = rate.get((name, stored, row["size"], row["workers"]))
+            row[f"to_{name}"] = round(row["images_per_second"] / other, 2) if other else None
     return rows
 
 

@@ -36,14 +36,12 @@ ARMS = {arm.name: arm for arm in read_arms(str(FILE))}
 GROUPS, PLOTS = map(yaml.safe_load(FILE.read_text(encoding="utf-8")).get, ("groups", "plots"))  # names of arms
 # What 24 hours buy the paper at 224 px: 6 epochs of LocalViT took 21.5 hours, and each took 2.4 times as long as ours.
 PAPER_EPOCHS = 16
-PAPER_SIZES = (32, 224)
 SCALED_PATCH = 8
 
 
 def scaled_size(size: int, final: int, patch: int) -> int:
     """Maps the paper's 32 to 224 px to a quarter of ``final`` to all of it, in whole patches."""
-    low, high = PAPER_SIZES
-    wished = final / 4 + (size - low) / (high - low) * (final - final / 4)
+    wished = final / 4 + (size - 32) / (224 - 32) * (final - final / 4)
     return max(patch, int(wished / patch + 0.5) * patch)
 
 
@@ -52,7 +50,7 @@ def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
     config = read_config(arm.command_line(), {})
     with torch.device("meta"):  # only the shapes are needed
         model, _ = make_model(config, 1000, torch.device("meta"))
-    whole, spent, start = count_macs(model, PAPER_SIZES[1]), 0.0, 0.0
+    whole, spent, start = count_macs(model, 224), 0.0, 0.0
     stages: list[Stage] = []
     for stage in recipe_stages(config):
         size = scaled_size(stage.size, final, patch)

@@ -39,7 +39,6 @@ from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
-RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
 WARM_UP_STEPS = 2  # uncounted steps at each size
 TRACED_STEPS = 3  # traced steps at each size, at most
 SHOWN_OPERATORS = 10
@@ -108,17 +107,14 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
             with progress_bar(len(feeds)) as bar:
                 for feed in feeds:
                     bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
-                    file = Path(trace) if trace else None
-                    if file and len(feeds) > 1:
-                        file = file.with_name(f"{file.stem}_{feed.size}px_{feed.batch_size}{file.suffix}")
-                    row, found = profile_size(trainer, feed, steps, file)
+                    row, found = profile_size(trainer, feed, steps, trace)
                     rows.append(row)
                     operators += found
                     bar.update()
     return rows, operators
 
 
-def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: Path | None) -> tuple[dict[str, Any], Rows]:
+def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: str | None) -> tuple[dict[str, Any], Rows]:
     """The row of one size, and those of its operators."""
     device, clock, traced = trainer.step.device, trainer.state.clock, min(steps, TRACED_STEPS)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
@@ -135,8 +131,9 @@ def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: Path | None) -
             synchronize(device)
     clock.timer.stop()
     if trace:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
+        file = Path(f"{trace.removesuffix('.json')}_{feed.size}px_{feed.batch_size}.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(file))
     averages = profiler.key_averages()
     copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
     row = row_of(feed, str(trainer.step.mode(feed)), timer.milliseconds(), copied / 1e3 / traced)
@@ -174,8 +171,8 @@ def main(argv: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     sizes = options.sizes and sorted(options.sizes)
     if not any(word.startswith(("--config-file", "-C")) for word in rest):
-        device = choose_device(read_config(rest).run.device)
-        rest = ["--config-file", RECIPES.get(device.type, RECIPES["cpu"]), *rest]
+        on_gpu = choose_device(read_config(rest).run.device).type == "cuda"
+        rest = ["--config-file", "rcfg/ours.yaml" if on_gpu else "rcfg/demo.yaml", *rest]
     config = read_config(rest)
     if sizes:  # checked before the trainer is built
         check_multiples(sizes, patch_side(make_model(config, 2, torch.device("cpu"))[0]), config.model.name)

@@ -43,8 +43,6 @@ from vitlocal.progress import Position
 from vitlocal.train.build import device_of, sources_of
 from vitlocal.train.checkpoint import KEPT, read_weights
 
-EXPLAINED_VARIANCE = 0.99
-BATCH_SIZE = 64
 # The measures of a row, with their titles.
 MEASURES = {
     "heads_cka": "CKA between heads",
@@ -75,17 +73,14 @@ def mean_pair(matrix: Tensor) -> float:
 
 
 def component_percent(hidden: Tensor) -> Tensor:
-    """Returns how many principal components explain 99 % of the variance over tokens, of hidden units (B, N, C).
-
-    In percent of the largest possible number, min(N, C): (B,) float64.
-    """
+    """Returns the components that explain 99 % of the variance of hidden units (B, N, C), in percent: (B,)."""
     x = hidden.double()
     x = x - x.mean(dim=1, keepdim=True)
     # Eigenvalues of the smaller product: the squared singular values, many times as fast.
     gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
     variances = torch.linalg.eigvalsh(gram).clamp_min(0).flip(1)  # (B, min(N, C)), descending
     explained = variances.cumsum(dim=1) / variances.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    return 100 * (1 + (explained < EXPLAINED_VARIANCE - 1e-12).sum(dim=1)) / variances.shape[1]
+    return 100 * (1 + (explained < 0.99 - 1e-12).sum(dim=1)) / variances.shape[1]
 
 
 def attended_percent(attention: Tensor) -> Tensor:
@@ -132,10 +127,7 @@ def _measuring_hooks(block: Any, row: dict[str, float], num_prefix_tokens: int) 
 
 
 def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
-    """Returns the epoch at which ``file`` was kept, and the model with its weights, in its shape then.
-
-    Heads are measured with all connections, also if training masked some.
-    """
+    """Returns the epoch at which ``file`` was kept, and the model in its shape then, without masks in its heads."""
     state, about = read_weights(file)
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
     if not isinstance(model, VisionTransformer):
@@ -160,7 +152,7 @@ def validation_batches(config: Config, images: int, device: torch.device) -> lis
         for batch in batches:
             chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
             found.append(normalize(batch.images[chosen]).clone())
-    return list(torch.cat(found).split(BATCH_SIZE))
+    return list(torch.cat(found).split(64))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

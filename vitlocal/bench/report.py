@@ -21,9 +21,8 @@ from vitlocal.report.page import page_of, rows_table
 from vitlocal.report.run_folder import RunRecord, duration, names_of, read_run
 
 # Options that change nothing in a forecast.
-IGNORED = {"data.root", "data.source"} | {
-    f"run.{name}" for name in ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
-}
+RUN_OPTIONS = ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
+IGNORED = {"data.root", "data.source", *(f"run.{name}" for name in RUN_OPTIONS)}
 COLUMNS = {"": ("what", ""), "forecast": ("forecast", ",.6g"), "actual": ("happened", ",.6g"),
            "deviation": ("off", "+.1%")}  # fmt: skip
 

@@ -95,9 +95,8 @@ class PlannedRun:
     def _check_data(self, root: str) -> None:
         """Raises ConfigError if the run in the folder was trained on other images than those of ``root``."""
         before = [origin["data"] for origin in read_origin(self.folder) if "data" in origin][-1:]
-        if not before or not (Path(root) / "train.json").exists():  # the trainer itself checks other data
-            return
-        if before != [now := data_in(root)]:
+        has_manifest = (Path(root) / "train.json").exists()  # the trainer itself checks other data
+        if before and has_manifest and before != [now := data_in(root)]:
             trained_on = f"{before[0]['images']} images of {before[0]['classes']} classes"
             raise ConfigError(
                 f"folder: {self.folder} holds a run that was trained on {trained_on}, but {root} holds other data "
@@ -124,10 +123,7 @@ def data_in(root: str) -> dict[str, Any]:
 def plan_runs(
     arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]
 ) -> list[PlannedRun]:
-    """The runs, seed by seed, so that the results of an interrupted bench can be compared.
-
-    Raises ConfigError if two arms have the same folder, or if an option is set twice.
-    """
+    """The runs, seed by seed. ConfigError if two arms would have the same folder, or if an option is set twice."""
     common = option_names(shared, BENCH_OPTIONS)
     runs: dict[Path, PlannedRun] = {}
     for arm, name in ((each, name) for each in arms for name in each.options):
@@ -146,10 +142,7 @@ def plan_runs(
 
 
 def option_names(words: Sequence[str], bench_options: Mapping[str, str]) -> set[str]:
-    """The names of options on a command line: ``train.lr`` for ``--train.lr=1e-3``.
-
-    ``bench_options`` are those that the bench sets itself, with the remedy. ConfigError if one of them is there.
-    """
+    """The names of options on a command line. ConfigError, with the remedy, if one is in ``bench_options``."""
     found = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
     for name in found & bench_options.keys():
         raise ConfigError(f"--{name}: the bench sets it for each run; {bench_options[name]}")
@@ -157,10 +150,7 @@ def option_names(words: Sequence[str], bench_options: Mapping[str, str]) -> set[
 
 
 def read_arms(path: str) -> list[Arm]:
-    """The arms of a yaml file. ConfigError if it is not such a file.
-
-    An arm may also have ``about`` and ``published``, which the table shows.
-    """
+    """The arms of a yaml file, with what the table shows about them. ConfigError if it is not such a file."""
     folder = Path(path).parent
 
     def files(named: str | Sequence[str]) -> tuple[Path, ...]:
@@ -309,10 +299,7 @@ def signal_on_parent_death(number: int) -> None:
 def start_trainer(
     options: Sequence[str], output: Path, on: Collection[int] = (), **more: Any
 ) -> subprocess.Popen[bytes]:
-    """Starts the trainer on the cores ``on``, or on all. Its output is appended to ``output``.
-
-    If this process is killed, the trainer saves and stops.
-    """
+    """Starts the trainer on the cores ``on``, or on all. If this process is killed, it saves and stops."""
 
     def prepare() -> None:
         if on:

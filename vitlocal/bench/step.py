@@ -60,7 +60,6 @@ DEFAULTS = {
     "cuda": {"model.name": "vitlocal_small_patch16_224", "model.size": "224", "train.batch_size": "1024"},
 }
 PEAK = {"cpu": (1024, 1), "cuda": (8192, 10)}  # the side of the matrices, and the products of a turn
-
 COLUMNS = {
     "px": ("size", "d"), "arm": ("arm", ""), "images/s": ("images_per_second", ",.1f"), "spread": ("spread", ".1%"),
     "step ms": ("step_ms", ",.1f"), "MFU": ("mfu", ".1%"), "GFLOP/image": ("gflops_per_image", ".2f"),
@@ -250,8 +249,7 @@ def measured_peak(precision: torch.dtype, device: torch.device) -> tuple[float, 
     left, right = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
     out = torch.empty_like(left)
     best = min(Timing().measure(lambda: torch.mm(left, right, out=out), device, products) for _ in range(20))
-    name = str(precision).removeprefix("torch.")
-    how = f"best of 20 turns of {products} product{'s' * (products > 1)} of {side} x {side} matrices, {name}"
+    how = f"best of 20 turns of {products} product{'s' * (products > 1)} of {side} x {side} matrices"
     return 2 * side**3 / best / 1e12, how
 
 

@@ -123,10 +123,8 @@ def compare(
     rounds, images = options.rounds, min(options.images, len(open_images(source, "train")))
     about = {"files": ",".join(f"{file.side}:{file.format}" for file in files), "images": images}
     rows = []
-    with (
-        tempfile.TemporaryDirectory(dir=options.out) as folder,
-        progress_bar(len(options.workers) * (rounds + 1)) as bar,
-    ):
+    turns_in_all = len(options.workers) * (rounds + 1)
+    with tempfile.TemporaryDirectory(dir=options.out) as folder, progress_bar(turns_in_all) as bar:
         for threads in options.workers:
             bar.set_description_str(f"workers: {threads}")
             arguments = {name: (name, source, images, files, threads, folder) for name in names}
