@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitlocal.bench.run_results import machine_of
+from vitlocal.bench.arms import machine_of
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan

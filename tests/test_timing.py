@@ -25,15 +25,13 @@ def test_work_is_repeated_until_both_limits_are_reached() -> None:
 
 
 def test_phases_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 10.0, 17.0, 20.0, 25.0])
+    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 17.0, 20.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     timer = timing.PhaseTimer(CPU)
-    for phases in (["forward", "backward", "forward"], [], ["forward", "backward"]):
+    for phases in (["forward", "backward", "forward"], ["forward", "backward"]):
         timer.begin()
         for phase in phases:
             timer.mark(phase)
-        if not phases:
-            timer.drop()
     # With micro-batches, a phase occurs twice.
     assert timer.milliseconds() == [{"forward": 2e3, "backward": 2e3}, {"forward": 7e3, "backward": 3e3}]
 

@@ -62,10 +62,6 @@ class PhaseTimer:
         """Assigns the work that was issued since the last mark to ``phase``. A phase may occur several times."""
         self.steps[-1].append((phase, self._time()))
 
-    def drop(self) -> None:
-        """Forgets the last step."""
-        self.steps.pop()
-
     def milliseconds(self) -> list[dict[str, float]]:
         """Returns the milliseconds of each step by phase. Synchronises the device."""
         synchronize(self.device)  # device sync
