@@ -11,16 +11,17 @@ from vitlocal.train import timing
 CPU = torch.device("cpu")
 
 
-def test_work_is_repeated_until_both_limits_are_reached() -> None:
+def test_work_is_repeated_until_both_limits_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def work() -> None:
         calls.append(now[0])
         now[0] += 2.0
 
     found = timing.Timing()
-    assert found.measure(work, CPU, calls=3, now=lambda: now[0]) == 2.0 and len(calls) == 3
-    assert found.measure(work, CPU, seconds=7.0, now=lambda: now[0]) == 2.0 and len(calls) == 7
+    assert found.measure(work, CPU, calls=3) == 2.0 and len(calls) == 3
+    assert found.measure(work, CPU, seconds=7.0) == 2.0 and len(calls) == 7
     assert (found.calls, found.seconds) == (7, 14.0)
 
 

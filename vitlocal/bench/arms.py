@@ -36,6 +36,7 @@ from vitlocal.train.run_folder import read_origin
 
 PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
                "macs_per_image", "flops")  # fmt: skip
+Plots = Mapping[Path, Sequence[str]]  # files, and the names of the arms to plot
 ROW_FIELDS = {"arm", "seed", "budget", "run", "top1", "epochs", "images_per_second", "cpu", "gpu"}
 
 
@@ -124,13 +125,12 @@ def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
 
 
 def publish(
-    results: Sequence[RunResult], arms: Sequence[Arm], budget: str, what: str, json: str | None,
-    plots: Mapping[Path, Sequence[str]],
-) -> str:  # fmt: skip
+    results: Sequence[RunResult], arms: Sequence[Arm], budget: str, what: str, file: str | None, plots: Plots
+) -> str:
     """Writes the file of ``--json`` and plots of some arms (by file name); prints and returns the table."""
     what = f"{what} with a budget of {budget} each: the accuracy, and the log of passes"
     curves, configs = ({r.row["run"]: getattr(r, name) for r in results} for name in ("curve", "config"))
-    write_json(json, what, [result.row for result in results], curves=curves, configs=configs)
+    write_json(file, what, [result.row for result in results], curves=curves, configs=configs)
     for path, drawn in plots.items():
         lines = {name: [Line(r.row["run"], r.curve) for r in results if r.row["arm"] == name] for name in drawn}
         save(race({name: found for name, found in lines.items() if found}, f"{budget} per run"), path)
@@ -146,9 +146,9 @@ def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="data folder (default: that of the recipes)")
     add("--seeds", type=partial(numbers, least=0), default="0", help="seeds; 0,1,2 is three runs per arm (default: 0)")
     add("--jobs", type=int, default=1, help="places for runs; they divide the cores (default: 1)")
-    add("--together", type=at_least(1), default=1, help="runs in each place; budgets count processor time (default: 1)")
+    add("--together", type=at_least(1), default=1, help="runs that share a place; budgets count CPU time (default: 1)")
     add("--folder", type=Path, default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)")
-    add("--add", action="append", default=[], metavar="FILE", help="add the runs of a --json from another machine")
+    add("--add", action="append", default=[], metavar="FILE", help="runs to add without training, from another --json")
     add("--no-run", action="store_true", help="train nothing; tabulate and plot the finished runs")
     return parser
 
@@ -191,9 +191,8 @@ def train_runs(runs: Sequence[PlannedRun], options: argparse.Namespace) -> None:
 
 
 def compete(
-    arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str],
-    write: Callable[[Sequence[RunResult]], None],
-) -> None:  # fmt: skip
+    arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str], write: Callable[..., None]
+) -> None:
     """Trains the runs that are not finished, and calls ``write`` with all results, also after an interruption.
 
     ``trainer`` are options of the trainer. ConfigError if the bench itself sets one of them, and if there are neither

@@ -136,7 +136,7 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("clock", __doc__, trainer_options=True)
-    parser.add_argument("--budgets", type=times, default="45s,3m", metavar="LIST", help="budgets (default: 45s,3m)")
+    parser.add_argument("--budgets", type=times, default="45s,3m", metavar="LIST", help="budgets in time (45s,3m)")
     options, trainer = parser.parse_known_args(argv)
     option_names(trainer, SET_HERE)
     named = any(word.startswith(("--config-file", "-C")) for word in trainer)

@@ -87,9 +87,8 @@ def started(
 
 
 def take_turns(
-    contestants: Sequence[Contestant], workers: int, rounds: int, warm_up: Sequence[Any], request: Sequence[Any],
-    bar: tqdm,
-) -> list[dict[str, Any]]:  # fmt: skip
+    contestants: Sequence[Contestant], workers: int, rounds: int, warm_up: tuple, request: tuple, bar: tqdm
+) -> list[dict[str, Any]]:
     """The measured fields of each contestant's row. The first round sends ``warm_up`` and is not counted."""
     rates: list[list[float]] = [[] for _ in contestants]
     fields: list[dict[str, Any]] = [{} for _ in contestants]

@@ -183,10 +183,10 @@ class SizeMeter:
         size, batch_size = self.plan.feed.size, self.plan.feed.batch_size
         gflops = 1e-9 * TRAINING_FLOPS * count_macs(self.trainer.state.model, size)
         waited = self.waited / self.timings["together" if self.has_data else "step"].seconds
-        return SizeSpeed(
-            size, batch_size, together, step, gflops, rates.get("loader"), self.feed.batch_size, str(self.mode),
-            waited, self.compile_seconds, self.peak / 2**20 if self.device.type == "cuda" else None,
-        )  # fmt: skip
+        mib = self.peak / 2**20 if self.device.type == "cuda" else None
+        measured, mode = self.feed.batch_size, str(self.mode)
+        speed = SizeSpeed(size, batch_size, together, step, gflops, rates.get("loader"), measured, mode)
+        return replace(speed, data_wait_fraction=waited, compile_seconds=self.compile_seconds, device_mib=mib)
 
 
 def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
@@ -295,17 +295,17 @@ def forecast(config: Config, images: int | None) -> Forecast:
     with closing(Sources(noise, noise) if noise else sources_of(config, device)) as sources:
         trainer = build_trainer(config, sources, device)
         start = time.perf_counter()
-        found = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
-        compiling = sum(speed.compile_seconds for speed in found)
+        speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
+        compiling = sum(speed.compile_seconds for speed in speeds)
         took = time.perf_counter() - start - compiling
         last, length = trainer.upcoming_plans()[-1], trainer.state.clock.length  # a method may have set the length
         config = replace(config, evaluate=evaluate, budget=replace(config.budget, length=length))
-        return Forecast(
-            config, sources.train.count, tuple(found), other_seconds=OTHER_SECONDS + compiling,
-            evaluation_seconds=None if noise else trainer.evaluator.estimate_seconds(last),
-            disk_bytes=None if noise else disk_bytes(config), resident_mib=resident_mib(os.getpid()),
-            measured_seconds=took,
-        )  # fmt: skip
+        found = Forecast(config, sources.train.count, tuple(speeds), other_seconds=OTHER_SECONDS + compiling)
+        found = replace(found, resident_mib=resident_mib(os.getpid()), measured_seconds=took)
+        if noise:
+            return found
+        evaluation_seconds = trainer.evaluator.estimate_seconds(last)
+        return replace(found, evaluation_seconds=evaluation_seconds, disk_bytes=disk_bytes(config))
 
 
 def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:

@@ -59,9 +59,8 @@ def progress_bar(turns: int) -> tqdm:
 
 
 def plot_lines(
-    panels: Mapping[str, Sequence[PlottedLine]], x_title: str, path: Path, inches: tuple[float, float],
-    log: bool = False,
-) -> None:  # fmt: skip
+    panels: Mapping[str, Sequence[PlottedLine]], x_name: str, path: Path, inches: tuple[float, float], log: bool = False
+) -> None:
     """Writes a figure with one plot for each title of ``panels``, and one legend for all of them."""
     from matplotlib.figure import Figure
 
@@ -72,7 +71,7 @@ def plot_lines(
         for label, points, style in lines:
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), label=label, **style)
-        axes.set(xlabel=x_title, ylabel=title, yscale="log" if log else "linear")
+        axes.set(xlabel=x_name, ylabel=title, yscale="log" if log else "linear")
         axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
