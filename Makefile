@@ -11,13 +11,13 @@ SEED ?= 0
 
 setup: $(VENV)/.installed
 
-# Done again only when the package's requirements, its C sources or the list of system packages change.
+# Runs again only if the requirements, the C sources or the list of system packages change.
 $(VENV)/.installed: setup.py pyproject.toml .ci/system-packages $(wildcard vitlocal/data/native/*.[ch])
 	@sh .ci/system-packages $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "Installing vitlocal and what it needs (PyTorch is large: some minutes the first time) ..."
-	@# setuptools warns that an editable package lies in the working directory, which is what is meant.
+	@echo "Installing vitlocal and its requirements (PyTorch is large: this takes some minutes the first time) ..."
+	@# setuptools warns that an editable package lies in the working directory, as intended.
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
@@ -39,6 +39,7 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

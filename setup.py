@@ -1,4 +1,4 @@
-"""The package: ``pip install .`` (FFCV is compiled on the way; ``make setup`` installs what that needs)."""
+"""The package: ``pip install .`` compiles FFCV too; ``make setup`` installs the system packages that this needs."""
 
 from pathlib import Path
 
@@ -20,6 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["vitlocal", "vitlocal.*"]),
+    package_data={"vitlocal": ["py.typed"]},
     ext_modules=[
         Extension(
             "vitlocal.data.native._native",
@@ -33,14 +34,14 @@ setup(
         )
     ],
     python_requires=">=3.10,<3.13",
-    # Both ends of every range have passed the tests: the lower ends on Python 3.10, the upper on 3.11 and 3.12.
+    # The tests have passed with both ends of every range: the lower ends on Python 3.10, the upper on 3.11 and 3.12.
     install_requires=[
         "torch>=2.11,<2.16",
         "torchvision>=0.26,<0.30",
         "timm>=1.0.26,<1.1",  # older ones read a local folder's safetensors as a pickle
         "ffcv>=1.0.2,<1.1",
         "fastargs>=1.2.0,<1.3",
-        "terminaltables>=3.1,<4",  # fastargs imports both and declares neither
+        "terminaltables>=3.1,<4",  # fastargs imports them and does not declare them
         "pyyaml>=6.0,<7",
         "numba>=0.61,<0.69",
         "numpy>=1.26,<2.6",
@@ -55,7 +56,14 @@ setup(
         "setuptools>=70,<85",  # ffcv imports distutils, which left the standard library in 3.12
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.12,<0.18"],
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.12,<0.18",
+            "mypy>=1.17,<3",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
         "dali": ["nvidia-dali-cuda120>=1.50,<3"],  # works without a GPU, too
     },
 )

@@ -60,13 +60,7 @@ def open_configured():
     """``open_configured(config, device, share)``: the sources that a configuration names."""
 
     def build(config: Config, device: torch.device = CPU, share: Share = WHOLE) -> Sources:
-        data, augment = config.data, config.augment
-        return open_sources(
-            data.loader, data.root, device=device, source=data.source, workers=data.workers, on_error=data.on_error,
-            side_ratio=data.side_ratio, seed=config.run.seed, crop_scale=augment.crop_scale,
-            crop_ratio=augment.crop_ratio, flip=augment.flip, repeats=augment.repeats,
-            centre_crop=config.evaluate.crop_pct, share=share,
-        )  # fmt: skip
+        return open_sources(**config.source_arguments(), device=device, share=share)
 
     return build
 

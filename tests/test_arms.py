@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from vitlocal.bench.__main__ import main
+from vitlocal.bench.arms import RunResult, results_table
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
-from vitlocal.bench.planned_runs import Arm, plan_runs, read_arms
-from vitlocal.bench.run_results import RunResult, results_table
-from vitlocal.bench.runner import Runner
+from vitlocal.bench.runner import Arm, Runner, plan_runs, read_arms
 from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ import pytest
 
 from vitlocal.bench import clock
 from vitlocal.bench.__main__ import main
-from vitlocal.bench.contestants import Contestant, closing_all
+from vitlocal.bench.contestants import started
 from vitlocal.errors import ConfigError, DataError, run_command
 from vitlocal.progress import Length
 
@@ -48,15 +48,15 @@ def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         path = tmp_path / "source" / f"{images.entry(index)}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images.read(index))
-    json_file, plot = tmp_path / "write.json", tmp_path / "write.png"
+    json_file = tmp_path / "write.json"
     main(["write", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--sides", "24:raw,32:jpg",
-          "--rounds", "1", "--images", "12", "--json", str(json_file), "--plot", str(plot)])  # fmt: skip
+          "--rounds", "1", "--images", "12", "--json", str(json_file)])  # fmt: skip
     measured = json.loads(json_file.read_text())
     assert measured.keys() >= FORM and [row["source"] for row in measured["rows"]] == ["ours", "ffcv"]
     for row in measured["rows"]:
         assert row.keys() >= ROW | {"files", "megabytes", "images"}
         assert (row["images"], row["files"]) == (12, "24:raw,32:jpg") and row["images_per_second"] > 0
-    assert measured["rows"][0]["to_ffcv"] > 0 and plot.stat().st_size > 3000
+    assert measured["rows"][0]["to_ffcv"] > 0
     assert "to ffcv" in capsys.readouterr().out
     assert not any((tmp_path / "out").iterdir())  # all written files are removed
 
@@ -99,9 +99,9 @@ def broken() -> None:
 
 
 def test_a_contestant_that_fails_is_named() -> None:
-    contestant = Contestant("the broken one", broken, (), [0])
-    with closing_all([contestant]), pytest.raises(DataError, match="the broken one: ValueError: no such thing"):
-        contestant.ask()
+    with started(broken, {"the broken one": ()}, 1) as [contestant]:
+        with pytest.raises(DataError, match="the broken one: ValueError: no such thing"):
+            contestant.ask()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitlocal.bench import profile, step, step_arms
+from vitlocal.bench import profile, step
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.flops import count_macs
@@ -23,8 +23,8 @@ STEP = ["step", *SHAPE, "--sizes", "16,32", "--batch", "4", "--rounds", "2", "--
 
 
 def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, plot = tmp_path / "results" / "step.json", tmp_path / "plots" / "step.png"
-    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out), "--plot", str(plot)])
+    out = tmp_path / "results" / "step.json"
+    main([*STEP, "--arms", "local-eager,timm-eager", "--train.ema_decay=0.9", "--json", str(out)])
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"batch_size", "precision", "peak_tflops", "peak_measured"}
     assert measured["batch_size"] == 4 and measured["peak_tflops"] > 0 and "matrices" in measured["peak_measured"]
@@ -40,24 +40,23 @@ def test_the_step_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["mfu"] == pytest.approx(flops / measured["peak_tflops"], abs=2e-4)
         assert row["peak_mib"] is None and row["compile_seconds"] is None
         ours = row["model"] == "local"
-        present = [row[f"{phase}_ms"] is not None for phase in step_arms.PHASES]
+        present = [row[f"{phase}_ms"] is not None for phase in step.PHASES]
         assert present == [ours, True, True, True, ours]
         assert row["kernel"] == ("plain" if ours else None) and (row["speed_to_timm"] is not None) == ours
         assert row["time_to_deit"] is None  # the arm deit was not measured
     assert rows[2]["gflops_per_image"] > 2 * rows[0]["gflops_per_image"]
     shown = capsys.readouterr().out
     assert "local-eager" in shown and "timm-eager" in shown and "MFU" in shown
-    assert plot.stat().st_size > 5000
 
 
 def test_flops_match_the_counter_of_torch() -> None:
     config, device = step.configured([*SHAPE, "--model.pool=avg", "--train.batch_size=2"])
-    arms = [arm for arm in step_arms.choose_arms(None, device) if arm.model in step_arms.FAMILIES]
+    arms = [arm for arm in step.choose_arms(None, device) if arm.model in step.FAMILIES]
     size = config.model.size  # at another, reading the position table is a product too: one for a whole batch
     rows = step.compare(config, arms, [size], 1, 0.0, device, peak_tflops=1.0)
     assert len(rows) == 3
     for arm, row in zip(arms, rows, strict=True):
-        model = make_model(step_arms.arm_config(arm, config), step_arms.CLASSES, CPU)[0].eval()
+        model = make_model(step.arm_config(arm, config), step.CLASSES, CPU)[0].eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, size, size))
         assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
@@ -66,8 +65,8 @@ def test_flops_match_the_counter_of_torch() -> None:
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_the_timm_model_has_the_shape_of_our_deit(pool: str) -> None:
     config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])
-    ours = make_model(step_arms.arm_config(step_arms.StepArm("deit", False), config), step_arms.CLASSES, CPU)[0]
-    peer = step_arms.timm_model(config)
+    ours = make_model(step.arm_config(step.StepArm("deit", False), config), step.CLASSES, CPU)[0]
+    peer = step.timm_model(config)
     assert {name: p.shape for name, p in peer.named_parameters()} == {
         name: p.shape for name, p in ours.named_parameters()
     }
@@ -93,18 +92,15 @@ def test_ratios_compare_eager_with_eager() -> None:
 
 
 def test_arms_by_device() -> None:
-    assert [str(arm) for arm in step_arms.choose_arms(None, CPU)] == [
+    assert [str(arm) for arm in step.choose_arms(None, CPU)] == [
         "local-eager", "deit-eager", "localvit-eager", "timm-eager",
     ]  # fmt: skip
-    on_gpu = [str(arm) for arm in step_arms.choose_arms(None, torch.device("cuda"))]
+    on_gpu = [str(arm) for arm in step.choose_arms(None, torch.device("cuda"))]
     assert len(on_gpu) == 10 and {"local-plain-eager", "local-compiled", "timm-compiled"} <= {*on_gpu}
     config, _ = step.configured(["--model.name=vitlocal_base_patch16_224", "--model.convolution=false"])
-    assert (
-        step_arms.arm_config(step_arms.StepArm("localvit", True), config).model.name
-        == "vitlocal_localvit_base_patch16_224"
-    )
-    assert step_arms.arm_config(step_arms.StepArm("deit", True), config).model.convolution is None
-    plain = step_arms.arm_config(step_arms.StepArm("local", True, "plain"), config)
+    assert step.arm_config(step.StepArm("localvit", True), config).model.name == "vitlocal_localvit_base_patch16_224"
+    assert step.arm_config(step.StepArm("deit", True), config).model.convolution is None
+    plain = step.arm_config(step.StepArm("local", True, "plain"), config)
     assert (plain.model.convolution, plain.train.kernel, plain.train.compile) == (False, "plain", "yes")
 
 
@@ -166,15 +162,3 @@ def test_wrong_arguments(
         main(arguments)
     assert run_command(main, arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_profile_without_data_uses_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-    monkeypatch.setattr(profile, "sample_folder", lambda: "sample")
-    monkeypatch.setattr(profile, "write", lambda config: written.append((config.split, config.out)))
-    recipe = str(Path("rcfg/demo.yaml").absolute())
-    monkeypatch.chdir(tmp_path)  # data/sample is not here
-    config = profile.configured(["--config-file", recipe])
-    assert config.data.root == "sample" and written == [("val", "sample")]
-    assert profile.configured(["--config-file", recipe, "--data.root=mine"]).data.root == "mine"  # named
-    assert len(written) == 1

@@ -227,8 +227,8 @@ def test_training_time_stops_in_pauses():
 
 def test_wall_time_counts_everything():
     clock, now = manual_clock("60s", "wall")
-    now.time += 15
     clock.start()
+    now.time += 15
     with clock.timer.paused():
         now.time += 15
     assert clock.progress.fraction == 0.5

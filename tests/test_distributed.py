@@ -29,8 +29,10 @@ OPTIONS = [
     "--model.name=vitlocal_tiny_patch8_64", "--model.size=48", "--model.depth=2", "--model.width=32",
     "--model.heads=2", "--model.drop_path=0.2", "--methods=image_size", "--image_size.init=16",
     "--image_size.step_pixels=16", "--image_size.step_epochs=1", "--train.batch_size=34", "--train.lr_batch=0",
-    "--train.ema_decay=0.9", "--train.clip_norm=1", "--augment.randaugment=9", "--augment.mixup=0.8", "--augment.cutmix=1",
-    "--augment.random_erasing=0.5", "--evaluate.batch_size=79", "--budget.length=3ep", "--run.device=cpu", "--run.progress=no",
+    "--train.ema_decay=0.9", "--train.clip_norm=1", "--augment.randaugment=9", "--augment.mixup=0.8",
+    "--augment.cutmix=1",
+    "--augment.random_erasing=0.5", "--evaluate.batch_size=79", "--budget.length=3ep", "--run.device=cpu",
+    "--run.progress=no",
     "--run.threads=1", "--data.workers=1",
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.bench import report, speeds
+from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.report import compare
 from vitlocal.config import read_config
@@ -82,8 +82,8 @@ def recipe(small, tmp_path: Path) -> str:
 
 
 def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: Path, monkeypatch, capsys, decoder):
-    monkeypatch.setattr(speeds, "SECONDS", 0.3)
-    monkeypatch.setattr(speeds, "ROUND_SECONDS", 0.03)
+    monkeypatch.setattr(forecast, "SECONDS", 0.3)
+    monkeypatch.setattr(forecast, "ROUND_SECONDS", 0.03)
     file = tmp_path / "forecast.json"
     main(["forecast", recipe, f"--json={file}", "--budgets=1m,1h"])
     said = json.loads(file.read_text())
@@ -113,7 +113,7 @@ def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: 
 
 
 def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
-    monkeypatch.setattr(speeds, "SECONDS", 0.1)
+    monkeypatch.setattr(forecast, "SECONDS", 0.1)
     main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
     out = capsys.readouterr().out
     assert "does not exist: only the step is measured" in out and "epochs of 1,281,167 images" in out

@@ -30,6 +30,7 @@ ROOMS = (
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Files that may name training methods: the methods themselves, and what only reads or prints recipes.
 MAY_NAME_METHODS = ("methods/", "bench/")
+COMMON_WORDS = {"batch_size", "image_size", "strength"}  # also names of fields, columns and variables
 MOST_LINES = 450
 MOST_FIT_LINES = 45
 MOST_MEMBERS = 20
@@ -87,6 +88,15 @@ def test_rooms_import_downwards():
     assert checked > 100
 
 
+def test_only_builders_and_commands_read_a_configuration():
+    """All other parts take plain values, so that a script can use them without a Config."""
+    readers = {name for name, tree in modules().items() if "vitlocal.config" in imports(tree)}
+    allowed = {"vitlocal.recipes", "vitlocal.storage", "vitlocal.train.build", "vitlocal.train.command"}
+    allowed |= {"vitlocal.report.page", "vitlocal.report.run_folder", "vitlocal.report.crops"}  # of finished runs
+    assert {name for name in readers - allowed if room(name) != "bench"} == {"vitlocal.write_options"} & readers
+    assert readers >= {"vitlocal.train.build", "vitlocal.train.command"}
+
+
 def test_a_class_name_has_one_meaning():
     places = defaultdict(list)
     for module, node in classes():
@@ -107,9 +117,8 @@ def test_the_core_names_no_method():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vitlocal.methods."):
                 if node.module not in ("vitlocal.methods.method",):
                     found.append(f"{relative}:{node.lineno}: imports {node.module}")
-            # batch_size and image_size are also plain words: names of variables, fields and columns.
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                for name in set(names.findall(node.value)) - {"batch_size", "image_size", "strength"}:
+                for name in set(names.findall(node.value.replace("gc.unfreeze", ""))) - COMMON_WORDS:
                     found.append(f"{relative}:{node.lineno}: {name}")
             if isinstance(node, ast.Name) and names.fullmatch(node.id) and node.id[0].isupper():
                 found.append(f"{relative}:{node.lineno}: {node.id}")

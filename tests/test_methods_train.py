@@ -58,7 +58,7 @@ METHODS = {
     "budgeted compute": ["--methods=budgeted", "--budgeted.compute=1%", "--budgeted.new_moments=copy"],
     "trilevel": ["--methods=trilevel", "--trilevel.token_keep_rate=0.7", *UPDATES],
     "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg",
-                      "--trilevel.attention_masks=own", *UPDATES],
+                      "--trilevel.attention_masks=per_head", *UPDATES],
     "trilevel examples": ["--methods=trilevel", "--trilevel.levels=examples", "--trilevel.score=forgetting", *UPDATES],
     "autoprog": ["--methods=autoprog", *SEARCH],
     "autoprog by FLOPs": ["--methods=autoprog", *SEARCH, "--autoprog.cost=flops", "--autoprog.grow=momentum_new",
@@ -78,7 +78,8 @@ METHODS = {
     "autoprog of sizes and unfreeze": ["--methods=autoprog,unfreeze", "--autoprog.space=size", *SEARCH,
                                        "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=8"],
     "budgeted and connections": ["--methods=budgeted,trilevel", "--trilevel.levels=attention", *UPDATES],
-    "budgeted and unfreeze": ["--methods=budgeted,unfreeze", "--budgeted.grow=heads,hidden", "--unfreeze.size_multiple=16",
+    "budgeted and unfreeze": ["--methods=budgeted,unfreeze", "--budgeted.grow=heads,hidden",
+                              "--unfreeze.size_multiple=16",
                               "--unfreeze.probe_batch_size=8"],
     "trilevel and unfreeze": ["--methods=trilevel,unfreeze", *UPDATES, "--unfreeze.size_multiple=16",
                               "--unfreeze.probe_batch_size=8"],
@@ -128,11 +129,11 @@ def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, t
     assert exports[0] == exports[1]
     records = read_log(tmp_path / "whole")
     assert all(record["macs_per_image"] > 0 for record in records if record["loss"] is not None)
-    if any("samples" in option or "search" in option for option in options):  # what a search takes is told apart
+    if any("probe_batch_size" in option or "search" in option for option in options):
         assert 0 < records[-1]["probe_seconds"] < records[-1]["train_seconds"]
     json.dumps(records)
     asked = [read_lines(tmp_path / name / SEARCHES) for name in ("whole", "killed")]
-    assert asked[0] == asked[1] and bool(asked[0]) == any("samples" in o or "search" in o for o in options)
+    assert asked[0] == asked[1] and bool(asked[0]) == any("probe_batch_size" in o or "search" in o for o in options)
 
 
 @pytest.mark.parametrize("name", ["budgeted", "trilevel", "trilevel deit", "autoprog", "unfreeze"])
@@ -164,12 +165,12 @@ def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     with open_trainer(configure(*COMMON, *METHODS["trilevel examples"])) as trainer:
-        first = set(trainer.state.methods[0].kept.tolist())
+        first = set(trainer.state.methods[0]._kept.tolist())
         assert len(first) == 96 and trainer.state.clock.images_per_epoch == 96
         fit(trainer)
-        assert trainer.state.methods[0].version == 3
+        assert trainer.state.methods[0]._version == 3
     assert seen[0] == first and all(len(rows) == 96 for rows in seen)
-    assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(trainer.state.methods[0].kept.tolist())
+    assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(trainer.state.methods[0]._kept.tolist())
 
 
 def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
@@ -207,9 +208,9 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
         method = trainer.state.methods[0]
         images = torch.randn(2, 3, 48, 48)
         trainer.state.model.eval()
-        order = method.supernet(1)[0]
-        for net in method.candidates(1):
-            skipped = method.skipped(1, net.depth)
+        order = method._supernet(1)[0]
+        for net in method._candidates(1):
+            skipped = method._skipped(1, net.depth)
             with temporary_shape(trainer.state.model, Shape(block_order=order, skipped_blocks=skipped), WHOLE_MODEL):
                 inside = trainer.state.model(images)
             left = tuple(slot for slot in order if slot not in skipped)
@@ -288,7 +289,7 @@ def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model
 def test_some_images_of_a_step_get_no_stage(configure, decoder, monkeypatch: pytest.MonkeyPatch):
     """About unfreeze.stage_null_prob of them, drawn by the step, also where nothing else is drawn for a block."""
     untold = []
-    original = VisionTransformer._told_stage
+    original = VisionTransformer._add_stage
 
     def told_stage(self, tokens, noise):
         found = original(self, tokens, noise)
@@ -297,7 +298,7 @@ def test_some_images_of_a_step_get_no_stage(configure, decoder, monkeypatch: pyt
             untold.append(torch.isclose(row, self.stage_table[-1], atol=1e-5).all(dim=1))
         return found
 
-    monkeypatch.setattr(VisionTransformer, "_told_stage", told_stage)
+    monkeypatch.setattr(VisionTransformer, "_add_stage", told_stage)
     config = configure("--methods=unfreeze", "--model.depth=4", "--unfreeze.schedule=1@16px,2@16px,3@16px,4@16px",
                        "--model.drop_path=0", "--unfreeze.stage_null_prob=0.3", "--budget.length=6ep",
                        "--unfreeze.stage_init_std=0.5")  # fmt: skip
@@ -415,12 +416,12 @@ class Pair(Ranks):
 def test_local_states_are_summed_in_a_checkpoint_and_restored_once(configure, decoder):
     with open_trainer(configure(*COMMON, *METHODS["trilevel examples"], "--trilevel.score=attention")) as trainer:
         method = trainer.state.methods[0]
-        rows = torch.from_numpy(method.kept)
+        rows = torch.from_numpy(method._kept)
         for part, hit in ((rows[:48], True), (rows[48:], False)):  # a half by each process
             method.observe(StepResult(None, part, trainer.plan(), Progress(), torch.full((48,), hit), torch.ones(48)))
             if hit:
                 first = {name: value.clone() for name, value in method.local_state().items()}
-                method.records, method.spread = {}, None
+                method._new_record()
         state = method.state_dict()
         saved = SavedContent()
         trainer._ranks, trainer._output = Pair([first[name] for name in method.local_state()]), saved
@@ -428,10 +429,11 @@ def test_local_states_are_summed_in_a_checkpoint_and_restored_once(configure, de
         trainer._ranks, trainer._output = ALONE, None
         summed = saved.content["local_states"]["trilevel"]
         method.load_state_dict(state)
-        assert not any(record.any() for record in method.records.values())  # as on rank 1
+        assert not method.local_state()["records"].any()  # as on rank 1
         method.load_state_dict(state, summed)  # as on rank 0
-        (record,) = method.records.values()
-        assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48 and method.spread.sum() == 96
+        (record,) = method.local_state()["records"]
+        assert sorted(record[rows].tolist()) == [1] * 48 + [2] * 48
+        assert method.local_state()["attention_variance"].sum() == 96
 
 
 def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decoder, tmp_path: Path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitlocal.config import ModelConfig, TrainConfig
+from vitlocal.config import ModelConfig
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.positions import sincos_table
@@ -60,7 +60,7 @@ def test_what_has_no_gradient_is_left_alone():
 def test_matrices_of_blocks_go_to_muon_and_all_else_to_adamw():
     small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=2, width=32, heads=2)
     model, _ = build_model(small.name, small.arguments(), 10)
-    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    optimizer = build_optimizer(model, "muon")
     assert isinstance(optimizer, CombinedOptimizer)
     adamw, muon = optimizer.members
     held = [{id(p) for group in member.param_groups for p in group["params"]} for member in (adamw, muon)]
@@ -70,7 +70,7 @@ def test_matrices_of_blocks_go_to_muon_and_all_else_to_adamw():
     assert names == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     flat, _ = build_model("resnet18", {}, 10)
     with pytest.raises(ConfigError, match="has no blocks with matrices"):
-        build_optimizer(flat, TrainConfig(optimizer="muon"))
+        build_optimizer(flat, "muon")
 
 
 def test_the_sincos_table():
@@ -81,7 +81,7 @@ def test_the_sincos_table():
         f(place * w) for place in (column, row) for f in (torch.sin, torch.cos) for w in torch.tensor([1, 0.01])
     ]
     torch.testing.assert_close(table[row * 5 + column], torch.stack(expected))
-    small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=1, width=32, heads=2, position="sincos")
+    small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=1, width=32, heads=2, pos_embed_init="sincos")
     model, _ = build_model(small.name, small.arguments(), 10)
     assert torch.equal(model.pos_embed[0, 1:], sincos_table((8, 8), 32)) and not model.pos_embed[0, 0].any()
     with pytest.raises(ConfigError, match="must be a multiple of 4"):

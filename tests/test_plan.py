@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vitlocal.config import TrainConfig, read_config
+from vitlocal.config import Config, TrainConfig, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, conflicts
 from vitlocal.methods.batch_size import BatchSize
@@ -10,7 +10,6 @@ from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
 from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Plan, fold
 from vitlocal.progress import Length, Progress
-from vitlocal.train.build import schedule_of
 
 START = Plan(Feed(224, 64))
 
@@ -90,17 +89,17 @@ def test_what_changed():
 
 def test_the_learning_rate_ends_with_the_budget():
     config = Config(train=TrainConfig(batch_size=256, lr=1e-3, lr_batch=512, end_lr=1e-5))
-    schedule = schedule_of(config)
+    schedule = config.train.lr_schedule
     assert schedule(Progress()) == pytest.approx(5e-4)
     assert schedule(Progress(fraction=0.5)) == pytest.approx((5e-4 + 1e-5) / 2)
     assert schedule(Progress(fraction=1.0)) == pytest.approx(1e-5)
 
 
 def test_linear_constant_and_warm_up():
-    linear = Schedule(TrainConfig(schedule="linear", lr=1.0, lr_batch=0, end_lr=0.0, warmup=Length.parse("2ep")))
+    linear = TrainConfig(schedule="linear", lr=1.0, lr_batch=0, end_lr=0.0, warmup=Length.parse("2ep")).lr_schedule
     assert linear(Progress(epoch=1, fraction=0.25)) == pytest.approx(0.375)
     assert linear(Progress(epoch=3, fraction=0.75)) == pytest.approx(0.25)
-    assert Schedule(TrainConfig(schedule="constant", lr=1.0, lr_batch=0))(Progress(fraction=0.9)) == 1.0
+    assert TrainConfig(schedule="constant", lr=1.0, lr_batch=0).lr_schedule(Progress(fraction=0.9)) == 1.0
 
 
 def test_the_released_schedule_lags_by_an_epoch():
@@ -109,4 +108,4 @@ def test_the_released_schedule_lags_by_an_epoch():
     config = TrainConfig(batch_size=64, schedule_length=Length.parse("300ep"), schedule_by="epoch")
     for epoch in (0, 1, 2, 30):
         stated = 1e-5 + 0.5 * (1.25e-4 - 1e-5) * (1 + math.cos(math.pi * max(epoch - 1, 0) / 300))
-        assert Schedule(config)(Progress(epoch=epoch + 0.5)) == pytest.approx(stated)
+        assert config.lr_schedule(Progress(epoch=epoch + 0.5)) == pytest.approx(stated)

@@ -56,7 +56,8 @@ def test_probes_leave_no_trace(configure, decoder):
         ):
             complete = prober.complete(probe, plan, lambda size: 32)
             first, again = prober.measure(complete, plan), prober.measure(complete, plan)
-            assert first == again and np.isfinite(np.atleast_1d(first)).all()
+            assert probe.kind == "seconds" or first == again  # a time is never the same twice
+            assert np.isfinite(np.atleast_1d(first)).all()
         assert trainer.step.shape == plan.shape and torch.equal(generator, torch.get_rng_state())
         after = tensors_of(trainer)
         assert [name for name in before if not torch.equal(before[name], after[name])] == []

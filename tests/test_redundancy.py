@@ -70,7 +70,7 @@ def test_the_command(configure, decoder, tmp_path: Path, capsys):
     main(["redundancy", str(tmp_path / "run"), "--images=20", f"--json={tmp_path}/r.json", f"--plot={tmp_path}/r.png"])
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [(row["epoch"], row["block"]) for row in rows] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert (tmp_path / "r.png").stat().st_size > 0 and "heads, CKA" in capsys.readouterr().out
+    assert (tmp_path / "r.png").stat().st_size > 0 and "CKA between heads" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="holds no run"):
         main(["redundancy", str(tmp_path)])
     train(configure("--budget.length=1ep", f"--run.folder={tmp_path}/other"))

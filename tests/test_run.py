@@ -228,8 +228,8 @@ def test_the_export_gives_the_same_logits_through_timm_and_predicts(configure, d
         assert torch.equal(loaded(x), model(x))
         classes = trainer.sources.train.classes
     guesses = Predictor(tmp_path / "run")(open_images("sample:6", "val").load(0))
-    assert len(guesses) == 5 and {guess.name for guess in guesses} <= set(classes)
-    assert guesses[0].probability >= guesses[-1].probability
+    assert len(guesses) == 5 and {name for name, _ in guesses} <= set(classes)
+    assert guesses[0][1] >= guesses[-1][1]
     with pytest.raises(ConfigError, match="expected the folder of a finished run"):
         Predictor(tmp_path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitlocal.bench.run_results import machine_of
+from vitlocal.bench.arms import machine_of
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
@@ -96,10 +96,10 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--evaluate.size=50"], "evaluate.size 50: expected multiples of 8"),
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),
         (["--train.kernel=fused"], "fused needs a CUDA device"),
-        (["--methods=batch_size,image_size"], "name it last"),
+        (["--methods=batch_size,image_size"], "put it last"),
         (["--train.cuda_graphs=yes", "--train.compile=no"], "train.cuda_graphs: yes needs train.compile"),
-        (["--model.size=1024", "--augment.random_erasing=0.1"], "augment.random_erasing: images of 1024 px"),
-        (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: 8 is smaller"),
+        (["--model.size=1024", "--augment.random_erasing=0.1"], "augment.random_erasing: its noise covers"),
+        (["--methods=image_size,batch_size", "--batch_size.limit=8"], "batch_size.limit: got 8"),
         (["--run.device=cuda:99"], "run.device"),
         (["--run.device=gpu"], "run.device"),
         (["--data.workers=4096"], "data.workers"),

@@ -24,9 +24,11 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 COMMON = ["--model.depth=4", "--budget.length=4ep", "--evaluate.every=0"]
 SEARCHED = {
-    "autoprog": ["--methods=autoprog", "--autoprog.search_length=0.5ep", "--autoprog.probe_batches=1", "--autoprog.size_multiple=16",
+    "autoprog": ["--methods=autoprog", "--autoprog.search_length=0.5ep", "--autoprog.probe_batches=1",
+                 "--autoprog.size_multiple=16",
                  "--autoprog.loss_at=1"],
-    "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=8", "--unfreeze.timed_batches=1"],
+    "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=8",
+                 "--unfreeze.timed_batches=1"],
 }  # fmt: skip
 
 

@@ -248,3 +248,12 @@ def test_a_budget_in_flops(configure, decoder, tmp_path: Path):
     assert last["flops"] == pytest.approx(4e9, abs=step / 2) and last["lr"] == pytest.approx(1e-5, rel=0.1)
     small = [record for record in records if record["image_size"] == 16][-1]
     assert small["flops"] == pytest.approx(1.2e9, abs=6 * small["macs_per_image"] * 32)
+
+
+def test_the_first_plan_is_that_of_a_run_that_begins(configure, decoder, tmp_path: Path):
+    """Time that passes before the first step is not part of the schedule, however much it is."""
+    options = ("--budget.length=1h", "--budget.counts=wall", "--image_size.stages=16px until 30%,48px")
+    with open_trainer(configure(*options), time.monotonic() - 1800) as trainer:
+        assert trainer.plan().feed.size == 48
+        trainer.prepare()
+        assert trainer.plan().feed.size == 16 and trainer.state.clock.progress.fraction < 0.01

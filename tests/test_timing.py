@@ -11,29 +11,28 @@ from vitlocal.train import timing
 CPU = torch.device("cpu")
 
 
-def test_work_is_repeated_until_both_limits_are_reached() -> None:
+def test_work_is_repeated_until_both_limits_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def work() -> None:
         calls.append(now[0])
         now[0] += 2.0
 
     found = timing.Timing()
-    assert found.measure(work, CPU, calls=3, now=lambda: now[0]) == 2.0 and len(calls) == 3
-    assert found.measure(work, CPU, seconds=7.0, now=lambda: now[0]) == 2.0 and len(calls) == 7
+    assert found.measure(work, CPU, calls=3) == 2.0 and len(calls) == 3
+    assert found.measure(work, CPU, seconds=7.0) == 2.0 and len(calls) == 7
     assert (found.calls, found.seconds) == (7, 14.0)
 
 
 def test_phases_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 10.0, 17.0, 20.0, 25.0])
+    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 17.0, 20.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     timer = timing.PhaseTimer(CPU)
-    for phases in (["forward", "backward", "forward"], [], ["forward", "backward"]):
+    for phases in (["forward", "backward", "forward"], ["forward", "backward"]):
         timer.begin()
         for phase in phases:
             timer.mark(phase)
-        if not phases:
-            timer.drop()
     # With micro-batches, a phase occurs twice.
     assert timer.milliseconds() == [{"forward": 2e3, "backward": 2e3}, {"forward": 7e3, "backward": 3e3}]
 

@@ -1,7 +1,32 @@
 """vitlocal: Vision Transformers trained from scratch on a small budget.
 
-``import vitlocal.models`` registers its models with timm. This package itself imports nothing, so that commands
-which need no PyTorch start at once.
+The public names are imported at their first use, so that ``import vitlocal`` takes no time. ``import vitlocal.models``
+registers the models with timm.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Clock": "vitlocal.train.budget",
+    "CropDecoder": "vitlocal.data.peers.crop_decoder",
+    "Length": "vitlocal.progress",
+    "Loader": "vitlocal.data.loader",
+    "LRSchedule": "vitlocal.schedule",
+    "create_model": "vitlocal.models",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vitlocal' has no attribute '{name}'; it has {', '.join(_PUBLIC)}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

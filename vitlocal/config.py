@@ -34,6 +34,7 @@ from vitlocal.options import (
     plain_value,
 )
 from vitlocal.progress import Length
+from vitlocal.schedule import LRSchedule
 
 LARGEST_ERASED = 836  # px; the noise of random erasing in data/augment.py has three channels of as many pixels
 LOADERS = ("native", "ffcv", "torchvision", "dali")
@@ -109,6 +110,12 @@ class TrainConfig:
     cuda_graphs: str = option("auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps of small kernels")
     kernel: str = option("auto", Choice(*KERNELS), "kernel of the local FFN; auto: fused on a GPU")
 
+    @property
+    def lr_schedule(self) -> LRSchedule:
+        """The learning-rate schedule; its peak is scaled with the batch size."""
+        peak = self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1.0)
+        return LRSchedule(self.schedule, peak, self.end_lr, self.warmup, self.schedule_length, self.schedule_by)
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -125,6 +132,13 @@ class AugmentConfig:
     mixup_prob: float = option(1.0, FRACTION, "probability that mixup or cutmix changes a batch")
     cutmix_prob: float = option(0.5, FRACTION, "probability of cutmix instead of mixup, if both are on")
     random_erasing: float = option(0.0, FRACTION, "probability of random erasing, with pixel noise")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments for :class:`vitlocal.data.augment.Augment`."""
+        names = (
+            "randaugment", "three_augment", "mixup", "cutmix", "mixup_prob", "cutmix_prob", "random_erasing"
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -229,6 +243,12 @@ class Config:
             for name, section in sections.items()
         }
         return {**values, "methods": list(self.methods)}
+
+    def source_arguments(self) -> dict[str, Any]:
+        """The keyword arguments for :func:`vitlocal.data.sources.open_sources`."""
+        data = dict(vars(self.data))
+        crops = {name: getattr(self.augment, name) for name in ("crop_scale", "crop_ratio", "flip", "repeats")}
+        return data | crops | {"seed": self.run.seed, "centre_crop": self.evaluate.crop_pct}
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""

@@ -1,6 +1,6 @@
 """The training plan: what a run does next. Methods propose it, the trainer carries it out.
 
-A *method* (image-size curriculum, budgeted growth, ...) is a pure function from where the run stands
+A *method* (an image-size curriculum, for example) is a pure function from where the run stands
 (:class:`~vitlocal.progress.Progress`) to what it should do (:class:`Plan`). :func:`fold` applies a recipe's methods in
 order.
 """
@@ -214,7 +214,7 @@ def growth_sources(old: int, new: int, which: str = "first") -> list[int]:
 def duplicated_layers(before: int, after: int) -> list[int]:
     """The source layer of each of ``after`` layers, from ``before`` layers. The last layers are repeated most.
 
-    Copies are adjacent: 6 to 8 gives 0, 1, 2, 3, 4, 4, 5, 5 (the "interpolation" of AutoProg's released code).
+    Copies are adjacent: 6 to 8 gives 0, 1, 2, 3, 4, 4, 5, 5 (the "interpolation" of Li et al. 2022, as released).
     """
     times, more = divmod(after, before)
     return [layer for layer in range(before) for _ in range(times + (layer >= before - more))]

@@ -14,22 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vitlocal.bench.measurement import measurement, write_json
+from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
-from vitlocal.bench.planned_runs import RECIPES, option_names
-from vitlocal.bench.runner import signal_on_parent_death, start_trainer
+from vitlocal.bench.runner import RECIPES, option_names, signal_on_parent_death, start_trainer
 from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import schedule_of
 from vitlocal.train.journal import read_spent
 from vitlocal.train.run_folder import JOURNAL
 
@@ -37,7 +36,11 @@ from vitlocal.train.run_folder import JOURNAL
 SET_HERE = {"budget.length": "use --budgets"} | dict.fromkeys(
     ("budget.counts", "run.folder", "run.progress", "run.resume", "resume"), "leave it out"
 )
-POLL_SECONDS = 0.05
+COLUMNS = {
+    "budget": ("budget", ">"), "trial": ("trial", ""), "spent, s": ("spent_seconds", ".2f"),
+    "deviation, %": ("off_percent", "+.2f"), "a step, s": ("step_seconds", ".3f"), "last lr": ("lr", ".2e"),
+    "its end": ("end_lr", ".2e"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,31 +87,23 @@ class TrialRun:
         """Waits until ``seconds`` of the budget are spent. DataError if the run ends before."""
         while read_spent(self.folder / JOURNAL)[self.counts == "wall"] < seconds:
             if self.process.poll() is not None:
-                self._fail(f"the run ended before {seconds:g} s of its budget were spent")
-            time.sleep(POLL_SECONDS)
+                self.fail(f"the run ended before {seconds:g} s of its budget were spent")
+            time.sleep(0.05)
 
-    def finish(self) -> None:
-        """Waits for the end. DataError if the run failed."""
-        if self.process.wait():
-            self._fail(f"the run failed (exit status {self.process.returncode})")
-
-    def _fail(self, why: str) -> NoReturn:
+    def fail(self, why: str) -> NoReturn:
         raise DataError(f"{why}; it printed:\n{self.output.read_text(errors='replace').strip()}")
 
 
 @contextmanager
 def other_load() -> Iterator[None]:
     """Keeps every core busy inside the block."""
-    busy = []
-    try:
+    with ExitStack() as stack:
         for _ in range(cores()):
             command = [sys.executable, "-c", "while True: pass"]
-            busy.append(subprocess.Popen(command, preexec_fn=lambda: signal_on_parent_death(signal.SIGKILL)))
+            process = subprocess.Popen(command, preexec_fn=lambda: signal_on_parent_death(signal.SIGKILL))
+            stack.callback(process.wait)
+            stack.callback(process.kill)
         yield
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
 
 
 def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -123,12 +118,13 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
             run.wait_until(trial.load[0] * budget.value)
             with other_load():
                 run.wait_until(trial.load[1] * budget.value)
-        run.finish()
+        if status := run.process.wait():
+            run.fail(f"the run failed (exit status {status})")
     records = read_log(folder)
     last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # The lifetime of the command is measured from outside. Only the run itself knows its training time.
     spent = run.alive if trial.counts == "wall" else last["train_seconds"]
-    schedule = schedule_of(read_config(run.options))
+    schedule = read_config(run.options).train.lr_schedule
     return {
         "budget": str(budget), "trial": trial.name, "counts": trial.counts, "spent_seconds": round(spent, 3),
         "off_percent": round(100 * (spent / budget.value - 1), 3),
@@ -140,26 +136,21 @@ def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) 
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("clock", __doc__, trainer_options=True)
-    parser.add_argument("--budgets", default="45s,3m", metavar="LIST", help="budgets in time (default: %(default)s)")
-    options, trainer = parser.parse_known_args(list(argv))
+    parser.add_argument("--budgets", type=times, default="45s,3m", metavar="LIST", help="budgets in time (45s,3m)")
+    options, trainer = parser.parse_known_args(argv)
     option_names(trainer, SET_HERE)
     named = any(word.startswith(("--config-file", "-C")) for word in trainer)
     recipe = [] if named else [f"--config-file={RECIPES / 'demo.yaml'}"]
     trainer = [*recipe, "--run.save_every=10s", "--evaluate.every=0", *trainer]
-    budgets, config, rows = times(options.budgets), read_config(trainer), []
+    config, rows = read_config(trainer), []
     for split in ("train", "val"):
         load_manifest(config.data.root, split)  # its error says how to write the data
-    print(f"{'budget':>7} {'trial':26} {'spent':>9} {'deviation':>9} {'a step':>8} {'last lr':>10} {'its end':>10}")
-    for budget in budgets:
-        for trial in TRIALS:
+    with progress_bar(len(options.budgets) * len(TRIALS)) as bar:
+        for budget, trial in product(options.budgets, TRIALS):
+            bar.set_description_str(f"{budget}, {trial.name}")
             with tempfile.TemporaryDirectory() as folder:
-                row = attempt(trial, budget, trainer, Path(folder) / "run")
-            rows.append(row)
-            print(
-                f"{row['budget']:>7} {row['trial']:26} {row['spent_seconds']:7.2f} s {row['off_percent']:+7.2f} % "
-                f"{row['step_seconds']:6.3f} s {row['lr']:10.2e} {row['end_lr']:10.2e}",
-                flush=True,
-            )
-    if options.json:
-        what = "seconds that runs spent of budgets in time; some were killed with SIGKILL or slowed down"
-        write_json(options.json, measurement(what, rows))
+                rows.append(attempt(trial, budget, trainer, Path(folder) / "run"))
+            bar.update()
+    print(text_table(rows, COLUMNS))
+    what = "seconds that runs spent of budgets in time; some were killed with SIGKILL or slowed down"
+    write_json(options.json, what, rows)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from vitlocal.bench.measurement import spread
 from vitlocal.errors import ConfigError, DataError
 
-Turn = Callable[..., Any]  # called once for each turn
+Turn = Callable[..., tuple[float, dict[str, Any]]]  # images/s of one turn, and further fields of the row
 
 
 class Contestant:
@@ -28,6 +28,7 @@ class Contestant:
     def __init__(self, name: str, make: Callable[..., Turn], arguments: Sequence[Any], cores: Sequence[int]):
         context = multiprocessing.get_context("spawn")
         self.name, (self.pipe, theirs) = name, context.Pipe()
+        self.peak_mib = 0.0  # memory during turns
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # inherited; PyTorch reads it when it is loaded
         # Not a daemon, because it may have children.
         self.process = context.Process(target=_serve, args=(make, arguments, cores, theirs))
@@ -38,6 +39,11 @@ class Contestant:
         """The result of one turn. Raises the contestant's ConfigError, else DataError with its error."""
         try:
             self.pipe.send(request)
+            # Memory is measured from outside, because FFCV's writer forks, which may hang in a process with threads.
+            answered = False
+            while not answered:
+                answered = self.pipe.poll(0.5)
+                self.peak_mib = max(self.peak_mib, resident_mib(self.process.pid or 0))
             problem, answer = self.pipe.recv()
         except (EOFError, BrokenPipeError):
             raise DataError(f"{self.name}: its process ended; see its messages above") from None
@@ -46,10 +52,8 @@ class Contestant:
         return answer
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):
             self.pipe.send(None)
-        except OSError:
-            pass
         self.process.join(10)
         self.process.kill()
 
@@ -70,20 +74,40 @@ def _serve(make: Callable[..., Turn], arguments: Sequence[Any], cores: Sequence[
 
 
 @contextmanager
-def closing_all(contestants: list[Contestant]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for contestant in contestants:
-            contestant.close()
-
-
-def cores_for(workers: int) -> list[int]:
-    """The cores for contestants with so many workers. Raises ConfigError if there are too few."""
+def started(
+    make: Callable[..., Turn], arguments: Mapping[str, Sequence[Any]], workers: int
+) -> Iterator[list[Contestant]]:
+    """Contestants with the names and ``arguments`` of a mapping. ConfigError if there are fewer cores than workers."""
     available = sorted(os.sched_getaffinity(0))
     if workers > len(available):
         raise ConfigError(f"--workers: got {workers}, expected at most the {len(available)} cores of this machine")
-    return available[:workers]
+    with ExitStack() as stack:
+        contestants = (Contestant(name, make, values, available[:workers]) for name, values in arguments.items())
+        yield [stack.enter_context(closing(contestant)) for contestant in contestants]
+
+
+def take_turns(
+    contestants: Sequence[Contestant], workers: int, rounds: int, warm_up: tuple, request: tuple, bar: tqdm
+) -> list[dict[str, Any]]:
+    """The measured fields of each contestant's row. The first round sends ``warm_up`` and is not counted."""
+    rates: list[list[float]] = [[] for _ in contestants]
+    fields: list[dict[str, Any]] = [{} for _ in contestants]
+    for contestant in contestants:
+        contestant.peak_mib = 0.0
+    for number in range(rounds + 1):
+        for place, contestant in enumerate(contestants):
+            rate, fields[place] = contestant.ask(*(request if number else warm_up))
+            if number:
+                rates[place].append(rate)
+        bar.update()
+    return [
+        {
+            "workers": workers, "images_per_second": round(median := statistics.median(found), 1),
+            "per_core": round(median / workers, 1), "spread": spread(found), "n": len(found),
+            "rss_mib": round(contestant.peak_mib), **more,
+        }
+        for contestant, found, more in zip(contestants, rates, fields, strict=True)
+    ]  # fmt: skip
 
 
 def resident_mib(process: int) -> float:
@@ -91,62 +115,10 @@ def resident_mib(process: int) -> float:
     parents: dict[int, int] = {}
     pages: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError, ValueError):  # it has ended
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
-        except (OSError, ValueError):
-            continue  # it has ended
-    family, grown = {process}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in family} - family
-        family, grown = family | more, bool(more)
+    family = {process}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
     return sum(pages.get(pid, 0) for pid in family) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-class PeakMemory:
-    """The peak memory of a contestant while this is open, in MiB.
-
-    It is measured from outside, because FFCV's writer forks, which may hang in a process with threads.
-    """
-
-    def __init__(self, contestant: Contestant):
-        self.pid, self.mib, self.done = contestant.process.pid or 0, 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.5):
-            self.mib = max(self.mib, resident_mib(self.pid))
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-        self.mib = max(self.mib, resident_mib(self.pid))
-
-
-class TurnDisplay:
-    """A line with the number of turns that are done and the time that is left."""
-
-    def __init__(self, steps: int):
-        self.bar = tqdm(
-            total=steps, unit=" turns", leave=False, bar_format="{desc}: {n} of {total} turns, {remaining} left"
-        )
-
-    def step(self, description: str) -> None:
-        self.bar.set_description_str(description, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def rates_row(rates: Sequence[float], workers: int) -> dict[str, Any]:
-    """Median, rate per core, spread ((largest - smallest) / median) and number of the measured rates."""
-    median = statistics.median(rates)
-    return {
-        "workers": workers, "images_per_second": round(median, 1), "per_core": round(median / workers, 1),
-        "spread": round((max(rates) - min(rates)) / median, 3), "n": len(rates),
-    }  # fmt: skip

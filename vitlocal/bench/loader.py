@@ -16,137 +16,108 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.contestants import Contestant, TurnDisplay, closing_all, cores_for, rates_row, resident_mib
-from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.bench.parsing import names, numbers, plot_file
+import torch
+
+from vitlocal.bench.contestants import Turn, started, take_turns
+from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, names, numbers, plot_file
 from vitlocal.data.batch import Source
-from vitlocal.data.manifest import Manifest, load_manifest
-from vitlocal.errors import ConfigError
+from vitlocal.data.costs import DecodingCosts, ensure_costs
+from vitlocal.data.crops import ROW_MASK, CropPolicy
+from vitlocal.data.loader import LoaderResources, NativeSource, choose_file
+from vitlocal.data.manifest import load_manifest
+from vitlocal.data.peers.torchvision import TorchvisionSource
+from vitlocal.data.writer.write import WriteConfig, write
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
-from vitlocal.report.figures import save
 
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
-ROUNDS, SECONDS = 3, 0.5
-IMAGES = 2048  # images of a pass, the same random ones each time, so that they come from memory
 ORIGINAL = "original"  # the column `stored` of the loaders of original images
 NAMES, OF_ORIGINALS = ("ours", "ffcv", "torchvision", "dali"), ("torchvision", "dali")
+COLUMNS = {
+    "px": ("size", "d"), "workers": ("workers", "d"), "source": ("source", ""), "stored": ("stored", ""),
+    "images/s": ("images_per_second", ",.0f"), "spread": ("spread", ".1%"), "MiB": ("rss_mib", "d"),
+    **{f"to {name}": (f"to_{name}", ".2f") for name in NAMES[1:]},
+}  # fmt: skip
 
-Turn = Callable[[int, float], float]  # crop size and seconds -> images/s
 
-
-# --- in the processes of the contestants ---
-
-
-def open_source(name: str, data: str, source: str | None, stored: str, workers: int) -> Source:
-    """The training split of the folder ``data``, read by the loader ``name`` (from the file ``stored``, if any)."""
-    import torch
-
-    from vitlocal.data.crops import CropPolicy
-
+def open_pass(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Callable[[int], int]:
+    """Opens a loader. Returns the function that reads a pass of crops of a size and counts the images."""
     crops, device = CropPolicy(random=True), torch.device("cpu")
-    if name in OF_ORIGINALS:
-        if name == "dali":
-            from vitlocal.data.peers.dali import DALISource
+    opened: Source
+    if name == "dali":
+        from vitlocal.data.peers.dali import DALISource
 
-            return DALISource(data, source, "train", crops, device, workers)
-        from vitlocal.data.peers.torchvision import TorchvisionSource
+        opened = DALISource(data, source, "train", crops, device, workers)
+    elif name == "torchvision":
+        opened = TorchvisionSource(data, source, "train", crops, device, workers)
+    elif name == "ours":
+        manifest = load_manifest(data, "train")
+        manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
+        opened = NativeSource(data, manifest, crops, device, LoaderResources(workers))
+    else:  # FFCV's own iterator: our source around it would make it 5 % slower
+        from vitlocal.data.peers.ffcv import FileLoader
 
-        return TorchvisionSource(data, source, "train", crops, device, workers)
-    manifest = load_manifest(data, "train")
-    manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
-    if name == "ffcv":
-        from vitlocal.data.peers.ffcv import FFCVSource
-
-        return FFCVSource(data, manifest, crops, device, workers)
-    from vitlocal.data.loader import LoaderResources, NativeSource
-
-    return NativeSource(data, manifest, crops, device, LoaderResources(workers))
-
-
-def reader(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Turn:
-    """Opens the source of a contestant. Returns the function that measures it at a crop size."""
-    opened = open_source(name, data, source, stored, workers)
+        loader, count = FileLoader(Path(data) / stored, crops, device, workers), load_manifest(data, "train").count
+        rows = crops.draws(count, 0, max(0, count - images)) & ROW_MASK
+        return lambda size: sum(len(pixels) for pixels, _ in loader.start(rows, BATCH, size))
     start = Position(0, max(0, opened.count - images))
 
-    def turn(size: int, seconds: float) -> float:
-        """Images/s over complete passes of at least ``seconds``."""
-        count, began = 0, time.perf_counter()
-        while True:
-            with opened.open(Feed(size, BATCH), start) as batches:
-                count += sum(len(batch) for batch in batches)
+    def read_pass(size: int) -> int:
+        with opened.open(Feed(size, BATCH), start) as batches:
+            return sum(len(batch) for batch in batches)
+
+    return read_pass
+
+
+def reader(*arguments: Any) -> Turn:
+    """Opens a loader as :func:`open_pass` does. Returns the function that measures it at a crop size."""
+    read_pass = open_pass(*arguments)
+
+    def turn(size: int, seconds: float) -> tuple[float, dict[str, Any]]:
+        count, spent, began = 0, 0.0, time.perf_counter()
+        while not count or spent < seconds:  # complete passes only
+            count += read_pass(size)
             spent = time.perf_counter() - began
-            if spent >= seconds:
-                return count / spent
+        return count / spent, {}
 
     return turn
 
 
-# --- in the process of the bench ---
-
-
-def chosen_file(data: str, manifest: Manifest, size: int) -> str:
-    from vitlocal.data.costs import DecodingCosts
-    from vitlocal.data.crops import CropPolicy
-    from vitlocal.data.loader import choose_file
-
-    return choose_file(manifest, DecodingCosts.load(data, manifest), CropPolicy(random=True), 1.5, size).file
-
-
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written if it does not exist."""
-    from vitlocal.data.costs import ensure_costs
-    from vitlocal.data.writer.write import WriteConfig, write
-
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
         ensure_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))
     return SAMPLE_FOLDER
 
 
-def installed() -> list[str]:
-    """The contestants that can run here."""
-    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    return [name for name in NAMES if name != "dali" or has_dali]
-
-
-def compare(
-    data: str, source: str | None, sizes: Sequence[int], workers: Sequence[int], names: Sequence[str], rounds: int,
-    seconds: float, count: int = IMAGES,
-) -> list[dict[str, Any]]:  # fmt: skip
+def compare(data: str, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the measurement, one for each contestant and size."""
-    manifest = load_manifest(data, "train")
-    rows, display = [], TurnDisplay(len(workers) * len(sizes) * (rounds + 1))
-    for threads in workers:
-        cores, contestants, entries = cores_for(threads), list[Contestant](), []
-        with closing_all(contestants):
-            for name in names:
-                for stored in [ORIGINAL] if name in OF_ORIGINALS else [file.file for file in manifest.files]:
-                    arguments = (name, data, source, stored, threads, count)
-                    contestants.append(Contestant(f"{name}, {stored}", reader, arguments, cores))
-                    entries.append({"source": name, "stored": stored})
-            for size in sizes:
-                rates: list[list[float]] = [[] for _ in contestants]
-                memory = [0.0] * len(contestants)
-                for number in range(rounds + 1):  # the first round warms up and does not count
-                    for place, contestant in enumerate(contestants):
-                        rate = contestant.ask(size, seconds if number else 0)
-                        memory[place] = resident_mib(contestant.process.pid or 0)
-                        if number:
-                            rates[place].append(rate)
-                    display.step(f"{size} px, {threads} worker{'s' * (threads > 1)}")
-                chosen = {"source": "ours", "stored": chosen_file(data, manifest, size)}
-                rows += [
-                    {
-                        **entry, "size": size, **rates_row(measured, threads), "rss_mib": round(mib),
-                        "chosen": entry == chosen,
-                    }
-                    for entry, measured, mib in zip(entries, rates, memory, strict=True)
-                ]  # fmt: skip
-    display.close()
+    sizes, rounds, rows = options.sizes, options.rounds, []
+    manifest, crops = load_manifest(data, "train"), CropPolicy(random=True)
+    costs = DecodingCosts.load(data, manifest)
+    files = [file.file for file in manifest.files]
+    entries = [(name, stored) for name in names for stored in ([ORIGINAL] if name in OF_ORIGINALS else files)]
+    with progress_bar(len(options.workers) * len(sizes) * (rounds + 1)) as bar:
+        for threads in options.workers:
+            arguments = {
+                f"{name}, {stored}": (name, data, options.source, stored, threads, options.images)
+                for name, stored in entries
+            }
+            with started(reader, arguments, threads) as contestants:
+                for size in sizes:
+                    bar.set_description_str(f"{size} px, workers: {threads}")
+                    chosen = ("ours", choose_file(manifest, costs, crops, 1.5, size).file)
+                    turns = take_turns(contestants, threads, rounds, (size, 0), (size, options.seconds), bar)
+                    rows += [
+                        {"source": entry[0], "stored": entry[1], "size": size, **measured, "chosen": entry == chosen}
+                        for entry, measured in zip(entries, turns, strict=True)
+                    ]
     return with_ratios(rows)
 
 
@@ -154,87 +125,51 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds the ratios to FFCV on the same file, and to the loaders of original images, to our rows."""
     rate = {(r["source"], r["stored"], r["size"], r["workers"]): r["images_per_second"] for r in rows}
     for row in rows:
-        if row["source"] == "ours":
-            for name in ("ffcv", *OF_ORIGINALS):
-                stored = ORIGINAL if name in OF_ORIGINALS else row["stored"]
-                other = rate.get((name, stored, row["size"], row["workers"]))
-                row[f"to_{name}"] = round(row["images_per_second"] / other, 2) if other else None
+        for name in NAMES[1:] if row["source"] == "ours" else ():
+            stored = ORIGINAL if name in OF_ORIGINALS else row["stored"]
+            other = rate.get((name, stored, row["size"], row["workers"]))
+            row[f"to_{name}"] = round(row["images_per_second"] / other, 2) if other else None
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'px':>4} {'workers':>7}  {'source':12} {'stored':24} {'images/s':>10} {'spread':>7} {'MiB':>6} "
-             f"{'to ffcv':>8} {'to torchvision':>15} {'to dali':>8}"]  # fmt: skip
-    for row in sorted(rows, key=lambda r: (r["workers"], r["size"], r["stored"], r["source"])):
-        to = [f"{row[k]:.2f} x" if row.get(k) else "" for k in ("to_ffcv", "to_torchvision", "to_dali")]
-        mark = "*" if row["chosen"] else " "
-        lines.append(
-            f"{row['size']:4} {row['workers']:7} {mark}{row['source']:12} {row['stored']:24} "
-            f"{row['images_per_second']:10,.0f} {100 * row['spread']:5.1f} % {row['rss_mib']:6} {to[0]:>8} {to[1]:>15} "
-            f"{to[2]:>8}"
-        )
-    return "\n".join(lines)
-
-
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plots images/s per core against the size, on a logarithmic axis, with a line for each contestant."""
-    from matplotlib.figure import Figure
-
+    """Plots images/s per core against the size, with a line for each contestant."""
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
-    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
-    axes = figure.subplots()
     stored = sorted({row["stored"] for row in rows})
-    colours = {name: f"C{number}" for number, name in enumerate(stored)}
     styles = {"ours": "-", "ffcv": "--", "dali": "-.", "torchvision": ":"}
-    for name in styles:
-        for file in stored:
-            line = sorted((r["size"], r["per_core"]) for r in rows if (r["source"], r["stored"]) == (name, file))
-            if line:
-                axes.plot(*zip(*line, strict=True), styles[name], color=colours[file], marker=".",
-                          label=f"{name}, {file.removesuffix('.beton').removeprefix('train_')}")  # fmt: skip
-    chosen = sorted((r["size"], r["per_core"]) for r in rows if r["chosen"])
-    if chosen:
-        axes.plot(*zip(*chosen, strict=True), "o", color="black", fillstyle="none", markersize=9, label="chosen file")
-    axes.set_yscale("log")
-    axes.set_xlabel("crop size, px")
-    axes.set_ylabel("images/s per core")
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
+    lines: list[PlottedLine] = []
+    for name, (number, file) in product(styles, enumerate(stored)):
+        points = [(r["size"], r["per_core"]) for r in rows if (r["source"], r["stored"]) == (name, file)]
+        label = f"{name}, {file.removesuffix('.beton').removeprefix('train_')}"
+        lines.append((label, points, {"linestyle": styles[name], "color": f"C{number}", "marker": "."}))
+    circles = {"linestyle": "none", "color": "black", "marker": "o", "fillstyle": "none", "markersize": 9}
+    chosen = ("chosen file", [(row["size"], row["per_core"]) for row in rows if row["chosen"]], circles)
+    plot_lines({"images/s per core": [*lines, chosen]}, "crop size, px", path, (8.5, 4.6), log=True)
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vitlocal.bench loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data", help="folder of .beton files; default: the built-in sample")
-    parser.add_argument("--source", help="original images; default: the source that the manifest names")
-    parser.add_argument("--sizes", default="32,64,96,128,160,192,224", help="crop sizes, px")
-    parser.add_argument("--workers", default="1", help="numbers of workers, for example 1,2")
-    parser.add_argument("--only", default=",".join(installed()), help="contestants to run")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured rounds")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="minimal length of a turn")
-    parser.add_argument("--images", type=int, default=IMAGES, help="maximal images of a pass")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", type=plot_file, metavar="FILE")
+    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    installed = ",".join(NAMES if has_dali else NAMES[:3])
+    parser = bench_parser("loader", __doc__)
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="folder of .beton files (default: the built-in sample)")
+    add("--source", help="original images (default: the source that the manifest names)")
+    add("--sizes", type=numbers, default="32,64,96,128,160,192,224", help="crop sizes in px (default: 32 to 224)")
+    add("--workers", type=numbers, default="1", help="numbers of workers, such as 1,2 (default: 1)")
+    add("--only", default=installed, help="contestants to run (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
+    add("--seconds", type=at_least(0, float), default=0.5, help="minimal length of a turn (default: 0.5)")
+    # A pass has the same random images each time, so that they come from memory.
+    add("--images", type=at_least(1), default=2048, help="maximal images of a pass (default: 2048)")
+    add("--plot", type=plot_file, metavar="FILE", help="plot images/s per core against the crop size")
     options = parser.parse_args(argv)
-    if options.rounds < 1 or options.images < 1 or options.seconds < 0:
-        raise ConfigError(
-            f"--rounds {options.rounds} --images {options.images} --seconds {options.seconds:g}: expected at least "
-            "1, 1 and 0"
-        )
-    chosen = names(options.only, list(NAMES))
+    chosen = names(options.only, NAMES)
     data = options.data or sample_folder()
-    sizes, workers = numbers(options.sizes, "--sizes"), numbers(options.workers, "--workers")
-    rows = compare(
-        data, options.source, sizes, workers, chosen, options.rounds, options.seconds, options.images
-    )  # fmt: skip
-    print(table(rows))
-    if options.json:
-        what = "images/s of the loaders, random resized crops with flips, each limited to as many cores as workers"
-        images = min(load_manifest(data, "train").count, options.images)
-        write_json(options.json, measurement(what, rows, batch_size=BATCH, images=images))
+    rows = compare(data, chosen, options)
+    ordered = sorted(rows, key=lambda row: (row["workers"], row["size"], row["stored"], row["source"]))
+    print(text_table([r | {"source": ("*" if r["chosen"] else " ") + r["source"]} for r in ordered], COLUMNS))
+    what = "images/s of the loaders, random resized crops with flips, each limited to as many cores as workers"
+    images = min(load_manifest(data, "train").count, options.images)
+    write_json(options.json, what, rows, batch_size=BATCH, images=images)
     if options.plot:
         draw(rows, options.plot)

@@ -1,9 +1,10 @@
-"""The common output of all benches: the JSON file, the table on the terminal, and the progress bar."""
+"""The common output of all benches: the JSON file, the table, the line plot, and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +14,20 @@ from tqdm import tqdm
 
 from vitlocal.machine import commit, hardware, versions
 
+PlottedLine = tuple[str, Sequence[tuple[float, float]], Mapping[str, Any]]  # label, points, matplotlib's style
 
-def measurement(what: str, rows: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """The object that ``--json`` writes. ``rows`` are flat, ``more`` are further fields."""
+
+def write_json(path: str | None, what: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Writes the file of ``--json``, if there is a ``path``. ``rows`` are flat, ``more`` are further fields."""
+    if path is None:
+        return
     in_package = Path(sys.argv[0]).parent.name == "bench"
     program = ["-m", "vitlocal.bench"] if in_package else [Path(sys.argv[0]).name]
     command = shlex.join(["python", *program, *sys.argv[1:]])
     made = {"machine": hardware(), "versions": versions(), "commit": commit()}
-    return {"what": what, "command": command, **more, **made, "rows": list(rows)}
-
-
-def write_json(path: str, measured: dict[str, Any]) -> None:
-    """Writes a measurement. Creates the folder if necessary."""
+    text = json.dumps({"what": what, "command": command, **more, **made, "rows": list(rows)}, indent=1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
@@ -37,8 +38,8 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[st
     """
     lines = [list(columns)]
     for row in rows:
-        values = [(row.get(field), form) for field, form in columns.values()]
-        lines.append(["" if value is None else format(value, form) for value, form in values])
+        cells = ("" if row.get(field) is None else format(row[field], form) for field, form in columns.values())
+        lines.append(list(cells))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     signs = [">" if form else "<" for _, form in columns.values()]
     return "\n".join(
@@ -47,6 +48,31 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[st
     )
 
 
+def spread(rates: Sequence[float]) -> float:
+    """(largest - smallest) / median."""
+    return round((max(rates) - min(rates)) / statistics.median(rates), 3)
+
+
 def progress_bar(turns: int) -> tqdm:
     """A line on the terminal with the number of finished turns and an estimate of the remaining time."""
     return tqdm(total=turns, leave=False, bar_format="{desc}: {n} of {total} turns, {remaining} left")
+
+
+def plot_lines(
+    panels: Mapping[str, Sequence[PlottedLine]], x_name: str, path: Path, inches: tuple[float, float], log: bool = False
+) -> None:
+    """Writes a figure with one plot for each title of ``panels``, and one legend for all of them."""
+    from matplotlib.figure import Figure
+
+    from vitlocal.report.figures import save
+
+    figure = Figure(figsize=inches, layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, points, style in lines:
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), label=label, **style)
+        axes.set(xlabel=x_name, ylabel=title, yscale="log" if log else "linear")
+        axes.grid(alpha=0.3, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    save(figure, path)

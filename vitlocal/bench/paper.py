@@ -21,15 +21,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from vitlocal.bench.arms import arms_parser, compete, planned
+from vitlocal.bench.arms import RunResult, arms_parser, compete, publish
 from vitlocal.bench.parsing import budget, names
-from vitlocal.bench.planned_runs import RECIPES, Arm, read_arms
-from vitlocal.bench.run_results import RunResult, draw, results_table, write_results
-from vitlocal.bench.runner import say
+from vitlocal.bench.runner import RECIPES, Arm, read_arms
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.flops import count_macs
-from vitlocal.progress import Length, Stage
+from vitlocal.progress import Stage
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import make_model
 
@@ -38,14 +36,12 @@ ARMS = {arm.name: arm for arm in read_arms(str(FILE))}
 GROUPS, PLOTS = map(yaml.safe_load(FILE.read_text(encoding="utf-8")).get, ("groups", "plots"))  # names of arms
 # What 24 hours buy the paper at 224 px: 6 epochs of LocalViT took 21.5 hours, and each took 2.4 times as long as ours.
 PAPER_EPOCHS = 16
-PAPER_SIZES = (32, 224)
 SCALED_PATCH = 8
 
 
 def scaled_size(size: int, final: int, patch: int) -> int:
     """Maps the paper's 32 to 224 px to a quarter of ``final`` to all of it, in whole patches."""
-    low, high = PAPER_SIZES
-    wished = final / 4 + (size - low) / (high - low) * (final - final / 4)
+    wished = final / 4 + (size - 32) / (224 - 32) * (final - final / 4)
     return max(patch, int(wished / patch + 0.5) * patch)
 
 
@@ -54,7 +50,7 @@ def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
     config = read_config(arm.command_line(), {})
     with torch.device("meta"):  # only the shapes are needed
         model, _ = make_model(config, 1000, torch.device("meta"))
-    whole, spent, start = count_macs(model, PAPER_SIZES[1]), 0.0, 0.0
+    whole, spent, start = count_macs(model, 224), 0.0, 0.0
     stages: list[Stage] = []
     for stage in recipe_stages(config):
         size = scaled_size(stage.size, final, patch)
@@ -94,41 +90,32 @@ def chosen(text: str | None) -> list[Arm]:
     return [ARMS[name] for name in dict.fromkeys(found)]
 
 
-def write_paper(
-    results: Sequence[RunResult], arms: Sequence[Arm], folder: Path, json: str | None, length: Length
-) -> None:
-    """Writes the table and the plots of the finished runs into ``folder``."""
-    text = results_table(results, arms)
+def write_paper(results: Sequence[RunResult], arms: Sequence[Arm], folder: Path, json: str | None, budget: str) -> None:
+    """Writes the table and the plots of the finished runs into ``folder``. A plot needs two arms."""
+    finished = {result.row["arm"] for result in results}
+    plots = {folder / name: members for name, members in PLOTS.items() if len(finished.intersection(members)) > 1}
+    table = publish(results, arms, budget, "the arms of arXiv 2211.05187", json, plots)
     if results:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    for name, members in PLOTS.items():
-        drawn = [result for member in members for result in results if result.row["arm"] == member]
-        if len({result.row["arm"] for result in drawn}) > 1:
-            draw(drawn, folder / name, f"{name.removesuffix('.png')}, {length} per run")
-    if json:
-        what = f"the arms of arXiv 2211.05187 with a budget of {length} each: the accuracy, and the log of passes"
-        write_results(json, what, results)
-    say(text)
+        (folder / "table.md").write_text(table + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:
     parser = arms_parser("paper", __doc__)
-    parser.add_argument(
-        "--budget", metavar="LENGTH", help="budget of each run (default: 24h; with --scale that of its recipe: 15m)"
-    )
-    parser.add_argument("--only", metavar="LIST", help="arms and groups, separated by commas (default: all)")
-    parser.add_argument("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
-    parser.add_argument("--patch", type=int, metavar="PX", help=f"patch size with --scale (default: {SCALED_PATCH})")
-    options, trainer = parser.parse_known_args(list(argv))
+    add = parser.add_argument
+    add("--budget", type=budget, metavar="LENGTH", help="budget of each run (default: 24h, or 15m with --scale 64)")
+    add("--only", metavar="LIST", help="arms and groups, separated by commas (default: all)")
+    add("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
+    add("--patch", type=int, metavar="PX", help=f"patch size with --scale (default: {SCALED_PATCH})")
+    options, trainer = parser.parse_known_args(argv)
     arms = chosen(options.only)
     if options.scale is not None:
         arms = [scaled(arm, options.scale, SCALED_PATCH if options.patch is None else options.patch) for arm in arms]
     elif options.patch is not None:
         raise ConfigError("--patch: it applies to a smaller benchmark only; give --scale 64 too")
-    length = budget(options.budget or str(read_config(arms[0].command_line(), {}).budget.length))
+    length = options.budget or read_config(arms[0].command_line(), {}).budget.length
 
     def write(results: Sequence[RunResult]) -> None:
-        write_paper(results, arms, Path(options.folder), options.json, length)
+        write_paper(results, arms, options.folder, options.json, str(length))
 
-    compete(planned(arms, length, options, trainer), options, write)
+    compete(arms, length, options, trainer, write)

@@ -2,7 +2,7 @@
 
 Runs the trainer itself with the data and the loader of its recipe, for some steps at each size of the recipe. The steps
 are first timed by phase, and then traced with PyTorch's profiler, which slows them down. The default recipe is
-rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU. If there are no data, the built-in sample is used.
+rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU.
 
     data       the step waits for its batch
     copy       host-to-device copies; they overlap with other phases and are not part of the sum (on a CPU: none)
@@ -15,9 +15,8 @@ On a GPU, a phase is the time between two CUDA events. It includes launches that
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +26,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vitlocal.bench.loader import sample_folder
-from vitlocal.bench.measurement import measurement, progress_bar, text_table, write_json
-from vitlocal.bench.parsing import bench_parser, check_multiples, numbers
-from vitlocal.bench.step_arms import PHASES
+from vitlocal.bench.measurement import progress_bar, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
+from vitlocal.bench.step import PHASES
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Batch
-from vitlocal.data.writer.write import WriteConfig, write
-from vitlocal.errors import ConfigError
+from vitlocal.data.batch import Batch, full_batches
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
 from vitlocal.train.build import make_model, open_trainer
@@ -42,8 +38,7 @@ from vitlocal.train.devices import choose_device, synchronize
 from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
 
-RECIPES = {"cpu": "rcfg/demo.yaml", "cuda": "rcfg/ours.yaml"}
-STEPS = 10
+Rows = list[dict[str, Any]]
 WARM_UP_STEPS = 2  # uncounted steps at each size
 TRACED_STEPS = 3  # traced steps at each size, at most
 SHOWN_OPERATORS = 10
@@ -54,54 +49,36 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def batches_of(trainer: Trainer, feed: Feed) -> Generator[Batch, None, None]:
-    """Endless batches from the present position of the clock."""
-    while True:
-        with trainer.sources.train.open(feed, trainer.state.clock.position) as batches:
-            yield from batches
-
-
-def full_batch(trainer: Trainer, feed: Feed) -> int:
-    """The images of a full batch. A data set that is smaller than a batch gives all of its images."""
-    return min(feed.batch_size, trainer.sources.train.count)
-
-
-def train_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: int, timer: PhaseTimer) -> float:
-    """Trains until ``timer`` holds ``steps`` steps; returns the number of full batches that were trained on.
-
-    The last batch of an epoch, if it is smaller than the others, is trained on but not timed.
-    """
-    images, full = 0, full_batch(trainer, feed)
+def timed_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: int) -> PhaseTimer:
+    """Trains for ``steps`` steps, and times each of them by phase."""
+    timer, hook = PhaseTimer(trainer.step.device), trainer.step.phase_hook
     trainer.step.phase_hook = timer.mark
     try:
-        while len(timer.steps) < steps:
+        for _ in range(steps):
             timer.begin()
             batch = next(batches)
             timer.mark("data")
             trainer.train_step(batch, Plan(feed))
             timer.mark("other")
-            images += batch.total
-            if batch.total < full:
-                timer.drop()
     finally:
-        trainer.step.phase_hook = lambda phase: None
-    return images / full
+        trainer.step.phase_hook = hook
+    return timer
 
 
-def row_of(trainer: Trainer, feed: Feed, steps: Sequence[dict[str, float]], copy_ms: float) -> dict[str, Any]:
+def row_of(feed: Feed, mode: str, steps: Sequence[dict[str, float]], copy_ms: float) -> dict[str, Any]:
     """The row of one size: milliseconds and percent of a step by phase."""
     spent = {part: sum(step.get(part, 0.0) for step in steps) / len(steps) for part in PARTS}
     total = sum(spent.values())
     spent = {"data": spent["data"], "copy": copy_ms, **spent}
     return {
-        "size": feed.size, "batch_size": feed.batch_size, "mode": str(trainer.step.mode(feed)), "steps": len(steps),
-        "step_ms": round(total, 3), "images_per_second": round(1e3 * full_batch(trainer, feed) / total, 1),
+        "size": feed.size, "batch_size": feed.batch_size, "mode": mode, "steps": len(steps),
+        "step_ms": round(total, 3), "images_per_second": round(1e3 * feed.batch_size / total, 1),
         **{f"{part}_ms": round(value, 3) for part, value in spent.items()},
         **{f"{part}_percent": round(100 * value / total, 2) for part, value in spent.items()},
     }  # fmt: skip
 
 
-def operator_rows(averages: Any, feed: Feed, steps: float, device: torch.device) -> list[dict[str, Any]]:
+def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -> Rows:
     """The milliseconds per step that each operator takes itself. On a GPU these are kernels, also of CUDA graphs."""
     on_gpu = device.type == "cuda"
     found = []
@@ -115,62 +92,64 @@ def operator_rows(averages: Any, feed: Feed, steps: float, device: torch.device)
     return [row | {"ms": round(row["ms"], 4), "percent": round(100 * row["ms"] / total, 2)} for row in found]
 
 
-def profiled(
-    config: Config, sizes: Sequence[int] | None, steps: int, trace: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str | None) -> tuple[Rows, Rows]:
     """The rows of the measurement, one for each size, and those of the operators. The run folder is temporary."""
     rows, operators = [], []
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, folder=f"{folder}/run", resume="never", progress=False)
         with open_trainer(replace(config, run=run)) as trainer:
-            device, clock = trainer.step.device, trainer.state.clock
             feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
             if sizes is not None:
                 batch_sizes = {feed.size: feed.batch_size for feed in feeds}
                 feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sizes]
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-            if device.type == "cpu":  # the profiler would print only that it starts and stops
-                os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-            bar = progress_bar(len(feeds))
-            for feed in feeds:
-                bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
-                trainer.compile_for(Plan(feed))
-                clock.start()
-                with closing(batches_of(trainer, feed)) as batches:
-                    train_steps(trainer, feed, batches, WARM_UP_STEPS, PhaseTimer(device))
-                    timer = PhaseTimer(device)
-                    train_steps(trainer, feed, batches, steps, timer)
-                    synchronize(device)
-                    with profile(activities=activities, acc_events=True) as profiler:
-                        traced = train_steps(trainer, feed, batches, min(steps, TRACED_STEPS), PhaseTimer(device))
-                        synchronize(device)
-                clock.timer.stop()
-                averages = profiler.key_averages()
-                copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
-                rows.append(row_of(trainer, feed, timer.milliseconds(), copied / 1e3 / traced))
-                operators += operator_rows(averages, feed, traced, device)
-                if trace:
-                    file = Path(trace)
-                    if len(feeds) > 1:
-                        file = file.with_name(f"{file.stem}_{feed.size}px_{feed.batch_size}{file.suffix}")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    profiler.export_chrome_trace(str(file))
-                bar.update()
-            bar.close()
+            count = trainer.sources.train.count  # a small data set is one batch
+            feeds = [replace(feed, batch_size=min(feed.batch_size, count)) for feed in feeds]
+            with progress_bar(len(feeds)) as bar:
+                for feed in feeds:
+                    bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
+                    row, found = profile_size(trainer, feed, steps, trace)
+                    rows.append(row)
+                    operators += found
+                    bar.update()
     return rows, operators
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: str | None) -> tuple[dict[str, Any], Rows]:
+    """The row of one size, and those of its operators."""
+    device, clock, traced = trainer.step.device, trainer.state.clock, min(steps, TRACED_STEPS)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    if device.type == "cpu":  # the profiler would print only that it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    trainer.compile_for(Plan(feed))
+    clock.start()
+    with closing(full_batches(trainer.sources.train, feed)) as batches:
+        timed_steps(trainer, feed, batches, WARM_UP_STEPS)
+        timer = timed_steps(trainer, feed, batches, steps)
+        synchronize(device)
+        with profile(activities=activities, acc_events=True) as profiler:
+            timed_steps(trainer, feed, batches, traced)
+            synchronize(device)
+    clock.timer.stop()
+    if trace:
+        file = Path(f"{trace.removesuffix('.json')}_{feed.size}px_{feed.batch_size}.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(file))
+    averages = profiler.key_averages()
+    copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
+    row = row_of(feed, str(trainer.step.mode(feed)), timer.milliseconds(), copied / 1e3 / traced)
+    return row, operator_rows(averages, feed, traced, device)
+
+
+def table(rows: Rows) -> str:
     """The phases of each size, in milliseconds and in percent of the step."""
-    lines: list[dict[str, Any]] = []
+    lines: Rows = []
     for row in rows:
-        parts = COLUMNS.keys() & {"copy", *PARTS}
-        lines.append({**row, "unit": "ms", "step": row["step_ms"], **{part: row[f"{part}_ms"] for part in parts}})
-        lines.append({"unit": "%", **{part: row[f"{part}_percent"] for part in parts}})
+        parts = {unit: {part: row[f"{part}_{unit}"] for part in ("copy", *PARTS)} for unit in ("ms", "percent")}
+        lines += [{**row, "unit": "ms", "step": row["step_ms"], **parts["ms"]}, {"unit": "%", **parts["percent"]}]
     return text_table(lines, COLUMNS)
 
 
-def operators_table(operators: Sequence[dict[str, Any]]) -> str:
+def operators_table(operators: Rows) -> str:
     """The operators that take the most time themselves, over all sizes."""
     lines: dict[str, dict[str, Any]] = {}
     columns = {"operator, ms per step and percent": ("operator", "")}
@@ -183,43 +162,22 @@ def operators_table(operators: Sequence[dict[str, Any]]) -> str:
     return text_table(sorted(lines.values(), key=lambda line: -line["ms"])[:SHOWN_OPERATORS], columns)
 
 
-def configured(arguments: Sequence[str]) -> Config:
-    """The trainer's configuration, with a default recipe, and with the sample if the default data are missing."""
-    if not any(word.startswith(("--config-file", "-C")) for word in arguments):
-        device = choose_device(read_config(arguments).run.device)
-        arguments = ["--config-file", RECIPES.get(device.type, RECIPES["cpu"]), *arguments]
-    config = read_config(arguments)
-    named = any(word.partition("=")[0] == "--data.root" for word in arguments)
-    if not named and not Path(config.data.root).is_dir():
-        print(f"{config.data.root} does not exist; the built-in sample is used instead", file=sys.stderr)
-        folder = sample_folder()
-        if not (Path(folder) / "val.json").exists():
-            write(WriteConfig("val", "sample:20", folder))
-        config = replace(config, data=replace(config.data, root=folder))
-    return config
-
-
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("profile", __doc__, trainer_options=True)
-    parser.add_argument("--sizes", metavar="LIST", help="image sizes in px (default: those of the recipe)")
-    parser.add_argument(
-        "--steps", type=int, default=STEPS,
-        help=f"steps to time at each size (%(default)s); at most {TRACED_STEPS} of them are traced",
-    )  # fmt: skip
-    parser.add_argument(
-        "--trace", metavar="FILE",
-        help="write a trace for chrome://tracing; with several sizes, to NAME_{size}px_{batch}.json",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
+    add("--steps", type=at_least(1), default=10, help="steps to time at each size; 3 more are traced (default: 10)")
+    add("--trace", metavar="FILE", help="write a trace for chrome://tracing; of each size, NAME_{size}px_{batch}.json")
     options, rest = parser.parse_known_args(argv)
-    if options.steps < 1:
-        raise ConfigError(f"--steps {options.steps}: expected at least 1")
-    sizes = None if options.sizes is None else sorted(numbers(options.sizes, "--sizes"))
-    config = configured(rest)
-    if sizes is not None:  # checked before the trainer is built
+    sizes = options.sizes and sorted(options.sizes)
+    if not any(word.startswith(("--config-file", "-C")) for word in rest):
+        on_gpu = choose_device(read_config(rest).run.device).type == "cuda"
+        rest = ["--config-file", "rcfg/ours.yaml" if on_gpu else "rcfg/demo.yaml", *rest]
+    config = read_config(rest)
+    if sizes:  # checked before the trainer is built
         check_multiples(sizes, patch_side(make_model(config, 2, torch.device("cpu"))[0]), config.model.name)
     rows, operators = profiled(config, sizes, options.steps, options.trace)
     print(table(rows), operators_table(operators), sep="\n\n")
-    if options.json:
-        what = "the trainer's time by phase, at each size of its recipe"
-        large = [row for row in operators if row["percent"] >= 0.1]
-        write_json(options.json, measurement(what, rows, recipe=config.flat(), operators=large))
+    large = [row for row in operators if row["percent"] >= 0.1]
+    what = "the trainer's time by phase, at each size of its recipe"
+    write_json(options.json, what, rows, recipe=config.flat(), operators=large)

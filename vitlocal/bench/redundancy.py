@@ -13,19 +13,20 @@ Shapes: B images, T tokens, N patch tokens, M heads, d head width, C hidden widt
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import Categorical
 
-from vitlocal.bench.measurement import measurement, write_json
-from vitlocal.bench.parsing import plot_file
+from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, plot_file
 from vitlocal.config import Config, read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.manifest import load_manifest
@@ -39,18 +40,16 @@ from vitlocal.models.shape import SLICED, add_stage_table, model_parts, set_shap
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
-from vitlocal.report.figures import save
 from vitlocal.train.build import device_of, sources_of
 from vitlocal.train.checkpoint import KEPT, read_weights
 
-EXPLAINED_VARIANCE = 0.99
-BATCH_SIZE = 64
 # The measures of a row, with their titles.
 MEASURES = {
     "heads_cka": "CKA between heads",
     "hidden_percent": "components of hidden units, %",
     "attended_percent": "patches attended to, %",
 }
+COLUMNS = {"epoch": ("epoch", ".2f"), "block": ("block", "d")} | {t: (name, ".3f") for name, t in MEASURES.items()}
 
 
 def linear_cka(outputs: Tensor) -> Tensor:
@@ -70,49 +69,40 @@ def linear_cka(outputs: Tensor) -> Tensor:
 def mean_pair(matrix: Tensor) -> float:
     """Returns the mean over pairs of different heads; NaN for one head."""
     heads = len(matrix)
-    if heads < 2:
-        return float("nan")
-    return float((matrix.sum() - matrix.diagonal().sum()) / (heads * (heads - 1)))
+    return float((matrix.sum() - matrix.trace()) / (heads * (heads - 1)))
 
 
 def component_percent(hidden: Tensor) -> Tensor:
-    """Returns how many principal components explain 99 % of the variance over tokens, of hidden units (B, N, C).
-
-    In percent of the largest possible number, min(N, C): (B,) float64.
-    """
+    """Returns the components that explain 99 % of the variance of hidden units (B, N, C), in percent: (B,)."""
     x = hidden.double()
     x = x - x.mean(dim=1, keepdim=True)
     # Eigenvalues of the smaller product: the squared singular values, many times as fast.
     gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
     variances = torch.linalg.eigvalsh(gram).clamp_min(0).flip(1)  # (B, min(N, C)), descending
     explained = variances.cumsum(dim=1) / variances.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    return 100 * (1 + (explained < EXPLAINED_VARIANCE - 1e-12).sum(dim=1)) / variances.shape[1]
+    return 100 * (1 + (explained < 0.99 - 1e-12).sum(dim=1)) / variances.shape[1]
 
 
 def attended_percent(attention: Tensor) -> Tensor:
     """Returns the exponential of the entropy of attention over N patches (B, N), in percent of N: (B,) float64."""
-    weights = attention.double()
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    entropy = -(weights * weights.clamp_min(1e-30).log()).sum(dim=1)
-    return 100 * entropy.exp() / weights.shape[1]
+    return 100 * Categorical(attention.double()).perplexity() / attention.shape[1]
 
 
 @torch.inference_mode()
 def measure_blocks(model: VisionTransformer, batches: Sequence[Tensor]) -> list[dict[str, float]]:
     """Returns a row of measures for each block, over batches of normalised images (B, 3, S, S)."""
     rows = [dict.fromkeys(MEASURES, 0.0) for _ in model.active.block_order]
-    handles: list[Any] = []
-    for index, row in zip(model.active.block_order, rows, strict=True):
-        block: Any = model.blocks[index]
-        if not isinstance(block.mlp, SLICED):
-            raise ConfigError(f"{type(model).__name__}: hidden units can be measured only in DeiT and local-FFN models")
-        handles += _measuring_hooks(block, row, model.num_prefix_tokens)
-    try:
+    with ExitStack() as hooks:
+        for index, row in zip(model.active.block_order, rows, strict=True):
+            block: Any = model.blocks[index]
+            if not isinstance(block.mlp, SLICED):
+                raise ConfigError(
+                    f"{type(model).__name__}: expected a DeiT or local-FFN model, to measure hidden units"
+                )
+            for hook in _measuring_hooks(block, row, model.num_prefix_tokens):
+                hooks.enter_context(hook)
         for images in batches:
             model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     count = sum(map(len, batches))
     return [{"block": place, **{name: row[name] / count for name in row}} for place, row in enumerate(rows)]
 
@@ -136,14 +126,8 @@ def _measuring_hooks(block: Any, row: dict[str, float], num_prefix_tokens: int) 
     return [block.norm1.register_forward_hook(after_norm), block.mlp.register_forward_pre_hook(before_mlp)]
 
 
-# --- weights over time ----------------------------------------------------------------------------------------------
-
-
 def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
-    """Returns the epoch at which ``file`` was kept, and the model with its weights, in its shape then.
-
-    Heads are measured with all connections, also if training masked some.
-    """
+    """Returns the epoch at which ``file`` was kept, and the model in its shape then, without masks in its heads."""
     state, about = read_weights(file)
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
     if not isinstance(model, VisionTransformer):
@@ -159,78 +143,54 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
 
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
     """Returns ``images`` of the validation split, spread over all of it, normalised, in batches."""
-    sources = sources_of(config, device)
-    normalize, count = Normalize().to(device), sources.val.count
-    # unique(): if the split has fewer images, all of them
-    wanted = torch.tensor([place * count // images for place in range(images)]).unique()
-    found: list[Tensor] = []
-    try:
-        with sources.val.open(
-            Feed(config.evaluate.size or config.model.size, config.evaluate.batch_size), Position()
-        ) as batches:
-            for batch in batches:
-                chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
-                found.append(normalize(batch.images[chosen]).clone())
-    finally:
-        sources.close()
-    return list(torch.cat(found).split(BATCH_SIZE))
+    normalize, found = Normalize().to(device), []
+    feed = Feed(config.evaluate.size or config.model.size, config.evaluate.batch_size)
+    with closing(sources_of(config, device)) as sources, sources.val.open(feed, Position()) as batches:
+        count = sources.val.count
+        # unique(): if the split has fewer images, all of them
+        wanted = torch.tensor([place * count // images for place in range(images)]).unique()
+        for batch in batches:
+            chosen = torch.isin(batch.ids, wanted).nonzero().flatten().to(device)
+            found.append(normalize(batch.images[chosen]).clone())
+    return list(torch.cat(found).split(64))
 
 
-def draw(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draws the three measures against the epoch, a line for each block."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plots the three measures against the epoch, with a line for each block."""
     blocks = sorted({row["block"] for row in rows})
-    for axes, (name, title) in zip(figure.subplots(1, 3), MEASURES.items(), strict=True):
-        for block in blocks:
-            points = [(row["epoch"], row[name]) for row in rows if row["block"] == block]
-            color = matplotlib.colormaps["viridis"](block / max(1, blocks[-1]))
-            axes.plot(
-                *zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=1.2, label=f"block {block}"
-            )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    return figure
+    panels: dict[str, list[PlottedLine]] = {title: [] for title in MEASURES.values()}
+    for block, (name, title) in product(blocks, MEASURES.items()):
+        points = [(row["epoch"], row[name]) for row in rows if row["block"] == block]
+        color = matplotlib.colormaps["viridis"](block / max(1, blocks[-1]))
+        panels[title].append((f"block {block}", points, {"color": color, "marker": "o", "markersize": 3}))
+    plot_lines(panels, "epoch", path, (11, 3.6))
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures each kept set of weights, prints the rows, and writes or draws them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vitlocal.bench redundancy", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="folder of a run that kept weights")
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="validation images (default: 512)")
+    parser = bench_parser("redundancy", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that kept weights")
+    parser.add_argument("--images", type=at_least(2), default=512, metavar="N", help="validation images (default: 512)")
     parser.add_argument("--data", metavar="DIR", help="data folder (default: the run's)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="draw the rows to this file (png, svg or pdf)")
+    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot the measures against the epoch")
     options = parser.parse_args(argv)
-    if options.images < 2:
-        raise ConfigError(f"--images: got {options.images}, expected at least 2")
-    folder = Path(options.run)
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} holds no run; expected a folder that train_imagenet.py made")
-    files = sorted((folder / KEPT).glob("*.safetensors"))  # their names begin with the step
+    recipe, kept = options.run / "config.yaml", options.run / KEPT
+    if not recipe.is_file():
+        raise ConfigError(f"{options.run} holds no run; expected a folder that train_imagenet.py made")
+    files = sorted(kept.glob("*.safetensors"))  # their names begin with the step
     if not files:
-        raise ConfigError(
-            f"{folder / KEPT} holds no weights; train with --run.keep_weights=yes, which keeps them at each evaluation"
-        )
-    data = [f"--data.root={options.data}"] if options.data else []
-    config = read_config([f"--config-file={folder / 'config.yaml'}", *data], {})
+        raise ConfigError(f"{kept} holds no weights; train with --run.keep_weights=yes, which keeps them")
+    config = read_config([f"--config-file={recipe}", *([f"--data.root={options.data}"] if options.data else [])], {})
     num_classes = len(load_manifest(config.data.root, "val").classes)
     device = device_of(config)
     batches = validation_batches(config, options.images, device)
     rows: list[dict[str, Any]] = []
-    print(f"{'epoch':>7} {'block':>6} {'heads, CKA':>11} {'hidden, %':>10} {'attended, %':>12}")
-    for file in files:
-        epoch, model = load_kept(file, config, num_classes)
-        for row in measure_blocks(model.to(device), batches):
-            rows.append({"epoch": epoch, **row})
-            heads, hidden, attended = (row[name] for name in MEASURES)
-            print(f"{epoch:7.2f} {row['block']:6d} {heads:11.3f} {hidden:10.1f} {attended:12.1f}", flush=True)
-    if options.json:
-        what = f"redundancy of a model's parts during training, on {sum(map(len, batches))} validation images"
-        write_json(options.json, measurement(what, rows))
+    with progress_bar(len(files)) as bar:
+        for file in files:
+            epoch, model = load_kept(file, config, num_classes)
+            rows += [{"epoch": epoch, **row} for row in measure_blocks(model.to(device), batches)]
+            bar.update()
+    print(text_table(rows, COLUMNS))
+    what = f"redundancy of a model's parts during training, on {sum(map(len, batches))} validation images"
+    write_json(options.json, what, rows)
     if options.plot:
-        save(draw(rows), options.plot)
+        draw(rows, options.plot)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.measurement import measurement, text_table, write_json
+from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser
 from vitlocal.errors import ConfigError
 from vitlocal.report.figures import by_size
@@ -21,9 +21,8 @@ from vitlocal.report.page import page_of, rows_table
 from vitlocal.report.run_folder import RunRecord, duration, names_of, read_run
 
 # Options that change nothing in a forecast.
-IGNORED = {"data.root", "data.source"} | {
-    f"run.{name}" for name in ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
-}
+RUN_OPTIONS = ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
+IGNORED = {"data.root", "data.source", *(f"run.{name}" for name in RUN_OPTIONS)}
 COLUMNS = {"": ("what", ""), "forecast": ("forecast", ",.6g"), "actual": ("happened", ",.6g"),
            "deviation": ("off", "+.1%")}  # fmt: skip
 
@@ -57,41 +56,33 @@ def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
     return found
 
 
-def comparison_part(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
-    """The comparison as HTML."""
-    cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
-    paragraphs = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in notes)
-    return "<h2>Forecast and run</h2>" + paragraphs + rows_table(list(COLUMNS), cells)
-
-
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("report", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--out", metavar="FILE", help="file to write (default: report.html in the folder of a single run, or here)"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    where = "report.html in the folder of a single run, or here"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"file to write (default: {where})")
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_args(argv)
     if options.json and not options.forecast:
         raise ConfigError("--json: it writes the comparison of a forecast with the run; give --forecast FILE too")
-    folders = [Path(run).absolute() for run in options.runs]
+    folders = [run.absolute() for run in options.runs]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    parts = []
+    parts: list[str] = []
     if options.forecast:
         try:
             forecast = json.loads(Path(options.forecast).read_text(encoding="utf-8"))
             rows = compare(forecast, runs[0])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"--forecast: {options.forecast} is not what bench forecast --json writes ({error})"
-            ) from error
+            wrong = f"{options.forecast} is not what bench forecast --json writes"
+            raise ConfigError(f"--forecast: {wrong} ({error})") from error
         notes = mismatches(forecast, runs[0])
-        parts = [comparison_part(rows, notes)]
+        cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
+        paragraphs = [f"<p>Note: {html.escape(note)}.</p>" for note in notes]
+        parts = ["<h2>Forecast and run</h2>", *paragraphs, rows_table(list(COLUMNS), cells)]
         print("\n".join([text_table(rows, COLUMNS), *(f"note: {note}" for note in notes)]))
-        if options.json:
-            write_json(options.json, measurement("a forecast compared with the run that followed", rows))
-    out = Path(options.out) if options.out else folders[0] / "report.html" if len(runs) == 1 else Path("report.html")
+        write_json(options.json, "a forecast compared with the run that followed", rows)
+    out = options.out or (folders[0] if len(runs) == 1 else Path()) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page_of(runs, not options.no_crops, parts), encoding="utf-8")
     accuracies = ", ".join(f"{run.name} {run.last['top1']:.2f} %" for run in runs)

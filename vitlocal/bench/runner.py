@@ -1,39 +1,185 @@
-"""Trains planned runs, several at a time, each on its share of the machine. A run that is stopped saves first."""
+"""Arms, the runs that a bench plans for them, and training several runs at a time, each on its share of the machine."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import yaml
 
-from vitlocal.bench.planned_runs import ROOT, PlannedRun
 from vitlocal.bench.runs import summary
+from vitlocal.config import Config, read_config
+from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
+from vitlocal.options import as_argument
+from vitlocal.recipes import check_same_run
 from vitlocal.report.run_folder import duration
-from vitlocal.train.run_folder import in_use
+from vitlocal.storage import methods_writing
+from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
 
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STALL_LIMIT = 0.02  # of a minute without free memory: above it, the bench prints a note
 
+# The trainer's options that the bench sets for each run, and the remedy if a user sets them.
+BENCH_OPTIONS = {"run.seed": "use --seeds", "run.folder": "use --folder", "budget.length": "use --budget"} | (
+    dict.fromkeys(("run.progress", "run.resume", "resume"), "leave it out")
+)
+
+RunKey = tuple[str, int, str]  # arm, seed and budget of a run
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A contestant: recipes, of which later ones override earlier ones, and options that override both."""
+
+    name: str
+    recipes: tuple[Path, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+    published: float | None = None  # top-1 of the paper at full scale, percent
+
+    def command_line(self) -> list[str]:
+        """The arm as options of the trainer."""
+        options = [f"--{name}={as_argument(value)}" for name, value in self.options.items()]
+        return [*(f"--config-file={recipe}" for recipe in self.recipes), *options]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of one arm, with a seed, a budget and a folder."""
+
+    arm: Arm
+    seed: int
+    budget: str
+    folder: Path
+    shared: tuple[str, ...] = ()  # the trainer's options that all runs have
+
+    @property
+    def key(self) -> RunKey:
+        return self.arm.name, self.seed, self.budget
+
+    @property
+    def options(self) -> list[str]:
+        """The trainer's command line."""
+        own = [f"--run.seed={self.seed}", f"--budget.length={self.budget}", f"--run.folder={self.folder}"]
+        return [*self.arm.command_line(), *self.shared, *own, "--run.progress=no"]
+
+    def config(self) -> Config:
+        """The run's configuration. ConfigError if it is wrong, or if the folder holds a different run."""
+        config = read_config(self.options)
+        if setting := methods_writing(config, "budget.length"):
+            what = f"the arm '{self.arm.name}': options of {', '.join(setting)} set the length of the run"
+            raise ConfigError(f"{what}, but all arms must have the same length; leave them out")
+        if (self.folder / "config.yaml").exists():
+            check_same_run(self.folder, config, "folder")
+            self._check_data(config.data.root)
+        return config
+
+    def _check_data(self, root: str) -> None:
+        """Raises ConfigError if the run in the folder was trained on other images than those of ``root``."""
+        before = [origin["data"] for origin in read_origin(self.folder) if "data" in origin][-1:]
+        has_manifest = (Path(root) / "train.json").exists()  # the trainer itself checks other data
+        if before and has_manifest and before != [now := data_in(root)]:
+            trained_on = f"{before[0]['images']} images of {before[0]['classes']} classes"
+            raise ConfigError(
+                f"folder: {self.folder} holds a run that was trained on {trained_on}, but {root} holds other data "
+                f"({now['images']} of {now['classes']}); use another --folder, or the same data"
+            )
+
+    @property
+    def output(self) -> Path:
+        """The file with what the trainer prints."""
+        return Path(f"{self.folder}.txt")
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "model.safetensors").exists()  # written when the budget is spent
+
+
+@lru_cache
+def data_in(root: str) -> dict[str, Any]:
+    """What identifies the training data of a folder. Cached, because ImageNet's manifest takes seconds to read."""
+    manifest = load_manifest(root, "train")
+    return data_fingerprint(manifest.count, manifest.classes)
+
+
+def plan_runs(
+    arms: Sequence[Arm], seeds: Sequence[int], budget: str, folder: Path, shared: Sequence[str]
+) -> list[PlannedRun]:
+    """The runs, seed by seed. ConfigError if two arms would have the same folder, or if an option is set twice."""
+    common = option_names(shared, BENCH_OPTIONS)
+    runs: dict[Path, PlannedRun] = {}
+    for arm, name in ((each, name) for each in arms for name in each.options):
+        if name in BENCH_OPTIONS:
+            raise ConfigError(f"the arm '{arm.name}': the bench sets {name} for each run; {BENCH_OPTIONS[name]}")
+        if name in common:
+            stated = as_argument(arm.options[name])
+            raise ConfigError(f"--{name}: the arm '{arm.name}' has {name}={stated}; leave out one of them")
+    for seed, arm in product(seeds, arms):
+        place = folder / f"{re.sub(r'[^a-zA-Z0-9_.=+-]', '_', arm.name)}-{budget}-seed{seed}"
+        if place in runs:
+            both = f"the arms '{runs[place].arm.name}' and '{arm.name}'"
+            raise ConfigError(f"{both} would both train in {place}; give them different names")
+        runs[place] = PlannedRun(arm, seed, budget, place, tuple(shared))
+    return list(runs.values())
+
+
+def option_names(words: Sequence[str], bench_options: Mapping[str, str]) -> set[str]:
+    """The names of options on a command line. ConfigError, with the remedy, if one is in ``bench_options``."""
+    found = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    for name in found & bench_options.keys():
+        raise ConfigError(f"--{name}: the bench sets it for each run; {bench_options[name]}")
+    return found
+
+
+def read_arms(path: str) -> list[Arm]:
+    """The arms of a yaml file, with what the table shows about them. ConfigError if it is not such a file."""
+    folder = Path(path).parent
+
+    def files(named: str | Sequence[str]) -> tuple[Path, ...]:
+        return tuple(folder / name for name in ([named] if isinstance(named, str) else named))
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        shared, common, arms = files(content.get("recipes", ())), content.get("options") or {}, []
+        for name, options in content["arms"].items():
+            if "," in str(name):
+                raise ConfigError(f"{path}: the name of the arm '{name}' contains a comma, which separates names")
+            own = {**common, **(options or {})}
+            recipes, about, published = own.pop("recipes", ()), own.pop("about", ""), own.pop("published", None)
+            arms.append(Arm(str(name), (*shared, *files(recipes)), own, about, published))
+        if not arms:
+            raise TypeError("there are no arms")
+        return arms
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a yaml file of arms") from error
+    except (yaml.YAMLError, UnicodeError, AttributeError, KeyError, TypeError) as error:
+        expected = "'recipes', a list of files, and 'arms', each a name with options"
+        raise ConfigError(f"{path}: expected {expected} ({error})") from error
+
 
 class Runner:
-    """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and its own GPU if there are GPUs.
+    """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and one of the ``gpus``, if any.
 
     In each place, ``together`` runs share the cores. They meet the same slow and fast minutes. To make this true for
     all runs that are compared, the runs of a seed start when those of the seed before have ended.
-
-    ``gpus`` are GPUs as CUDA_VISIBLE_DEVICES names them. Raises ConfigError if there are fewer places.
     """
 
     def __init__(self, jobs: int, together: int, folder: Path, gpus: Sequence[str] = ()):
@@ -44,9 +190,7 @@ class Runner:
         if 0 < len(gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
         if gpus and together > 1:
-            raise ConfigError(
-                "--together: runs that share a GPU cannot be timed; leave it out, or train on the CPU: --run.device=cpu"
-            )
+            raise ConfigError("--together: runs that share a GPU cannot be timed; leave it out, or use a CPU")
         self.share = len(self.cores) // jobs
         self.free = [*range(jobs)] * together  # places
         self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}  # runs and their places
@@ -74,8 +218,7 @@ class Runner:
 
     def _check_memory(self) -> None:
         """Prints a note once if memory is short: the search for free pages would count as training time."""
-        stalls = memory_stalls()
-        if stalls > STALL_LIMIT and not self._stall_noted:
+        if not self._stall_noted and (stalls := memory_stalls()) > STALL_LIMIT:
             self._stall_noted = True
             say(
                 f"note: memory is short (nothing ran for {stalls:.0%} of the last minute), so the present runs are "
@@ -129,9 +272,9 @@ class Runner:
             if first:
                 say("\nstopping: the runs save; the same command continues them", sys.stderr)
 
-        handled = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-            handled.append(signal.SIGHUP)
+        handled = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            handled.pop()
         before = {number: signal.signal(number, forward) for number in handled}
         try:
             yield
@@ -156,10 +299,7 @@ def signal_on_parent_death(number: int) -> None:
 def start_trainer(
     options: Sequence[str], output: Path, on: Collection[int] = (), **more: Any
 ) -> subprocess.Popen[bytes]:
-    """Starts the trainer on the cores ``on``, or on all. Its output is appended to ``output``.
-
-    If this process is killed, the trainer saves and stops.
-    """
+    """Starts the trainer on the cores ``on``, or on all. If this process is killed, it saves and stops."""
 
     def prepare() -> None:
         if on:
@@ -173,7 +313,5 @@ def start_trainer(
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return named.split(",") if named and count else [str(number) for number in range(count)]

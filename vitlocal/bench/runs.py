@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlocal.bench.measurement import measurement, text_table, write_json
+from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser, plot_file
 from vitlocal.report.figures import Line, by_size, race, save
 from vitlocal.report.run_folder import duration, names_of, read_log, read_run
@@ -22,10 +22,9 @@ def summary(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     last = run.last
     waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run.line).values())
-    fields = ("images_seen", "train_seconds", "wall_seconds")
     return {
         "run": folder.name, "top1": last["top1"], "top5": last["top5"], "epochs": last["epoch"],
-        **{name: last[name] for name in fields},
+        **{name: last[name] for name in ("images_seen", "train_seconds", "wall_seconds")},
         "images_per_second": round(last["images_seen"] / last["train_seconds"], 1),
         "data_wait_fraction": round(waited / run.records[-1]["train_seconds"], 5),
     }  # fmt: skip
@@ -33,16 +32,16 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("runs", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
     options = parser.parse_args(argv)
-    folders = [Path(run) for run in options.runs]
-    rows = [summary(folder) | {"run": name} for folder, name in zip(folders, names_of(folders), strict=True)]
-    curves = {row["run"]: read_log(folder) for folder, row in zip(folders, rows, strict=True)}
-    times = [{"training": duration(row["train_seconds"]), "total": duration(row["wall_seconds"])} for row in rows]
-    print(text_table([row | time for row, time in zip(rows, times, strict=True)], COLUMNS))
-    if options.json:
-        what = "training runs: the accuracy that each reached, and the log of its passes"
-        write_json(options.json, measurement(what, rows, curves=curves))
+    rows, curves = [], {}
+    for folder, name in zip(options.runs, names_of(options.runs), strict=True):
+        rows.append(summary(folder) | {"run": name})
+        curves[name] = read_log(folder)
+    times = {"training": "train_seconds", "total": "wall_seconds"}
+    print(text_table([row | {title: duration(row[name]) for title, name in times.items()} for row in rows], COLUMNS))
+    what = "training runs: the accuracy that each reached, and the log of its passes"
+    write_json(options.json, what, rows, curves=curves)
     if options.plot:
         save(race({name: [Line(name, curve)] for name, curve in curves.items()}), options.plot)

@@ -18,44 +18,228 @@ erasing and mixing belong to the forward pass, and gradient clipping belongs to 
 from __future__ import annotations
 
 import gc
+import math
 import os
+import re
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from tqdm import tqdm
+from torch import nn
 
-from vitlocal.bench.measurement import measurement, progress_bar, text_table, write_json
-from vitlocal.bench.parsing import bench_parser, check_multiples, numbers, plot_file
-from vitlocal.bench.step_arms import FAMILIES, PHASES, StepArm, StepEntry, choose_arms, model_shape
+from vitlocal.bench.measurement import progress_bar, spread, text_table, write_json
+from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, names, numbers
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
+from vitlocal.models.flops import count_macs
+from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
-from vitlocal.report.figures import save
-from vitlocal.train.build import device_of
+from vitlocal.progress import TRAINING_FLOPS
+from vitlocal.train.build import build_step, device_of
+from vitlocal.train.compile import Mode
 from vitlocal.train.devices import choose_device
-from vitlocal.train.precision import choose_precision
-from vitlocal.train.timing import Timing
+from vitlocal.train.precision import autocast, choose_precision
+from vitlocal.train.timing import LR, PhaseTimer, Timing, device_memory, noise_batch, noise_step
 
-ROUNDS, SECONDS = 3, 1.0
-SIZES = {"cpu": "32,64", "cuda": "32,64,96,128,160,192,224"}
+CLASSES = 1000
+PHASES = ("augment", "forward", "backward", "optimizer", "average")  # of the trainer's step, in order
+# After each turn, some steps are timed by phase: the number of uncounted steps and of counted ones. On a GPU, the host
+# must first be ahead of the device.
+PHASE_STEPS = {"cpu": (0, 1), "cuda": (2, 2)}
+FAMILIES = {"local": "", "deit": "deit_", "localvit": "localvit_"}
+OUR_MODELS = re.compile(r"vitlocal_(?:deit_|localvit_)?(tiny|small|base)_patch(\d+)_\d+")
+SIZES = {"cpu": [32, 64], "cuda": list(range(32, 225, 32))}
 # Defaults below recipes and the command line; they replace the environment.
 DEFAULTS = {
     "cpu": {"model.name": "vitlocal_tiny_patch8_64", "model.size": "64", "train.batch_size": "16"},
     "cuda": {"model.name": "vitlocal_small_patch16_224", "model.size": "224", "train.batch_size": "1024"},
 }
 PEAK = {"cpu": (1024, 1), "cuda": (8192, 10)}  # the side of the matrices, and the products of a turn
-PEAK_TURNS = 20
-
 COLUMNS = {
     "px": ("size", "d"), "arm": ("arm", ""), "images/s": ("images_per_second", ",.1f"), "spread": ("spread", ".1%"),
     "step ms": ("step_ms", ",.1f"), "MFU": ("mfu", ".1%"), "GFLOP/image": ("gflops_per_image", ".2f"),
     "peak MiB": ("peak_mib", ",d"), **{f"{phase} ms": (f"{phase}_ms", ".1f") for phase in PHASES},
-    "time to deit": ("time_to_deit", ".2f"), "speed to timm": ("speed_to_timm", ".2f"), "": ("note", ""),
+    "time to deit": ("time_to_deit", ".2f"), "speed to timm": ("speed_to_timm", ".2f"), "kernel": ("kernel", ""),
+    "mode": ("mode", ""),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepArm:
+    """A model, compiled or eager, with one kernel of the local FFN (``train.kernel``)."""
+
+    model: str  # a name of FAMILIES, or "timm"
+    compiled: bool
+    kernel: str = "auto"
+
+    def __str__(self) -> str:
+        kernel = "" if self.kernel == "auto" else f"-{self.kernel}"
+        return f"{self.model}{kernel}-{'compiled' if self.compiled else 'eager'}"
+
+
+def choose_arms(text: str | None, device: torch.device) -> list[StepArm]:
+    """The arms of ``--arms``. Without it: all arms on a GPU, the eager ones on a CPU."""
+    on_gpu = device.type == "cuda"
+    known = [
+        StepArm(model, compiled, kernel)
+        for model in (*FAMILIES, "timm")
+        for kernel in (("auto", "plain") if model == "local" and on_gpu else ("auto",))
+        for compiled in (False, True)
+    ]
+    if text is None:
+        return [arm for arm in known if on_gpu or not arm.compiled]
+    by_name = {str(arm): arm for arm in known}
+    return [by_name[name] for name in names(text, list(by_name), "--arms")]
+
+
+def model_shape(config: Config) -> tuple[str, int]:
+    """The width (tiny, small, base) and the patch size of the recipe's model. ConfigError if it is a timm model."""
+    match = OUR_MODELS.fullmatch(config.model.name)
+    if match is None:
+        example = "such as vitlocal_small_patch16_224"
+        raise ConfigError(f"model.name: got '{config.model.name}', expected a vitlocal model for all arms, {example}")
+    return match[1], config.model.patch_size or int(match[2])
+
+
+def arm_config(arm: StepArm, config: Config) -> Config:
+    """The recipe of an arm of ours: the same width, depth and patch size in the arm's model family."""
+    width, patch = model_shape(config)
+    model = replace(config.model, name=f"vitlocal_{FAMILIES[arm.model]}{width}_patch16_224", patch_size=patch)
+    if arm.model != "local":
+        model = replace(model, norm=None, convolution=None)  # these are options of the local FFN only
+    train = replace(config.train, compile="yes" if arm.compiled else "no", kernel=arm.kernel)
+    return replace(config, model=model, train=train)
+
+
+def timm_model(config: Config) -> Any:
+    """timm's DeiT with the shape of the recipe's model."""
+    width, patch = model_shape(config)
+    model = config.model
+    stated = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads, "qkv_bias": model.qkv_bias}
+    arguments: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
+    if model.pool == "avg":
+        arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
+    return timm.create_model(
+        f"deit_{width}_patch16_224", num_classes=CLASSES, patch_size=patch, img_size=model.size, dynamic_img_size=True,
+        drop_path_rate=model.drop_path, **arguments,
+    )  # fmt: skip
+
+
+class OurStep:
+    """One of our models with the trainer's own step."""
+
+    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
+        self.hooked = step = build_step(arm_config(arm, config), CLASSES, device)
+        self.model, self.mode = step.model, step.mode(feed)
+        self.run = noise_step(step, feed, CLASSES, device, self.mode)
+        self.compile = lambda: step.warm_up(feed, CLASSES)
+
+
+class TimmStep:
+    """timm's model in a plain loop with automatic mixed precision."""
+
+    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
+        train = config.train
+        torch.manual_seed(config.run.seed)
+        self.model = timm_model(config).to(device).train()
+        if train.grad_checkpointing:
+            self.model.set_grad_checkpointing(True)
+        self.forward = torch.compile(self.model) if arm.compiled else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, weight_decay=train.weight_decay, fused=True)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
+        self.device, self.clip_norm, self.mode = device, train.clip_norm, Mode(arm.compiled)
+        self.precision = choose_precision(train.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        batch = noise_batch(feed, CLASSES, device)
+        self.labels, self.images = batch.labels, ((batch.images.float() / 255 - 0.45) / 0.225).contiguous()
+        self.phase_hook: Callable[[str], None] = lambda phase: None
+        self.hooked = self
+
+    def compile(self) -> float:
+        """Compiles the step by its first run; returns the seconds that it took."""
+        return Timing().measure(self.run, self.device) if self.mode.compiled else 0.0
+
+    def run(self) -> None:
+        self.optimizer.zero_grad()
+        with autocast(self.device, self.precision):
+            loss = self.criterion(self.forward(self.images), self.labels)
+        self.phase_hook("forward")
+        self.scaler.scale(loss).backward()
+        self.phase_hook("backward")
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.phase_hook("optimizer")
+
+
+class StepEntry:
+    """An arm at one image size: built, compiled and run once; then measured in turns."""
+
+    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
+        self.arm, self.feed, self.device = arm, feed, device
+        with device_memory(device) as memory:
+            self.step = (TimmStep if arm.model == "timm" else OurStep)(arm, config, feed, device)
+            self.macs = count_macs(self.step.model, feed.size)
+            self.compile_seconds = self.step.compile()
+            self._measure(1)  # the optimizer creates its state
+            held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self.held = held - memory.before
+        # A CUDA graph takes its memory when it is captured. Its replays do not go through the allocator.
+        self.peak = memory.peak - memory.before if self.step.mode.graphs else 0
+        self.step_seconds = self._measure(1)
+        self.turns: list[float] = []  # seconds per step of each counted turn
+        self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
+        grid = feed.size // model_shape(config)[1]
+        fused = arm.kernel == "auto" and can_fuse(device, (grid, grid))
+        has_kernel = arm.model == "local" and config.model.convolution is not False
+        self.kernel = ("fused" if fused else "plain") if has_kernel else None
+
+    def _measure(self, steps: int) -> float:
+        return Timing().measure(self.step.run, self.device, steps)
+
+    def turn(self, seconds: float, counted: bool) -> None:
+        """Trains for about ``seconds``. If the turn is ``counted``, some more steps are timed by phase.
+
+        The number of steps is fixed before: to read the clock is to synchronise.
+        """
+        with device_memory(self.device) as memory:
+            self.step_seconds = self._measure(max(1, math.ceil(seconds / self.step_seconds)))
+        self.peak = max(self.peak, memory.peak - (memory.before - self.held))
+        if not counted:
+            return
+        self.turns.append(self.step_seconds)
+        warm_up, timed = PHASE_STEPS[self.device.type]
+        timer, hooked = PhaseTimer(self.device), self.step.hooked
+        before, hooked.phase_hook = hooked.phase_hook, timer.mark
+        for _ in range(warm_up + timed):
+            timer.begin()
+            self.step.run()
+        hooked.phase_hook = before
+        self.phases += timer.milliseconds()[warm_up:]
+
+    def row(self, peak_tflops: float) -> dict[str, Any]:
+        """The row of the measurement."""
+        rates = [self.feed.batch_size / seconds for seconds in self.turns]
+        rate, flops = statistics.median(rates), TRAINING_FLOPS * self.macs
+        phases = {name: statistics.median(step[name] for step in self.phases) for name in self.phases[0]}
+        return {
+            "arm": str(self.arm), "model": self.arm.model, "compiled": self.arm.compiled,
+            "kernel": self.kernel, "mode": str(self.step.mode),
+            "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
+            "spread": spread(rates) if len(rates) > 1 else None, "n": len(rates),
+            "step_ms": round(1e3 * self.feed.batch_size / rate, 3), "gflops_per_image": flops / 1e9,
+            "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
+            "peak_mib": round(self.peak / 2**20) if self.device.type == "cuda" else None,
+            **{f"{phase}_ms": round(phases[phase], 3) if phase in phases else None for phase in PHASES},
+            "compile_seconds": round(self.compile_seconds, 1) if self.arm.compiled else None,
+        }  # fmt: skip
 
 
 def measured_peak(precision: torch.dtype, device: torch.device) -> tuple[float, str]:
@@ -64,10 +248,8 @@ def measured_peak(precision: torch.dtype, device: torch.device) -> tuple[float, 
     # Not zeros: a GPU needs less power for them, and is faster than on any real matrix.
     left, right = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
     out = torch.empty_like(left)
-    timing = Timing()
-    best = min(timing.measure(lambda: torch.mm(left, right, out=out), device, products) for _ in range(PEAK_TURNS))
-    name = str(precision).removeprefix("torch.")
-    how = f"best of {PEAK_TURNS} turns of {products} product{'s' * (products > 1)} of {side} x {side} matrices, {name}"
+    best = min(Timing().measure(lambda: torch.mm(left, right, out=out), device, products) for _ in range(20))
+    how = f"best of 20 turns of {products} product{'s' * (products > 1)} of {side} x {side} matrices"
     return 2 * side**3 / best / 1e12, how
 
 
@@ -79,7 +261,19 @@ def compare(
     rows: list[dict[str, Any]] = []
     with progress_bar(len(sizes) * len(arms) * (rounds + 2)) as bar:
         for size in sizes:
-            entries = _take_turns(Feed(size, config.train.batch_size), config, arms, rounds, seconds, device, bar)
+            feed, entries = Feed(size, config.train.batch_size), list[StepEntry]()
+            for arm in arms:
+                bar.set_description_str(f"{size} px, {'compiling' if arm.compiled else 'building'} {arm}")
+                try:
+                    entries.append(StepEntry(arm, config, feed, device))
+                except torch.OutOfMemoryError:
+                    print(f"{arm}: {feed.batch_size} images of {size} px do not fit; it is skipped", file=sys.stderr)
+                bar.update()
+            # The first round is not counted: caches are cold, clocks rise, and the lengths of turns are first guesses.
+            for number, place in product(range(rounds + 1), range(len(entries))):
+                entries[place].turn(seconds, counted=number > 0)
+                bar.set_description_str(f"{size} px, {entries[place].arm}", refresh=False)
+                bar.update()
             rows += [entry.row(peak_tflops) for entry in entries]
             # Weights, compiled code and the pools of CUDA graphs make room for the next size.
             entries.clear()
@@ -92,30 +286,8 @@ def compare(
     return with_ratios(rows)
 
 
-def _take_turns(
-    feed: Feed, config: Config, arms: Sequence[StepArm], rounds: int, seconds: float, device: torch.device, bar: tqdm
-) -> list[StepEntry]:
-    entries = []
-    for arm in arms:
-        bar.set_description_str(f"{feed.size} px, {'compiling' if arm.compiled else 'building'} {arm}")
-        try:
-            entries.append(StepEntry(arm, config, feed, device))
-        except torch.OutOfMemoryError:
-            print(f"{arm}: {feed.batch_size} images of {feed.size} px do not fit; it is skipped", file=sys.stderr)
-        bar.update()
-    # The first round is not counted: caches are cold, clocks rise, and the lengths of turns are first guesses.
-    for number, entry in product(range(rounds + 1), entries):
-        entry.turn(seconds, counted=number > 0)
-        bar.set_description_str(f"{feed.size} px, {entry.arm}", refresh=False)
-        bar.update()
-    return entries
-
-
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds to our rows the time relative to our DeiT, the cost of the convolution, and the speed relative to timm.
-
-    Eager is compared with eager, and compiled with compiled. The ratio is None if the other arm was not measured.
-    """
+    """Adds the step's time relative to our DeiT and the speed relative to timm, eager to eager, or None."""
     milliseconds = {(row["model"], row["size"], row["compiled"]): row["step_ms"] for row in rows}
     for row in rows:
         deit, timm = (milliseconds.get((name, row["size"], row["compiled"])) for name in ("deit", "timm"))
@@ -123,41 +295,6 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["time_to_deit"] = round(own / deit, 3) if deit and is_ours and row["model"] != "deit" else None
         row["speed_to_timm"] = round(timm / own, 3) if timm and is_ours else None
     return rows
-
-
-def note_of(row: dict[str, Any]) -> str | None:
-    """What the table adds to a row."""
-    if row["peak_mib"] is not None and row["kernel"] == "plain" and "plain" not in row["arm"]:
-        return "plain: the kernel does not support this grid"
-    return "as a CUDA graph" if "graph" in row["mode"] else None
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plots images/s against size on a logarithmic axis, and the fraction of the peak below; one line for each arm."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 6.6), layout="constrained")
-    rates, fractions = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    colours = {model: f"C{number}" for number, model in enumerate((*FAMILIES, "timm"))}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        line = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["size"])
-        style = {
-            "color": colours[line[0]["model"]], "linestyle": "-" if line[0]["compiled"] else ":", "label": arm,
-            "marker": "x" if "plain" in arm else ".",
-        }  # fmt: skip
-        sizes = [row["size"] for row in line]
-        rates.plot(sizes, [row["images_per_second"] for row in line], **style)
-        fractions.plot(sizes, [100 * row["mfu"] for row in line], **style)
-    rates.set(yscale="log", ylabel="images/s")
-    fractions.set(ylabel="model FLOP/s, % of the peak", xlabel="image size, px")
-    fractions.set_ylim(bottom=0)
-    fractions.set_xticks(sorted({row["size"] for row in rows}))
-    for axes in (rates, fractions):
-        axes.grid(alpha=0.3, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*rates.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
 
 
 def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
@@ -176,35 +313,27 @@ def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("step", __doc__, trainer_options=True)
-    defaults = "; ".join(f"{device}: {sizes}" for device, sizes in SIZES.items())
-    parser.add_argument("--sizes", metavar="LIST", help=f"image sizes in px (default on {defaults})")
-    parser.add_argument("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
-    parser.add_argument("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each arm at each size (%(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="approximate length of a turn, at least one step (%(default)s)"
-    )
-    parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot images/s against the image size")
+    add = parser.add_argument
+    add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: 32 to 224 on a GPU, 32,64 on a CPU)")
+    add("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
+    add("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
+    add("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
+    add("--seconds", type=at_least(0, float), default=1.0, help="approximate length of a turn (default: 1)")
     options, rest = parser.parse_known_args(argv)
-    if options.rounds < 1 or options.seconds < 0:
-        raise ConfigError(f"--rounds {options.rounds} --seconds {options.seconds:g}: expected at least 1 and 0")
     if options.batch is not None:
         rest.append(f"--train.batch_size={options.batch}")
     config, device = configured(rest)
     arms = choose_arms(options.arms, device)
-    sizes = sorted(numbers(options.sizes or SIZES[device.type], "--sizes"))
+    sizes = sorted(options.sizes or SIZES[device.type])
     check_multiples(sizes, model_shape(config)[1], config.model.name)
     device_of(config)
     precision = choose_precision(config.train.precision, device)
     name, batch_size = str(precision).removeprefix("torch."), config.train.batch_size
     peak, how = measured_peak(precision, device)
     rows = compare(config, arms, sizes, options.rounds, options.seconds, device, peak)
-    print(text_table([row | {"note": note_of(row)} for row in rows], COLUMNS))
+    print(text_table(rows, COLUMNS))
     print(f"batches of {batch_size} on {device}, {name}; MFU is relative to {peak:.3g} TFLOP/s ({how}); "
           "phases were timed in separate steps")  # fmt: skip
-    if options.json:
-        what = "the training step on random pixels that are on the device; arms take turns in one process"
-        more = {"device": str(device), "batch_size": batch_size, "precision": name}
-        write_json(options.json, measurement(what, rows, **more, peak_tflops=round(peak, 4), peak_measured=how))
-    if options.plot:
-        draw(rows, options.plot)
+    what = "the training step on random pixels that are on the device; arms take turns in one process"
+    more = {"device": str(device), "batch_size": batch_size, "precision": name}
+    write_json(options.json, what, rows, **more, peak_tflops=round(peak, 4), peak_measured=how)

@@ -29,20 +29,10 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
     """
     config, methods = run.config, dial_methods(run.config.recipe)
-    data, options = config.data, config.augment
-    augment = Augment(
-        randaugment=options.randaugment, three_augment=options.three_augment, mixup=options.mixup,
-        cutmix=options.cutmix, mixup_prob=options.mixup_prob, cutmix_prob=options.cutmix_prob,
-        random_erasing=options.random_erasing,
-    )  # fmt: skip
+    augment = Augment(**config.augment.arguments())
     found: dict[int, list[np.ndarray]] = {}
     dials = Dials()
-    sources = open_sources(
-        data.loader, data.root, source=data.source, workers=data.workers, on_error=data.on_error,
-        side_ratio=data.side_ratio, seed=config.run.seed, crop_scale=options.crop_scale,
-        crop_ratio=options.crop_ratio, flip=options.flip, repeats=options.repeats,
-        centre_crop=config.evaluate.crop_pct, device=torch.device("cpu"),
-    )  # fmt: skip
+    sources = open_sources(**config.source_arguments(), device=torch.device("cpu"))
     try:
         start = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
         for before, record in pairwise([start, *run.records]):

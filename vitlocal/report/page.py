@@ -22,7 +22,6 @@ from vitlocal.progress import Progress
 from vitlocal.report.crops import stage_crops
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.report.run_folder import RunRecord, duration, read_run
-from vitlocal.schedule import LRSchedule
 
 WORST_CLASSES = 10
 POINTS_PER_PASS = 40  # of the learning rate's curve
@@ -98,9 +97,7 @@ def curves_part(runs: Sequence[RunRecord]) -> str:
 
 def learning_rates(run: RunRecord) -> list[tuple[float, float]]:
     """Points (training seconds, learning rate) of the recipe's schedule. Within a pass, progress is interpolated."""
-    train = run.config.train
-    peak = train.lr * (train.batch_size / train.lr_batch if train.lr_batch else 1.0)
-    lr_at = LRSchedule(train.schedule, peak, train.end_lr, train.warmup, train.schedule_length, train.schedule_by)
+    lr_at = run.config.train.lr_schedule
     clock = "wall_seconds" if run.config.budget.counts == "wall" else "train_seconds"
     fields = ("epoch", "step", "images_seen", clock, "fraction", "flops")
     points, scale = [], 1.0

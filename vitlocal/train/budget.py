@@ -206,11 +206,11 @@ class Clock:
     def start(self) -> None:
         """Lets training time run. The next step's time is measured from here.
 
-        With "wall", the schedule begins here too, if no step was taken yet.
+        With "wall", the first call also begins the schedule, unless an earlier process has begun it.
         """
         self.timer.start()
         self._last_step = self.timer.train_seconds
-        if self.reserves and not self.step:
+        if self.reserves and not self.step and not self._schedule_began:
             self._schedule_began = (self.synced or self.local_time)[0]
 
     def record_step(self, images: int, flops: float = 0.0) -> None:

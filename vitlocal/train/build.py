@@ -26,7 +26,6 @@ from vitlocal.models.memory import activation_bytes
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts
 from vitlocal.plan import Feed
 from vitlocal.recipes import check_same_run, recipe_text
-from vitlocal.schedule import LRSchedule
 from vitlocal.tasks.classification import ClassificationLoss
 from vitlocal.train.budget import Clock
 from vitlocal.train.checkpoint import load_checkpoint
@@ -55,23 +54,8 @@ def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
 
 def sources_of(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Sources:
     """The training and validation data that the configuration names."""
-    data, augment = config.data, config.augment
     return open_sources(
-        data.loader,
-        data.root,
-        device=device,
-        source=data.source,
-        workers=data.workers,
-        on_error=data.on_error,
-        side_ratio=data.side_ratio,
-        seed=config.run.seed,
-        crop_scale=augment.crop_scale,
-        crop_ratio=augment.crop_ratio,
-        flip=augment.flip,
-        repeats=augment.repeats,
-        centre_crop=config.evaluate.crop_pct,
-        share=ranks.share,
-        local_world_size=ranks.local_world_size,
+        **config.source_arguments(), device=device, share=ranks.share, local_world_size=ranks.local_world_size
     )
 
 
@@ -90,7 +74,7 @@ def assemble_step(
     config: Config, model: nn.Module, device: torch.device, methods: Sequence[Method] = (), ranks: Ranks = ALONE
 ) -> tuple[TrainStep, list[ModelEma]]:
     """Optimizer, weight averages and step for ``model``, and the averages that the methods need."""
-    train, augment = config.train, config.augment
+    train = config.train
     precision = choose_precision(train.precision, device)
     configure_model(model, train.kernel, train.grad_checkpointing, device)
     optimizer = build_optimizer(
@@ -105,18 +89,11 @@ def assemble_step(
     )
     has_ema = train.ema_decay is not None or train.ema_length is not None
     method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
-    augmentation = Augment(
-        randaugment=augment.randaugment,
-        three_augment=augment.three_augment,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        mixup_prob=augment.mixup_prob,
-        cutmix_prob=augment.cutmix_prob,
-        random_erasing=augment.random_erasing,
-    )
     outputs: frozenset[str] = frozenset().union(*(method.needs.step_outputs for method in methods))
     step = TrainStep(
-        ClassificationLoss(model, augmentation.to(device), train.label_smoothing, precision, outputs),
+        ClassificationLoss(
+            model, Augment(**config.augment.arguments()).to(device), train.label_smoothing, precision, outputs
+        ),
         optimizer,
         device,
         ema=ModelEma(model, train.ema_decay, train.ema_length) if has_ema else None,
@@ -234,7 +211,7 @@ def build_run(
         step,
         sources,
         Feed(config.model.size, train.batch_size),
-        schedule_of(config),
+        train.lr_schedule,
         Evaluator(state, step, sources.val, Feed(evaluate.size, evaluate.batch_size), evaluate.rows, ranks),
         macs,
         evaluate_every=evaluate.every,
@@ -252,13 +229,6 @@ def build_run(
 def build_trainer(config: Config, sources: Sources, device: torch.device) -> Trainer:
     """A trainer without a folder, for benchmarks and scripts."""
     return build_run(config, sources, device).trainer
-
-
-def schedule_of(config: Config) -> LRSchedule:
-    """The learning-rate schedule; the peak is scaled with the batch size."""
-    train = config.train
-    peak = train.lr * (train.batch_size / train.lr_batch if train.lr_batch else 1.0)
-    return LRSchedule(train.schedule, peak, train.end_lr, train.warmup, train.schedule_length, train.schedule_by)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -361,8 +331,9 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
                         content = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if ranks.first else None)
                         check_data(dict(run.trainer.state.data), content["data"], config)
                         run.trainer.load(content)
+                    run.trainer.sync_ranks()
                     if run.output is not None:
-                        begin_folder(run, folder, continues)
+                        begin_folder(run, config, continues)
                     try:
                         yield run
                     finally:
@@ -380,14 +351,14 @@ def open_trainer(config: Config, began: float | None = None) -> Iterator[Trainer
         yield run.trainer
 
 
-def begin_folder(run: BuiltRun, folder: Path, continues: bool) -> None:
+def begin_folder(run: BuiltRun, config: Config, continues: bool) -> None:
     """Writes the run's configuration and origin, and drops log lines that will be written again."""
-    state = run.trainer.state
+    assert run.output is not None
+    state, folder = run.trainer.state, run.output.folder
     if not continues:
-        (folder / "config.yaml").write_text(recipe_text(run.config), encoding="utf-8")
+        (folder / "config.yaml").write_text(recipe_text(config), encoding="utf-8")
     if not state.clock.spent:
         record_origin(folder, state.data)
-    assert run.output is not None
     reopened = state.current_plan is not None and state.totals.images > 0
     run.output.log.begin(state.clock.step - reopened)
     state.search_log.begin()

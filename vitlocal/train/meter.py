@@ -24,10 +24,11 @@ class PassMeter:
         self._since: float | None = None  # training seconds when the pass was opened
 
     def begin(self, totals: PassTotals) -> None:
-        """Continues ``totals``, which may be those of a new pass."""
-        self.totals = totals
+        """Measures the open pass, whose sums so far are ``totals``."""
         self._since = self._timer.train_seconds
-        self._loss_sum.fill_(totals.loss if self._ranks.first else 0.0)  # each process adds its own part from here
+        if totals is not self.totals:  # of a new pass, or from a checkpoint
+            self.totals = totals
+            self._loss_sum.fill_(totals.loss if self._ranks.first else 0.0)  # each process adds its own part from here
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; the time that each is waited for is added up."""

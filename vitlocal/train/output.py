@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vitlocal.plan import Shape
 from vitlocal.progress import Progress
+from vitlocal.report.run_folder import write_classes
 from vitlocal.tasks.classification import Accuracy
 from vitlocal.train.checkpoint import keep_weights, save_checkpoint
 from vitlocal.train.log import Log
@@ -37,8 +37,4 @@ class RunOutput:
         """Writes ``classes.json``, the correct and all images of each class, and keeps the weights if asked for."""
         if self._keeps_weights:
             keep_weights(self.folder, weights, at.step, at.epoch, shape)
-        found = [
-            {"class": name, "right": int(right), "images": int(count)}
-            for name, (right, count) in zip(classes, accuracy.by_class, strict=True)
-        ]
-        (self.folder / "classes.json").write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+        write_classes(self.folder, classes, accuracy.by_class)

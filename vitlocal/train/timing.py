@@ -26,22 +26,19 @@ class Timing:
     calls: int = 0
     seconds: float = 0.0
 
-    def measure(
-        self, work: Callable[[], object], device: torch.device, calls: int = 1, seconds: float = 0.0,
-        now: Callable[[], float] = time.perf_counter,
-    ) -> float:  # fmt: skip
+    def measure(self, work: Callable[[], object], device: torch.device, calls: int = 1, seconds: float = 0.0) -> float:
         """Calls ``work`` at least ``calls`` times and for at least ``seconds``; returns this turn's seconds per call.
 
         The device is synchronised before the first call and after the last one only. In between, the host may run
         ahead of the device, as it does in training.
         """
         synchronize(device)  # device sync
-        done, start = 0, now()
-        while done < calls or now() - start < seconds:
+        done, start = 0, time.perf_counter()
+        while done < calls or time.perf_counter() - start < seconds:
             work()
             done += 1
         synchronize(device)  # device sync
-        spent = now() - start
+        spent = time.perf_counter() - start
         self.calls += done
         self.seconds += spent
         return spent / done
@@ -61,10 +58,6 @@ class PhaseTimer:
     def mark(self, phase: str) -> None:
         """Assigns the work that was issued since the last mark to ``phase``. A phase may occur several times."""
         self.steps[-1].append((phase, self._time()))
-
-    def drop(self) -> None:
-        """Forgets the last step."""
-        self.steps.pop()
 
     def milliseconds(self) -> list[dict[str, float]]:
         """Returns the milliseconds of each step by phase. Synchronises the device."""

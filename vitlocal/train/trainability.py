@@ -3,7 +3,7 @@
 - The condition number of the neural tangent kernel (Chen et al. 2021, arXiv 2102.11535); small is good.
 - ZiCo (Li et al. 2023, arXiv 2301.11300): log of mean over deviation of gradients, summed over layers; large is good.
 
-Both as AutoProg-Zero (Li et al. 2024, arXiv 2410.00350) uses them. Shape letters: n samples, p weights of a layer.
+Both are used as in Li et al. 2024 (arXiv 2410.00350). Shape letters: n samples, p weights of a layer.
 """
 
 from __future__ import annotations

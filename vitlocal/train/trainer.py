@@ -84,7 +84,6 @@ class Trainer:
         self._set_epoch_rows(self.plan())
         state.initialized_shape = self.plan().shape
         self._saved: Progress | None = None  # at the last checkpoint
-        self.sync_ranks()
 
     def load(self, content: Mapping[str, Any]) -> None:
         """Continues from the content of a checkpoint."""
@@ -151,9 +150,15 @@ class Trainer:
         for plan in self.upcoming_plans() if self._compile_early else ():
             self.compile_for(plan)
         if clock.reserves:
-            self.state.reserve.record_evaluation(self.evaluator.estimate_seconds(self.upcoming_plans()[-1]))
+            last = self.upcoming_plans()[-1]
+            if self.state.reserve.evaluations:  # measured by an earlier process
+                self.evaluator.accuracy(last, limit=1)  # compiles
+            else:
+                self.state.reserve.record_evaluation(self.evaluator.estimate_seconds(last))
             self._update_reserve()
         self.sync_ranks()
+        clock.start()  # the schedule begins
+        clock.timer.stop()
         seconds, reserve = clock.progress.seconds, clock.reserve_seconds
         if clock.reserves and not clock.step and seconds + reserve >= clock.length.value:
             raise ConfigError(
