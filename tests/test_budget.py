@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.machine import process_began
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 from vitlocal.train.budget import FINISH_SECONDS, Clock, FinalReserve
@@ -128,7 +127,9 @@ def test_a_reserve_that_shrinks_does_not_move_the_schedule_back():
 
 def test_time_before_the_first_step_is_not_part_of_the_schedule():
     machine = Machine("60s", "wall")
+    machine.clock = Clock("60s", "wall", IMAGES, now=lambda: machine.time)
     machine.time = 15.0
+    assert machine.clock.progress.fraction == 0.0
     machine.clock.start()
     assert machine.clock.progress.fraction == 0.0
     machine.step(0.5)
@@ -169,18 +170,6 @@ def test_processor_time_stands_while_the_process_sleeps():
     time.sleep(0.3)
     assert timer.train_seconds - before < 0.2 and timer.wall_seconds - began >= 0.3
     assert not clock.reserves and clock.progress.seconds < 0.3
-
-
-def test_total_time_begins_with_the_process():
-    code = (
-        "import time; from vitlocal.machine import process_began; time.sleep(0.5);"
-        "print(time.monotonic() - process_began(), time.process_time())"
-    )
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    age = float(done.stdout.split()[0])
-    assert 0.4 < age < time.monotonic() - began + 0.1
-    assert process_began() < began
 
 
 def test_a_process_leaves_with_its_output_flushed_and_nothing_destroyed():
@@ -258,7 +247,11 @@ def test_time_after_the_last_checkpoint_is_spent_as_well():
 def test_wall_time_begins_with_the_process():
     now = ManualTime()
     clock = Clock("60s", "wall", 100, now=now, began=now.time - 6)
-    assert clock.progress.fraction == 0.1 and clock.timer.train_seconds == 0
+    assert clock.progress.seconds == 6 and clock.timer.train_seconds == 0
+    assert clock.progress.fraction == 0  # until the schedule begins
+    clock.start()
+    now.time += 27
+    assert clock.progress.fraction == 0.5
 
 
 def test_epochs_and_steps():

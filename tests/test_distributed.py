@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from vitlocal.config import read_config
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.train.budget import FINISH_SECONDS, FinalReserve
+from vitlocal.train.budget import FINISH_SECONDS
 from vitlocal.train.build import build_run, open_trainer, sources_of
 from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
@@ -163,12 +163,14 @@ def test_a_process_that_lost_the_others_reports_it(monkeypatch: pytest.MonkeyPat
         ranks.wait()
 
 
-def test_rank_0_decides_the_reserve(configure, decoder):
+def test_rank_0_decides_the_reserve(configure, decoder, monkeypatch):
     with open_trainer(configure("--budget.length=1h", "--budget.counts=wall")) as trainer:
         trainer._ranks = Follower(lambda *values: list(values))
-        trainer._ranks.broadcast = lambda mine: FinalReserve([3.0, 9.0, 4.0], [1.0]).total_seconds
+        trainer._ranks = Follower(lambda seconds: [4.0])  # rank 0 measured this
+        monkeypatch.setattr(trainer.evaluator, "estimate_seconds", lambda plan: 1000.0)  # and this process that
+        trainer.state.reserve.record_evaluation(trainer._of_rank_0(trainer.evaluator.estimate_seconds(trainer.plan())))
         trainer._update_reserve()
-        assert trainer.state.clock.reserve_seconds == 4 + 2 * 1 + FINISH_SECONDS
+        assert trainer.state.clock.reserve_seconds == 4 + FINISH_SECONDS
         trainer._ranks = ALONE
 
 

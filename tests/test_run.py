@@ -204,7 +204,9 @@ def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
 def test_checkpoints_every_tenth_of_the_budget(configure, decoder, monkeypatch: pytest.MonkeyPatch):
     """And not at the ends of epochs alone: here one has 60 steps."""
     steps, original = [], Trainer.save
-    monkeypatch.setattr(Trainer, "save", lambda self: (steps.append(self.state.clock.step), original(self)))
+    monkeypatch.setattr(
+        Trainer, "save", lambda self, **how: (steps.append(self.state.clock.step), original(self, **how))
+    )
     options = ("--budget.length=50steps", "--train.batch_size=2", "--methods=none", "--evaluate.every=0")
     with open_trainer(configure(*options)) as trainer:
         fit(trainer)

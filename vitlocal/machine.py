@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -42,16 +41,6 @@ def memory_stalls(pressure: Path = Path("/proc/pressure/memory")) -> float:
         return 0.0
     match = re.search(r"avg60=([\d.]+)", full)
     return float(match[1]) / 100 if match else 0.0
-
-
-def process_began() -> float:
-    """When this process started, as a value of ``time.monotonic``. Without Linux's /proc: now."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        age = float(Path("/proc/uptime").read_text().split()[0]) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError):
-        age = 0.0
-    return time.monotonic() - max(0.0, age)
 
 
 def keep_freed_memory() -> None:

@@ -143,7 +143,7 @@ class Clock:
         self.reserve_seconds = 0.0
         # The budget's seconds and the pace as rank 0 measured them, if there are several processes.
         self.synced: tuple[float, float] | None = None
-        self._schedule_began = 0.0  # the budget's seconds at the first step
+        self._schedule_began: float | None = None  # the budget's seconds before the first step
         self._reached = 0.0  # the largest fraction so far: the reserve may grow, but no schedule goes back
         self._batch = 0  # images of the last step
         self._step_flops = 0.0
@@ -210,7 +210,7 @@ class Clock:
         """
         self.timer.start()
         self._last_step = self.timer.train_seconds
-        if self.reserves and not self.step and not self._schedule_began:
+        if self.reserves and self._schedule_began is None:
             self._schedule_began = (self.synced or self.local_time)[0]
 
     def record_step(self, images: int, flops: float = 0.0) -> None:
@@ -235,7 +235,10 @@ class Clock:
         end = length.value - self.reserve_seconds
         if end - at.seconds <= seconds:
             return 1.0
-        return max(self._reached, (at.seconds - self._schedule_began) / (end - self._schedule_began))
+        if self.reserves and self._schedule_began is None:
+            return 0.0  # start-up is not part of the schedule
+        began = self._schedule_began or 0.0
+        return max(self._reached, (at.seconds - began) / (end - began))
 
     def _epoch(self, position: Position) -> float:
         return position.epoch + position.images / self.images_per_epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -321,9 +321,12 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
                 # Again, because another process may have trained here until the folder was locked.
                 continues = ranks.broadcast(resumes())
                 clock = Clock(config.budget.length, config.budget.counts, began=began)
-                clock.timer.resume(*ranks.broadcast(spent_before(folder, config) if ranks.first else None))
-                interval = journal_interval(config.budget.length)
-                with Journal(folder / JOURNAL, clock.timer, interval) if ranks.first else nullcontext():
+                spent = ranks.broadcast(spent_before(folder, config) if ranks.first else None)
+                clock.timer.resume(*spent)
+                journal = Journal(folder / JOURNAL, clock.timer, journal_interval(config.budget.length))
+                with ExitStack() as opened:
+                    if ranks.first and any(spent):  # loading counts too; a new run writes nothing until it is built
+                        opened.enter_context(journal)
                     run = build_run(
                         config, sources, device, ranks=ranks, clock=clock, folder=folder, starts=not continues
                     )
@@ -334,6 +337,8 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
                     run.trainer.sync_ranks()
                     if run.output is not None:
                         begin_folder(run, config, continues)
+                    if ranks.first and not any(spent):
+                        opened.enter_context(journal)
                     try:
                         yield run
                     finally:

@@ -29,6 +29,5 @@ def fit(trainer: Trainer) -> None:
                     break
                 if trainer.save_due():
                     trainer.save()
-    if trainer.stopped:
-        trainer.save()
+    trainer.save(only_if_changed=True)
     state.clock.timer.stop()

@@ -84,6 +84,7 @@ class Trainer:
         self._set_epoch_rows(self.plan())
         state.initialized_shape = self.plan().shape
         self._saved: Progress | None = None  # at the last checkpoint
+        self._changed = False  # whether the state has changed since then
 
     def load(self, content: Mapping[str, Any]) -> None:
         """Continues from the content of a checkpoint."""
@@ -154,7 +155,7 @@ class Trainer:
             if self.state.reserve.evaluations:  # measured by an earlier process
                 self.evaluator.accuracy(last, limit=1)  # compiles
             else:
-                self.state.reserve.record_evaluation(self.evaluator.estimate_seconds(last))
+                self.state.reserve.record_evaluation(self._of_rank_0(self.evaluator.estimate_seconds(last)))
             self._update_reserve()
         self.sync_ranks()
         clock.start()  # the schedule begins
@@ -181,9 +182,13 @@ class Trainer:
             self._print(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
     def _update_reserve(self) -> None:
-        """Reserves the end of a wall-clock budget, as rank 0 measured it."""
+        """Reserves the end of a wall-clock budget."""
         if self.state.clock.reserves:
-            self.state.clock.reserve_seconds = self._ranks.broadcast(self.state.reserve.total_seconds)
+            self.state.clock.reserve_seconds = self.state.reserve.total_seconds
+
+    def _of_rank_0(self, seconds: float) -> float:
+        """Rank 0's measurement: all ranks must decide alike what the budget has time for."""
+        return self._ranks.broadcast_floats([seconds])[0]
 
     # --- a pass ---
 
@@ -218,7 +223,7 @@ class Trainer:
         if (feed, plan.shape, self.step.ddp_version) not in self._compiled:
             with clock.timer.paused():  # compiling is not training time
                 self.compile_for(plan)
-        state.current_plan = plan
+        state.current_plan, self._changed = plan, True
         macs = batch.total * self._macs(feed.size, plan.shape)
         now, end = clock.progress, clock.after_step(batch.total, TRAINING_FLOPS * macs)
         lr = self._schedule(end) * plan.dials.lr_scale
@@ -265,6 +270,7 @@ class Trainer:
     def run_probes(self) -> None:
         """Measures what the methods need, on the budget's time. Stops if the budget is spent or a signal came."""
         clock = self.state.clock
+        self.save(only_if_changed=True)  # a search may be long
         clock.start()
         for method in self.state.methods:
             while not (clock.spent or self.stopped) and (probes := method.probes(clock.progress)):
@@ -281,6 +287,7 @@ class Trainer:
         complete = self._prober.complete(probe, plan, lambda size: batch_size_at(self.state.methods, size, default))
         value = self._prober.measure(complete, plan)
         method.observe(ProbeResult(probe, value))
+        self._changed = True
         log.record(now, method.name, complete, value, method.choices()[chosen:])
         log.seconds += clock.timer.train_seconds - began
         self._set_epoch_rows(self.plan())  # the result may have made a new subset
@@ -303,6 +310,7 @@ class Trainer:
                 "use a longer budget or --budget.counts=train"
             )
         plan = state.current_plan = self._trained_plan()
+        self._changed = True
         self._meter.read(clock.step)
         last = clock.spent
         for model in {id(model): model for model in (state.model, self.evaluator.model)}.values():
@@ -322,7 +330,7 @@ class Trainer:
             self._meter.begin(state.totals)
             self._meter.end()
             checkpoint = state.reserve.checkpoint_seconds
-            if last or self._saved is None or clock.has_time_for(checkpoint, plan.feed.batch_size):
+            if last or clock.spent or self._saved is None or clock.has_time_for(checkpoint, plan.feed.batch_size):
                 self.save()
         self.sync_ranks()
 
@@ -357,7 +365,7 @@ class Trainer:
         accuracy = self.evaluator.accuracy(plan, stop)
         if accuracy is None:
             return None
-        self.state.reserve.record_evaluation(clock.timer.wall_seconds - began)
+        self.state.reserve.record_evaluation(self._of_rank_0(clock.timer.wall_seconds - began))
         if not last:
             self._update_reserve()
         self.state.last_evaluation = at
@@ -399,15 +407,17 @@ class Trainer:
     def save_due(self) -> bool:
         """Whether it is time for a checkpoint, and the budget has time for a step after it."""
         state, clock = self.state, self.state.clock
-        if clock.reserves and not state.reserve.checkpoints:
-            return True  # measures the first checkpoint
+        if clock.reserves and clock.step and not state.reserve.checkpoints:
+            return True  # measures the first checkpoint that has the optimizer's moments
         now, before = clock.progress, self._saved or Progress()
         due = any(every.elapsed(now) - every.elapsed(before) >= every.value - 1e-9 for every in self._save_every)
         return due and clock.has_time_for(state.reserve.checkpoint_seconds, self.plan().feed.batch_size)
 
-    def save(self) -> None:
+    def save(self, only_if_changed: bool = False) -> None:
         """Writes a checkpoint, from which a run that is killed later continues."""
         state, clock = self.state, self.state.clock
+        if only_if_changed and not self._changed:
+            return
         state.update_phase(self.plan())
         if self._meter.totals.images:
             self._meter.read(clock.step)
@@ -424,11 +434,11 @@ class Trainer:
             if self._output is not None:
                 self._output.save_checkpoint(content)
             self._ranks.wait()
-            state.reserve.record_checkpoint(clock.timer.wall_seconds - began)
+            state.reserve.record_checkpoint(self._of_rank_0(clock.timer.wall_seconds - began))
             if not clock.spent:  # a spent budget stays spent, however long this checkpoint took
                 self._update_reserve()
         self.sync_ranks()
-        self._saved = clock.progress
+        self._saved, self._changed = clock.progress, False
 
     def _print(self, text: str) -> None:
         if self._output is not None:
