@@ -36,8 +36,10 @@ SEARCHED = {
 def test_a_search_is_repeated_from_another_runs_times(
     configure, decoder, killed_after, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
 ):
-    """Times are never the same twice. With those of the first run, the second makes its choices, and is it, bit for
-    bit; killed and resumed in between."""
+    """Measured times differ from run to run. With the times of the first run, the second run makes the same choices.
+
+    Its weights are equal bit for bit, although it is killed and resumed.
+    """
     first = configure(*COMMON, *options, f"--run.folder={tmp_path}/first")
     again = configure(*COMMON, *options, f"--run.folder={tmp_path}/again", f"--run.replay_search={tmp_path}/first")
     assert train(first) == 0

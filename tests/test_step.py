@@ -60,7 +60,7 @@ def test_the_compiled_step_is_the_eager_one(configure):
 
 
 def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
-    """It runs eagerly, and keeps a matrix that the compiled graph must not ask for."""
+    """That batch runs eagerly. It caches a matrix, on which the compiled graph must not depend."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list):
@@ -76,7 +76,10 @@ def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
 
 
 def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
-    """It keeps more than a compiled one, and the memory may be cut to that; a BatchNorm must see it whole."""
+    """An eager step keeps more activations than a compiled step, for which the memory may suffice.
+
+    With a BatchNorm the batch stays whole.
+    """
     local, batch_norm = (
         a_step(configure, f"--model.name={name}", "--train.compile=yes", "--model.heads=2")
         for name in ("vitlocal_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
@@ -188,7 +191,7 @@ def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: 
     )
     scalar: AsyncScalar[int] = AsyncScalar(gpu)
     batch, mode = a_batch(16, device=gpu), Mode(compiled=compiled)
-    for number in range(3):  # what is loaded or compiled at first use, and the wait for the step before the last
+    for number in range(3):  # first uses load and compile, and a later step waits for the step before the last
         step(batch, number, 1e-3, mode)
     torch.cuda.synchronize()
     step._events.clear()

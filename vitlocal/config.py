@@ -36,7 +36,7 @@ from vitlocal.options import (
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 
-LARGEST_ERASED = 836  # px; the noise of random erasing in data/augment.py has three channels of as many pixels
+LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
 LOADERS = ("native", "ffcv", "torchvision", "dali")
 KERNELS = ("auto", "fused", "plain")  # of the local FFN
 
@@ -336,11 +336,11 @@ def _contradictions(config: Config) -> list[str]:
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
         "train.ema_length: it replaces train.ema_decay; remove one of the two":
             train.ema_decay is not None and train.ema_length is not None,
-        f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%":
+        f"train.ema_length: got {train.ema_length}, expected a length above 0, such as 2%":
             train.ema_length is not None and not train.ema_length.value,
         "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":
             train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1),
-        "train.schedule_by: epoch needs a train.schedule_length in epochs, as 300ep": train.schedule_by == "epoch"
+        "train.schedule_by: epoch needs a train.schedule_length in epochs, such as 300ep": train.schedule_by == "epoch"
             and (train.schedule_length is None or train.schedule_length.kind != "epochs"),
         "budget.length: got 0, which trains nothing; expected a length above 0": config.budget.length.value == 0,
         f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train":

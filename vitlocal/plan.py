@@ -223,7 +223,7 @@ def duplicated_layers(before: int, after: int) -> list[int]:
 def deepen(order: Sequence[int], after: int, count: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Grows the block order ``order`` to ``after`` blocks: the new order, and pairs (new block, block that it copies).
 
-    New blocks take the free indices below ``count``, in order. The first of several copies stays in its place.
+    New blocks take the free indices below ``count``, in order. A repeated block keeps its index at its first position.
     """
     free = iter(index for index in range(count) if index not in set(order))
     grown: list[int] = []

@@ -1,4 +1,4 @@
-"""Contestants of a bench, each in its own process, limited to as many cores as it has workers.
+"""Runs the contestants of a bench, each in its own process with one core per worker.
 
 They take turns, round by round, so that other work on the machine affects all of them equally.
 """

@@ -41,8 +41,8 @@ SCALED_PATCH = 8
 
 def scaled_size(size: int, final: int, patch: int) -> int:
     """Maps the paper's 32 to 224 px to a quarter of ``final`` to all of it, in whole patches."""
-    wished = final / 4 + (size - 32) / (224 - 32) * (final - final / 4)
-    return max(patch, int(wished / patch + 0.5) * patch)
+    exact = final / 4 + (size - 32) / (224 - 32) * (final - final / 4)
+    return max(patch, int(exact / patch + 0.5) * patch)
 
 
 def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:

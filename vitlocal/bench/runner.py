@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STALL_LIMIT = 0.02  # of a minute without free memory: above it, the bench prints a note
+STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 
 # The trainer's options that the bench sets for each run, and the remedy if a user sets them.
 BENCH_OPTIONS = {"run.seed": "use --seeds", "run.folder": "use --folder", "budget.length": "use --budget"} | (
@@ -47,7 +47,7 @@ RunKey = tuple[str, int, str]  # arm, seed and budget of a run
 
 @dataclass(frozen=True)
 class Arm:
-    """A contestant: recipes, of which later ones override earlier ones, and options that override both."""
+    """A contestant: recipes and options. Later recipes override earlier recipes, and options override all recipes."""
 
     name: str
     recipes: tuple[Path, ...]

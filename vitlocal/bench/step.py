@@ -207,7 +207,7 @@ class StepEntry:
     def turn(self, seconds: float, counted: bool) -> None:
         """Trains for about ``seconds``. If the turn is ``counted``, some more steps are timed by phase.
 
-        The number of steps is fixed before: to read the clock is to synchronise.
+        The number of steps is fixed beforehand, because reading the clock between steps would need a device sync.
         """
         with device_memory(self.device) as memory:
             self.step_seconds = self._measure(max(1, math.ceil(seconds / self.step_seconds)))
@@ -275,7 +275,7 @@ def compare(
                 bar.set_description_str(f"{size} px, {entries[place].arm}", refresh=False)
                 bar.update()
             rows += [entry.row(peak_tflops) for entry in entries]
-            # Weights, compiled code and the pools of CUDA graphs make room for the next size.
+            # Free weights, compiled code and the pools of CUDA graphs, to make room for the next size.
             entries.clear()
             torch.compiler.reset()
             gc.collect()  # a model and its compiled step refer to each other

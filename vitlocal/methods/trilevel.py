@@ -67,7 +67,7 @@ def final_rates(config: TrilevelConfig) -> tuple[float, float]:
 def swap(
     kept: np.ndarray, pool: np.ndarray, times: np.ndarray, ties: np.ndarray, count: int, draw: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exchanges the ``count`` easiest of ``kept`` for as many random rows of ``pool``: (kept, pool), sorted.
+    """Exchanges the ``count`` easiest rows of ``kept`` for ``count`` random rows of ``pool``: (kept, pool), sorted.
 
     The easiest have the smallest ``times`` forgotten, then the smallest ``ties``. Rows with ``times`` of -1 were not
     seen and stay. Removed rows cannot come back in the same exchange.
@@ -232,7 +232,7 @@ class Trilevel(Method):
 
     @property
     def _awaits_update(self) -> bool:
-        """Whether there is an update to come, for which steps are noted."""
+        """Whether a later update will read the notes of the steps."""
         return self._has_examples and self._version <= self._config.max_updates
 
     def probes(self, progress: Progress) -> Sequence[Probe]:

@@ -40,7 +40,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
             dials = replace(dials, **logged)
             if record["image_size"] not in found and record["step"] > before["step"]:
                 plan = Plan(Feed(record["image_size"], record["batch_size"]), dials)
-                # The log has the dials at the end of a pass. Methods that set only dials can be asked for its start.
+                # The log has the dials at the end of a pass. For its start, ask the methods that set only dials.
                 plan = fold(methods, plan, Progress(fraction=before["fraction"]))
                 found[plan.feed.size] = first_crops(sources, augment, plan, config.run.seed, before)
     finally:
@@ -49,7 +49,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
 
 
 def dial_methods(recipe: Recipe) -> list[Method]:
-    """The recipe's methods that set nothing but dials."""
+    """The recipe's methods that set only dials."""
     context = MethodContext(recipe)
     return [
         METHODS[claims.name](context)

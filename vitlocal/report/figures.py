@@ -47,10 +47,10 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element. ``name`` must be unique in the page, because the ids start with it."""
-    held = io.StringIO()
+    buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(held, format="svg", metadata={"Date": None}, transparent=True)
-    text = held.getvalue()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for side in ("height", "width"):  # the page sets the size
         text = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)

@@ -176,7 +176,7 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
 
 
 def crops_part(runs: Sequence[RunRecord]) -> str:
-    """The first crops of each size, or why there are none."""
+    """The first crops of each size, or a sentence that says why they are missing."""
     parts = []
     for run in runs:
         parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
@@ -192,9 +192,9 @@ def crops_part(runs: Sequence[RunRecord]) -> str:
 
 
 def _png(pixels: np.ndarray) -> str:
-    held = io.BytesIO()
-    Image.fromarray(pixels).save(held, "PNG")
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def classes_part(runs: Sequence[RunRecord]) -> str:

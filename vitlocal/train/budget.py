@@ -1,4 +1,4 @@
-"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and what is reserved for its end."""
+"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and which part is reserved for its end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from vitlocal.progress import Length, Position, Progress
 
-TIMED_STEPS = 5  # the next step is expected to take the median time of so many steps
+TIMED_STEPS = 5  # the next step is expected to take the median time of the last TIMED_STEPS steps
 STOP = 0.5  # of a step: if less time is left, no step begins
-SLACK = 0.25  # of a step: if at most so much more would be left after a step, it counts as the last one
-KNOWN = 3  # evaluations and checkpoints: the next one is expected to take the median time of so many
+SLACK = 0.25  # of a step: a step is the last one if at most STOP + SLACK of a step would be left after it
+KNOWN = 3  # the next evaluation or checkpoint is expected to take the median time of the last KNOWN ones
 # For the export, the report and the end of the process after the last evaluation. Measured: 0.9 to 1.6 s on two cores.
 FINISH_SECONDS = 1.5
 
@@ -189,7 +189,7 @@ class Clock:
         return self.progress.fraction >= 1.0
 
     def ends_within(self, steps: int) -> bool:
-        """Whether a budget in time ends within so many steps."""
+        """Whether the budget is a time that ends within ``steps`` steps."""
         seconds, pace = self.synced or self.local_time
         left = self.length.value - self.reserve_seconds - seconds
         return self.length.kind == "seconds" and left <= steps * pace * self._batch

@@ -48,7 +48,7 @@ from vitlocal.train.trainer import Trainer
 
 
 def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
-    """The device of ``run.device``, made the current one, with ``run.threads`` CPU threads."""
+    """Returns the device of ``run.device`` and makes it current. Sets ``run.threads`` CPU threads."""
     return prepare_device(config.run.device, config.run.threads, ranks.local_rank, ranks.local_world_size, ranks.world)
 
 
@@ -262,9 +262,9 @@ def check_plans(trainer: Trainer, world: int) -> None:
 def check_ranks(config: Config, ranks: Ranks) -> None:
     """Raises ConfigError if the processes were started with different options."""
     mine, first = config.flat(), ranks.broadcast(config.flat())
-    apart = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
-    if apart:
-        raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
+    different = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
+    if different:
+        raise ConfigError(f"{', '.join(different)}: rank {ranks.rank} and rank 0 were started with different values")
 
 
 def check_data(found: dict[str, Any], before: dict[str, Any], config: Config) -> None:

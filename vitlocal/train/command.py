@@ -122,7 +122,7 @@ def start_warnings(run: BuiltRun) -> list[str]:
 
 
 def end_warnings(run: BuiltRun) -> list[str]:
-    """What the recipe asks for and the budget did not reach, one sentence each."""
+    """The parts of the recipe that the budget did not reach, one sentence each."""
     config, trainer, clock = run.config, run.trainer, run.trainer.state.clock
     now, found = clock.progress, []
     later = [progress for method in trainer.state.methods for progress in upcoming_changes(method.changes(), now)]

@@ -65,7 +65,7 @@ class StepCompiler:
         return 3 * feed.batch_size * count_macs(self._model, shape.input_size or feed.size) < GRAPH_MACS
 
     def objective(self, eager: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-        """``eager`` as ``mode`` runs it."""
+        """The objective that runs in ``mode``: ``eager`` itself, or ``eager`` compiled."""
         if not mode.compiled:
             return eager
         if mode.graphs not in self._objectives:

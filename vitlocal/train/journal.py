@@ -1,4 +1,4 @@
-"""Writes down what a run has spent while it runs, so that a killed run loses almost none of its count."""
+"""Saves the time that a run has spent, while it runs. So a killed run loses almost none of its count."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Prober:
         self._compile_step, self._seed, self._ranks = compile_step, seed, ranks
 
     def complete(self, probe: Probe, plan: Plan, batch_size: Callable[[int], int]) -> Probe:
-        """``probe`` with what it leaves open: the shape's other fields, the size, and the batch size at that size."""
+        """``probe`` with its open fields filled in: the rest of the shape, the size, and the batch size."""
         shape = probe.shape
         if probe.sets:
             shape = replace(plan.shape, **{name: getattr(probe.shape, name) for name in probe.sets})

@@ -186,7 +186,7 @@ class TrainStep:
         return F.cross_entropy(logits, batch.labels, reduction="sum")
 
     def logits(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> Tensor:
-        """The logits (B, C) of a batch in ``precision``, augmented as step ``number``, without mixing and erasing."""
+        """The logits (B, C) in ``precision`` of a batch, augmented as in step ``number`` without mixing and erasing."""
         augment = self._objective.augment
         places = batch.places[: len(batch)]  # some splits leave out damaged images
         images = augment.prepare(batch.images, self._seed, number, places, self.dials.randaugment)

@@ -70,7 +70,7 @@ class Trainer:
         seed: int = 0,
     ):
         self.state, self.step, self.sources, self.evaluator = state, step, sources, evaluator
-        self.stop_signal: signal.Signals | None = None  # that all ranks obey
+        self.stop_signal: signal.Signals | None = None  # the same on all ranks
         self._feed, self._schedule, self._macs = feed, schedule, macs
         self._evaluate_every, self._save_every, self._compile_early = evaluate_every, save_every, compile_early
         self._output, self._ranks, self._seed = output, ranks, seed
@@ -101,7 +101,7 @@ class Trainer:
         return fold(self.state.methods, Plan(self._feed), progress or self.state.clock.progress)
 
     def upcoming_plans(self) -> list[Plan]:
-        """The plans from now on, as far as the methods know them, in order; each feed and shape once."""
+        """The known plans from now on, in order, one for each feed and shape."""
         clock = self.state.clock
         now = clock.progress
         later = [
@@ -258,7 +258,7 @@ class Trainer:
     # --- probes ---
 
     def has_pending_probes(self) -> bool:
-        """Whether a method needs a measurement before it can plan on."""
+        """Whether a method needs a measurement before it can plan further."""
         now = self.state.clock.progress
         return any(method.probes(now) for method in self.state.methods)
 
