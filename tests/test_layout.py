@@ -217,7 +217,7 @@ def test_planned_files_are_written(
         (["--plan", "--verify"], "they exclude each other"),
         (["--plan", "--sides", "64"], "remove --sides"),
         (["--plan", "--split", "val"], "split train"),
-        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml is not there"),
+        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--plan", "--source", "sample:1", "--rates", "5"], "SIZE:IMAGES_A_SECOND"),
     ],
 )

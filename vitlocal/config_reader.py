@@ -124,7 +124,7 @@ class OptionReader:
         sys.exit(0)
 
     def _unknown(self, name: str, where: str) -> None:
-        """Notes that there is no option ``name``, with its new name or the option that is most like it."""
+        """Adds the problem that there is no option ``name``, with its new name or the most similar option."""
         if name in self._renamed:
             self.problems.append(
                 f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}"

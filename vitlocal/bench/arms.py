@@ -200,8 +200,8 @@ def compete(
 ) -> None:  # fmt: skip
     """Trains the runs that are not finished, and calls ``write`` with all results, also after an interruption.
 
-    ``trainer``: options of the trainer. Raises ConfigError if the bench itself sets one of them, or if there are neither
-    results nor runs to train. Otherwise raises the errors of :func:`train_runs`.
+    ``trainer``: options of the trainer. Raises ConfigError if the bench itself sets one of them, or if there are no
+    results and no runs to train. Also raises the errors of :func:`train_runs`.
     """
     shared = [f"--data.root={options.data}"] if options.data else []
     if options.together > 1:

@@ -384,7 +384,7 @@ def main(argv: Sequence[str]) -> None:
     options, trainer = parser.parse_known_args(argv)
     config, images = read_config(trainer), options.images
     if images is not None and images < config.train.batch_size:
-        raise ConfigError(f"--images: got {images}, expected at least a batch ({config.train.batch_size})")
+        raise ConfigError(f"--images: got {images}, expected at least {config.train.batch_size}, one batch")
     if images is None and not Path(config.data.root).exists():
         images = IMAGENET
         what = "" if options.rates else "only the step is measured, with random pixels, "

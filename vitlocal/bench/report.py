@@ -1,8 +1,9 @@
-"""Runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
+"""Shows runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
 
 Writes one HTML file without external links, for a screen, a phone or paper. It shows curves against time, epochs and
-images, schedules, throughput, crops as the model saw them, the ten worst classes, and differences between the runs'
-configurations. With --forecast (a file of `bench forecast --json FILE`), it compares the forecast with the first run.
+images, schedules, and throughput. It also shows crops as the model saw them, the ten worst classes, and how the
+configurations differ. With --forecast (a file of `bench forecast --json FILE`), it compares the forecast with the first
+run.
 """
 
 from __future__ import annotations

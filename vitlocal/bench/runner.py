@@ -190,7 +190,7 @@ class Runner:
         if 0 < len(gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
         if gpus and together > 1:
-            raise ConfigError("--together: runs that share a GPU cannot be timed; leave it out, or use a CPU")
+            raise ConfigError("--together: runs that share a GPU cannot be timed; use --together=1, or a CPU")
         self.share = len(self.cores) // jobs
         self.free = [*range(jobs)] * together  # places
         self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}  # runs and their places

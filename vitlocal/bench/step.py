@@ -1,8 +1,8 @@
 """The training step: python -m vitlocal.bench step [--sizes 32,64] [--arms local-eager,timm-eager] [TRAINER'S OPTIONS]
 
 Trains each arm on random pixels that are already on the device. All arms run in one process and take turns, at each
-size and in each round, so that other load on the machine affects all of them. Compiling is not counted. Options of the
-trainer (--config-file, --model.depth, ...) apply to every arm that has a use for them.
+size and in each round. So other load on the machine affects all of them. Compiling is not counted. Options of the
+trainer (--config-file, --model.depth, ...) apply to every arm whose model has them.
 
     local        the local-FFN ViT with the trainer's own step; on a GPU with the fused kernel if it supports the grid
     local-plain  the same model with PyTorch's operations instead of the kernel, on a GPU

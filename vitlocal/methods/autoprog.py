@@ -1,8 +1,8 @@
 """AutoProg (Li et al. 2022, arXiv 2203.14509; details from the released code): depth and image size grow, by search.
 
-Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*, and each
-of its steps samples a depth and a size. Then the candidate with the best trade-off of loss and time is taken out of the
-supernet, with its weights, and trained to the end of the stage. The supernet's steps are ordinary training steps.
+Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*. Each step
+of the supernet samples a depth and a size, and is an ordinary training step. Then the candidate with the best trade-off
+of loss and time is taken out of the supernet, with its weights. It is trained to the end of the stage.
 
 Symbols: S stages, l depth, r image size, L mean loss of a candidate, T its time per image.
 """

@@ -187,7 +187,7 @@ class Method:
         return ()
 
     def observe(self, result: StepResult | ProbeResult) -> None:
-        """Notes the result of a step or of a probe. Must not wait for the device."""
+        """Records the result of a step or of a probe. Must not wait for the device."""
 
     def choices(self) -> Sequence[str]:
         """The decisions of its searches so far, in order."""

@@ -152,7 +152,7 @@ class Trilevel(Method):
         return messages({
             "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove the method":
                 not config.levels,
-            "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or remove them":
+            "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or leave out examples":
                 examples and recipe.repeats > 1,
             f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
                 examples and not 0 < config.held_out < 1,

@@ -47,7 +47,7 @@ class RunTimer:
         return self._wall_before + self.now() - self._wall_began
 
     def start(self) -> None:
-        """Lets training time run."""
+        """Starts training time, if it is stopped."""
         before, since = self._training
         if since is None:
             self._training = before, self.train_now()
@@ -99,11 +99,11 @@ class FinalReserve:
         return self.evaluation_seconds + 2 * self.checkpoint_seconds + FINISH_SECONDS
 
     def record_evaluation(self, seconds: float) -> None:
-        """Notes how long an evaluation took."""
+        """Records the duration of an evaluation."""
         self.evaluations = [*self.evaluations, seconds][-KNOWN:]
 
     def record_checkpoint(self, seconds: float) -> None:
-        """Notes how long a checkpoint took."""
+        """Records the duration of a checkpoint."""
         self.checkpoints = [*self.checkpoints, seconds][-KNOWN:]
 
     def state_dict(self) -> dict[str, list[float]]:

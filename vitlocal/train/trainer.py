@@ -337,7 +337,7 @@ class Trainer:
     def _evaluation_due(self, plan: Plan) -> bool:
         """Whether it is time for an evaluation, and the budget has time for a step after it.
 
-        Otherwise it waits for the end, so that the last step has the schedule's last learning rate.
+        Without time for a step, the evaluation is postponed to the end. So the last step has the schedule's last rate.
         """
         state, every = self.state, self._evaluate_every
         before = state.last_evaluation.epoch if state.last_evaluation else 0.0
