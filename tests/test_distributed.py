@@ -23,8 +23,8 @@ from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 
 ROOT = Path(__file__).parent.parent
-# A batch of 34 shares out evenly, the last of an epoch has 18 of 120 images: 9 pairs, 4 for one process and 5 for the
-# other. Evaluation in batches of 79 leaves one image for the last.
+# A batch of 34 can be shared evenly. The last batch of an epoch has 18 of 120 images: 4 pairs for one process and 5 for
+# the other. Evaluation in batches of 79 leaves one image for the last batch.
 OPTIONS = [
     "--model.name=vitlocal_tiny_patch8_64", "--model.size=48", "--model.depth=2", "--model.width=32",
     "--model.heads=2", "--model.drop_path=0.2", "--methods=image_size", "--image_size.init=16",

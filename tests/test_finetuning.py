@@ -73,6 +73,6 @@ def test_timms_own_model_is_fine_tuned_from_its_file(configure, decoder, tmp_pat
             slot for slot in range(6) for name, value in trainer.state.model.blocks[slot].state_dict().items()
             if not torch.equal(value, plain[f"blocks.{slot}.{name}"])
         }  # fmt: skip
-        assert moved == {0, 1, 3, 4}  # the last group's are as they came
+        assert moved == {0, 1, 3, 4}  # the blocks of the last group keep the loaded weights
     with pytest.raises(ConfigError, match="cannot have a stage embedding"):
         train(configure(*options, "--unfreeze.stage_embedding=yes", f"--run.folder={tmp_path}/unfrozen"))

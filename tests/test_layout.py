@@ -93,7 +93,7 @@ def test_the_smallest_set_that_keeps_up() -> None:
     for limits in (replace(LIMITS, memory=4000), replace(LIMITS, disk=4000)):
         assert best_files([SizeDemand(224, 1e6, 2000)], [small, quick, slow], limits) == (slow,)
     assert best_files(stages, [quick], replace(LIMITS, memory=4000)) == (quick,)  # there is no other
-    # Nothing fits in memory: then one file may serve all, as anywhere.
+    # No file fits in memory. Then a single file may be read at all sizes.
     assert best_files(
         [SizeDemand(32, 1e6, 10), SizeDemand(224, 1e6, 10)], [small, slow], replace(LIMITS, memory=50)
     ) == (slow,)

@@ -63,7 +63,7 @@ def test_a_search_is_repeated_from_another_runs_times(
 
 
 def test_times_that_cannot_be_replayed(configure, decoder, tmp_path: Path):
-    """A folder without times, and one whose times are of other candidates; nothing is left behind at a start."""
+    """A folder has no times, or times of other candidates. The failed start leaves no run folder."""
     folder = tmp_path / "other"
     options = [*COMMON, *SEARCHED["unfreeze"], f"--run.replay_search={folder}"]
     with pytest.raises(ConfigError, match=r"other has no searches.jsonl; name the folder of a run of this recipe"):
@@ -85,7 +85,7 @@ def test_times_that_cannot_be_replayed(configure, decoder, tmp_path: Path):
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path):
     searches = SearchLog(tmp_path)
-    searches.begin()  # nothing is there yet
+    searches.begin()  # the folder is still empty
     for size in (16, 32, 48):
         searches.record(Progress(epoch=0.5, step=2), "unfreeze", Probe("seconds", size=size), 1e-3 * size)
         if size == 32:

@@ -76,7 +76,7 @@ def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
 
 
 def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
-    """An eager step keeps more activations than a compiled step, for which the memory may suffice.
+    """An eager step keeps more activations, and the memory may be just enough for a compiled step.
 
     With a BatchNorm the batch stays whole.
     """
@@ -90,7 +90,7 @@ def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
 
 @pytest.mark.parametrize("count", [12, 11, 2])
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int):
-    # Not the step's weights: AdamW turns the rounding of a gradient near zero into a step of its own.
+    # The weights are not compared: AdamW makes a full step of a rounded gradient near zero.
     steps = a_step(configure), a_step(configure, "--train.grad_accum_steps=3")
     for step in steps:
         step._gradients(a_batch(count), 0, EAGER)

@@ -50,7 +50,7 @@ class DataConfig:
     source: str | None = option(None, Maybe(TEXT), "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
-    side_ratio: float = option(1.5, Number(0.1, 16), "a file serves an image size if its side >= this ratio x the size")
+    side_ratio: float = option(1.5, Number(0.1, 16), "smallest side of a suitable file / image size")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ModelConfig:
     pos_embed_init: str | None = option(None, Maybe(Choice("random", "sincos")), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
     weights: str | None = option(
-        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes is initialised anew"
+        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes starts at random"
     )
 
     def arguments(self) -> dict[str, Any]:

@@ -145,10 +145,10 @@ def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", metavar="DIR", help="data folder (default: that of the recipes)")
     add("--seeds", type=partial(numbers, least=0), default="0", help="seeds; 0,1,2 is three runs per arm (default: 0)")
-    add("--jobs", type=int, default=1, help="places for runs; they divide the cores (default: 1)")
-    add("--together", type=at_least(1), default=1, help="runs in each place; budgets count processor time (default: 1)")
+    add("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores (default: 1)")
+    add("--together", type=at_least(1), default=1, help="runs that share a job's cores, in processor time (default: 1)")
     add("--folder", type=Path, default=f"runs/{name}", metavar="DIR", help="folder for runs (default: %(default)s)")
-    add("--add", action="append", default=[], metavar="FILE", help="add the runs of a --json from another machine")
+    add("--add", action="append", default=[], metavar="FILE", help="add runs from a --json FILE of another machine")
     add("--no-run", action="store_true", help="train nothing; tabulate and plot the finished runs")
     return parser
 
@@ -160,8 +160,8 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunK
     for path in files:
         results = {result.key: result for result in read_results(path)}
         if not (keys := results.keys() & wanted.keys()):
-            there = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(results)[:3])
-            raise ConfigError(f"--add: {path} has none of these runs; it has {there or 'no runs'}")
+            known = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(results)[:3])
+            raise ConfigError(f"--add: {path} has none of these runs; it has {known or 'no runs'}")
         if twice := keys & found.keys():
             raise ConfigError(f"--add: {path} has '{min(twice)[0]}' with seed {min(twice)[1]}, and so has another file")
         for key in keys:

@@ -241,8 +241,7 @@ class Forecast:
         if spent is None:
             used = f"starting, saving and one evaluation take {self.other_seconds + evaluation:.0f} s"
             raise ConfigError(
-                f"budget.length: got {length} for everything, but {used}; give more time, or count only training: "
-                "budget.counts=train"
+                f"budget.length: got {length}, but {used}; give more time, or count only training: budget.counts=train"
             )
         return spent
 

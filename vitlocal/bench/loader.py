@@ -157,9 +157,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workers", type=numbers, default="1", help="numbers of workers, such as 1,2 (default: 1)")
     parser.add_argument("--only", default=installed, help="contestants to run (default: %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
-    parser.add_argument("--seconds", type=at_least(0, float), default=0.5, help="minimal length of a turn (0.5)")
+    parser.add_argument("--seconds", type=at_least(0, float), default=0.5, help="shortest turn (default: 0.5)")
     # A pass has the same random images each time, so that they come from memory.
-    parser.add_argument("--images", type=at_least(1), default=2048, help="maximal images of a pass (default: 2048)")
+    parser.add_argument("--images", type=at_least(1), default=2048, help="most images in a pass (default: 2048)")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot images/s per core against the crop size")
     options = parser.parse_args(argv)
     chosen = names(options.only, NAMES)

@@ -70,8 +70,8 @@ def scaled(arm: Arm, final: int, patch: int) -> Arm:
     """The arm at ``final`` px in patches of ``patch`` px, with the recipe ``rcfg/paper_<final>px.yaml``."""
     recipe = RECIPES / f"paper_{final}px.yaml"
     if not recipe.exists():
-        there = ", ".join(path.stem[6:-2] for path in sorted(RECIPES.glob("paper_*px.yaml")))
-        raise ConfigError(f"--scale: there is no {recipe}; write one, or use {there}")
+        known = ", ".join(path.stem[6:-2] for path in sorted(RECIPES.glob("paper_*px.yaml")))
+        raise ConfigError(f"--scale: there is no {recipe}; write one, or use {known}")
     if patch < 1 or final % patch:
         raise ConfigError(f"--patch: {patch} px do not divide {final} px")
     family = f"{arm.name}_" if arm.name in ("deit", "localvit") else ""

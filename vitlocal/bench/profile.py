@@ -166,8 +166,8 @@ def main(argv: Sequence[str]) -> None:
     parser = bench_parser("profile", __doc__, trainer_options=True)
     add = parser.add_argument
     add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
-    add("--steps", type=at_least(1), default=10, help=f"steps to time at each size, {TRACED_STEPS} of them traced (10)")
-    add("--trace", metavar="FILE", help="write a trace for chrome://tracing; of each size, NAME_{size}px_{batch}.json")
+    add("--steps", type=at_least(1), default=10, help=f"steps per size, {TRACED_STEPS} of them traced (default: 10)")
+    add("--trace", metavar="FILE", help="write traces for chrome://tracing: NAME_{size}px_{batch}.json for each size")
     options, rest = parser.parse_known_args(argv)
     sizes = options.sizes and sorted(options.sizes)
     if not any(word.startswith(("--config-file", "-C")) for word in rest):

@@ -234,7 +234,7 @@ class Runner:
                 return run
             if run.folder not in self._awaited:  # a bench was killed, and its runs are still saving
                 self._awaited.add(run.folder)
-                say(f"waiting for another process to leave {run.folder} ...")
+                say(f"waiting for another process that uses {run.folder} ...")
         return None
 
     def _start(self, run: PlannedRun, number: str) -> None:

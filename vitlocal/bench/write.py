@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--workers", type=numbers, default="1", help="numbers of workers, such as 1,2 (default: 1)")
     parser.add_argument("--only", default=",".join(WRITERS), help="contestants to run (default: %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
-    parser.add_argument("--images", type=at_least(1), default=2000, help="maximal images of the source (%(default)s)")
+    parser.add_argument("--images", type=at_least(1), default=2000, help="most images (default: %(default)s)")
     options = parser.parse_args(argv)
     chosen = names(options.only, list(WRITERS))
     files = parse_files("" if options.sides == "auto" else options.sides) or DEFAULT_FILES["train"]

@@ -161,7 +161,7 @@ class Trilevel(Method):
             "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
             "trilevel.score: attention needs a vitlocal_… model; use forgetting":
                 examples and config.score == "attention" and not recipe.model_name.startswith("vitlocal_"),
-            "trilevel.decay_steps: 0 would compile every step anew; set train.compile=no":
+            "trilevel.decay_steps: 0 would compile again at every step; set train.compile=no":
                 not config.decay_steps and recipe.compiles,
             "trilevel.token_keep_rate: got 0, which keeps nothing; expected a rate above 0": not config.token_keep_rate,
             "trilevel.attention_keep_rate: got 0, which keeps nothing; expected a rate above 0":

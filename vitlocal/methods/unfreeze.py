@@ -117,8 +117,8 @@ def sizes_of(recipe: Recipe) -> tuple[int, ...]:
 class Unfreeze(SearchMethod):
     """Groups of blocks are unfrozen, and images grow, stage by stage.
 
-    Parameters outside of the blocks (embeddings, norm, head) are always trained. Frozen blocks have no gradients, hence
-    no weight decay and no update. Gradients still pass through all blocks to the embeddings, unless
+    Parameters outside of the blocks (embeddings, norm, head) are always trained. Frozen blocks have no gradients, so
+    they have no weight decay and no update. Gradients still pass through all blocks to the embeddings, unless
     ``non_blocks=head`` freezes these too.
     """
 

@@ -74,6 +74,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise DataError(
             f"{path} was written by another version of vitlocal (format {state.get('format', 1)}, expected {FORMAT}). "
-            f"Continue with that version, or remove {path.parents[1]} and run the same command again to train anew"
+            f"Continue with that version, or remove {path.parents[1]} and run the command again to train from the start"
         )
     return state

@@ -19,8 +19,8 @@ BUDGET_FRACTION = 1e-3  # of a budget in time, if that is shorter
 def read_spent(path: Path) -> tuple[float, float]:
     """Training seconds and total seconds, as :class:`Journal` wrote them; zeros without a journal.
 
-    A damaged journal, after a power failure for example, is reported and counts as zeros: the checkpoint knows what was
-    spent before it.
+    A damaged journal, after a power failure for example, is reported and counts as zeros. The checkpoint has the time
+    that was spent before it.
     """
     try:
         spent = json.loads(path.read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def read_spent(path: Path) -> tuple[float, float]:
     except FileNotFoundError:
         return 0.0, 0.0
     except (ValueError, KeyError, TypeError):
-        print(f"{path} is damaged; the budget continues from what the checkpoint knows", file=sys.stderr)
+        print(f"{path} is damaged; the budget continues from the checkpoint", file=sys.stderr)
         return 0.0, 0.0
 
 

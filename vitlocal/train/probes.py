@@ -28,7 +28,7 @@ from vitlocal.train.step import EAGER, TrainStep, buffers_kept, step_seed
 from vitlocal.train.trainability import condition_number, tangent_kernel, zico
 
 FORWARD_FLOPS = TRAINING_FLOPS / 3  # for each multiply-add, without the backward pass
-EPOCH = 1_000_000  # whose order and crops the probes use, so that every candidate sees the same images
+EPOCH = 1_000_000  # the probes use the order and crops of this epoch, so that every candidate sees the same images
 
 
 class Prober:

@@ -294,7 +294,7 @@ class TrainStep:
         """The places of the micro-batches."""
         parts = self._grad_accum_steps
         if self._compiler.enabled and not mode.compiled and not self._mixes_samples:
-            parts *= 2  # an eager step keeps more activations than the compiled one, for which the memory may suffice
+            parts *= 2  # an eager step keeps more activations, and the memory may be just enough for a compiled step
         return micro_batches(count, parts)
 
     def _reduction(self, last: bool) -> AbstractContextManager[None]:
