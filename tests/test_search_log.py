@@ -49,7 +49,7 @@ def test_a_search_is_repeated_from_another_runs_times(
     assert len([line for line in lines if "chosen" in line]) == 3  # of four stages the last has nothing to choose
 
     def measured(prober, probe, plan):
-        raise AssertionError("no time is to be measured")
+        raise AssertionError("a replayed search must not measure times")
 
     monkeypatch.setattr(Prober, "_seconds", measured)
     with killed_after(6):

@@ -50,7 +50,7 @@ class DataConfig:
     source: str | None = option(None, Maybe(TEXT), "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
-    side_ratio: float = option(1.5, Number(0.1, 16), "smallest side of a suitable file / image size")
+    side_ratio: float = option(1.5, Number(0.1, 16), "prefer files with side >= this ratio x the image size")
 
 
 @dataclass(frozen=True)

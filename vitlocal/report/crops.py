@@ -25,8 +25,8 @@ AUGMENTATION_DIALS = ("strength", "randaugment_strength")
 def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     """The first training crops (S, S, 3) of each image size, with their augmentation.
 
-    Crops and augmentation have keys, so they can be made again. If a method fed a subset of the rows, the crops are of
-    all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
+    Crops and augmentation have keys, so they can be made again. If a method fed a subset of the rows, the crops are
+    from all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
     """
     config, methods = run.config, dial_methods(run.config.recipe)
     augment = Augment(**config.augment.arguments())

@@ -85,7 +85,7 @@ class Ranks:
         return box[0]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over all ranks, in place. A device sync only when the caller reads the result."""
+        """Sums over all ranks, in place. The host waits for the device only when the caller reads the result."""
         if self.world > 1:
             with self._peers():
                 dist.all_reduce(values)
