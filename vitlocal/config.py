@@ -343,6 +343,6 @@ def _contradictions(config: Config) -> list[str]:
         "train.schedule_by: epoch needs a train.schedule_length in epochs, such as 300ep": train.schedule_by == "epoch"
             and (train.schedule_length is None or train.schedule_length.kind != "epochs"),
         "budget.length: got 0, which trains nothing; expected a length above 0": config.budget.length.value == 0,
-        f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train":
+        f"budget.counts: cpu measures only this process, and data.loader={data.loader} starts others; use train":
             config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
     })  # fmt: skip

@@ -71,7 +71,7 @@ class OptionReader:
             default = "none" if spec.default in (None, ()) else plain_value(spec.default)
             takes: dict[str, Any] = {"metavar": ""}
             meaning = f"{spec.metadata['meaning']}; {kind.help()} (default: {default})"
-            if isinstance(kind, Flag):  # `--run.keep_weights` alone means true
+            if isinstance(kind, Flag):  # `--run.keep_weights` without a value means true
                 takes = {"nargs": "?", "const": "true", "metavar": "true|false"}
                 meaning = f"{spec.metadata['meaning']} (default: {default})"
             named = [flag for flag, target in self._flags.items() if target == name]

@@ -26,7 +26,7 @@ def stored_options(folder: Path) -> dict[str, Any]:
 
 
 def changed_options(before: Mapping[str, Any], config: Config) -> list[str]:
-    """How ``config`` differs from the options ``before``: "NAME was X and is now Y" for each option that matters."""
+    """The differences of ``config`` from ``before``: "NAME was X and is now Y" for each option that matters."""
     before = {**Config().flat(), **before}  # an option that is missing there counts as its default
     unused = METHODS.keys() - {*before["methods"], *config.methods}  # the options of these methods have no effect
     return [

@@ -102,7 +102,7 @@ def methods_writing(config: Config, prefix: str) -> list[str]:
 
 
 def size_demands(config: Config, images: int, speeds: Mapping[int, Speed]) -> tuple[layout.SizeDemand, ...]:
-    """What the recipe's budget is spent on, for a training set of ``images`` and the speed at each size.
+    """The images that the recipe's budget needs at each size, for a training set of ``images`` and given speeds.
 
     A size that the budget does not reach gets one image. Its file is still wanted, in case training is faster.
     """

@@ -232,7 +232,7 @@ class Forecast:
         return self.stages[-1].end
 
     def spending(self, stages: tuple[Stage, ...], length: Length) -> tuple[StageForecast, ...]:
-        """How ``length`` is spent on ``stages``. ConfigError if no time is left for training."""
+        """Simulates spending ``length`` on ``stages``. Raises ConfigError if no time is left for training."""
         speeds = {measured.size: measured.speed for measured in self.sizes}
         if not self.counts_all:
             return spend(stages, length, self.images, speeds)

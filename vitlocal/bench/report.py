@@ -48,7 +48,7 @@ def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
 
 
 def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
-    """Why the forecast does not apply to the run: another recipe, or a run that has not ended. Sentences."""
+    """Sentences that say why the forecast does not apply to the run: another recipe, or a run that has not ended."""
     said, actual = forecast.get("recipe", {}), json.loads(json.dumps(run.config.flat()))
     differ = [name for name in said if name in actual and name not in IGNORED and said[name] != actual[name]]
     found = [f"the forecast is for another recipe: {', '.join(differ)} differ"] if differ else []

@@ -115,7 +115,7 @@ class PlannedRun:
 
 @lru_cache
 def data_in(root: str) -> dict[str, Any]:
-    """What identifies the training data of a folder. Cached, because ImageNet's manifest takes seconds to read."""
+    """The fingerprint of the training data in a folder. Cached, because ImageNet's manifest takes seconds to read."""
     manifest = load_manifest(root, "train")
     return data_fingerprint(manifest.count, manifest.classes)
 

@@ -213,7 +213,7 @@ def by_cost(line: Line) -> list[Record]:
     """The stages of a run: passes in a row whose images cost the same and that train the same blocks.
 
     Each has images, epochs, seconds, multiply-adds per image, and how many blocks are trained (None: all). Frozen
-    blocks still run forward, so multiply-adds alone do not separate such stages. Empty if the log has no costs.
+    blocks still run forward, so equal multiply-adds do not mean equal stages. Empty if the log has no costs.
     """
     found: list[Record] = []
     images_before = epoch_before = 0.0

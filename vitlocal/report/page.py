@@ -128,7 +128,7 @@ def _changes(records: Sequence[dict[str, Any]], name: str) -> bool:
 
 
 def schedule_part(runs: Sequence[RunRecord]) -> str:
-    """Image size, learning rate and what methods changed, against time."""
+    """Image size, learning rate and the fields that methods changed, against time."""
     figures = [schedule(run.line, learning_rates(run), changed_fields(run)) for run in runs]
     drawn = [_figure(svg(figure, f"schedule-{n}"), runs[n].name, "wide") for n, figure in enumerate(figures)]
     return "<h2>Schedule</h2>" + "".join(drawn)
@@ -148,7 +148,7 @@ def throughput_part(runs: Sequence[RunRecord]) -> str:
 
 
 def costs_part(runs: Sequence[RunRecord]) -> str:
-    """What an image costs in each stage, and what the cheaper stages saved. Empty if no run has several stages."""
+    """The cost of an image in each stage, and the savings by cheaper stages. Empty if no run has several stages."""
     rows, lines = [], []
     stages_of = [by_cost(run.line) for run in runs]
     freezes = any(stage["trained"] is not None for stages in stages_of for stage in stages)

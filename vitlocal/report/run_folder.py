@@ -35,7 +35,7 @@ class RunRecord:
 
     @property
     def line(self) -> Line:
-        """What the figures need of the run."""
+        """The run as a line in figures."""
         return Line(self.name, self.records)
 
 

@@ -114,7 +114,7 @@ class FinalReserve:
 
 
 class Clock:
-    """How much of a budget is spent: ``Clock("24h")``, ``Clock("90ep", images_per_epoch=50_000)``.
+    """Measures how much of a budget is spent: ``Clock("24h")``, ``Clock("90ep", images_per_epoch=50_000)``.
 
     ``counts`` says which time a budget in time counts: "train" (without evaluation and saving), "wall" (all time of the
     process) or "cpu" (as "train", in processor time).
@@ -163,13 +163,13 @@ class Clock:
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands now."""
+        """The progress of the run now."""
         seconds, pace = self.synced or self.local_time
         now = Progress(self._epoch(self.position), self.step, self.images_seen, seconds, flops=self.flops)
         return replace(now, fraction=self._fraction(now, STOP * pace * self._batch, STOP * self._step_flops))
 
     def after_step(self, images: int, flops: float = 0.0) -> Progress:
-        """Where the run will stand after a step over ``images`` images, if it takes as long as the last ones.
+        """The progress after a step over ``images`` images, if it takes as long as the last steps.
 
         A step uses the learning rate of its end. So the last step has the schedule's last rate, even if it takes a
         quarter less time than expected.

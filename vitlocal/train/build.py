@@ -73,7 +73,7 @@ def make_model(config: Config, num_classes: int, device: torch.device) -> tuple[
 def assemble_step(
     config: Config, model: nn.Module, device: torch.device, methods: Sequence[Method] = (), ranks: Ranks = ALONE
 ) -> tuple[TrainStep, list[ModelEma]]:
-    """Optimizer, weight averages and step for ``model``, and the averages that the methods need."""
+    """The step for ``model``, with its optimizer and weight average, and the averages that the methods need."""
     train = config.train
     precision = choose_precision(train.precision, device)
     configure_model(model, train.kernel, train.grad_checkpointing, device)

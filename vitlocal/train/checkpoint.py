@@ -30,7 +30,7 @@ def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: fl
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`keep_weights` wrote: the weights, and step, epoch and shape."""
+    """The content of a file of :func:`keep_weights`: the weights, and step, epoch and shape."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])
 

@@ -25,7 +25,10 @@ LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNOREC
 
 
 class Ranks:
-    """This process among the others. Gradients and sums use the device's backend, decisions use gloo."""
+    """The rank of this process, and its connection to the others.
+
+    Gradients and sums use the device's backend, decisions use gloo.
+    """
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world_size: int = 1):
         self.rank, self.world = rank, world

@@ -33,7 +33,7 @@ def read_spent(path: Path) -> tuple[float, float]:
 
 
 def journal_interval(budget: Length) -> float:
-    """The seconds between two writes: what a kill can lose."""
+    """The seconds between two writes: a kill loses at most these seconds."""
     if budget.kind != "seconds":
         return LONGEST_INTERVAL
     return max(SHORTEST_INTERVAL, min(LONGEST_INTERVAL, BUDGET_FRACTION * budget.value))

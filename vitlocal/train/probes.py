@@ -82,7 +82,7 @@ class Prober:
             self._step.set_dials(before[1])
 
     def _seconds(self, probe: Probe, plan: Plan) -> float:
-        """Forward and backward, seconds per image: the mean over the probe's batches, after one that is not counted."""
+        """The seconds per image of forward and backward: the mean over the probe's batches, after a warm-up batch."""
         feed = Feed(probe.size, probe.samples)
         timer = self._state.clock.timer
         with timer.paused():

@@ -56,7 +56,7 @@ class SearchLog:
     def __init__(self, folder: Path | None = None, replay: str | None = None):
         self.seconds = 0.0  # training time that all probes took
         self._path = None if folder is None else folder / SEARCHES
-        self._lines = self._timed = 0  # results so far, and those of them that are times
+        self._lines = self._timed = 0  # results so far, and how many of them are times
         self._replay = None if replay is None else Path(replay) / SEARCHES
         self._times: list[dict[str, Any]] = []
         if self._replay is None:

@@ -1,4 +1,4 @@
-"""Carries out plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
+"""Executes plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
 
 from __future__ import annotations
 
