@@ -1,7 +1,7 @@
 """Encodes a split into .beton files: python write_dataset.py --split train [--source FOLDER] [--out FOLDER]
 
---plan measures and proposes which files to write. --help lists the options. Interrupted or killed, the same command
-goes on from where it was.
+--plan measures and proposes which files to write. --help lists the options. If the command is interrupted or
+killed, start it again: it continues.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the tests share: a small data folder written once, and the decoder's threads."""
+"""Fixtures that tests share: a small data folder, written once, and the decoder's threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Of numba, which FFCV's own loader uses. Its other layer, TBB, may hang when a process ends that is held to one core.
+# The threads of numba, which FFCV uses. Its other layer, TBB, may hang at the end of a process with one core.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 import pytest

@@ -151,7 +151,7 @@ def test_the_bench_waits_for_runs_that_still_save(two: Path, tmp_path: Path, mon
     monkeypatch.setattr("vitlocal.bench.runner.time.sleep", lambda seconds: (nap := next(naps)) and nap())
     naps = chain(naps, repeat(None))
     assert runner.run([entry]) == [] and started == [entry]
-    assert capsys.readouterr().out == f"waiting for another process to leave {entry.folder} ...\n"
+    assert capsys.readouterr().out == f"waiting for another process that uses {entry.folder} ...\n"
 
 
 def test_the_paper_bench_writes_a_table_and_plots(tmp_path: Path, capsys):

@@ -107,7 +107,7 @@ def test_a_search_by_flops_measures_no_time():
     assert not method._record.times and method.choices() == [str(method._candidates(0)[4])]
 
 
-def test_a_search_that_is_interrupted_goes_on():
+def test_an_interrupted_search_continues():
     options = ("budget.length=100ep",)
     whole, first = AutoProg(context_of(*options)), AutoProg(context_of(*options))
     searched(whole, 0, choose=1)
@@ -122,19 +122,19 @@ def test_a_search_that_is_interrupted_goes_on():
 
 
 def test_a_stage_that_is_passed_over_leaves_no_gap():
-    """Killed in the first stage and resumed in the third: what is new there is copied from what there is."""
+    """A run is killed in the first stage and resumed in the third: new blocks are copied from existing blocks."""
     method = AutoProg(context_of("autoprog.schedule=6,8,10,12", "autoprog.space=depth"))
     method.observe(StepResult(None, None, START, Progress(fraction=0.1)))
     plan = plan_at(method, fraction=0.6)
-    there = set(range(6))
+    existing = set(range(6))
     assert len(plan.shape.block_order) == 10 and plan.growth.number == 5
     for new, source in plan.growth.blocks:
-        assert source in there and new not in there
-    assert set(plan.shape.block_order) == there | {new for new, _ in plan.growth.blocks}
+        assert source in existing and new not in existing
+    assert set(plan.shape.block_order) == existing | {new for new, _ in plan.growth.blocks}
 
 
-def test_losses_are_asked_of_nets_that_have_trained():
-    """However long it took to ask for times, the search has its length from its first step on."""
+def test_losses_are_measured_on_nets_that_have_trained():
+    """The length of a search counts from its first step, however long the measurement of times took."""
     method = AutoProg(context_of("budget.length=1h", "autoprog.search_length=4%"))
     late = Progress(fraction=0.04)
     probes = method.probes(Progress())
@@ -155,7 +155,7 @@ def test_when_and_on_what_losses_are_taken():
     assert {(probe.kind, probe.split) for probe in first} == {("loss", "val")}
     for probe in first:
         method.observe(ProbeResult(probe, 1.0))
-    # The round took until 0.05: not of the search's length, and no second one without a step in between.
+    # The round took until 0.05. That does not count for the search, and a second round needs a step in between.
     assert not method.probes(Progress(fraction=0.05)) and not method._decided(0)
     method.observe(StepResult(None, None, START, Progress(fraction=0.05)))
     again = AutoProg(context_of("autoprog.loss_at=0.25,1", "autoprog.loss_on=val", "autoprog.search_length=4%"))
@@ -232,7 +232,7 @@ def test_size_alone_keeps_the_depth():
     assert {net.depth for net in method._candidates(0)} == {12}
 
 
-def test_the_least_of_all_is_a_block():
+def test_the_smallest_net_has_one_block():
     method = AutoProg(context_of("methods=autoprog", "autoprog.space=depth", "autoprog.min_scale=0"))
     assert {net.depth for net in method._candidates(0)} == {1, 8, 12}
 

@@ -19,7 +19,7 @@ IMAGES, BATCH = 1000, 50
 
 
 class Machine:
-    """Takes steps of a clock whose time only this moves."""
+    """Takes steps of a clock, and is the only one that moves its time."""
 
     def __init__(self, length: str, counts: str = "train"):
         self.time = 0.0

@@ -23,8 +23,8 @@ from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 
 ROOT = Path(__file__).parent.parent
-# A batch of 34 shares out evenly, the last of an epoch has 18 of 120 images: 9 pairs, 4 for one process and 5 for the
-# other. Evaluation in batches of 79 leaves one image for the last.
+# A batch of 34 can be shared evenly. The last batch of an epoch has 18 of 120 images: 4 pairs for one process and 5 for
+# the other. Evaluation in batches of 79 leaves one image for the last batch.
 OPTIONS = [
     "--model.name=vitlocal_tiny_patch8_64", "--model.size=48", "--model.depth=2", "--model.width=32",
     "--model.heads=2", "--model.drop_path=0.2", "--methods=image_size", "--image_size.init=16",
@@ -79,8 +79,8 @@ def test_two_processes_train_as_one(folder: Path, alone: Path, tmp_path: Path):
     assert farthest(run, alone) < 1e-5
 
 
-def test_two_processes_stopped_go_on_as_one(folder: Path, alone: Path, tmp_path: Path, capsys):
-    """SIGTERM to all, as torchrun and schedulers send it; then a single process goes on with what was saved."""
+def test_two_stopped_processes_continue_as_one(folder: Path, alone: Path, tmp_path: Path, capsys):
+    """All processes get SIGTERM, as from torchrun. Then a single process continues from the checkpoint."""
     run = tmp_path / "run"
     process = subprocess.Popen(command(2, folder, run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
@@ -120,7 +120,7 @@ def test_wrong_starts_are_errors(configure, decoder, tmp_path: Path, monkeypatch
 
 
 class Follower(Ranks):
-    """Rank 1 of two, which hears what a test has rank 0 say."""
+    """Rank 1 of two processes. A test states the values that rank 0 sends."""
 
     def __init__(self, change) -> None:
         super().__init__(1, 2, 1, 2)
@@ -143,7 +143,7 @@ def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, 
 
 
 def test_a_process_that_lost_the_others_reports_it(monkeypatch: pytest.MonkeyPatch):
-    """As where rank 0 refuses a checkpoint."""
+    """This happens, for example, if rank 0 refuses a checkpoint."""
 
     def lost(*_, **__) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")

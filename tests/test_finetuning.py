@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def test_fine_tuning_starts_from_weights(configure, decoder, tmp_path: Path):
-    """A run's folder, another number of classes, another grid; and what is wrong with them."""
+    """Weights from the folder of a run, for other classes and another grid, and the errors of wrong weights."""
     train(configure("--budget.length=1ep", f"--run.folder={tmp_path}/first"))
     weights = load_file(tmp_path / "first" / "model.safetensors")
     with open_run(configure(f"--model.weights={tmp_path}/first", f"--run.folder={tmp_path}/a")) as run:
@@ -50,7 +50,7 @@ def test_fine_tuning_starts_from_weights(configure, decoder, tmp_path: Path):
 
 
 def test_timms_own_model_is_fine_tuned_from_its_file(configure, decoder, tmp_path: Path):
-    """With registers beside its class token, at another size and for other classes, unfrozen block by block."""
+    """The model has registers and a class token, another size and other classes. Its blocks are unfrozen in stages."""
     theirs = timm.create_model("test_vit", num_classes=7, img_size=64, reg_tokens=3)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     mine = timm.create_model("test_vit", num_classes=20, img_size=48, reg_tokens=3)
@@ -73,6 +73,6 @@ def test_timms_own_model_is_fine_tuned_from_its_file(configure, decoder, tmp_pat
             slot for slot in range(6) for name, value in trainer.state.model.blocks[slot].state_dict().items()
             if not torch.equal(value, plain[f"blocks.{slot}.{name}"])
         }  # fmt: skip
-        assert moved == {0, 1, 3, 4}  # the last group's are as they came
+        assert moved == {0, 1, 3, 4}  # the blocks of the last group keep the loaded weights
     with pytest.raises(ConfigError, match="cannot have a stage embedding"):
-        train(configure(*options, "--unfreeze.stage_embedding=yes", f"--run.folder={tmp_path}/told"))
+        train(configure(*options, "--unfreeze.stage_embedding=yes", f"--run.folder={tmp_path}/unfrozen"))

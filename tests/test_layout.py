@@ -93,7 +93,7 @@ def test_the_smallest_set_that_keeps_up() -> None:
     for limits in (replace(LIMITS, memory=4000), replace(LIMITS, disk=4000)):
         assert best_files([SizeDemand(224, 1e6, 2000)], [small, quick, slow], limits) == (slow,)
     assert best_files(stages, [quick], replace(LIMITS, memory=4000)) == (quick,)  # there is no other
-    # Nothing fits in memory: then one file may serve all, as anywhere.
+    # No file fits in memory. Then a single file may be read at all sizes.
     assert best_files(
         [SizeDemand(32, 1e6, 10), SizeDemand(224, 1e6, 10)], [small, slow], replace(LIMITS, memory=50)
     ) == (slow,)
@@ -193,7 +193,7 @@ def test_planned_files_are_written(
     assert run_command(write_dataset.main, common) == 0
     assert "plan.yaml says (remove it for the default files): 48:raw" in capsys.readouterr().out
     assert run_command(write_dataset.main, [*plan, "--rates", "32:10"]) == 2  # it is written already
-    assert "train.json is there" in capsys.readouterr().err
+    assert "train.json exists" in capsys.readouterr().err
     manifest = Manifest.load(Path(out) / "train.json")
     assert [file.file for file in manifest.files] == ["train_48_raw.beton"]
     assert run_command(write_dataset.main, [*common, "--sides", "24"]) == 2  # other options, so another split
@@ -217,7 +217,7 @@ def test_planned_files_are_written(
         (["--plan", "--verify"], "they exclude each other"),
         (["--plan", "--sides", "64"], "remove --sides"),
         (["--plan", "--split", "val"], "split train"),
-        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml is not there"),
+        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--plan", "--source", "sample:1", "--rates", "5"], "SIZE:IMAGES_A_SECOND"),
     ],
 )
@@ -266,7 +266,7 @@ def test_the_cheapest_large_enough_file_is_chosen() -> None:
     assert picked == ["train_64_raw.beton", *["train_256_raw.beton"] * 4]
     centre = CropPolicy(random=False, centre=1.0)
     assert choose_file(manifest, costs, centre, 1.5, 160).file == "train_256_raw.beton"
-    # Where not all were measure_candidates, the smallest side is taken, and raw before JPEG.
+    # If some files were not measured, the smallest side is chosen, and raw before JPEG.
     some = DecodingCosts({name: cost for name, cost in costs.microseconds.items() if "256_raw" not in name})
     picked = [choose_file(manifest, some, TRAIN, 1.5, size).file for size in (32, 64, 96, 160)]
     assert picked == ["train_64_raw.beton", "train_160_jpg.beton", "train_160_jpg.beton", "train_256_raw.beton"]
@@ -292,9 +292,7 @@ def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     ensure_costs(tmp_path, manifest)
     assert costs_path(tmp_path, "train").read_text() == before
     other = replace(manifest, files=tuple(replace(file, checksum="crc32:0") for file in manifest.files))
-    assert (
-        DecodingCosts.load(tmp_path, other).microseconds == {}
-    )  # these files are not those that were measure_candidates
+    assert DecodingCosts.load(tmp_path, other).microseconds == {}  # these are not the files that were measured
     for damaged in ("", "[]", "{}", json.dumps({"files": [3]}), '{"files": [{"file": "x"}]}'):
         costs_path(tmp_path, "train").write_text(damaged)
         assert DecodingCosts.load(tmp_path, manifest).microseconds == {}

@@ -1,4 +1,4 @@
-"""Methods together: the pairs that can be combined, and what is wrong or doubtful in recipes."""
+"""Methods together: the pairs that can be combined, and errors and warnings about recipes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
         (("methods=trilevel", "augment.repeats=3"), "set augment.repeats=1"),
         (("methods=trilevel", "trilevel.token_keep_rate=0"), "which keeps nothing; expected a rate above 0"),
         (("methods=trilevel", "trilevel.decay_start=50%", "trilevel.decay_end=40%"), "does not come after"),
-        (("methods=autoprog", "autoprog.search_length=2ep"), "give a part of it, as 2%"),
+        (("methods=autoprog", "autoprog.search_length=2ep"), "give a part of it, such as 2%"),
         (("methods=autoprog", "autoprog.search_length=25%"), "use a shorter search"),
         (("methods=autoprog", "autoprog.schedule=6,12"), "got 2 entries for 4 stages"),
         (

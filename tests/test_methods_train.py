@@ -33,7 +33,7 @@ from vitlocal.train.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("no_report")
 
 ROOT = Path(__file__).parent.parent
-# 120 training images in batches of 32: four steps an epoch. The model has 4 blocks and a grid of 6 x 6.
+# 120 training images in batches of 32: four steps per epoch. The model has 4 blocks and a grid of 6 x 6.
 COMMON = [
     "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
     "--augment.mixup=0.8", "--train.ema_decay=0.9",
@@ -102,13 +102,13 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def recorded_times(monkeypatch: pytest.MonkeyPatch):
-    """A timed search is replayed from times: here they follow from the candidate."""
+    """Replaces the measured times of a search by times that follow from the candidate."""
     monkeypatch.setattr(Prober, "_seconds", lambda prober, probe, plan: 1e-9 * prober._macs(probe.size, probe.shape))
 
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
-def test_methods_plan_purely_train_and_go_on(configure, decoder, killed_after, tmp_path: Path, options: list[str]):
-    """Four steps, a kill, and the rest: bit for bit what an uninterrupted run gives; planning twice gives one plan."""
+def test_methods_plan_purely_train_and_resume(configure, decoder, killed_after, tmp_path: Path, options: list[str]):
+    """A run that is killed after four steps equals an uninterrupted run. Planning twice gives equal plans."""
     whole, killed = (configure(*COMMON, *options, f"--run.folder={tmp_path}/{name}") for name in ("whole", "killed"))
     assert train(whole) == 0
     for steps in (5, 4):
@@ -173,9 +173,11 @@ def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.Monk
     assert len(seen[0] - seen[1]) <= 12 and seen[-1] == set(trainer.state.methods[0]._kept.tolist())
 
 
-def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
-    """MoGrow: right after growth the net is its slow average's, mapped; each average is its own, mapped; and all
-    moments begin anew. A candidate of the supernet computes what the net does that is taken out for it."""
+def test_growth_replaces_the_weights_by_the_slow_average(configure, decoder, monkeypatch: pytest.MonkeyPatch):
+    """After growth (MoGrow), the weights are the slow average's, and each average keeps its own, both mapped.
+
+    All moments start at zero. A candidate in the supernet computes the same as the net that is taken out for it.
+    """
     config = configure(*COMMON, *METHODS["autoprog"], "--train.ema_decay=none", "--autoprog.ema_decays=0.5,0.9")
     seen: list[bool] = []
     original = Trainer._grow
@@ -201,7 +203,7 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
         seen.append(True)
 
     monkeypatch.setattr(Trainer, "_grow", grow)
-    monkeypatch.setattr("vitlocal.methods.autoprog.best", lambda *told: 0)  # the smallest candidate
+    monkeypatch.setattr("vitlocal.methods.autoprog.best", lambda *measured: 0)  # the smallest candidate
     with open_trainer(config) as trainer:
         fit(trainer)
         assert seen and trainer.state.clock.step == 16  # as many steps as without the method
@@ -220,7 +222,7 @@ def test_a_net_takes_over_its_slow_average(configure, decoder, monkeypatch: pyte
 
 
 def test_new_blocks_may_be_as_drawn(configure, decoder):
-    """autoprog.grow=random: they are no copies, neither of their sources nor of what lay in their slots."""
+    """autoprog.grow=random: new blocks differ from their sources and from the earlier content of their slots."""
     options = ["--methods=autoprog", "--autoprog.space=depth", "--autoprog.stages=2", "--autoprog.schedule=2,4"]
     with open_trainer(configure(*COMMON, *options, "--autoprog.grow=random")) as trainer:
         trainer.state.methods[0].observe(StepResult(None, None, trainer.plan(), Progress()))
@@ -266,8 +268,10 @@ def test_frozen_blocks_stay(configure, decoder):
 @pytest.mark.parametrize("model", ["--model.norm=layer", "--model.norm=batch",
                                    "--model.name=vitlocal_localvit_tiny_patch8_64"])  # fmt: skip
 def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model: str):
-    """Decay and moments, too, and BatchNorms' statistics: the blocks of later stages are what they were drawn as until
-    theirs begins, also after evaluations."""
+    """Weight decay, moments and BatchNorm's statistics do not change the blocks of later stages.
+
+    These blocks keep their initial values until their stage begins, also after evaluations.
+    """
     schedule = ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px", "--train.weight_decay=0.5"]
     with open_trainer(configure(*COMMON, *schedule, model)) as trainer:
         before = {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
@@ -287,7 +291,7 @@ def test_what_is_frozen_stays_bit_for_bit_over_a_stage(configure, decoder, model
 
 
 def test_some_images_of_a_step_get_no_stage(configure, decoder, monkeypatch: pytest.MonkeyPatch):
-    """About unfreeze.stage_null_prob of them, drawn by the step, also where nothing else is drawn for a block."""
+    """The step draws these images with unfreeze.stage_null_prob, also if it draws nothing for drop path."""
     untold = []
     original = VisionTransformer._add_stage
 
@@ -351,7 +355,7 @@ for options in json.loads(Path(sys.argv[1]).read_text()):
 
 @pytest.mark.parametrize("names", [list(METHODS)[::2], list(METHODS)[1::2]], ids=["even", "odd"])
 def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp_path: Path, names: list[str]):
-    """With gloo, as one: what methods saw on both is put together, and rank 0's answers count for both."""
+    """With gloo: notes of methods are summed over both processes, and both use rank 0's results."""
     runs, plain = (
         [],
         ["--augment.mixup=0", "--train.ema_decay=none", "--train.batch_size=34", "--trilevel.score=attention"],
@@ -387,7 +391,7 @@ def _text(value) -> str:
 
 
 def test_two_methods_have_probes_at_one_point(configure, decoder, tmp_path: Path):
-    """A new subset is known before the next question is asked."""
+    """A new subset is known before the next probe."""
     options = ["--methods=trilevel,unfreeze", "--trilevel.levels=examples", *UPDATES, "--unfreeze.probe_batch_size=8",
                "--unfreeze.size_multiple=16"]  # fmt: skip
     assert train(configure(*COMMON, *options)) == 0
@@ -403,7 +407,7 @@ class SavedContent:
 
 
 class Pair(Ranks):
-    """Two ranks in turn: what the first one gave to a sum is added to what the second one gives."""
+    """Two ranks, one after the other: the values of the first are added to those of the second."""
 
     def __init__(self, others: list[torch.Tensor]):
         super().__init__()

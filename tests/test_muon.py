@@ -51,7 +51,7 @@ def test_a_step_is_the_definition():
             torch.testing.assert_close(p.detach().double(), expected[id(p)], atol=1e-4, rtol=1e-3)
 
 
-def test_what_has_no_gradient_is_left_alone():
+def test_parameters_without_gradients_do_not_change():
     p = nn.Parameter(torch.ones(4, 4))
     Muon([p], {}, lr=0.1, momentum=0.9, weight_decay=0.1).step()
     assert torch.equal(p.detach(), torch.ones(4, 4))

@@ -52,7 +52,7 @@ def test_planning_is_pure_and_conflicts_are_named():
     (problem,) = conflicts([claims, claims])
     assert "feed.size" in problem
     budgeted, autoprog = (METHODS[name].claims(context_of().recipe) for name in ("budgeted", "autoprog"))
-    (problem,) = conflicts([budgeted, autoprog])  # which refuses image sizes beside it, too
+    (problem,) = conflicts([budgeted, autoprog])  # autoprog also excludes image sizes of other methods
     assert problem == "methods: budgeted and autoprog both set growth; remove one of the two"
 
 

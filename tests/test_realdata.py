@@ -65,6 +65,6 @@ def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
             difference = (one.images.float() - other.images.float()).abs().mean((1, 2, 3))
     finally:
         theirs.close()
-    # Mean levels of 255. Files hold another size, by OpenCV's area filter, and are resized again, which matters most if
+    # Mean levels of 255. Files store another size (by an area filter) and are resized again, which matters most if
     # a small crop is enlarged. Crops of another part or photo differ by 50 and more.
     assert np.median(difference) < 9 and difference.max() < 25, difference

@@ -24,8 +24,8 @@ from vitlocal.report.run_folder import names_of, read_run
 from vitlocal.train.command import train
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
-# The page posts what the browser drew to the page around it, which makes it its title. --dump-dom prints the title.
-# The page is in a frame because a frame can be as narrow as a phone, and a window cannot.
+# The page sends a description of its figures to the page around it, which sets it as its title. --dump-dom prints it.
+# The page is in a frame, because only a frame can be as narrow as a phone.
 FRAME = """<title></title><script>onmessage = message => { document.title = message.data; };</script>
 <iframe src="page.html" scrolling="no" style="width: WIDTHpx; height: 2000px; border: 0"></iframe>"""
 PROBE = """<script>

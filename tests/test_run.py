@@ -119,7 +119,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
 
 @pytest.mark.parametrize("step", [4, 6], ids=["at the end of a pass", "in the middle of one"])
 @pytest.mark.usefixtures("no_report")
-def test_a_signal_saves_and_the_run_goes_on(configure, decoder, tmp_path: Path, monkeypatch, step: int):
+def test_a_signal_saves_and_the_run_continues(configure, decoder, tmp_path: Path, monkeypatch, step: int):
     train(configure(f"--run.folder={tmp_path}/whole"))
     original, count = Trainer.train_step, [0]
 
@@ -202,7 +202,7 @@ def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
 
 
 def test_checkpoints_every_tenth_of_the_budget(configure, decoder, monkeypatch: pytest.MonkeyPatch):
-    """And not at the ends of epochs alone: here one has 60 steps."""
+    """Checkpoints are not only at the ends of epochs: an epoch has 60 steps here."""
     steps, original = [], Trainer.save
     monkeypatch.setattr(
         Trainer, "save", lambda self, **how: (steps.append(self.state.clock.step), original(self, **how))

@@ -1,4 +1,4 @@
-"""A run's folder: what is refused, what is locked, and what survives a kill."""
+"""The folder of a run: errors, locks, and the state after a kill."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_other_data_are_refused(configure, decoder, folder: Path, tmp_path: Path
 
 
 def test_results_without_a_checkpoint_are_not_overwritten(configure, decoder, tmp_path: Path):
-    """Without its checkpoint a run cannot go on: what it had spent would leave an untrained model in its place."""
+    """Without its checkpoint a run cannot continue. Its budget is spent, so it would export an untrained model."""
     train(configure())
     run = tmp_path / "run"
     (run / CHECKPOINT).write_bytes(b"damaged")
@@ -69,7 +69,7 @@ def test_results_without_a_checkpoint_are_not_overwritten(configure, decoder, tm
 
 
 def test_a_spent_budget_without_a_saved_step_is_an_error(configure, decoder, tmp_path: Path):
-    """Killed before its first checkpoint when all was spent: no random weights are exported."""
+    """A run that was killed before its first checkpoint has spent its budget: it must not export random weights."""
     config = configure("--budget.length=2s", "--methods=none")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(config.yaml())
@@ -114,7 +114,7 @@ def test_wrong_options_leave_no_folder(configure, tmp_path: Path, options: list[
 
 
 def test_an_error_before_the_first_step_leaves_no_folder(configure, decoder, tmp_path: Path, monkeypatch):
-    """No fused attention for this model, say."""
+    """An example is a model without fused attention."""
 
     def prepare(self: Trainer) -> None:
         assert (tmp_path / "run" / "config.yaml").exists()
@@ -155,7 +155,7 @@ def test_end_warnings(configure, decoder, no_report, capsys, tmp_path: Path):
 
 
 def test_options_of_unused_methods_do_not_change_a_run(configure):
-    """A default may have changed since the run began: it has no say unless one of the two recipes has the method."""
+    """A default may have changed since the run began: it counts only if one of the recipes has the method."""
     plain, searched = configure("--methods=image_size"), configure("--methods=autoprog")
     older = {"autoprog.ema_decays": [0.998, 0.9986, 0.999, 0.9996]}
     assert changed_options(plain.flat() | older, plain) == []
@@ -171,7 +171,7 @@ def test_two_processes_cannot_train_in_one_folder(configure, decoder):
 
 
 def test_the_second_process_in_a_new_folder_leaves_it_alone(tmp_path: Path, monkeypatch):
-    """Both found none, both made it, and one was the first to lock it."""
+    """Two processes found no folder and made it. The other process was the first to lock it."""
     folder = tmp_path / "run"
     folder.mkdir()
     with _lock(folder):
@@ -183,7 +183,7 @@ def test_the_second_process_in_a_new_folder_leaves_it_alone(tmp_path: Path, monk
 
 
 def test_a_run_that_another_process_trained_meanwhile_is_continued(configure, decoder, monkeypatch):
-    """As when a scheduler starts the command again while the process before is still saving."""
+    """A scheduler may start the command again while the earlier process is still saving."""
     config, opened = configure(), []
 
     def open_later(*arguments, **named):
@@ -202,7 +202,7 @@ def test_a_run_that_another_process_trained_meanwhile_is_continued(configure, de
 
 
 def test_loading_time_is_in_the_journal(configure, decoder, killed_after, tmp_path: Path, monkeypatch):
-    """Where everything counts, a run that is killed while it is loaded has spent that time."""
+    """If all time counts, a run that is killed while it loads has spent the time of loading."""
     options = ("--budget.length=30s", "--budget.counts=wall", "--run.save_every=1steps", "--evaluate.every=0")
     with killed_after(2):
         train(configure(*options))
@@ -272,7 +272,7 @@ def test_kill_9_of_the_command_then_the_same_command(configure, folder: Path, tm
 
 
 def test_killed_runs_keep_count_of_their_time(configure, folder: Path, tmp_path: Path):
-    """A budget of time, killed before and after its first checkpoint: it ends when it would have, but for a second."""
+    """A run is killed before and after its first checkpoint. It still ends on time, within a second."""
     config = configure("--run.save_every=2s", "--data.workers=1", "--budget.length=5s", "--methods=none",
                        "--evaluate.every=0")  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(config.yaml())
@@ -318,17 +318,17 @@ def test_the_origin_lists_every_machine_that_trained(configure, decoder, no_repo
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_lines_without_a_terminal(tmp_path: Path, monkeypatch, capsys, progress: bool):
-    """After 10 seconds without a line, then 20, 40, and at last every ten minutes."""
+    """Lines come after pauses of 10, 20 and 40 seconds, and finally every ten minutes."""
     now = 1000.0
     monkeypatch.setattr("vitlocal.train.log.time.monotonic", lambda: now)
     monkeypatch.setattr("vitlocal.train.log.sys.stderr.isatty", lambda: False)
-    log, told = Log(tmp_path, Length.parse("24h"), progress), []
+    log, printed = Log(tmp_path, Length.parse("24h"), progress), []
     log.begin(0)
     for _ in range(3000):
         now += 1
         log.show(Progress(epoch=0.25, step=int(now), fraction=0.1), 6.9, 1e-3, 128, 2345.6)
         if lines := capsys.readouterr().out:
-            told.append(now - 1000)
+            printed.append(now - 1000)
             assert lines == "10.0 % of 24h: epoch 0.25  128 px  loss 6.900  2,346 images/s\n"
     log.close()
-    assert told == ([10, 30, 70, 150, 310, 630, 1230, 1830, 2430] if progress else [])
+    assert printed == ([10, 30, 70, 150, 310, 630, 1230, 1830, 2430] if progress else [])

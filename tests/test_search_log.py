@@ -36,8 +36,10 @@ SEARCHED = {
 def test_a_search_is_repeated_from_another_runs_times(
     configure, decoder, killed_after, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
 ):
-    """Times are never the same twice. With those of the first run, the second makes its choices, and is it, bit for
-    bit; killed and resumed in between."""
+    """Measured times differ from run to run. With the times of the first run, the second run makes the same choices.
+
+    Its weights are equal bit for bit, although it is killed and resumed.
+    """
     first = configure(*COMMON, *options, f"--run.folder={tmp_path}/first")
     again = configure(*COMMON, *options, f"--run.folder={tmp_path}/again", f"--run.replay_search={tmp_path}/first")
     assert train(first) == 0
@@ -47,7 +49,7 @@ def test_a_search_is_repeated_from_another_runs_times(
     assert len([line for line in lines if "chosen" in line]) == 3  # of four stages the last has nothing to choose
 
     def measured(prober, probe, plan):
-        raise AssertionError("no time is to be measured")
+        raise AssertionError("a replayed search must not measure times")
 
     monkeypatch.setattr(Prober, "_seconds", measured)
     with killed_after(6):
@@ -61,7 +63,7 @@ def test_a_search_is_repeated_from_another_runs_times(
 
 
 def test_times_that_cannot_be_replayed(configure, decoder, tmp_path: Path):
-    """A folder without times, and one whose times are of other candidates; nothing is left behind at a start."""
+    """A folder has no times, or times of other candidates. The failed start leaves no run folder."""
     folder = tmp_path / "other"
     options = [*COMMON, *SEARCHED["unfreeze"], f"--run.replay_search={folder}"]
     with pytest.raises(ConfigError, match=r"other has no searches.jsonl; name the folder of a run of this recipe"):
@@ -83,7 +85,7 @@ def test_times_that_cannot_be_replayed(configure, decoder, tmp_path: Path):
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path):
     searches = SearchLog(tmp_path)
-    searches.begin()  # nothing is there yet
+    searches.begin()  # the folder is still empty
     for size in (16, 32, 48):
         searches.record(Progress(epoch=0.5, step=2), "unfreeze", Probe("seconds", size=size), 1e-3 * size)
         if size == 32:

@@ -1,4 +1,4 @@
-"""Stages of the image-size curriculum: where they end, and which are wrong."""
+"""Stages of the image-size curriculum: their ends, and errors in them."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_the_compiled_step_is_the_eager_one(configure):
 
 
 def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
-    """It runs eagerly, and keeps a matrix that the compiled graph must not ask for."""
+    """That batch runs eagerly. It caches a matrix, on which the compiled graph must not depend."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list):
@@ -76,7 +76,10 @@ def test_nothing_is_compiled_again_after_the_last_batch_of_an_epoch(configure):
 
 
 def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
-    """It keeps more than a compiled one, and the memory may be cut to that; a BatchNorm must see it whole."""
+    """An eager step keeps more activations, and the memory may be just enough for a compiled step.
+
+    With a BatchNorm the batch stays whole.
+    """
     local, batch_norm = (
         a_step(configure, f"--model.name={name}", "--train.compile=yes", "--model.heads=2")
         for name in ("vitlocal_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
@@ -87,7 +90,7 @@ def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
 
 @pytest.mark.parametrize("count", [12, 11, 2])
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int):
-    # Not the step's weights: AdamW turns the rounding of a gradient near zero into a step of its own.
+    # The weights are not compared: AdamW makes a full step of a rounded gradient near zero.
     steps = a_step(configure), a_step(configure, "--train.grad_accum_steps=3")
     for step in steps:
         step._gradients(a_batch(count), 0, EAGER)
@@ -188,7 +191,7 @@ def test_a_step_waits_for_nothing(configure, gpu, options: list[str], compiled: 
     )
     scalar: AsyncScalar[int] = AsyncScalar(gpu)
     batch, mode = a_batch(16, device=gpu), Mode(compiled=compiled)
-    for number in range(3):  # what is loaded or compiled at first use, and the wait for the step before the last
+    for number in range(3):  # first uses load and compile, and a later step waits for the step before the last
         step(batch, number, 1e-3, mode)
     torch.cuda.synchronize()
     step._events.clear()

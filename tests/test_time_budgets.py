@@ -1,4 +1,4 @@
-"""Runs under a budget in time: the reserve for their end, kills, compiling, and what is evaluated."""
+"""Runs under a budget in time: the reserve for their end, kills, compiling, and evaluations."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_the_average_can_forget_over_a_part_of_the_budget(configure, decoder, tm
 
 
 def test_a_budget_in_flops(configure, decoder, tmp_path: Path):
-    """It ends at the nearest step, with the final learning rate, whatever the sizes cost."""
+    """The run ends at the nearest step, with the final learning rate, although sizes cost different times."""
     options = ["--image_size.stages=16px until 30%,48px", "--budget.length=0.004TF", "--evaluate.every=0"]
     assert train(configure(*options)) == 0
     records = read_log(tmp_path / "run")

@@ -80,7 +80,7 @@ def test_stages_of_unfreezing():
 
 
 def test_times_of_batches_are_compared():
-    """The published tolerance, 1e-6, is of seconds a batch: 3e-7 s an image apart are 5e-6 s a batch of 16."""
+    """The published tolerance, 1e-6, is in seconds per batch. 3e-7 s per image are 5e-6 s per batch of 16."""
     method = Unfreeze(context_of("unfreeze.rank_weights=1,0,0"))
     for number, probe in enumerate(method.probes(Progress())[0] for _ in range(8)):
         seconds = 1e-3 - 3e-7 * (number // 2)

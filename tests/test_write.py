@@ -268,7 +268,7 @@ KINDS_OF_FILES = {  # name -> the file, and whether it is stored unchanged if th
     "another turn in XMP, EXIF first": (encode_jpeg(PHOTO, exif=exif_turn(1), xmp=XMP), True),
     "followed by more": (encode_jpeg(PHOTO) + b"a second image" * 90, True),
     "turned by EXIF": (encode_jpeg(PHOTO, exif=exif_turn(6)), False),
-    "turned by XMP beside EXIF": (encode_jpeg(PHOTO, exif=Image.Exif().tobytes(), xmp=XMP), False),
+    "turned by XMP in addition to EXIF": (encode_jpeg(PHOTO, exif=Image.Exif().tobytes(), xmp=XMP), False),
     "progressive": (encode_jpeg(PHOTO, progressive=True), False),
     "CMYK": (encode_jpeg(PHOTO.convert("CMYK")), False),
     "RGB inside": (encode_jpeg(PHOTO, keep_rgb=True), False),

@@ -36,7 +36,7 @@ from vitlocal.options import (
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 
-LARGEST_ERASED = 836  # px; the noise of random erasing in data/augment.py has three channels of as many pixels
+LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
 LOADERS = ("native", "ffcv", "torchvision", "dali")
 KERNELS = ("auto", "fused", "plain")  # of the local FFN
 
@@ -50,7 +50,7 @@ class DataConfig:
     source: str | None = option(None, Maybe(TEXT), "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
-    side_ratio: float = option(1.5, Number(0.1, 16), "a file serves an image size if its side >= this ratio x the size")
+    side_ratio: float = option(1.5, Number(0.1, 16), "prefer files with side >= this ratio x the image size")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ModelConfig:
     pos_embed_init: str | None = option(None, Maybe(Choice("random", "sincos")), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
     weights: str | None = option(
-        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes is initialised anew"
+        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes starts at random"
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -336,13 +336,13 @@ def _contradictions(config: Config) -> list[str]:
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
         "train.ema_length: it replaces train.ema_decay; remove one of the two":
             train.ema_decay is not None and train.ema_length is not None,
-        f"train.ema_length: got {train.ema_length}, expected a length above 0, as 2%":
+        f"train.ema_length: got {train.ema_length}, expected a length above 0, such as 2%":
             train.ema_length is not None and not train.ema_length.value,
         "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":
             train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1),
-        "train.schedule_by: epoch needs a train.schedule_length in epochs, as 300ep": train.schedule_by == "epoch"
+        "train.schedule_by: epoch needs a train.schedule_length in epochs, such as 300ep": train.schedule_by == "epoch"
             and (train.schedule_length is None or train.schedule_length.kind != "epochs"),
         "budget.length: got 0, which trains nothing; expected a length above 0": config.budget.length.value == 0,
-        f"budget.counts: cpu measures this process alone, and data.loader={data.loader} starts others; use train":
+        f"budget.counts: cpu measures only this process, and data.loader={data.loader} starts others; use train":
             config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
     })  # fmt: skip

@@ -71,7 +71,7 @@ class OptionReader:
             default = "none" if spec.default in (None, ()) else plain_value(spec.default)
             takes: dict[str, Any] = {"metavar": ""}
             meaning = f"{spec.metadata['meaning']}; {kind.help()} (default: {default})"
-            if isinstance(kind, Flag):  # `--run.keep_weights` alone means true
+            if isinstance(kind, Flag):  # `--run.keep_weights` without a value means true
                 takes = {"nargs": "?", "const": "true", "metavar": "true|false"}
                 meaning = f"{spec.metadata['meaning']} (default: {default})"
             named = [flag for flag, target in self._flags.items() if target == name]
@@ -124,7 +124,7 @@ class OptionReader:
         sys.exit(0)
 
     def _unknown(self, name: str, where: str) -> None:
-        """Notes that there is no option ``name``, with its new name or the option that is most like it."""
+        """Adds the problem that there is no option ``name``, with its new name or the most similar option."""
         if name in self._renamed:
             self.problems.append(
                 f"{where}: there is no option '{name}' any more; its name is now {self._renamed[name]}"

@@ -26,8 +26,8 @@ class Interrupted(KeyboardInterrupt):
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs ``main(argv)``, and turns errors that a user can fix into one message and an exit status.
 
-    Returns 0 on success, 2 for a :class:`ConfigError`, 1 for a :class:`DataError` or an ``OSError`` (a full disk, for
-    example), 130 after Ctrl-C and 143 after SIGTERM. Any other error is ours and keeps its traceback.
+    Returns 0 on success, 130 after Ctrl-C and 143 after SIGTERM. A :class:`ConfigError` gives 2. A :class:`DataError`
+    or an ``OSError`` (such as a full disk) gives 1. Any other error is ours and keeps its traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0

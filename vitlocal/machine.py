@@ -1,4 +1,4 @@
-"""This machine: what a process may use of it, and how results describe it."""
+"""This machine: the resources that a process may use, and its description in results."""
 
 from __future__ import annotations
 

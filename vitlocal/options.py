@@ -46,7 +46,7 @@ class Number(Parsed):
 
 
 class Flag(Parsed):
-    """True or false. On the command line the option alone means true."""
+    """True or false. On the command line, the option without a value means true."""
 
     def __init__(self) -> None:
         super().__init__(lambda value: FLAG_WORDS[str(value).lower()], "true or false")

@@ -1,7 +1,7 @@
-"""The training plan: what a run does next. Methods propose it, the trainer carries it out.
+"""The training plan: the next part of a run. Methods propose it, and the trainer executes it.
 
-A *method* (an image-size curriculum, for example) is a pure function from where the run stands
-(:class:`~vitlocal.progress.Progress`) to what it should do (:class:`Plan`). :func:`fold` applies a recipe's methods in
+A *method* (an image-size curriculum, for example) is a pure function from the progress of a run
+(:class:`~vitlocal.progress.Progress`) to its plan (:class:`Plan`). :func:`fold` applies a recipe's methods in
 order.
 """
 
@@ -16,7 +16,7 @@ from vitlocal.progress import Progress
 
 @dataclass(frozen=True)
 class Feed:
-    """What the loader delivers: crops of ``size`` x ``size`` pixels, ``batch_size`` at a time over all processes.
+    """The batches of the loader: crops of ``size`` x ``size`` pixels, ``batch_size`` at a time over all processes.
 
     ``subset`` is the number of a subset of the rows, which the source knows; 0 stands for all rows.
     """
@@ -167,7 +167,7 @@ class Plan:
 
 
 class Planner(Protocol):
-    """What :func:`fold` needs of a method."""
+    """The part of a method that :func:`fold` needs."""
 
     @property
     def name(self) -> str: ...
@@ -223,7 +223,7 @@ def duplicated_layers(before: int, after: int) -> list[int]:
 def deepen(order: Sequence[int], after: int, count: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Grows the block order ``order`` to ``after`` blocks: the new order, and pairs (new block, block that it copies).
 
-    New blocks take the free indices below ``count``, in order. The first of several copies stays in its place.
+    New blocks take the free indices below ``count``, in order. A repeated block keeps its index at its first position.
     """
     free = iter(index for index in range(count) if index not in set(order))
     grown: list[int] = []

@@ -1,4 +1,4 @@
-"""Lengths of training, and where a run stands: the values that every module uses."""
+"""Lengths of training and the progress of a run: the values that every module uses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Length:
         return self.elapsed(progress) / self.value if self.value else 1.0
 
     def elapsed(self, progress: Progress) -> float:
-        """How far ``progress`` has come, in this length's unit (epochs, steps, seconds, FLOPs or fraction)."""
+        """The value of ``progress`` in the unit of this length (epochs, steps, seconds, FLOPs or fraction)."""
         return getattr(progress, FIELDS[self.kind])
 
     def end(self, progress: Progress) -> Progress:
@@ -78,7 +78,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next batch starts: after ``images`` images of epoch ``epoch``."""
+    """The start of the next batch: after ``images`` images of epoch ``epoch``."""
 
     epoch: int = 0
     images: int = 0
@@ -86,7 +86,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, in every unit."""
+    """The progress of a run, in every unit."""
 
     epoch: float = 0.0  # 2.5 is the middle of the third epoch
     step: int = 0

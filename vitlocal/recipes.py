@@ -26,8 +26,8 @@ def stored_options(folder: Path) -> dict[str, Any]:
 
 
 def changed_options(before: Mapping[str, Any], config: Config) -> list[str]:
-    """How ``config`` differs from the options ``before``: "NAME was X and is now Y" for each option that matters."""
-    before = {**Config().flat(), **before}  # options that an older version did not have were as their defaults are
+    """The differences of ``config`` from ``before``: "NAME was X and is now Y" for each option that matters."""
+    before = {**Config().flat(), **before}  # an option that is missing there counts as its default
     unused = METHODS.keys() - {*before["methods"], *config.methods}  # the options of these methods have no effect
     return [
         f"{name} was {before[name]!r} and is now {value!r}"

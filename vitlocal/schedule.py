@@ -10,9 +10,9 @@ from vitlocal.progress import Length, Progress
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """The learning rate of a step by where it ends: warm-up, then from ``peak`` down to ``end``.
+    """The learning rate of a step, from the progress at its end: a warm-up, then a decay from ``peak`` to ``end``.
 
-    ``kind``: "cosine", "linear" or "constant". ``length``: where the schedule ends; None: with the budget. ``by``:
+    ``kind``: "cosine", "linear" or "constant". ``length``: the length of the schedule; None: the budget. ``by``:
     "step", or "epoch" for a rate that changes after each epoch only.
     """
 

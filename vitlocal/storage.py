@@ -46,7 +46,7 @@ def plan_files(options: WriteOptions) -> layout.StorageLayout:
     _check_out(out, nearest)
     recipe = options.recipe or RECIPE
     if not Path(recipe).exists():
-        raise ConfigError(f"--recipe: {recipe} is not there; name the recipe that will use the files")
+        raise ConfigError(f"--recipe: {recipe} does not exist; name the recipe that will use the files")
     config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
     images = open_images(options.source, "train")
     demands = size_demands(config, len(images), speeds_for(config, stated))
@@ -78,10 +78,10 @@ def _check_out(out: Path, nearest: Path) -> None:
     """
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"--out: {nearest} is not a folder that can be written to; name another")
-    for there in (out / "train.json", out / work_name("train")):
-        if there.exists():
+    for existing in (out / "train.json", out / work_name("train")):
+        if existing.exists():
             raise ConfigError(
-                f"--out: {there} is there: the training split is already written, perhaps in other files. "
+                f"--out: {existing} exists: the training split is already written, perhaps with other sides. "
                 "Use another folder, or remove the split first"
             )
 
@@ -102,7 +102,7 @@ def methods_writing(config: Config, prefix: str) -> list[str]:
 
 
 def size_demands(config: Config, images: int, speeds: Mapping[int, Speed]) -> tuple[layout.SizeDemand, ...]:
-    """What the recipe's budget is spent on, for a training set of ``images`` and the speed at each size.
+    """The images that the recipe's budget needs at each size, for a training set of ``images`` and given speeds.
 
     A size that the budget does not reach gets one image. Its file is still wanted, in case training is faster.
     """

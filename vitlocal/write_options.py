@@ -41,7 +41,7 @@ class WriteOptions:
     plan: bool = option(False, FLAG, "measure, choose the files to write, store the choice, and write no images")
     recipe: str | None = option(None, Maybe(TEXT), "for --plan: recipe to train; none: rcfg/ours.yaml")
     rates: str | None = option(
-        None, Maybe(TEXT), "for --plan: images/s of the trainer, as 224:2500 or 32:20000,224:2500 (other sizes by "
+        None, Maybe(TEXT), "for --plan: images/s of the trainer: 224:2500 or 32:20000,224:2500 (other sizes by "
         "FLOPs); none: measured here"
     )  # fmt: skip
     cores: int | None = option(None, Maybe(COUNT), "for --plan: cores of the training machine; none: this machine's")

@@ -54,7 +54,7 @@ static uint8_t *mutate(const struct seed_image *image, size_t *bytes) {
     memcpy(data, image->data, image->bytes);
     size_t length = image->bytes;
     for (uint64_t change = random_number(8); change > 0 && length > 1; change--) {
-        /* Half of the changes fall into the headers, which are but a small part of the file. */
+        /* Half of the changes fall into the headers, which are a small part of the file. */
         const size_t reach = random_number(2) && length > 700 ? 700 : length;
         const size_t at = random_number(reach);
         size_t run = 1 + random_number(64);
@@ -80,7 +80,7 @@ static uint8_t *mutate(const struct seed_image *image, size_t *bytes) {
     return exact;
 }
 
-/* Encodes it, if it can be; a JPEG that is kept as it came must decode to the same pixels, without help of others. */
+/* Encodes the image, if possible. A JPEG that is stored unchanged must decode to the same pixels by itself. */
 static int encode_and_compare(struct encoder *encoder, const uint8_t *data, size_t bytes) {
     struct photo photo;
     if (vitlocal_inspect(encoder, data, (int64_t)bytes, &photo) != OK) return CORRUPT;
@@ -140,13 +140,13 @@ int main(int count, char **arguments) {
         size_t bytes;
         uint8_t *data = mutate(image, &bytes);
         struct row row = {0, bytes, image->width, image->height, 0, 0};
-        if (random_number(8) == 0) { /* the table is wrong, or calls it raw */
+        if (random_number(8) == 0) { /* the table is wrong, or says that the image is raw */
             row.width = (uint32_t)random_number(70000);
             row.height = (uint32_t)random_number(70000);
             row.raw = (uint32_t)random_number(2);
             if (random_number(2)) row.bytes = random_number(2 * bytes + 1);
             if (random_number(4) == 0) row.offset = random_number(2 * bytes + 1);
-        } else if (random_number(16) == 0) { /* a raw image of what pixels there are */
+        } else if (random_number(16) == 0) { /* a raw image of the available pixels */
             row.width = 1 + (uint32_t)random_number(100);
             row.height = (uint32_t)(bytes / 3 / row.width);
             row.raw = 1;

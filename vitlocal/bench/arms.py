@@ -54,7 +54,7 @@ class RunResult:
 
 
 def machine_of(folder: Path) -> dict[str, Any]:
-    """Processor, GPU and commit of a run. None if unknown; all of them if the run moved."""
+    """The processor, GPU and commit of a run: None if unknown, and all values if it ran on several machines."""
     origins = read_origin(folder)
     found = {name: [origin["machine"][name] for origin in origins] for name in ("cpu", "gpu")}
     found["commit"] = [origin["commit"] for origin in origins]
@@ -160,8 +160,8 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunK
     for path in files:
         results = {result.key: result for result in read_results(path)}
         if not (keys := results.keys() & wanted.keys()):
-            there = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(results)[:3])
-            raise ConfigError(f"--add: {path} has none of these runs; it has {there or 'no runs'}")
+            known = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(results)[:3])
+            raise ConfigError(f"--add: {path} has none of these runs; it has {known or 'no runs'}")
         if twice := keys & found.keys():
             raise ConfigError(f"--add: {path} has '{min(twice)[0]}' with seed {min(twice)[1]}, and so has another file")
         for key in keys:
@@ -173,11 +173,15 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunK
 
 
 def train_runs(runs: Sequence[PlannedRun], options: argparse.Namespace) -> None:
-    """Trains the runs. ConfigError before training, DataError if runs failed, Interrupted when all have saved."""
+    """Trains the runs.
+
+    Raises ConfigError before training, and DataError after it if runs failed. Raises Interrupted after a signal, when
+    all runs have saved.
+    """
     configs = [run.config() for run in runs]
     for root in {config.data.root for config in configs}:
         for split in ("train", "val"):
-            load_manifest(root, split)  # its error says how to write the data
+            load_manifest(root, split)  # a missing split is an error that says how to write it
     on_gpus = any(config.run.device != "cpu" for config in configs)
     runner = Runner(options.jobs, options.together, options.folder, visible_gpus() if on_gpus else ())
     length, at_once = Length.parse(runs[0].budget), options.jobs * options.together
@@ -195,8 +199,8 @@ def compete(
 ) -> None:
     """Trains the runs that are not finished, and calls ``write`` with all results, also after an interruption.
 
-    ``trainer`` are options of the trainer. ConfigError if the bench itself sets one of them, and if there are neither
-    results nor runs to train. Raises as :func:`train_runs` does.
+    ``trainer``: options of the trainer. Raises ConfigError if the bench itself sets one of them, or if there are no
+    results and no runs to train. Also raises the errors of :func:`train_runs`.
     """
     shared = [f"--data.root={options.data}"] if options.data else []
     if options.together > 1:

@@ -45,7 +45,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What happens to a run, at fractions of its budget."""
+    """The disturbances of a run, at fractions of its budget."""
 
     name: str
     counts: str = "train"

@@ -1,4 +1,4 @@
-"""Contestants of a bench, each in its own process, limited to as many cores as it has workers.
+"""Runs the contestants of a bench, each in its own process with one core per worker.
 
 They take turns, round by round, so that other work on the machine affects all of them equally.
 """
@@ -115,7 +115,7 @@ def resident_mib(process: int) -> float:
     parents: dict[int, int] = {}
     pages: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):  # it has ended
+        with suppress(OSError, ValueError):  # the process has ended
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
     family = {process}

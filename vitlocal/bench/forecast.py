@@ -1,4 +1,4 @@
-"""What a budget buys here: python -m vitlocal.bench forecast --config-file rcfg/ours.yaml [TRAINER'S OPTIONS]
+"""Forecasts a budget: python -m vitlocal.bench forecast --config-file rcfg/ours.yaml [TRAINER'S OPTIONS]
 
 Measures three speeds at each image size of the recipe: the training step alone, the loader alone, and both as in
 training. This takes less than two minutes, plus the time for compiling. The bench then simulates the recipe's budget.
@@ -48,8 +48,8 @@ from vitlocal.train.trainer import Trainer, batch_size_at
 
 SECONDS = 80.0  # for all measurements; the sizes share it
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of the seconds of a size
-ROUNDS, ROUND_SECONDS = 3, 8.0  # sizes take turns in at most so many rounds, if each has such a long turn
-CPU_STEP_SECONDS = 1.5  # on a CPU, a batch whose step takes longer is measured in part
+ROUNDS, ROUND_SECONDS = 3, 8.0  # sizes take turns in at most ROUNDS rounds; a turn has at least ROUND_SECONDS
+CPU_STEP_SECONDS = 1.5  # on a CPU, a smaller batch is measured if a step would take longer
 IMAGENET = 1_281_167
 MEASURED = ("evaluation_seconds", "disk_bytes", "resident_mib", "measured_seconds")  # fields of the JSON file
 CPU_EVALUATED = 32  # images in a measured batch of an evaluation on a CPU
@@ -135,14 +135,14 @@ class SizeMeter:
                 self.feed = replace(feed, batch_size=max(8, min(feed.batch_size, int(CPU_STEP_SECONDS * rate))))
             # Only full batches are compiled.
             self.mode = trainer.step.mode(feed) if self.feed == feed else EAGER
-        self.peak = memory.peak  # with that of CUDA graphs, which take their memory when they are captured
+        self.peak = memory.peak  # includes the memory of CUDA graphs, which is allocated at their capture
 
     def _noise_step(self, feed: Feed, mode: Any) -> Callable[[], object]:
         step, classes = self.trainer.step, len(self.trainer.sources.train.classes)
         return noise_step(step, feed, classes, self.device, mode, None, self.plan.dials)
 
     def turn(self, seconds: float) -> None:
-        """Measures all that there is to measure, for about ``seconds``."""
+        """Measures the step and, if there are data, the loader and both together, for about ``seconds``."""
         is_first = not self.timings["step"].calls
         with device_memory(self.device) as memory:
             train = self._noise_step(self.feed, self.mode)
@@ -232,7 +232,7 @@ class Forecast:
         return self.stages[-1].end
 
     def spending(self, stages: tuple[Stage, ...], length: Length) -> tuple[StageForecast, ...]:
-        """How ``length`` is spent on ``stages``. ConfigError if no time is left for training."""
+        """Simulates spending ``length`` on ``stages``. Raises ConfigError if no time is left for training."""
         speeds = {measured.size: measured.speed for measured in self.sizes}
         if not self.counts_all:
             return spend(stages, length, self.images, speeds)
@@ -241,14 +241,13 @@ class Forecast:
         if spent is None:
             used = f"starting, saving and one evaluation take {self.other_seconds + evaluation:.0f} s"
             raise ConfigError(
-                f"budget.length: got {length} for everything, but {used}; give more time, or count only training: "
-                "budget.counts=train"
+                f"budget.length: got {length}, but {used}; give more time, or count only training: budget.counts=train"
             )
         return spent
 
     @property
     def first_point(self) -> float | None:
-        """Seconds of training until the first accuracy, at the end of an epoch; None if that is at the end."""
+        """Seconds of training until the first evaluation; None if only the end of the run is evaluated."""
         every = math.ceil(self.config.evaluate.every)
         return seconds_at(self.stages, every) if 0 < every < self.end.epoch else None
 
@@ -260,7 +259,7 @@ class Forecast:
         return by_fractions(stages, length, self.images, speeds, self.stages)
 
     def within(self, budgets: Sequence[Length]) -> list[dict[str, Any]]:
-        """What other budgets buy with the same fractions: rows with epochs, also by size. None: too short."""
+        """A row for each budget: its epochs, in all and by size, with the same fractions; None if it is too short."""
         found: list[dict[str, Any]] = []
         for budget in budgets:
             row: dict[str, Any] = {"budget": str(budget), "epochs": None, "epochs_by_size": None}
@@ -287,7 +286,7 @@ class Forecast:
 
 
 def forecast(config: Config, images: int | None) -> Forecast:
-    """Measures on this machine. ``images``: measures without data, for epochs of so many images."""
+    """Makes the forecast by measuring this machine. ``images``: the length of an epoch, if there are no data."""
     device, evaluate = device_of(config), config.evaluate
     if device.type == "cpu":
         config = replace(config, evaluate=replace(evaluate, batch_size=min(evaluate.batch_size, CPU_EVALUATED)))
@@ -384,7 +383,7 @@ def main(argv: Sequence[str]) -> None:
     options, trainer = parser.parse_known_args(argv)
     config, images = read_config(trainer), options.images
     if images is not None and images < config.train.batch_size:
-        raise ConfigError(f"--images: got {images}, expected at least a batch ({config.train.batch_size})")
+        raise ConfigError(f"--images: got {images}, expected at least {config.train.batch_size}, one batch")
     if images is None and not Path(config.data.root).exists():
         images = IMAGENET
         what = "" if options.rates else "only the step is measured, with random pixels, "

@@ -1,7 +1,7 @@
 """Loaders side by side: python -m vitlocal.bench loader [--data FOLDER] [--source FOLDER] [--sizes 32,96,224]
 
-Each contestant has its own process, limited to as many cores as it has workers. They take turns, size by size and
-round by round, so that other work on the machine affects all of them equally. Random resized crops with flips.
+Each contestant has its own process, with one core per worker. They take turns, size by size and round by round, so that
+other work on the machine affects all of them equally. All make random resized crops with flips.
 
     ours         each .beton file through the native loader; a * marks the file that the loader itself would choose
     ffcv         the same files through FFCV's own loader, with its random crop and its flip

@@ -41,8 +41,8 @@ SCALED_PATCH = 8
 
 def scaled_size(size: int, final: int, patch: int) -> int:
     """Maps the paper's 32 to 224 px to a quarter of ``final`` to all of it, in whole patches."""
-    wished = final / 4 + (size - 32) / (224 - 32) * (final - final / 4)
-    return max(patch, int(wished / patch + 0.5) * patch)
+    exact = final / 4 + (size - 32) / (224 - 32) * (final - final / 4)
+    return max(patch, int(exact / patch + 0.5) * patch)
 
 
 def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
@@ -70,8 +70,8 @@ def scaled(arm: Arm, final: int, patch: int) -> Arm:
     """The arm at ``final`` px in patches of ``patch`` px, with the recipe ``rcfg/paper_<final>px.yaml``."""
     recipe = RECIPES / f"paper_{final}px.yaml"
     if not recipe.exists():
-        there = ", ".join(path.stem[6:-2] for path in sorted(RECIPES.glob("paper_*px.yaml")))
-        raise ConfigError(f"--scale: there is no {recipe}; write one, or use {there}")
+        known = ", ".join(path.stem[6:-2] for path in sorted(RECIPES.glob("paper_*px.yaml")))
+        raise ConfigError(f"--scale: there is no {recipe}; write one, or use {known}")
     if patch < 1 or final % patch:
         raise ConfigError(f"--patch: {patch} px do not divide {final} px")
     family = f"{arm.name}_" if arm.name in ("deit", "localvit") else ""

@@ -79,7 +79,7 @@ def row_of(feed: Feed, mode: str, steps: Sequence[dict[str, float]], copy_ms: fl
 
 
 def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -> Rows:
-    """The milliseconds per step that each operator takes itself. On a GPU these are kernels, also of CUDA graphs."""
+    """The milliseconds per step of each operator, without the operators that it calls. On a GPU they are kernels."""
     on_gpu = device.type == "cuda"
     found = []
     for average in averages:

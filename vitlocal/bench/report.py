@@ -1,8 +1,9 @@
-"""Runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
+"""Shows runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
 
 Writes one HTML file without external links, for a screen, a phone or paper. It shows curves against time, epochs and
-images, schedules, throughput, crops as the model saw them, the ten worst classes, and differences between the runs'
-configurations. With --forecast (a file of `bench forecast --json FILE`), it compares the forecast with the first run.
+images, schedules, and throughput. It also shows crops as the model saw them, the ten worst classes, and how the
+configurations differ. With --forecast (a file of `bench forecast --json FILE`), it compares the forecast with the first
+run.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
 
 
 def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
-    """Why the forecast does not apply to the run: another recipe, or a run that has not ended. Sentences."""
+    """Sentences that say why the forecast does not apply to the run: another recipe, or a run that has not ended."""
     said, actual = forecast.get("recipe", {}), json.loads(json.dumps(run.config.flat()))
     differ = [name for name in said if name in actual and name not in IGNORED and said[name] != actual[name]]
     found = [f"the forecast is for another recipe: {', '.join(differ)} differ"] if differ else []

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STALL_LIMIT = 0.02  # of a minute without free memory: above it, the bench prints a note
+STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 
 # The trainer's options that the bench sets for each run, and the remedy if a user sets them.
 BENCH_OPTIONS = {"run.seed": "use --seeds", "run.folder": "use --folder", "budget.length": "use --budget"} | (
@@ -47,7 +47,7 @@ RunKey = tuple[str, int, str]  # arm, seed and budget of a run
 
 @dataclass(frozen=True)
 class Arm:
-    """A contestant: recipes, of which later ones override earlier ones, and options that override both."""
+    """A contestant: recipes and options. Later recipes override earlier recipes, and options override all recipes."""
 
     name: str
     recipes: tuple[Path, ...]
@@ -115,7 +115,7 @@ class PlannedRun:
 
 @lru_cache
 def data_in(root: str) -> dict[str, Any]:
-    """What identifies the training data of a folder. Cached, because ImageNet's manifest takes seconds to read."""
+    """The fingerprint of the training data in a folder. Cached, because ImageNet's manifest takes seconds to read."""
     manifest = load_manifest(root, "train")
     return data_fingerprint(manifest.count, manifest.classes)
 
@@ -190,7 +190,7 @@ class Runner:
         if 0 < len(gpus) < jobs:
             raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
         if gpus and together > 1:
-            raise ConfigError("--together: runs that share a GPU cannot be timed; leave it out, or use a CPU")
+            raise ConfigError("--together: runs that share a GPU cannot be timed; use --together=1, or a CPU")
         self.share = len(self.cores) // jobs
         self.free = [*range(jobs)] * together  # places
         self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}  # runs and their places
@@ -234,7 +234,7 @@ class Runner:
                 return run
             if run.folder not in self._awaited:  # a bench was killed, and its runs are still saving
                 self._awaited.add(run.folder)
-                say(f"waiting for another process to leave {run.folder} ...")
+                say(f"waiting for another process that uses {run.folder} ...")
         return None
 
     def _start(self, run: PlannedRun, number: str) -> None:

@@ -1,8 +1,8 @@
 """The training step: python -m vitlocal.bench step [--sizes 32,64] [--arms local-eager,timm-eager] [TRAINER'S OPTIONS]
 
 Trains each arm on random pixels that are already on the device. All arms run in one process and take turns, at each
-size and in each round, so that other load on the machine affects all of them. Compiling is not counted. Options of the
-trainer (--config-file, --model.depth, ...) apply to every arm that has a use for them.
+size and in each round. So other load on the machine affects all of them. Compiling is not counted. Options of the
+trainer (--config-file, --model.depth, ...) apply to every arm whose model has them.
 
     local        the local-FFN ViT with the trainer's own step; on a GPU with the fused kernel if it supports the grid
     local-plain  the same model with PyTorch's operations instead of the kernel, on a GPU
@@ -207,7 +207,7 @@ class StepEntry:
     def turn(self, seconds: float, counted: bool) -> None:
         """Trains for about ``seconds``. If the turn is ``counted``, some more steps are timed by phase.
 
-        The number of steps is fixed before: to read the clock is to synchronise.
+        The number of steps is fixed beforehand, because reading the clock between steps would need a device sync.
         """
         with device_memory(self.device) as memory:
             self.step_seconds = self._measure(max(1, math.ceil(seconds / self.step_seconds)))
@@ -275,7 +275,7 @@ def compare(
                 bar.set_description_str(f"{size} px, {entries[place].arm}", refresh=False)
                 bar.update()
             rows += [entry.row(peak_tflops) for entry in entries]
-            # Weights, compiled code and the pools of CUDA graphs make room for the next size.
+            # Free weights, compiled code and the pools of CUDA graphs, to make room for the next size.
             entries.clear()
             torch.compiler.reset()
             gc.collect()  # a model and its compiled step refer to each other

@@ -1,7 +1,7 @@
 """Writers side by side: python -m vitlocal.bench write [--source FOLDER] [--sides 64:raw,256:jpg] [--workers 1,2]
 
-Each contestant writes all files of a split from the same original images, in a process that is limited to as many
-cores as it has workers. They take turns, round by round. Without --source: the built-in sample, as JPEG files.
+Each contestant writes all files of a split from the same original images, in a process with one core per worker. They
+take turns, round by round. Without --source, the images are the built-in sample, as JPEG files.
 
     ours         all files in one pass
     ffcv         FFCV's own writer, once for each file

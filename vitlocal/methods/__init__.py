@@ -37,7 +37,7 @@ def method_claims(recipe: Recipe) -> tuple[Claims, ...]:
 
 
 def method_problems(recipe: Recipe) -> list[str]:
-    """The errors that the recipe's methods find in it. If there are none: the pairs that cannot be combined."""
+    """The errors that the recipe's methods find in it or, without errors, the pairs that cannot be combined."""
     found = [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
     return found or conflicts(method_claims(recipe))
 

@@ -1,8 +1,8 @@
 """AutoProg (Li et al. 2022, arXiv 2203.14509; details from the released code): depth and image size grow, by search.
 
-Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*, and each
-of its steps samples a depth and a size. Then the candidate with the best trade-off of loss and time is taken out of the
-supernet, with its weights, and trained to the end of the stage. The supernet's steps are ordinary training steps.
+Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*. Each step
+of the supernet samples a depth and a size, and is an ordinary training step. Then the candidate with the best trade-off
+of loss and time is taken out of the supernet, with its weights. It is trained to the end of the stage.
 
 Symbols: S stages, l depth, r image size, L mean loss of a candidate, T its time per image.
 """
@@ -104,7 +104,7 @@ class SearchRecord:
 
     times: dict[int, list[float]] = field(default_factory=dict)  # seconds per image of each candidate
     losses: dict[int, list[list[float]]] = field(default_factory=dict)  # of each complete round, of each candidate
-    under_way: dict[int, list[float]] = field(default_factory=dict)  # losses of a round that is not complete
+    under_way: dict[int, list[float]] = field(default_factory=dict)  # losses of an incomplete round
     began: dict[int, float] = field(default_factory=dict)  # fraction at each stage's first step
     searched: dict[int, float] = field(default_factory=dict)
     since: float | None = None
@@ -139,7 +139,7 @@ class AutoProg(SearchMethod):
         # The first average is measured. The last one is the source of growth. An average without a use is not kept.
         self.needs = Needs(ema_decays=(fast,) * measured + (slow,) * config.grow.startswith("momentum"))
         self._record = SearchRecord()
-        self._round_at = 0.0  # the fraction at which the current round of losses was asked
+        self._round_at = 0.0  # the fraction at which the current round of losses began
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
@@ -159,11 +159,11 @@ class AutoProg(SearchMethod):
         found = [] if searches else schedule_problems("autoprog", schedule, config.stages)
         return found + messages({
             "autoprog.space: nothing grows; name depth, size or both": not config.space,
-            f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, as 2%":
+            f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, such as 2%":
                 length.kind not in ("epochs", "fraction"),
-            f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, as 2%":
+            f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, such as 2%":
                 searches and budget.kind != "epochs" and length.kind != "fraction",
-            "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, as 2%":
+            "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, such as 2%":
                 searches and not length.value,
             f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left "
             "to train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
@@ -283,7 +283,7 @@ class AutoProg(SearchMethod):
         return () if self._decided(stage) else [self._plan_of(plan, stage, net) for net in self._candidates(stage)]
 
     def _plan_of(self, plan: Plan, stage: int, net: Net) -> Plan:
-        """The plan for a step of ``net``. As long as the stage is not decided, the net is a part of the supernet."""
+        """The plan for a step of ``net``. Until the search of the stage ends, the net is a part of the supernet."""
         searching = not self._decided(stage)
         order, pairs = self._supernet(stage)
         if searching:
@@ -337,7 +337,7 @@ class AutoProg(SearchMethod):
         if not answered:
             if record.since is None:  # no step was taken since the last round
                 return ()
-            # If several rounds fall due within one step, one round is asked.
+            # If several rounds are due after one step, only one round is measured.
             before = record.searched[stage]
             if self._due_rounds(before + progress.fraction - record.since) == self._due_rounds(before):
                 return ()

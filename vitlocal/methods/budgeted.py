@@ -40,7 +40,7 @@ def parse_compute(value: Any) -> str:
 
 
 COMPUTE = Parsed(
-    parse_compute, "a part of full training, as 50%, or 691.2GFLOPs per image, summed over epochs (multiply-adds)"
+    parse_compute, "a part of full training, such as 50%, or 691.2GFLOPs per image, summed over epochs (multiply-adds)"
 )
 
 
@@ -236,7 +236,7 @@ class Budgeted(Method):
     # --- stages ---
 
     def changes(self) -> Sequence[Length]:
-        """The ends of all stages but the last."""
+        """The ends of all stages except the last."""
         if self._epochs is not None:
             return [in_epochs(end) for end in np.cumsum(self._epochs)[:-1].tolist()]
         if self._budget.kind == "epochs":

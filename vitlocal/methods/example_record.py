@@ -1,4 +1,7 @@
-"""Notes of each training example's results, on the device. It imports PyTorch; a configuration must not import it."""
+"""Records the results of each training example, on the device.
+
+This file imports PyTorch, so reading a configuration must not import it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class ExampleRecord:
         return bool(self._epochs)
 
     def note(self, epoch: int, ids: Tensor, correct: Tensor, variance: Tensor | None) -> None:
-        """Notes a step: ``ids`` (B,) int64, ``correct`` (B,) bool and, if measured, ``variance`` (B,)."""
+        """Records a step: ``ids`` (B,) int64, ``correct`` (B,) bool and, if measured, ``variance`` (B,)."""
         device = correct.device
         if epoch not in self._epochs:
             self._epochs[epoch] = torch.zeros(self._count, dtype=torch.uint8, device=device)

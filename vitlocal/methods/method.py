@@ -113,7 +113,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """The facts about a run that a method's constructor may use. The defaults serve if there is no model yet."""
+    """The facts about a run that a method's constructor may use. Without a model, the defaults apply."""
 
     recipe: Recipe
     images: int = 1  # of the training split
@@ -183,11 +183,11 @@ class Method:
         raise NotImplementedError
 
     def probes(self, progress: Progress) -> Sequence[Probe]:
-        """The measurements that it needs before it can plan on. :meth:`observe` gets each result."""
+        """The measurements that it needs before it can plan further. :meth:`observe` gets each result."""
         return ()
 
     def observe(self, result: StepResult | ProbeResult) -> None:
-        """Notes the result of a step or of a probe. Must not wait for the device."""
+        """Records the result of a step or of a probe. Must not wait for the device."""
 
     def choices(self) -> Sequence[str]:
         """The decisions of its searches so far, in order."""

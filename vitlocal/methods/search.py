@@ -36,7 +36,7 @@ def parse_net(value: Any) -> Net:
     return Net(int(match[1]), int(match[2]) if match[2] else None)
 
 
-NET = Parsed(parse_net, "a number and a size: 6@128px, 8@160px, 12@224px; or numbers alone")
+NET = Parsed(parse_net, "a number and a size: 6@128px, 8@160px, 12@224px; or only numbers")
 
 
 def schedule_problems(name: str, schedule: Sequence[Net], stages: int) -> list[str]:
@@ -107,8 +107,8 @@ def remembered(compute: Callable[[SearchT, int], T]) -> Callable[[SearchT, int],
 class SearchMethod(Method):
     """Base class of methods that choose a net at the start of each stage.
 
-    Subclasses set the stages' ``bounds`` and implement ``_candidates``, ``_answered`` and ``_best``, which depend on
-    the observed results alone. ``observe`` and ``load_state_dict`` must clear ``_memory``.
+    Subclasses set the stages' ``bounds`` and implement ``_candidates``, ``_answered`` and ``_best``, which depend
+    only on the observed results. ``observe`` and ``load_state_dict`` must clear ``_memory``.
     """
 
     _undecided = 0  # the candidate that stands for a stage whose search is not finished

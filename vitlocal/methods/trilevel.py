@@ -67,7 +67,7 @@ def final_rates(config: TrilevelConfig) -> tuple[float, float]:
 def swap(
     kept: np.ndarray, pool: np.ndarray, times: np.ndarray, ties: np.ndarray, count: int, draw: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exchanges the ``count`` easiest of ``kept`` for as many random rows of ``pool``: (kept, pool), sorted.
+    """Exchanges the ``count`` easiest rows of ``kept`` for ``count`` random rows of ``pool``: (kept, pool), sorted.
 
     The easiest have the smallest ``times`` forgotten, then the smallest ``ties``. Rows with ``times`` of -1 were not
     seen and stay. Removed rows cannot come back in the same exchange.
@@ -152,7 +152,7 @@ class Trilevel(Method):
         return messages({
             "trilevel.levels: all levels are off; name some of examples, tokens, attention, or remove the method":
                 not config.levels,
-            "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or remove them":
+            "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or leave out examples":
                 examples and recipe.repeats > 1,
             f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
                 examples and not 0 < config.held_out < 1,
@@ -161,7 +161,7 @@ class Trilevel(Method):
             "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
             "trilevel.score: attention needs a vitlocal_… model; use forgetting":
                 examples and config.score == "attention" and not recipe.model_name.startswith("vitlocal_"),
-            "trilevel.decay_steps: 0 would compile every step anew; set train.compile=no":
+            "trilevel.decay_steps: 0 would compile again at every step; set train.compile=no":
                 not config.decay_steps and recipe.compiles,
             "trilevel.token_keep_rate: got 0, which keeps nothing; expected a rate above 0": not config.token_keep_rate,
             "trilevel.attention_keep_rate: got 0, which keeps nothing; expected a rate above 0":
@@ -232,7 +232,7 @@ class Trilevel(Method):
 
     @property
     def _awaits_update(self) -> bool:
-        """Whether there is an update to come, for which steps are noted."""
+        """Whether a later update will read the notes of the steps."""
         return self._has_examples and self._version <= self._config.max_updates
 
     def probes(self, progress: Progress) -> Sequence[Probe]:

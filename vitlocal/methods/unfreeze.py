@@ -66,7 +66,7 @@ class UnfreezeConfig(Section):
 
 
 def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
-    """The trained blocks of each level, for ``count`` blocks: nested sets, of which the last contains all blocks."""
+    """The trained blocks of each level, for ``count`` blocks. The sets are nested, and the last contains all blocks."""
     found = []
     for level in range(1, stages + 1):
         end = round(count * level / stages)
@@ -77,7 +77,7 @@ def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
             blocks = list(range(count - end, count))
         elif how == "released" and level == stages:
             blocks = list(range(count))
-        elif how == "released" and level > 1:  # "blocks.1" is meant for one block, and matches blocks.10 to blocks.19
+        elif how == "released" and level > 1:  # the prefix "blocks.1" also matches blocks.10 to blocks.19
             prefixes = tuple(map(str, blocks))
             blocks = [block for block in range(count) if str(block).startswith(prefixes)]
         found.append(tuple(blocks))
@@ -117,8 +117,8 @@ def sizes_of(recipe: Recipe) -> tuple[int, ...]:
 class Unfreeze(SearchMethod):
     """Groups of blocks are unfrozen, and images grow, stage by stage.
 
-    Parameters outside of the blocks (embeddings, norm, head) are always trained. Frozen blocks have no gradients, hence
-    no weight decay and no update. Gradients still pass through all blocks to the embeddings, unless
+    Parameters outside of the blocks (embeddings, norm, head) are always trained. Frozen blocks have no gradients, so
+    they have no weight decay and no update. Gradients still pass through all blocks to the embeddings, unless
     ``non_blocks=head`` freezes these too.
     """
 
@@ -220,7 +220,7 @@ class Unfreeze(SearchMethod):
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
         stage, config = self._stage(progress), self._config
-        while stage and not self._decided(stage):  # until the choice is made, the stage before goes on
+        while stage and not self._decided(stage):  # until the choice is made, the stage before continues
             stage -= 1
         net = self._chosen(stage)
         blocks = self._groups[net.depth - 1]

@@ -1,1 +1,1 @@
-"""What a run folder shows: its log, figures, and a page that compares runs. It imports nothing from ``train``."""
+"""Reads run folders, and draws figures and a page that compares runs. It imports nothing from ``train``."""

@@ -25,8 +25,8 @@ AUGMENTATION_DIALS = ("strength", "randaugment_strength")
 def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
     """The first training crops (S, S, 3) of each image size, with their augmentation.
 
-    Crops and augmentation have keys, so they can be made again. If a method fed a subset of the rows, the crops are of
-    all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
+    Crops and augmentation have keys, so they can be made again. If a method fed a subset of the rows, the crops are
+    from all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
     """
     config, methods = run.config, dial_methods(run.config.recipe)
     augment = Augment(**config.augment.arguments())
@@ -40,7 +40,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
             dials = replace(dials, **logged)
             if record["image_size"] not in found and record["step"] > before["step"]:
                 plan = Plan(Feed(record["image_size"], record["batch_size"]), dials)
-                # The log has the dials at the end of a pass. Methods that set only dials can be asked for its start.
+                # The log has the dials at the end of a pass. For its start, ask the methods that set only dials.
                 plan = fold(methods, plan, Progress(fraction=before["fraction"]))
                 found[plan.feed.size] = first_crops(sources, augment, plan, config.run.seed, before)
     finally:
@@ -49,7 +49,7 @@ def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
 
 
 def dial_methods(recipe: Recipe) -> list[Method]:
-    """The recipe's methods that set nothing but dials."""
+    """The recipe's methods that set only dials."""
     context = MethodContext(recipe)
     return [
         METHODS[claims.name](context)

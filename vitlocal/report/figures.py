@@ -47,10 +47,10 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element. ``name`` must be unique in the page, because the ids start with it."""
-    held = io.StringIO()
+    buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(held, format="svg", metadata={"Date": None}, transparent=True)
-    text = held.getvalue()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for side in ("height", "width"):  # the page sets the size
         text = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)
@@ -213,7 +213,7 @@ def by_cost(line: Line) -> list[Record]:
     """The stages of a run: passes in a row whose images cost the same and that train the same blocks.
 
     Each has images, epochs, seconds, multiply-adds per image, and how many blocks are trained (None: all). Frozen
-    blocks still run forward, so multiply-adds alone do not separate such stages. Empty if the log has no costs.
+    blocks still run forward, so equal multiply-adds do not mean equal stages. Empty if the log has no costs.
     """
     found: list[Record] = []
     images_before = epoch_before = 0.0

@@ -128,7 +128,7 @@ def _changes(records: Sequence[dict[str, Any]], name: str) -> bool:
 
 
 def schedule_part(runs: Sequence[RunRecord]) -> str:
-    """Image size, learning rate and what methods changed, against time."""
+    """Image size, learning rate and the fields that methods changed, against time."""
     figures = [schedule(run.line, learning_rates(run), changed_fields(run)) for run in runs]
     drawn = [_figure(svg(figure, f"schedule-{n}"), runs[n].name, "wide") for n, figure in enumerate(figures)]
     return "<h2>Schedule</h2>" + "".join(drawn)
@@ -148,7 +148,7 @@ def throughput_part(runs: Sequence[RunRecord]) -> str:
 
 
 def costs_part(runs: Sequence[RunRecord]) -> str:
-    """What an image costs in each stage, and what the cheaper stages saved. Empty if no run has several stages."""
+    """The cost of an image in each stage, and the savings by cheaper stages. Empty if no run has several stages."""
     rows, lines = [], []
     stages_of = [by_cost(run.line) for run in runs]
     freezes = any(stage["trained"] is not None for stages in stages_of for stage in stages)
@@ -176,7 +176,7 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
 
 
 def crops_part(runs: Sequence[RunRecord]) -> str:
-    """The first crops of each size, or why there are none."""
+    """The first crops of each size, or a sentence that says why they are missing."""
     parts = []
     for run in runs:
         parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
@@ -192,9 +192,9 @@ def crops_part(runs: Sequence[RunRecord]) -> str:
 
 
 def _png(pixels: np.ndarray) -> str:
-    held = io.BytesIO()
-    Image.fromarray(pixels).save(held, "PNG")
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def classes_part(runs: Sequence[RunRecord]) -> str:

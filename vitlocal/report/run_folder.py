@@ -35,7 +35,7 @@ class RunRecord:
 
     @property
     def line(self) -> Line:
-        """What the figures need of the run."""
+        """The run as a line in figures."""
         return Line(self.name, self.records)
 
 
@@ -68,7 +68,7 @@ def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) ->
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder: the end of its path, as short as tells them apart."""
+    """A name for each folder: the shortest end of the paths that differs between all folders."""
     parts = 1
     while len({folder.parts[-parts:] for folder in folders}) < len(set(folders)) and parts < 20:
         parts += 1

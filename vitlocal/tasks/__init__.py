@@ -1,1 +1,1 @@
-"""What a model learns: the objective of a training step, and its evaluation."""
+"""Training tasks: the objective of a training step, and its evaluation."""

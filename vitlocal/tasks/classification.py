@@ -67,7 +67,7 @@ class ClassificationLoss(nn.Module):
         return weight * loss, correct, variance
 
     def resize(self, pixels: Tensor) -> Tensor:
-        """Images (B, 3, S, S) at the input size, if that is smaller: bilinear, antialiased."""
+        """Resizes images (B, 3, S, S) to the input size, if that is smaller (bilinear, antialiased)."""
         size = self.input_size
         if size is None or size >= pixels.shape[-1]:
             return pixels
@@ -99,7 +99,7 @@ def evaluate_accuracy(
     stop: Callable[[], bool] = lambda: False,
     total: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Accuracy | None:
-    """Accuracy over the whole split, each image once. None if ``stop``, called before each batch, returned true.
+    """The accuracy over the whole split, each image once. None if ``stop``, called before each batch, returns true.
 
     ``predict`` gives the logits (B, C) of uint8 images, and knows whether the batch is a whole one. ``rows``: "all",
     "even" or "odd" rows are counted. ``limit``: number of batches at most. With several processes, each evaluates its

@@ -1,4 +1,4 @@
-"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and what is reserved for its end."""
+"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and which part is reserved for its end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from vitlocal.progress import Length, Position, Progress
 
-TIMED_STEPS = 5  # the next step is expected to take the median time of so many steps
+TIMED_STEPS = 5  # the next step is expected to take the median time of the last TIMED_STEPS steps
 STOP = 0.5  # of a step: if less time is left, no step begins
-SLACK = 0.25  # of a step: if at most so much more would be left after a step, it counts as the last one
-KNOWN = 3  # evaluations and checkpoints: the next one is expected to take the median time of so many
+SLACK = 0.25  # of a step: a step is the last one if at most STOP + SLACK of a step would be left after it
+KNOWN = 3  # the next evaluation or checkpoint is expected to take the median time of the last KNOWN ones
 # For the export, the report and the end of the process after the last evaluation. Measured: 0.9 to 1.6 s on two cores.
 FINISH_SECONDS = 1.5
 
@@ -47,7 +47,7 @@ class RunTimer:
         return self._wall_before + self.now() - self._wall_began
 
     def start(self) -> None:
-        """Lets training time run."""
+        """Starts training time, if it is stopped."""
         before, since = self._training
         if since is None:
             self._training = before, self.train_now()
@@ -99,11 +99,11 @@ class FinalReserve:
         return self.evaluation_seconds + 2 * self.checkpoint_seconds + FINISH_SECONDS
 
     def record_evaluation(self, seconds: float) -> None:
-        """Notes how long an evaluation took."""
+        """Records the duration of an evaluation."""
         self.evaluations = [*self.evaluations, seconds][-KNOWN:]
 
     def record_checkpoint(self, seconds: float) -> None:
-        """Notes how long a checkpoint took."""
+        """Records the duration of a checkpoint."""
         self.checkpoints = [*self.checkpoints, seconds][-KNOWN:]
 
     def state_dict(self) -> dict[str, list[float]]:
@@ -114,7 +114,7 @@ class FinalReserve:
 
 
 class Clock:
-    """How much of a budget is spent: ``Clock("24h")``, ``Clock("90ep", images_per_epoch=50_000)``.
+    """Measures how much of a budget is spent: ``Clock("24h")``, ``Clock("90ep", images_per_epoch=50_000)``.
 
     ``counts`` says which time a budget in time counts: "train" (without evaluation and saving), "wall" (all time of the
     process) or "cpu" (as "train", in processor time).
@@ -163,13 +163,13 @@ class Clock:
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands now."""
+        """The progress of the run now."""
         seconds, pace = self.synced or self.local_time
         now = Progress(self._epoch(self.position), self.step, self.images_seen, seconds, flops=self.flops)
         return replace(now, fraction=self._fraction(now, STOP * pace * self._batch, STOP * self._step_flops))
 
     def after_step(self, images: int, flops: float = 0.0) -> Progress:
-        """Where the run will stand after a step over ``images`` images, if it takes as long as the last ones.
+        """The progress after a step over ``images`` images, if it takes as long as the last steps.
 
         A step uses the learning rate of its end. So the last step has the schedule's last rate, even if it takes a
         quarter less time than expected.
@@ -189,7 +189,7 @@ class Clock:
         return self.progress.fraction >= 1.0
 
     def ends_within(self, steps: int) -> bool:
-        """Whether a budget in time ends within so many steps."""
+        """Whether the budget is a time that ends within ``steps`` steps."""
         seconds, pace = self.synced or self.local_time
         left = self.length.value - self.reserve_seconds - seconds
         return self.length.kind == "seconds" and left <= steps * pace * self._batch

@@ -48,7 +48,7 @@ from vitlocal.train.trainer import Trainer
 
 
 def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
-    """The device of ``run.device``, made the current one, with ``run.threads`` CPU threads."""
+    """Returns the device of ``run.device`` and makes it current. Sets ``run.threads`` CPU threads."""
     return prepare_device(config.run.device, config.run.threads, ranks.local_rank, ranks.local_world_size, ranks.world)
 
 
@@ -73,7 +73,7 @@ def make_model(config: Config, num_classes: int, device: torch.device) -> tuple[
 def assemble_step(
     config: Config, model: nn.Module, device: torch.device, methods: Sequence[Method] = (), ranks: Ranks = ALONE
 ) -> tuple[TrainStep, list[ModelEma]]:
-    """Optimizer, weight averages and step for ``model``, and the averages that the methods need."""
+    """The step for ``model``, with its optimizer and weight average, and the averages that the methods need."""
     train = config.train
     precision = choose_precision(train.precision, device)
     configure_model(model, train.kernel, train.grad_checkpointing, device)
@@ -262,9 +262,9 @@ def check_plans(trainer: Trainer, world: int) -> None:
 def check_ranks(config: Config, ranks: Ranks) -> None:
     """Raises ConfigError if the processes were started with different options."""
     mine, first = config.flat(), ranks.broadcast(config.flat())
-    apart = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
-    if apart:
-        raise ConfigError(f"{', '.join(apart)}: rank {ranks.rank} and rank 0 were started with different values")
+    different = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
+    if different:
+        raise ConfigError(f"{', '.join(different)}: rank {ranks.rank} and rank 0 were started with different values")
 
 
 def check_data(found: dict[str, Any], before: dict[str, Any], config: Config) -> None:

@@ -30,7 +30,7 @@ def keep_weights(folder: Path, state: Mapping[str, Tensor], step: int, epoch: fl
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`keep_weights` wrote: the weights, and step, epoch and shape."""
+    """The content of a file of :func:`keep_weights`: the weights, and step, epoch and shape."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])
 
@@ -74,6 +74,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise DataError(
             f"{path} was written by another version of vitlocal (format {state.get('format', 1)}, expected {FORMAT}). "
-            f"Continue with that version, or remove {path.parents[1]} and run the same command again to train anew"
+            f"Continue with that version, or remove {path.parents[1]} and run the command again to train from the start"
         )
     return state

@@ -93,14 +93,14 @@ def export(run: BuiltRun, folder: Path) -> None:
 
 
 def start_warnings(run: BuiltRun) -> list[str]:
-    """What is allowed but probably a mistake, one sentence each."""
+    """Settings that are allowed but probably a mistake, one sentence each."""
     config, source = run.config, run.trainer.sources.train
     warmup, length, batch = config.train.warmup, config.budget.length, config.train.batch_size
     # The epochs in a unit of each kind of length, if they are known.
     epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / source.count}
     found = [warning for name in config.methods for warning in METHODS[name].config_warnings(config.recipe)]
     if run.new_weights:
-        found.append(f"{', '.join(run.new_weights)} start anew; all other weights are from {config.model.weights}")
+        found.append(f"{', '.join(run.new_weights)} start at random; all other weights are from {config.model.weights}")
     if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
         warmup.kind == length.kind and warmup.value > length.value
     ):
@@ -115,14 +115,14 @@ def start_warnings(run: BuiltRun) -> list[str]:
     if source.side is not None and largest > source.side:
         found.append(
             f"training uses up to {largest} px, but the stored images have long edges of at most {source.side} px "
-            f"and are enlarged. If the photos are larger, store them so: write_dataset.py --sides "
+            f"and are enlarged. If the photos are larger, store them larger: write_dataset.py --sides "
             f"{math.ceil(largest * config.data.side_ratio)}"
         )
     return found
 
 
 def end_warnings(run: BuiltRun) -> list[str]:
-    """What the recipe asks for and the budget did not reach, one sentence each."""
+    """The parts of the recipe that the budget did not reach, one sentence each."""
     config, trainer, clock = run.config, run.trainer, run.trainer.state.clock
     now, found = clock.progress, []
     later = [progress for method in trainer.state.methods for progress in upcoming_changes(method.changes(), now)]

@@ -16,7 +16,7 @@ from vitlocal.plan import Feed, Shape
 # A step of fewer multiply-adds runs as a CUDA graph. At half of an H200's peak it takes under 10 ms, about as long as
 # launching its several hundred kernels one by one. (An estimate; not measured yet.)
 GRAPH_MACS = 2e12
-RECOMPILE_LIMIT = 256  # of PyTorch, for each function: one compilation for each size, batch and mode
+RECOMPILE_LIMIT = 256  # PyTorch's limit of compilations per function: each size, batch and mode needs one
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StepCompiler:
         return 3 * feed.batch_size * count_macs(self._model, shape.input_size or feed.size) < GRAPH_MACS
 
     def objective(self, eager: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-        """``eager`` as ``mode`` runs it."""
+        """The objective that runs in ``mode``: ``eager`` itself, or ``eager`` compiled."""
         if not mode.compiled:
             return eager
         if mode.graphs not in self._objectives:

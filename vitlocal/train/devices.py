@@ -1,4 +1,4 @@
-"""Which device a process uses, and reading numbers off it without waiting."""
+"""Chooses the device of a process, and reads numbers from it without waiting."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1, wor
 def prepare_device(
     name: str, threads: int = 0, local_rank: int = 0, local_world_size: int = 1, world: int = 1
 ) -> torch.device:
-    """The device of ``run.device``, made the current one. Sets PyTorch's CPU ``threads`` (0: PyTorch's default)."""
+    """Returns the device of ``run.device`` and makes it current. Sets the CPU ``threads`` (0: PyTorch's default)."""
     device = choose_device(name, local_rank, local_world_size, world)
     if device.type == "cpu":
         keep_freed_memory()
@@ -53,7 +53,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class AsyncScalar(Generic[Note]):
-    """Reads a number off the device without waiting: :meth:`read` starts the copy, :meth:`poll` has it later."""
+    """Reads a number from the device without waiting: :meth:`read` starts the copy, :meth:`poll` returns it later."""
 
     def __init__(self, device: torch.device):
         self._copies = device.type == "cuda"

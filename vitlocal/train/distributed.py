@@ -25,7 +25,10 @@ LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNOREC
 
 
 class Ranks:
-    """This process among the others. Gradients and sums use the device's backend, decisions use gloo."""
+    """The rank of this process, and its connection to the others.
+
+    Gradients and sums use the device's backend, decisions use gloo.
+    """
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world_size: int = 1):
         self.rank, self.world = rank, world
@@ -85,7 +88,7 @@ class Ranks:
         return box[0]
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over all ranks, in place. A device sync only when the caller reads the result."""
+        """Sums over all ranks, in place. The host waits for the device only when the caller reads the result."""
         if self.world > 1:
             with self._peers():
                 dist.all_reduce(values)

@@ -51,7 +51,7 @@ class Evaluator:
     ) -> Accuracy | None:
         """The accuracy of weights that were trained under ``plan``, on ``limit`` batches at most.
 
-        None if ``stop``, called before each batch, returned true.
+        None if ``stop``, called before each batch, returns true.
         """
         with temporary_shape(self.model, self.shape(plan), self._step.shape):
             return evaluate_accuracy(

@@ -1,4 +1,4 @@
-"""Writes down what a run has spent while it runs, so that a killed run loses almost none of its count."""
+"""Saves the time that a run has spent, while it runs. So a killed run loses almost none of its count."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BUDGET_FRACTION = 1e-3  # of a budget in time, if that is shorter
 def read_spent(path: Path) -> tuple[float, float]:
     """Training seconds and total seconds, as :class:`Journal` wrote them; zeros without a journal.
 
-    A damaged journal, after a power failure for example, is reported and counts as zeros: the checkpoint knows what was
-    spent before it.
+    A damaged journal, after a power failure for example, is reported and counts as zeros. The checkpoint has the time
+    that was spent before it.
     """
     try:
         spent = json.loads(path.read_text(encoding="utf-8"))
@@ -28,12 +28,12 @@ def read_spent(path: Path) -> tuple[float, float]:
     except FileNotFoundError:
         return 0.0, 0.0
     except (ValueError, KeyError, TypeError):
-        print(f"{path} is damaged; the budget continues from what the checkpoint knows", file=sys.stderr)
+        print(f"{path} is damaged; the budget continues from the checkpoint", file=sys.stderr)
         return 0.0, 0.0
 
 
 def journal_interval(budget: Length) -> float:
-    """The seconds between two writes: what a kill can lose."""
+    """The seconds between two writes: a kill loses at most these seconds."""
     if budget.kind != "seconds":
         return LONGEST_INTERVAL
     return max(SHORTEST_INTERVAL, min(LONGEST_INTERVAL, BUDGET_FRACTION * budget.value))

@@ -21,8 +21,8 @@ FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line on the co
 class Log:
     """Writes the records of passes, and shows the progress about once a second.
 
-    On a terminal it draws a bar. Elsewhere it prints a line after 10 seconds without one, then ever more rarely.
-    ``length`` is the budget's. ``progress=False`` shows neither.
+    On a terminal it draws a bar. Elsewhere it prints a line after 10 seconds without one, and later less often.
+    ``length``: the length of the budget. ``progress=False``: no bar and no such lines.
     """
 
     def __init__(self, folder: Path, length: Length | str, progress: bool = True):
@@ -57,7 +57,7 @@ class Log:
         return True
 
     def show(self, at: Progress, loss: float, lr: float, size: int, rate: float) -> None:
-        """Shows where the run stands; ``rate`` in images/s."""
+        """Shows the progress of the run; ``rate`` in images/s."""
         now = f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s"
         percent = 100 * at.fraction
         self._bar.set_postfix_str(now, refresh=False)

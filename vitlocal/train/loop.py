@@ -18,7 +18,7 @@ def fit(trainer: Trainer) -> None:
             trainer.close_pass()  # evaluate if it is due, log, save
             continue
         if trainer.has_pending_probes():
-            trainer.run_probes()  # measurements that methods need before they can plan on
+            trainer.run_probes()  # measurements that methods need before they can plan further
             continue
         with trainer.open_pass(plan) as batches:  # one pass of the loader: a constant feed and shape
             for batch in batches:

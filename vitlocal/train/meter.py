@@ -31,7 +31,7 @@ class PassMeter:
             self._loss_sum.fill_(totals.loss if self._ranks.first else 0.0)  # each process adds its own part from here
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; the time that each is waited for is added up."""
+        """Yields the batches, and adds up the time spent waiting for them."""
         while True:
             before = self._timer.train_now()
             batch = next(batches, None)

@@ -34,7 +34,7 @@ class RunOutput:
     def write_evaluation(
         self, accuracy: Accuracy, classes: Sequence[str], weights: Mapping[str, Tensor], at: Progress, shape: Shape
     ) -> None:
-        """Writes ``classes.json``, the correct and all images of each class, and keeps the weights if asked for."""
+        """Writes ``classes.json`` (the correct and all images of each class) and, if ``keeps_weights``, the weights."""
         if self._keeps_weights:
             keep_weights(self.folder, weights, at.step, at.epoch, shape)
         write_classes(self.folder, classes, accuracy.by_class)

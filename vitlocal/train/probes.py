@@ -28,7 +28,7 @@ from vitlocal.train.step import EAGER, TrainStep, buffers_kept, step_seed
 from vitlocal.train.trainability import condition_number, tangent_kernel, zico
 
 FORWARD_FLOPS = TRAINING_FLOPS / 3  # for each multiply-add, without the backward pass
-EPOCH = 1_000_000  # whose order and crops the probes use, so that every candidate sees the same images
+EPOCH = 1_000_000  # the probes use the order and crops of this epoch, so that every candidate sees the same images
 
 
 class Prober:
@@ -51,7 +51,7 @@ class Prober:
         self._compile_step, self._seed, self._ranks = compile_step, seed, ranks
 
     def complete(self, probe: Probe, plan: Plan, batch_size: Callable[[int], int]) -> Probe:
-        """``probe`` with what it leaves open: the shape's other fields, the size, and the batch size at that size."""
+        """``probe`` with its open fields filled in: the rest of the shape, the size, and the batch size."""
         shape = probe.shape
         if probe.sets:
             shape = replace(plan.shape, **{name: getattr(probe.shape, name) for name in probe.sets})
@@ -82,7 +82,7 @@ class Prober:
             self._step.set_dials(before[1])
 
     def _seconds(self, probe: Probe, plan: Plan) -> float:
-        """Forward and backward, seconds per image: the mean over the probe's batches, after one that is not counted."""
+        """The seconds per image of forward and backward: the mean over the probe's batches, after a warm-up batch."""
         feed = Feed(probe.size, probe.samples)
         timer = self._state.clock.timer
         with timer.paused():

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, whether there is a run to continue, and which process may write."""
+"""The folder of a run: its files, whether it holds a run to continue, and its lock."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_folder_lock(folder: Path) -> Iterator[None]:
 
 
 def data_fingerprint(count: int, classes: Sequence[str]) -> dict[str, Any]:
-    """What identifies the training data: the number of images, and the classes' number and digest."""
+    """Identifies the training data by the number of images, and the number and digest of the classes."""
     digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return {"images": count, "classes": len(classes), "digest": digest}
 
@@ -90,5 +90,5 @@ def record_origin(folder: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_origin(folder: Path) -> list[dict[str, Any]]:
-    """What :func:`record_origin` wrote, in order; empty if the file is missing or damaged."""
+    """The records of :func:`record_origin`, in order; empty if the file is missing or damaged."""
     return read_lines(folder / ORIGIN)

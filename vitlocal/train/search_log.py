@@ -26,7 +26,7 @@ def probe_as_json(probe: Probe) -> dict[str, Any]:
 
     The probe must be complete: see :func:`vitlocal.train.probes.Prober.complete`.
     """
-    asked = {
+    changed = {
         field.name: getattr(probe, field.name)
         for field in fields(probe)
         if field.name not in ("shape", "sets", "value") and getattr(probe, field.name) != field.default
@@ -36,7 +36,7 @@ def probe_as_json(probe: Probe) -> dict[str, Any]:
         for field in fields(probe.shape)
         if getattr(probe.shape, field.name) != getattr(WHOLE_MODEL, field.name)
     }
-    return json.loads(json.dumps({**asked, "shape": shape}))  # tuples become lists
+    return json.loads(json.dumps({**changed, "shape": shape}))  # tuples become lists
 
 
 def result_as_json(value: float | Sequence[float]) -> Any:
@@ -56,7 +56,7 @@ class SearchLog:
     def __init__(self, folder: Path | None = None, replay: str | None = None):
         self.seconds = 0.0  # training time that all probes took
         self._path = None if folder is None else folder / SEARCHES
-        self._lines = self._timed = 0  # results so far, and those of them that are times
+        self._lines = self._timed = 0  # results so far, and how many of them are times
         self._replay = None if replay is None else Path(replay) / SEARCHES
         self._times: list[dict[str, Any]] = []
         if self._replay is None:
@@ -80,17 +80,17 @@ class SearchLog:
 
     def replayed_seconds(self, probe: Probe) -> float:
         """The time that the other run measured for ``probe``. ConfigError if it measured another candidate."""
-        asked, number = probe_as_json(probe), self._timed + 1
+        wanted, number = probe_as_json(probe), self._timed + 1
         if number > len(self._times):
             raise ConfigError(
                 f"run.replay_search: {self._replay} has {len(self._times)} times, and this run needs one more, for "
-                f"{json.dumps(asked)}; name the folder of a finished run of this recipe"
+                f"{json.dumps(wanted)}; name the folder of a finished run of this recipe"
             )
         line = self._times[self._timed]
-        if line["probe"] != asked:
+        if line["probe"] != wanted:
             raise ConfigError(
                 f"run.replay_search: time {number} in {self._replay} is for {json.dumps(line['probe'])}, and this run "
-                f"needs the time of {json.dumps(asked)}. Name the folder of a run of this recipe. If it is one, "
+                f"needs the time of {json.dumps(wanted)}. Name the folder of a run of this recipe. If it is one, "
                 "another device rounded the losses or scores differently and chose differently: train without it"
             )
         return line["answer"]

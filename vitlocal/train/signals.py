@@ -12,7 +12,7 @@ from vitlocal.errors import Interrupted
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM in :attr:`received`. A second one raises :class:`Interrupted`."""
+    """Stores the first SIGINT or SIGTERM in :attr:`received`. A second one raises :class:`Interrupted`."""
 
     def __init__(self, prints: bool = True):
         self.received: signal.Signals | None = None

@@ -115,7 +115,7 @@ def seconds_at(stages: Sequence[StageForecast], epoch: float) -> float:
 def by_fractions(
     stages: Sequence[Stage], budget: Length, images: int, speeds: Mapping[int, Speed], spent: Sequence[StageForecast]
 ) -> tuple[Stage, ...]:
-    """The curriculum with each size's fraction of its own budget, so that it fits other budgets.
+    """The curriculum with ends in fractions of its budget, which also fit other budgets.
 
     ``spent`` is how ``budget`` is spent. If it ends before the last size, it is doubled until it does not. The last
     size then gets as much time as the size before it. A size that no budget reaches is left out.

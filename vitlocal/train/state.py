@@ -51,10 +51,10 @@ class TrainState:
     clock: Clock
     methods: Sequence[Method] = ()
     ema: ModelEma | None = None
-    method_emas: Sequence[ModelEma] = ()  # weight averages that methods asked for
+    method_emas: Sequence[ModelEma] = ()  # weight averages that methods need
     reserve: FinalReserve = field(default_factory=FinalReserve)
     search_log: SearchLog = field(default_factory=SearchLog)
-    data: Mapping[str, Any] = field(default_factory=dict)  # what identifies the training data
+    data: Mapping[str, Any] = field(default_factory=dict)  # the fingerprint of the training data
 
     phase: Phase = Phase.TRAIN
     current_plan: Plan | None = None  # of the last step of the open pass; None: no pass is open

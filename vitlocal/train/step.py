@@ -186,7 +186,7 @@ class TrainStep:
         return F.cross_entropy(logits, batch.labels, reduction="sum")
 
     def logits(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> Tensor:
-        """The logits (B, C) of a batch in ``precision``, augmented as step ``number``, without mixing and erasing."""
+        """The logits (B, C) in ``precision`` of a batch, augmented as in step ``number`` without mixing and erasing."""
         augment = self._objective.augment
         places = batch.places[: len(batch)]  # some splits leave out damaged images
         images = augment.prepare(batch.images, self._seed, number, places, self.dials.randaugment)
@@ -294,7 +294,7 @@ class TrainStep:
         """The places of the micro-batches."""
         parts = self._grad_accum_steps
         if self._compiler.enabled and not mode.compiled and not self._mixes_samples:
-            parts *= 2  # an eager step keeps more activations than the compiled one, for which the memory may suffice
+            parts *= 2  # an eager step keeps more activations, and the memory may be just enough for a compiled step
         return micro_batches(count, parts)
 
     def _reduction(self, last: bool) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from vitlocal.data.batch import Batch
 from vitlocal.plan import Feed
 from vitlocal.train.devices import synchronize
 
-LR = 1e-6  # so small that the weights hardly change: each timed step does the same work
+LR = 1e-6  # so small that the weights stay almost the same: each timed step does the same work
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Carries out plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
+"""Executes plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Trainer:
         seed: int = 0,
     ):
         self.state, self.step, self.sources, self.evaluator = state, step, sources, evaluator
-        self.stop_signal: signal.Signals | None = None  # that all ranks obey
+        self.stop_signal: signal.Signals | None = None  # the same on all ranks
         self._feed, self._schedule, self._macs = feed, schedule, macs
         self._evaluate_every, self._save_every, self._compile_early = evaluate_every, save_every, compile_early
         self._output, self._ranks, self._seed = output, ranks, seed
@@ -102,7 +102,7 @@ class Trainer:
         return fold(self.state.methods, Plan(self._feed), progress or self.state.clock.progress)
 
     def upcoming_plans(self) -> list[Plan]:
-        """The plans from now on, as far as the methods know them, in order; each feed and shape once."""
+        """The known plans from now on, in order, one for each feed and shape."""
         clock = self.state.clock
         now = clock.progress
         later = [
@@ -263,7 +263,7 @@ class Trainer:
     # --- probes ---
 
     def has_pending_probes(self) -> bool:
-        """Whether a method needs a measurement before it can plan on."""
+        """Whether a method needs a measurement before it can plan further."""
         now = self.state.clock.progress
         return any(method.probes(now) for method in self.state.methods)
 
@@ -345,7 +345,7 @@ class Trainer:
     def _evaluation_due(self, plan: Plan) -> bool:
         """Whether it is time for an evaluation, and the budget has time for a step after it.
 
-        Otherwise it waits for the end, so that the last step has the schedule's last learning rate.
+        Without time for a step, the evaluation is postponed to the end. So the last step has the schedule's last rate.
         """
         state, every = self.state, self._evaluate_every
         before = state.last_evaluation.epoch if state.last_evaluation else 0.0
