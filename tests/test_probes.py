@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,24 +14,11 @@ from vitlocal.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-ROOT = Path(__file__).parent.parent
 # 120 training images in batches of 32: four steps per epoch. The model has 4 blocks and a grid of 6 x 6.
 COMMON = [
     "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
     "--augment.mixup=0.8", "--train.ema_decay=0.9",
 ]  # fmt: skip
-SEARCH = [
-    "--autoprog.search_length=0.5ep",
-    "--autoprog.probe_batches=2",
-    "--autoprog.size_multiple=16",
-    "--augment.randaugment=9",
-]
-UPDATES = [
-    "--trilevel.update_every=1ep",
-    "--trilevel.max_updates=2",
-    "--trilevel.swap_fraction=0.1",
-    "--trilevel.decay_end=80%",
-]
 
 
 def test_probes_leave_no_trace(configure, decoder):

@@ -196,7 +196,7 @@ def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
     assert train(configure("--budget.length=3s", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
     assert 2.9 <= last["train_seconds"] < 4  # a step of this model takes some hundredths of a second
-    assert last["lr"] == pytest.approx(1e-5, abs=1e-5)
+    assert last["lr"] == pytest.approx(1e-5, rel=0.1)
     assert last["top1"] is not None
     assert time.monotonic() - began < 60
 

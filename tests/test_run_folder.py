@@ -291,7 +291,7 @@ def test_killed_runs_keep_count_of_their_time(configure, folder: Path, tmp_path:
     assert train(config) == 0
     last = read_log(tmp_path / "run")[-1]
     assert 4.9 < last["train_seconds"] < 5.5  # a step takes some hundredths of a second
-    assert last["lr"] == pytest.approx(1e-5, abs=1e-5) and last["wall_seconds"] > 5
+    assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["wall_seconds"] > 5
     steps = last["step"]
     assert train(config) == 0 and read_log(tmp_path / "run")[-1]["step"] == steps  # nothing is left
 

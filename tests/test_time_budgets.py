@@ -68,7 +68,7 @@ def test_a_wall_clock_budget_keeps_its_reserve(configure, decoder, tmp_path: Pat
     assert train(configure("--budget.length=8s", "--budget.counts=wall", "--evaluate.every=0")) == 0
     last = read_log(tmp_path / "run")[-1]
     assert last["train_seconds"] < last["wall_seconds"] < 8.5
-    assert last["lr"] == pytest.approx(1e-5, abs=1e-5) and last["top1"] is not None
+    assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["top1"] is not None
 
 
 def test_an_evaluation_that_would_leave_no_step_waits_for_the_end(configure, decoder, tmp_path: Path, monkeypatch):

@@ -39,7 +39,11 @@ class UnfreezeConfig(Section):
         "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
         "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
-    non_blocks: str = option("all", Choice("all", "head"), "what is trained outside of the blocks; head: head and norm")
+    non_blocks: str = option(
+        "all",
+        Choice("all", "head"),
+        "layers outside of the blocks that are trained; head: only the head and the last norm",
+    )
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
     min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
