@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from narrow_models import narrow
 
 import vitlocal.models  # noqa: F401 (registers the models)
 from vitlocal.models.local_mix import image_as_tokens, local_mix, tokens_as_image
 
 FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
-NARROW = dict(embed_dim=32, depth=2, num_heads=2, num_classes=7)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def narrow(name="vitlocal_tiny_patch16_224", **options):
-    """Builds a registered model with width 32 and 2 blocks."""
-    return timm.create_model(name, **(NARROW | options))
 
 
 def h_swish(x):

@@ -7,6 +7,7 @@ import json
 import pytest
 import timm
 import torch
+from narrow_models import narrow
 from safetensors.torch import save_file
 
 import vitlocal.models
@@ -14,17 +15,11 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.lffn import LocalFFNViT
 
 FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
-NARROW = dict(embed_dim=32, depth=2, num_heads=2, num_classes=7)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def narrow(name="vitlocal_tiny_patch16_224", **options):
-    """Builds a registered model with width 32 and 2 blocks."""
-    return timm.create_model(name, **(NARROW | options))
 
 
 def test_registered_names():

@@ -5,25 +5,19 @@ from __future__ import annotations
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from narrow_models import narrow
 
 import vitlocal.models  # noqa: F401 (registers the models)
 from vitlocal.models.positions import position_matrix
 
 CPU = torch.device("cpu")
-NARROW = dict(embed_dim=32, depth=2, num_heads=2, num_classes=7)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def narrow(name="vitlocal_tiny_patch16_224", **options):
-    """Builds a registered model with width 32 and 2 blocks."""
-    return timm.create_model(name, **(NARROW | options))
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (4, 4), (13, 13), (14, 14), (20, 20), (3, 9)])
