@@ -1,4 +1,4 @@
-"""Helpers of the tests of training methods: a DeiT-S whose recipe has given options, and a method's plans."""
+"""Helpers of the tests of training methods: a DeiT-S with given options, a method's plans, options of a short run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from vitlocal.progress import Progress
 
 DEIT_S = "vitlocal_deit_small_patch16_224"
 START = Plan(Feed(224, 64))
+# 120 training images in batches of 32: four steps per epoch. The model has 4 blocks and a grid of 6 x 6.
+COMMON = [
+    "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
+    "--augment.mixup=0.8", "--train.ema_decay=0.9",
+]  # fmt: skip
 
 
 @lru_cache

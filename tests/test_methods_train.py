@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from method_plans import COMMON
 
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import read_lines
@@ -33,11 +34,6 @@ from vitlocal.train.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("no_report")
 
 ROOT = Path(__file__).parent.parent
-# 120 training images in batches of 32: four steps per epoch. The model has 4 blocks and a grid of 6 x 6.
-COMMON = [
-    "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
-    "--augment.mixup=0.8", "--train.ema_decay=0.9",
-]  # fmt: skip
 SEARCH = [
     "--autoprog.search_length=0.5ep",
     "--autoprog.probe_batches=2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from method_plans import COMMON
 
 from vitlocal.methods.method import Probe
 from vitlocal.plan import Shape
@@ -13,12 +14,6 @@ from vitlocal.train.trainability import condition_number, tangent_kernel, zico
 from vitlocal.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
-
-# 120 training images in batches of 32: four steps per epoch. The model has 4 blocks and a grid of 6 x 6.
-COMMON = [
-    "--model.depth=4", "--model.heads=4", "--budget.length=4ep", "--evaluate.every=2", "--model.drop_path=0.1",
-    "--augment.mixup=0.8", "--train.ema_decay=0.9",
-]  # fmt: skip
 
 
 def test_probes_leave_no_trace(configure, decoder):
