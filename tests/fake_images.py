@@ -21,6 +21,7 @@ from vitlocal.data.writer import write as write_module
 from vitlocal.data.writer.write import StoredFile, WriteConfig
 from vitlocal.errors import DataError
 
+SLOW_SECONDS = 60.0  # that a slow image takes
 FILES = (StoredFile(64, "raw"), StoredFile(96, "jpg"))
 
 
@@ -53,7 +54,7 @@ class FakeImages:
         if act in ("SIGKILL", "SIGINT", "SIGTERM"):
             os.kill(os.getpid(), getattr(signal, act))
         if act == "slow":
-            time.sleep(60)
+            time.sleep(SLOW_SECONDS)
         rng = np.random.default_rng(index)
         width, height = self.size or rng.integers(40, 140, 2).tolist()
         noise = rng.integers(0, 256, (8, 8, 3), np.uint8)

@@ -190,17 +190,6 @@ def test_methods_are_pure_and_restore_their_state(configure, decoder, methods: s
             assert method.state_dict() == state
 
 
-@pytest.mark.usefixtures("no_report")
-def test_time_budgets_end_on_time(configure, decoder, tmp_path: Path):
-    began = time.monotonic()
-    assert train(configure("--budget.length=3s", "--evaluate.every=0")) == 0
-    last = read_log(tmp_path / "run")[-1]
-    assert 2.9 <= last["train_seconds"] < 4  # a step of this model takes some hundredths of a second
-    assert last["lr"] == pytest.approx(1e-5, rel=0.1)
-    assert last["top1"] is not None
-    assert time.monotonic() - began < 60
-
-
 def test_checkpoints_every_tenth_of_the_budget(configure, decoder, monkeypatch: pytest.MonkeyPatch):
     """Checkpoints are not only at the ends of epochs: an epoch has 60 steps here."""
     steps, original = [], Trainer.save
@@ -254,15 +243,15 @@ def test_the_torchvision_source_trains_the_same_loop(configure, tmp_path: Path):
 
 def test_compiling_is_not_training_time(configure, decoder, tmp_path: Path, monkeypatch):
     def warm_up(step: TrainStep, feed: Feed, num_classes: int) -> float:
-        time.sleep(1.0)
-        return 1.0
+        time.sleep(0.5)
+        return 0.5
 
     monkeypatch.setattr(TrainStep, "warm_up", warm_up)
-    for when, before in (("stage", 1), ("start", 3)):
+    for when, before in (("stage", 0.5), ("start", 1.5)):
         train(configure(f"--train.compile_at={when}", f"--run.folder={tmp_path}/{when}", "--evaluate.every=0"))
         log = read_log(tmp_path / when)
         assert [record["image_size"] for record in log] == [16, 32, 48]
-        assert log[-1]["wall_seconds"] - log[-1]["train_seconds"] > 3
+        assert log[-1]["wall_seconds"] - log[-1]["train_seconds"] > 1.5
         assert log[0]["wall_seconds"] > before  # sizes that are ready before the first
 
 

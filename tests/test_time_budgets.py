@@ -7,20 +7,20 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
+from fake_time import FakeTime
 
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Plan
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.budget import FINISH_SECONDS, Clock
+from vitlocal.train.budget import FINISH_SECONDS
 from vitlocal.train.build import open_run, open_trainer
 from vitlocal.train.command import end_warnings, train
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.output import RunOutput
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.trainer import Trainer
 
@@ -29,46 +29,19 @@ pytestmark = pytest.mark.usefixtures("no_report")
 COUNTED = ("--budget.counts=wall", "--methods=none", "--train.batch_size=32")  # epochs of two seconds
 
 
-class FakeTime:
-    """A time that passes in steps (half a second each), evaluations, checkpoints, and after training only."""
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, evaluations: Iterator[float], saves: Iterator[float] | None = None
-    ):
-        self.now = 0.0
-
-        def save_checkpoint(output: RunOutput, content: dict) -> None:
-            self.now += next(saves) if saves else 0.0
-
-        def taking(owner: type, name: str, seconds: Callable[[], float]) -> None:
-            original = getattr(owner, name)
-
-            def timed(*arguments: object, **named: object) -> object:
-                self.now += seconds()
-                return original(*arguments, **named)
-
-            monkeypatch.setattr(owner, name, timed)
-
-        def fake_clock(length: object, counts: str, began: float | None = None) -> Clock:
-            return Clock(length, counts, now=lambda: self.now)
-
-        monkeypatch.setattr("vitlocal.train.build.Clock", fake_clock)
-        monkeypatch.setattr(RunOutput, "save_checkpoint", save_checkpoint)
-        monkeypatch.setattr(Evaluator, "estimate_seconds", lambda evaluator, plan: 3.0)
-        taking(Trainer, "train_step", lambda: 0.5)
-        taking(Evaluator, "accuracy", lambda: next(evaluations))
-
-        def export(run: object, folder: Path) -> None:
-            self.now += FINISH_SECONDS
-
-        monkeypatch.setattr("vitlocal.train.command.export", export)
-
-
-def test_a_wall_clock_budget_keeps_its_reserve(configure, decoder, tmp_path: Path):
-    assert train(configure("--budget.length=8s", "--budget.counts=wall", "--evaluate.every=0")) == 0
+def test_a_budget_of_training_time_ends_at_the_nearest_step(configure, decoder, tmp_path: Path, monkeypatch):
+    """Steps take half a second. Evaluations and checkpoints do not count."""
+    clock = FakeTime(monkeypatch, repeat(3.0), repeat(1.0))
+    assert train(configure("--budget.length=10.1s", "--methods=none")) == 0
     last = read_log(tmp_path / "run")[-1]
-    assert last["train_seconds"] < last["wall_seconds"] < 8.5
-    assert last["lr"] == pytest.approx(1e-5, rel=0.1) and last["top1"] is not None
+    assert (last["train_seconds"], last["step"]) == (10.0, 20) and clock.now > 20
+    assert last["lr"] == pytest.approx(1e-5) and last["top1"] is not None
+
+
+def test_a_real_clock_ends_a_wall_clock_budget(configure, decoder, tmp_path: Path):
+    assert train(configure("--budget.length=4s", "--budget.counts=wall", "--evaluate.every=0")) == 0
+    last = read_log(tmp_path / "run")[-1]
+    assert last["fraction"] == 1 and last["train_seconds"] < last["wall_seconds"] and last["top1"] is not None
 
 
 def test_an_evaluation_that_would_leave_no_step_waits_for_the_end(configure, decoder, tmp_path: Path, monkeypatch):
