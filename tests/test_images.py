@@ -233,14 +233,7 @@ def fork_pool() -> multiprocessing.pool.Pool:
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_headers(tmp_path: Path, format: int) -> None:
-    files = {
-        "plain.jpg": b"p" * 511,
-        "d" * 60 + "/" + "e" * 60 + "/long.jpg": b"l" * 513,
-        "empty.jpg": b"",
-        "bloß-ä.jpg": b"u" * 512,
-    }
-    if format != tarfile.USTAR_FORMAT:
-        files["f" * 300 + ".jpg"] = b"very long"
+    files = {"plain.jpg": b"p" * 511, "d" * 60 + "/long.jpg": b"l" * 513, "empty.jpg": b""}
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of(files, format))
     with open(path, "rb") as file:
@@ -263,15 +256,13 @@ def test_tar_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"devkit_t12.tar.gz.*download"):
         open_images(spec, "val")
     devkit.unlink()
-    with pytest.raises(ConfigError, match=r"lacks ILSVRC2012_devkit_t12.tar.gz"):
+    with pytest.raises(ConfigError, match=r"lacks a whole ILSVRC2012_devkit_t12.tar.gz"):
         open_images(spec, "val")
     devkit.write_bytes(gzip.compress(tar_of({"data/meta.mat": b"x"})))
-    with pytest.raises(ConfigError, match=r"lacks data/ILSVRC2012_validation_ground_truth.txt"):
+    with pytest.raises(ConfigError, match=r"devkit_t12/data/meta.mat.*download"):
         open_images(spec, "val")
-    devkit.write_bytes(
-        gzip.compress(tar_of({"data/meta.mat": b"x" * 200, "data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}))
-    )
-    with pytest.raises(ConfigError, match=r"ground truth and meta.mat"):
+    devkit.write_bytes(gzip.compress(tar_of({"ILSVRC2012_devkit_t12/data/meta.mat": b"x" * 200})))
+    with pytest.raises(ConfigError, match=r"lacks a whole.*mat file.*download"):
         open_images(spec, "val")
 
     train = tmp_path / "ILSVRC2012_img_train.tar"
@@ -283,7 +274,7 @@ def test_tar_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tar header at byte 0"):
         open_images(spec, "train")
     train.write_bytes(tar_of({"n01440764_1.JPEG": photo(1)}))
-    with pytest.raises(ConfigError, match=r"one tar for each class"):
+    with pytest.raises(ConfigError, match=r"no tar header.*download"):
         open_images(spec, "train")
     train.write_bytes(tar_of({"n01440764.tar": tar_of({})}))
     with pytest.raises(ConfigError, match=r"n01440764.tar has no images"):
@@ -417,18 +408,11 @@ def test_parquet_errors(tmp_path: Path) -> None:
         open_images(str(tmp_path / "d"), "train")
     write_shard(tmp_path / "e" / "train-0.parquet", range(2), [0, 1], None)
     write_shard(tmp_path / "e" / "val-0.parquet", range(2), [0, 2], None)
-    with pytest.raises(ConfigError, match=r"labels up to 2, but 'train' only up to 1"):
+    with pytest.raises(ConfigError, match=r"same classes.*only in split 'val': '2'"):
         open_images(str(tmp_path / "e"), "val")
 
 
 # torchvision
-
-
-def test_torchvision_fake_data() -> None:
-    train, val = open_images("torchvision:FakeData", "train"), open_images("torchvision:FakeData", "val")
-    check_set(train, "torchvision:FakeData")
-    assert len(train) == 1000 and train.classes == tuple("0123456789")
-    assert train.read(0).startswith(b"\x89PNG") and train.read(0) != val.read(0)
 
 
 def test_torchvision_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +433,7 @@ def test_torchvision_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check_set(source, spec)
     assert source.classes == tuple("abcdefghij") and source.labels.tolist() == [3, 1, 4, 1, 5, 9, 2]
     assert np.array_equal(source.load(2), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert source.read(0).startswith(b"\x89PNG")
     assert len(pickle.dumps(source)) < 3072 * 3  # the pixels do not travel
 
 
@@ -459,6 +444,12 @@ def test_torchvision_split_by_signature(tmp_path: Path) -> None:
     train = open_images(f"torchvision:Imagenette:{tmp_path}", "train")
     assert train.labels.tolist() == [0, 0, 1, 1]
     assert len(open_images(f"torchvision:Imagenette:{tmp_path}", "validation")) == 4
+
+
+def test_an_empty_split(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of({}))
+    with pytest.raises(ConfigError, match=r"no images in the split 'train'"):
+        open_images(str(tmp_path), "train")
 
 
 def test_torchvision_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def test_decode_orientation(orientation: int, format: str) -> None:
     assert np.abs(decoded - upright).max() <= 8
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_decode_broken_exif_keeps_the_pixels() -> None:
     data = encode_colour(format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
     assert decode_rgb(data, "a").size == (12, 8)

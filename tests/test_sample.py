@@ -46,7 +46,7 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_sample() -> None:
 
 
 def test_spec_opens_the_same_images_again() -> None:
-    source = open_images("sample:3", "val", seed=5)
+    source = open_images("sample:3:5", "val")
     assert source.spec == "sample:3:5"
     assert open_images(source.spec, "val").read(11) == source.read(11)
     assert pickle.loads(pickle.dumps(source)).read(11) == source.read(11)
@@ -91,11 +91,9 @@ def test_wrong_specs(spec: str) -> None:
         open_images(spec, "train")
 
 
-def test_wrong_split_and_seed() -> None:
+def test_wrong_split() -> None:
     with pytest.raises(ConfigError, match="no split 'test'; expected 'train' or 'val'"):
         open_images("sample", "test")
-    with pytest.raises(ConfigError, match="seed is -1"):
-        open_images("sample", "train", seed=-1)
 
 
 def _features(source: SampleImages) -> torch.Tensor:

@@ -15,10 +15,11 @@ from vitlocal.data.images.image_set import (
     ImageSet,
     known_split,
     listed,
+    read_file,
     require_same_classes,
     split_folder,
 )
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError
 
 
 class FolderImages(ImageSet):
@@ -52,10 +53,8 @@ class FolderImages(ImageSet):
             )
         for other in ("train", "val"):
             sibling = split_folder(root, other)
-            if other != split and folder != root and sibling is not None:
-                others = class_folders(sibling)
-                if others:
-                    require_same_classes(str(folder), self.classes, str(sibling), others)
+            if other != split and folder != root and sibling and (others := class_folders(sibling)):
+                require_same_classes(str(folder), self.classes, str(sibling), others)
         self.folder = str(folder)
         self._paths: list[str] = []
         counts = []
@@ -74,12 +73,7 @@ class FolderImages(ImageSet):
         return self._paths[index]
 
     def read(self, index: int) -> bytes:
-        path = os.path.join(self.folder, self._paths[index])
-        try:
-            with open(path, "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+        return read_file(os.path.join(self.folder, self._paths[index]))
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from vitlocal.data.images.pixels import decode_rgb
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid")}  # ours comes first
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 KINDS = (
     "a folder of <split>/<class>/<image>, a folder with the ILSVRC2012 tars, a folder of parquet shards "
@@ -46,6 +46,16 @@ class ImageSet(Protocol):
         return decode_rgb(self.read(index), self.entry(index))
 
 
+def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """The ``size`` bytes of a file from ``offset`` on, fewer at its end; -1: all."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+
+
 def split_folder(root: Path, split: str) -> Path | None:
     names = SPLIT_NAMES.get(split, (split,))
     return next((root / name for name in names if (root / name).is_dir()), None)
@@ -53,10 +63,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 def known_split(name: str) -> str | None:
     """Our name for the split that a folder or shard is named after, if any."""
-    for ours, names in SPLIT_NAMES.items():
-        if name in names:
-            return ours
-    return name if name == "test" else None
+    return next((ours for ours, names in SPLIT_NAMES.items() if name in names), None)
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -39,79 +38,46 @@ class ParquetImages(ImageSet):
                 f"found {listed(sorted(shards))}; rename or download them"
             )
         self.spec = str(root)
-        self._root = root
         self._paths = [str(path) for path in shards[split]]
         self._names = [path.relative_to(root).as_posix() for path in shards[split]]
-        first = _open_shard(self._paths[0])
-        self._image, label, names = _columns(first.schema_arrow, self._paths[0])
-
         labels, groups, rows = [], [], []
         for shard, path in enumerate(self._paths):
-            file = first if shard == 0 else _open_shard(path)
-            try:
+            with _open_shard(path) as file:
+                if shard == 0:
+                    self._image, label, names = _columns(file.schema_arrow, path)
                 column = file.read([label], use_threads=False).column(0)
-            except Exception as error:
-                raise ConfigError(
-                    f"{path}: its column '{label}' cannot be read ({error}); download it again"
-                ) from error
-            if column.null_count or not re.fullmatch("u?int(8|16|32|64)", str(column.type)):
-                raise ConfigError(
-                    f"{path}: expected integers in column '{label}', got {column.type} with {column.null_count} "
-                    f"empty; name a source whose split '{split}' has labels"
-                )
-            labels.append(column.to_numpy().astype(np.int64))
-            for group in range(file.metadata.num_row_groups):
-                groups.append((shard, group))
-                rows.append(file.metadata.row_group(group).num_rows)
-            file.close()
+                if column.null_count or not re.fullmatch("u?int(8|16|32|64)", str(column.type)):
+                    raise ConfigError(
+                        f"{path}: expected integers in column '{label}', got {column.type} with {column.null_count} "
+                        f"empty; name a source whose split '{split}' has labels"
+                    )
+                labels.append(column.to_numpy().astype(np.int64))
+                for group in range(file.num_row_groups):
+                    groups.append((shard, group))
+                    rows.append(file.metadata.row_group(group).num_rows)
         self.labels = np.concatenate(labels)
-        if not len(self.labels):
-            raise ConfigError(f"source '{root}': the shards of split '{split}' have no rows; download them again")
-        low, high = int(self.labels.min()), int(self.labels.max())
+        low, high = int(self.labels.min(initial=0)), int(self.labels.max(initial=-1))
         if low < 0 or (names and high >= len(names)):
             raise ConfigError(
                 f"source '{root}': split '{split}' has labels {low}..{high}, expected "
                 f"0..{len(names) - 1 if names else 'K-1'}; name a source whose split has labels (a test "
                 "split often has none)"
             )
-        self.classes = tuple(names) if names else tuple(str(k) for k in range(high + 1))
-        self._check_train(shards, split)
+        self.classes = tuple(names or map(str, range(high + 1)))
+        if split != "train" and "train" in shards:
+            known = ParquetImages(root, "train").classes
+            if not names and high < len(known):
+                self.classes = known
+            require_same_classes(f"split '{split}'", self.classes, "split 'train'", known)
+            if self.classes != known:
+                raise ConfigError(f"source '{root}': splits '{split}' and 'train' order their classes differently")
         self._shards_and_groups = groups  # of each row group
         self._starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)  # first row of each row group
         self._shard_rows = np.concatenate([[0], np.cumsum([len(part) for part in labels[:-1]])]).astype(np.int64)
-        self._forget()
-
-    def _check_train(self, shards: dict[str, list[Path]], split: str) -> None:
-        """Compares the class names with those of the training split. Without names, takes their number from there."""
-        if split == "train" or not shards.get("train"):
-            return
-        first = _open_shard(str(shards["train"][0]))
-        _, label, names = _columns(first.schema_arrow, str(shards["train"][0]))
-        first.close()
-        if names:
-            if list(self.classes) != list(names):
-                require_same_classes(f"split '{split}'", self.classes, "split 'train'", names)
-                raise ConfigError(f"source '{self.spec}': splits '{split}' and 'train' order their classes differently")
-            return
-        most = 0
-        for path in shards["train"]:
-            file = _open_shard(str(path))
-            most = max(most, int(file.read([label], use_threads=False).column(0).to_numpy().max(initial=0)) + 1)
-            file.close()
-        if len(self.classes) > most:
-            raise ConfigError(
-                f"source '{self.spec}': split '{split}' has labels up to {len(self.classes) - 1}, "
-                f"but 'train' only up to {most - 1}; expected the same classes in both"
-            )
-        self.classes = tuple(str(k) for k in range(most))
-
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._files: dict[int, Any] = {}
         self._groups: OrderedDict[int, Any] = OrderedDict()  # row group -> Arrow array of its images' bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_groups": OrderedDict(), "_process": -1}
+        return {**self.__dict__, "_groups": OrderedDict()}
 
     def entry(self, index: int) -> str:
         index = range(len(self))[index]
@@ -130,19 +96,13 @@ class ParquetImages(ImageSet):
         return data
 
     def _bytes_of(self, group: int) -> Any:
-        if self._process != os.getpid():  # after a fork: the handles of Arrow belong to the parent
-            self._forget()
         if group in self._groups:
             self._groups.move_to_end(group)
             return self._groups[group]
         shard, number = self._shards_and_groups[group]
         try:
-            if shard not in self._files:
-                for file in self._files.values():
-                    file.close()
-                self._files = {shard: _open_shard(self._paths[shard])}
-            file = self._files[shard]
-            table = file.read_row_group(number, columns=[self._image], use_threads=False)
+            with _open_shard(self._paths[shard]) as file:
+                table = file.read_row_group(number, columns=[self._image], use_threads=False)
             column = table.column(0).combine_chunks()
         except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on damaged data
             raise DataError(f"{self._paths[shard]} cannot be read: {error}; download it again") from error
@@ -161,7 +121,7 @@ def shards_by_split(root: Path) -> dict[str, list[Path]]:
         for path in sorted(folder.glob("*.parquet")):
             word = re.split(r"[-_.]", path.stem)[0]
             shards.setdefault(known_split(word) or word, []).append(path)
-        for split in (*SPLIT_NAMES, "test"):
+        for split in SPLIT_NAMES:
             inner = split_folder(folder, split)
             if inner is not None and split not in shards and (paths := sorted(inner.glob("*.parquet"))):
                 shards[split] = paths
@@ -171,10 +131,8 @@ def shards_by_split(root: Path) -> dict[str, list[Path]]:
 
 
 def _open_shard(path: str) -> Any:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ConfigError(f"reading parquet shards needs pyarrow ({error}); pip install pyarrow") from error
+    from pyarrow.parquet import ParquetFile
+
     try:
         return ParquetFile(path)
     except Exception as error:

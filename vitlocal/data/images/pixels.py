@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,18 +19,15 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
     with `name` if the bytes are not a complete image.
     """
     try:
-        try:
-            return _decode(data)
-        except UserWarning:  # if warnings are errors: a broken EXIF block does not affect the pixels
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                return _decode(data)
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise many kinds of errors on damaged data
         if not data:
             problem = "it is empty"
-        elif isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        elif isinstance(error, Image.DecompressionBombError):
             problem = f"too large to decode safely: {error}"
         elif isinstance(error, UnidentifiedImageError):
             problem = "of a format that Pillow does not know"
@@ -40,12 +36,6 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
         raise DataError(
             f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); {remedy}"
         ) from error
-
-
-def _decode(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -277,12 +277,6 @@ class SampleImages(ImageSet):
         """`per_class` is the number of training images; the validation split has a fifth of it, at least 4."""
         if split not in ("train", "val"):
             raise ConfigError(f"the built-in sample has no split '{split}'; expected 'train' or 'val'")
-        if per_class < 1:
-            raise ConfigError(
-                f"sample:{per_class}: expected at least 1 training image for each class, for example sample:50"
-            )
-        if seed < 0:
-            raise ConfigError(f"the sample's seed is {seed}; expected an integer of at least 0")
         self.spec = "sample" if per_class == IMAGES_PER_CLASS else f"sample:{per_class}"
         if seed:
             self.spec = f"sample:{per_class}:{seed}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitlocal.data.images.image_set import SPLIT_NAMES, ImageSet
+from vitlocal.data.images.image_set import ImageSet
 from vitlocal.data.images.pixels import to_rgb
 from vitlocal.errors import ConfigError, DataError
 
@@ -21,54 +22,41 @@ TORCHVISION_ROOT = "data/torchvision"
 
 def open_torchvision(rest: str, split: str) -> ImageSet:
     """Opens 'NAME' or 'NAME:ROOT'. The split becomes the argument train=… or split=… that the set's signature has."""
+    from torchvision import datasets
+
     name, _, given = rest.partition(":")
     root = str(Path(given).expanduser().absolute()) if given else TORCHVISION_ROOT
     spec = f"torchvision:{name}:{root}" if given else f"torchvision:{name}"
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ConfigError(f"source '{spec}' needs torchvision ({error}); pip install torchvision") from error
-    kind = getattr(datasets, name, None)
-    if not (inspect.isclass(kind) and name in datasets.__all__):
+    if name not in datasets.__all__:
         raise ConfigError(
             f"source '{spec}': torchvision.datasets has no '{name}'; expected a name such as CIFAR10, "
             "Flowers102, Food101 or Imagenette, in this spelling"
         )
-    if split not in SPLIT_NAMES:
+    if split not in ("train", "val"):
         raise ConfigError(f"source '{spec}' has no split '{split}'; expected 'train' or 'val'")
-    takes = inspect.signature(kind.__init__).parameters
-    base: dict[str, Any] = {"root": root} if "root" in takes else {}
+    takes = inspect.signature(getattr(datasets, name).__init__).parameters
     if "train" in takes:
         choices: list[dict[str, Any]] = [{"train": split == "train"}]
     elif "split" in takes:
         words = ("train", "trainval") if split == "train" else ("val", "valid", "validation", "test")
         choices = [{"split": word} for word in words]
-    elif "random_offset" in takes:  # FakeData: another seed gives other images
-        size = int(takes["size"].default)
-        base |= {"image_size": (3, 32, 32)}  # all are made once, for their labels
-        choices = [{"random_offset": 0 if split == "train" else size}]
     elif split == "train":
         choices = [{}]
     else:
         raise ConfigError(f"source '{spec}' has no splits, so it has no '{split}'; name another source")
-    downloads = [{"download": False}, {"download": True}] if "download" in takes else [{}]
-    refusals: list[str] = []
-    for download in downloads:
-        if download.get("download"):
-            os.makedirs(root, exist_ok=True)
-        for choice in choices:
-            arguments = {**base, **choice, **download}
-            try:
-                images = TorchvisionImages(spec, name, root, split, arguments)
-            except ConfigError:
-                raise
-            except Exception as error:  # for example missing files, no such split, no network
-                if not (isinstance(error, ValueError) and "split" in str(error)):
-                    refusals.append(f"{type(error).__name__}: {error}")
-                continue
-            images._arguments.pop("download", None)  # the files exist now, and workers only read
-            return images
-    problem = refusals[-1] if refusals else "no such split"
+    problem = "no such split"
+    for download, choice in itertools.product((False, True) if "download" in takes else (False,), choices):
+        arguments = {"root": root, **choice}
+        try:
+            if download:
+                os.makedirs(root, exist_ok=True)
+                getattr(datasets, name)(**arguments, download=True)
+            return TorchvisionImages(spec, name, split, arguments)
+        except ConfigError:
+            raise
+        except Exception as error:  # for example missing files, no such split, no network
+            if not (isinstance(error, ValueError) and "split" in str(error)):
+                problem = f"{type(error).__name__}: {error}"
     raise ConfigError(
         f"source '{spec}', split '{split}' could not be opened from '{root}': {problem}. Download it there "
         f"with torchvision on a machine with a network, or name its folder: torchvision:{name}:FOLDER"
@@ -80,14 +68,12 @@ class TorchvisionImages(ImageSet):
 
     holds_files = False
 
-    def __init__(self, spec: str, name: str, root: str, split: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, spec: str, name: str, split: str, arguments: dict[str, Any]) -> None:
         self.spec = spec
-        self._name, self._root, self._split, self._arguments = name, root, split, arguments
+        self._name, self._split, self._arguments = name, split, arguments
         dataset = self._dataset
         self.labels = _dataset_labels(dataset, spec)
-        if not len(self.labels):
-            raise ConfigError(f"source '{spec}', split '{split}' is empty; name another source")
-        self.classes = _dataset_classes(dataset, int(self.labels.max()) + 1)
+        self.classes = _dataset_classes(dataset, int(self.labels.max(initial=-1)) + 1)
 
     @functools.cached_property
     def _dataset(self) -> Any:
@@ -113,26 +99,19 @@ class TorchvisionImages(ImageSet):
         except Exception as error:
             raise DataError(
                 f"{self.entry(index)} of {self.spec} cannot be read ({error}); "
-                f"remove '{self._root}' to download it again"
+                f"remove '{self._arguments['root']}' to download it again"
             ) from error
 
 
 def _dataset_labels(dataset: Any, spec: str) -> np.ndarray:
     """The labels, (n,) int64, from the attribute that holds them, else by reading every item once."""
-    count = len(dataset)
     for name in ("targets", "labels", "_labels", "_samples", "samples"):
         kept = getattr(dataset, name, None)
-        if kept is None or not hasattr(kept, "__len__") or len(kept) != count or not count:
-            continue
-        if name.endswith("samples"):
-            kept = [item[1] for item in kept]
-        try:
-            labels = np.asarray(kept)
-        except ValueError:
-            continue
-        if labels.ndim == 1 and labels.dtype.kind in "iu":
-            return labels.astype(np.int64)
-    items = [dataset[index][1] for index in range(count)]
+        if kept is not None and len(kept) == len(dataset):
+            labels = np.asarray([item[1] for item in kept] if name.endswith("samples") else kept)
+            if labels.ndim == 1 and labels.dtype.kind in "iu":
+                return labels.astype(np.int64)
+    items = [dataset[index][1] for index in range(len(dataset))]
     try:
         return np.array([int(label) for label in items], np.int64)
     except (TypeError, ValueError):
