@@ -1,4 +1,4 @@
-"""FFCV's .beton format, version 2: its layout, the head of a file, and a check that reads no pixels.
+"""FFCV's .beton format, version 2: its layout, the head of a file, and files in memory.
 
 A file holds a header, one descriptor for each field, one metadata row for each sample, the encoded images, and a table
 of allocations, which says which bytes belong to which sample. FFCV's cache reads whole pages, so an image never crosses
@@ -8,8 +8,6 @@ a multiple of the page size, counted from the start of the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +29,7 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 LABEL = np.dtype("<i8")
 METADATA = np.dtype([("", IMAGE), ("", LABEL)], align=True)  # f0 is the image, f1 the label
 
-MIN_PAGE, MAX_PAGE = 1 << 21, 1 << 31
+MIN_PAGE = 1 << 21
 MAX_EDGE = 65500  # of JPEG; width and height are stored in 16 bits
 
 _FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD))
@@ -40,12 +38,7 @@ _METADATA_START = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
 
 def page_size_for(largest: int, default: int = 1 << 23) -> int:
     """The page size in bytes, a power of two, that holds an image of ``largest`` bytes."""
-    page = default
-    while page < largest:
-        page *= 2
-    if page > MAX_PAGE:
-        raise DataError(f"an image of {largest} bytes exceeds the largest page, {MAX_PAGE} bytes; store a smaller side")
-    return page
+    return max(default, 1 << (largest - 1).bit_length())
 
 
 def data_start(rows: int) -> int:
@@ -68,114 +61,84 @@ def head_bytes(metadata: np.ndarray, page_size: int, allocations_at: int) -> byt
     return header.tobytes() + fields.tobytes() + metadata.tobytes()
 
 
-@dataclass(frozen=True)
-class BetonInfo:
-    """The head of a .beton file."""
-
-    count: int
-    bytes: int
-    page_size: int
-    modes: frozenset[str]  # of "raw" and "jpg"
-    max_width: int
-    max_height: int
-    max_label: int
-
-
 _REMEDY = "Remove the .beton files and the .json file of its split, and write the split again with the same command"
 
 
-def check_beton(path: str | os.PathLike[str], classes: int | None = None) -> BetonInfo:
-    """Checks a .beton file except its pixels; raises as :func:`read_beton` does."""
-    return read_beton(path, classes)[0]
+class MappedFile:
+    """A .beton file of ours or of FFCV in memory, checked except for its pixels.
 
-
-def read_beton(path: str | os.PathLike[str], classes: int | None = None) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
-    """Checks a .beton file of ours or of FFCV, except its pixels.
-
-    Returns its head, its images as (n,) of native.ROW, and their labels, (n,) int64. Labels must be less than
+    ``bytes`` (uint8) is the file, ``rows`` (n,) of native.ROW are its images, and ``labels`` (n,) int64 are less than
     ``classes``, if given. Raises DataError with the file, the problem and the remedy. The check detects a file that is
     cut off anywhere, because the table of allocations ends it.
     """
-    path = Path(path)
 
-    def wrong(what: str) -> DataError:
-        return DataError(f"{path}: {what}. {_REMEDY}")
-
-    try:
+    def __init__(self, path: Path, classes: int | None = None):
+        self.path = path
+        self._require(path.exists(), "does not exist")
         with open(path, "rb") as file:
-            return _check(file, classes, wrong)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist. {_REMEDY}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+            self.page_size, self.rows, self.labels = self._read(file, classes)
+        self.bytes = np.memmap(path, np.uint8, mode="r")
 
+    def _require(self, holds: bool | np.bool_, what: str) -> None:
+        if not holds:
+            raise DataError(f"{self.path}: {what}. {_REMEDY}")
 
-def _check(
-    file: BinaryIO, classes: int | None, wrong: Callable[[str], DataError]
-) -> tuple[BetonInfo, np.ndarray, np.ndarray]:
-    length = os.fstat(file.fileno()).st_size
+    def _read(self, file: BinaryIO, classes: int | None) -> tuple[int, np.ndarray, np.ndarray]:
+        """The page size, the images and the labels."""
+        length, require = os.fstat(file.fileno()).st_size, self._require
 
-    def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
-        if count > (length - file.tell()) // dtype.itemsize:
-            raise wrong(f"cut off: its {length} bytes end in its {what}")
-        return np.frombuffer(file.read(count * dtype.itemsize), dtype)
+        def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
+            fits = count <= (length - file.tell()) // dtype.itemsize
+            require(fits, f"cut off: its {length} bytes end in its {what}")
+            return np.frombuffer(file.read(count * dtype.itemsize), dtype)
 
-    header = read(HEADER, 1, "header")[0]
-    version, page = int(header["version"]), int(header["page_size"])
-    count, table_at = int(header["num_samples"]), int(header["alloc_table_ptr"])
-    if version != VERSION:
-        raise wrong(f"not a .beton file of FFCV: format version {version}, expected {VERSION}")
-    if page < MIN_PAGE or page & (page - 1):
-        raise wrong(f"not a .beton file of FFCV: page size {page}, expected a power of two from {MIN_PAGE}")
-    if int(header["num_fields"]) != len(_FIELDS):
-        raise wrong(f"has {int(header['num_fields'])} fields, expected two, image and label")
-    fields = read(FIELD, len(_FIELDS), "field descriptors")
-    names = [field["name"].tobytes().split(b"\0")[0].decode("latin-1") for field in fields]
-    found = dict(zip(names, (int(field["type_id"]) for field in fields), strict=True))
-    if found != dict(_FIELDS):
-        raise wrong(f"has fields (name: type) {found}, expected an RGBImageField and an IntField: {dict(_FIELDS)}")
-    if count == 0:
-        raise wrong("holds no images")
-    if table_at == 0:
-        raise wrong("was never finished: it has no table of allocations")
+        header = read(HEADER, 1, "header")[0]
+        version, page = int(header["version"]), int(header["page_size"])
+        count, table_at = int(header["num_samples"]), int(header["alloc_table_ptr"])
+        require(version == VERSION, f"not a .beton file of FFCV: format version {version}, expected {VERSION}")
+        valid_page = page >= MIN_PAGE and not page & (page - 1)
+        require(valid_page, f"not a .beton file of FFCV: page size {page}, expected a power of two from {MIN_PAGE}")
+        number = int(header["num_fields"])
+        require(number == len(_FIELDS), f"has {number} fields, expected two, image and label")
+        fields = read(FIELD, number, "field descriptors")
+        names = [field["name"].tobytes().split(b"\0")[0].decode("latin-1") for field in fields]
+        found, wanted = dict(zip(names, fields["type_id"].tolist(), strict=True)), dict(_FIELDS)
+        require(
+            found == wanted, f"has fields (name: type) {found}, expected an RGBImageField and an IntField: {wanted}"
+        )
+        require(count > 0, "holds no images")
+        require(table_at > 0, "was never finished: it has no table of allocations")
 
-    columns = np.dtype([("", {"image": IMAGE, "label": LABEL}[name]) for name in names], align=True)
-    metadata = read(columns, count, f"metadata of {count} rows")
-    image, label = metadata[f"f{names.index('image')}"], metadata[f"f{names.index('label')}"]
-    start = file.tell()
-    expected = table_at + count * ALLOCATION.itemsize
-    if length < expected:
-        raise wrong(f"cut off: {length} bytes, expected {expected}")
-    if length > expected or table_at < start:
-        raise wrong(f"damaged: {length} bytes, but its table of {count} allocations at {table_at} ends at {expected}")
-    file.seek(table_at)
-    table = read(ALLOCATION, count, "table of allocations")
+        columns = np.dtype([("", {"image": IMAGE, "label": LABEL}[name]) for name in names], align=True)
+        metadata = read(columns, count, f"metadata of {count} rows")
+        image, label = metadata[f"f{names.index('image')}"], metadata[f"f{names.index('label')}"]
+        start, end = file.tell(), table_at + count * ALLOCATION.itemsize
+        require(length >= end, f"cut off: {length} bytes, expected {end}")
+        whole = length == end and table_at >= start
+        require(whole, f"damaged: {length} bytes, but its table of {count} allocations at {table_at} ends at {end}")
+        file.seek(table_at)
+        table = read(ALLOCATION, count, "table of allocations")
 
-    ptr, size = table["ptr"], table["size"]
-    outside = (ptr < start) | (ptr > table_at) | (size > table_at - np.minimum(ptr, table_at)) | (size == 0)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise wrong(f"damaged: an image of {int(size[at])} bytes at {int(ptr[at])} lies outside {start}..{table_at}")
-    if ((ptr & np.uint64(page - 1)) + size > page).any():
-        raise wrong(f"damaged: an image crosses the border of a page of {page} bytes")
-    wanted = image["data_ptr"]
-    if not np.array_equal(ptr, wanted):  # FFCV's writer with several processes leaves the table unordered
-        order = np.argsort(ptr, kind="stable")
-        place = np.minimum(np.searchsorted(ptr, wanted, sorter=order), count - 1)
-        if not np.array_equal(ptr[order[place]], wanted):
-            raise wrong("damaged: an image is not in the table of allocations")
-        size = size[order[place]]
+        ptr, size, places = table["ptr"], table["size"], image["data_ptr"]
+        inside = (ptr >= start) & (ptr <= table_at) & (size > 0) & (size <= table_at - np.minimum(ptr, table_at))
+        require(inside.all(), f"damaged: an image lies outside of the bytes {start}..{table_at}")
+        in_page = (ptr & np.uint64(page - 1)) + size <= page
+        require(in_page.all(), f"damaged: an image crosses the border of a page of {page} bytes")
+        if not np.array_equal(ptr, places):  # FFCV's writer with several processes leaves the table unordered
+            order = np.argsort(ptr, kind="stable")
+            order = order[np.minimum(np.searchsorted(ptr, places, sorter=order), count - 1)]
+            require(np.array_equal(ptr[order], places), "damaged: an image is not in the table of allocations")
+            size = size[order]
 
-    mode, width, height = image["mode"], image["width"], image["height"]
-    if (mode > RAW).any() or (width == 0).any() or (height == 0).any():
-        raise wrong("damaged: an image has an unknown mode or no area")
-    if (size[mode == RAW] != 3 * width[mode == RAW].astype(np.uint64) * height[mode == RAW]).any():
-        raise wrong("damaged: a raw image is not of width x height x 3 bytes")
-    low, high = int(label.min()), int(label.max())
-    if classes is not None and (low < 0 or high >= classes):
-        raise wrong(f"has labels {low}..{high}, expected 0..{classes - 1}")
-    rows = np.zeros(count, ROW)
-    rows["offset"], rows["bytes"], rows["raw"] = wanted, size, mode == RAW
-    rows["width"], rows["height"] = width, height
-    modes = frozenset(name for name, code in MODES.items() if (mode == code).any())
-    return BetonInfo(count, length, page, modes, int(width.max()), int(height.max()), high), rows, label
+        raw, width, height = image["mode"] == RAW, image["width"], image["height"]
+        known = (image["mode"] <= RAW) & (width > 0) & (height > 0)
+        require(known.all(), "damaged: an image has an unknown mode or no area")
+        whole_pixels = size[raw] == 3 * width[raw].astype(np.uint64) * height[raw]
+        require(whole_pixels.all(), "damaged: a raw image is not of width x height x 3 bytes")
+        low, high = int(label.min()), int(label.max())
+        fitting = classes is None or (low >= 0 and high < classes)
+        require(fitting, f"has labels {low}..{high}, expected 0..{(classes or 0) - 1}")
+        rows = np.zeros(count, ROW)
+        rows["offset"], rows["bytes"], rows["raw"] = places, size, raw
+        rows["width"], rows["height"] = width, height
+        return page, rows, label

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitlocal.data.beton import read_beton
+from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.native import DecoderThreads, native_policy
@@ -47,14 +47,6 @@ class DecodingCosts:
             found = {}
         return cls({file.file: found[key] for file in manifest.files if (key := (file.file, file.checksum)) in found})
 
-    def save(self, folder: str | Path, manifest: Manifest) -> None:
-        files = [
-            {"file": file.file, "checksum": file.checksum, "microseconds": self.microseconds[file.file]}
-            for file in manifest.files
-        ]
-        content = {"what": "microseconds for a random resized crop on one core, by its size in px", "files": files}
-        costs_path(folder, manifest.split).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
 
 def costs_path(folder: str | Path, split: str) -> Path:
     return Path(folder) / f"{split}.costs.json"
@@ -88,18 +80,18 @@ def ensure_costs(folder: str | Path, manifest: Manifest) -> None:
     if len(manifest.files) == 1 or len(DecodingCosts.load(folder, manifest).microseconds) == len(manifest.files):
         return
     threads, crops = DecoderThreads(1), CropPolicy(random=True)
-    found = {}
+    records = []
     for stored in manifest.files:
-        path = Path(folder) / stored.file
-        _, rows, _ = read_beton(path, len(manifest.classes))
-        rows = rows[np.sort(np.random.default_rng(0).permutation(len(rows))[:IMAGES])]
-        file = np.memmap(path, np.uint8, mode="r")
+        file = MappedFile(Path(folder) / stored.file, len(manifest.classes))
+        rows = file.rows[np.sort(np.random.default_rng(0).permutation(len(file.rows))[:IMAGES])]
         for row in rows:  # brings them into memory, so that the disk is not measured
-            file[row["offset"] : row["offset"] + row["bytes"] : 4096].sum()
-        found[stored.file] = {
-            size: round(1e6 * crop_seconds(threads, file, rows, size, crops), 2)
+            file.bytes[row["offset"] : row["offset"] + row["bytes"] : 4096].sum()
+        costs = {
+            size: round(1e6 * crop_seconds(threads, file.bytes, rows, size, crops), 2)
             for size in SIZES
             if size <= max(stored.side, min(SIZES))
         }
+        records.append({"file": stored.file, "checksum": stored.checksum, "microseconds": costs})
     threads.close()
-    DecodingCosts(found).save(folder, manifest)
+    content = {"what": "microseconds for a random resized crop on one core, by its size in px", "files": records}
+    costs_path(folder, manifest.split).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

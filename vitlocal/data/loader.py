@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vitlocal.data.batch import Batch, SplitSource
-from vitlocal.data.beton import read_beton
+from vitlocal.data.beton import MappedFile
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy
 from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
@@ -32,17 +32,6 @@ BATCHES_AHEAD = 3
 RING_SLOTS = BATCHES_AHEAD + 2  # the reader fills one, three wait, the consumer has one
 MAX_REPORTED = 5  # damaged images that are named at the end of a pass
 MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
-
-
-class MappedFile:
-    """A checked .beton file in memory: ``bytes`` (uint8), ``rows`` (n,) of native.ROW and ``labels`` (n,) int64.
-
-    DataError if the file is damaged, not a .beton file, or has labels outside of ``num_classes``.
-    """
-
-    def __init__(self, path: Path, num_classes: int):
-        _, self.rows, self.labels = read_beton(path, num_classes)
-        self.path, self.bytes = path, np.memmap(path, np.uint8, mode="r")
 
 
 class BufferPool:

@@ -8,11 +8,11 @@ import os
 import re
 import shlex
 import zlib
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from vitlocal.data.beton import check_beton
+from vitlocal.data.beton import MappedFile
 from vitlocal.errors import ConfigError, DataError
 
 VERSION = 1
@@ -64,75 +64,54 @@ class Manifest:
     source: SourceInfo
     skipped: tuple[Skipped, ...]
     entries: tuple[str, ...]
-    version: int = VERSION
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: Path) -> None:
         """Writes the file atomically: under another name, flushed to disk, then renamed."""
-        path = Path(path)
-        members = {"version": self.version, **asdict(self)}
+        members = {"version": VERSION, **asdict(self)}
         lines = ",\n".join(f"{json.dumps(name)}: {_dump(value)}" for name, value in members.items())
         temporary = path.with_name(f".{path.name}.writing")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(f"{{\n{lines}\n}}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(f"{{\n{lines}\n}}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
         flush_folder(path.parent)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Manifest:
+    def load(cls, path: Path) -> Manifest:
         """Reads and checks a manifest.
 
         Raises ConfigError if it does not exist, DataError if it is damaged or from a newer version.
         """
-        path = Path(path)
         command = f"python write_dataset.py --split {path.stem} --out {path.parent}"
-        again = f"Remove it and write the split again: {command}"
         try:
-            text = path.read_text(encoding="utf-8")
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] > VERSION:
+                raise DataError(
+                    f"{path} has manifest version {content['version']} of a newer vitlocal; this vitlocal reads "
+                    f"versions up to {VERSION}. Update vitlocal, or write the split again into another folder."
+                )
+            files = tuple(_record(BetonFile, file) for file in content["files"])
+            source = _record(SourceInfo, content["source"])
+            skipped = tuple(_record(Skipped, image) for image in content["skipped"])
+            classes, entries = tuple(content["classes"]), tuple(content["entries"])
+            manifest = cls(content["split"], content["count"], classes, files, source, skipped, entries)
+            if not manifest.count == len(entries) == source.length - len(skipped):
+                raise ValueError(
+                    f"the count is {manifest.count}, but {len(entries)} entries and {len(skipped)} skipped images of "
+                    f"{source.length} are listed"
+                )
+            names = [f"{manifest.split}_{file.side}_{file.format}.beton" for file in files]
+            if not names or names != [file.file for file in files]:
+                raise ValueError(f"its files should be {names}")
+            return manifest
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
                 f"{path} does not exist: the folder has no finished split {path.stem!r}. Write it with "
                 f"{command}, or name another data folder."
             ) from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is damaged: {error}. {again}") from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is damaged: not JSON ({error}). {again}") from None
-        try:
-            version = _member(content, "version", int)
-            if version > VERSION:
-                raise DataError(
-                    f"{path} has manifest version {version} of a newer vitlocal; this vitlocal reads versions "
-                    f"up to {VERSION}. Update vitlocal, or write the split again into another folder."
-                )
-            manifest = _record(cls, content)
-            manifest._check()
-            return manifest
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error}. {again}") from None
-
-    def _check(self) -> None:
-        if len(self.entries) != self.count:
-            raise ValueError(f"count is {self.count}, but it lists {len(self.entries)} entries")
-        if self.source.length != self.count + len(self.skipped):
-            raise ValueError(
-                f"the source's length is {self.source.length}, but {self.count} rows and "
-                f"{len(self.skipped)} skipped images are listed"
-            )
-        if not self.files:
-            raise ValueError("it lists no files")
-        for file in self.files:
-            if file.format not in ("raw", "jpg") or Path(file.file).name != file.file:
-                raise ValueError(f"it lists the file {file.file!r} of format {file.format!r}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {error!r}. Remove it and write the split again: {command}") from None
 
 
 def load_manifest(root: str, split: str) -> Manifest:
@@ -144,7 +123,7 @@ def load_manifest(root: str, split: str) -> Manifest:
     if path.exists():
         return Manifest.load(path)
     ours = (folder / work_name(split)).exists() or any("." not in file.stem for file in folder.glob("*.json"))
-    manifest = None if ours else manifest_of_ffcv_files(root, split)
+    manifest = None if ours else manifest_of_ffcv_files(folder, split)
     if manifest is None:
         command = f"python write_dataset.py --split {split} --out {root}{_options_of_other_split(folder)}"
         raise ConfigError(f"data.root: {path} does not exist. Write it: {command}")
@@ -153,13 +132,13 @@ def load_manifest(root: str, split: str) -> Manifest:
 
 def _options_of_other_split(folder: Path) -> str:
     """The options of write_dataset.py for the source of the other split in ``folder``, if there is one."""
-    existing = next((path for split in ("train", "val") if (path := folder / f"{split}.json").exists()), None)
-    if existing is None:
-        return ""
-    other = Manifest.load(existing)
-    # A split with several files has ImageNet's default files, and the other split has its own defaults.
-    sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
-    return f" --source {shlex.quote(other.source.spec)}{sides}"
+    for path in (folder / "train.json", folder / "val.json"):
+        if path.exists():
+            other = Manifest.load(path)
+            # A split with several files has ImageNet's default files, and the other split has its own defaults.
+            sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
+            return f" --source {shlex.quote(other.source.spec)}{sides}"
+    return ""
 
 
 def work_name(split: str) -> str:
@@ -167,38 +146,34 @@ def work_name(split: str) -> str:
     return f".{split}.writing"
 
 
-def manifest_of_ffcv_files(folder: str | os.PathLike[str], split: str) -> Manifest | None:
+def manifest_of_ffcv_files(folder: Path, split: str) -> Manifest | None:
     """A manifest for files that FFCV itself wrote, named ``{split}_{side}_{raw|jpg}.beton``; None if there are none.
 
     Class names are label numbers; all splits in the folder share them. Raises DataError if files are damaged or have
     different numbers of rows.
     """
-    found = {path: match for path in sorted(Path(folder).glob("*.beton")) if (match := FILE_NAME.fullmatch(path.name))}
-    if not any(match["split"] == split for match in found.values()):
+    names = [match for path in sorted(folder.glob("*.beton")) if (match := FILE_NAME.fullmatch(path.name))]
+    if not any(name["split"] == split for name in names):
         return None
-    heads = {path: check_beton(path) for path in found}
-    classes = tuple(str(label) for label in range(max(head.max_label for head in heads.values()) + 1))
-    mine = {path: head for path, head in heads.items() if found[path]["split"] == split}
-    counts = {head.count for head in mine.values()}
-    if len(counts) > 1:
-        rows = ", ".join(f"{path.name}: {head.count}" for path, head in mine.items())
+    mapped = [(name, MappedFile(folder / name[0])) for name in names]
+    classes = tuple(str(label) for label in range(max(int(file.labels.max()) for _, file in mapped) + 1))
+    mine = [(name, file) for name, file in mapped if name["split"] == split]
+    counts = {name[0]: len(file.rows) for name, file in mine}
+    if len(set(counts.values())) > 1:
         raise DataError(
-            f"{folder}: the files of split {split!r} have different numbers of rows ({rows}); write them from one data "
-            "set"
+            f"{folder}: the files of split {split!r} have different numbers of rows ({counts}); write them from one "
+            "data set"
         )
-    count = counts.pop()
-    files = tuple(
-        BetonFile(
-            path.name, int(found[path]["side"]), "jpg" if "jpg" in head.modes else "raw", None, None, None,
-            head.page_size, head.bytes, "", head.max_width, head.max_height,
-        )
-        for path, head in mine.items()
-    )  # fmt: skip
+    files = []
+    for name, file in mine:
+        form = "raw" if file.rows["raw"].all() else "jpg"
+        files.append(BetonFile(name[0], int(name["side"]), form, None, None, None, file.page_size, len(file.bytes)))
+    count = len(mine[0][1].rows)
     entries = tuple(f"row {row}" for row in range(count))
-    return Manifest(split, count, classes, files, SourceInfo("", count, ""), (), entries)
+    return Manifest(split, count, classes, tuple(files), SourceInfo("", count, ""), (), entries)
 
 
-def checksum(path: str | os.PathLike[str]) -> str:
+def checksum(path: Path) -> str:
     """``crc32:`` and the CRC-32 of the whole file in 8 hexadecimal digits. The writer joins those of the parts."""
     value = 0
     with open(path, "rb") as file:
@@ -233,11 +208,9 @@ def joined_crc32(first: int, second: int, length: int) -> int:
 def flush_folder(folder: Path) -> None:
     """Flushes renames within ``folder`` to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _dump(value: Any) -> str:
@@ -246,29 +219,6 @@ def _dump(value: Any) -> str:
     return json.dumps(value)
 
 
-def _record(kind: Any, content: Any) -> Any:
-    """An object of JSON as the dataclass ``kind``. Raises ValueError."""
-    return kind(**{name: _member(content, name, type_) for name, type_ in get_type_hints(kind).items()})
-
-
-def _member(content: Any, name: str, kind: Any) -> Any:
-    if not isinstance(content, dict):
-        raise ValueError(f"expected an object with {name!r}, got {type(content).__name__}")
-    optional = type(None) in get_args(kind)
-    if optional and content.get(name) is None:  # old manifests lack it
-        return None
-    if name not in content:
-        raise ValueError(f"{name!r} is missing")
-    return _value(get_args(kind)[0] if optional else kind, content[name], name)
-
-
-def _value(kind: Any, value: Any, name: str) -> Any:
-    items = get_args(kind)  # of a tuple
-    expected = list if items else dict if is_dataclass(kind) else kind
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise ValueError(f"{name!r} is {value!r:.80}, expected {expected.__name__}")
-    if items and all(type(item) is items[0] for item in value):  # ImageNet has a million entries
-        return tuple(value)
-    if items:
-        return tuple(_value(items[0], item, name) for item in value)
-    return _record(kind, value) if is_dataclass(kind) else value
+def _record(kind: Any, content: dict[str, Any]) -> Any:
+    """An object of JSON as the dataclass ``kind``. Old manifests lack some members, which become None."""
+    return kind(**{member.name: content.get(member.name) for member in fields(kind)})

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vitlocal.data.batch import Batch
-from vitlocal.data.beton import check_beton
+from vitlocal.data.beton import MappedFile
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import BetonSource
@@ -125,7 +125,7 @@ class FFCVSource(BetonSource):
     def _read(self, slices: Slices, epoch: int, size: int) -> Generator[Batch, None, None]:
         path = self.root / self.choose(size).file
         if path not in self.loaders:
-            self.check_count(path, check_beton(path, len(self.classes)).count)
+            self.check_count(path, len(MappedFile(path, len(self.classes)).rows))
             self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
         return self._batches(self.loaders[path], slices, size)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.loader import MappedFile
 from vitlocal.data.manifest import BetonFile, Manifest, checksum
 from vitlocal.data.native import FULL, WHOLE, DecoderThreads, native_policy
 from vitlocal.errors import DataError
@@ -22,13 +22,13 @@ MAX_REPORTED = 10
 def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Manifest:
     """Decodes every image of the split in the folder ``out`` and compares the files with the manifest.
 
-    The comparison covers rows, bytes, CRC-32, largest width and height, and the labels of all files.
+    The comparison covers the number of rows and bytes, and the CRC-32.
     Raises ConfigError if there is no manifest, and DataError that lists the problems of all files.
     """
     manifest_path = Path(out) / f"{split}.json"
     manifest = Manifest.load(manifest_path)
     problems: list[str] = []
-    threads, labels = DecoderThreads(workers), None
+    threads = DecoderThreads(workers)
     total = manifest.count * len(manifest.files)
     with tqdm(total=total, unit=" images", disable=not (progress and sys.stderr.isatty()), leave=False) as bar:
         for stored in manifest.files:
@@ -39,9 +39,6 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
             except DataError as error:
                 problems.append(str(error))
                 continue
-            if labels is not None and not np.array_equal(labels, file.labels):
-                problems.append(f"{path}: its labels differ from those of {manifest.files[0].file}")
-            labels = file.labels if labels is None else labels
             problems += _differences(path, file, stored, manifest) + _damaged(path, file, manifest, threads, bar)
     threads.close()
     if problems:
@@ -60,8 +57,6 @@ def _differences(path: Path, file: MappedFile, stored: BetonFile, manifest: Mani
     compared = {
         "rows": (len(file.rows), manifest.count),
         "bytes": (file.bytes.size, stored.bytes),
-        "largest width": (int(file.rows["width"].max()), stored.max_width),
-        "largest height": (int(file.rows["height"].max()), stored.max_height),
         "checksum": (checksum(path), stored.checksum),
     }
     return [
