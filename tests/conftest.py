@@ -20,9 +20,10 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Sources
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.sources import open_sources
-from vitlocal.data.writer.write import WriteConfig, parse_files, write
+from vitlocal.data.writer.write import write
 from vitlocal.report.page import read_run
 from vitlocal.train.trainer import Trainer
+from vitlocal.write_options import WriteOptions
 
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
 
@@ -35,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder of the built-in sample: 120 training images in three files, and the validation split."""
     out = tmp_path_factory.mktemp("data")
     for split, sides in (("train", "48:raw,96:raw,128:jpg"), ("val", "96:raw")):
-        config = WriteConfig(split, f"sample:{TRAIN_PER_CLASS}", str(out), parse_files(sides), workers=1)
-        write(config, progress=False)
+        write(WriteOptions(split, f"sample:{TRAIN_PER_CLASS}", str(out), sides, workers=1), progress=False)
     return out
 
 

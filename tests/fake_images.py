@@ -18,11 +18,11 @@ from vitlocal.data import beton
 from vitlocal.data.images import ImageSet, decode_rgb
 from vitlocal.data.writer import encode, journal
 from vitlocal.data.writer import write as write_module
-from vitlocal.data.writer.write import StoredFile, WriteConfig
 from vitlocal.errors import DataError
+from vitlocal.write_options import WriteOptions
 
 SLOW_SECONDS = 60.0  # that a slow image takes
-FILES = (StoredFile(64, "raw"), StoredFile(96, "jpg"))
+SIDES = "64:raw,96:jpg"
 
 
 @dataclasses.dataclass
@@ -61,9 +61,8 @@ class FakeImages:
         return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def write_config(out: Path, **changes: object) -> WriteConfig:
-    options = {"split": "train", "source": None, "out": str(out), "files": FILES, "quality": 90, "workers": 1}
-    return WriteConfig(**{**options, "on_error": "stop", **changes})
+def write_config(out: Path, **changes: object) -> WriteOptions:
+    return WriteOptions(**{"out": str(out), "sides": SIDES, "quality": 90, "workers": 1, **changes})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -116,7 +116,7 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["clock", "--budgets", "3s", "--data.root=nowhere"], "nowhere"),
         (["report", "runs/one", "--json", "out.json"], "give --forecast"),
         (["write", "--images", "0"], "at least 1"),
-        (["write", "--sides", "64:png"], "not a format"),
+        (["write", "--sides", "64:png"], "got '64:png'"),
         (
             ["nothing"],
             "expected the name of a bench (arms, clock, forecast, loader, paper, profile, redundancy, report, runs",

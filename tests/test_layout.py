@@ -30,9 +30,9 @@ from vitlocal.data.writer.layout import (
     missing_seconds,
     propose_layout,
 )
-from vitlocal.data.writer.write import StoredFile, WriteConfig, write
+from vitlocal.data.writer.write import write
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.write_options import read_plan, read_write_options
+from vitlocal.write_options import JpegForm, WriteOptions, read_plan, read_write_options
 
 LIMITS = StorageLimits(cores=4, disk=10**9, memory=10**9)
 TRAIN = CropPolicy(random=True)
@@ -103,20 +103,19 @@ def test_the_smallest_set_that_keeps_up() -> None:
 def test_the_first_quality_that_is_fast_enough_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {90: 1050.0, 80: 1150.0, 70: 1300.0}
 
-    def pretend(images, sizes, cropping, ratio, cores, quality, sampling, keep, formats):
+    def pretend(images, sizes, cropping, ratio, cores, jpeg, formats):
         sizes_of = {90: 900, 80: 700, 70: 500}
-        return tuple(
-            CandidateFile(336, "jpg", sizes_of[quality], {224: rates[quality]}) for form in formats if form == "jpg"
-        )
+        file = CandidateFile(336, "jpg", sizes_of[jpeg.quality], {224: rates[jpeg.quality]})
+        return tuple(file for form in formats if form == "jpg")
 
     monkeypatch.setattr("vitlocal.data.writer.layout.measure_candidates", pretend)
     for need, quality, keeps_up in ((800, 90, True), (950, 80, True), (1000, 70, True), (1200, 70, False)):
-        choice = propose_layout(None, [SizeDemand(224, 1e6, need)], TRAIN, 1.5, LIMITS)
-        assert (choice.quality, not choice.missing_seconds) == (quality, keeps_up)
+        choice = propose_layout(None, [SizeDemand(224, 1e6, need)], TRAIN, 1.5, LIMITS, JpegForm())
+        assert (choice.jpeg.quality, not choice.missing_seconds) == (quality, keeps_up)
     small = replace(LIMITS, disk=600)  # for the lowest quality alone
-    assert propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, small).quality == 70
+    assert propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, small, JpegForm()).jpeg.quality == 70
     with pytest.raises(ConfigError, match=r"--disk-limit: 0.0 MB are too few.*336:jpg of quality 70"):
-        propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100))
+        propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100), JpegForm())
 
 
 def test_the_report_names_the_stage_that_waits() -> None:
@@ -125,7 +124,7 @@ def test_the_report_names_the_stage_that_waits() -> None:
         CandidateFile(48, "raw", 10**8, {32: 90_000}),
         CandidateFile(336, "jpg", 10**10, {32: 2000, 224: 1300}),
     )
-    choice = StorageLayout(stages, (small, slow), 90, 420, True)
+    choice = StorageLayout(stages, (small, slow), JpegForm())
     assert choice.serving == (small, slow) and choice.missing_seconds > 0
     assert choice.waits == (0.0, 0.5)
     text = "\n".join(layout_lines(choice, LIMITS, 10**6))
@@ -141,12 +140,12 @@ def test_the_report_names_the_stage_that_waits() -> None:
 
 def test_predicted_bytes_match_the_written_files(tmp_path: Path) -> None:
     images = open_images("sample:10", "train")
-    found = measure_candidates(images, [16, 32], TRAIN, 1.5, 2, 80, 420)
+    found = measure_candidates(images, [16, 32], TRAIN, 1.5, 2, JpegForm(80))
     assert [(file.side, file.format, sorted(file.rates)) for file in found] == [
         (32, "raw", [16]), (32, "jpg", [16]), (48, "raw", [16, 32]), (48, "jpg", [16, 32]),
     ]  # fmt: skip
-    files = tuple(StoredFile(file.side, file.format) for file in found)
-    manifest = write(WriteConfig("train", "sample:10", str(tmp_path), files, quality=80), progress=False)
+    options = WriteOptions("train", "sample:10", str(tmp_path), ",".join(map(str, found)), quality=80)
+    manifest = write(options, progress=False)
     written = {(file.side, file.format): file.bytes for file in manifest.files}
     for file in found:
         assert file.bytes == pytest.approx(written[file.side, file.format], rel=0.03)
@@ -217,7 +216,7 @@ def test_planned_files_are_written(
         (["--plan", "--verify"], "they exclude each other"),
         (["--plan", "--sides", "64"], "remove --sides"),
         (["--plan", "--split", "val"], "split train"),
-        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--plan", "--recipe", "nowhere.yaml"], "nowhere.yaml: cannot be read as a recipe"),
         (["--plan", "--source", "sample:1", "--rates", "5"], "SIZE:IMAGES_A_SECOND"),
     ],
 )
@@ -273,8 +272,7 @@ def test_the_cheapest_large_enough_file_is_chosen() -> None:
 
 
 def test_costs_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = (StoredFile(24, "raw"), StoredFile(32, "raw"), StoredFile(32, "jpg"))
-    manifest = write(WriteConfig("train", "sample:3", str(tmp_path), files), progress=False)
+    manifest = write(WriteOptions("train", "sample:3", str(tmp_path), "24:raw,32:raw,32:jpg"), progress=False)
     monkeypatch.setattr("vitlocal.data.costs.SECONDS", 0.01)
     assert DecodingCosts.load(tmp_path, manifest).microseconds == {}
     ensure_costs(tmp_path, manifest)

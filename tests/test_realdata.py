@@ -17,9 +17,10 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import NativeSource
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers.torchvision import TorchvisionSource
-from vitlocal.data.writer.write import WriteConfig, write
+from vitlocal.data.writer.write import write
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
+from vitlocal.write_options import WriteOptions
 
 PHOTOS = Path(os.environ.get("VITLOCAL_REALDATA", "")) / "imagenet-photos-500.tar"
 COUNT = 24
@@ -42,7 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.extractfile(member).read())
     for split in ("train", "val"):
-        write(WriteConfig(split, str(root / "source"), str(root / "data"), workers=1), progress=False)
+        write(WriteOptions(split, str(root / "source"), str(root / "data"), workers=1), progress=False)
     return root / "data"
 
 

@@ -15,16 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
+from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy, centre_box, cut
-from vitlocal.data.loader import Loader, LoaderResources, MappedFile, NativeSource
+from vitlocal.data.loader import Loader, LoaderResources, NativeSource
 from vitlocal.data.manifest import Manifest, load_manifest
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.writer.verify import verify
-from vitlocal.data.writer.write import WriteConfig, parse_files, write
+from vitlocal.data.writer.write import write
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
+from vitlocal.write_options import WriteOptions
 
 CPU = torch.device("cpu")
 TRAIN = CropPolicy(random=True, seed=3)
@@ -163,8 +165,7 @@ def test_validation_is_in_order_and_central(folder: Path, shared):
 def damaged(folder: Path, tmp_path: Path, shared) -> Path:
     """A data folder with a damaged row 7 in its JPEG file, and a JPEG validation file with a damaged row 3."""
     shutil.copytree(folder, tmp_path / "data")
-    config = WriteConfig("val", "sample:6", str(tmp_path / "jpg"), parse_files("96:jpg"), workers=1)
-    write(config, progress=False)
+    write(WriteOptions("val", "sample:6", str(tmp_path / "jpg"), "96:jpg", workers=1), progress=False)
     for path, row in ((tmp_path / "data/train_128_jpg.beton", 7), (tmp_path / "jpg/val_96_jpg.beton", 3)):
         offset = int(MappedFile(path, 20).rows["offset"][row])
         with open(path, "r+b") as file:

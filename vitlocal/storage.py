@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,6 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
 from vitlocal.data.manifest import work_name
 from vitlocal.data.writer import layout
-from vitlocal.data.writer.journal import free_bytes
-from vitlocal.data.writer.write import QUALITY, SAMPLING
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
@@ -36,7 +35,7 @@ CPU_BATCH = 4  # images of a measured step on a CPU, on which a full batch would
 CLASSES = 1000
 
 
-def plan_files(options: WriteOptions) -> layout.StorageLayout:
+def plan_files(options: WriteOptions) -> None:
     """Measures, prints the chosen files and stores them in the data folder, for the next write of the split.
 
     Raises ConfigError for a wrong option, for a missing recipe, and if no choice fits the disk.
@@ -45,8 +44,6 @@ def plan_files(options: WriteOptions) -> layout.StorageLayout:
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
     _check_out(out, nearest)
     recipe = options.recipe or RECIPE
-    if not Path(recipe).exists():
-        raise ConfigError(f"--recipe: {recipe} does not exist; name the recipe that will use the files")
     config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
     images = open_images(options.source, "train")
     demands = size_demands(config, len(images), speeds_for(config, stated))
@@ -54,21 +51,17 @@ def plan_files(options: WriteOptions) -> layout.StorageLayout:
     crops = CropPolicy(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
     limits = layout.StorageLimits(
         cores=options.cores or cores(),
-        disk=options.disk_limit or free_bytes(nearest),
+        disk=options.disk_limit or shutil.disk_usage(nearest).free,
         memory=options.memory_limit or max(memory() - RESERVED, memory() // 2),
     )
     print(f"encoding and cropping some of {len(images):,} images ...", file=sys.stderr)
-    choice = layout.propose_layout(
-        images, demands, crops, config.data.side_ratio, limits, options.quality or QUALITY,
-        int(options.sampling or SAMPLING), options.keep_jpegs is not False,
-    )  # fmt: skip
+    choice = layout.propose_layout(images, demands, crops, config.data.side_ratio, limits, options.jpeg)
     lines = layout.layout_lines(choice, limits, len(images))
     print("\n".join(lines))
     source = f" --source {shlex.quote(options.source)}" if options.source else ""
     command = f"python write_dataset.py --split train{source} --out {shlex.quote(options.out)}"
     path = layout.save_layout(options.out, choice, lines, f"--plan, for {recipe}")
     print(f"{path} stores this choice. Write the files with: {command}")
-    return choice
 
 
 def _check_out(out: Path, nearest: Path) -> None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.errors import ConfigError
 from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Maybe, Number, messages, option
 
 PLAN_NAME = "plan.yaml"  # the file of WriteOptions that --plan leaves in a data folder
+
+
+class JpegForm(NamedTuple):
+    """How photos become JPEGs."""
+
+    quality: int = 90  # 1 to 100
+    sampling: int = 420  # of chroma: 420 (a quarter of the pixels) or 444 (all)
+    keep: int = 1  # 1: JPEGs that need not shrink are stored unchanged, 0: all are encoded again
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class WriteOptions:
     memory_limit: int | None = option(
         None, Maybe(BYTES), "for --plan: memory for the page cache; none: this machine's memory minus 8 GB"
     )
+
+    @property
+    def jpeg(self) -> JpegForm:
+        """The stated values, else the defaults."""
+        return JpegForm(self.quality or 90, int(self.sampling or 420), int(self.keep_jpegs is not False))
 
 
 def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> WriteOptions:

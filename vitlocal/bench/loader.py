@@ -31,9 +31,10 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import LoaderResources, NativeSource, choose_file
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers.torchvision import TorchvisionSource
-from vitlocal.data.writer.write import WriteConfig, write
+from vitlocal.data.writer.write import write
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
+from vitlocal.write_options import WriteOptions
 
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
@@ -92,7 +93,7 @@ def reader(*arguments: Any) -> Turn:
 def sample_folder() -> str:
     """The built-in sample in the default files of ImageNet, written if it does not exist."""
     if not (Path(SAMPLE_FOLDER) / "train.json").exists():
-        ensure_costs(SAMPLE_FOLDER, write(WriteConfig("train", "sample:20", SAMPLE_FOLDER)))
+        ensure_costs(SAMPLE_FOLDER, write(WriteOptions(source="sample:20", out=SAMPLE_FOLDER)))
     return SAMPLE_FOLDER
 
 

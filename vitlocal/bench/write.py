@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from vitlocal.bench.contestants import Turn, started, take_turns
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, names, numbers
 from vitlocal.data.images import ImageSet, open_images
-from vitlocal.data.writer.write import DEFAULT_FILES, StoredFile, WriteConfig, parse_files, write
+from vitlocal.data.writer.write import parse_files, write
+from vitlocal.write_options import WriteOptions
 
 SAMPLE_SOURCE, SAMPLE_SPEC = "data/bench/source", "sample:20"
 QUALITY = 90
@@ -38,16 +40,13 @@ COLUMNS = {
 }  # fmt: skip
 
 
-class ImageSubset:
+class ImageSubset(ImageSet):
     """``count`` random images of a set, the same each time, in the order of the set."""
 
     def __init__(self, images: ImageSet, count: int):
         self.images, self.order = images, np.sort(np.random.default_rng(0).permutation(len(images))[:count])
         self.spec, self.classes, self.holds_files = images.spec, images.classes, images.holds_files
-        self.labels = np.asarray(images.labels)[self.order]
-
-    def __len__(self) -> int:
-        return len(self.order)
+        self.labels = images.labels[self.order]
 
     def entry(self, index: int) -> str:
         return self.images.entry(int(self.order[index]))
@@ -55,19 +54,19 @@ class ImageSubset:
     def read(self, index: int) -> bytes:
         return self.images.read(int(self.order[index]))
 
-    def load(self, index: int) -> Any:
+    def load(self, index: int) -> Image.Image:
         return self.images.load(int(self.order[index]))
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """A sample for FFCV's writer."""
         return self.load(index), int(self.labels[index])
 
 
-def ours(images: ImageSubset, files: Sequence[StoredFile], workers: int, out: str) -> None:
-    write(WriteConfig("train", None, out, tuple(files), QUALITY, workers=workers), images, progress=False)
+def ours(images: ImageSubset, sides: str, workers: int, out: str) -> None:
+    write(WriteOptions(out=out, sides=sides, quality=QUALITY, workers=workers), images, progress=False)
 
 
-def ffcv(images: ImageSubset, files: Sequence[StoredFile], workers: int, out: str) -> None:
+def ffcv(images: ImageSubset, sides: str, workers: int, out: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ffcv import writer as ffcv_writer
@@ -75,17 +74,17 @@ def ffcv(images: ImageSubset, files: Sequence[StoredFile], workers: int, out: st
 
         ffcv_writer.tqdm = functools.partial(tqdm, disable=True)  # its bars would hide ours
 
-        for file in files:
-            image = RGBImageField(file.format, max_resolution=file.side, jpeg_quality=QUALITY)
+        for side, format in parse_files("train", sides):
+            image = RGBImageField(format, max_resolution=side, jpeg_quality=QUALITY)
             fields = {"image": image, "label": IntField()}
-            writer = ffcv_writer.DatasetWriter(f"{out}/{file.side}_{file.format}.beton", fields, num_workers=workers)
+            writer = ffcv_writer.DatasetWriter(f"{out}/{side}_{format}.beton", fields, num_workers=workers)
             writer.from_indexed_dataset(images)
 
 
 WRITERS = {"ours": ours, "ffcv": ffcv}
 
 
-def writer(name: str, source: str, count: int, files: Sequence[StoredFile], workers: int, out: str) -> Turn:
+def writer(name: str, source: str, count: int, sides: str, workers: int, out: str) -> Turn:
     """Opens the images. Returns the function that writes them, measures it, and removes the files."""
     images = ImageSubset(open_images(source, "train"), count)
 
@@ -93,7 +92,7 @@ def writer(name: str, source: str, count: int, files: Sequence[StoredFile], work
         folder = tempfile.mkdtemp(dir=out)
         try:
             began = time.perf_counter()
-            WRITERS[name](images, files, workers, folder)
+            WRITERS[name](images, sides, workers, folder)
             seconds = time.perf_counter() - began
             written = sum(path.stat().st_size for path in Path(folder).glob("*.beton"))
             return len(images) / seconds, {"megabytes": round(written / 1e6, 1)}
@@ -116,24 +115,21 @@ def sample_source() -> str:
     return SAMPLE_SOURCE
 
 
-def compare(
-    source: str, files: Sequence[StoredFile], names: Sequence[str], options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def compare(source: str, sides: str, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the measurement, one for each contestant and number of workers."""
     rounds, images = options.rounds, min(options.images, len(open_images(source, "train")))
-    about = {"files": ",".join(f"{file.side}:{file.format}" for file in files), "images": images}
     rows = []
     turns_in_all = len(options.workers) * (rounds + 1)
     with tempfile.TemporaryDirectory(dir=options.out) as folder, progress_bar(turns_in_all) as bar:
         for threads in options.workers:
             bar.set_description_str(f"workers: {threads}")
-            arguments = {name: (name, source, images, files, threads, folder) for name in names}
+            arguments = {name: (name, source, images, sides, threads, folder) for name in names}
             with started(writer, arguments, threads) as contestants:
                 turns = dict(zip(names, take_turns(contestants, threads, rounds, (), (), bar), strict=True))
             if "ours" in turns:
                 own, peer = (turns.get(name, {}).get("images_per_second") for name in ("ours", "ffcv"))
                 turns["ours"]["to_ffcv"] = round(own / peer, 2) if peer else None
-            rows += [{"source": name, **about, **measured} for name, measured in turns.items()]
+            rows += [{"source": name, "files": sides, "images": images, **row} for name, row in turns.items()]
     return rows
 
 
@@ -148,10 +144,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--images", type=at_least(1), default=2000, help="maximal images of the source (default: 2000)")
     options = parser.parse_args(argv)
     chosen = names(options.only, list(WRITERS))
-    files = parse_files("" if options.sides == "auto" else options.sides) or DEFAULT_FILES["train"]
+    sides = ",".join(f"{side}:{format}" for side, format in parse_files("train", options.sides))
     options.out.mkdir(parents=True, exist_ok=True)
     source = options.source or sample_source()
-    rows = compare(source, files, chosen, options)
+    rows = compare(source, sides, chosen, options)
     print(text_table(rows, COLUMNS))
     what = "images/s of the writers, all files of a split, each limited to as many cores as workers"
     write_json(options.json, what, rows, quality=QUALITY)

@@ -6,16 +6,14 @@ Letters: F files, K readable rows of a chunk.
 from __future__ import annotations
 
 import copy
-import signal
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Queue
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +23,7 @@ from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
-from vitlocal.errors import DataError, Interrupted
+from vitlocal.errors import DataError
 
 CHUNK_BYTES = 4 << 20  # approximate bytes of a chunk
 CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
@@ -57,40 +55,11 @@ class Chunk:
     failure: RuntimeError | None  # the error at source row `next`
 
 
-class Interrupts:
-    """Turns Ctrl-C and SIGTERM into Interrupted, at once or, while ``deferring``, when ``check`` is called."""
-
-    def __enter__(self) -> Interrupts:
-        self.deferring = False
-        self.requested = 0  # the signal's number
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # for example nohup
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if not self.deferring or self.requested:  # a second Ctrl-C does not wait
-            raise Interrupted(number)
-        self.requested = number
-
-    def check(self) -> None:
-        if self.requested:
-            raise Interrupted(self.requested)
-
-
-def encode_chunks(
-    images: ImageSet, job: EncodeJob, start: int, workers: int, interrupts: Interrupts
-) -> Generator[Chunk, None, None]:
+def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) -> Generator[Chunk, None, None]:
     """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
-    Interrupts take effect between chunks. A row that fails ends its chunk. The chunk with the rows before it comes
-    first, then the error is raised: DataError for an unreadable image (unless ``job.skip``), else RuntimeError.
+    A row that fails ends its chunk. The chunk with the rows before it comes first, then the error is raised: DataError
+    for an unreadable image (unless ``job.skip``), else RuntimeError.
     """
     count = rows_per_chunk(job)
     spans = deque(range(first, min(first + count, len(images))) for first in range(start, len(images), count))
@@ -101,40 +70,28 @@ def encode_chunks(
         for _ in range(min(workers, len(spans)))
     ]
     chunks: deque[Future[Chunk]] = deque()  # in the order of their rows
-    started = 0
-    interrupts.deferring = True
     try:
-        for thread in threads:
-            try:
+        try:
+            for thread in threads:
                 thread.start()
-            except RuntimeError as error:
-                raise DataError(f"cannot start {len(threads)} threads: {error}; use fewer --workers") from error
-            started += 1
+        except RuntimeError as error:
+            raise DataError(f"cannot start {len(threads)} threads: {error}; use fewer --workers") from error
         while spans or chunks:
             while spans and len(chunks) < CHUNKS_AHEAD * len(threads):
                 chunks.append(Future())
                 requests.put((spans.popleft(), chunks[-1]))
-            if not wait([chunks[0]], timeout=0.2).done:
-                interrupts.check()
-                continue
-            try:
-                chunk = chunks.popleft().result()
-            except MemoryError as error:
-                raise DataError(
-                    "memory ran out; use fewer --workers. The same command continues where this one stopped."
-                ) from error
+            chunk = chunks.popleft().result()
             yield chunk
             if chunk.failure is not None:
                 raise chunk.failure
-            interrupts.check()
     finally:
         stopping.set()
-        for _ in threads:
-            requests.put(None)
         deadline = time.monotonic() + EXIT_SECONDS
-        for thread in threads[:started]:
+        started = [thread for thread in threads if thread.ident is not None]
+        for _ in started:
+            requests.put(None)
+        for thread in started:
             thread.join(max(0.0, deadline - time.monotonic()))
-        interrupts.deferring = False
 
 
 def _work(images: ImageSet, job: EncodeJob, requests: Queue, stopping: threading.Event) -> None:
@@ -227,8 +184,6 @@ def encode_image(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder)
     else:
         image = images.load(index)
     pixels = np.ascontiguousarray(image)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise TypeError(f"expected 8-bit RGB, got {pixels.dtype} of shape {pixels.shape}")
     stored = _stored(pixels, pixels.shape[1], pixels.shape[0], False, job, encoder)
     if stored is None:
         raise RuntimeError(f"libjpeg cannot encode pixels of shape {pixels.shape}")

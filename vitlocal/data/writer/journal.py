@@ -9,7 +9,6 @@ Letters: F files, K readable rows of a chunk.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -36,12 +35,15 @@ COMMIT_SECONDS = 5.0  # the work that a kill -9 or a power cut can lose
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """The state of the files after a row."""
+class _Block:
+    """Source rows from start up to, not including, next, and the state of the files after them."""
 
-    next: int  # next row of the source
+    start: int
+    next: int
     ends: tuple[int, ...]  # (F,) length of each file
     checksums: tuple[int, ...]  # (F,) CRC-32 of each file from data_start on
+    rows: np.ndarray  # (F, K) of STORED_ROW
+    skipped: dict[int, str]  # source rows, and why
 
 
 class SplitFiles:
@@ -56,36 +58,45 @@ class SplitFiles:
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
         self.start = data_start(length)
-        self.mark = _Mark(0, (self.start,) * len(files), (0,) * len(files))
-        self.skipped: dict[int, str] = {}  # source rows, and why
         self.sealed: tuple[BetonFile, ...] = ()
-        self._rows: list[np.ndarray] = []
-        self._new: list[Chunk] = []  # since the last commit
+        nothing = np.empty((len(files), 0), STORED_ROW)
+        # An append ends with its block, so that an interruption at any point leaves a valid state.
+        self._blocks = [_Block(0, 0, (self.start,) * len(files), (0,) * len(files), nothing, {})]
+        self._journaled = 1  # blocks
         self._committed = time.monotonic()
-        self._committer = ThreadPoolExecutor(1)
-        self._commit: Future[None] | None = None
-        self._journal = -1
+        self._commit: Future[None] = Future()  # the last one
+        self._commit.set_result(None)
+        self._journal, self._journal_end = -1, 0
         self._descriptors: list[int] = []
+
+    @property
+    def next(self) -> int:
+        """The first row of the source that the files lack."""
+        return self._blocks[-1].next
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """The unreadable rows of the source, and why."""
+        return {row: reason for block in self._blocks for row, reason in block.skipped.items()}
 
     @property
     def count(self) -> int:
         """The number of images in each file."""
-        return self.mark.next - len(self.skipped)
+        return self.next - len(self.skipped)
 
     @property
     def data_bytes(self) -> int:
-        return sum(end - self.start for end in self.mark.ends)
+        return sum(end - self.start for end in self._blocks[-1].ends)
 
     @property
-    def needed(self) -> int | None:
+    def needed(self) -> int:
         """An estimate of the bytes for the remaining rows, from the rows so far."""
-        done = self.mark.next
-        return self.data_bytes * (self.length - done) // done if done else None
+        return self.data_bytes * (self.length - self.next) // max(1, self.next)
 
     def __enter__(self) -> SplitFiles:
         with ExitStack() as opened:
             self._open(opened)
-            opened.callback(self._committer.shutdown)  # runs before the files are closed
+            self._committer = opened.enter_context(ThreadPoolExecutor(1))  # it ends before the files are closed
             self._opened = opened.pop_all()
         return self
 
@@ -96,7 +107,7 @@ class SplitFiles:
                     self.commit(wait=True)  # so that these rows need not be encoded again
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             print(
-                f"\nInterrupted after {self.mark.next} of {self.length} images. The same command continues from there. "
+                f"\nInterrupted after {self.next} of {self.length} images. The same command continues from there. "
                 f"To start over, remove {self.work}",
                 file=sys.stderr,
             )
@@ -113,21 +124,20 @@ class SplitFiles:
             self.work.mkdir(parents=True, exist_ok=True)
             self._journal = descriptor(self.journal)
         except OSError as error:
-            if _full(error):
-                raise self._no_room(self.journal, error) from error
             raise ConfigError(
-                f"cannot write to the data folder {self.out}: {error.strerror} ({error.filename}). Change its "
-                "permissions, or name another folder with --out."
+                f"cannot write to the data folder {self.out}: {error.strerror} ({error.filename}). Correct that, or "
+                "name another folder with --out."
             ) from error
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # other errors: a file system without locks
-                raise ConfigError(f"another process writes to {self.work}; wait for it, or use another --out") from None
+        except BlockingIOError:
+            raise ConfigError(f"another process writes to {self.work}; wait for it, or use another --out") from None
+        except OSError:
+            pass  # a file system without locks
         self._replay()
         if self.sealed:
             return
-        for file, end in zip(self.files, self.mark.ends, strict=True):
+        for file, end in zip(self.files, self._blocks[-1].ends, strict=True):
             path, final = self.work / file.file, self.out / file.file
             if final.exists():
                 raise ConfigError(f"{final} exists, but no manifest describes it. Remove it, or use another --out.")
@@ -142,46 +152,46 @@ class SplitFiles:
 
     def _replay(self) -> None:
         """Restores the state from the journal, or starts a new journal."""
-        good = 0
         with open(self.journal, "rb") as file:
             head = _line(file)
             if head is not None:
-                if what := difference(head.get("identity", {}), self.identity):
+                if what := difference(head["identity"], self.identity):
                     raise ConfigError(
                         f"{self.work} is an interrupted write of another configuration ({what}). "
                         "Repeat that command, remove the folder to start over, or use another --out."
                     )
-                good = file.tell()
-            while head is not None and (block := _line(file)) is not None and self._replay_block(block, file):
-                good = file.tell()
-        os.ftruncate(self._journal, good)
-        os.lseek(self._journal, good, os.SEEK_SET)
+                self._journal_end = file.tell()
+                while (line := _line(file)) is not None and self._replay_block(line, file):
+                    self._journal_end = file.tell()
+        self._journaled = len(self._blocks)
+        os.ftruncate(self._journal, self._journal_end)
         if head is None:
             self._write_journal(_dump({"identity": self.identity}))
 
-    def _replay_block(self, block: dict[str, Any], file: BinaryIO) -> bool:
+    def _replay_block(self, line: dict[str, Any], file: BinaryIO) -> bool:
         """Restores a block, whose rows come next in ``file``. Returns False if it is incomplete."""
-        if "sealed" in block:
-            self.sealed = tuple(BetonFile(**sealed) for sealed in block["sealed"])
+        if "sealed" in line:
+            self.sealed = tuple(BetonFile(**sealed) for sealed in line["sealed"])
             return True
-        count = block["next"] - block["start"] - len(block["skipped"])
+        count = line["next"] - line["start"] - len(line["skipped"])
         payload = file.read(len(self.files) * count * STORED_ROW.itemsize)
         # A failed write may omit a block; later blocks are then useless.
-        if block["start"] != self.mark.next or zlib.crc32(payload) != block["crc32"]:
+        if line["start"] != self.next or zlib.crc32(payload) != line["crc32"]:
             return False
-        self._rows.append(np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count))
-        self.skipped.update(block["skipped"])
-        self.mark = _Mark(block["next"], tuple(block["ends"]), tuple(block["checksums"]))
+        rows = np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count)
+        ends, checksums = tuple(line["ends"]), tuple(line["checksums"])
+        self._blocks.append(_Block(line["start"], line["next"], ends, checksums, rows, dict(line["skipped"])))
         return True
 
     # --- growing ---
 
     def append(self, chunk: Chunk) -> None:
         """Writes the chunk's rows behind the earlier ones, and commits if it is time."""
-        assert chunk.start == self.mark.next, (chunk.start, self.mark)
+        last = self._blocks[-1]
+        assert chunk.start == last.next, (chunk.start, last)
         ends, checksums = [], []
         for file, descriptor, rows, images, begin, checksum in zip(
-            self.files, self._descriptors, chunk.rows, chunk.images, self.mark.ends, self.mark.checksums, strict=True
+            self.files, self._descriptors, chunk.rows, chunk.images, last.ends, last.checksums, strict=True
         ):
             end, parts, places = begin, [], []
             for image in images:
@@ -197,30 +207,28 @@ class SplitFiles:
                 _write_all(descriptor, data, begin)
             ends.append(end)
             checksums.append(zlib.crc32(data, checksum))
-        chunk.images = []
-        self.mark = _Mark(chunk.next, tuple(ends), tuple(checksums))
-        self.skipped.update(chunk.skipped)
-        self._rows.append(chunk.rows)
-        self._new.append(chunk)
+        self._blocks.append(_Block(chunk.start, chunk.next, tuple(ends), tuple(checksums), chunk.rows, chunk.skipped))
         if time.monotonic() - self._committed >= COMMIT_SECONDS:
             self.commit()
 
     def commit(self, wait: bool = False) -> None:
         """Flushes the appended rows and then journals them, in a thread. Waits for the commit before."""
-        self._join()
+        self._commit.result()
         self._committed = time.monotonic()
-        if self._new:
-            payload = np.concatenate([chunk.rows for chunk in self._new], axis=1).tobytes()
-            block = {
-                "start": self._new[0].start,
-                **asdict(self.mark),
-                "skipped": [skip for chunk in self._new for skip in chunk.skipped.items()],
+        if new := self._blocks[self._journaled :]:
+            payload = np.concatenate([block.rows for block in new], axis=1).tobytes()
+            line = {
+                "start": new[0].start,
+                "next": new[-1].next,
+                "ends": new[-1].ends,
+                "checksums": new[-1].checksums,
+                "skipped": [skip for block in new for skip in block.skipped.items()],
                 "crc32": zlib.crc32(payload),
             }
-            self._new = []
-            self._commit = self._committer.submit(self._flush, _dump(block) + payload)
+            self._commit = self._committer.submit(self._flush, _dump(line) + payload)
+            self._journaled += len(new)
         if wait:
-            self._join()
+            self._commit.result()
 
     def _flush(self, block: bytes) -> None:
         for file, descriptor in zip(self.files, self._descriptors, strict=True):
@@ -230,13 +238,9 @@ class SplitFiles:
 
     def _write_journal(self, block: bytes) -> None:
         with self._guarded(self.journal):
-            _write_all(self._journal, block)
+            _write_all(self._journal, block, self._journal_end)
             os.fsync(self._journal)
-
-    def _join(self) -> None:
-        commit, self._commit = self._commit, None
-        if commit is not None:
-            commit.result()
+        self._journal_end += len(block)
 
     # --- finishing ---
 
@@ -247,13 +251,14 @@ class SplitFiles:
         """
         self.commit(wait=True)
         labels = np.delete(labels, list(self.skipped))
-        rows = np.concatenate(self._rows, axis=1)
+        rows = np.concatenate([block.rows for block in self._blocks], axis=1)
         sealed = tuple(self._seal_file(index, file_rows, labels) for index, file_rows in enumerate(rows))
         self._write_journal(_dump({"sealed": [asdict(file) for file in sealed]}))
         self.sealed = sealed
 
     def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:
-        file, descriptor, end = self.files[index], self._descriptors[index], self.mark.ends[index]
+        file, descriptor, last = self.files[index], self._descriptors[index], self._blocks[-1]
+        end = last.ends[index]
         metadata, table = np.zeros(len(rows), METADATA), np.zeros(len(rows), ALLOCATION)
         metadata["f0"], metadata["f1"] = rows[["mode", "width", "height", "ptr"]], labels
         table["sample_id"], table["ptr"], table["size"] = np.arange(len(rows)), rows["ptr"], rows["size"]
@@ -264,21 +269,15 @@ class SplitFiles:
             _write_all(descriptor, tail, end)
             _write_all(descriptor, head, 0)
             os.fsync(descriptor)
-        checksum = joined_crc32(zlib.crc32(head), zlib.crc32(tail, self.mark.checksums[index]), length - self.start)
+        checksum = joined_crc32(zlib.crc32(head), zlib.crc32(tail, last.checksums[index]), length - self.start)
         widest, tallest = int(rows["width"].max()), int(rows["height"].max())
         return replace(file, bytes=length, checksum=f"crc32:{checksum:08x}", max_width=widest, max_height=tallest)
 
     def publish(self, manifest: Manifest, path: Path) -> None:
         """Gives the complete files their names, then saves the manifest at ``path``. Repeatable after a kill."""
         for file in self.sealed:
-            final = self.out / file.file
             with suppress(FileNotFoundError):  # it already has its name
-                os.replace(self.work / file.file, final)
-            if not final.exists() or final.stat().st_size != file.bytes:
-                raise DataError(
-                    f"{final} is missing or does not have {file.bytes} bytes: something else changed it. "
-                    f"Remove {self.work} and the split's .beton files."
-                )
+                os.replace(self.work / file.file, self.out / file.file)
         flush_folder(self.out)
         with self._guarded(path):
             manifest.save(path)
@@ -290,18 +289,11 @@ class SplitFiles:
         try:
             yield
         except OSError as error:
-            if _full(error):
-                raise self._no_room(path, error) from error
+            free = byte_words(shutil.disk_usage(self.out).free)
             raise DataError(
-                f"cannot write {path}: {error.strerror or error}. The same command continues from there."
+                f"cannot write {path}: {error.strerror or error}; {free} free, about {byte_words(self.needed)} more "
+                "needed. Free some space, and the same command continues where this one stopped; or use another --out."
             ) from error
-
-    def _no_room(self, path: Path, error: OSError) -> DataError:
-        needed = "the need is unknown" if self.needed is None else f"about {byte_words(self.needed)} more needed"
-        return DataError(
-            f"no room to write {path}: {error.strerror}; {byte_words(free_bytes(self.out))} free, {needed}. "
-            "Free some space, and the same command continues where this one stopped; or use another --out."
-        )
 
 
 def difference(was: dict[str, str], wanted: dict[str, str]) -> str:
@@ -311,28 +303,17 @@ def difference(was: dict[str, str], wanted: dict[str, str]) -> str:
     )
 
 
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
 def byte_words(count: int) -> str:
     """``count`` bytes in words: 0.3 MB, 58 MB, 1.3 GB."""
     value, unit = (count / 1e9, "GB") if count >= 1e9 else (count / 1e6, "MB")
     return f"{value:.{0 if value >= 10 else 1}f} {unit}"
 
 
-def _full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while len(view):  # a write may be partial, for example if the disk is full
-        if offset is None:
-            done = os.write(descriptor, view)
-        else:
-            done = os.pwrite(descriptor, view, offset)
-            offset += done
+        done = os.pwrite(descriptor, view, offset)
+        offset += done
         view = view[done:]
 
 
@@ -343,8 +324,6 @@ def _dump(block: dict[str, Any]) -> bytes:
 def _line(file: BinaryIO) -> dict[str, Any] | None:
     """The object on the next line of a journal; None at its end, or if the line is incomplete."""
     line = file.readline()
-    try:
-        content = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
+    with suppress(ValueError):
+        return json.loads(line) if line.endswith(b"\n") else None
+    return None

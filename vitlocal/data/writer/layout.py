@@ -26,14 +26,13 @@ from vitlocal.data.native import ROW, DecoderThreads, Encoder
 from vitlocal.data.writer.encode import UNREADABLE, EncodeJob, encode_image
 from vitlocal.data.writer.journal import byte_words
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.machine import cores
-from vitlocal.write_options import PLAN_NAME
+from vitlocal.write_options import PLAN_NAME, JpegForm
 
 MARGIN = 1.2  # the loader should be this much faster than the trainer
 LOWER_QUALITIES = (80, 70)  # tried in this order if the wanted quality is too slow or too large
 SIDE_STEP = 16  # px; sides of candidates are rounded up to a multiple
 IMAGES, ENCODE_SECONDS = 256, 10.0  # images of the source to encode, within this time
-MEASURE_SECONDS = 12.0  # for all files and sizes, in two rounds
+MEASURE_SECONDS = 12.0  # for all files and sizes
 TIME_STEP = 1e-4  # as a fraction of the training time: smaller differences in waiting do not count
 
 
@@ -74,9 +73,7 @@ class StorageLayout:
 
     demands: tuple[SizeDemand, ...]
     files: tuple[CandidateFile, ...]
-    quality: int
-    sampling: int
-    keep: bool  # JPEGs that need not shrink are stored unchanged
+    jpeg: JpegForm
 
     @property
     def serving(self) -> tuple[CandidateFile, ...]:
@@ -112,56 +109,40 @@ def fastest_file(demand: SizeDemand, files: Sequence[CandidateFile]) -> Candidat
 
 
 def measure_candidates(
-    images: ImageSet, sizes: Sequence[int], crops: CropPolicy, side_ratio: float, target_cores: int, quality: int,
-    sampling: int, keep: bool = True, formats: Sequence[str] = ("raw", "jpg"),
+    images: ImageSet, sizes: Sequence[int], crops: CropPolicy, side_ratio: float, target_cores: int, jpeg: JpegForm,
+    formats: Sequence[str] = ("raw", "jpg"),
 ) -> tuple[CandidateFile, ...]:  # fmt: skip
     """The candidates for crops of ``sizes`` px, measured on some of ``images``.
 
-    A side is at least ``side_ratio`` x the size of a crop, as for sources. The rates are those of one core here, times
-    ``target_cores``, less the loss if all cores here work at once.
+    A side is at least ``side_ratio`` x the size of a crop, as for sources. The rates are those of all cores here,
+    scaled to ``target_cores``.
     """
     sides = sorted({-(-int(np.ceil(size * side_ratio)) // SIDE_STEP) * SIDE_STEP for size in sizes})
-    files = tuple(
-        BetonFile("", side, format, quality, sampling, int(keep), page_size_for(3 * side * side + (1 << 16)))
+    files = [
+        BetonFile("", side, format, *jpeg, page_size_for(3 * side * side + (1 << 16)))
         for side, format in itertools.product(sides, formats)
-    )
-    stored = _encode_some(images, files)
+    ]
     served = [[size for size in sizes if file.side >= size * side_ratio - 1e-6] for file in files]
-    seconds = MEASURE_SECONDS / 2 / (sum(map(len, served)) + len(files))
-    one, all_cores = DecoderThreads(1), DecoderThreads(cores())
-    took: list[dict[int, float]] = [{} for _ in files]
-    efficiency = []  # speed of a core while all work, relative to a core that works alone
-    for _ in range(2):  # a disturbance in one round may be absent in the other
-        for place, (data, rows) in enumerate(stored):
-            for size in served[place]:
-                spent = crop_seconds(one, data, rows, size, crops, seconds)
-                took[place][size] = min(spent, took[place].get(size, spent))
-            if all_cores.count > 1:
-                together = crop_seconds(all_cores, data, rows, served[place][-1], crops, seconds)
-                efficiency.append(min(1.0, took[place][served[place][-1]] / (together * all_cores.count)))
-    one.close()
-    all_cores.close()
-    effective_cores = target_cores * (float(np.median(efficiency)) if efficiency and target_cores > 1 else 1.0)
-    return tuple(
-        CandidateFile(
-            file.side,
-            file.format,
-            data_start(len(images)) + int((rows["bytes"].mean() + ALLOCATION.itemsize) * len(images)),
-            {size: effective_cores / spent for size, spent in by_size.items()},
-        )
-        for file, (_, rows), by_size in zip(files, stored, took, strict=True)
-    )
+    seconds = MEASURE_SECONDS / sum(map(len, served))
+    threads = DecoderThreads()
+    candidates = []
+    for file, its_sizes, (data, rows) in zip(files, served, _encode_some(images, files), strict=True):
+        bytes_in_all = data_start(len(images)) + int((rows["bytes"].mean() + ALLOCATION.itemsize) * len(images))
+        scale = target_cores / threads.count
+        rates = {size: scale / crop_seconds(threads, data, rows, size, crops, seconds) for size in its_sizes}
+        candidates.append(CandidateFile(file.side, file.format, bytes_in_all, rates))
+    threads.close()
+    return tuple(candidates)
 
 
 def _encode_some(images: ImageSet, files: Sequence[BetonFile]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Some of the images as each file would store them: (bytes,) uint8 and (n,) of native.ROW."""
     job, encoder = EncodeJob(tuple(files), 0, True), Encoder()
-    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:IMAGES])
     parts: list[list[bytes]] = [[] for _ in files]
     rows: list[list[tuple[int, ...]]] = [[] for _ in files]
     ends = [0] * len(files)
     deadline, problem = time.monotonic() + ENCODE_SECONDS, None
-    for index in np.random.default_rng(1).permutation(chosen).tolist():
+    for index in np.random.default_rng(0).permutation(len(images))[:IMAGES].tolist():
         try:
             forms = encode_image(images, index, job, encoder)
         except UNREADABLE as error:
@@ -174,7 +155,7 @@ def _encode_some(images: ImageSet, files: Sequence[BetonFile]) -> list[tuple[np.
         if time.monotonic() > deadline:
             break
     if not rows[0]:
-        raise DataError(f"none of {len(chosen)} images of {images.spec} could be read; the last error: {problem}")
+        raise DataError(f"the images of {images.spec} cannot be read; the last error: {problem}")
     return [
         (np.frombuffer(b"".join(part), np.uint8), np.array(row, ROW)) for part, row in zip(parts, rows, strict=True)
     ]
@@ -236,34 +217,34 @@ def best_files(
 
 def propose_layout(
     images: ImageSet, demands: Sequence[SizeDemand], crops: CropPolicy, side_ratio: float, limits: StorageLimits,
-    quality: int = 90, sampling: int = 420, keep: bool = True,
+    jpeg: JpegForm,
 ) -> StorageLayout:  # fmt: skip
     """The files to write for ``demands``.
 
-    If no set of files is fast enough or fits the disk with JPEGs of ``quality`` and ``sampling``, lower ones are tried,
-    and the first layout with the least missing time is returned. Raises ConfigError if nothing fits the disk.
+    If no set of files is fast enough or fits the disk with JPEGs as in ``jpeg``, smaller ones are tried, and the first
+    layout with the least missing time is returned. Raises ConfigError if nothing fits the disk.
     """
     sizes = sorted({demand.size for demand in demands})
-    tries = [(quality, sampling), *([(quality, 420)] if sampling != 420 else [])]
-    tries += [(lower, 420) for lower in LOWER_QUALITIES if lower < quality]
+    lower = [quality for quality in LOWER_QUALITIES if quality < jpeg.quality]
+    tries = [jpeg, *(jpeg._replace(quality=quality, sampling=420) for quality in (jpeg.quality, *lower))]
     layouts: list[StorageLayout] = []
     raw: tuple[CandidateFile, ...] = ()
-    for number, (quality, sampling) in enumerate(tries):
-        formats = ("jpg",) if number else ("raw", "jpg")
-        found = measure_candidates(images, sizes, crops, side_ratio, limits.cores, quality, sampling, keep, formats)
+    for form in dict.fromkeys(tries):
+        formats = ("jpg",) if raw else ("raw", "jpg")
+        found = measure_candidates(images, sizes, crops, side_ratio, limits.cores, form, formats)
         raw = raw or tuple(file for file in found if file.format == "raw")
         jpegs = tuple(file for file in found if file.format == "jpg")
         files = best_files(demands, raw + jpegs, limits)
         if files is not None:
-            layouts.append(StorageLayout(tuple(demands), files, quality, sampling, keep))
+            layouts.append(StorageLayout(tuple(demands), files, form))
             if not layouts[-1].missing_seconds:
                 return layouts[-1]
     if not layouts:
         smallest = min((file for file in raw + jpegs if sizes[-1] in file.rates), key=lambda file: file.bytes)
         raise ConfigError(
             f"--disk-limit: {byte_words(limits.disk)} are too few: the smallest file that serves all sizes, {smallest} "
-            f"of quality {quality}, takes {byte_words(smallest.bytes)}. Raise the limit, or lower data.side_ratio in "
-            "the recipe"
+            f"of quality {form.quality}, takes {byte_words(smallest.bytes)}. Raise the limit, or lower data.side_ratio "
+            "in the recipe"
         )
     tick = TIME_STEP * sum(demand.images / demand.rate for demand in demands)
     return min(layouts, key=lambda layout: round(layout.missing_seconds / tick))
@@ -289,7 +270,7 @@ def layout_lines(layout: StorageLayout, limits: StorageLimits, count: int) -> li
             f"{demand.size:5} {demand.images / count:7.1f} {demand.rate:9,.0f}/s {rate:9,.0f}/s "
             f"{rate / demand.rate:6.1f} x  {file}{note}"
         )
-    jpeg = f", JPEG of quality {layout.quality} and chroma {layout.sampling}"
+    jpeg = f", JPEG of quality {layout.jpeg.quality} and chroma {layout.jpeg.sampling}"
     jpeg *= any(file.format == "jpg" for file in layout.files)
     files = ", ".join(f"{file} ({byte_words(file.bytes)})" for file in layout.files)
     largest = max(file.bytes for file in layout.serving)
@@ -309,8 +290,8 @@ def save_layout(out: str, layout: StorageLayout, lines: Sequence[str], command: 
     """Saves the layout in the data folder, as options that the next write of the split reads."""
     path = Path(out) / PLAN_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    sides = ",".join(map(str, layout.files))
-    options = dict(sides=sides, quality=layout.quality, sampling=layout.sampling, keep_jpegs=layout.keep)
+    sides, (quality, sampling, keep) = ",".join(map(str, layout.files)), layout.jpeg
+    options = {"sides": sides, "quality": quality, "sampling": sampling, "keep_jpegs": bool(keep)}
     head = "".join(f"# {line}\n" for line in (f"Made by {command}", *lines))
     path.write_text(head + yaml.safe_dump({"write": options}, sort_keys=False), encoding="utf-8")
     return path
