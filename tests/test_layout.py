@@ -36,6 +36,7 @@ from vitlocal.write_options import JpegForm, WriteOptions, read_plan, read_write
 
 LIMITS = StorageLimits(cores=4, disk=10**9, memory=10**9)
 TRAIN = CropPolicy(random=True)
+JPEG = JpegForm(90, 420, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -110,12 +111,12 @@ def test_the_first_quality_that_is_fast_enough_is_chosen(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("vitlocal.data.writer.layout.measure_candidates", pretend)
     for need, quality, keeps_up in ((800, 90, True), (950, 80, True), (1000, 70, True), (1200, 70, False)):
-        choice = propose_layout(None, [SizeDemand(224, 1e6, need)], TRAIN, 1.5, LIMITS, JpegForm())
+        choice = propose_layout(None, [SizeDemand(224, 1e6, need)], TRAIN, 1.5, LIMITS, JPEG)
         assert (choice.jpeg.quality, not choice.missing_seconds) == (quality, keeps_up)
     small = replace(LIMITS, disk=600)  # for the lowest quality alone
-    assert propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, small, JpegForm()).jpeg.quality == 70
+    assert propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, small, JPEG).jpeg.quality == 70
     with pytest.raises(ConfigError, match=r"--disk-limit: 0.0 MB are too few.*336:jpg of quality 70"):
-        propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100), JpegForm())
+        propose_layout(None, [SizeDemand(224, 1e6, 100)], TRAIN, 1.5, replace(LIMITS, disk=100), JPEG)
 
 
 def test_the_report_names_the_stage_that_waits() -> None:
@@ -124,7 +125,7 @@ def test_the_report_names_the_stage_that_waits() -> None:
         CandidateFile(48, "raw", 10**8, {32: 90_000}),
         CandidateFile(336, "jpg", 10**10, {32: 2000, 224: 1300}),
     )
-    choice = StorageLayout(stages, (small, slow), JpegForm())
+    choice = StorageLayout(stages, (small, slow), JPEG)
     assert choice.serving == (small, slow) and choice.missing_seconds > 0
     assert choice.waits == (0.0, 0.5)
     text = "\n".join(layout_lines(choice, LIMITS, 10**6))
@@ -140,7 +141,7 @@ def test_the_report_names_the_stage_that_waits() -> None:
 
 def test_predicted_bytes_match_the_written_files(tmp_path: Path) -> None:
     images = open_images("sample:10", "train")
-    found = measure_candidates(images, [16, 32], TRAIN, 1.5, 2, JpegForm(80))
+    found = measure_candidates(images, [16, 32], TRAIN, 1.5, 2, JpegForm(80, 420, 1))
     assert [(file.side, file.format, sorted(file.rates)) for file in found] == [
         (32, "raw", [16]), (32, "jpg", [16]), (48, "raw", [16, 32]), (48, "jpg", [16, 32]),
     ]  # fmt: skip

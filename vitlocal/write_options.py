@@ -17,9 +17,9 @@ PLAN_NAME = "plan.yaml"  # the file of WriteOptions that --plan leaves in a data
 class JpegForm(NamedTuple):
     """How photos become JPEGs."""
 
-    quality: int = 90  # 1 to 100
-    sampling: int = 420  # of chroma: 420 (a quarter of the pixels) or 444 (all)
-    keep: int = 1  # 1: JPEGs that need not shrink are stored unchanged, 0: all are encoded again
+    quality: int  # 1 to 100
+    sampling: int  # of chroma: 420 (a quarter of the pixels) or 444 (all)
+    keep: int  # 1: JPEGs that need not shrink are stored unchanged, 0: all are encoded again
 
 
 @dataclass(frozen=True)

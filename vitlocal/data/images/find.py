@@ -55,8 +55,7 @@ def open_images(spec: str | None, split: str) -> ImageSet:
 def _open_folder(spec: str, split: str) -> ImageSet:
     root = Path(spec).expanduser().absolute()
     if not root.exists():
-        hint = " (did you mean 'sample'?)" if spec.lower().startswith("samp") else ""
-        raise ConfigError(f"source '{spec}' does not exist{hint}; expected {KINDS}")
+        raise ConfigError(f"source '{spec}' does not exist; expected {KINDS}")
     if not root.is_dir():
         raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")
     entries = [entry for entry in os.listdir(root) if not entry.startswith(".")]

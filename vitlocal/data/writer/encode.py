@@ -61,7 +61,9 @@ def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) ->
     A row that fails ends its chunk. The chunk with the rows before it comes first, then the error is raised: DataError
     for an unreadable image (unless ``job.skip``), else RuntimeError.
     """
-    count = rows_per_chunk(job)
+    # An estimate of the bytes of a row: photos are 3:4, and a JPEG takes a quarter of their bytes.
+    row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
+    count = max(1, min(32, int(CHUNK_BYTES / row)))
     spans = deque(range(first, min(first + count, len(images))) for first in range(start, len(images), count))
     requests: Queue[tuple[range, Future[Chunk]] | None] = Queue()
     stopping = threading.Event()
@@ -120,12 +122,6 @@ def stored_size(width: int, height: int, side: int, short_edge: int = 0) -> tupl
         return width, height
     floor = max(1, min(short_edge, width, height))
     return max(int(scale * width), floor), max(int(scale * height), floor)
-
-
-def rows_per_chunk(job: EncodeJob) -> int:
-    # An estimate: photos are 3:4, and a JPEG takes a quarter of their bytes.
-    row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
-    return max(1, min(32, int(CHUNK_BYTES / row)))
 
 
 def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder, stopping: threading.Event) -> Chunk:
