@@ -72,6 +72,8 @@ def test_sides_and_formats() -> None:
             parse_files("train", sides)
     with pytest.raises(ConfigError, match=r"--format raw needs --sides"):
         parse_files("train", "auto", "raw")
+    with pytest.raises(ConfigError, match=r"--format jpg has no effect"):
+        parse_files("train", "64:raw", "jpg")
 
 
 def test_every_file_holds_the_same_photos(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from vitlocal.data.images.image_set import SUFFIXES, ImageSet, listed, read_file, require_same_classes
+from vitlocal.data.images.image_set import SUFFIXES, ImageSet, listed, require_same_classes
 from vitlocal.errors import ConfigError, DataError
 
 
@@ -28,10 +30,9 @@ class _Member:
 def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Member]:
     """Lists the regular files of the tar in bytes [start, end). Reads only headers, of ustar, GNU and pax archives.
 
-    It is much faster than `tarfile`, which matters for the 1.28 million headers of ImageNet. Names have at most 100
-    bytes there.
+    It is much faster than `tarfile`, which matters for the 1.28 million headers of ImageNet.
     """
-    offset = start
+    offset, long_name = start, None
     while offset + 512 <= end:
         header = os.pread(descriptor, 512, offset)
         if header.count(0) == 512:
@@ -51,8 +52,20 @@ def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Mem
             raise ConfigError(
                 f"{where}: cut off: expected at least {body + size} bytes, found {end}; download it again"
             )
-        if header[156:157] in (b"0", b"\0"):
-            yield _Member(os.fsdecode(header[:100].rstrip(b"\0")), body, size)
+        kind = header[156:157]
+        if kind == b"L":  # GNU: the next member's name
+            long_name = os.pread(descriptor, size, body).rstrip(b"\0")
+        elif kind == b"x":  # pax: records "<length> <key>=<value>\n" on the next member
+            match = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", os.pread(descriptor, size, body))
+            long_name = match[1] if match else None
+        elif kind in (b"0", b"\0"):
+            name = long_name or header[:100].rstrip(b"\0")
+            if long_name is None and header[257:263] == b"ustar\0" and header[345] != 0:
+                name = header[345:500].rstrip(b"\0") + b"/" + name
+            long_name = None
+            yield _Member(os.fsdecode(name), body, size)
+        elif kind not in (b"g", b"K"):  # they describe the next member
+            long_name = None
 
 
 class TarImages(ImageSet):
@@ -70,62 +83,67 @@ class TarImages(ImageSet):
                 f"source '{root}' has no split '{split}': expected {path.name}, found {listed(found)}; "
                 "download it from image-net.org to this folder"
             )
-        self.spec, self._path = str(root), str(path)
-        with open(path, "rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: it reads only headers
-            size = path.stat().st_size
-            rows = _train_rows(file.fileno(), size, path) if split == "train" else _val_rows(file.fileno(), size, path)
+        self.spec = str(root)
+        self._file = _Descriptor(str(path))
+        advise = getattr(os, "posix_fadvise", lambda *_: None)
+        advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_RANDOM", 0))  # no read-ahead: it reads only headers
+        rows = self._train_rows(path) if split == "train" else self._val_rows(root, path)
+        advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_NORMAL", 0))
         rows.sort(key=lambda row: (row[0], row[1].name))
         self.classes = tuple(sorted({wnid for wnid, _ in rows}))
         train = root / "ILSVRC2012_img_train.tar"
         if split != "train" and train.is_file():
-            with open(train, "rb", buffering=0) as file:
-                tars = _members(file.fileno(), 0, train.stat().st_size, str(train))
-                inner = [_class_of(tar.name) for tar in tars]
+            outer = _Descriptor(str(train))
+            inner = [_class_of(tar.name) for tar in _members(outer.fileno(), 0, train.stat().st_size, str(train))]
             require_same_classes(path.name, self.classes, train.name, inner)
         self.labels = np.unique([wnid for wnid, _ in rows], return_inverse=True)[1].astype(np.int64)
         self._names = [os.path.basename(member.name) for _, member in rows]
         self._offsets = np.array([member.offset for _, member in rows], np.int64)
         self._sizes = np.array([member.size for _, member in rows], np.int64)
 
+    def _train_rows(self, path: Path) -> list[tuple[str, _Member]]:
+        """The outer tar holds one tar for each class, named after it."""
+        descriptor = self._file.fileno()
+
+        def rows_of(tar: _Member) -> list[tuple[str, _Member]]:
+            wnid = _class_of(tar.name)
+            where = f"{path}, {tar.name}"
+            members = _members(descriptor, tar.offset, tar.offset + tar.size, where)
+            rows = [(wnid, member) for member in members if member.name.lower().endswith(SUFFIXES)]
+            if not rows:
+                raise ConfigError(f"{where} has no images; download {path.name} again")
+            return rows
+
+        tars = list(_members(descriptor, 0, path.stat().st_size, str(path)))
+        for tar in tars:
+            if not tar.name.endswith(".tar"):
+                raise ConfigError(
+                    f"{path}: expected one tar for each class in it, found '{tar.name}'; download it again"
+                )
+        with ThreadPoolExecutor(16) as pool:  # they wait for the disk
+            return [row for rows in pool.map(rows_of, tars) for row in rows]
+
+    def _val_rows(self, root: Path, path: Path) -> list[tuple[str, _Member]]:
+        """All images are in one tar, ordered by name. The devkit has their classes."""
+        members = _members(self._file.fileno(), 0, path.stat().st_size, str(path))
+        images = sorted((m for m in members if m.name.lower().endswith(SUFFIXES)), key=lambda member: member.name)
+        wnids = _validation_wnids(root)
+        if len(wnids) != len(images):
+            raise ConfigError(
+                f"{path} has {len(images)} images, but the devkit's ground truth has {len(wnids)} lines; "
+                "download both again"
+            )
+        return list(zip(wnids, images, strict=True))
+
     def entry(self, index: int) -> str:
         return f"{self.classes[self.labels[index]]}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
-        size = int(self._sizes[index])
-        data = read_file(self._path, int(self._offsets[index]), size)
-        if len(data) < size:
-            raise DataError(f"{self.entry(index)}: expected {size} bytes, got {len(data)}: {self._path} was cut off")
-        return data
-
-
-def _train_rows(descriptor: int, length: int, path: Path) -> list[tuple[str, _Member]]:
-    """The class and the file of each image. The outer tar holds one tar for each class, named after it."""
-
-    def rows_of(tar: _Member) -> list[tuple[str, _Member]]:
-        where = f"{path}, {tar.name}"
-        members = _members(descriptor, tar.offset, tar.offset + tar.size, where)
-        rows = [(_class_of(tar.name), member) for member in members if member.name.lower().endswith(SUFFIXES)]
-        if not rows:
-            raise ConfigError(f"{where} has no images; download {path.name} again")
-        return rows
-
-    with ThreadPoolExecutor(16) as pool:  # they wait for the disk
-        return [row for rows in pool.map(rows_of, _members(descriptor, 0, length, str(path))) for row in rows]
-
-
-def _val_rows(descriptor: int, length: int, path: Path) -> list[tuple[str, _Member]]:
-    """The class and the file of each image. They are in one tar, ordered by name. The devkit has their classes."""
-    members = _members(descriptor, 0, length, str(path))
-    images = sorted((m for m in members if m.name.lower().endswith(SUFFIXES)), key=lambda member: member.name)
-    wnids = _validation_wnids(path.parent)
-    if len(wnids) != len(images):
-        raise ConfigError(
-            f"{path} has {len(images)} images, but the devkit's ground truth has {len(wnids)} lines; "
-            "download both again"
-        )
-    return list(zip(wnids, images, strict=True))
+        try:
+            descriptor = self._file.fileno()
+            return _read_at(descriptor, int(self._offsets[index]), int(self._sizes[index]), self.entry(index))
+        except OSError as error:
+            raise DataError(f"{self._file.path} cannot be read: {error.strerror}; restore the file") from error
 
 
 def _class_of(tar_name: str) -> str:
@@ -134,23 +152,73 @@ def _class_of(tar_name: str) -> str:
 
 def _validation_wnids(root: Path) -> list[str]:
     """The class of each validation image, in the order of their names, from the devkit (packed or unpacked)."""
-    from scipy.io import loadmat
-
-    folder, packed = root / "ILSVRC2012_devkit_t12", root / "ILSVRC2012_devkit_t12.tar.gz"
-
-    def read(name: str) -> bytes:
-        if folder.is_dir():
-            return (folder / "data" / name).read_bytes()
-        with tarfile.open(packed) as tar:
-            file = tar.extractfile(f"{folder.name}/data/{name}")
-            return file.read() if file else b""
+    truth, meta = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+    packed = sorted(root.glob("ILSVRC2012_devkit*.tar.gz"))
+    folders = [folder for folder in sorted(root.glob("ILSVRC2012_devkit*")) if (folder / truth).is_file()]
+    found: dict[str, bytes] = {}
+    where: Path
+    if folders:
+        where = folders[0]
+        found = {name: (where / name).read_bytes() for name in (truth, meta) if (where / name).is_file()}
+    elif packed:
+        where = packed[0]
+        try:
+            with tarfile.open(where) as tar:
+                for member in tar:
+                    name = next((name for name in (truth, meta) if member.name.endswith(name)), None)
+                    file = tar.extractfile(member) if name and member.isfile() else None
+                    if name and file:
+                        found[name] = file.read()
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise ConfigError(f"{where} cannot be read: {error}; download it again") from error
+    else:
+        raise ConfigError(
+            f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz with the classes of the validation images; "
+            "download it from image-net.org to this folder"
+        )
+    for name in (truth, meta):
+        if name not in found:
+            raise ConfigError(f"{where} lacks {name}; download ILSVRC2012_devkit_t12.tar.gz from image-net.org again")
 
     try:
-        table = np.atleast_1d(loadmat(io.BytesIO(read("meta.mat")), squeeze_me=True)["synsets"])
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ConfigError(f"reading the devkit's meta.mat needs scipy ({error}); pip install scipy") from error
+    try:
+        table = np.atleast_1d(loadmat(io.BytesIO(found[meta]), squeeze_me=True)["synsets"])
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
-        return [wnids[int(line)] for line in read("ILSVRC2012_validation_ground_truth.txt").split()]
-    except Exception as error:  # damaged files raise many kinds of errors
+        return [wnids[int(line)] for line in found[truth].split()]
+    except (KeyError, ValueError, TypeError, OSError) as error:
         raise ConfigError(
-            f"source '{root}' lacks a whole {packed.name}, which has the classes of the validation images ({error!r}); "
-            "download it from image-net.org to this folder"
+            f"{where}: its ground truth and meta.mat do not match ({error!r}); download it again"
         ) from error
+
+
+def _read_at(descriptor: int, offset: int, size: int, name: str) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # limits of 2 GiB and signals may shorten a read
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise DataError(f"{name}: expected {size} bytes, got {len(data)}: its file was cut off; restore it")
+        data += more
+    return data
+
+
+class _Descriptor:
+    """A file that is opened on first use and pickled as its path. `pread` has no position, so forks may share it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def fileno(self) -> int:
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)
+        return self._file.fileno()
+
+    def __reduce__(self) -> tuple[type[_Descriptor], tuple[str]]:
+        return _Descriptor, (self.path,)
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()

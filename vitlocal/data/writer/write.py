@@ -57,6 +57,10 @@ def parse_files(split: str, sides: str, format: str = "auto") -> tuple[tuple[int
             )
         usual = "raw" if int(match[1]) <= LARGEST_RAW else "jpg"
         files.append((int(match[1]), match[2] or (usual if format == "auto" else format)))
+    if format != "auto" and sides.count(":") == len(files):
+        raise ConfigError(
+            f"--format {format} has no effect, because --sides {sides!r} gives every side a format; remove it"
+        )
     if len(set(files)) < len(files):
         raise ConfigError(f"--sides {sides!r} names a file twice; remove one")
     return tuple(sorted(files))
