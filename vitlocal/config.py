@@ -25,7 +25,6 @@ from vitlocal.options import (
     TEXT,
     Choice,
     Duration,
-    Maybe,
     Number,
     Section,
     Series,
@@ -47,7 +46,7 @@ class DataConfig:
     loader: str = option(
         "native", Choice(*LOADERS), "native and ffcv read the data folder; torchvision and dali decode original images"
     )
-    source: str | None = option(None, Maybe(TEXT), "original images, for torchvision and dali; none: see the manifest")
+    source: str | None = option(None, TEXT, "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
     side_ratio: float = option(1.5, Number(0.1, 16), "prefer files with side >= this ratio x the image size")
@@ -57,21 +56,21 @@ class DataConfig:
 class ModelConfig:
     name: str = option("vitlocal_small_patch16_224", TEXT, "any timm model; our models begin with vitlocal_")
     size: int = option(224, COUNT, "largest image size, px; the position embeddings cover its grid")
-    patch_size: int | None = option(None, Maybe(COUNT), "patch size, px; none: from the model's name")
-    width: int | None = option(None, Maybe(COUNT), "embedding width; none: from the model's name")
-    depth: int | None = option(None, Maybe(COUNT), "number of blocks; none: from the model's name")
-    heads: int | None = option(None, Maybe(COUNT), "attention heads per block; none: from the model's name")
-    pool: str | None = option(None, Maybe(Choice("token", "avg")), "pooling: class token, or mean of the tokens")
-    qkv_bias: bool | None = option(None, Maybe(FLAG), "biases in the query, key and value layers")
-    activation: str | None = option(None, Maybe(Choice("h_swish", "gelu")), "ablation: activation of the local FFN")
-    norm: str | None = option(None, Maybe(Choice("layer", "batch")), "ablation: normalisation of the local FFN")
-    convolution: bool | None = option(None, Maybe(FLAG), "ablation: depth-wise convolution in the local FFN")
-    train_pos_embed: bool | None = option(None, Maybe(FLAG), "train the position embeddings; none: yes")
-    init: str | None = option(None, Maybe(Choice("trunc_normal", "xavier")), "distribution of the initial weights")
-    pos_embed_init: str | None = option(None, Maybe(Choice("random", "sincos")), "initial position embeddings")
+    patch_size: int | None = option(None, COUNT, "patch size, px; none: from the model's name")
+    width: int | None = option(None, COUNT, "embedding width; none: from the model's name")
+    depth: int | None = option(None, COUNT, "number of blocks; none: from the model's name")
+    heads: int | None = option(None, COUNT, "attention heads per block; none: from the model's name")
+    pool: str | None = option(None, Choice("token", "avg"), "pooling: class token, or mean of the tokens")
+    qkv_bias: bool | None = option(None, FLAG, "biases in the query, key and value layers")
+    activation: str | None = option(None, Choice("h_swish", "gelu"), "ablation: activation of the local FFN")
+    norm: str | None = option(None, Choice("layer", "batch"), "ablation: normalisation of the local FFN")
+    convolution: bool | None = option(None, FLAG, "ablation: depth-wise convolution in the local FFN")
+    train_pos_embed: bool | None = option(None, FLAG, "train the position embeddings; none: yes")
+    init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
+    pos_embed_init: str | None = option(None, Choice("random", "sincos"), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
     weights: str | None = option(
-        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes starts at random"
+        None, TEXT, "initial weights: a run folder or a file; a head for other classes starts at random"
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -87,7 +86,7 @@ class TrainConfig:
     lr: float = option(1e-3, Number(0), "peak learning rate, for train.lr_batch images per step")
     lr_batch: int = option(512, Number(0, whole=True), "the peak is train.lr x batch_size / lr_batch; 0: train.lr")
     schedule: str = option("cosine", Choice("cosine", "linear", "constant"), "learning rate schedule")
-    schedule_length: Length | None = option(None, Maybe(Duration()), "length of the schedule; none: the budget")
+    schedule_length: Length | None = option(None, Duration(), "length of the schedule; none: the budget")
     schedule_by: str = option("step", Choice("step", "epoch"), "update the learning rate after each step or epoch")
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
@@ -96,11 +95,11 @@ class TrainConfig:
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
     betas: tuple[float, float] = option((0.9, 0.999), Series(FRACTION, 2), "AdamW: betas")
     eps: float = option(1e-8, Number(0), "AdamW: epsilon")
-    clip_norm: float | None = option(None, Maybe(Number(0)), "largest gradient norm; none: no clipping")
+    clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
-    ema_decay: float | None = option(None, Maybe(FRACTION), "moving average of the weights: decay per step; none: off")
+    ema_decay: float | None = option(None, FRACTION, "moving average of the weights: decay per step; none: off")
     ema_length: Length | None = option(
-        None, Maybe(Duration()), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
+        None, Duration(), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
     )
     precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: on a GPU bf16 or fp16, else fp32")
     grad_accum_steps: int = option(1, COUNT, "gradient accumulation: parts of each process's batch, to save memory")
@@ -143,7 +142,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    size: int | None = option(None, Maybe(COUNT), "size of evaluation crops, px; none: model.size")
+    size: int | None = option(None, COUNT, "size of evaluation crops, px; none: model.size")
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
@@ -163,7 +162,7 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    folder: str | None = option(None, Maybe(TEXT), "folder of the run; none: runs/<recipe and overrides>")
+    folder: str | None = option(None, TEXT, "folder of the run; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
     resume: str = option(
         "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
@@ -174,7 +173,7 @@ class RunConfig:
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "time between checkpoints: the first to pass"
     )
     replay_search: str | None = option(
-        None, Maybe(TEXT), "folder of an earlier run, whose measured times replace those of this run's searches"
+        None, TEXT, "folder of an earlier run, whose measured times replace those of this run's searches"
     )
     keep_weights: bool = option(False, FLAG, "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, FLAG, "show a progress bar; without a terminal: print lines during long passes")

@@ -131,8 +131,8 @@ FRACTION = Number(low=0, high=1)
 
 
 def option(default: Any, kind: Parsed, meaning: str) -> Any:
-    """A dataclass field that is also an option of recipes and of the command line."""
-    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+    """A dataclass field that is also an option of recipes and of the command line. Default None: may be ``none``."""
+    return field(default=default, metadata={"kind": Maybe(kind) if default is None else kind, "meaning": meaning})
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,15 @@ class Section:
 def messages(checks: Mapping[str, Any]) -> list[str]:
     """The messages of ``checks`` whose condition is true, in order."""
     return [message for message, wrong in checks.items() if wrong]
+
+
+def by_dotted_name(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in ``sections`` as ``{"section.option": value}``. Options outside of sections keep their name."""
+    flat: dict[str, Any] = {}
+    for section, value in sections.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{section}.{key}".rstrip("."): part for key, part in inner.items()}
+    return flat
 
 
 def as_argument(value: Any) -> str:

@@ -29,7 +29,7 @@ from vitlocal.methods.search import (
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape
 from vitlocal.progress import Length, Progress, Stage
 
@@ -45,7 +45,7 @@ class AutoProgConfig(Section):
     min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
     schedule: tuple[Net, ...] | None = option(
-        None, Maybe(Series(NET)), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
+        None, Series(NET), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
     )
     search_length: Length = option(Length.parse("2%"), Duration(), "training steps of each search, without its probes")
     probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate")
@@ -62,7 +62,7 @@ class AutoProgConfig(Section):
         (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured"
     )
     cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or FLOPs")
-    exponent: float | None = option(None, Maybe(Number(0)), "w in the score L * T^w; none: fitted to the candidates")
+    exponent: float | None = option(None, Number(0), "w in the score L * T^w; none: fitted to the candidates")
     moments: str = option("reset", Choice("reset", "keep"), "optimizer moments when the network grows or shrinks")
     grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages")
     randaugment_start: float = option(0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage")

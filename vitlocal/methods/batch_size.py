@@ -7,7 +7,7 @@ from typing import Any
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Method, MethodContext, Recipe
-from vitlocal.options import BYTES, COUNT, Choice, Maybe, Section, option
+from vitlocal.options import BYTES, COUNT, Choice, Section, option
 from vitlocal.plan import Plan
 from vitlocal.progress import Progress
 
@@ -18,7 +18,7 @@ LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 @dataclass(frozen=True)
 class BatchSizeConfig(Section):
     memory: int | None = option(
-        None, Maybe(BYTES), "memory for activations on each device; none: as train.batch_size images of model.size take"
+        None, BYTES, "memory for activations on each device; none: as train.batch_size images of model.size take"
     )
     limit: int = option(2048, COUNT, "largest batch size")
     multiple: int = option(32, COUNT, "batch sizes above train.batch_size are multiples of this number")

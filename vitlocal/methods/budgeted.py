@@ -20,7 +20,7 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
-from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, messages, option
+from vitlocal.options import COUNT, FRACTION, Choice, Number, Parsed, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -48,17 +48,17 @@ COMPUTE = Parsed(
 class BudgetedConfig(Section):
     stages: int = option(3, COUNT, "number K of stages")
     grow: tuple[str, ...] = option(tuple(GROWS), Series(Choice(*GROWS)), "what grows; the rest has its full size")
-    compute: str | None = option(None, Maybe(COMPUTE), "compute of the run, which sets its epochs; none: budget.length")
+    compute: str | None = option(None, COMPUTE, "compute of the run, which sets its epochs; none: budget.length")
     reference_epochs: float = option(300.0, Number(1), "epochs of full training, for budgeted.compute in %")
     epochs: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(0, whole=True))), "epochs of each stage; none: they follow from alpha, seed and cost"
+        None, Series(Number(0, whole=True)), "epochs of each stage; none: they follow from alpha, seed and cost"
     )
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
     seed: int = option(0, Number(0, whole=True), "seed of the random numbers that set the stages' lengths")
     cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
-    heads: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the heads in each stage")
-    hidden: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the hidden width, by stage")
-    tokens: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage")
+    heads: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the heads in each stage")
+    hidden: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the hidden width, by stage")
+    tokens: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the tokens in each stage")
     crop: str = option(
         "after",
         Choice("after", "before"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vitlocal.methods.method import Method, MethodContext, Recipe
-from vitlocal.options import COUNT, STAGE, Choice, Maybe, Number, Section, Series, option
+from vitlocal.options import COUNT, STAGE, Choice, Number, Section, Series, option
 from vitlocal.plan import Plan, with_size
 from vitlocal.progress import Length, Progress, Stage
 
@@ -16,10 +16,10 @@ from vitlocal.progress import Length, Progress, Stage
 class ImageSizeConfig(Section):
     init: int = option(32, COUNT, "size of training crops at the start, px")
     step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
-    final: int | None = option(None, Maybe(COUNT), "last size of training crops, px; none: model.size")
+    final: int | None = option(None, COUNT, "last size of training crops, px; none: model.size")
     growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
     stages: tuple[Stage, ...] | None = option(
-        None, Maybe(Series(STAGE)), "the whole curriculum, stage by stage; replaces all other image_size options"
+        None, Series(STAGE), "the whole curriculum, stage by stage; replaces all other image_size options"
     )
     step_epochs: float = option(5.0, Number(1e-3), "epochs between two sizes, for linear growth")
     switch_epochs: tuple[float, ...] = option(

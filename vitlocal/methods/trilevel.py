@@ -17,7 +17,7 @@ import numpy as np
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.options import FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
+from vitlocal.options import FLAG, FRACTION, Choice, Duration, Number, Section, Series, messages, option
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -46,7 +46,7 @@ class TrilevelConfig(Section):
         "shared", Choice("shared", "per_head"), "attention masks: one for all heads, or per head"
     )
     pruned_blocks: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(0, whole=True))), "blocks that drop tokens, from 0; none: at quarters of the depth"
+        None, Series(Number(0, whole=True)), "blocks that drop tokens, from 0; none: at quarters of the depth"
     )
     decay_start: Length = option(Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1")
     decay_end: Length = option(Length.parse("36.6667%"), Duration(), "when r and r_a reach their final rates")

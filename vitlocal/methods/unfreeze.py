@@ -27,7 +27,7 @@ from vitlocal.methods.search import (
     schedule_warnings,
     stages_of,
 )
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Maybe, Number, Section, Series, messages, option
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
 from vitlocal.progress import Progress, Stage
 
@@ -48,7 +48,7 @@ class UnfreezeConfig(Section):
     min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
     schedule: tuple[Net, ...] | None = option(
-        None, Maybe(Series(NET)), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
+        None, Series(NET), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
     )
     probe_batch_size: int = option(16, Number(2, whole=True), "images per batch of a probe, over all processes")
     kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
