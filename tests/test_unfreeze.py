@@ -33,8 +33,8 @@ def test_votes():
     assert ranks([1.0, 1.0 + 1e-7, 2.0], 1e-6) == [1, 1, 3]
     assert ranks([float("nan"), float("inf"), 1.0], 1e-6)[2] == 1
     # Time 1, 2, 3 with 1; conditioning 3, 1, 2 and ZiCo 3, 1, 2 with a half each: 4, 3, 5.
-    assert vote([1.0, 2.0, 3.0], [9.0, 1.0, 5.0], [1.0, 9.0, 5.0], (1, 0.5, 0.5), 1e-6) == 1
-    assert vote([1.0, 2.0], [2.0, 1.0], [1.0, 2.0], (1, 0.5, 0.5), 1e-6) == 0  # a tie: the faster one
+    assert vote([1.0, 2.0, 3.0], [(9.0, 1.0), (1.0, 9.0), (5.0, 5.0)], (1, 0.5, 0.5), 1e-6) == 1
+    assert vote([1.0, 2.0], [(2.0, 1.0), (1.0, 2.0)], (1, 0.5, 0.5), 1e-6) == 0  # a tie: the faster one
 
 
 def test_stages_of_unfreezing():

@@ -28,6 +28,7 @@ from vitlocal.options import (
     Number,
     Section,
     Series,
+    by_dotted_name,
     messages,
     option,
     plain_value,
@@ -37,7 +38,7 @@ from vitlocal.schedule import LRSchedule
 
 LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
 LOADERS = ("native", "ffcv", "torchvision", "dali")
-KERNELS = ("auto", "fused", "plain")  # of the local FFN
+CROP_OPTIONS = ("crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ModelConfig:
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
         names = {"width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size"}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "weights")}
+        values = {name: value for name, value in vars(self).items() if name not in ("name", "weights")}
         return {names.get(name, name): value for name, value in values.items() if value is not None}
 
 
@@ -98,16 +99,14 @@ class TrainConfig:
     clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
     ema_decay: float | None = option(None, FRACTION, "moving average of the weights: decay per step; none: off")
-    ema_length: Length | None = option(
-        None, Duration(), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
-    )
+    ema_length: Length | None = option(None, Duration(), "moving average: length until it forgets to 1/e, such as 2%")
     precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: on a GPU bf16 or fp16, else fp32")
     grad_accum_steps: int = option(1, COUNT, "gradient accumulation: parts of each process's batch, to save memory")
     grad_checkpointing: bool = option(False, FLAG, "gradient checkpointing: compute activations twice, to save memory")
     compile: str = option("auto", Choice("auto", "yes", "no"), "use torch.compile for each image size; auto: on a GPU")
     compile_at: str = option("start", Choice("start", "stage"), "compile all sizes at the start, or at their stages")
     cuda_graphs: str = option("auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps of small kernels")
-    kernel: str = option("auto", Choice(*KERNELS), "kernel of the local FFN; auto: fused on a GPU")
+    kernel: str = option("auto", Choice("auto", "fused", "plain"), "kernel of the local FFN; auto: fused on a GPU")
 
     @property
     def lr_schedule(self) -> LRSchedule:
@@ -120,7 +119,7 @@ class TrainConfig:
 class AugmentConfig:
     crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
     crop_ratio: tuple[float, float] = option(
-        (0.75, 4 / 3), Series(Number(0.01), 2), "width / height of the random crop: range"
+        (0.75, 4 / 3), Series(Number(0.01), 2), "width / height of the crop: range"
     )
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
     repeats: int = option(1, COUNT, "repeated augmentation: consecutive copies of each image in an epoch")
@@ -134,10 +133,7 @@ class AugmentConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for :class:`vitlocal.data.augment.Augment`."""
-        names = (
-            "randaugment", "three_augment", "mixup", "cutmix", "mixup_prob", "cutmix_prob", "random_erasing"
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name not in CROP_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -146,9 +142,7 @@ class EvaluateConfig:
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
-    crop_pct: float = option(
-        0.875, Number(0.01, 1), "centre crop: its side as a fraction of the short edge (224 / 256)"
-    )
+    crop_pct: float = option(0.875, Number(0.01, 1), "side of the centre crop, as a fraction of the short edge")
 
 
 @dataclass(frozen=True)
@@ -172,9 +166,7 @@ class RunConfig:
     save_every: tuple[Length, ...] = option(
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "time between checkpoints: the first to pass"
     )
-    replay_search: str | None = option(
-        None, TEXT, "folder of an earlier run, whose measured times replace those of this run's searches"
-    )
+    replay_search: str | None = option(None, TEXT, "folder of an earlier run, whose times searches use again")
     keep_weights: bool = option(False, FLAG, "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, FLAG, "show a progress bar; without a terminal: print lines during long passes")
 
@@ -204,57 +196,33 @@ class Config:
     method_options: Mapping[str, Section] = field(default_factory=dict)  # of every known method, by its name
 
     def __post_init__(self) -> None:
-        defaults = {name: METHODS[name].options() for name in METHODS if name not in self.method_options}
-        stated = {**defaults, **self.method_options}
-        completed = {name: stated[name].completed(self.model.size) for name in METHODS}
+        stated = self.method_options or {name: method.options() for name, method in METHODS.items()}
+        completed = {name: section.completed(self.model.size) for name, section in stated.items()}
         object.__setattr__(self, "method_options", completed)
 
     @property
     def recipe(self) -> Recipe:
         """The part of the configuration that methods may read."""
-        augment = self.augment
-        recipe = Recipe(
-            methods=self.methods,
-            options=self.method_options,
-            model_name=self.model.name,
-            model_size=self.model.size,
-            model_weights=self.model.weights,
-            drop_path=self.model.drop_path,
-            batch_size=self.train.batch_size,
-            grad_accum_steps=self.train.grad_accum_steps,
-            compiles=self.train.compile != "no",
-            budget=self.budget.length,
-            seed=self.run.seed,
-            randaugment=augment.randaugment,
-            has_augmentation=any(
-                (augment.randaugment, augment.three_augment, augment.mixup, augment.cutmix, augment.random_erasing)
-            ),
-            repeats=augment.repeats,
-            on_error=self.data.on_error,
-        )
+        sections = {name: vars(getattr(self, name)) for name in SECTIONS.keys() - METHODS.keys()}
+        recipe = Recipe(self.methods, self.method_options, by_dotted_name(sections))
         return replace(recipe, claims=method_claims(recipe))
 
     def nested(self) -> dict[str, Any]:
         """Every option as plain yaml values, in sections."""
-        sections = {name: self.method_options[name] if name in METHODS else getattr(self, name) for name in SECTIONS}
-        values: dict[str, Any] = {
-            name: {f.name: plain_value(getattr(section, f.name)) for f in fields(section)}
-            for name, section in sections.items()
-        }
+        values: dict[str, Any] = {}
+        for name in SECTIONS:
+            section = self.method_options[name] if name in METHODS else getattr(self, name)
+            values[name] = {key: plain_value(value) for key, value in vars(section).items()}
         return {**values, "methods": list(self.methods)}
 
     def source_arguments(self) -> dict[str, Any]:
         """The keyword arguments for :func:`vitlocal.data.sources.open_sources`."""
-        data = dict(vars(self.data))
-        crops = {name: getattr(self.augment, name) for name in ("crop_scale", "crop_ratio", "flip", "repeats")}
-        return data | crops | {"seed": self.run.seed, "centre_crop": self.evaluate.crop_pct}
+        crops = {name: getattr(self.augment, name) for name in CROP_OPTIONS}
+        return vars(self.data) | crops | {"seed": self.run.seed, "centre_crop": self.evaluate.crop_pct}
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
-        nested = self.nested()
-        methods = nested.pop("methods")
-        flat = {f"{name}.{key}": value for name, section in nested.items() for key, value in section.items()}
-        return {**flat, "methods": methods}
+        return by_dotted_name(self.nested())
 
     def yaml(self) -> str:
         """A recipe that repeats this run."""
@@ -262,22 +230,16 @@ class Config:
 
 
 SECTIONS: dict[str, Any] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "augment": AugmentConfig,
-    "evaluate": EvaluateConfig,
-    "budget": BudgetConfig,
-    "run": RunConfig,
+    **{f.name: f.default_factory for f in fields(Config) if f.name not in ("methods", "method_options")},
     **{name: method.options for name, method in METHODS.items()},
 }
 
 # Options that do not change the result: they may differ when a run is resumed.
 IMMATERIAL = frozenset(
     {"data.root", "data.workers", "data.source", "evaluate.batch_size"}
-    | {f"train.{name}" for name in ("grad_accum_steps", "grad_checkpointing", "compile", "compile_at", "cuda_graphs")}
-    | {f"run.{name}" for name in ("folder", "resume", "device", "threads", "save_every", "progress", "keep_weights")}
-    | {"train.kernel"}
+    | {"train.grad_accum_steps", "train.grad_checkpointing", "train.compile", "train.compile_at", "train.cuda_graphs"}
+    | {"train.kernel", "run.folder", "run.resume", "run.device", "run.threads", "run.save_every", "run.progress"}
+    | {"run.keep_weights"}
 )
 
 

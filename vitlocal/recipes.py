@@ -13,16 +13,12 @@ import yaml
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS
+from vitlocal.options import by_dotted_name
 
 
 def stored_options(folder: Path) -> dict[str, Any]:
     """The options in a run's ``config.yaml``, by dotted name."""
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    return {
-        f"{section}.{key}" if key else section: value
-        for section, inner in stored.items()
-        for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
-    }
+    return by_dotted_name(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
 
 
 def changed_options(before: Mapping[str, Any], config: Config) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import combinations
 
 from vitlocal.methods.method import Claims, Method, MethodContext, Recipe
 
@@ -45,14 +46,12 @@ def method_problems(recipe: Recipe) -> list[str]:
 def conflicts(claims: Sequence[Claims]) -> list[str]:
     """One message for each pair of methods that cannot be combined."""
     found = []
-    for place, first in enumerate(claims):
-        for second in claims[place + 1 :]:
-            if both := first.writes & second.writes:
-                found.append(
-                    f"methods: {first.name} and {second.name} both set {', '.join(sorted(both))}; remove one of the two"
-                )
-                continue  # one reason is enough
-            for one, other in ((first, second), (second, first)):
-                reasons = [reason for field, reason in one.excludes.items() if field in other.writes - one.writes]
-                found += [f"methods: {one.name} and {other.name} cannot be combined: {reason}" for reason in reasons]
+    for first, second in combinations(claims, 2):
+        if both := first.writes & second.writes:
+            fields = ", ".join(sorted(both))
+            found.append(f"methods: {first.name} and {second.name} both set {fields}; remove one of the two")
+            continue  # one reason is enough
+        for one, other in ((first, second), (second, first)):
+            reasons = [reason for field, reason in one.excludes.items() if field in other.writes - one.writes]
+            found += [f"methods: {one.name} and {other.name} cannot be combined: {reason}" for reason in reasons]
     return found

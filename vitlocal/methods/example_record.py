@@ -1,7 +1,4 @@
-"""Records the results of each training example, on the device.
-
-This file imports PyTorch, so reading a configuration must not import it.
-"""
+"""Records the results of each training example, on the device. (Reading a configuration must not import PyTorch.)"""
 
 from __future__ import annotations
 
@@ -40,23 +37,19 @@ class ExampleRecord:
         self._epochs: dict[int, Tensor] = {}  # by epoch: (n,) uint8
         self._variance: Tensor | None = None  # (n,) float64, summed over epochs
 
-    def __bool__(self) -> bool:
-        return bool(self._epochs)
-
     def note(self, epoch: int, ids: Tensor, correct: Tensor, variance: Tensor | None) -> None:
         """Records a step: ``ids`` (B,) int64, ``correct`` (B,) bool and, if measured, ``variance`` (B,)."""
         device = correct.device
         if epoch not in self._epochs:
             self._epochs[epoch] = torch.zeros(self._count, dtype=torch.uint8, device=device)
-        if self._epochs[epoch].device != device or next(iter(self._epochs.values())).device != device:
-            self._epochs = {each: record.to(device) for each, record in self._epochs.items()}  # from a checkpoint
-            self._variance = None if self._variance is None else self._variance.to(device)
+        if next(iter(self._epochs.values())).device != device:  # from a checkpoint
+            self._epochs = {each: record.to(device) for each, record in self._epochs.items()}
         ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
         self._epochs[epoch].index_copy_(0, ids, correct.to(torch.uint8) + WRONG)
         if variance is not None:
             if self._variance is None:
                 self._variance = torch.zeros(self._count, dtype=torch.float64, device=device)
-            self._variance.index_add_(0, ids, variance.double())
+            self._variance = self._variance.to(device).index_add_(0, ids, variance.double())
 
     def tensors(self) -> dict[str, Tensor]:
         """The notes of this process: ``records`` (E, n) uint8, and ``attention_variance`` (n,) if it is measured."""
