@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from method_plans import context_of, plan_at
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
-from vitlocal.methods.method import ProbeResult
 from vitlocal.progress import Progress
 
 
@@ -66,7 +67,7 @@ def test_stages_by_measured_times():
     for seconds in (1.0, 2.0, 3.0):
         probe = method.probes(Progress())[0]
         assert probe.kind == "seconds"
-        method.observe(ProbeResult(probe, seconds))
+        method.observe(replace(probe, answer=seconds))
     assert not method.probes(Progress())
     assert [end.value for end in method.changes()] == pytest.approx([1 / 6, 1 / 2])
 

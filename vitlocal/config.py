@@ -1,4 +1,4 @@
-"""The trainer's configuration: its sections of options, and the checks that need several options.
+"""The trainer's configuration: its sections of options, checks that need several options, and comparisons.
 
 Frozen dataclasses declare name, kind, default and meaning of each option once. :mod:`vitlocal.config_reader` reads
 their values.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,24 +17,11 @@ from typing import Any
 
 import yaml
 
-from vitlocal.config_reader import OptionReader
-from vitlocal.methods import METHODS, method_claims, method_problems
+from vitlocal.config_reader import OptionReader, by_dotted_name, plain_value
+from vitlocal.errors import ConfigError
+from vitlocal.methods import METHODS, method_problems
 from vitlocal.methods.method import Recipe
-from vitlocal.options import (
-    COUNT,
-    FLAG,
-    FRACTION,
-    TEXT,
-    Choice,
-    Duration,
-    Number,
-    Section,
-    Series,
-    by_dotted_name,
-    messages,
-    option,
-    plain_value,
-)
+from vitlocal.options import COUNT, FLAG, FRACTION, TEXT, Choice, Duration, Number, Section, Series, messages, option
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 
@@ -44,9 +33,7 @@ CROP_OPTIONS = ("crop_scale", "crop_ratio", "flip", "repeats")  # of the section
 @dataclass(frozen=True)
 class DataConfig:
     root: str = option("data/imagenet", TEXT, "data folder that write_dataset.py filled")
-    loader: str = option(
-        "native", Choice(*LOADERS), "native and ffcv read the data folder; torchvision and dali decode original images"
-    )
+    loader: str = option("native", Choice(*LOADERS), "native, ffcv: stored files; torchvision, dali: original images")
     source: str | None = option(None, TEXT, "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
@@ -70,9 +57,7 @@ class ModelConfig:
     init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
     pos_embed_init: str | None = option(None, Choice("random", "sincos"), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
-    weights: str | None = option(
-        None, TEXT, "initial weights: a run folder or a file; a head for other classes starts at random"
-    )
+    weights: str | None = option(None, TEXT, "initial weights (run folder or file); a head for other classes is random")
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
@@ -138,7 +123,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    size: int | None = option(None, COUNT, "size of evaluation crops, px; none: model.size")
+    size: int | None = option(None, COUNT, "size of evaluation crops, px; none: model.size", none_is="model.size")
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
@@ -159,7 +144,7 @@ class RunConfig:
     folder: str | None = option(None, TEXT, "folder of the run; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
     resume: str = option(
-        "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
+        "auto", Choice("auto", "must", "never"), "continue a run in the folder; must (--resume): need one"
     )
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
@@ -193,19 +178,16 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     run: RunConfig = field(default_factory=RunConfig)
     methods: tuple[str, ...] = option((), Series(Choice(*METHODS)), "training methods, in order")
-    method_options: Mapping[str, Section] = field(default_factory=dict)  # of every known method, by its name
-
-    def __post_init__(self) -> None:
-        stated = self.method_options or {name: method.options() for name, method in METHODS.items()}
-        completed = {name: section.completed(self.model.size) for name, section in stated.items()}
-        object.__setattr__(self, "method_options", completed)
+    method_options: Mapping[str, Section] = field(  # of every known method, by its name
+        default_factory=lambda: {name: method.options() for name, method in METHODS.items()}
+    )
 
     @property
     def recipe(self) -> Recipe:
         """The part of the configuration that methods may read."""
         sections = {name: vars(getattr(self, name)) for name in SECTIONS.keys() - METHODS.keys()}
         recipe = Recipe(self.methods, self.method_options, by_dotted_name(sections))
-        return replace(recipe, claims=method_claims(recipe))
+        return replace(recipe, claims=tuple(METHODS[name].claims(recipe) for name in self.methods))
 
     def nested(self) -> dict[str, Any]:
         """Every option as plain yaml values, in sections."""
@@ -249,19 +231,18 @@ def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     Raises :class:`ConfigError` with a list of all problems. ``--help`` prints the options and exits.
     """
     options = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
-    options["methods"] = next(f for f in fields(Config) if f.name == "methods")
+    options["methods"] = Config.__dataclass_fields__["methods"]
     argv = ["--run.resume=must" if word == "--resume" else word for word in argv]
-    renamed = RENAMED_OPTIONS | {
-        f"{name}.{old}": f"{name}.{new}"
-        for name, method in METHODS.items()
-        for old, new in method.options.renamed.items()
-    }
+    renamed = dict(RENAMED_OPTIONS)
+    for name, method in METHODS.items():
+        renamed |= {f"{name}.{old}": f"{name}.{new}" for old, new in method.options.renamed.items()}
     reader = OptionReader(options, "Trains a Vision Transformer within a budget.", renamed=renamed)
     values = reader.read(argv, os.environ if environment is None else environment)
     if values["run.folder"] is None:
         values["run.folder"] = default_folder(reader.files, reader.overrides)
-    if values["evaluate.size"] is None:
-        values["evaluate.size"] = values["model.size"]
+    for name, spec in options.items():
+        if values[name] is None and spec.metadata["none_is"] is not None:
+            values[name] = values[spec.metadata["none_is"]]
     sections = {
         name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section)})
         for name, section in SECTIONS.items()
@@ -307,3 +288,40 @@ def _contradictions(config: Config) -> list[str]:
         f"budget.counts: cpu measures only this process, and data.loader={data.loader} starts others; use train":
             config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
     })  # fmt: skip
+
+
+def stored_options(folder: Path) -> dict[str, Any]:
+    """The options in a run's ``config.yaml``, by dotted name."""
+    return by_dotted_name(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
+
+
+def changed_options(before: Mapping[str, Any], config: Config) -> list[str]:
+    """The differences of ``config`` from ``before``: "NAME was X and is now Y" for each option that matters."""
+    before = {**read_config([], {}).flat(), **before}  # an option that is missing there counts as its default
+    unused = METHODS.keys() - {*before["methods"], *config.methods}  # the options of these methods have no effect
+    return [
+        f"{name} was {before[name]!r} and is now {value!r}"
+        for name, value in config.flat().items()
+        if name not in IMMATERIAL and name.partition(".")[0] not in unused and before[name] != value
+    ]
+
+
+def stated_options(config: Config) -> dict[str, Any]:
+    """The options of ``config`` that differ from the defaults and can change a result."""
+    default = read_config([], {}).flat()
+    return {name: value for name, value in config.flat().items() if name not in IMMATERIAL and default[name] != value}
+
+
+def check_same_run(folder: Path, config: Config, option: str = "run.folder") -> None:
+    """Raises ConfigError if ``folder``, which ``option`` names, holds a run of another configuration."""
+    if changed := changed_options(stored_options(folder), config):
+        raise ConfigError(
+            f"{option}: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options to "
+            f"continue it, or another --{option}"
+        )
+
+
+def recipe_text(config: Config) -> str:
+    """The content of a run's ``config.yaml``: a recipe that repeats the run, and the command that started it."""
+    command = shlex.join(sys.argv)
+    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {command}\n{config.yaml()}"

@@ -19,7 +19,23 @@ import yaml
 from fastargs.exceptions import ValidationError
 
 from vitlocal.errors import ConfigError
-from vitlocal.options import Flag, by_dotted_name, plain_value
+from vitlocal.options import FLAG
+
+
+def by_dotted_name(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in ``sections`` as ``{"section.option": value}``. Options outside of sections keep their name."""
+    flat: dict[str, Any] = {}
+    for section, value in sections.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{section}.{key}".rstrip("."): part for key, part in inner.items()}
+    return flat
+
+
+def plain_value(value: Any) -> Any:
+    """``value`` as yaml stores it: a number, text, none, or a list of them."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return [plain_value(part) for part in value] if type(value) is tuple else str(value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +81,7 @@ class OptionReader:
             if section not in groups:
                 groups[section] = parser.add_argument_group(section or "top level")
             takes: dict[str, Any] = {"metavar": ""}
-            if isinstance(kind, Flag):  # `--run.keep_weights` without a value means true
+            if kind is FLAG:  # `--run.keep_weights` without a value means true
                 takes = {"nargs": "?", "const": "true", "metavar": "true|false"}
             else:
                 meaning += f"; {kind.help()}"

@@ -27,20 +27,15 @@ def build_methods(context: MethodContext, writing: str = "") -> list[Method]:
     """The recipe's methods in its order. With ``writing="dials."``, only those that set a field of that prefix."""
     return [
         METHODS[claims.name](context)
-        for claims in method_claims(context.recipe)
+        for claims in context.recipe.claims
         if not writing or any(field.startswith(writing) for field in claims.writes)
     ]
-
-
-def method_claims(recipe: Recipe) -> tuple[Claims, ...]:
-    """The fields that each of the recipe's methods sets, in the recipe's order. No method is built for this."""
-    return tuple(METHODS[name].claims(recipe) for name in recipe.methods)
 
 
 def method_problems(recipe: Recipe) -> list[str]:
     """The errors that the recipe's methods find in it or, without errors, the pairs that cannot be combined."""
     found = [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
-    return found or conflicts(method_claims(recipe))
+    return found or conflicts(recipe.claims)
 
 
 def conflicts(claims: Sequence[Claims]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import NET, Net, SearchMethod, ladder, remembered
 from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape, with_size
@@ -311,17 +311,17 @@ class AutoProg(SearchMethod):
         split = self._config.loss_on if kind == "loss" else "train"
         return Probe(kind, shape, net.size or 0, self._config.probe_batches, split=split, average=average, sets=sets)
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
+    def observe(self, result: StepResult | Probe) -> None:
         if isinstance(result, StepResult):
             return self._observe_step(result)
         stage, record = self._asked_stage, self._record
-        if result.probe.kind == "seconds":
-            record.times.setdefault(stage, []).append(result.value)
+        if result.kind == "seconds":
+            record.times.setdefault(stage, []).append(result.answer)
         else:
             if record.since is not None:
                 record.searched[stage] += self._round_at - record.since
                 record.since = None
-            record.under_way.setdefault(stage, []).append(result.value)
+            record.under_way.setdefault(stage, []).append(result.answer)
             if len(record.under_way[stage]) == len(self._candidates(stage)):
                 record.losses.setdefault(stage, []).append(record.under_way.pop(stage))
         self._memory.clear()

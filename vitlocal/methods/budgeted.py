@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
 from vitlocal.options import COUNT, FRACTION, Choice, Number, Parsed, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
@@ -36,9 +36,7 @@ def parse_compute(value: Any) -> str:
     return str(value)
 
 
-COMPUTE = Parsed(
-    parse_compute, "a part of full training, such as 50%, or 691.2GFLOPs per image, summed over epochs (multiply-adds)"
-)
+COMPUTE = Parsed(parse_compute, "a part of full training, such as 50%, or 691.2GFLOPs per image, over all epochs")
 
 
 @dataclass(frozen=True)
@@ -160,24 +158,23 @@ class Budgeted(Method):
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
         config, budget = recipe.section(BudgetedConfig), recipe["budget.length"]
-        found = []
-        for name in ("heads", "hidden", "tokens", "epochs"):
-            values = getattr(config, name)
-            if values is None:
-                continue
-            if len(values) != config.stages:
-                found.append(f"budgeted.{name}: got {len(values)} values for {config.stages} stages; give one for each")
-            elif name != "epochs" and (list(values) != sorted(values) or values[-1] != 1 or not values[0]):
-                found.append(
-                    f"budgeted.{name}: got {list(values)}, expected increasing fractions above 0, and 1 as the last"
-                )
+        fractions = {name: list(getattr(config, name) or ()) for name in ("heads", "hidden", "tokens")}
+        epochs, measures = list(config.epochs or ()), config.cost == "time"
         copies = config.new_moments == "copy" or config.copy_from != "first" or config.copy_scale != 1
-        measures, epochs = config.cost == "time", config.epochs
-        return found + messages({
+        return messages({
+            **{
+                f"budgeted.{name}: got {len(values)} values for {config.stages} stages; give one for each":
+                    getattr(config, name) is not None and len(values) != config.stages
+                for name, values in {**fractions, "epochs": epochs}.items()
+            },
+            **{
+                f"budgeted.{name}: got {values}, expected increasing fractions above 0, and 1 as the last":
+                    values and (values != sorted(values) or values[-1] != 1 or not values[0])
+                for name, values in fractions.items()
+            },
             "budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two":
-                epochs is not None and config.compute is not None,
-            f"budgeted.epochs: got {list(epochs or ())}; the last stage, the full model, needs epochs":
-                epochs is not None and not (epochs and epochs[-1]),
+                epochs and config.compute is not None,
+            f"budgeted.epochs: got {epochs}; the last stage, the full model, needs epochs": epochs and not epochs[-1],
             "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove the method": not config.grow,
             "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
             "copy_noise at their defaults": config.new_weights == "random" and (copies or config.copy_noise),
@@ -244,9 +241,9 @@ class Budgeted(Method):
         sets = tuple(grown_fields(self._config))
         return [Probe("seconds", shape, 0, PROBED_BATCHES, sets=sets) for shape in self._shapes[len(self._measured) :]]
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        if isinstance(result, ProbeResult):
-            self._measured.append(result.value)
+    def observe(self, result: StepResult | Probe) -> None:
+        if isinstance(result, Probe):
+            self._measured.append(result.answer)
 
     def choices(self) -> Sequence[str]:
         """The ends of the stages, once their costs are measured."""

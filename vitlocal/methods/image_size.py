@@ -16,7 +16,7 @@ from vitlocal.progress import Length, Progress, Stage
 class ImageSizeConfig(Section):
     init: int = option(32, COUNT, "size of training crops at the start, px")
     step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
-    final: int | None = option(None, COUNT, "last size of training crops, px; none: model.size")
+    final: int | None = option(None, COUNT, "last size of training crops, px; none: model.size", none_is="model.size")
     growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
     stages: tuple[Stage, ...] | None = option(None, Series(STAGE), "all stages; replaces the other image_size options")
     step_epochs: float = option(5.0, Number(1e-3), "epochs between two sizes, for linear growth")
@@ -24,15 +24,12 @@ class ImageSizeConfig(Section):
         (0, 2, 4, 8, 12, 20, 36), Series(Number(0)), "epoch at which each size starts, for exponential growth"
     )
 
-    def completed(self, model_size: int) -> ImageSizeConfig:
-        return replace(self, final=model_size) if self.final is None else self
-
     @property
     def sizes(self) -> list[int]:
         """The size of each stage."""
         if self.stages is not None:
             return [stage.size for stage in self.stages]
-        assert self.final is not None, "completed() fills it in"
+        assert self.final is not None, "read_config fills it in"
         return [*range(self.init, self.final, self.step_pixels), self.final]
 
     @property

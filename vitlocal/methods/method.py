@@ -56,14 +56,7 @@ class Probe:
     samples: int = 0  # images per batch; 0: the batch size at that size
     value: Any = None
     sets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """A probe and the value that the trainer measured."""
-
-    probe: Probe
-    value: Any
+    answer: Any = None  # the value that the trainer measured
 
 
 @dataclass(frozen=True)
@@ -177,8 +170,8 @@ class Method:
         """The measurements that it needs before it can plan further. :meth:`observe` gets each result."""
         return ()
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        """Records the result of a step or of a probe. Must not wait for the device."""
+    def observe(self, result: StepResult | Probe) -> None:
+        """Records the result of a step, or the answer to a probe. Must not wait for the device."""
 
     def choices(self) -> Sequence[str]:
         """The decisions of its searches so far, in order."""

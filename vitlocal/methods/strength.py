@@ -15,9 +15,7 @@ VARIED = ("randaugment", "three_augment", "mixup", "cutmix", "random_erasing")  
 
 @dataclass(frozen=True)
 class StrengthConfig(Section):
-    start: float = option(
-        0.2, FRACTION, "fraction of the recipe's augmentation and drop path at the smallest image size, or at the start"
-    )
+    start: float = option(0.2, FRACTION, "fraction of augmentation and drop path at the smallest size, or the start")
     by: str = option("size", Choice("size", "budget"), "strength grows with the image size, or with the spent budget")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.options import FLAG, FRACTION, Choice, Duration, Number, Section, Series, messages, option
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
@@ -213,9 +213,9 @@ class Trilevel(Method):
         """Whether a later update will read the notes of the steps."""
         return self._has_examples and self._version <= self._config.max_updates
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        if isinstance(result, ProbeResult):
-            self._answers.append(result.value)
+    def observe(self, result: StepResult | Probe) -> None:
+        if isinstance(result, Probe):
+            self._answers.append(result.answer)
             if len(self._answers) == len(self._record.tensors()):
                 self._update(*self._answers)
         elif self._awaits_update and result.correct is not None:

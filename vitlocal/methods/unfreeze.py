@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import NET, Net, SearchMethod, remembered
 from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
@@ -25,9 +25,7 @@ class UnfreezeConfig(Section):
         "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
         "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
-    non_blocks: str = option(
-        "all", Choice("all", "head"), "trained layers outside of the blocks; head: only the head and the last norm"
-    )
+    non_blocks: str = option("all", Choice("all", "head"), "trained outside of blocks; head: only head and last norm")
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
     min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
@@ -37,7 +35,7 @@ class UnfreezeConfig(Section):
     zico_batches: int = option(2, Number(2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
     rank_weights: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5), Series(Number(0), 3), "weights of the ranks by time, by conditioning and by ZiCo"
+        (1.0, 0.5, 0.5), Series(Number(0), 3), "by time, conditioning, ZiCo"
     )
     rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
@@ -211,13 +209,13 @@ class Unfreeze(SearchMethod):
             kind, batches, kernel_batches = "trainability", config.zico_batches, config.kernel_batches
         return [Probe(kind, Shape(**fields), size, batches, kernel_batches, samples=samples, sets=tuple(fields))]
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        if not isinstance(result, ProbeResult):
+    def observe(self, result: StepResult | Probe) -> None:
+        if not isinstance(result, Probe):
             return
-        if result.probe.kind == "trainability":
-            self._scores.setdefault(self._asked_stage, []).append(result.value)
+        if result.kind == "trainability":
+            self._scores.setdefault(self._asked_stage, []).append(result.answer)
         else:
-            self._times.setdefault(self._asked_stage, []).append(result.value * self._config.probe_batch_size)
+            self._times.setdefault(self._asked_stage, []).append(result.answer * self._config.probe_batch_size)
         self._memory.clear()
 
     def state_dict(self) -> dict[str, Any]:
