@@ -9,9 +9,8 @@ import pytest
 import torch
 from method_plans import START, context_of, plan_at
 
-from vitlocal.methods.example_record import forgetting
 from vitlocal.methods.method import StepResult
-from vitlocal.methods.trilevel import Trilevel, swap
+from vitlocal.methods.trilevel import Trilevel, forgetting, swap
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
 

@@ -103,9 +103,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class AugmentConfig:
     crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
-    crop_ratio: tuple[float, float] = option(
-        (0.75, 4 / 3), Series(Number(0.01), 2), "width / height of the crop: range"
-    )
+    crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(0.01), 2), "width / height of crops: range")
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
     repeats: int = option(1, COUNT, "repeated augmentation: consecutive copies of each image in an epoch")
     randaugment: float = option(0.0, Number(0, 10), "RandAugment: magnitude, with 2 operations; 0: off")
@@ -143,9 +141,7 @@ class BudgetConfig:
 class RunConfig:
     folder: str | None = option(None, TEXT, "folder of the run; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
-    resume: str = option(
-        "auto", Choice("auto", "must", "never"), "continue a run in the folder; must (--resume): need one"
-    )
+    resume: str = option("auto", Choice("auto", "must", "never"), "continue a run in the folder; must: require one")
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(
@@ -218,10 +214,9 @@ SECTIONS: dict[str, Any] = {
 
 # Options that do not change the result: they may differ when a run is resumed.
 IMMATERIAL = frozenset(
-    {"data.root", "data.workers", "data.source", "evaluate.batch_size"}
-    | {"train.grad_accum_steps", "train.grad_checkpointing", "train.compile", "train.compile_at", "train.cuda_graphs"}
-    | {"train.kernel", "run.folder", "run.resume", "run.device", "run.threads", "run.save_every", "run.progress"}
-    | {"run.keep_weights"}
+    "data.root data.workers data.source evaluate.batch_size train.grad_accum_steps train.grad_checkpointing "
+    "train.compile train.compile_at train.cuda_graphs train.kernel run.folder run.resume run.device run.threads "
+    "run.save_every run.progress run.keep_weights".split()
 )
 
 
@@ -290,11 +285,6 @@ def _contradictions(config: Config) -> list[str]:
     })  # fmt: skip
 
 
-def stored_options(folder: Path) -> dict[str, Any]:
-    """The options in a run's ``config.yaml``, by dotted name."""
-    return by_dotted_name(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {})
-
-
 def changed_options(before: Mapping[str, Any], config: Config) -> list[str]:
     """The differences of ``config`` from ``before``: "NAME was X and is now Y" for each option that matters."""
     before = {**read_config([], {}).flat(), **before}  # an option that is missing there counts as its default
@@ -314,7 +304,8 @@ def stated_options(config: Config) -> dict[str, Any]:
 
 def check_same_run(folder: Path, config: Config, option: str = "run.folder") -> None:
     """Raises ConfigError if ``folder``, which ``option`` names, holds a run of another configuration."""
-    if changed := changed_options(stored_options(folder), config):
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    if changed := changed_options(by_dotted_name(stored), config):
         raise ConfigError(
             f"{option}: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options to "
             f"continue it, or another --{option}"

@@ -206,8 +206,6 @@ class Budgeted(Method):
             )
         return epochs
 
-    # --- stages ---
-
     def changes(self) -> Sequence[Length]:
         """The ends of all stages except the last."""
         if self._epochs:
@@ -228,8 +226,6 @@ class Budgeted(Method):
         )  # fmt: skip
         plan = with_shape(plan, **{name: getattr(shape, name) for name in grown_fields(config)})
         return replace(plan, growth=growth if number else plan.growth)
-
-    # --- measured costs ---
 
     @property
     def _is_measured(self) -> bool:

@@ -18,11 +18,12 @@ from vitlocal.options import FLAG, FRACTION, Choice, Duration, Number, Section, 
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
-if TYPE_CHECKING:  # reading a configuration must not load PyTorch
+if TYPE_CHECKING:  # reading a configuration must not load PyTorch: functions below import it
     from torch import Tensor
 
 LEVELS = ("examples", "tokens", "attention")
 PRUNED_AT = (0.25, 0.5, 0.75)  # fractions of the depth: blocks 3, 6 and 9 of 12
+WRONG, RIGHT = 1, 2  # results of examples in a record; 0: not seen
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,10 @@ class TrilevelConfig(Section):
     swap_fraction: float = option(0.05, FRACTION, "largest fraction of the examples that an update exchanges")
     update_every: Length = option(Length.parse("10%"), Duration(), "length between two updates of the examples")
     max_updates: int = option(5, Number(0, whole=True), "largest number of updates of the examples")
-    score: str = option(
-        "forgetting", Choice("forgetting", "attention"), "ties of forgetting: at random, or by attention"
-    )
+    score: str = option("forgetting", Choice("forgetting", "attention"), "order of ties: at random, or by attention")
     token_keep_rate: float = option(0.9, FRACTION, "final rate r of the tokens that each of the pruned blocks keeps")
     attention_keep_rate: float = option(0.1, FRACTION, "final rate r_a of the tokens that each token attends to")
-    attention_masks: str = option(
-        "shared", Choice("shared", "per_head"), "attention mask of all heads, or one per head"
-    )
+    attention_masks: str = option("shared", Choice("shared", "per_head"), "one mask for all heads, or one for each")
     pruned_blocks: tuple[int, ...] | None = option(
         None, Series(Number(0, whole=True)), "blocks that drop tokens, from 0; none: at quarters of the depth"
     )
@@ -61,6 +58,21 @@ def final_rates(config: TrilevelConfig) -> dict[str, float]:
     }
 
 
+def forgetting(record: np.ndarray) -> np.ndarray:
+    """The number of times that each example was forgotten, (n,) int64, from its results (E, n): WRONG or RIGHT.
+
+    Counts right followed by wrong. An example that was never right counts E, and an example that was not seen -1.
+    """
+    epochs, count = record.shape
+    times, before = np.zeros(count, np.int64), np.zeros(count, record.dtype)
+    for seen in record:
+        times += (before == RIGHT) & (seen == WRONG)
+        before = np.where(seen > 0, seen, before)
+    times[~(record == RIGHT).any(axis=0)] = epochs
+    times[~(record > 0).any(axis=0)] = -1
+    return times
+
+
 def swap(
     kept: np.ndarray, pool: np.ndarray, times: np.ndarray, ties: np.ndarray, count: int, draw: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -77,6 +89,52 @@ def swap(
         np.sort(np.concatenate([np.setdiff1d(kept, removed), restored])),
         np.sort(np.concatenate([np.setdiff1d(pool, restored), removed])),
     )
+
+
+class ExampleRecord:
+    """The results of ``count`` examples in each epoch, and their summed attention variance, on the device.
+
+    Each process notes its own examples. Notes never wait for the device. ``tensors``: "records" (E, n) uint8 and, if it
+    is measured, "attention_variance" (n,) float64. Before the first note it is empty.
+    """
+
+    def __init__(self, count: int):
+        self.tensors: dict[str, Tensor] = {}
+        self._count = count
+        self._epochs: list[int] = []  # of the records
+
+    def note(self, epoch: int, ids: Tensor, correct: Tensor, variance: Tensor | None) -> None:
+        """Records a step: ``ids`` (B,) int64, ``correct`` (B,) bool and, if measured, ``variance`` (B,)."""
+        import torch
+
+        device = correct.device
+        tensors = self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}  # of a checkpoint
+        if epoch not in self._epochs:
+            row = torch.zeros(1, self._count, dtype=torch.uint8, device=device)
+            tensors["records"] = torch.cat([tensors["records"], row]) if self._epochs else row
+            self._epochs.append(epoch)
+        ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
+        tensors["records"][self._epochs.index(epoch)].index_copy_(0, ids, correct.to(torch.uint8) + WRONG)
+        if variance is not None:
+            if "attention_variance" not in tensors:
+                tensors["attention_variance"] = torch.zeros(self._count, dtype=torch.float64, device=device)
+            tensors["attention_variance"].index_add_(0, ids, variance.double())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kind of notes that there are, which is the same on every process."""
+        return {"epochs": list(self._epochs), "attention_variance": "attention_variance" in self.tensors}
+
+    def load_state_dict(self, state: dict[str, Any], tensors: dict[str, Tensor] | None) -> None:
+        """Restores :meth:`state_dict`, with the notes ``tensors``, or without notes."""
+        import torch
+
+        self._epochs, self.tensors = list(state["epochs"]), {}
+        if self._epochs:
+            self.tensors["records"] = torch.zeros(len(self._epochs), self._count, dtype=torch.uint8)
+        if state["attention_variance"]:
+            self.tensors["attention_variance"] = torch.zeros(self._count, dtype=torch.float64)
+        for name, tensor in (tensors or {}).items():
+            self.tensors[name].copy_(tensor)
 
 
 class Trilevel(Method):
@@ -104,11 +162,7 @@ class Trilevel(Method):
                 f"trilevel.pruned_blocks: got {wrong[0]}; the model's {depth} blocks have the numbers 0 to {depth - 1}"
             )
         per_head = config.attention_masks == "per_head" and self._final_rates["attention_keep_rate"] < 1
-        self._pruning = {
-            **self._final_rates,
-            "pruned_blocks": blocks,
-            "per_head_masks": per_head,
-        }  # fields of the shape
+        self._pruning = {**self._final_rates, "pruned_blocks": blocks, "per_head_masks": per_head}
         # The outputs stay on after the last update, because without them the step would be compiled again.
         if self._has_examples and config.max_updates:
             by_attention = {"attention_variance"} if config.score == "attention" else set()
@@ -118,14 +172,9 @@ class Trilevel(Method):
         order = np.random.default_rng((self._seed, 0x3E1)).permutation(self._count)
         out = round(config.held_out * self._count)
         self._pool, self._kept = np.sort(order[:out]), np.sort(order[out:])
-        self._new_record()
+        self._record = ExampleRecord(self._count)
         self._asked: Progress = Progress()
         self._answers: list[Tensor] = []
-
-    def _new_record(self) -> None:
-        from vitlocal.methods.example_record import ExampleRecord  # imports PyTorch
-
-        self._record = ExampleRecord(self._count)
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
@@ -216,7 +265,7 @@ class Trilevel(Method):
     def observe(self, result: StepResult | Probe) -> None:
         if isinstance(result, Probe):
             self._answers.append(result.answer)
-            if len(self._answers) == len(self._record.tensors()):
+            if len(self._answers) == len(self._record.tensors):
                 self._update(*self._answers)
         elif self._awaits_update and result.correct is not None:
             epoch = math.floor(result.progress.epoch + 1e-9)
@@ -229,11 +278,9 @@ class Trilevel(Method):
         if not (self._awaits_update and whole and elapsed >= every.value - 1e-9):
             return ()
         self._asked, self._answers = progress, []
-        return [Probe("sum", value=note) for note in self._record.tensors().values()]
+        return [Probe("sum", value=note.clone()) for note in self._record.tensors.values()]
 
     def _update(self, notes: Tensor, variance: Tensor | None = None) -> None:
-        from vitlocal.methods.example_record import forgetting
-
         record = notes.numpy()
         draw = np.random.default_rng((self._seed, self._version, 0x5A9))
         ties = draw.random(self._count)
@@ -243,10 +290,10 @@ class Trilevel(Method):
         self._kept, self._pool = swap(self._kept, self._pool, forgetting(record), ties, count, draw)
         self._version += 1
         self._updated = self._asked
-        self._new_record()
+        self._record = ExampleRecord(self._count)
 
     def local_state(self) -> dict[str, Tensor]:
-        return self._record.tensors()
+        return self._record.tensors
 
     def state_dict(self) -> dict[str, Any]:
         import torch

@@ -148,8 +148,6 @@ class Unfreeze(SearchMethod):
             "stage begins; give --model.weights=RUN or a file": not recipe["model.weights"],
         })  # fmt: skip
 
-    # --- plans ---
-
     @remembered
     def _candidates(self, stage: int) -> list[Net]:
         """{current, next} level x {current, next} size. A stage that was skipped counts with its smallest candidate."""
@@ -193,8 +191,6 @@ class Unfreeze(SearchMethod):
         if self._config.stage_embedding and self._config.evaluate_stage == "last":
             return replace(shape, stage=self._config.stages - 1)
         return shape
-
-    # --- the search ---
 
     def probes(self, progress: Progress) -> Sequence[Probe]:
         stage, config = self._stage(progress), self._config
