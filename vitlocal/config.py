@@ -1,7 +1,6 @@
 """The trainer's configuration: its sections of options, checks that need several options, and comparisons.
 
-Frozen dataclasses declare name, kind, default and meaning of each option once. :mod:`vitlocal.config_reader` reads
-their values.
+Frozen dataclasses declare name, kind, default and meaning of each option once.
 """
 
 from __future__ import annotations
@@ -132,16 +131,15 @@ class EvaluateConfig:
 class BudgetConfig:
     length: Length = option(Length.parse("24h"), Duration(part=False), "length of training")
     counts: str = option(
-        "train", Choice("train", "wall", "cpu"), "train: time without evaluation and saving; wall: all time; "
-        "cpu: as train, in processor time of all threads, for runs that share cores"
-    )  # fmt: skip
+        "train", Choice("train", "wall", "cpu"), "time without evaluation and saving, all time, or processor time"
+    )
 
 
 @dataclass(frozen=True)
 class RunConfig:
     folder: str | None = option(None, TEXT, "folder of the run; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
-    resume: str = option("auto", Choice("auto", "must", "never"), "continue a run in the folder; must: require one")
+    resume: str = option("auto", Choice("auto", "must", "never"), "continue a run in the folder; must: fail if none")
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(

@@ -51,13 +51,16 @@ class OptionReader:
     """
 
     def __init__(
-        self, options: Mapping[str, Field[Any]], about: str, flags: Mapping[str, str] | None = None,
-        renamed: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+        self,
+        options: Mapping[str, Field[Any]],
+        about: str,
+        flags: Mapping[str, str] = {},
+        renamed: Mapping[str, str] = {},
+    ):
         self.problems: list[str] = []
         self.files: list[str] = []  # recipes that the command line names
         self.overrides: dict[str, str] = {}  # options that the command line sets
-        self._options, self._about, self._flags, self._renamed = options, about, flags or {}, renamed or {}
+        self._options, self._about, self._flags, self._renamed = options, about, flags, renamed
         self._sections = ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in options))
         self._origin: dict[str, str] = {}
         self._fastargs = fastargs.Config()

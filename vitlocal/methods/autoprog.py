@@ -38,9 +38,7 @@ class AutoProgConfig(Section):
         "slow average; momentum_new: new blocks copy the average; clone: new blocks copy the weights; random: neither"
     )  # fmt: skip
     ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(FRACTION), "decays per step of the fast and slow average")
-    loss_of: str = option(
-        "average", Choice("average", "online"), "measure the loss of the fast average, or the weights"
-    )
+    loss_of: str = option("average", Choice("average", "online"), "measure the loss of the average, or of the weights")
     loss_on: str = option("train", Choice("train", "val"), "split that measures the loss; val biases the accuracy")
     loss_at: tuple[float, ...] = option(
         (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured"
@@ -54,12 +52,12 @@ class AutoProgConfig(Section):
                "averages": "ema_decays", "asked": "loss_at", "strengthen": "grow_augmentation",
                "operations": "randaugment_start"}  # fmt: skip
 
-
-def deepens(config: AutoProgConfig) -> bool:
-    """Whether the depth grows."""
-    if config.schedule is not None:
-        return len({net.depth for net in config.schedule}) > 1
-    return "depth" in config.space and config.min_scale < 1 and config.stages > 1
+    @property
+    def deepens(self) -> bool:
+        """Whether the depth grows."""
+        if self.schedule is not None:
+            return len({net.depth for net in self.schedule}) > 1
+        return "depth" in self.space and self.min_scale < 1 and self.stages > 1
 
 
 def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
@@ -82,8 +80,8 @@ class SearchRecord:
     """The results of AutoProg's searches, by stage. Checkpoints store it.
 
     A search's length counts training steps, without the measurements. ``searched`` is the fraction of the budget that
-    its steps took before the last round of losses. ``since`` is the fraction at which the steps after it began, or None
-    if there was no step yet.
+    its steps took before the last round of losses began. ``since`` is the fraction at which the first step after that
+    round began, or None if there was no step yet.
     """
 
     times: dict[int, list[float]] = field(default_factory=dict)  # seconds per image of each candidate
@@ -103,18 +101,14 @@ class AutoProg(SearchMethod):
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        config, recipe = context.recipe.section(AutoProgConfig), context.recipe
-        budget = recipe["budget.length"]
+        config, budget = context.recipe.section(AutoProgConfig), context.recipe["budget.length"]
         if budget.kind == "epochs" and budget.value >= config.stages:  # whole epochs
             self._bounds = [math.floor(budget.value * k / config.stages) / budget.value for k in range(config.stages)]
         if context.parts is None:
-            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe['model.name']}")
+            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {context.recipe['model.name']}")
         self._config, self._context, self._depth = config, context, context.parts["blocks"]
         if config.schedule is not None and config.schedule[-1].depth != self._depth:
-            raise ConfigError(
-                f"autoprog.schedule: the last entry has {config.schedule[-1].depth} blocks, and the model has "
-                f"{self._depth}; state the model's depth last"
-            )
+            raise ConfigError(f"autoprog.schedule: the last entry must have the model's depth, {self._depth} blocks")
         length = config.search_length
         self._search = length.value / (budget.value if length.kind == "epochs" else 1.0)  # fraction of the budget
         fast, slow = config.ema_decays
@@ -122,12 +116,11 @@ class AutoProg(SearchMethod):
         # The first average is measured. The last one is the source of growth. An average without a use is not kept.
         self.needs = Needs(ema_decays=(fast,) * measured + (slow,) * config.grow.startswith("momentum"))
         self._record = SearchRecord()
-        self._round_at = 0.0  # the fraction at which the current round of losses began
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         config = recipe.section(AutoProgConfig)
-        blocks = {"shape.block_order", "shape.skipped_blocks"} if deepens(config) else set()
+        blocks = {"shape.block_order", "shape.skipped_blocks"} if config.deepens else set()
         sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
         dials = {"dials.strength", "dials.randaugment_strength"} if config.grow_augmentation else set()
         return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials))
@@ -144,8 +137,7 @@ class AutoProg(SearchMethod):
             "autoprog.space: nothing grows; name depth, size or both": not config.space,
             f"autoprog.search_length: got {length}, and budget.length is {budget}; give a part of it, such as 2%":
                 searches and not is_part,
-            "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, such as 2%":
-                searches and not length.value,
+            "autoprog.search_length: 0 leaves no steps; use a part, such as 2%": searches and not length.value,
             f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left "
             "to train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
             "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may have "
@@ -157,14 +149,12 @@ class AutoProg(SearchMethod):
                 len(decays) != 2 or decays != sorted(decays),
             "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
             "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights":
-                deepens(config) and recipe["model.weights"],
+                config.deepens and recipe["model.weights"],
         })  # fmt: skip
 
     @classmethod
     def image_sizes(cls, recipe: Recipe) -> Sequence[Stage]:
         return super().image_sizes(recipe) if "size" in recipe.section(AutoProgConfig).space else ()
-
-    # --- candidates and blocks ---
 
     def _stage_before(self, stage: int) -> int | None:
         """The last earlier stage that was trained. A run that was killed may have skipped stages."""
@@ -200,12 +190,10 @@ class AutoProg(SearchMethod):
         if rounds < len(self._config.loss_at) or stage in record.under_way:
             return None
         losses = np.mean(record.losses[stage], axis=0).tolist()
-        if self._config.cost == "time":
-            costs = record.times[stage]
-        else:
+        costs: Sequence[float] = record.times.get(stage, ())
+        if self._config.cost == "flops":
             shapes = [Shape(block_order=tuple(range(net.depth))) for net in nets]
-            macs = [self._context.macs(net.size or model_size, shape) for net, shape in zip(nets, shapes, strict=True)]
-            costs = [float(cost) for cost in macs]
+            costs = [self._context.macs(net.size or model_size, shape) for net, shape in zip(nets, shapes, strict=True)]
         return nets[best(losses, costs, self._config.exponent)]
 
     @remembered
@@ -229,8 +217,6 @@ class AutoProg(SearchMethod):
 
     def _block_order(self, blocks: tuple[int, ...]) -> tuple[int, ...] | None:
         return None if blocks == tuple(range(self._depth)) else blocks
-
-    # --- plans ---
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
         stage = self._stage(progress)
@@ -280,8 +266,6 @@ class AutoProg(SearchMethod):
             average=last if how.startswith("momentum") else None, new_only=how == "momentum_new",
         )  # fmt: skip
 
-    # --- the search ---
-
     def probes(self, progress: Progress) -> Sequence[Probe]:
         stage, record = self._stage(progress), self._record
         if self._decided(stage):
@@ -290,18 +274,15 @@ class AutoProg(SearchMethod):
         timed = len(record.times.get(stage, ()))
         if self._config.cost == "time" and timed < len(nets):
             return [self._probe("seconds", stage, net) for net in nets[timed:]]
-        if stage not in record.began:  # the supernet has not trained yet, so its losses say nothing
-            return ()
-        answered = len(record.under_way.get(stage, ()))
-        if not answered:
-            if record.since is None:  # no step was taken since the last round
+        if stage not in record.under_way:
+            if stage not in record.began or record.since is None:  # no step of this stage since the last round
                 return ()
+            searched = record.searched[stage] + progress.fraction - record.since
             # If several rounds are due after one step, only one round is measured.
-            before = record.searched[stage]
-            if self._due_rounds(before + progress.fraction - record.since) == self._due_rounds(before):
+            if self._due_rounds(searched) == self._due_rounds(record.searched[stage]):
                 return ()
-            self._round_at = progress.fraction
-        return [self._probe("loss", stage, net) for net in nets[answered:]]
+            record.searched[stage], record.since, record.under_way[stage] = searched, None, []
+        return [self._probe("loss", stage, net) for net in nets[len(record.under_way[stage]) :]]
 
     def _probe(self, kind: str, stage: int, net: Net) -> Probe:
         order = self._block_order(self._supernet(stage)[0])
@@ -318,10 +299,7 @@ class AutoProg(SearchMethod):
         if result.kind == "seconds":
             record.times.setdefault(stage, []).append(result.answer)
         else:
-            if record.since is not None:
-                record.searched[stage] += self._round_at - record.since
-                record.since = None
-            record.under_way.setdefault(stage, []).append(result.answer)
+            record.under_way[stage].append(result.answer)
             if len(record.under_way[stage]) == len(self._candidates(stage)):
                 record.losses.setdefault(stage, []).append(record.under_way.pop(stage))
         self._memory.clear()

@@ -27,9 +27,7 @@ class BatchSizeConfig(Section):
 class BatchSize(Method):
     """At each image size, the largest batch whose activations fit: at least ``train.batch_size``, at most ``limit``.
 
-    The batch is split over processes and gradient accumulation steps. Each part has ``batch_size.memory``. Without that
-    option, the whole batch has the memory that ``train.batch_size`` images of ``model.size`` take. A resumed run keeps
-    its batch sizes.
+    Each part of the batch (process, gradient accumulation step) has ``memory``. A resumed run keeps its batch sizes.
     """
 
     name = "batch_size"

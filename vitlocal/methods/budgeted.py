@@ -21,8 +21,7 @@ from vitlocal.options import COUNT, FRACTION, Choice, Number, Parsed, Section, S
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
-# The fields of the shape that grow, by the option's word for them.
-GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}
+GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}  # fields of the shape
 FEWEST_TOKENS = 0.5  # fraction of the tokens in the first stage: 50 %, 75 %, 100 % for three stages
 PROBED_BATCHES = 4
 CHANGES_COST = frozenset({"feed.size", "feed.subset", "shape.token_keep_rate"})  # of an epoch, set by other methods
@@ -61,15 +60,15 @@ class BudgetedConfig(Section):
     renamed = {"budget": "compute", "reference": "reference_epochs", "weights": "new_weights", "sources": "copy_from",
                "moments": "new_moments", "scale": "copy_scale", "noise": "copy_noise"}  # fmt: skip
 
+    @property
+    def grown_fields(self) -> list[str]:
+        """The fields of the shape that grow."""
+        return [name for unit in self.grow for name in GROWS[unit]]
 
-def grown_fields(config: BudgetedConfig) -> list[str]:
-    """The fields of the shape that grow."""
-    return [name for unit in config.grow for name in GROWS[unit]]
-
-
-def sets_length(config: BudgetedConfig) -> bool:
-    """Whether the options set the run's length."""
-    return config.epochs is not None or config.compute is not None
+    @property
+    def sets_length(self) -> bool:
+        """Whether the options set the run's length."""
+        return self.epochs is not None or self.compute is not None
 
 
 def stage_weights(alpha: float, seeds: Sequence[float]) -> tuple[float, ...]:
@@ -90,7 +89,7 @@ def in_epochs(value: float) -> Length:
 
 def stage_shapes(config: BudgetedConfig, whole: dict[str, int]) -> tuple[Shape, ...]:
     """The shape of each stage of a model with the parts ``whole``."""
-    count, grown = config.stages, grown_fields(config)
+    count, grown = config.stages, config.grown_fields
     steps = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
     tokens = config.tokens or [FEWEST_TOKENS + (1 - FEWEST_TOKENS) * step for step in steps]
     fractions = {
@@ -116,9 +115,7 @@ class Budgeted(Method):
         super().__init__(context)
         config = self._config = context.recipe.section(BudgetedConfig)
         if context.parts is None:
-            raise ConfigError(
-                f"methods: budgeted needs a vitlocal_… model with heads of its own, not {context.recipe['model.name']}"
-            )
+            raise ConfigError(f"methods: budgeted needs a vitlocal_… model, not {context.recipe['model.name']}")
         self._budget = context.recipe["budget.length"]
         self._shapes = stage_shapes(config, dict(context.parts))
         self._costs = tuple(context.macs(context.recipe["model.size"], shape) for shape in self._shapes)
@@ -126,7 +123,7 @@ class Budgeted(Method):
         seeds = np.random.default_rng((config.seed, 0xB0D6)).uniform(size=config.stages)
         self._weights = stage_weights(config.alpha, seeds.tolist())
         self._epochs = self._solved_epochs()
-        if sets_length(config):
+        if config.sets_length:
             self.needs = Needs(budget_length=in_epochs(sum(self._epochs)))
 
     @classmethod
@@ -134,8 +131,8 @@ class Budgeted(Method):
         config = recipe.section(BudgetedConfig)
         reason = "both remove tokens; let one of the two keep them, as with budgeted.grow=heads,hidden"
         excludes = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
-        writes = {"growth", *(f"shape.{name}" for name in grown_fields(config))}
-        return Claims(cls.name, frozenset(writes | ({"budget.length"} if sets_length(config) else set())), excludes)
+        writes = {"growth", *(f"shape.{name}" for name in config.grown_fields)}
+        return Claims(cls.name, frozenset(writes | ({"budget.length"} if config.sets_length else set())), excludes)
 
     @classmethod
     def config_warnings(cls, recipe: Recipe) -> list[str]:
@@ -145,7 +142,7 @@ class Budgeted(Method):
         units = " and ".join(name for unit, name in names.items() if unit in config.grow)
         return messages({
             f"budgeted.epochs or budgeted.compute set the run's length; {recipe['budget.length']} is ignored":
-                sets_length(config),
+                config.sets_length,
             f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} "
             "the run costs less, and its stages take other fractions of the budget":
                 config.compute is not None and others,
@@ -181,7 +178,7 @@ class Budgeted(Method):
             f"budgeted.cost: time needs a budget in time, but budget.length is {budget}":
                 measures and budget.kind != "seconds",
             "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them":
-                measures and sets_length(config),
+                measures and config.sets_length,
         })  # fmt: skip
 
     def _solved_epochs(self) -> Sequence[float]:
@@ -201,8 +198,7 @@ class Budgeted(Method):
         if not epochs[-1]:
             least = sum(c * w for c, w in zip(self._costs, self._weights, strict=True)) / self._weights[-1] / 1e9
             raise ConfigError(
-                f"budgeted.compute: {config.compute} is less than one epoch of the full model; give at least "
-                f"{least:.3g}GFLOPs"
+                f"budgeted.compute: {config.compute} is less than one epoch of the full model, {least:.3g}GFLOPs"
             )
         return epochs
 
@@ -224,7 +220,7 @@ class Budgeted(Method):
             number, sources=config.copy_from, weights=config.new_weights, scale=config.copy_scale,
             noise=config.copy_noise, moments=config.new_moments,
         )  # fmt: skip
-        plan = with_shape(plan, **{name: getattr(shape, name) for name in grown_fields(config)})
+        plan = with_shape(plan, **{name: getattr(shape, name) for name in config.grown_fields})
         return replace(plan, growth=growth if number else plan.growth)
 
     @property
@@ -234,7 +230,7 @@ class Budgeted(Method):
     def probes(self, progress: Progress) -> Sequence[Probe]:
         if self._config.cost != "time":
             return ()
-        sets = tuple(grown_fields(self._config))
+        sets = tuple(self._config.grown_fields)
         return [Probe("seconds", shape, 0, PROBED_BATCHES, sets=sets) for shape in self._shapes[len(self._measured) :]]
 
     def observe(self, result: StepResult | Probe) -> None:

@@ -44,11 +44,9 @@ class ImageSizeConfig(Section):
 
 
 class ImageSize(Method):
-    """Training crops start small and grow, up to ``final``.
+    """Training crops start small and grow, up to ``final``, or as ``stages`` say.
 
-    With ``growth=linear`` they grow every ``step_epochs`` epochs. With ``growth=exponential`` they grow at
-    ``switch_epochs`` (0, 2, 4, 8, 12, 20, 36 in the released code). ``stages`` states sizes and their ends, in epochs,
-    steps, time or fractions of the budget (EfficientTrain++ divides its compute so: arXiv 2405.08768).
+    Stages end by epochs, steps, time or fractions of the budget (as in EfficientTrain++, arXiv 2405.08768).
     """
 
     name = "image_size"

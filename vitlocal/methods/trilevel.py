@@ -33,7 +33,7 @@ class TrilevelConfig(Section):
     swap_fraction: float = option(0.05, FRACTION, "largest fraction of the examples that an update exchanges")
     update_every: Length = option(Length.parse("10%"), Duration(), "length between two updates of the examples")
     max_updates: int = option(5, Number(0, whole=True), "largest number of updates of the examples")
-    score: str = option("forgetting", Choice("forgetting", "attention"), "order of ties: at random, or by attention")
+    score: str = option("forgetting", Choice("forgetting", "attention"), "equally forgotten: random, or by attention")
     token_keep_rate: float = option(0.9, FRACTION, "final rate r of the tokens that each of the pruned blocks keeps")
     attention_keep_rate: float = option(0.1, FRACTION, "final rate r_a of the tokens that each token attends to")
     attention_masks: str = option("shared", Choice("shared", "per_head"), "one mask for all heads, or one for each")
@@ -49,13 +49,13 @@ class TrilevelConfig(Section):
                "begin": "decay_start", "end": "decay_end", "rungs": "decay_steps",
                "evaluate": "prune_evaluation"}  # fmt: skip
 
-
-def final_rates(config: TrilevelConfig) -> dict[str, float]:
-    """r and r_a at the end of the decay, by their field of the shape; 1 if the level is off."""
-    return {
-        "token_keep_rate": config.token_keep_rate if "tokens" in config.levels else 1.0,
-        "attention_keep_rate": config.attention_keep_rate if "attention" in config.levels else 1.0,
-    }
+    @property
+    def final_rates(self) -> dict[str, float]:
+        """r and r_a at the end of the decay, by their field of the shape; 1 if the level is off."""
+        return {
+            "token_keep_rate": self.token_keep_rate if "tokens" in self.levels else 1.0,
+            "attention_keep_rate": self.attention_keep_rate if "attention" in self.levels else 1.0,
+        }
 
 
 def forgetting(record: np.ndarray) -> np.ndarray:
@@ -107,8 +107,8 @@ class ExampleRecord:
         """Records a step: ``ids`` (B,) int64, ``correct`` (B,) bool and, if measured, ``variance`` (B,)."""
         import torch
 
-        device = correct.device
-        tensors = self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}  # of a checkpoint
+        device = correct.device  # a checkpoint's tensors are on the CPU
+        tensors = self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         if epoch not in self._epochs:
             row = torch.zeros(1, self._count, dtype=torch.uint8, device=device)
             tensors["records"] = torch.cat([tensors["records"], row]) if self._epochs else row
@@ -148,7 +148,7 @@ class Trilevel(Method):
         config = self._config = context.recipe.section(TrilevelConfig)
         self._seed, self._count = context.recipe["run.seed"], context.images
         self._has_examples = "examples" in config.levels
-        self._final_rates = final_rates(config)
+        self._final_rates = config.final_rates
         self._prunes = min(self._final_rates.values()) < 1
         if self._prunes and context.parts is None:
             raise ConfigError(
@@ -158,9 +158,7 @@ class Trilevel(Method):
         depth = context.parts["blocks"] if context.parts is not None else 0
         blocks = config.pruned_blocks or tuple(dict.fromkeys(round(part * depth) for part in PRUNED_AT))
         if wrong := [block for block in blocks if self._prunes and not block < depth]:
-            raise ConfigError(
-                f"trilevel.pruned_blocks: got {wrong[0]}; the model's {depth} blocks have the numbers 0 to {depth - 1}"
-            )
+            raise ConfigError(f"trilevel.pruned_blocks: got {wrong[0]}; the model's {depth} blocks count from 0")
         per_head = config.attention_masks == "per_head" and self._final_rates["attention_keep_rate"] < 1
         self._pruning = {**self._final_rates, "pruned_blocks": blocks, "per_head_masks": per_head}
         # The outputs stay on after the last update, because without them the step would be compiled again.
@@ -180,7 +178,7 @@ class Trilevel(Method):
     def claims(cls, recipe: Recipe) -> Claims:
         config = recipe.section(TrilevelConfig)
         examples = frozenset({"feed.subset"} if "examples" in config.levels else ())
-        pruned = {f"shape.{name}" for name, rate in final_rates(config).items() if rate < 1}
+        pruned = {f"shape.{name}" for name, rate in config.final_rates.items() if rate < 1}
         if not pruned:
             return Claims(cls.name, examples)
         masks = {"shape.per_head_masks"} if "shape.attention_keep_rate" in pruned else set()
@@ -197,9 +195,8 @@ class Trilevel(Method):
                 examples and recipe["augment.repeats"] > 1,
             f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
                 examples and not 0 < config.held_out < 1,
-            "trilevel.levels: with data.on_error=skip, a held-out example may replace a damaged one; write files "
-            "without damaged images (--on-error skip), or leave examples out":
-                examples and recipe["data.on_error"] != "stop",
+            "trilevel.levels: a held-out example may replace a damaged one; set data.on_error=stop, or leave examples "
+            "out": examples and recipe["data.on_error"] != "stop",
             "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
             "trilevel.score: attention needs a vitlocal_… model; use forgetting":
                 examples and config.score == "attention" and not recipe["model.name"].startswith("vitlocal_"),
@@ -247,9 +244,8 @@ class Trilevel(Method):
     def evaluation_shape(self, shape: Shape) -> Shape:
         if not self._prunes:
             return shape
-        if self._config.prune_evaluation:
-            return replace(shape, **self._pruning)
-        return replace(shape, **{name: getattr(WHOLE_MODEL, name) for name in self._pruning})
+        whole = {name: getattr(WHOLE_MODEL, name) for name in self._pruning}
+        return replace(shape, **(self._pruning if self._config.prune_evaluation else whole))
 
     # --- examples ---
 
@@ -298,13 +294,8 @@ class Trilevel(Method):
     def state_dict(self) -> dict[str, Any]:
         import torch
 
-        return {
-            "version": self._version,
-            "updated": asdict(self._updated),
-            "kept": torch.from_numpy(self._kept),
-            "pool": torch.from_numpy(self._pool),
-            **self._record.state_dict(),
-        }
+        rows = {"kept": torch.from_numpy(self._kept), "pool": torch.from_numpy(self._pool)}
+        return {"version": self._version, "updated": asdict(self._updated), **rows, **self._record.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], local: dict[str, Tensor] | None = None) -> None:
         self._version, self._updated = state["version"], Progress(**state["updated"])

@@ -34,9 +34,7 @@ class UnfreezeConfig(Section):
     kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
     zico_batches: int = option(2, Number(2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
-    rank_weights: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5), Series(Number(0), 3), "by time, conditioning, ZiCo"
-    )
+    rank_weights: tuple[float, float, float] = option((1.0, 0.5, 0.5), Series(Number(0), 3), "time, conditioning, ZiCo")
     rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
     stage_init_std: float = option(0.0, Number(0), "standard deviation of the initial stage vectors (published: 0.02)")
@@ -98,9 +96,7 @@ class Unfreeze(SearchMethod):
         config, recipe = context.recipe.section(UnfreezeConfig), context.recipe
         self._config, self._sizes, self._sizes_grow = config, self._ladder(recipe), bool(self.image_sizes(recipe))
         if not context.blocks:
-            raise ConfigError(
-                f"methods: unfreeze needs the blocks of a Vision Transformer, and {recipe['model.name']} has none"
-            )
+            raise ConfigError(f"methods: unfreeze needs a Vision Transformer with blocks, not {recipe['model.name']}")
         self._groups = groups_of(context.blocks, config.stages, config.groups)
         least = 2 * context.processes
         if config.probe_batch_size < least or config.probe_batch_size % 2:
@@ -158,11 +154,7 @@ class Unfreeze(SearchMethod):
             return [Net(stages, sizes[-1])]
         now = self._chosen(stage - 1) if stage else Net(1, sizes[0])
         place = sizes.index(now.size)  # type: ignore[arg-type]
-        return [
-            Net(level, size)
-            for size in sizes[place : place + 2]
-            for level in range(now.depth, min(now.depth + 1, stages) + 1)
-        ]
+        return [Net(level, size) for size in sizes[place : place + 2] for level in (now.depth, now.depth + 1)]
 
     def _best(self, stage: int) -> Net | None:
         nets, times = self._candidates(stage), self._times.get(stage, [])
