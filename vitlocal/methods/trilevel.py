@@ -202,10 +202,9 @@ class Trilevel(Method):
                 examples and config.score == "attention" and not recipe["model.name"].startswith("vitlocal_"),
             "trilevel.decay_steps: 0 would compile again at every step; set train.compile=no":
                 not config.decay_steps and recipe["train.compile"] != "no",
-            **{
-                f"trilevel.{name}: got 0, which keeps nothing; expected a rate above 0": not getattr(config, name)
-                for name in ("token_keep_rate", "attention_keep_rate")
-            },
+            "trilevel.token_keep_rate: got 0, which keeps nothing; expected a rate above 0": not config.token_keep_rate,
+            "trilevel.attention_keep_rate: got 0, which keeps nothing; expected a rate above 0":
+                not config.attention_keep_rate,
             f"trilevel.decay_end: {end} does not come after trilevel.decay_start ({start})":
                 start.kind == end.kind and start.value >= end.value,
         })  # fmt: skip
