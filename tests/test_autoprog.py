@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from method_plans import START, context_of, plan_at
 from vitlocal.config import read_config
 from vitlocal.methods import build_methods
 from vitlocal.methods.autoprog import AutoProg, best, fitted_exponent
-from vitlocal.methods.method import ProbeResult, StepResult
+from vitlocal.methods.method import StepResult
 from vitlocal.methods.search import Net, divisible, ladder
 from vitlocal.plan import Shape, fold
 from vitlocal.progress import Progress
@@ -44,7 +45,7 @@ def entered(method: AutoProg, fraction: float) -> None:
     point = Progress(fraction=fraction)
     while probes := method.probes(point):
         for probe in probes:
-            method.observe(ProbeResult(probe, 1.0))
+            method.observe(replace(probe, answer=1.0))
     method.observe(StepResult(None, None, plan_at(method, fraction=fraction), point))
 
 
@@ -58,7 +59,7 @@ def searched(method: AutoProg, stage: int, choose: int) -> None:
         while probes := method.probes(point):
             for probe in probes:
                 value = 1.0 if probe.kind == "seconds" else 1.0 + (number != choose)
-                method.observe(ProbeResult(probe, value))
+                method.observe(replace(probe, answer=value))
                 number += 1
         method.observe(StepResult(None, None, plan_at(method, fraction=point.fraction), point))
 
@@ -113,7 +114,7 @@ def test_an_interrupted_search_continues():
     searched(whole, 0, choose=1)
     probes = first.probes(Progress())
     for probe in probes[:4]:
-        first.observe(ProbeResult(probe, 1.0))
+        first.observe(replace(probe, answer=1.0))
     again = AutoProg(context_of(*options))
     again.load_state_dict(first.state_dict())
     assert again.probes(Progress()) == probes[4:]
@@ -140,7 +141,7 @@ def test_losses_are_measured_on_nets_that_have_trained():
     probes = method.probes(Progress())
     assert {probe.kind for probe in probes} == {"seconds"}
     for probe in probes:
-        method.observe(ProbeResult(probe, 1.0))
+        method.observe(replace(probe, answer=1.0))
     assert not method.probes(late)
     method.observe(StepResult(None, None, START, late))
     assert not method.probes(Progress(fraction=0.055))
@@ -154,7 +155,7 @@ def test_when_and_on_what_losses_are_taken():
     first = method.probes(Progress(fraction=0.0101))
     assert {(probe.kind, probe.split) for probe in first} == {("loss", "val")}
     for probe in first:
-        method.observe(ProbeResult(probe, 1.0))
+        method.observe(replace(probe, answer=1.0))
     # The round took until 0.05. That does not count for the search, and a second round needs a step in between.
     assert not method.probes(Progress(fraction=0.05)) and not method._decided(0)
     method.observe(StepResult(None, None, START, Progress(fraction=0.05)))
@@ -163,7 +164,7 @@ def test_when_and_on_what_losses_are_taken():
     for one in (method, again):
         assert not one.probes(Progress(fraction=0.0798))
         for probe in one.probes(Progress(fraction=0.0801)):
-            one.observe(ProbeResult(probe, 1.0))
+            one.observe(replace(probe, answer=1.0))
         assert one._decided(0)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from method_plans import context_of, plan_at
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
-from vitlocal.methods.method import ProbeResult
 from vitlocal.progress import Progress
 
 
@@ -19,16 +20,16 @@ def test_published_stages_of_deit_s():
 
 def test_the_solver():
     costs = (0.69, 1.91, 4.608)
-    weights = stage_weights(3, 2.0, (0.9, 0.2, 0.5))  # seeds are sorted
+    weights = stage_weights(2.0, (0.9, 0.2, 0.5))  # seeds are sorted
     assert [round(weight, 3) for weight in weights] == [1.492, 2.718, 6.05]
     epochs = solve(691.2, costs, weights)
     assert epochs == (30, 55, 122)
     assert sum(c * e for c, e in zip(costs, epochs, strict=True)) == pytest.approx(688.2, abs=0.5)
-    assert len(set(solve(1000, costs, stage_weights(3, 0, (0.1, 0.7, 0.3))))) == 1
+    assert len(set(solve(1000, costs, stage_weights(0, (0.1, 0.7, 0.3))))) == 1
     draw = np.random.default_rng(0)
     for _ in range(50):
         budget, alpha = draw.uniform(50, 1500), draw.uniform(0, 4)
-        found = solve(budget, costs, stage_weights(3, alpha, draw.uniform(size=3)))
+        found = solve(budget, costs, stage_weights(alpha, draw.uniform(size=3)))
         spent = sum(c * e for c, e in zip(costs, found, strict=True))
         assert spent <= budget < spent + sum(costs) and min(found) >= 0 and list(found) == sorted(found)
         if min(found) > 5:
@@ -66,7 +67,7 @@ def test_stages_by_measured_times():
     for seconds in (1.0, 2.0, 3.0):
         probe = method.probes(Progress())[0]
         assert probe.kind == "seconds"
-        method.observe(ProbeResult(probe, seconds))
+        method.observe(replace(probe, answer=seconds))
     assert not method.probes(Progress())
     assert [end.value for end in method.changes()] == pytest.approx([1 / 6, 1 / 2])
 

@@ -86,7 +86,7 @@ def test_pairs_that_cannot_be_combined(pair: str, options: tuple[str, ...], reas
         (("methods=budgeted", "budgeted.grow=none"), "nothing grows"),
         (("methods=budgeted", "budgeted.new_weights=random", "budgeted.copy_noise=1"), "random weights are no copies"),
         (("methods=budgeted", "budgeted.cost=time", "budget.length=9ep"), "time needs a budget in time"),
-        (("methods=unfreeze", "unfreeze.schedule=[]"), "it is empty"),
+        (("methods=unfreeze", "unfreeze.schedule=[]"), "got 0 entries for 4 stages"),
         (("methods=autoprog", "autoprog.search_length=0%"), "0 leaves no steps"),
         (("methods=autoprog", "autoprog.loss_at=1,0.5"), "expected increasing fractions of the search"),
         (("methods=autoprog", "autoprog.loss_at=0.5"), "and 1 at last"),

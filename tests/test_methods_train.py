@@ -421,7 +421,7 @@ def test_local_states_are_summed_in_a_checkpoint_and_restored_once(configure, de
             method.observe(StepResult(None, part, trainer.plan(), Progress(), torch.full((48,), hit), torch.ones(48)))
             if hit:
                 first = {name: value.clone() for name, value in method.local_state().items()}
-                method._new_record()
+                method._record = type(method._record)(method._count)
         state = method.state_dict()
         saved = SavedContent()
         trainer._ranks, trainer._output = Pair([first[name] for name in method.local_state()]), saved

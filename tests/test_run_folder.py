@@ -15,11 +15,11 @@ import torch
 from fake_time import FakeTime
 
 from vitlocal.bench.arms import machine_of
+from vitlocal.config import changed_options
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
 from vitlocal.progress import Length, Progress
-from vitlocal.recipes import changed_options
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import open_run, open_trainer
 from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from method_plans import START, context_of, plan_at
 
-from vitlocal.methods.example_record import forgetting
-from vitlocal.methods.method import ProbeResult, StepResult
-from vitlocal.methods.trilevel import Trilevel, swap
+from vitlocal.methods.method import StepResult
+from vitlocal.methods.trilevel import Trilevel, forgetting, swap
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
 
@@ -100,7 +101,7 @@ def test_updates_remove_easy_examples():
     watched(method, 30)
     assert not method.probes(Progress(epoch=29.5)) and not method.probes(Progress(epoch=29))
     for probe in method.probes(Progress(epoch=30)):
-        method.observe(ProbeResult(probe, probe.value))
+        method.observe(replace(probe, answer=probe.value))
     gone = np.setdiff1d(first, method._kept)
     assert len(gone) == 50 and not (gone % 2).any() and gone.tolist() == sorted(first[first % 2 == 0])[:50]
     assert plan_at(method, epoch=30).feed.subset == 2 and not method.probes(Progress(epoch=30))
@@ -119,5 +120,5 @@ def test_updates_end():
     for update in range(4):
         watched(method, 30, 30 * update)
         for probe in method.probes(Progress(epoch=30 * (update + 1))):
-            method.observe(ProbeResult(probe, probe.value))
+            method.observe(replace(probe, answer=probe.value))
     assert method._version == 3

@@ -10,7 +10,6 @@ from method_plans import START, context_of, plan_at
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods import build_methods
-from vitlocal.methods.method import ProbeResult
 from vitlocal.methods.search import Net
 from vitlocal.methods.unfreeze import Unfreeze, groups_of, ranks, vote
 from vitlocal.plan import Shape, fold
@@ -33,8 +32,8 @@ def test_votes():
     assert ranks([1.0, 1.0 + 1e-7, 2.0], 1e-6) == [1, 1, 3]
     assert ranks([float("nan"), float("inf"), 1.0], 1e-6)[2] == 1
     # Time 1, 2, 3 with 1; conditioning 3, 1, 2 and ZiCo 3, 1, 2 with a half each: 4, 3, 5.
-    assert vote([1.0, 2.0, 3.0], [9.0, 1.0, 5.0], [1.0, 9.0, 5.0], (1, 0.5, 0.5), 1e-6) == 1
-    assert vote([1.0, 2.0], [2.0, 1.0], [1.0, 2.0], (1, 0.5, 0.5), 1e-6) == 0  # a tie: the faster one
+    assert vote([1.0, 2.0, 3.0], [(9.0, 1.0), (1.0, 9.0), (5.0, 5.0)], (1, 0.5, 0.5), 1e-6) == 1
+    assert vote([1.0, 2.0], [(2.0, 1.0), (1.0, 2.0)], (1, 0.5, 0.5), 1e-6) == 0  # a tie: the faster one
 
 
 def test_stages_of_unfreezing():
@@ -46,7 +45,7 @@ def test_stages_of_unfreezing():
         assert probe.kind == ("trainability", "seconds")[number % 2]
         better = number // 2 == 3
         method.observe(
-            ProbeResult(probe, (1.0, 5.0) if number % 2 == 0 and better else (3.0, 1.0) if number % 2 == 0 else 1.0)
+            replace(probe, answer=(1.0, 5.0) if number % 2 == 0 and better else (3.0, 1.0) if number % 2 == 0 else 1.0)
         )
     plan = plan_at(method)
     assert plan.feed.size == 128 and plan.shape == Shape(trainable_blocks=(0, 1, 4, 5, 8, 9), stage=0)
@@ -60,7 +59,7 @@ def test_stages_of_unfreezing():
                            "unfreeze.zico_batches=4", "unfreeze.timed_batches=5"))  # fmt: skip
     (probe,) = head.probes(Progress())
     assert (probe.kernel_batches, probe.batches) == (3, 4) and probe.shape.head_only and "head_only" in probe.sets
-    head.observe(ProbeResult(probe, (1.0, 1.0)))
+    head.observe(replace(probe, answer=(1.0, 1.0)))
     assert head.probes(Progress())[0].batches == 5
     given = Unfreeze(
         context_of(
@@ -84,6 +83,6 @@ def test_times_of_batches_are_compared():
     method = Unfreeze(context_of("unfreeze.rank_weights=1,0,0"))
     for number, probe in enumerate(method.probes(Progress())[0] for _ in range(8)):
         seconds = 1e-3 - 3e-7 * (number // 2)
-        method.observe(ProbeResult(probe, (1.0, 1.0) if number % 2 == 0 else seconds))
+        method.observe(replace(probe, answer=(1.0, 1.0) if number % 2 == 0 else seconds))
     assert method._times[0][0] == pytest.approx(16e-3)
     assert ranks(method._times[0], method._config.rank_tolerance) == [4, 3, 2, 1]

@@ -1,13 +1,14 @@
-"""The trainer's configuration: its sections of options, and the checks that need several options.
+"""The trainer's configuration: its sections of options, checks that need several options, and comparisons.
 
-Frozen dataclasses declare name, kind, default and meaning of each option once. :mod:`vitlocal.config_reader` reads
-their values.
+Frozen dataclasses declare name, kind, default and meaning of each option once.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,39 +16,24 @@ from typing import Any
 
 import yaml
 
-from vitlocal.config_reader import OptionReader
-from vitlocal.methods import METHODS, method_claims, method_problems
+from vitlocal.config_reader import OptionReader, by_dotted_name, plain_value
+from vitlocal.errors import ConfigError
+from vitlocal.methods import METHODS, method_problems
 from vitlocal.methods.method import Recipe
-from vitlocal.options import (
-    COUNT,
-    FLAG,
-    FRACTION,
-    TEXT,
-    Choice,
-    Duration,
-    Maybe,
-    Number,
-    Section,
-    Series,
-    messages,
-    option,
-    plain_value,
-)
+from vitlocal.options import COUNT, FLAG, FRACTION, TEXT, Choice, Duration, Number, Section, Series, messages, option
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 
 LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
 LOADERS = ("native", "ffcv", "torchvision", "dali")
-KERNELS = ("auto", "fused", "plain")  # of the local FFN
+CROP_OPTIONS = ("crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
 
 
 @dataclass(frozen=True)
 class DataConfig:
     root: str = option("data/imagenet", TEXT, "data folder that write_dataset.py filled")
-    loader: str = option(
-        "native", Choice(*LOADERS), "native and ffcv read the data folder; torchvision and dali decode original images"
-    )
-    source: str | None = option(None, Maybe(TEXT), "original images, for torchvision and dali; none: see the manifest")
+    loader: str = option("native", Choice(*LOADERS), "native, ffcv: stored files; torchvision, dali: original images")
+    source: str | None = option(None, TEXT, "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
     side_ratio: float = option(1.5, Number(0.1, 16), "prefer files with side >= this ratio x the image size")
@@ -57,27 +43,25 @@ class DataConfig:
 class ModelConfig:
     name: str = option("vitlocal_small_patch16_224", TEXT, "any timm model; our models begin with vitlocal_")
     size: int = option(224, COUNT, "largest image size, px; the position embeddings cover its grid")
-    patch_size: int | None = option(None, Maybe(COUNT), "patch size, px; none: from the model's name")
-    width: int | None = option(None, Maybe(COUNT), "embedding width; none: from the model's name")
-    depth: int | None = option(None, Maybe(COUNT), "number of blocks; none: from the model's name")
-    heads: int | None = option(None, Maybe(COUNT), "attention heads per block; none: from the model's name")
-    pool: str | None = option(None, Maybe(Choice("token", "avg")), "pooling: class token, or mean of the tokens")
-    qkv_bias: bool | None = option(None, Maybe(FLAG), "biases in the query, key and value layers")
-    activation: str | None = option(None, Maybe(Choice("h_swish", "gelu")), "ablation: activation of the local FFN")
-    norm: str | None = option(None, Maybe(Choice("layer", "batch")), "ablation: normalisation of the local FFN")
-    convolution: bool | None = option(None, Maybe(FLAG), "ablation: depth-wise convolution in the local FFN")
-    train_pos_embed: bool | None = option(None, Maybe(FLAG), "train the position embeddings; none: yes")
-    init: str | None = option(None, Maybe(Choice("trunc_normal", "xavier")), "distribution of the initial weights")
-    pos_embed_init: str | None = option(None, Maybe(Choice("random", "sincos")), "initial position embeddings")
+    patch_size: int | None = option(None, COUNT, "patch size, px; none: from the model's name")
+    width: int | None = option(None, COUNT, "embedding width; none: from the model's name")
+    depth: int | None = option(None, COUNT, "number of blocks; none: from the model's name")
+    heads: int | None = option(None, COUNT, "attention heads per block; none: from the model's name")
+    pool: str | None = option(None, Choice("token", "avg"), "pooling: class token, or mean of the tokens")
+    qkv_bias: bool | None = option(None, FLAG, "biases in the query, key and value layers")
+    activation: str | None = option(None, Choice("h_swish", "gelu"), "ablation: activation of the local FFN")
+    norm: str | None = option(None, Choice("layer", "batch"), "ablation: normalisation of the local FFN")
+    convolution: bool | None = option(None, FLAG, "ablation: depth-wise convolution in the local FFN")
+    train_pos_embed: bool | None = option(None, FLAG, "train the position embeddings; none: yes")
+    init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
+    pos_embed_init: str | None = option(None, Choice("random", "sincos"), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
-    weights: str | None = option(
-        None, Maybe(TEXT), "initial weights: a run folder or a file; a head for other classes starts at random"
-    )
+    weights: str | None = option(None, TEXT, "initial weights (run folder or file); a head for other classes is random")
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
         names = {"width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size"}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "weights")}
+        values = {name: value for name, value in vars(self).items() if name not in ("name", "weights")}
         return {names.get(name, name): value for name, value in values.items() if value is not None}
 
 
@@ -87,7 +71,7 @@ class TrainConfig:
     lr: float = option(1e-3, Number(0), "peak learning rate, for train.lr_batch images per step")
     lr_batch: int = option(512, Number(0, whole=True), "the peak is train.lr x batch_size / lr_batch; 0: train.lr")
     schedule: str = option("cosine", Choice("cosine", "linear", "constant"), "learning rate schedule")
-    schedule_length: Length | None = option(None, Maybe(Duration()), "length of the schedule; none: the budget")
+    schedule_length: Length | None = option(None, Duration(), "length of the schedule; none: the budget")
     schedule_by: str = option("step", Choice("step", "epoch"), "update the learning rate after each step or epoch")
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
@@ -96,19 +80,17 @@ class TrainConfig:
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
     betas: tuple[float, float] = option((0.9, 0.999), Series(FRACTION, 2), "AdamW: betas")
     eps: float = option(1e-8, Number(0), "AdamW: epsilon")
-    clip_norm: float | None = option(None, Maybe(Number(0)), "largest gradient norm; none: no clipping")
+    clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
-    ema_decay: float | None = option(None, Maybe(FRACTION), "moving average of the weights: decay per step; none: off")
-    ema_length: Length | None = option(
-        None, Maybe(Duration()), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
-    )
+    ema_decay: float | None = option(None, FRACTION, "moving average of the weights: decay per step; none: off")
+    ema_length: Length | None = option(None, Duration(), "moving average: length until it forgets to 1/e, such as 2%")
     precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: on a GPU bf16 or fp16, else fp32")
     grad_accum_steps: int = option(1, COUNT, "gradient accumulation: parts of each process's batch, to save memory")
     grad_checkpointing: bool = option(False, FLAG, "gradient checkpointing: compute activations twice, to save memory")
     compile: str = option("auto", Choice("auto", "yes", "no"), "use torch.compile for each image size; auto: on a GPU")
     compile_at: str = option("start", Choice("start", "stage"), "compile all sizes at the start, or at their stages")
     cuda_graphs: str = option("auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps of small kernels")
-    kernel: str = option("auto", Choice(*KERNELS), "kernel of the local FFN; auto: fused on a GPU")
+    kernel: str = option("auto", Choice("auto", "fused", "plain"), "kernel of the local FFN; auto: fused on a GPU")
 
     @property
     def lr_schedule(self) -> LRSchedule:
@@ -120,9 +102,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class AugmentConfig:
     crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
-    crop_ratio: tuple[float, float] = option(
-        (0.75, 4 / 3), Series(Number(0.01), 2), "width / height of the random crop: range"
-    )
+    crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(0.01), 2), "width / height of crops: range")
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
     repeats: int = option(1, COUNT, "repeated augmentation: consecutive copies of each image in an epoch")
     randaugment: float = option(0.0, Number(0, 10), "RandAugment: magnitude, with 2 operations; 0: off")
@@ -135,47 +115,37 @@ class AugmentConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for :class:`vitlocal.data.augment.Augment`."""
-        names = (
-            "randaugment", "three_augment", "mixup", "cutmix", "mixup_prob", "cutmix_prob", "random_erasing"
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name not in CROP_OPTIONS}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    size: int | None = option(None, Maybe(COUNT), "size of evaluation crops, px; none: model.size")
+    size: int | None = option(None, COUNT, "size of evaluation crops, px; none: model.size", none_is="model.size")
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
-    crop_pct: float = option(
-        0.875, Number(0.01, 1), "centre crop: its side as a fraction of the short edge (224 / 256)"
-    )
+    crop_pct: float = option(0.875, Number(0.01, 1), "side of the centre crop, as a fraction of the short edge")
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
     length: Length = option(Length.parse("24h"), Duration(part=False), "length of training")
     counts: str = option(
-        "train", Choice("train", "wall", "cpu"), "train: time without evaluation and saving; wall: all time; "
-        "cpu: as train, in processor time of all threads, for runs that share cores"
-    )  # fmt: skip
+        "train", Choice("train", "wall", "cpu"), "time without evaluation and saving, all time, or processor time"
+    )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    folder: str | None = option(None, Maybe(TEXT), "folder of the run; none: runs/<recipe and overrides>")
+    folder: str | None = option(None, TEXT, "folder of the run; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
-    resume: str = option(
-        "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
-    )
+    resume: str = option("auto", Choice("auto", "must", "never"), "continue a run in the folder; must: fail if none")
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "time between checkpoints: the first to pass"
     )
-    replay_search: str | None = option(
-        None, Maybe(TEXT), "folder of an earlier run, whose measured times replace those of this run's searches"
-    )
+    replay_search: str | None = option(None, TEXT, "folder of an earlier run, whose times searches use again")
     keep_weights: bool = option(False, FLAG, "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, FLAG, "show a progress bar; without a terminal: print lines during long passes")
 
@@ -202,60 +172,33 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     run: RunConfig = field(default_factory=RunConfig)
     methods: tuple[str, ...] = option((), Series(Choice(*METHODS)), "training methods, in order")
-    method_options: Mapping[str, Section] = field(default_factory=dict)  # of every known method, by its name
-
-    def __post_init__(self) -> None:
-        defaults = {name: METHODS[name].options() for name in METHODS if name not in self.method_options}
-        stated = {**defaults, **self.method_options}
-        completed = {name: stated[name].completed(self.model.size) for name in METHODS}
-        object.__setattr__(self, "method_options", completed)
+    method_options: Mapping[str, Section] = field(  # of every known method, by its name
+        default_factory=lambda: {name: method.options() for name, method in METHODS.items()}
+    )
 
     @property
     def recipe(self) -> Recipe:
         """The part of the configuration that methods may read."""
-        augment = self.augment
-        recipe = Recipe(
-            methods=self.methods,
-            options=self.method_options,
-            model_name=self.model.name,
-            model_size=self.model.size,
-            model_weights=self.model.weights,
-            drop_path=self.model.drop_path,
-            batch_size=self.train.batch_size,
-            grad_accum_steps=self.train.grad_accum_steps,
-            compiles=self.train.compile != "no",
-            budget=self.budget.length,
-            seed=self.run.seed,
-            randaugment=augment.randaugment,
-            has_augmentation=any(
-                (augment.randaugment, augment.three_augment, augment.mixup, augment.cutmix, augment.random_erasing)
-            ),
-            repeats=augment.repeats,
-            on_error=self.data.on_error,
-        )
-        return replace(recipe, claims=method_claims(recipe))
+        sections = {name: vars(getattr(self, name)) for name in SECTIONS.keys() - METHODS.keys()}
+        recipe = Recipe(self.methods, self.method_options, by_dotted_name(sections))
+        return replace(recipe, claims=tuple(METHODS[name].claims(recipe) for name in self.methods))
 
     def nested(self) -> dict[str, Any]:
         """Every option as plain yaml values, in sections."""
-        sections = {name: self.method_options[name] if name in METHODS else getattr(self, name) for name in SECTIONS}
-        values: dict[str, Any] = {
-            name: {f.name: plain_value(getattr(section, f.name)) for f in fields(section)}
-            for name, section in sections.items()
-        }
+        values: dict[str, Any] = {}
+        for name in SECTIONS:
+            section = self.method_options[name] if name in METHODS else getattr(self, name)
+            values[name] = {key: plain_value(value) for key, value in vars(section).items()}
         return {**values, "methods": list(self.methods)}
 
     def source_arguments(self) -> dict[str, Any]:
         """The keyword arguments for :func:`vitlocal.data.sources.open_sources`."""
-        data = dict(vars(self.data))
-        crops = {name: getattr(self.augment, name) for name in ("crop_scale", "crop_ratio", "flip", "repeats")}
-        return data | crops | {"seed": self.run.seed, "centre_crop": self.evaluate.crop_pct}
+        crops = {name: getattr(self.augment, name) for name in CROP_OPTIONS}
+        return vars(self.data) | crops | {"seed": self.run.seed, "centre_crop": self.evaluate.crop_pct}
 
     def flat(self) -> dict[str, Any]:
         """Every option by its dotted name, as plain yaml values."""
-        nested = self.nested()
-        methods = nested.pop("methods")
-        flat = {f"{name}.{key}": value for name, section in nested.items() for key, value in section.items()}
-        return {**flat, "methods": methods}
+        return by_dotted_name(self.nested())
 
     def yaml(self) -> str:
         """A recipe that repeats this run."""
@@ -263,22 +206,15 @@ class Config:
 
 
 SECTIONS: dict[str, Any] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "augment": AugmentConfig,
-    "evaluate": EvaluateConfig,
-    "budget": BudgetConfig,
-    "run": RunConfig,
+    **{f.name: f.default_factory for f in fields(Config) if f.name not in ("methods", "method_options")},
     **{name: method.options for name, method in METHODS.items()},
 }
 
 # Options that do not change the result: they may differ when a run is resumed.
 IMMATERIAL = frozenset(
-    {"data.root", "data.workers", "data.source", "evaluate.batch_size"}
-    | {f"train.{name}" for name in ("grad_accum_steps", "grad_checkpointing", "compile", "compile_at", "cuda_graphs")}
-    | {f"run.{name}" for name in ("folder", "resume", "device", "threads", "save_every", "progress", "keep_weights")}
-    | {"train.kernel"}
+    "data.root data.workers data.source evaluate.batch_size train.grad_accum_steps train.grad_checkpointing "
+    "train.compile train.compile_at train.cuda_graphs train.kernel run.folder run.resume run.device run.threads "
+    "run.save_every run.progress run.keep_weights".split()
 )
 
 
@@ -288,19 +224,18 @@ def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = Non
     Raises :class:`ConfigError` with a list of all problems. ``--help`` prints the options and exits.
     """
     options = {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in fields(section)}
-    options["methods"] = next(f for f in fields(Config) if f.name == "methods")
+    options["methods"] = Config.__dataclass_fields__["methods"]
     argv = ["--run.resume=must" if word == "--resume" else word for word in argv]
-    renamed = RENAMED_OPTIONS | {
-        f"{name}.{old}": f"{name}.{new}"
-        for name, method in METHODS.items()
-        for old, new in method.options.renamed.items()
-    }
+    renamed = dict(RENAMED_OPTIONS)
+    for name, method in METHODS.items():
+        renamed |= {f"{name}.{old}": f"{name}.{new}" for old, new in method.options.renamed.items()}
     reader = OptionReader(options, "Trains a Vision Transformer within a budget.", renamed=renamed)
     values = reader.read(argv, os.environ if environment is None else environment)
     if values["run.folder"] is None:
         values["run.folder"] = default_folder(reader.files, reader.overrides)
-    if values["evaluate.size"] is None:
-        values["evaluate.size"] = values["model.size"]
+    for name, spec in options.items():
+        if values[name] is None and spec.metadata["none_is"] is not None:
+            values[name] = values[spec.metadata["none_is"]]
     sections = {
         name: section(**{f.name: values[f"{name}.{f.name}"] for f in fields(section)})
         for name, section in SECTIONS.items()
@@ -346,3 +281,36 @@ def _contradictions(config: Config) -> list[str]:
         f"budget.counts: cpu measures only this process, and data.loader={data.loader} starts others; use train":
             config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
     })  # fmt: skip
+
+
+def changed_options(before: Mapping[str, Any], config: Config) -> list[str]:
+    """The differences of ``config`` from ``before``: "NAME was X and is now Y" for each option that matters."""
+    before = {**read_config([], {}).flat(), **before}  # an option that is missing there counts as its default
+    unused = METHODS.keys() - {*before["methods"], *config.methods}  # the options of these methods have no effect
+    return [
+        f"{name} was {before[name]!r} and is now {value!r}"
+        for name, value in config.flat().items()
+        if name not in IMMATERIAL and name.partition(".")[0] not in unused and before[name] != value
+    ]
+
+
+def stated_options(config: Config) -> dict[str, Any]:
+    """The options of ``config`` that differ from the defaults and can change a result."""
+    default = read_config([], {}).flat()
+    return {name: value for name, value in config.flat().items() if name not in IMMATERIAL and default[name] != value}
+
+
+def check_same_run(folder: Path, config: Config, option: str = "run.folder") -> None:
+    """Raises ConfigError if ``folder``, which ``option`` names, holds a run of another configuration."""
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    if changed := changed_options(by_dotted_name(stored), config):
+        raise ConfigError(
+            f"{option}: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options to "
+            f"continue it, or another --{option}"
+        )
+
+
+def recipe_text(config: Config) -> str:
+    """The content of a run's ``config.yaml``: a recipe that repeats the run, and the command that started it."""
+    command = shlex.join(sys.argv)
+    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {command}\n{config.yaml()}"

@@ -45,13 +45,6 @@ class Number(Parsed):
         super().__init__(parse, kind + (bounds or (f" of at most {high:g}" if most else "")))
 
 
-class Flag(Parsed):
-    """True or false. On the command line, the option without a value means true."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda value: FLAG_WORDS[str(value).lower()], "true or false")
-
-
 class Choice(Parsed):
     """One of ``names``."""
 
@@ -125,14 +118,18 @@ def _stage(value: Any) -> Stage:
 TEXT = Parsed(_text, "text")
 BYTES = Parsed(_bytes, "bytes with a unit: 150GB, 64GiB")
 STAGE = Parsed(_stage, "a size and its end (32px until 10%, or until 5ep); the last without an end")
-FLAG = Flag()
+FLAG = Parsed(lambda value: FLAG_WORDS[str(value).lower()], "true or false")
 COUNT = Number(low=1, whole=True)
 FRACTION = Number(low=0, high=1)
 
 
-def option(default: Any, kind: Parsed, meaning: str) -> Any:
-    """A dataclass field that is also an option of recipes and of the command line."""
-    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+def option(default: Any, kind: Parsed, meaning: str, none_is: str | None = None) -> Any:
+    """A dataclass field that is also an option of recipes and of the command line.
+
+    If the default is None, it may be ``none``. Then it has the value of the option ``none_is``, if that is given.
+    """
+    kind = Maybe(kind) if default is None else kind
+    return field(default=default, metadata={"kind": kind, "meaning": meaning, "none_is": none_is})
 
 
 @dataclass(frozen=True)
@@ -140,10 +137,6 @@ class Section:
     """The options of a training method."""
 
     renamed: ClassVar[Mapping[str, str]] = {}  # old name -> new name
-
-    def completed(self, model_size: int) -> Section:
-        """These options, with defaults that depend on ``model.size`` filled in."""
-        return self
 
 
 def messages(checks: Mapping[str, Any]) -> list[str]:
@@ -156,10 +149,3 @@ def as_argument(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(as_argument, value)) or "none"
     return "none" if value is None else str(value)
-
-
-def plain_value(value: Any) -> Any:
-    """``value`` as yaml stores it: a number, text, none, or a list of them."""
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    return [plain_value(part) for part in value] if type(value) is tuple else str(value)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.errors import ConfigError
-from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Maybe, Number, messages, option
+from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Number, messages, option
 
 PLAN_NAME = "plan.yaml"  # the file of WriteOptions that --plan leaves in a data folder
 
@@ -28,7 +28,7 @@ class WriteOptions:
 
     split: str = option("train", Choice("train", "val"), "split of the source to write")
     source: str | None = option(
-        None, Maybe(TEXT), "class folders, the ILSVRC2012 tars, parquet shards, torchvision:NAME, or sample for the "
+        None, TEXT, "class folders, the ILSVRC2012 tars, parquet shards, torchvision:NAME, or sample for the "
         "built-in sample; none: $IMAGENET_DIR, else data/source"
     )  # fmt: skip
     out: str = option("data/imagenet", TEXT, "data folder to fill")
@@ -37,26 +37,26 @@ class WriteOptions:
         "val keep a short edge of 256"
     )  # fmt: skip
     format: str = option("auto", Choice("auto", "raw", "jpg"), "format of sides without one; auto: raw up to 160 px")
-    quality: int | None = option(None, Maybe(Number(1, 100, whole=True)), "JPEG quality; none: as planned, or 90")
+    quality: int | None = option(None, Number(1, 100, whole=True), "JPEG quality; none: as planned, or 90")
     sampling: str | None = option(
-        None, Maybe(Choice("420", "444")), "JPEG chroma subsampling; none: as planned, or 420"
+        None, Choice("420", "444"), "JPEG chroma subsampling; none: as planned, or 420"
     )  # fmt: skip
     keep_jpegs: bool | None = option(
-        None, Maybe(FLAG), "copy JPEGs that need not shrink, without encoding them; none: as planned, or true"
+        None, FLAG, "copy JPEGs that need not shrink, without encoding them; none: as planned, or true"
     )
     workers: int = option(0, Number(0, whole=True), "threads; 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image: stop, or skip it")
     verify: bool = option(False, FLAG, "check every image of every written file, and write nothing")
     plan: bool = option(False, FLAG, "measure, choose the files to write, store the choice, and write no images")
-    recipe: str | None = option(None, Maybe(TEXT), "for --plan: recipe to train; none: rcfg/ours.yaml")
+    recipe: str | None = option(None, TEXT, "for --plan: recipe to train; none: rcfg/ours.yaml")
     rates: str | None = option(
-        None, Maybe(TEXT), "for --plan: images/s of the trainer: 224:2500 or 32:20000,224:2500 (other sizes by "
+        None, TEXT, "for --plan: images/s of the trainer: 224:2500 or 32:20000,224:2500 (other sizes by "
         "FLOPs); none: measured here"
     )  # fmt: skip
-    cores: int | None = option(None, Maybe(COUNT), "for --plan: cores of the training machine; none: this machine's")
-    disk_limit: int | None = option(None, Maybe(BYTES), "for --plan: disk space for the files; none: the free space")
+    cores: int | None = option(None, COUNT, "for --plan: cores of the training machine; none: this machine's")
+    disk_limit: int | None = option(None, BYTES, "for --plan: disk space for the files; none: the free space")
     memory_limit: int | None = option(
-        None, Maybe(BYTES), "for --plan: memory for the page cache; none: this machine's memory minus 8 GB"
+        None, BYTES, "for --plan: memory for the page cache; none: this machine's memory minus 8 GB"
     )
 
     @property

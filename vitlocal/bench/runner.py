@@ -21,12 +21,11 @@ import torch
 import yaml
 
 from vitlocal.bench.runs import summary
-from vitlocal.config import Config, read_config
+from vitlocal.config import Config, check_same_run, read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, Interrupted
 from vitlocal.machine import memory_stalls
 from vitlocal.options import as_argument
-from vitlocal.recipes import check_same_run
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing
 from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin

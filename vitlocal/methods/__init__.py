@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import combinations
 
 from vitlocal.methods.method import Claims, Method, MethodContext, Recipe
 
@@ -26,33 +27,26 @@ def build_methods(context: MethodContext, writing: str = "") -> list[Method]:
     """The recipe's methods in its order. With ``writing="dials."``, only those that set a field of that prefix."""
     return [
         METHODS[claims.name](context)
-        for claims in method_claims(context.recipe)
+        for claims in context.recipe.claims
         if not writing or any(field.startswith(writing) for field in claims.writes)
     ]
-
-
-def method_claims(recipe: Recipe) -> tuple[Claims, ...]:
-    """The fields that each of the recipe's methods sets, in the recipe's order. No method is built for this."""
-    return tuple(METHODS[name].claims(recipe) for name in recipe.methods)
 
 
 def method_problems(recipe: Recipe) -> list[str]:
     """The errors that the recipe's methods find in it or, without errors, the pairs that cannot be combined."""
     found = [problem for name in dict.fromkeys(recipe.methods) for problem in METHODS[name].problems(recipe)]
-    return found or conflicts(method_claims(recipe))
+    return found or conflicts(recipe.claims)
 
 
 def conflicts(claims: Sequence[Claims]) -> list[str]:
     """One message for each pair of methods that cannot be combined."""
     found = []
-    for place, first in enumerate(claims):
-        for second in claims[place + 1 :]:
-            if both := first.writes & second.writes:
-                found.append(
-                    f"methods: {first.name} and {second.name} both set {', '.join(sorted(both))}; remove one of the two"
-                )
-                continue  # one reason is enough
-            for one, other in ((first, second), (second, first)):
-                reasons = [reason for field, reason in one.excludes.items() if field in other.writes - one.writes]
-                found += [f"methods: {one.name} and {other.name} cannot be combined: {reason}" for reason in reasons]
+    for first, second in combinations(claims, 2):
+        if both := first.writes & second.writes:
+            fields = ", ".join(sorted(both))
+            found.append(f"methods: {first.name} and {second.name} both set {fields}; remove one of the two")
+            continue  # one reason is enough
+        for one, other in ((first, second), (second, first)):
+            reasons = [reason for field, reason in one.excludes.items() if field in other.writes - one.writes]
+            found += [f"methods: {one.name} and {other.name} cannot be combined: {reason}" for reason in reasons]
     return found

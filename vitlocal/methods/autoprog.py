@@ -1,10 +1,6 @@
 """AutoProg (Li et al. 2022, arXiv 2203.14509; details from the released code): depth and image size grow, by search.
 
-Training has S equal stages. At the start of each stage except the last, the network grows into a *supernet*. Each step
-of the supernet samples a depth and a size, and is an ordinary training step. Then the candidate with the best trade-off
-of loss and time is taken out of the supernet, with its weights. It is trained to the end of the stage.
-
-Symbols: S stages, l depth, r image size, L mean loss of a candidate, T its time per image.
+docs/methods/autoprog.md describes the method. Symbols: S stages, L mean loss of a candidate, T its time per image.
 """
 
 from __future__ import annotations
@@ -17,20 +13,10 @@ from typing import Any
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.methods.search import (
-    NET,
-    Net,
-    SearchMethod,
-    equal_bounds,
-    ladder,
-    remembered,
-    schedule_problems,
-    schedule_warnings,
-    stages_of,
-)
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Maybe, Number, Section, Series, messages, option
-from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape
+from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, Recipe, StepResult
+from vitlocal.methods.search import NET, Net, SearchMethod, ladder, remembered
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Number, Section, Series, messages, option
+from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape, with_size
 from vitlocal.progress import Length, Progress, Stage
 
 SPACE = ("depth", "size")
@@ -44,9 +30,7 @@ class AutoProgConfig(Section):
     space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; image_size may set the size instead")
     min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
-    schedule: tuple[Net, ...] | None = option(
-        None, Maybe(Series(NET)), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
-    )
+    schedule: tuple[Net, ...] | None = option(None, Series(NET), "depth and size of every stage, without a search")
     search_length: Length = option(Length.parse("2%"), Duration(), "training steps of each search, without its probes")
     probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate")
     grow: str = option(
@@ -54,15 +38,13 @@ class AutoProgConfig(Section):
         "slow average; momentum_new: new blocks copy the average; clone: new blocks copy the weights; random: neither"
     )  # fmt: skip
     ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(FRACTION), "decays per step of the fast and slow average")
-    loss_of: str = option(
-        "average", Choice("average", "online"), "measure the loss of the fast average, or the weights"
-    )
+    loss_of: str = option("average", Choice("average", "online"), "measure the loss of the average, or of the weights")
     loss_on: str = option("train", Choice("train", "val"), "split that measures the loss; val biases the accuracy")
     loss_at: tuple[float, ...] = option(
         (0.5, 0.625, 0.75, 0.875, 1.0), Series(FRACTION), "fractions of the search at which losses are measured"
     )
     cost: str = option("time", Choice("time", "flops"), "cost T of a candidate: measured time, or FLOPs")
-    exponent: float | None = option(None, Maybe(Number(0)), "w in the score L * T^w; none: fitted to the candidates")
+    exponent: float | None = option(None, Number(0), "w in the score L * T^w; none: fitted to the candidates")
     moments: str = option("reset", Choice("reset", "keep"), "optimizer moments when the network grows or shrinks")
     grow_augmentation: bool = option(True, FLAG, "augmentation and drop path grow with the stages")
     randaugment_start: float = option(0.5, FRACTION, "fraction of RandAugment's magnitude in the first stage")
@@ -70,12 +52,12 @@ class AutoProgConfig(Section):
                "averages": "ema_decays", "asked": "loss_at", "strengthen": "grow_augmentation",
                "operations": "randaugment_start"}  # fmt: skip
 
-
-def deepens(config: AutoProgConfig) -> bool:
-    """Whether the depth grows."""
-    if config.schedule is not None:
-        return len({net.depth for net in config.schedule}) > 1
-    return "depth" in config.space and config.min_scale < 1 and config.stages > 1
+    @property
+    def deepens(self) -> bool:
+        """Whether the depth grows."""
+        if self.schedule is not None:
+            return len({net.depth for net in self.schedule}) > 1
+        return "depth" in self.space and self.min_scale < 1 and self.stages > 1
 
 
 def fitted_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
@@ -98,8 +80,8 @@ class SearchRecord:
     """The results of AutoProg's searches, by stage. Checkpoints store it.
 
     A search's length counts training steps, without the measurements. ``searched`` is the fraction of the budget that
-    its steps took before the last round of losses. ``since`` is the fraction at which the steps after it began, or None
-    if there was no step yet.
+    its steps took before the last round of losses began. ``since`` is the fraction at which the first step after that
+    round began, or None if there was no step yet.
     """
 
     times: dict[int, list[float]] = field(default_factory=dict)  # seconds per image of each candidate
@@ -118,53 +100,44 @@ class AutoProg(SearchMethod):
     _undecided = -1  # the largest candidate
 
     def __init__(self, context: MethodContext):
-        config, recipe = context.recipe.section(AutoProgConfig), context.recipe
-        whole = recipe.budget.value
-        bounds = equal_bounds(config.stages)
-        if recipe.budget.kind == "epochs" and whole >= config.stages:  # whole epochs
-            bounds = [math.floor(whole * k / config.stages) / whole for k in range(config.stages)]
-        super().__init__(context, bounds)
+        super().__init__(context)
+        config, budget = context.recipe.section(AutoProgConfig), context.recipe["budget.length"]
+        if budget.kind == "epochs" and budget.value >= config.stages:  # whole epochs
+            self._bounds = [math.floor(budget.value * k / config.stages) / budget.value for k in range(config.stages)]
         if context.parts is None:
-            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {recipe.model_name}")
+            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {context.recipe['model.name']}")
         self._config, self._context, self._depth = config, context, context.parts["blocks"]
         if config.schedule is not None and config.schedule[-1].depth != self._depth:
-            raise ConfigError(
-                f"autoprog.schedule: the last entry has {config.schedule[-1].depth} blocks, and the model has "
-                f"{self._depth}; state the model's depth last"
-            )
+            raise ConfigError(f"autoprog.schedule: the last entry must have the model's depth, {self._depth} blocks")
         length = config.search_length
-        self._search = length.value / whole if length.kind == "epochs" else length.value  # fraction of the budget
+        self._search = length.value / (budget.value if length.kind == "epochs" else 1.0)  # fraction of the budget
         fast, slow = config.ema_decays
         measured = config.schedule is None and config.loss_of == "average"
         # The first average is measured. The last one is the source of growth. An average without a use is not kept.
         self.needs = Needs(ema_decays=(fast,) * measured + (slow,) * config.grow.startswith("momentum"))
         self._record = SearchRecord()
-        self._round_at = 0.0  # the fraction at which the current round of losses began
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         config = recipe.section(AutoProgConfig)
-        blocks = {"shape.block_order", "shape.skipped_blocks"} if deepens(config) else set()
+        blocks = {"shape.block_order", "shape.skipped_blocks"} if config.deepens else set()
         sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
         dials = {"dials.strength", "dials.randaugment_strength"} if config.grow_augmentation else set()
         return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials))
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
-        config, budget = recipe.section(AutoProgConfig), recipe.budget
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        config, budget = recipe.section(AutoProgConfig), recipe["budget.length"]
         length, loss_at, decays = config.search_length, list(config.loss_at), list(config.ema_decays)
         searches, schedule = config.schedule is None, config.schedule or ()
         depths = [net.depth for net in schedule]
         most = {"fraction": 1.0, "epochs": budget.value}.get(length.kind, math.inf)
-        found = [] if searches else schedule_problems("autoprog", schedule, config.stages)
-        return found + messages({
+        is_part = length.kind == "fraction" or length.kind == budget.kind == "epochs"
+        return super().problems(recipe) + messages({
             "autoprog.space: nothing grows; name depth, size or both": not config.space,
-            f"autoprog.search_length: got {length}, expected epochs, or a part of the budget, such as 2%":
-                length.kind not in ("epochs", "fraction"),
-            f"autoprog.search_length: got {length}, but budget.length is {budget}; give a part of it, such as 2%":
-                searches and budget.kind != "epochs" and length.kind != "fraction",
-            "autoprog.search_length: 0 leaves no steps to search; give a part of the budget, such as 2%":
-                searches and not length.value,
+            f"autoprog.search_length: got {length}, and budget.length is {budget}; give a part of it, such as 2%":
+                searches and not is_part,
+            "autoprog.search_length: 0 leaves no steps; use a part, such as 2%": searches and not length.value,
             f"autoprog.search_length: {length} is as long as one of {config.stages} stages, so that no step is left "
             "to train the chosen net; use a shorter search": searches and length.value * config.stages >= most,
             "autoprog.schedule: every entry needs a size if autoprog.space has size (6@128px), else none may have "
@@ -176,25 +149,12 @@ class AutoProg(SearchMethod):
                 len(decays) != 2 or decays != sorted(decays),
             "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
             "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights":
-                deepens(config) and recipe.model_weights,
+                config.deepens and recipe["model.weights"],
         })  # fmt: skip
 
-    @staticmethod
-    def config_warnings(recipe: Recipe) -> list[str]:
-        return schedule_warnings("autoprog", recipe.section(AutoProgConfig).schedule, recipe.model_size)
-
-    @staticmethod
-    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
-        """The stages' sizes. A search may reach larger sizes of this ladder sooner."""
-        config = recipe.section(AutoProgConfig)
-        if "size" not in config.space:
-            return ()
-        stated = [net.size for net in config.schedule or () if net.size is not None]
-        return stages_of(
-            stated or ladder(recipe.model_size, config.min_scale, config.stages, config.size_multiple), config.stages
-        )
-
-    # --- candidates and blocks ---
+    @classmethod
+    def image_sizes(cls, recipe: Recipe) -> Sequence[Stage]:
+        return super().image_sizes(recipe) if "size" in recipe.section(AutoProgConfig).space else ()
 
     def _stage_before(self, stage: int) -> int | None:
         """The last earlier stage that was trained. A run that was killed may have skipped stages."""
@@ -202,15 +162,12 @@ class AutoProg(SearchMethod):
 
     @remembered
     def _candidates(self, stage: int) -> list[Net]:
-        config, model_size = self._config, self._context.recipe.model_size
+        config = self._config
         if config.schedule is not None:
             return [config.schedule[stage]]
-        depths: tuple[int, ...] = (self._depth,)
-        sizes: tuple[int | None, ...] = (None,)
-        if "depth" in config.space:
-            depths = ladder(self._depth, config.min_scale, config.stages, 1)
-        if "size" in config.space:
-            sizes = ladder(model_size, config.min_scale, config.stages, config.size_multiple)
+        scale = config.min_scale if "depth" in config.space else 1.0
+        depths: tuple[int, ...] = ladder(self._depth, scale, config.stages, 1)
+        sizes: tuple[int | None, ...] = self._ladder(self._context.recipe) if "size" in config.space else (None,)
         if stage == config.stages - 1:
             return [Net(depths[-1], sizes[-1])]
         before = self._stage_before(stage)
@@ -223,26 +180,20 @@ class AutoProg(SearchMethod):
             depths, sizes = depths[next_depth : next_depth + 3] or depths[-1:], sizes[place : place + 2]
         return [Net(depth, size) for size in sizes for depth in depths]
 
-    def _answered(self, stage: int) -> bool:
-        record = self._record
-        complete = self._due_rounds(record.searched.get(stage, 0.0)) == len(self._config.loss_at)
-        return complete and stage not in record.under_way
-
     def _due_rounds(self, searched: float) -> int:
         """The number of rounds of losses that are due after a search of this length, a fraction of the budget."""
         return sum(searched >= part * self._search - 1e-12 for part in self._config.loss_at)
 
-    def _best(self, stage: int) -> Net:
-        losses = np.mean(self._record.losses[stage], axis=0).tolist()
-        nets, model_size = self._candidates(stage), self._context.recipe.model_size
-        if self._config.cost == "time":
-            costs = self._record.times[stage]
-        else:
+    def _best(self, stage: int) -> Net | None:
+        record, nets, model_size = self._record, self._candidates(stage), self._context.recipe["model.size"]
+        rounds = self._due_rounds(record.searched.get(stage, 0.0))
+        if rounds < len(self._config.loss_at) or stage in record.under_way:
+            return None
+        losses = np.mean(record.losses[stage], axis=0).tolist()
+        costs: Sequence[float] = record.times.get(stage, ())
+        if self._config.cost == "flops":
             shapes = [Shape(block_order=tuple(range(net.depth))) for net in nets]
-            costs = [
-                float(self._context.macs(net.size or model_size, shape))
-                for net, shape in zip(nets, shapes, strict=True)
-            ]
+            costs = [self._context.macs(net.size or model_size, shape) for net, shape in zip(nets, shapes, strict=True)]
         return nets[best(losses, costs, self._config.exponent)]
 
     @remembered
@@ -267,15 +218,13 @@ class AutoProg(SearchMethod):
     def _block_order(self, blocks: tuple[int, ...]) -> tuple[int, ...] | None:
         return None if blocks == tuple(range(self._depth)) else blocks
 
-    # --- plans ---
-
     def plan(self, plan: Plan, progress: Progress) -> Plan:
         stage = self._stage(progress)
         if self._decided(stage):
             return self._plan_of(plan, stage, self._chosen(stage))
         nets = self._candidates(stage)
         # The step number draws depth and size: the same on every process, and after a restart.
-        random = np.random.default_rng((self._context.recipe.seed, progress.step, 0xA9))
+        random = np.random.default_rng((self._context.recipe["run.seed"], progress.step, 0xA9))
         return self._plan_of(plan, stage, nets[int(random.integers(len(nets)))])
 
     def variants(self, plan: Plan, progress: Progress) -> Sequence[Plan]:
@@ -285,27 +234,23 @@ class AutoProg(SearchMethod):
     def _plan_of(self, plan: Plan, stage: int, net: Net) -> Plan:
         """The plan for a step of ``net``. Until the search of the stage ends, the net is a part of the supernet."""
         searching = not self._decided(stage)
-        order, pairs = self._supernet(stage)
-        if searching:
-            blocks, skipped = order, self._skipped(stage, net.depth)
-            feed_size = max((net.size for net in self._candidates(stage) if net.size), default=None)
-        else:
-            blocks, skipped, feed_size = self._extracted(stage), (), net.size
+        blocks = self._supernet(stage)[0] if searching else self._extracted(stage)
+        skipped = self._skipped(stage, net.depth) if searching else ()
         plan = with_shape(plan, block_order=self._block_order(blocks), skipped_blocks=skipped)
-        if feed_size is not None:
-            input_size = net.size if net.size != feed_size else None
-            plan = replace(with_shape(plan, input_size=input_size), feed=replace(plan.feed, size=feed_size))
-        plan = replace(plan, growth=self._growth(stage, searching, pairs) or plan.growth)
+        if net.size is not None:
+            feed_size = max(each.size or 0 for each in self._candidates(stage)) if searching else net.size
+            plan = with_shape(with_size(plan, feed_size), input_size=None if net.size == feed_size else net.size)
+        plan = replace(plan, growth=self._growth(stage, searching) or plan.growth)
         if not self._config.grow_augmentation:
             return plan
         way = 1.0 if searching else stage / max(1, self._config.stages - 1)
-        magnitude, start = self._context.recipe.randaugment, self._config.randaugment_start
+        magnitude, start = self._context.recipe["augment.randaugment"], self._config.randaugment_start
         part = start + (1 - start) * way
         if magnitude >= 1 and way < 1:  # whole magnitudes: 4, 6, 7, 9
             part = math.floor(magnitude * part + 1e-9) / magnitude
         return replace(plan, dials=replace(plan.dials, strength=way, randaugment_strength=part))
 
-    def _growth(self, stage: int, searching: bool, pairs: tuple[tuple[int, int], ...]) -> Growth | None:
+    def _growth(self, stage: int, searching: bool) -> Growth | None:
         moments = "reset" if self._config.moments == "reset" else "zero"
         searched = len(self._candidates(stage)) > 1
         if not searching and searched:
@@ -314,35 +259,30 @@ class AutoProg(SearchMethod):
         if before is None:
             return None
         if not searched and self._candidates(stage)[0] == self._chosen(before):
-            return self._growth(before, False, self._supernet(before)[1])  # nothing grows
-        how, last = self._config.grow, len(self.needs.ema_decays) - 1
+            return self._growth(before, False)  # nothing grows
+        how, pairs, last = self._config.grow, self._supernet(stage)[1], len(self.needs.ema_decays) - 1
         return Growth(
             2 * stage + 1, blocks=pairs, weights="random" if how == "random" else "copy", moments=moments,
             average=last if how.startswith("momentum") else None, new_only=how == "momentum_new",
         )  # fmt: skip
 
-    # --- the search ---
-
     def probes(self, progress: Progress) -> Sequence[Probe]:
         stage, record = self._stage(progress), self._record
-        if self._config.schedule is not None or self._decided(stage):
+        if self._decided(stage):
             return ()
         self._asked_stage, nets = stage, self._candidates(stage)
         timed = len(record.times.get(stage, ()))
         if self._config.cost == "time" and timed < len(nets):
             return [self._probe("seconds", stage, net) for net in nets[timed:]]
-        if stage not in record.began:  # the supernet has not trained yet, so its losses say nothing
-            return ()
-        answered = len(record.under_way.get(stage, ()))
-        if not answered:
-            if record.since is None:  # no step was taken since the last round
+        if stage not in record.under_way:
+            if stage not in record.began or record.since is None:  # no step of this stage since the last round
                 return ()
+            searched = record.searched[stage] + progress.fraction - record.since
             # If several rounds are due after one step, only one round is measured.
-            before = record.searched[stage]
-            if self._due_rounds(before + progress.fraction - record.since) == self._due_rounds(before):
+            if self._due_rounds(searched) == self._due_rounds(record.searched[stage]):
                 return ()
-            self._round_at = progress.fraction
-        return [self._probe("loss", stage, net) for net in nets[answered:]]
+            record.searched[stage], record.since, record.under_way[stage] = searched, None, []
+        return [self._probe("loss", stage, net) for net in nets[len(record.under_way[stage]) :]]
 
     def _probe(self, kind: str, stage: int, net: Net) -> Probe:
         order = self._block_order(self._supernet(stage)[0])
@@ -352,17 +292,14 @@ class AutoProg(SearchMethod):
         split = self._config.loss_on if kind == "loss" else "train"
         return Probe(kind, shape, net.size or 0, self._config.probe_batches, split=split, average=average, sets=sets)
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
+    def observe(self, result: StepResult | Probe) -> None:
         if isinstance(result, StepResult):
             return self._observe_step(result)
         stage, record = self._asked_stage, self._record
-        if result.probe.kind == "seconds":
-            record.times.setdefault(stage, []).append(result.value)
+        if result.kind == "seconds":
+            record.times.setdefault(stage, []).append(result.answer)
         else:
-            if record.since is not None:
-                record.searched[stage] += self._round_at - record.since
-                record.since = None
-            record.under_way.setdefault(stage, []).append(result.value)
+            record.under_way[stage].append(result.answer)
             if len(record.under_way[stage]) == len(self._candidates(stage)):
                 record.losses.setdefault(stage, []).append(record.under_way.pop(stage))
         self._memory.clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Method, MethodContext, Recipe
-from vitlocal.options import BYTES, COUNT, Choice, Maybe, Section, option
+from vitlocal.options import BYTES, COUNT, Choice, Section, messages, option
 from vitlocal.plan import Plan
 from vitlocal.progress import Progress
 
@@ -17,9 +17,7 @@ LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 
 @dataclass(frozen=True)
 class BatchSizeConfig(Section):
-    memory: int | None = option(
-        None, Maybe(BYTES), "memory for activations on each device; none: as train.batch_size images of model.size take"
-    )
+    memory: int | None = option(None, BYTES, "memory for activations on a device; none: as train.batch_size takes")
     limit: int = option(2048, COUNT, "largest batch size")
     multiple: int = option(32, COUNT, "batch sizes above train.batch_size are multiples of this number")
     lr_scaling: str = option("sqrt", Choice(*LR_EXPONENTS), "how the learning rate grows with the batch size")
@@ -29,9 +27,7 @@ class BatchSizeConfig(Section):
 class BatchSize(Method):
     """At each image size, the largest batch whose activations fit: at least ``train.batch_size``, at most ``limit``.
 
-    The batch is split over processes and gradient accumulation steps. Each part has ``batch_size.memory``. Without that
-    option, the whole batch has the memory that ``train.batch_size`` images of ``model.size`` take. A resumed run keeps
-    its batch sizes.
+    Each part of the batch (process, gradient accumulation step) has ``memory``. A resumed run keeps its batch sizes.
     """
 
     name = "batch_size"
@@ -40,20 +36,19 @@ class BatchSize(Method):
 
     def __init__(self, context: MethodContext):
         recipe = context.recipe
-        self._config, self._base = recipe.section(BatchSizeConfig), recipe.batch_size
-        self._largest_size, self._image_bytes = recipe.model_size, context.image_bytes
-        self._parts = context.processes * recipe.grad_accum_steps
+        self._config, self._base = recipe.section(BatchSizeConfig), recipe["train.batch_size"]
+        self._largest_size, self._image_bytes = recipe["model.size"], context.image_bytes
+        self._parts = context.processes * recipe["train.grad_accum_steps"]
         self._batch_sizes: dict[int, int] = {}  # by image size
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
-        found = []
-        if recipe.methods.index("batch_size") != len(recipe.methods) - 1:
-            found.append("methods: batch_size follows the image sizes that other methods set; put it last")
-        limit, base = recipe.section(BatchSizeConfig).limit, recipe.batch_size
-        if limit < base:
-            found.append(f"batch_size.limit: got {limit}, expected at least train.batch_size ({base})")
-        return found
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        limit, base = recipe.section(BatchSizeConfig).limit, recipe["train.batch_size"]
+        return messages({
+            "methods: batch_size follows the image sizes that other methods set; put it last":
+                recipe.methods.index("batch_size") != len(recipe.methods) - 1,
+            f"batch_size.limit: got {limit}, expected at least train.batch_size ({base})": limit < base,
+        })  # fmt: skip
 
     def batch_size_at(self, size: int) -> int:
         if size not in self._batch_sizes:

@@ -1,10 +1,7 @@
 """Budgeted training (Xia et al. 2023, "Budgeted Training for Vision Transformer", ICLR 2023).
 
-A narrow model on few tokens grows in stages to the full model. Each stage runs the first heads of each attention, the
-first hidden units of each feed-forward part, and the centre of the token grid. The new parts of a stage start as copies
-of existing parts, with moments of zero.
-
-Symbols as in the paper: K stages, C_k multiply-adds of an image in stage k, T_k its epochs, B the budget.
+docs/methods/budgeted.md describes the method. Symbols as in the paper: K stages, C_k multiply-adds of an image in
+stage k, T_k its epochs, B the budget.
 """
 
 from __future__ import annotations
@@ -18,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
+from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
-from vitlocal.options import COUNT, FRACTION, Choice, Maybe, Number, Parsed, Section, Series, messages, option
+from vitlocal.options import COUNT, FRACTION, Choice, Number, Parsed, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
-# What may grow, and the fields of the shape that it sets.
-GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}
+GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}  # fields of the shape
 FEWEST_TOKENS = 0.5  # fraction of the tokens in the first stage: 50 %, 75 %, 100 % for three stages
 PROBED_BATCHES = 4
 CHANGES_COST = frozenset({"feed.size", "feed.subset", "shape.token_keep_rate"})  # of an epoch, set by other methods
@@ -39,67 +35,49 @@ def parse_compute(value: Any) -> str:
     return str(value)
 
 
-COMPUTE = Parsed(
-    parse_compute, "a part of full training, such as 50%, or 691.2GFLOPs per image, summed over epochs (multiply-adds)"
-)
+COMPUTE = Parsed(parse_compute, "a part of full training, such as 50%, or 691.2GFLOPs per image, over all epochs")
 
 
 @dataclass(frozen=True)
 class BudgetedConfig(Section):
     stages: int = option(3, COUNT, "number K of stages")
     grow: tuple[str, ...] = option(tuple(GROWS), Series(Choice(*GROWS)), "what grows; the rest has its full size")
-    compute: str | None = option(None, Maybe(COMPUTE), "compute of the run, which sets its epochs; none: budget.length")
+    compute: str | None = option(None, COMPUTE, "compute of the run, which sets its epochs; none: budget.length")
     reference_epochs: float = option(300.0, Number(1), "epochs of full training, for budgeted.compute in %")
-    epochs: tuple[int, ...] | None = option(
-        None, Maybe(Series(Number(0, whole=True))), "epochs of each stage; none: they follow from alpha, seed and cost"
-    )
+    epochs: tuple[int, ...] | None = option(None, Series(Number(0, whole=True)), "epochs of each stage; none: by alpha")
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
     seed: int = option(0, Number(0, whole=True), "seed of the random numbers that set the stages' lengths")
     cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
-    heads: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the heads in each stage")
-    hidden: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the hidden width, by stage")
-    tokens: tuple[float, ...] | None = option(None, Maybe(Series(FRACTION)), "fraction of the tokens in each stage")
-    crop: str = option(
-        "after",
-        Choice("after", "before"),
-        "crop the tokens after the patch embedding (published), or the image before it",
-    )
+    heads: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the heads in each stage")
+    hidden: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the hidden width, by stage")
+    tokens: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the tokens in each stage")
+    crop: str = option("after", Choice("after", "before"), "crop tokens after the patch embedding, or images before it")
     new_weights: str = option("copy", Choice("copy", "random"), "weights of new heads and hidden units")
     copy_from: str = option("first", Choice("first", "last"), "heads and hidden units to copy, if not all are copied")
-    new_moments: str = option(
-        "zero", Choice("zero", "copy", "reset"), "moments of new parts; reset: zero for all parts"
-    )
-    copy_scale: float = option(
-        1.0, Number(0), "factor on the outputs of copies and of their sources; 0.5 keeps the sum"
-    )
+    new_moments: str = option("zero", Choice("zero", "copy", "reset"), "moments of new parts; reset: all become zero")
+    copy_scale: float = option(1.0, Number(0), "factor on the outputs of copies and sources; 0.5 keeps their sum")
     copy_noise: float = option(0.0, Number(0), "noise added to copies, in standard deviations of the weights")
     renamed = {"budget": "compute", "reference": "reference_epochs", "weights": "new_weights", "sources": "copy_from",
                "moments": "new_moments", "scale": "copy_scale", "noise": "copy_noise"}  # fmt: skip
 
+    @property
+    def grown_fields(self) -> list[str]:
+        """The fields of the shape that grow."""
+        return [name for unit in self.grow for name in GROWS[unit]]
 
-def grown_fields(config: BudgetedConfig) -> list[str]:
-    """The fields of the shape that grow."""
-    return [name for unit in config.grow for name in GROWS[unit]]
+    @property
+    def sets_length(self) -> bool:
+        """Whether the options set the run's length."""
+        return self.epochs is not None or self.compute is not None
 
 
-def sets_length(config: BudgetedConfig) -> bool:
-    """Whether the options set the run's length."""
-    return config.epochs is not None or config.compute is not None
-
-
-def stage_weights(stages: int, alpha: float, seeds: Sequence[float]) -> tuple[float, ...]:
-    """t_k = exp(α · s_k), the proportions of the stages' epochs. Seeds are sorted, because later stages are longer.
-
-    (The paper does not say that seeds are sorted. Its schedules only follow if they are.)
-    """
-    return tuple(math.exp(alpha * seed) for seed in sorted(seeds)[:stages])
+def stage_weights(alpha: float, seeds: Sequence[float]) -> tuple[float, ...]:
+    """t_k = exp(α · s_k), the proportions of the stages' epochs. Seeds are sorted, because later stages are longer."""
+    return tuple(math.exp(alpha * seed) for seed in sorted(seeds))
 
 
 def solve(budget: float, costs: Sequence[float], weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole epochs T_k of each stage, in proportion to ``weights``, with Σ C_k · T_k at most ``budget``.
-
-    T_k = ⌊B · t_k / Σ C_j · t_j⌋. (The paper writes b_j for C_j · t_j without defining it.)
-    """
+    """Whole epochs T_k = ⌊B · t_k / Σ C_j · t_j⌋ of each stage, with Σ C_k · T_k at most ``budget``."""
     scale = budget / sum(cost * weight for cost, weight in zip(costs, weights, strict=True))
     return tuple(math.floor(scale * weight) for weight in weights)
 
@@ -111,31 +89,24 @@ def in_epochs(value: float) -> Length:
 
 def stage_shapes(config: BudgetedConfig, whole: dict[str, int]) -> tuple[Shape, ...]:
     """The shape of each stage of a model with the parts ``whole``."""
-    count = config.stages
+    count, grown = config.stages, config.grown_fields
     steps = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
-    heads = config.heads or [(k + 1) / count for k in range(count)]
-    hidden = config.hidden or [2.0 ** (k + 1 - count) for k in range(count)]
-    tokens = (count > 1 and config.tokens) or [FEWEST_TOKENS + (1 - FEWEST_TOKENS) * step for step in steps]
+    tokens = config.tokens or [FEWEST_TOKENS + (1 - FEWEST_TOKENS) * step for step in steps]
+    fractions = {
+        "heads": config.heads or [(k + 1) / count for k in range(count)],
+        "hidden": config.hidden or [2.0 ** (k + 1 - count) for k in range(count)],
+        "grid": [math.sqrt(part) for part in tokens],
+    }
     found = []
     for k in range(count):
-        sizes = {
-            "heads": max(1, round(heads[k] * whole["heads"])),
-            "hidden": max(1, round(hidden[k] * whole["hidden"])),
-            "tokens": max(1, round(math.sqrt(tokens[k]) * whole["grid"])),
-        }
-        full = {"heads": whole["heads"], "hidden": whole["hidden"], "tokens": whole["grid"]}
-        parts = {unit: size if unit in config.grow and size < full[unit] else None for unit, size in sizes.items()}
-        before = "tokens" in config.grow and config.crop == "before"
-        found.append(Shape(parts["heads"], parts["hidden"], parts["tokens"], crop_before_embedding=before))
+        sizes = {name: max(1, round(parts[k] * whole[name])) for name, parts in fractions.items() if name in grown}
+        smaller: dict[str, Any] = {name: size for name, size in sizes.items() if size < whole[name]}
+        found.append(Shape(**smaller, crop_before_embedding="grid" in grown and config.crop == "before"))
     return tuple(found)
 
 
 class Budgeted(Method):
-    """Heads, hidden width and tokens grow over K stages, whose lengths follow from the budget.
-
-    A budget in time or steps is divided by fractions. In time, stage k has the fraction C_k · t_k / Σ C_j · t_j, with
-    C_k in FLOPs or (``cost=time``) in measured time. Published methods save more FLOPs than time.
-    """
+    """Heads, hidden width and tokens grow over K stages, whose lengths follow from the budget."""
 
     name = "budgeted"
     options = BudgetedConfig
@@ -144,106 +115,97 @@ class Budgeted(Method):
         super().__init__(context)
         config = self._config = context.recipe.section(BudgetedConfig)
         if context.parts is None:
-            raise ConfigError(
-                f"methods: budgeted needs a vitlocal_… model with heads of its own, not {context.recipe.model_name}"
-            )
-        self._budget = context.recipe.budget
+            raise ConfigError(f"methods: budgeted needs a vitlocal_… model, not {context.recipe['model.name']}")
+        self._budget = context.recipe["budget.length"]
         self._shapes = stage_shapes(config, dict(context.parts))
-        self._costs = tuple(context.macs(context.recipe.model_size, shape) for shape in self._shapes)
+        self._costs = tuple(context.macs(context.recipe["model.size"], shape) for shape in self._shapes)
         self._measured: list[float] = []  # seconds per image in each stage
         seeds = np.random.default_rng((config.seed, 0xB0D6)).uniform(size=config.stages)
-        self._weights = stage_weights(config.stages, config.alpha, seeds.tolist())
+        self._weights = stage_weights(config.alpha, seeds.tolist())
         self._epochs = self._solved_epochs()
-        if self._epochs is not None:
-            self.needs = Needs(budget_length=Length.parse(f"{sum(self._epochs)}ep"))
+        if config.sets_length:
+            self.needs = Needs(budget_length=in_epochs(sum(self._epochs)))
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
         config = recipe.section(BudgetedConfig)
         reason = "both remove tokens; let one of the two keep them, as with budgeted.grow=heads,hidden"
         excludes = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
-        length = {"budget.length"} if sets_length(config) else set()
-        return Claims(
-            cls.name, frozenset({"growth", *(f"shape.{name}" for name in grown_fields(config)), *length}), excludes
-        )
+        writes = {"growth", *(f"shape.{name}" for name in config.grown_fields)}
+        return Claims(cls.name, frozenset(writes | ({"budget.length"} if config.sets_length else set())), excludes)
 
-    @staticmethod
-    def config_warnings(recipe: Recipe) -> list[str]:
+    @classmethod
+    def config_warnings(cls, recipe: Recipe) -> list[str]:
         config = recipe.section(BudgetedConfig)
         others = " and ".join(claims.name for claims in recipe.claims if claims.writes & CHANGES_COST)
         names = {"heads": "heads", "hidden": "hidden units"}
         units = " and ".join(name for unit, name in names.items() if unit in config.grow)
         return messages({
-            f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored":
-                sets_length(config),
+            f"budgeted.epochs or budgeted.compute set the run's length; {recipe['budget.length']} is ignored":
+                config.sets_length,
             f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} "
             "the run costs less, and its stages take other fractions of the budget":
                 config.compute is not None and others,
             "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
             f"{others}, and the stages will take other fractions of the time": config.cost == "time" and others,
             f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
-            "budgeted from methods to train all loaded weights": recipe.model_weights and units,
+            "budgeted from methods to train all loaded weights": recipe["model.weights"] and units,
         })  # fmt: skip
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
-        config = recipe.section(BudgetedConfig)
-        found = []
-        for name in ("heads", "hidden", "tokens", "epochs"):
-            values = getattr(config, name)
-            if values is None:
-                continue
-            if len(values) != config.stages:
-                found.append(f"budgeted.{name}: got {len(values)} values for {config.stages} stages; give one for each")
-            elif name != "epochs" and (list(values) != sorted(values) or values[-1] != 1 or not values[0]):
-                found.append(
-                    f"budgeted.{name}: got {list(values)}, expected increasing fractions above 0, and 1 as the last"
-                )
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        config, budget = recipe.section(BudgetedConfig), recipe["budget.length"]
+        fractions = {name: list(getattr(config, name) or ()) for name in ("heads", "hidden", "tokens")}
+        epochs, measures = list(config.epochs or ()), config.cost == "time"
         copies = config.new_moments == "copy" or config.copy_from != "first" or config.copy_scale != 1
-        measures, epochs = config.cost == "time", config.epochs
-        return found + messages({
+        return messages({
+            **{
+                f"budgeted.{name}: got {len(values)} values for {config.stages} stages; give one for each":
+                    getattr(config, name) is not None and len(values) != config.stages
+                for name, values in {**fractions, "epochs": epochs}.items()
+            },
+            **{
+                f"budgeted.{name}: got {values}, expected increasing fractions above 0, and 1 as the last":
+                    values and (values != sorted(values) or values[-1] != 1 or not values[0])
+                for name, values in fractions.items()
+            },
             "budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two":
-                epochs is not None and config.compute is not None,
-            f"budgeted.epochs: got {list(epochs or ())}; the last stage, the full model, needs epochs":
-                epochs is not None and not (epochs and epochs[-1]),
+                epochs and config.compute is not None,
+            f"budgeted.epochs: got {epochs}; the last stage, the full model, needs epochs": epochs and not epochs[-1],
             "budgeted.grow: nothing grows; name some of heads, hidden, tokens, or remove the method": not config.grow,
             "budgeted.new_weights: random weights are no copies; leave new_moments, copy_from, copy_scale and "
             "copy_noise at their defaults": config.new_weights == "random" and (copies or config.copy_noise),
-            f"budgeted.cost: time needs a budget in time, but budget.length is {recipe.budget}":
-                measures and recipe.budget.kind != "seconds",
+            f"budgeted.cost: time needs a budget in time, but budget.length is {budget}":
+                measures and budget.kind != "seconds",
             "budgeted.cost: time has no effect if budgeted.epochs or budgeted.compute is set; remove one of them":
-                measures and sets_length(config),
+                measures and config.sets_length,
         })  # fmt: skip
 
-    def _solved_epochs(self) -> tuple[int, ...] | None:
-        """T_k, if the options state epochs or compute; None if the run's budget counts."""
-        config = self._config
-        if config.epochs is not None or config.compute is None:
+    def _solved_epochs(self) -> Sequence[float]:
+        """T_k, if the options state epochs or compute, or the budget is in epochs. Otherwise empty."""
+        config, whole = self._config, self._budget.value
+        if config.epochs is not None:
             return config.epochs
+        if config.compute is None:
+            if self._budget.kind != "epochs":
+                return ()
+            each = [whole * weight / sum(self._weights) for weight in self._weights]
+            return [math.floor(epochs) for epochs in each] if whole >= 4 * len(each) else each
         number = float(config.compute.rstrip("%GFLOPs"))
         full = config.reference_epochs * self._costs[-1]
-        epochs = solve(
-            number / 100 * full if config.compute.endswith("%") else number * 1e9, self._costs, self._weights
-        )
+        budget = number / 100 * full if config.compute.endswith("%") else number * 1e9
+        epochs = solve(budget, self._costs, self._weights)
         if not epochs[-1]:
             least = sum(c * w for c, w in zip(self._costs, self._weights, strict=True)) / self._weights[-1] / 1e9
             raise ConfigError(
-                f"budgeted.compute: {config.compute} is less than one epoch of the full model; give at least "
-                f"{least:.3g}GFLOPs"
+                f"budgeted.compute: {config.compute} is less than one epoch of the full model, {least:.3g}GFLOPs"
             )
         return epochs
 
-    # --- stages ---
-
     def changes(self) -> Sequence[Length]:
         """The ends of all stages except the last."""
-        if self._epochs is not None:
+        if self._epochs:
             return [in_epochs(end) for end in np.cumsum(self._epochs)[:-1].tolist()]
-        if self._budget.kind == "epochs":
-            whole = self._budget.value
-            each = [whole * weight / sum(self._weights) for weight in self._weights]
-            ends = np.cumsum([math.floor(epochs) if whole >= 4 * len(each) else epochs for epochs in each])
-            return [in_epochs(end) for end in ends[:-1].tolist()]
         costs: Sequence[float] = self._measured if self._is_measured else self._costs
         if self._budget.kind == "steps":
             costs = [1.0] * len(self._costs)
@@ -258,24 +220,22 @@ class Budgeted(Method):
             number, sources=config.copy_from, weights=config.new_weights, scale=config.copy_scale,
             noise=config.copy_noise, moments=config.new_moments,
         )  # fmt: skip
-        plan = with_shape(plan, **{name: getattr(shape, name) for name in grown_fields(config)})
+        plan = with_shape(plan, **{name: getattr(shape, name) for name in config.grown_fields})
         return replace(plan, growth=growth if number else plan.growth)
-
-    # --- measured costs ---
 
     @property
     def _is_measured(self) -> bool:
         return len(self._measured) == len(self._costs)
 
     def probes(self, progress: Progress) -> Sequence[Probe]:
-        if self._config.cost != "time" or self._budget.kind != "seconds" or self._epochs is not None:
+        if self._config.cost != "time":
             return ()
-        sets = tuple(grown_fields(self._config))
+        sets = tuple(self._config.grown_fields)
         return [Probe("seconds", shape, 0, PROBED_BATCHES, sets=sets) for shape in self._shapes[len(self._measured) :]]
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        if isinstance(result, ProbeResult):
-            self._measured.append(result.value)
+    def observe(self, result: StepResult | Probe) -> None:
+        if isinstance(result, Probe):
+            self._measured.append(result.answer)
 
     def choices(self) -> Sequence[str]:
         """The ends of the stages, once their costs are measured."""

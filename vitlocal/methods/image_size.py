@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vitlocal.methods.method import Method, MethodContext, Recipe
-from vitlocal.options import COUNT, STAGE, Choice, Maybe, Number, Section, Series, option
+from vitlocal.options import COUNT, STAGE, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Plan, with_size
 from vitlocal.progress import Length, Progress, Stage
 
@@ -16,38 +16,37 @@ from vitlocal.progress import Length, Progress, Stage
 class ImageSizeConfig(Section):
     init: int = option(32, COUNT, "size of training crops at the start, px")
     step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
-    final: int | None = option(None, Maybe(COUNT), "last size of training crops, px; none: model.size")
+    final: int | None = option(None, COUNT, "last size of training crops, px; none: model.size", none_is="model.size")
     growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
-    stages: tuple[Stage, ...] | None = option(
-        None, Maybe(Series(STAGE)), "the whole curriculum, stage by stage; replaces all other image_size options"
-    )
+    stages: tuple[Stage, ...] | None = option(None, Series(STAGE), "all stages; replaces the other image_size options")
     step_epochs: float = option(5.0, Number(1e-3), "epochs between two sizes, for linear growth")
     switch_epochs: tuple[float, ...] = option(
         (0, 2, 4, 8, 12, 20, 36), Series(Number(0)), "epoch at which each size starts, for exponential growth"
     )
 
-    def completed(self, model_size: int) -> ImageSizeConfig:
-        return replace(self, final=model_size) if self.final is None else self
+    @property
+    def sizes(self) -> list[int]:
+        """The size of each stage."""
+        if self.stages is not None:
+            return [stage.size for stage in self.stages]
+        assert self.final is not None, "read_config fills it in"
+        return [*range(self.init, self.final, self.step_pixels), self.final]
 
     @property
     def curriculum(self) -> tuple[Stage, ...]:
         """The stages of the curriculum, for every way to state it."""
         if self.stages is not None:
             return self.stages
-        assert self.final is not None, "completed() fills it in"
-        sizes = (*range(self.init, self.final, self.step_pixels), self.final)
-        linear = tuple(number * self.step_epochs for number in range(1, len(sizes)))
-        ends = self.switch_epochs[1 : len(sizes)] if self.growth == "exponential" else linear
+        linear = [number * self.step_epochs for number in range(1, len(self.sizes))]
+        ends = self.switch_epochs[1 : len(self.sizes)] if self.growth == "exponential" else linear
         lengths = [Length(end, "epochs", f"{end:g}ep") for end in ends]
-        return tuple(Stage(size, length) for size, length in zip(sizes, (*lengths, None), strict=True))
+        return tuple(Stage(size, end) for size, end in zip(self.sizes, (*lengths, None), strict=True))
 
 
 class ImageSize(Method):
-    """Training crops start small and grow, up to ``final``.
+    """Training crops start small and grow, up to ``final``, or as ``stages`` say.
 
-    With ``growth=linear`` they grow every ``step_epochs`` epochs. With ``growth=exponential`` they grow at
-    ``switch_epochs`` (0, 2, 4, 8, 12, 20, 36 in the released code). ``stages`` states sizes and their ends, in epochs,
-    steps, time or fractions of the budget (EfficientTrain++ divides its compute so: arXiv 2405.08768).
+    Stages end by epochs, steps, time or fractions of the budget (as in EfficientTrain++, arXiv 2405.08768).
     """
 
     name = "image_size"
@@ -57,52 +56,33 @@ class ImageSize(Method):
     def __init__(self, context: MethodContext):
         self._stages = context.recipe.section(ImageSizeConfig).curriculum
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
         config = recipe.section(ImageSizeConfig)
-        found = [] if config.stages is None else _stage_problems(config.stages)
-        if found:
+        if config.stages is not None and (found := _stage_problems(config.stages)):
             return found
-        assert config.final is not None, "completed() fills it in"
-        largest = config.final if config.stages is None else max(stage.size for stage in config.stages)
-        if largest > recipe.model_size:
-            found.append(
-                f"image_size: {largest} px is larger than model.size ({recipe.model_size}), the size of the position "
-                f"table; set model.size={largest}"
-            )
-        if config.stages is not None:
-            return found
-        if config.init > config.final:
-            found.append(f"image_size.init: {config.init} is larger than image_size.final ({config.final})")
-        elif config.growth == "exponential":
-            switches, sizes = (
-                config.switch_epochs,
-                [*range(config.init, config.final, config.step_pixels), config.final],
-            )
-            if len(switches) < len(sizes):
-                found.append(
-                    f"image_size.switch_epochs: got {len(switches)} epochs for the {len(sizes)} sizes "
-                    f"{', '.join(map(str, sizes))}; give one epoch for each size"
-                )
-            if not switches or switches[0] != 0 or list(switches) != sorted(set(switches)):
-                found.append(
-                    f"image_size.switch_epochs: got {list(switches)}, expected 0 first, then increasing numbers"
-                )
-        return found
+        sizes, switches, model_size = config.sizes, list(config.switch_epochs), recipe["model.size"]
+        exponential = config.stages is None and config.growth == "exponential"
+        return messages({
+            f"image_size: {max(sizes)} px is larger than model.size ({model_size}), the size of the position table; "
+            f"set model.size={max(sizes)}": max(sizes) > model_size,
+            f"image_size.init: {config.init} is larger than image_size.final ({sizes[-1]})":
+                config.stages is None and config.init > sizes[-1],
+            f"image_size.switch_epochs: got {len(switches)} epochs for the {len(sizes)} sizes "
+            f"{', '.join(map(str, sizes))}; give one epoch for each size": exponential and len(switches) < len(sizes),
+            f"image_size.switch_epochs: got {switches}, expected 0 first, then increasing numbers":
+                exponential and (switches[:1] != [0] or switches != sorted(set(switches))),
+        })  # fmt: skip
 
-    @staticmethod
-    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
+    @classmethod
+    def image_sizes(cls, recipe: Recipe) -> Sequence[Stage]:
         return recipe.section(ImageSizeConfig).curriculum
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
         # The epoch is a float. A tolerance of 1e-9 epochs is less than one image.
         progress = replace(progress, epoch=progress.epoch + 1e-9)
-        return with_size(
-            plan,
-            next(
-                stage.size for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1
-            ),
-        )
+        left = (stage for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1)
+        return with_size(plan, next(left).size)
 
     def changes(self) -> Sequence[Length]:
         return [stage.until for stage in self._stages if stage.until is not None]

@@ -56,14 +56,7 @@ class Probe:
     samples: int = 0  # images per batch; 0: the batch size at that size
     value: Any = None
     sets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """A probe and the value that the trainer measured."""
-
-    probe: Probe
-    value: Any
+    answer: Any = None  # the value that the trainer measured
 
 
 @dataclass(frozen=True)
@@ -87,24 +80,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The part of the configuration that methods may read, as plain values."""
+    """The configuration as methods read it. ``recipe["model.size"]`` is the value of an option outside of methods."""
 
-    methods: tuple[str, ...] = ()
-    options: Mapping[str, Section] = field(default_factory=dict)  # of every known method, by its name
+    methods: tuple[str, ...]
+    options: Mapping[str, Any]  # the section of every known method, by its name
+    others: Mapping[str, Any]  # the options outside of methods, by dotted name
     claims: tuple[Claims, ...] = ()  # of ``methods``, in their order
-    model_name: str = ""
-    model_size: int = 224  # px
-    model_weights: str | None = None
-    drop_path: float = 0.0
-    batch_size: int = 256
-    grad_accum_steps: int = 1
-    compiles: bool = True  # whether steps may be compiled
-    budget: Length = Length.parse("24h")
-    seed: int = 0
-    randaugment: float = 0.0  # magnitude
-    has_augmentation: bool = False  # beyond crop and flip
-    repeats: int = 1  # of each image in an epoch
-    on_error: str = "stop"  # at a damaged image
+
+    def __getitem__(self, name: str) -> Any:
+        return self.others[name]
 
     def section(self, kind: type[SectionT]) -> SectionT:
         """The options of the method whose options have the type ``kind``."""
@@ -143,18 +127,18 @@ class Method:
         """The fields that the method sets under this recipe."""
         return Claims(cls.name, cls.writes)
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
         """Errors in the recipe: sentences with the option, its value and the remedy."""
         return []
 
-    @staticmethod
-    def config_warnings(recipe: Recipe) -> list[str]:
+    @classmethod
+    def config_warnings(cls, recipe: Recipe) -> list[str]:
         """Settings that are allowed but probably a mistake. The run prints them at the start."""
         return []
 
-    @staticmethod
-    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
+    @classmethod
+    def image_sizes(cls, recipe: Recipe) -> Sequence[Stage]:
         """The image sizes that it will feed, if they are known before the run. Empty if it sets none."""
         return ()
 
@@ -186,8 +170,8 @@ class Method:
         """The measurements that it needs before it can plan further. :meth:`observe` gets each result."""
         return ()
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        """Records the result of a step or of a probe. Must not wait for the device."""
+    def observe(self, result: StepResult | Probe) -> None:
+        """Records the result of a step, or the answer to a probe. Must not wait for the device."""
 
     def choices(self) -> Sequence[str]:
         """The decisions of its searches so far, in order."""

@@ -1,17 +1,16 @@
-"""The parts that methods with a search share: candidate nets, ladders of sizes, stages, and remembered decisions."""
+"""The base class of methods with a search, and its candidate nets."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vitlocal.methods.method import Method, MethodContext
-from vitlocal.options import Parsed
+from vitlocal.methods.method import Method, MethodContext, Recipe
+from vitlocal.options import Parsed, messages
 from vitlocal.progress import Length, Progress, Stage
 
 T = TypeVar("T")
@@ -39,24 +38,6 @@ def parse_net(value: Any) -> Net:
 NET = Parsed(parse_net, "a number and a size: 6@128px, 8@160px, 12@224px; or only numbers")
 
 
-def schedule_problems(name: str, schedule: Sequence[Net], stages: int) -> list[str]:
-    """Errors in the option ``{name}.schedule`` that do not depend on the method."""
-    found = []
-    if len(schedule) != stages:
-        found.append(f"{name}.schedule: got {len(schedule)} entries for {stages} stages; give one entry for each stage")
-    sizes = [net.size for net in schedule]
-    if any(size is not None and after is not None and after < size for size, after in pairwise(sizes)):
-        found.append(f"{name}.schedule: got sizes {sizes}, expected sizes that do not decrease, up to model.size")
-    return found
-
-
-def schedule_warnings(name: str, schedule: Sequence[Net] | None, model_size: int) -> list[str]:
-    """A warning if the last entry of ``{name}.schedule`` is smaller than the model's size."""
-    if not schedule or schedule[-1].size in (None, model_size):
-        return []
-    return [f"{name}.schedule ends with {schedule[-1]}, and model.size is {model_size}: no step trains at that size"]
-
-
 def divisible(value: float, divisor: int) -> int:
     """The multiple of ``divisor`` nearest to ``value``, at least ``divisor`` and nine tenths of ``value``."""
     found = max(divisor, int(value + divisor / 2) // divisor * divisor)
@@ -71,19 +52,6 @@ def ladder(largest: int, scale: float, stages: int, divisor: int) -> tuple[int, 
     parts = np.linspace(scale, 1.0, stages).tolist() if stages > 1 else [1.0]
     found = [min(divisible(part * largest, divisor), largest) for part in parts[:-1]]
     return tuple(dict.fromkeys((*found, largest)))
-
-
-def stages_of(sizes: Sequence[int], stages: int) -> tuple[Stage, ...]:
-    """Equal stages with these sizes. The last size repeats if there are fewer sizes than stages."""
-    ends = [*map(as_fraction, equal_bounds(stages)[1:]), None]
-    return tuple(
-        Stage(size, end) for size, end in zip((*sizes, *[sizes[-1]] * (stages - len(sizes))), ends, strict=True)
-    )
-
-
-def equal_bounds(stages: int) -> list[float]:
-    """The fractions of the budget at which equal stages begin."""
-    return [k / stages for k in range(stages)]
 
 
 def as_fraction(value: float) -> Length:
@@ -105,19 +73,59 @@ def remembered(compute: Callable[[SearchT, int], T]) -> Callable[[SearchT, int],
 
 
 class SearchMethod(Method):
-    """Base class of methods that choose a net at the start of each stage.
+    """Base class of methods that choose a net at the start of each stage. ``schedule`` states the nets instead.
 
-    Subclasses set the stages' ``bounds`` and implement ``_candidates``, ``_answered`` and ``_best``, which depend
-    only on the observed results. ``observe`` and ``load_state_dict`` must clear ``_memory``.
+    Subclasses have the options ``stages``, ``schedule``, ``min_scale`` and ``size_multiple``. They implement
+    ``_candidates`` and ``_best``, which depend only on the observed results. Their ``observe`` and ``load_state_dict``
+    must clear ``_memory``.
     """
 
     _undecided = 0  # the candidate that stands for a stage whose search is not finished
 
-    def __init__(self, context: MethodContext, bounds: Sequence[float]):
+    def __init__(self, context: MethodContext):
         super().__init__(context)
-        self._bounds = bounds  # fractions of the budget at which the stages begin
+        stages = context.recipe.options[self.name].stages
+        self._bounds = [k / stages for k in range(stages)]  # fractions of the budget at which the stages begin
         self._asked_stage = 0  # the stage of the last probe
         self._memory: dict[tuple[str, int], Any] = {}
+
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        config = recipe.options[cls.name]
+        if config.schedule is None:
+            return []
+        count, sizes = len(config.schedule), [net.size for net in config.schedule if net.size is not None]
+        return messages({
+            f"{cls.name}.schedule: got {count} entries for {config.stages} stages; give one entry for each stage":
+                count != config.stages,
+            f"{cls.name}.schedule: got sizes {sizes}, expected sizes that do not decrease, up to model.size":
+                sizes != sorted(sizes),
+        })  # fmt: skip
+
+    @classmethod
+    def config_warnings(cls, recipe: Recipe) -> list[str]:
+        schedule, size = recipe.options[cls.name].schedule, recipe["model.size"]
+        if not schedule or schedule[-1].size in (None, size):
+            return []
+        end = f"{cls.name}.schedule ends with {schedule[-1]}"
+        return [f"{end}, and model.size is {size}: no step trains at that size"]
+
+    @classmethod
+    def _ladder(cls, recipe: Recipe) -> tuple[int, ...]:
+        """The image sizes of the schedule, or those that a search climbs."""
+        config = recipe.options[cls.name]
+        stated = tuple(net.size for net in config.schedule or () if net.size is not None)
+        return stated or ladder(recipe["model.size"], config.min_scale, config.stages, config.size_multiple)
+
+    @classmethod
+    def image_sizes(cls, recipe: Recipe) -> Sequence[Stage]:
+        """Equal stages with the sizes of :meth:`_ladder`. A search may reach larger sizes sooner or later."""
+        sizes, stages = cls._ladder(recipe), recipe.options[cls.name].stages
+        if set(sizes) == {recipe["model.size"]}:
+            return ()
+        sizes += sizes[-1:] * (stages - len(sizes))
+        ends = [*(as_fraction(k / stages) for k in range(1, stages)), None]
+        return [Stage(size, end) for size, end in zip(sizes, ends, strict=True)]
 
     def changes(self) -> Sequence[Length]:
         return [as_fraction(bound) for bound in self._bounds[1:]]
@@ -134,21 +142,18 @@ class SearchMethod(Method):
         """The nets from which ``stage`` chooses; a single one if there is no choice."""
         raise NotImplementedError
 
-    def _answered(self, stage: int) -> bool:
-        """Whether all results for the choice of ``stage`` are known."""
+    def _best(self, stage: int) -> Net | None:
+        """The choice of ``stage`` among several candidates; None until all results are known."""
         raise NotImplementedError
-
-    def _best(self, stage: int) -> Net:
-        """The choice of ``stage``, once all results are known."""
-        raise NotImplementedError
-
-    def _decided(self, stage: int) -> bool:
-        return len(self._candidates(stage)) == 1 or self._answered(stage)
 
     @remembered
+    def _decision(self, stage: int) -> Net | None:
+        nets = self._candidates(stage)
+        return nets[0] if len(nets) == 1 else self._best(stage)
+
+    def _decided(self, stage: int) -> bool:
+        return self._decision(stage) is not None
+
     def _chosen(self, stage: int) -> Net:
         """The net of ``stage``; one of the candidates as long as its search is not finished."""
-        nets = self._candidates(stage)
-        if len(nets) == 1:
-            return nets[0]
-        return self._best(stage) if self._answered(stage) else nets[self._undecided]
+        return self._decision(stage) or self._candidates(stage)[self._undecided]

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 
 from vitlocal.methods.image_size import ImageSizeConfig
 from vitlocal.methods.method import Method, MethodContext, Recipe
-from vitlocal.options import FRACTION, Choice, Section, option
+from vitlocal.options import FRACTION, Choice, Section, messages, option
 from vitlocal.plan import Plan
 from vitlocal.progress import Progress
+
+VARIED = ("randaugment", "three_augment", "mixup", "cutmix", "random_erasing")  # options of augment
 
 
 @dataclass(frozen=True)
 class StrengthConfig(Section):
-    start: float = option(
-        0.2, FRACTION, "fraction of the recipe's augmentation and drop path at the smallest image size, or at the start"
-    )
+    start: float = option(0.2, FRACTION, "fraction of augmentation and drop path at the smallest size, or the start")
     by: str = option("size", Choice("size", "budget"), "strength grows with the image size, or with the spent budget")
 
 
@@ -32,23 +32,21 @@ class Strength(Method):
 
     def __init__(self, context: MethodContext):
         self._config = context.recipe.section(StrengthConfig)
-        sizes = [stage.size for stage in context.recipe.section(ImageSizeConfig).curriculum]
+        sizes = context.recipe.section(ImageSizeConfig).sizes
         self._smallest, self._largest = min(sizes), max(sizes)
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
-        found, before = [], recipe.methods[: recipe.methods.index("strength")]
-        if recipe.section(StrengthConfig).by == "size" and "image_size" not in before:
-            found.append(
-                "methods: strength follows the sizes of image_size; put image_size before it, or set strength.by=budget"
-            )
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        before = recipe.methods[: recipe.methods.index("strength")]
         # Drop path of timm's own models is a constant of their forward pass, and no dial reaches it.
-        drop_path = recipe.drop_path if recipe.model_name.startswith("vitlocal_") else 0
-        if not (recipe.has_augmentation or drop_path):
-            found.append(
-                "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models"
-            )
-        return found
+        varied = [recipe["model.drop_path"] and recipe["model.name"].startswith("vitlocal_")]
+        varied += [recipe[f"augment.{name}"] for name in VARIED]
+        return messages({
+            "methods: strength follows the sizes of image_size; put image_size before it, or set strength.by=budget":
+                recipe.section(StrengthConfig).by == "size" and "image_size" not in before,
+            "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models":
+                not any(varied),
+        })  # fmt: skip
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
         if self._config.by == "budget":

@@ -1,10 +1,6 @@
 """AutoProg-Zero (Li et al. 2024, arXiv 2410.00350) for fine-tuning a Vision Transformer that classifies.
 
-The whole network always runs. The set of trained blocks and the image size grow over S stages. Each stage is chosen
-before it begins, without training. The conditioning of the tangent kernel, ZiCo, and measured time vote by ranks. The
-released code trains diffusion transformers; comments mark what is our own for classification.
-
-Symbols: l level (how many of the S groups of blocks are trained), r image size.
+docs/methods/unfreeze.md describes the method. A level is the number of groups of blocks that are trained.
 """
 
 from __future__ import annotations
@@ -15,21 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, ProbeResult, Recipe, StepResult
-from vitlocal.methods.search import (
-    NET,
-    Net,
-    SearchMethod,
-    equal_bounds,
-    ladder,
-    remembered,
-    schedule_problems,
-    schedule_warnings,
-    stages_of,
-)
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Maybe, Number, Section, Series, messages, option
+from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, Recipe, StepResult
+from vitlocal.methods.search import NET, Net, SearchMethod, remembered
+from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
-from vitlocal.progress import Progress, Stage
+from vitlocal.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -39,24 +25,16 @@ class UnfreezeConfig(Section):
         "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
         "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
-    non_blocks: str = option(
-        "all",
-        Choice("all", "head"),
-        "layers outside of the blocks that are trained; head: only the head and the last norm",
-    )
+    non_blocks: str = option("all", Choice("all", "head"), "trained outside of blocks; head: only head and last norm")
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
     min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
-    schedule: tuple[Net, ...] | None = option(
-        None, Maybe(Series(NET)), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
-    )
+    schedule: tuple[Net, ...] | None = option(None, Series(NET), "level and size of every stage, without a search")
     probe_batch_size: int = option(16, Number(2, whole=True), "images per batch of a probe, over all processes")
     kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
     zico_batches: int = option(2, Number(2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
-    rank_weights: tuple[float, float, float] = option(
-        (1.0, 0.5, 0.5), Series(Number(0), 3), "weights of the ranks by time, by conditioning and by ZiCo"
-    )
+    rank_weights: tuple[float, float, float] = option((1.0, 0.5, 0.5), Series(Number(0), 3), "time, conditioning, ZiCo")
     rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
     stage_init_std: float = option(0.0, Number(0), "standard deviation of the initial stage vectors (published: 0.02)")
@@ -90,53 +68,35 @@ def groups_of(count: int, stages: int, how: str) -> list[tuple[int, ...]]:
 
 def ranks(values: Sequence[float], tolerance: float) -> list[int]:
     """Ranks from 1 for the smallest value. Values within ``tolerance`` of the value before share a rank. NaN: last."""
-    finite = [math.inf if math.isnan(value) else value for value in values]
-    order = sorted(range(len(finite)), key=lambda place: finite[place])
-    found, rank = [0] * len(finite), 0
-    for number, place in enumerate(order):
-        before = finite[order[number - 1]] if number else None
-        same = before is not None and (finite[place] == before or finite[place] - before < tolerance)
-        rank = rank if same else number + 1
-        found[place] = rank
+    comparable = [math.inf if math.isnan(value) else value for value in values]
+    found, rank, before = [0] * len(values), 1, -math.inf
+    for number, (value, place) in enumerate(sorted(zip(comparable, range(len(values)), strict=True)), start=1):
+        if not (value == before or value - before < tolerance):
+            rank = number
+        found[place], before = rank, value
     return found
 
 
-def vote(
-    times: Sequence[float], conditions: Sequence[float], zicos: Sequence[float], weights: Sequence[float],
-    tolerance: float,
-) -> int:  # fmt: skip
+def vote(times: Sequence[float], scores: Sequence[Sequence[float]], weights: Sequence[float], tolerance: float) -> int:
     """The candidate with the smallest weighted sum of ranks: fast, well conditioned, high ZiCo. Ties: the fastest."""
-    by = [ranks(times, tolerance), ranks(conditions, tolerance), ranks([-value for value in zicos], tolerance)]
+    conditions, zicos = zip(*scores, strict=True)
+    by = [ranks(values, tolerance) for values in (times, conditions, [-value for value in zicos])]
     sums = [sum(weight * rank for weight, rank in zip(weights, one, strict=True)) for one in zip(*by, strict=True)]
     return min(range(len(sums)), key=lambda place: (sums[place], times[place], place))
 
 
-def sizes_of(recipe: Recipe) -> tuple[int, ...]:
-    """The image sizes of the schedule, or of the ladder that a search climbs."""
-    config = recipe.section(UnfreezeConfig)
-    stated = tuple(net.size for net in config.schedule or () if net.size is not None)
-    return stated or ladder(recipe.model_size, config.min_scale, config.stages, config.size_multiple)
-
-
 class Unfreeze(SearchMethod):
-    """Groups of blocks are unfrozen, and images grow, stage by stage.
-
-    Parameters outside of the blocks (embeddings, norm, head) are always trained. Frozen blocks have no gradients, so
-    they have no weight decay and no update. Gradients still pass through all blocks to the embeddings, unless
-    ``non_blocks=head`` freezes these too.
-    """
+    """Groups of blocks are unfrozen, and images grow, stage by stage. The whole network always runs."""
 
     name = "unfreeze"
     options = UnfreezeConfig
 
     def __init__(self, context: MethodContext):
-        config = self._config = context.recipe.section(UnfreezeConfig)
-        super().__init__(context, equal_bounds(config.stages))
-        self._sizes, self._sizes_grow = sizes_of(context.recipe), bool(self.image_sizes(context.recipe))
+        super().__init__(context)
+        config, recipe = context.recipe.section(UnfreezeConfig), context.recipe
+        self._config, self._sizes, self._sizes_grow = config, self._ladder(recipe), bool(self.image_sizes(recipe))
         if not context.blocks:
-            raise ConfigError(
-                f"methods: unfreeze needs the blocks of a Vision Transformer, and {context.recipe.model_name} has none"
-            )
+            raise ConfigError(f"methods: unfreeze needs a Vision Transformer with blocks, not {recipe['model.name']}")
         self._groups = groups_of(context.blocks, config.stages, config.groups)
         least = 2 * context.processes
         if config.probe_batch_size < least or config.probe_batch_size % 2:
@@ -147,11 +107,8 @@ class Unfreeze(SearchMethod):
         self._scores: dict[int, list[tuple[float, float]]] = {}  # by stage: conditioning and ZiCo of each candidate
         self._times: dict[int, list[float]] = {}  # by stage: seconds per batch of each candidate
         if config.stage_embedding:
-            self.needs = Needs(
-                stage_embedding=StageEmbedding(
-                    config.stages + 1, config.stage_init_std, config.stage_null_prob, config.stage_tokens
-                )
-            )
+            rows, std, null_prob = config.stages + 1, config.stage_init_std, config.stage_null_prob
+            self.needs = Needs(stage_embedding=StageEmbedding(rows, std, null_prob, config.stage_tokens))
 
     @classmethod
     def claims(cls, recipe: Recipe) -> Claims:
@@ -162,41 +119,30 @@ class Unfreeze(SearchMethod):
         excludes = {"shape.block_order": "both choose which blocks are trained; remove one of the two"}
         return Claims(cls.name, frozenset(field for field, does in writes.items() if does), excludes)
 
-    @staticmethod
-    def problems(recipe: Recipe) -> list[str]:
-        config, size = recipe.section(UnfreezeConfig), recipe.model_size
+    @classmethod
+    def problems(cls, recipe: Recipe) -> list[str]:
+        config, size = recipe.section(UnfreezeConfig), recipe["model.size"]
         schedule = config.schedule or ()
         levels = [net.depth for net in schedule]
-        found = schedule_problems("unfreeze", schedule, config.stages) if schedule else []
-        return found + messages({
+        return super().problems(recipe) + messages({
             f"unfreeze.schedule: got levels {levels}, expected increasing levels of at most {config.stages}":
                 levels != sorted(levels) or any(level > config.stages for level in levels),
             "unfreeze.schedule: each entry needs a size of at most model.size, as in 1@64px":
                 any(net.size is None or net.size > size for net in schedule),
-            "unfreeze.schedule: it is empty; give level and size of each stage, or none for a search":
-                config.schedule == (),
             "unfreeze.min_scale: image_size sets the sizes; set unfreeze.min_scale=1, or remove image_size":
                 "image_size" in recipe.methods and config.min_scale < 1 and not schedule,
         })  # fmt: skip
 
-    @staticmethod
-    def config_warnings(recipe: Recipe) -> list[str]:
+    @classmethod
+    def config_warnings(cls, recipe: Recipe) -> list[str]:
         config = recipe.section(UnfreezeConfig)
         last = config.schedule[-1].depth if config.schedule else config.stages
-        return schedule_warnings("unfreeze", config.schedule, recipe.model_size) + messages({
+        return super().config_warnings(recipe) + messages({
             f"unfreeze.schedule ends with level {last} of {config.stages}: the blocks of the other groups are never "
             "trained": last < config.stages,
             "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
-            "stage begins; give --model.weights=RUN or a file": not recipe.model_weights,
+            "stage begins; give --model.weights=RUN or a file": not recipe["model.weights"],
         })  # fmt: skip
-
-    @staticmethod
-    def image_sizes(recipe: Recipe) -> Sequence[Stage]:
-        """The stages' sizes. A search may reach larger sizes of this ladder sooner or later."""
-        sizes = sizes_of(recipe)
-        return stages_of(sizes, recipe.section(UnfreezeConfig).stages) if set(sizes) != {recipe.model_size} else ()
-
-    # --- plans ---
 
     @remembered
     def _candidates(self, stage: int) -> list[Net]:
@@ -208,31 +154,28 @@ class Unfreeze(SearchMethod):
             return [Net(stages, sizes[-1])]
         now = self._chosen(stage - 1) if stage else Net(1, sizes[0])
         place = sizes.index(now.size)  # type: ignore[arg-type]
-        return [
-            Net(level, size)
-            for size in sizes[place : place + 2]
-            for level in range(now.depth, min(now.depth + 1, stages) + 1)
-        ]
+        return [Net(level, size) for size in sizes[place : place + 2] for level in (now.depth, now.depth + 1)]
 
-    def _answered(self, stage: int) -> bool:
-        return len(self._times.get(stage, ())) == len(self._candidates(stage))
+    def _best(self, stage: int) -> Net | None:
+        nets, times = self._candidates(stage), self._times.get(stage, [])
+        if len(times) < len(nets):
+            return None
+        return nets[vote(times, self._scores[stage], self._config.rank_weights, self._config.rank_tolerance)]
 
-    def _best(self, stage: int) -> Net:
-        conditions, zicos = zip(*self._scores[stage], strict=True)
-        weights, tolerance = self._config.rank_weights, self._config.rank_tolerance
-        return self._candidates(stage)[vote(self._times[stage], conditions, zicos, weights, tolerance)]
+    def _shape_fields(self, stage: int, net: Net) -> dict[str, Any]:
+        """The fields of the shape that ``net`` sets."""
+        fields = {"trainable_blocks": self._groups[net.depth - 1], "head_only": self._config.non_blocks == "head"}
+        return fields | ({"stage": stage} if self._config.stage_embedding else {})
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
-        stage, config = self._stage(progress), self._config
+        stage = self._stage(progress)
         while stage and not self._decided(stage):  # until the choice is made, the stage before continues
             stage -= 1
         net = self._chosen(stage)
-        blocks = self._groups[net.depth - 1]
-        plan = with_shape(
-            plan, trainable_blocks=None if len(blocks) == len(self._groups[-1]) else blocks,
-            head_only=config.non_blocks == "head", stage=stage if config.stage_embedding else plan.shape.stage,
-        )  # fmt: skip
-        if config.moments == "reset" and stage:
+        plan = with_shape(plan, **self._shape_fields(stage, net))
+        if plan.shape.trainable_blocks == self._groups[-1]:
+            plan = with_shape(plan, trainable_blocks=None)
+        if self._config.moments == "reset" and stage:
             plan = replace(plan, growth=Growth(stage, moments="reset"))
         return with_size(plan, net.size) if self._sizes_grow and net.size is not None else plan
 
@@ -241,34 +184,26 @@ class Unfreeze(SearchMethod):
             return replace(shape, stage=self._config.stages - 1)
         return shape
 
-    # --- the search ---
-
     def probes(self, progress: Progress) -> Sequence[Probe]:
         stage, config = self._stage(progress), self._config
         if self._decided(stage):
             return ()
         self._asked_stage, number = stage, len(self._times.get(stage, ()))
         net = self._candidates(stage)[number]
-        shape = Shape(
-            trainable_blocks=self._groups[net.depth - 1], head_only=config.non_blocks == "head",
-            stage=stage if config.stage_embedding else None,
-        )  # fmt: skip
-        sets = (
-            ("trainable_blocks", "head_only", "stage") if config.stage_embedding else ("trainable_blocks", "head_only")
-        )
-        size, samples = net.size if self._sizes_grow and net.size else 0, config.probe_batch_size
+        fields, samples = self._shape_fields(stage, net), config.probe_batch_size
+        size = net.size if self._sizes_grow and net.size else 0
+        kind, batches, kernel_batches = "seconds", config.timed_batches, 0
         if len(self._scores.get(stage, ())) == number:
-            batches, kernel = config.zico_batches, config.kernel_batches
-            return [Probe("trainability", shape, size, batches, kernel, samples=samples, sets=sets)]
-        return [Probe("seconds", shape, size, config.timed_batches, samples=samples, sets=sets)]
+            kind, batches, kernel_batches = "trainability", config.zico_batches, config.kernel_batches
+        return [Probe(kind, Shape(**fields), size, batches, kernel_batches, samples=samples, sets=tuple(fields))]
 
-    def observe(self, result: StepResult | ProbeResult) -> None:
-        if not isinstance(result, ProbeResult):
+    def observe(self, result: StepResult | Probe) -> None:
+        if not isinstance(result, Probe):
             return
-        if result.probe.kind == "trainability":
-            self._scores.setdefault(self._asked_stage, []).append(result.value)
+        if result.kind == "trainability":
+            self._scores.setdefault(self._asked_stage, []).append(result.answer)
         else:
-            self._times.setdefault(self._asked_stage, []).append(result.value * self._config.probe_batch_size)
+            self._times.setdefault(self._asked_stage, []).append(result.answer * self._config.probe_batch_size)
         self._memory.clear()
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlocal.config import IMMATERIAL, Config
+from vitlocal.config import IMMATERIAL, Config, check_same_run, recipe_text
 from vitlocal.data.augment import Augment
 from vitlocal.data.batch import Sources
 from vitlocal.data.sources import open_sources
@@ -25,7 +25,6 @@ from vitlocal.models.local_mix import can_fuse
 from vitlocal.models.memory import activation_bytes
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts
 from vitlocal.plan import Feed
-from vitlocal.recipes import check_same_run, recipe_text
 from vitlocal.tasks.classification import ClassificationLoss
 from vitlocal.train.budget import Clock
 from vitlocal.train.checkpoint import load_checkpoint

@@ -6,6 +6,7 @@ import signal
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from vitlocal.data.batch import Batch, Sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import freeze_objects
-from vitlocal.methods.method import Method, Probe, ProbeResult, StepResult
+from vitlocal.methods.method import Method, Probe, StepResult
 from vitlocal.models.shape import grow
 from vitlocal.plan import Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcoming_changes
@@ -286,7 +287,7 @@ class Trainer:
         default = plan.feed.batch_size
         complete = self._prober.complete(probe, plan, lambda size: batch_size_at(self.state.methods, size, default))
         value = self._prober.measure(complete, plan)
-        method.observe(ProbeResult(probe, value))
+        method.observe(replace(probe, answer=value))
         self._changed = True
         log.record(now, method.name, complete, value, method.choices()[chosen:])
         log.seconds += clock.timer.train_seconds - began
