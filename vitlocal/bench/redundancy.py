@@ -69,8 +69,7 @@ def linear_cka(outputs: Tensor) -> Tensor:
 
 def mean_pair(matrix: Tensor) -> float:
     """Returns the mean over pairs of different heads; NaN for one head."""
-    heads = len(matrix)
-    return float((matrix.sum() - matrix.trace()) / (heads * (heads - 1)))
+    return float((matrix.sum() - matrix.trace()) / (matrix.numel() - len(matrix)))
 
 
 def component_percent(hidden: Tensor) -> Tensor:
@@ -128,8 +127,7 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
     if not isinstance(model, VisionTransformer) or not isinstance(model_blocks(model)[0].mlp, SLICED):
         raise ConfigError(f"{config.model.name}: only vitlocal_deit_… and local-FFN models can be measured")
-    context = MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))
-    for method in build_methods(context):
+    for method in build_methods(MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))):
         if method.needs.stage_embedding is not None:
             add_stage_table(model, method.needs.stage_embedding)
     model.load_state_dict(state)

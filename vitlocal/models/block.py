@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.positions import Grid
-from vitlocal.models.token_selection import ALL_TOKENS, RemainingTokens, count_prefix_tokens, prune_tokens
+from vitlocal.models.token_selection import RemainingTokens, count_prefix_tokens, prune_tokens
 from vitlocal.plan import Shape
 
 
@@ -131,9 +131,8 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None] = (None, None),
-        remaining: RemainingTokens = ALL_TOKENS,
-    ) -> Tensor:  # fmt: skip
+        self, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None], remaining: RemainingTokens
+    ) -> Tensor:
         """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps the branch."""
         attention_scale, feed_forward_scale = scales
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), remaining.mask), attention_scale)

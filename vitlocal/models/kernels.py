@@ -54,9 +54,9 @@ def _load_row(rows, mask, W: tl.constexpr, C: tl.constexpr):
     return row
 
 
-# Each call makes other tensors: Triton's compiler loses variables of a loop that begin as the same tensor.
 @triton.jit
 def _zeros(W: tl.constexpr, BC: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns new zeros at each call: Triton's compiler loses loop variables that begin as the same tensor."""
     row = ()
     for j in tl.static_range(W):
         row = row + (tl.full((BC,), 0.0, COMPUTE),)

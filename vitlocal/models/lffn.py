@@ -42,11 +42,8 @@ class LocalFeedForward(nn.Module):
 
     def hidden_units(self, patches: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
         """Returns the active hidden units after convolution and activations: (B, N, D) -> (B, N, C)."""
-        # The outputs of norm and fc1 are contiguous even if their input is a slice.
-        if isinstance(self.norm, nn.BatchNorm1d):
-            normed = self.norm(patches.flatten(0, 1)).view(patches.shape)
-        else:
-            normed = self.norm(patches)
+        flat = patches.flatten(0, 1) if isinstance(self.norm, nn.BatchNorm1d) else patches
+        normed = self.norm(flat).view(patches.shape)  # contiguous, like fc1's output, even if its input is a slice
         hidden = linear_slice(self.fc1, normed, rows=self.active_hidden)  # (B, N, C)
         if self.conv is None:
             return ACTIVATIONS[self.activation](hidden)

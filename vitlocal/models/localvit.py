@@ -82,11 +82,7 @@ class LocalViT(VisionTransformer):
     def __init__(self, *, se_ratio: int | None = None, **options: Any) -> None:
         if se_ratio is not None:
             check_count("se_ratio", se_ratio)
-
-        def make_block(shape: BlockShape) -> ConvBlock:
-            return ConvBlock(shape, max(1, shape.hidden // (se_ratio or shape.dim)))
-
-        super().__init__(make_block, **options)
+        super().__init__(lambda shape: ConvBlock(shape, max(1, shape.hidden // (se_ratio or shape.dim))), **options)
 
 
 # As in the released code, heads are 48 wide (DeiT: 64). There is no published base model; ours does the same.

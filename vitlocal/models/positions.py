@@ -72,6 +72,6 @@ def center_window(grid: Grid, side: int | None) -> tuple[slice, slice]:
     return slice(start[0], start[0] + inner[0]), slice(start[1], start[1] + inner[1])
 
 
-def crop_tokens(tokens: Tensor, grid: Grid, window: tuple[slice, slice]) -> Tensor:
-    """Returns the patch tokens (B, h·w, D) in the rows and columns of ``window``."""
-    return tokens.unflatten(1, grid)[:, window[0], window[1]].flatten(1, 2)
+def crop_tokens(tokens: Tensor, grid: Grid, rows: slice, columns: slice) -> Tensor:
+    """Returns the patch tokens (B, h·w, D) in these rows and columns of ``grid``."""
+    return tokens.unflatten(1, grid)[:, rows, columns].flatten(1, 2)

@@ -40,9 +40,9 @@ def model_parts(model: nn.Module) -> dict[str, int] | None:
     """Returns the numbers of heads, hidden units, patches a side and blocks; None for a model that is not ours."""
     if not isinstance(model, VisionTransformer):
         return None
-    first, grid = model_blocks(model)[0], min(model.patch_embed.grid_size)
-    hidden = first.mlp.fc1.weight.shape[0]
-    return {"heads": first.attn.num_heads, "hidden": hidden, "grid": grid, "blocks": len(model.blocks)}
+    first, blocks = model_blocks(model)[0], len(model.blocks)
+    heads, hidden, grid = first.attn.num_heads, len(first.mlp.fc1.weight), min(model.patch_embed.grid_size)
+    return {"heads": heads, "hidden": hidden, "grid": grid, "blocks": blocks}
 
 
 def check_shape(model: nn.Module, shape: Shape) -> None:
@@ -168,9 +168,8 @@ def grow(
     if growth.average is not None and not growth.new_only:
         model.load_state_dict(copies[growth.average].state_dict())
     new = _new_slices(model, before, shape)
-    redrawn = None
-    if growth.weights == "random" and (new or growth.blocks):
-        redrawn = _redrawn(model, seed * 1000 + growth.number)
+    draws = growth.weights == "random" and (new or growth.blocks)
+    redrawn = _redrawn(model, seed * 1000 + growth.number) if draws else None
     for grown in (model, *copies):
         sources = _new_slices(redrawn or grown, before, shape)
         for (part, start, end), (source, _, _) in zip(_new_slices(grown, before, shape), sources, strict=True):
@@ -253,10 +252,9 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
             part.of(state[name])[:, active:] = 0
     table = state.pop("stage_table", None)
     if table is not None and model.stage_embedding is not None:
-        first = 1 if model.stage_embedding.tokens == "class" else None
+        first = 1 if model.stage_embedding.tokens == "class" else None  # resampling keeps a constant
         state["pos_embed"] = state["pos_embed"].clone()
         state["pos_embed"][:, :first] += table[-1 if model.active.stage is None else model.active.stage]
-        # Resampling the table keeps this constant.
     found = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for place, index in enumerate(model.active.block_order):
         for name in model.blocks[index].state_dict():

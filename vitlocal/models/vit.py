@@ -192,15 +192,14 @@ class VisionTransformer(TimmModel):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (batch, {channels}, height, width)")
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
         positions = self.positions(grid)  # (1, T, D)
-        window = center_window(grid, self.active.grid)
-        rows, columns = window
+        rows, columns = center_window(grid, self.active.grid)
         if self.active.crop_before_embedding:
             side = self.patch_embed.patch_size[0]
             images = images[..., rows.start * side : rows.stop * side, columns.start * side : columns.stop * side]
             tokens = self.patch_embed(images)  # (B, N, D)
         else:
-            tokens = crop_tokens(self.patch_embed(images), grid, window)
-        tokens = tokens + crop_tokens(positions[:, prefix:], grid, window)
+            tokens = crop_tokens(self.patch_embed(images), grid, rows, columns)
+        tokens = tokens + crop_tokens(positions[:, prefix:], grid, rows, columns)
         if self.cls_token is not None:
             token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([token.to(tokens.dtype), tokens], dim=1)
@@ -218,8 +217,8 @@ class VisionTransformer(TimmModel):
         if noise is None:
             noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
         keep = 1 - rates.float()[:, None]  # (L, 1)
-        noise = noise[:, : len(rates)]  # a stage table's draw follows
-        return ((noise < keep) / keep).permute(1, 2, 0)[..., None, None]
+        kept = noise[:, : len(rates)] < keep  # (B, L, 2); a stage table's draw follows
+        return (kept / keep).permute(1, 2, 0)[..., None, None]
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return self._features(images, noise)[0]
@@ -233,7 +232,6 @@ class VisionTransformer(TimmModel):
             factors = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
             scales = [(factor[0], factor[1]) for factor in factors[: len(order)].unbind(0)]
         tokens = self._add_stage(tokens, noise)
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         remaining, attention = ALL_TOKENS, None
         for place, (index, scale) in enumerate(zip(order, scales, strict=True)):
             block: Any = self.blocks[index]
@@ -243,7 +241,7 @@ class VisionTransformer(TimmModel):
             operands = tokens, grid, scale, remaining
             if place in self.active.pruned_blocks:
                 tokens, remaining = block.forward_pruned(*operands, self.active)
-            elif recompute:  # a block draws no random numbers, so no generator state needs to be restored
+            elif self.grad_checkpointing and torch.is_grad_enabled():  # blocks draw no random numbers
                 tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(*operands)
@@ -258,9 +256,7 @@ class VisionTransformer(TimmModel):
         if self.training and embedding.null_prob and noise is not None:
             is_null = noise[:, -1:, :1] < embedding.null_prob  # (B, 1, 1)
             row = torch.where(is_null, table[-1].to(tokens.dtype), row)  # (B, 1, D)
-        if embedding.tokens == "all":
-            return tokens + row
-        return torch.cat([tokens[:, :1] + row, tokens[:, 1:]], dim=1)
+        return tokens + row if embedding.tokens == "all" else torch.cat([tokens[:, :1] + row, tokens[:, 1:]], dim=1)
 
     def forward_with_attention_variance(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns :meth:`forward`'s logits and the relative variance of the last block's attention to patches, (B,).
