@@ -9,7 +9,7 @@ import torch
 
 from vitlocal.config import read_config
 from vitlocal.methods.method import Method, MethodContext
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.models.shape import model_parts, temporary_shape
 from vitlocal.plan import WHOLE_MODEL, Feed, Plan, Shape, fold
 from vitlocal.progress import Progress

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlocal.bench import profile, step
 from vitlocal.bench.__main__ import main
 from vitlocal.errors import ConfigError, run_command
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.train.build import make_model
 
 CPU = torch.device("cpu")

@@ -170,14 +170,14 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 COMPILE = """
 import os, re, subprocess, sys, tempfile, warnings
 warnings.simplefilter("ignore")
-import triton, triton.language as tl
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from vitlocal.models import kernels
 
 for kernel in (kernels._forward, kernels._backward):
     for width, block, gelu in ((8, 256, False), (16, 128, True)):
-        fixed = {"W": width, "C": 1536, "GELU": gelu, "COMPUTE": tl.float32, "BC": block}
+        fixed = {"W": width, "C": 1536, "GELU": gelu, "BC": block}
         types = {"weight": "*fp32", "dw": "*fp32"} | dict.fromkeys(("x", "y", "dx", "dy"), "*bf16")
         signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
         constants = {(place,): fixed[name] for place, name in enumerate(kernel.arg_names) if name in fixed}

@@ -77,7 +77,6 @@ def test_cached_matrices_work_after_copies_casts_and_inference_mode():
     twin = copy.deepcopy(model).eval()
     assert torch.equal(twin(images), model.eval()(images))
     torch.testing.assert_close(twin.double()(images.double()).float(), model(images), rtol=0, atol=1e-5)
-    assert len(model._position_matrices) == 1 and len(twin._position_matrices) == 2
 
 
 def test_torch_compile_makes_one_graph():

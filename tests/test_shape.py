@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.models.shape import (
     add_stage_table,
     check_shape,
@@ -21,7 +21,7 @@ from vitlocal.models.shape import (
     temporary_shape,
 )
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, deepen, duplicated_layers, growth_sources
+from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, deepen, growth_sources
 
 FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
 DEIT_S = "vitlocal_deit_small_patch16_224"
@@ -113,7 +113,7 @@ def test_inactive_slices_have_no_gradient_and_no_moments(name: str):
     set_shape(model, Shape(heads=2, hidden=48))
     train_steps(model, images, optimizer, 3)
     for part in parameter_slices(model):
-        new = part.of(optimizer.state[part.parameter]["exp_avg_sq"]).movedim(part.axis, 0)
+        new = part.of(optimizer.state[part.parameter]["exp_avg_sq"]).movedim(1, 0)
         active = {"heads": 2, "hidden": 48}[part.unit]
         assert new[:active].any() and not new[active:].any()
 
@@ -136,7 +136,7 @@ def test_growth(name: str, moments: str):
     limits = {"heads": (2, 3), "hidden": (48, 112)}
 
     def by_slice(part, tensor):
-        return part.of(tensor).movedim(part.axis, 0)
+        return part.of(tensor).movedim(1, 0)
 
     for part in parameter_slices(model):
         old, new = limits[part.unit]
@@ -250,6 +250,10 @@ def test_noise_is_the_same_in_every_process():
 
 
 def test_sources_of_new_blocks():
+    def duplicated_layers(before: int, after: int) -> list[int]:
+        order, pairs = deepen(range(before), after, after)
+        return [dict(pairs).get(block, block) for block in order]
+
     assert duplicated_layers(9, 12) == [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]
     assert duplicated_layers(6, 8) == [0, 1, 2, 3, 4, 4, 5, 5]
     assert duplicated_layers(6, 12) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]

@@ -8,16 +8,14 @@ import pytest
 import timm
 import torch
 
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.models.shape import set_shape, temporary_shape
 from vitlocal.models.token_selection import (
     ALL_TOKENS,
     RemainingTokens,
-    TokenSelection,
     attention_mask,
     gather_tokens,
     keep_count,
-    patch_scores,
     prune_tokens,
     scatter_tokens,
 )
@@ -51,6 +49,10 @@ def test_counts_and_macs_equal_the_published_figures(kept: float, counts: list[i
             assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
 
 
+def rates(tokens: float, attention: float, per_head_masks: bool = False) -> Shape:
+    return Shape(token_keep_rate=tokens, attention_keep_rate=attention, per_head_masks=per_head_masks)
+
+
 def attention(batch: int = 2, tokens: int = 10, heads: int = 3) -> torch.Tensor:
     return torch.rand(batch, heads, tokens, tokens, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
 
@@ -76,7 +78,7 @@ def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
     before = attention_mask(seen, 0.25, num_prefix_tokens)
     masked = seen.masked_fill(~before, 0)
     _, left = prune_tokens(
-        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), TokenSelection(0.5, 0.25, True), num_prefix_tokens
+        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), rates(0.5, 0.25, True), num_prefix_tokens
     )
     patches = left.mask.shape[-1] - num_prefix_tokens
     assert (left.mask[..., num_prefix_tokens:, num_prefix_tokens:].sum(dim=3) == keep_count(patches, 0.25)).all()
@@ -86,8 +88,8 @@ def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
 
 def test_one_mask_for_all_heads_or_one_per_head():
     tokens, seen = torch.randn(2, 10, 3), attention()
-    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, TokenSelection(0.6, 0.5), num_prefix_tokens=1)
-    _, own = prune_tokens(tokens, seen, ALL_TOKENS, TokenSelection(0.6, 0.5, per_head_masks=True), num_prefix_tokens=1)
+    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5), num_prefix_tokens=1)
+    _, own = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5, True), num_prefix_tokens=1)
     assert shared.mask.shape == (2, 1, 7, 7) and own.mask.shape == (2, 3, 7, 7)
     assert torch.equal(shared.indices, own.indices)  # both keep the same tokens
     for image, places in enumerate(own.indices):
@@ -105,11 +107,11 @@ def test_one_mask_for_all_heads_or_one_per_head():
 
 def test_kept_tokens_have_the_highest_scores():
     tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
-    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, TokenSelection(0.5, 1.0), num_prefix_tokens=1)
-    best = patch_scores(seen.mean(dim=1), 1).topk(5, dim=1).indices.sort(dim=1).values
+    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.5, 1.0), num_prefix_tokens=1)
+    best = seen.mean(dim=1)[:, 0, 1:].topk(5, dim=1).indices.sort(dim=1).values
     assert torch.equal(selected.indices, best) and selected.mask is None
     assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
-    again, twice = prune_tokens(left, attention(2, 6), selected, TokenSelection(0.5, 0.5), num_prefix_tokens=1)
+    again, twice = prune_tokens(left, attention(2, 6), selected, rates(0.5, 0.5), num_prefix_tokens=1)
     assert again.shape == (2, 4, 3) and twice.mask.shape == (2, 1, 4, 4)
     assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.indices, best, strict=True))
     assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.indices))  # indices count in the whole grid
@@ -127,7 +129,7 @@ def test_keeping_everything_equals_the_whole_model(name: str, pool: str):
     """The slower path, which keeps every token and every connection, gives the same logits."""
     model, images = small_model(name, pool=pool), torch.randn(2, 3, 64, 64)
     expected = model(images)
-    model.active = replace(model.active, selections={place: TokenSelection(1.0, 1.0) for place in (1, 2)})
+    model.active = replace(model.active, pruned_blocks=(1, 2))
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -138,8 +140,8 @@ def test_the_selection_adds_no_gradients(name: str):
     model(images).sum().backward()
     whole = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad()
-    model.active = replace(
-        model.active, selections={1: TokenSelection(1.0, 0.999)}
+    set_shape(
+        model, Shape(attention_keep_rate=0.999, pruned_blocks=(1,))
     )  # this mask keeps everything: ⌈0.999 · 64⌉ is 64
     model(images).sum().backward()
     for key, p in model.named_parameters():

@@ -1,15 +1,10 @@
-"""The training plan: the next part of a run. Methods propose it, and the trainer executes it.
-
-A *method* (an image-size curriculum, for example) is a pure function from the progress of a run
-(:class:`~vitlocal.progress.Progress`) to its plan (:class:`Plan`). :func:`fold` applies a recipe's methods in
-order.
-"""
+"""The training plan: the next part of a run. Methods propose it, and the trainer executes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 from vitlocal.progress import Progress
 
@@ -143,43 +138,24 @@ class Plan:
     def changed(self, before: Plan | None) -> dict[str, Any]:
         """The fields in which this plan differs from ``before`` (None: from the whole model), by dotted name."""
         found = {}
-        for part in ("feed", "dials", "shape"):
-            new = getattr(self, part)
-            old = getattr(before, part) if before else {"feed": None, "dials": None, "shape": WHOLE_MODEL}[part]
-            for field in fields(new):
-                value = getattr(new, field.name)
-                if old is None or value != getattr(old, field.name):
-                    found[f"{part}.{field.name}"] = value
+        for part, default in (("feed", None), ("dials", None), ("shape", WHOLE_MODEL)):
+            old = getattr(before, part, default)  # None has no parts
+            for name, value in vars(getattr(self, part)).items():
+                if old is None or value != getattr(old, name):
+                    found[f"{part}.{name}"] = value
         if before is not None and self.growth != before.growth:
             found["growth"] = self.growth.number
         return found
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The plan as nested dicts of plain values."""
-        return asdict(self)
-
     @classmethod
     def from_state(cls, state: dict[str, dict[str, Any]]) -> Plan:
-        """The plan whose :meth:`state_dict` is ``state``."""
-        return cls(
-            Feed(**state["feed"]), Dials(**state["dials"]), Shape.from_state(state["shape"]), Growth(**state["growth"])
-        )
+        """The plan whose :func:`~dataclasses.asdict` is ``state``."""
+        feed, dials = Feed(**state["feed"]), Dials(**state["dials"])
+        return cls(feed, dials, Shape.from_state(state["shape"]), Growth(**state["growth"]))
 
 
-class Planner(Protocol):
-    """The part of a method that :func:`fold` needs."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def writes(self) -> frozenset[str]: ...
-
-    def plan(self, plan: Plan, progress: Progress) -> Plan: ...
-
-
-def fold(methods: Sequence[Planner], start: Plan, progress: Progress) -> Plan:
-    """The plan for ``progress``: ``start``, changed by each method in the recipe's order."""
+def fold(methods: Sequence[Any], start: Plan, progress: Progress) -> Plan:
+    """The plan for ``progress``: ``start``, changed by each :class:`~vitlocal.methods.method.Method` in order."""
     plan = start
     for method in methods:
         proposed = method.plan(plan, progress)
@@ -198,9 +174,6 @@ def with_shape(plan: Plan, **changes: Any) -> Plan:
     return replace(plan, shape=replace(plan.shape, **changes))
 
 
-# --- growth: what the new parts copy ----------------------------------------------------------------------------------
-
-
 def growth_sources(old: int, new: int, which: str = "first") -> list[int]:
     """The indices, below ``old``, that the new parts ``old`` to ``new`` copy: the "first" or the "last" ones.
 
@@ -211,29 +184,18 @@ def growth_sources(old: int, new: int, which: str = "first") -> list[int]:
     return [(begin + place) % old for place in range(count)]
 
 
-def duplicated_layers(before: int, after: int) -> list[int]:
-    """The source layer of each of ``after`` layers, from ``before`` layers. The last layers are repeated most.
-
-    Copies are adjacent: 6 to 8 gives 0, 1, 2, 3, 4, 4, 5, 5 (the "interpolation" of Li et al. 2022, as released).
-    """
-    times, more = divmod(after, before)
-    return [layer for layer in range(before) for _ in range(times + (layer >= before - more))]
-
-
 def deepen(order: Sequence[int], after: int, count: int) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Grows the block order ``order`` to ``after`` blocks: the new order, and pairs (new block, block that it copies).
 
-    New blocks take the free indices below ``count``, in order. A repeated block keeps its index at its first position.
+    The last blocks are repeated most, and copies follow their source: 6 to 8 gives 0, 1, 2, 3, 4, 4, 5, 5 (the
+    "interpolation" of Li et al. 2022, as released). Copies take the free indices below ``count``, in order.
     """
-    free = iter(index for index in range(count) if index not in set(order))
+    free = (index for index in range(count) if index not in order)
+    times, more = divmod(after, len(order))
     grown: list[int] = []
     pairs: list[tuple[int, int]] = []
-    last = None
-    for layer in duplicated_layers(len(order), after):
-        if layer != last:
-            grown.append(order[layer])
-        else:
-            grown.append(next(free))
-            pairs.append((grown[-1], order[layer]))
-        last = layer
+    for place, block in enumerate(order):
+        copies = [next(free) for _ in range(times - 1 + (place >= len(order) - more))]
+        grown += [block, *copies]
+        pairs += [(copy, block) for copy in copies]
     return tuple(grown), tuple(pairs)

@@ -20,7 +20,7 @@ from vitlocal.data.writer import layout
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS, Stage
 from vitlocal.train.build import build_step, device_of, make_model

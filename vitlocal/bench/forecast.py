@@ -34,8 +34,7 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import MethodContext
-from vitlocal.models.flops import count_macs
-from vitlocal.models.memory import activation_bytes
+from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.plan import Feed, Plan, with_size
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, Stage, upcoming_changes
 from vitlocal.report.run_folder import duration

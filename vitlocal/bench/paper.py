@@ -26,7 +26,7 @@ from vitlocal.bench.parsing import budget, names
 from vitlocal.bench.runner import RECIPES, Arm, read_arms
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.progress import Stage
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import make_model

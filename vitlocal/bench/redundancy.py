@@ -27,7 +27,7 @@ from torch.distributions import Categorical
 
 from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, plot_file
-from vitlocal.config import Config, read_config
+from vitlocal.config import Config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
@@ -36,10 +36,11 @@ from vitlocal.methods.method import MethodContext
 from vitlocal.models.block import attention_weights
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.factory import build_model
-from vitlocal.models.shape import SLICED, add_stage_table, model_parts, set_shape
+from vitlocal.models.shape import SLICED, add_stage_table, model_blocks, model_parts, set_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
+from vitlocal.report.run_folder import read_run
 from vitlocal.train.build import device_of, sources_of
 from vitlocal.train.checkpoint import KEPT, read_weights
 
@@ -68,8 +69,7 @@ def linear_cka(outputs: Tensor) -> Tensor:
 
 def mean_pair(matrix: Tensor) -> float:
     """Returns the mean over pairs of different heads; NaN for one head."""
-    heads = len(matrix)
-    return float((matrix.sum() - matrix.trace()) / (heads * (heads - 1)))
+    return float((matrix.sum() - matrix.trace()) / (matrix.numel() - len(matrix)))
 
 
 def component_percent(hidden: Tensor) -> Tensor:
@@ -94,12 +94,7 @@ def measure_blocks(model: VisionTransformer, batches: Sequence[Tensor]) -> list[
     rows = [dict.fromkeys(MEASURES, 0.0) for _ in model.active.block_order]
     with ExitStack() as hooks:
         for index, row in zip(model.active.block_order, rows, strict=True):
-            block: Any = model.blocks[index]
-            if not isinstance(block.mlp, SLICED):
-                raise ConfigError(
-                    f"{type(model).__name__}: expected a DeiT or local-FFN model, to measure hidden units"
-                )
-            for hook in _measuring_hooks(block, row, model.num_prefix_tokens):
+            for hook in _measuring_hooks(model.blocks[index], row, model.num_prefix_tokens):
                 hooks.enter_context(hook)
         for images in batches:
             model(images)
@@ -130,10 +125,9 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
     """Returns the epoch at which ``file`` was kept, and the model in its shape then, without masks in its heads."""
     state, about = read_weights(file)
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"{config.model.name} is timm's own model: only vitlocal_… models can be measured")
-    context = MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))
-    for method in build_methods(context):
+    if not isinstance(model, VisionTransformer) or not isinstance(model_blocks(model)[0].mlp, SLICED):
+        raise ConfigError(f"{config.model.name}: only vitlocal_deit_… and local-FFN models can be measured")
+    for method in build_methods(MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))):
         if method.needs.stage_embedding is not None:
             add_stage_table(model, method.needs.stage_embedding)
     model.load_state_dict(state)
@@ -173,13 +167,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data", metavar="DIR", help="data folder (default: the run's)")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot the measures against the epoch")
     options = parser.parse_args(argv)
-    recipe, kept = options.run / "config.yaml", options.run / KEPT
-    if not recipe.is_file():
-        raise ConfigError(f"{options.run} holds no run; expected a folder that train_imagenet.py made")
-    files = sorted(kept.glob("*.safetensors"))  # their names begin with the step
+    config = read_run(options.run).config
+    if options.data:
+        config = replace(config, data=replace(config.data, root=options.data))
+    files = sorted((options.run / KEPT).glob("*.safetensors"))  # their names begin with the step
     if not files:
-        raise ConfigError(f"{kept} holds no weights; train with --run.keep_weights=yes, which keeps them")
-    config = read_config([f"--config-file={recipe}", *([f"--data.root={options.data}"] if options.data else [])], {})
+        raise ConfigError(f"{options.run / KEPT} holds no weights; train with --run.keep_weights=yes, which keeps them")
     num_classes = len(load_manifest(config.data.root, "val").classes)
     device = device_of(config)
     batches = validation_batches(config, options.images, device)

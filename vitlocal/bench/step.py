@@ -36,7 +36,7 @@ from vitlocal.bench.measurement import progress_bar, spread, text_table, write_j
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, names, numbers
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS

@@ -14,25 +14,24 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.positions import Grid
-from vitlocal.models.token_selection import ALL_TOKENS, RemainingTokens, TokenSelection, prune_tokens
+from vitlocal.models.token_selection import RemainingTokens, count_prefix_tokens, prune_tokens
+from vitlocal.plan import Shape
+
+
+def check_option(name: str, value: object, is_right: bool, expected: str) -> None:
+    """Raises :class:`ConfigError` that states what was ``expected``, unless the value ``is_right``."""
+    if not is_right:
+        raise ConfigError(f"model option {name}={value!r}: expected {expected}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raises :class:`ConfigError` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(f"model option {name}={value!r}: expected one of {', '.join(choices)}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raises :class:`ConfigError` unless ``value`` is a bool: the string "false" would count as true."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"model option {name}={value!r}: expected true or false")
+    check_option(name, value, value in choices, f"one of {', '.join(choices)}")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises :class:`ConfigError` unless ``value`` is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"model option {name}={value!r}: expected a whole number of at least {least}")
+    check_option(name, value, type(value) is int and value >= least, f"a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,24 @@ class Attention(nn.Module):
             qkv = self.qkv(tokens)
         else:
             weight = self.qkv.weight.view(3, self.num_heads, -1, dim)[parts, : self.active_heads].reshape(-1, dim)
-            bias = self.qkv.bias
+            bias: Tensor | None = self.qkv.bias
             if bias is not None:
-                bias = bias.view(3, self.num_heads, -1)[parts, : self.active_heads].reshape(-1)  # type: ignore[assignment]
+                bias = bias.view(3, self.num_heads, -1)[parts, : self.active_heads].reshape(-1)
             qkv = F.linear(tokens, weight, bias)
         return qkv.view(batch, count, -1, self.active_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def _merge(self, mixed: Tensor) -> Tensor:
-        """Projects the active heads' outputs (B, M, T, d) to (B, T, D)."""
-        return linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""
         query, key, value = self.project_qkv(tokens)
-        return self._merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, M, T, d)
+        return linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))
 
     def forward_with_weights(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns :meth:`forward`'s result and the attention of each head, (B, M, T, T). Slower than forward."""
         query, key, value = self.project_qkv(tokens)
         attention = attention_weights(query, key, mask)
-        return self._merge(attention.to(value.dtype) @ value), attention
+        mixed = attention.to(value.dtype) @ value
+        return linear_slice(self.proj, mixed.transpose(1, 2).flatten(2)), attention
 
     def patch_attention(self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> Tensor:
         """Returns the class token's attention to each patch, averaged over heads: (B, N).
@@ -134,21 +131,20 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, tokens: Tensor, grid: Grid, scales: tuple[Tensor, Tensor] | None = None,
-        remaining: RemainingTokens = ALL_TOKENS,
-    ) -> Tensor:  # fmt: skip
-        """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps both branches."""
-        attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
+        self, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None], remaining: RemainingTokens
+    ) -> Tensor:
+        """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps the branch."""
+        attention_scale, feed_forward_scale = scales
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), remaining.mask), attention_scale)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
 
     def forward_pruned(
-        self, tokens: Tensor, grid: Grid, scales: tuple[Tensor, Tensor] | None,
-        remaining: RemainingTokens, selection: TokenSelection, num_prefix_tokens: int,
-    ) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
+        self, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None], remaining: RemainingTokens, shape: Shape
+    ) -> tuple[Tensor, RemainingTokens]:
         """As :meth:`forward`, but drops tokens and connections after the attention, which chooses them."""
-        attention_scale, feed_forward_scale = scales if scales is not None else (None, None)
+        attention_scale, feed_forward_scale = scales
+        num_prefix_tokens = count_prefix_tokens(tokens, grid, remaining.indices)
         branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask)
         tokens = add_branch(tokens, branch, attention_scale)
-        tokens, remaining = prune_tokens(tokens, attention, remaining, selection, num_prefix_tokens)
+        tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining

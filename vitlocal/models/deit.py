@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitlocal.models.block import Block, BlockShape, add_branch, linear_slice
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid
-from vitlocal.models.registry import BASE, PATCH8_64, SMALL, TINY, register_family
+from vitlocal.models.timm_model import DEIT_SIZES, register_family
 from vitlocal.models.vit import VisionTransformer
 
 
@@ -55,12 +55,4 @@ class DeiT(VisionTransformer):
         super().__init__(PlainBlock, activation=activation, **options)
 
 
-register_family(
-    DeiT,
-    {
-        "vitlocal_deit_tiny_patch16_224": TINY,  # DeiT-Ti
-        "vitlocal_deit_small_patch16_224": SMALL,  # DeiT-S
-        "vitlocal_deit_base_patch16_224": BASE,  # DeiT-B
-        "vitlocal_deit_tiny_patch8_64": TINY | PATCH8_64,
-    },
-)
+register_family(DeiT, "vitlocal_deit_", DEIT_SIZES)

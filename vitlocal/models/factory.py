@@ -22,7 +22,6 @@ from vitlocal.models.positions import resample_positions
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.options import as_argument
-from vitlocal.plan import WHOLE_MODEL, Shape
 
 PREFIX = "vitlocal_"  # of the names of our models
 
@@ -35,16 +34,13 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
     name, or for an option that the model does not have.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise ConfigError(
-            f"model.name: timm knows no model '{name}'"
-            + (f"; did you mean {', '.join(near)}?" if near else ".")
-            + f" Our models are {', '.join(timm.list_models(PREFIX + '*'))}"
-        )
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
+        known = f"Our models are {', '.join(timm.list_models(PREFIX + '*'))}"
+        hint = f"; did you mean {near}?" if near else "."
+        raise ConfigError(f"model.name: timm knows no model '{name}'{hint} {known}")
     attempts = [dict(arguments)]
     if not name.startswith(PREFIX):
-        ours = sorted(set(arguments) - {"img_size", "drop_path_rate", "patch_size"})
-        if ours:
+        if ours := sorted(set(arguments) - {"img_size", "drop_path_rate", "patch_size"}):
             raise ConfigError(f"model options {', '.join(ours)} are only for {PREFIX}… models; {name} is timm's own")
         without_size = {key: value for key, value in arguments.items() if key != "img_size"}
         attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), without_size]
@@ -59,23 +55,22 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
 
 def export_model(
     folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
-    size: int, crop_pct: float, shape: Shape = WHOLE_MODEL,
+    size: int, crop_pct: float,
 ) -> None:  # fmt: skip
     """Writes ``model.safetensors`` and ``config.json``, which ``timm.create_model("local-dir:FOLDER")`` loads.
 
-    ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's. ``shape``
-    is the shape in which ``model`` runs.
+    ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's.
     """
     model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
     if isinstance(model, VisionTransformer):
-        if len(model.active.block_order) < len(model.blocks):
-            model_args["depth"] = len(model.active.block_order)
-        if model.active.center_grid is not None:
-            model_args["center_grid"] = model.active.center_grid
-    if shape.pruned_blocks and (shape.token_keep_rate, shape.attention_keep_rate) != (1, 1):
-        for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks"):
-            model_args[option] = getattr(shape, option)
-        model_args["pruned_blocks"] = list(shape.pruned_blocks)
+        shape = model.active
+        if len(shape.block_order) < len(model.blocks):
+            model_args["depth"] = len(shape.block_order)
+        if shape.grid is not None:
+            model_args["center_grid"] = shape.grid
+        if shape.pruned_blocks:
+            for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"):
+                model_args[option] = getattr(shape, option)
     description = {
         "architecture": name,
         "num_classes": len(classes),
@@ -137,25 +132,22 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> li
     same_classes = not names or not classes or names == list(classes)
     for name, tensor in state.items():
         other = loaded.get(name)
-        may_differ = name == "stage_table" or name.startswith(heads)
-        if other is not None and other.shape == tensor.shape and (same_classes or not may_differ):
-            continue
-        if may_differ:
-            loaded[name] = tensor
-            kept.append(name)
-        elif name == "pos_embed" and other is not None and other.shape[2] == tensor.shape[2]:
-            loaded[name] = _resampled_positions(model, other)
+        if name == "stage_table" or name.startswith(heads):
+            if other is None or other.shape != tensor.shape or not same_classes:
+                loaded[name] = tensor
+                kept.append(name)
+        elif name == "pos_embed" and other is not None and other.shape != tensor.shape:
+            if other.shape[2] == tensor.shape[2]:
+                loaded[name] = _resampled_positions(model, other)
+    hint = _options_of_run(file.parent)
     if missing := sorted(set(state) - set(loaded)):
-        raise ConfigError(
-            f"model.weights: {file} lacks {', '.join(missing[:3])} (of {len(missing)}): it belongs to another model"
-            + _options_of_run(file.parent)
-        )
+        some = ", ".join(missing[:3])
+        raise ConfigError(f"model.weights: {file} lacks {some} (of {len(missing)}): it belongs to another model{hint}")
     for name, tensor in state.items():
         if loaded[name].shape != tensor.shape:
             raise ConfigError(
                 f"model.weights: in {file}, {name} has shape {tuple(loaded[name].shape)}, but in this model "
-                f"{tuple(tensor.shape)}; use the options that the weights were trained with"
-                + _options_of_run(file.parent)
+                f"{tuple(tensor.shape)}; use the options that the weights were trained with{hint}"
             )
     model.load_state_dict({name: loaded[name] for name in state})
     return kept
@@ -175,14 +167,9 @@ def _options_of_run(folder: Path) -> str:
 def _resampled_positions(model: Any, table: Tensor) -> Tensor:
     """Resamples a table (1, T', D) of a square grid to the model's grid; both have the same prefix tokens."""
     grid = tuple(model.patch_embed.grid_size)
-    prefix = model.pos_embed.shape[1] - grid[0] * grid[1]  # class token, registers and the like
-    side = math.isqrt(table.shape[1] - prefix)
-    if side * side != table.shape[1] - prefix:
-        raise ConfigError(
-            f"model.weights: a position table of {table.shape[1]} rows, {prefix} of them for prefix tokens as in "
-            f"{type(model).__name__}, has no square grid; use weights of the same model"
-        )
-    return resample_positions(table, (side, side), grid, {})
+    count = table.shape[1] - (model.pos_embed.shape[1] - grid[0] * grid[1])  # without class token, registers and such
+    side = math.isqrt(count)
+    return resample_positions(table, (side, side), grid) if side * side == count else table
 
 
 def patch_side(model: nn.Module) -> int:

@@ -55,16 +55,8 @@ def _load_row(rows, mask, W: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _taps(weight, channel, mask, COMPUTE: tl.constexpr):
-    """Loads the nine weights of each channel."""
-    taps = ()
-    for k in tl.static_range(9):
-        taps = taps + (tl.load(weight + channel * 9 + k, mask=mask, other=0.0).to(COMPUTE),)
-    return taps
-
-
-@triton.jit
 def _zeros(W: tl.constexpr, BC: tl.constexpr, COMPUTE: tl.constexpr):
+    """Returns new zeros at each call: Triton's compiler loses loop variables that begin as the same tensor."""
     row = ()
     for j in tl.static_range(W):
         row = row + (tl.full((BC,), 0.0, COMPUTE),)
@@ -88,11 +80,12 @@ def _add_row(sums, row, left, middle, right, W: tl.constexpr):
 # Not specialised: an epoch's last, short batch runs the same kernel.
 @triton.jit(do_not_specialize=["batch", "images"])
 def _forward(x, weight, y, batch, x_stride, y_stride, images, H, W: tl.constexpr, C: tl.constexpr,
-             GELU: tl.constexpr, COMPUTE: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+             GELU: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = channel < C
     nought = tl.full((BC,), 0, tl.int32)  # turns comparisons of scalars into masks, also in the interpreter
-    w = _taps(weight, channel, mask, COMPUTE)
+    COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    w = _load_row(weight + channel * 9, mask, 9, 1)  # the nine weights of each channel
     first = tl.program_id(1) * images
     source = x + first.to(tl.int64) * x_stride + channel
     target = y + first.to(tl.int64) * y_stride + channel
@@ -119,11 +112,12 @@ def _forward(x, weight, y, batch, x_stride, y_stride, images, H, W: tl.constexpr
 
 @triton.jit(do_not_specialize=["batch", "images"])
 def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, images, H, W: tl.constexpr,
-              C: tl.constexpr, GELU: tl.constexpr, COMPUTE: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+              C: tl.constexpr, GELU: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = channel < C
     nought = tl.full((BC,), 0, tl.int32)  # turns comparisons of scalars into masks, also in the interpreter
-    w = _taps(weight, channel, mask, COMPUTE)
+    COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    w = _load_row(weight + channel * 9, mask, 9, 1)  # the nine weights of each channel
     sums = _zeros(9, BC, COMPUTE)
     first = tl.program_id(1) * images
     source = x + first.to(tl.int64) * x_stride + channel
@@ -155,22 +149,15 @@ def _backward(x, weight, dy, dx, dw, batch, x_stride, dy_stride, dx_stride, imag
             for j in tl.static_range(W):
                 dz = dz + (grads[j] * _slope(z[j], GELU),)
             # The gradient by the taps, from row i - 1 of dz and the three input rows around it.
-            s0, s1, s2, s3, s4, s5, s6, s7, s8 = sums
             for j in tl.static_range(W):
-                up = _activate(x_above[j], GELU)
-                level = _activate(x_here[j], GELU)
-                s1 += dz[j] * up
-                s4 += dz[j] * level
-                s7 += dz[j] * below[j]
-                if j < W - 1:
-                    s0 += dz[j + 1] * up
-                    s3 += dz[j + 1] * level
-                    s6 += dz[j + 1] * below[j]
-                if j > 0:
-                    s2 += dz[j - 1] * up
-                    s5 += dz[j - 1] * level
-                    s8 += dz[j - 1] * below[j]
-            sums = (s0, s1, s2, s3, s4, s5, s6, s7, s8)
+                inputs = (_activate(x_above[j], GELU), _activate(x_here[j], GELU), below[j])
+                added = ()
+                for k in tl.static_range(9):
+                    total = sums[k]
+                    if j + 1 - k % 3 >= 0 and j + 1 - k % 3 < W:  # the column whose tap k reads column j
+                        total += dz[j + 1 - k % 3] * inputs[k // 3]
+                    added = added + (total,)
+                sums = added
             # The transposed convolution.
             d = _add_row(d_above, dz, w[2], w[1], w[0], W)  # row i - 2, complete
             line = target + (i - 2) * W * C
@@ -202,11 +189,6 @@ def _by_rows(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride()[1:] == (tokens.shape[2], 1) else tokens.contiguous()
 
 
-def _sum_types(tokens: Tensor) -> tuple[tl.dtype, torch.dtype]:
-    """Returns the type of computations and sums, for Triton and for PyTorch."""
-    return (tl.float64, torch.float64) if tokens.dtype == torch.float64 else (tl.float32, torch.float32)
-
-
 def local_mix_forward(tokens: Tensor, weight: Tensor, grid: Grid, activation: str) -> Tensor:
     """Computes (B, N, C) → (B, N, C), in the type of ``tokens``; ``weight`` (C, 1, 3, 3) has any floating type."""
     x, weight = _by_rows(tokens), weight.contiguous()
@@ -215,7 +197,7 @@ def local_mix_forward(tokens: Tensor, weight: Tensor, grid: Grid, activation: st
     if y.numel():
         _forward[launch](
             x, weight, y, len(x), x.stride(0), y.stride(0), images, grid[0], W=grid[1], C=x.shape[2],
-            GELU=activation == "gelu", COMPUTE=_sum_types(x)[0], BC=block, num_warps=THREADS // 32,
+            GELU=activation == "gelu", BC=block, num_warps=THREADS // 32,
         )  # fmt: skip
     return y
 
@@ -227,11 +209,11 @@ def local_mix_backward(
     x, dy, taps = _by_rows(tokens), _by_rows(grad), weight.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch, images, block = _launch(len(x), grid, x.shape[2])
-    compute, sum_type = _sum_types(x)
+    sum_type = torch.promote_types(x.dtype, torch.float32)
     sums = torch.empty((launch[1], 9, x.shape[2]), dtype=sum_type, device=x.device)
     if dx.numel():
         _backward[launch](
             x, taps, dy, dx, sums, len(x), x.stride(0), dy.stride(0), dx.stride(0), images, grid[0], W=grid[1],
-            C=x.shape[2], GELU=activation == "gelu", COMPUTE=compute, BC=block, num_warps=THREADS // 32,
+            C=x.shape[2], GELU=activation == "gelu", BC=block, num_warps=THREADS // 32,
         )  # fmt: skip
     return dx, sums.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()  # as register_fake says

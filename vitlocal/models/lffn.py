@@ -5,18 +5,16 @@ Shapes: B batch, T tokens in all, N = h·w patch tokens on the grid (h, w), D wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.models.block import Block, BlockShape, add_branch, check_bool, check_choice, linear_slice
+from vitlocal.models.block import Block, BlockShape, add_branch, check_choice, check_option, linear_slice
 from vitlocal.models.local_mix import ACTIVATIONS, local_mix
 from vitlocal.models.positions import Grid
-from vitlocal.models.registry import BASE, PATCH4_32, PATCH8_64, SMALL, TINY, register_family
-from vitlocal.models.token_selection import gather_tokens, scatter_tokens
+from vitlocal.models.timm_model import DEIT_SIZES, register_family
+from vitlocal.models.token_selection import count_prefix_tokens, gather_tokens, scatter_tokens
 from vitlocal.models.vit import VisionTransformer
 
 
@@ -37,46 +35,27 @@ class LocalFeedForward(nn.Module):
         self.activation = shape.activation
         self.norm: nn.Module = nn.LayerNorm(dim, eps=1e-6) if norm == "layer" else nn.BatchNorm1d(dim)
         self.fc1 = nn.Linear(dim, hidden, bias=False)
-        conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False) if convolution else None
-        self.conv = conv  # local_mix uses only its weights
+        # local_mix uses only its weights.
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False) if convolution else None
         self.kernel = "auto"
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
     def hidden_units(self, patches: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
         """Returns the active hidden units after convolution and activations: (B, N, D) -> (B, N, C)."""
-        # The outputs of norm and fc1 are contiguous even if their input is a slice.
-        if isinstance(self.norm, nn.BatchNorm1d):
-            normed = self.norm(patches.flatten(0, 1)).view(patches.shape)
-        else:
-            normed = self.norm(patches)
+        flat = patches.flatten(0, 1) if isinstance(self.norm, nn.BatchNorm1d) else patches
+        normed = self.norm(flat).view(patches.shape)  # contiguous, like fc1's output, even if its input is a slice
         hidden = linear_slice(self.fc1, normed, rows=self.active_hidden)  # (B, N, C)
         if self.conv is None:
             return ACTIVATIONS[self.activation](hidden)
-        is_whole = self.active_hidden == self.hidden
-        weight = self.conv.weight if is_whole else self.conv.weight[: self.active_hidden]
-        if kept is None:
-            return local_mix(hidden, weight, grid, self.activation, self.kernel)
-        # Only the convolution needs the whole grid. fc1 and fc2, which cost most, do not.
-        hidden = scatter_tokens(hidden, kept, grid[0] * grid[1])
-        return gather_tokens(local_mix(hidden, weight, grid, self.activation, self.kernel), kept)
+        weight = self.conv.weight[: self.active_hidden]
+        if kept is not None:  # only the convolution needs the whole grid; fc1 and fc2, which cost most, do not
+            hidden = scatter_tokens(hidden, kept, grid[0] * grid[1])
+        mixed = local_mix(hidden, weight, grid, self.activation, self.kernel)
+        return mixed if kept is None else gather_tokens(mixed, kept)
 
     def forward(self, patches: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
         """``kept`` (B, n): the patches' indices in the grid, if some are missing. The convolution reads those as 0."""
         return linear_slice(self.fc2, self.hidden_units(patches, grid, kept))
-
-
-@contextmanager
-def use_kernel(model: nn.Module, kernel: str) -> Iterator[None]:
-    """Within the context, all local FFNs of ``model`` use ``kernel``; see :func:`local_mix`."""
-    modules = [module for module in model.modules() if isinstance(module, LocalFeedForward)]
-    before = [module.kernel for module in modules]
-    try:
-        for module in modules:
-            module.kernel = kernel
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            module.kernel = old
 
 
 class LocalBlock(Block):
@@ -91,7 +70,7 @@ class LocalBlock(Block):
         self.mlp = LocalFeedForward(shape, norm, convolution)
 
     def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        num_prefix_tokens = tokens.shape[1] - (grid[0] * grid[1] if kept is None else kept.shape[1])
+        num_prefix_tokens = count_prefix_tokens(tokens, grid, kept)
         if not num_prefix_tokens:
             return add_branch(tokens, self.mlp(tokens, grid, kept), scale)
         branch = self.mlp(tokens[:, num_prefix_tokens:], grid, kept)  # (B, N, D)
@@ -110,17 +89,10 @@ class LocalFFNViT(VisionTransformer):
         self, *, qkv_bias: bool = False, norm: str = "layer", convolution: bool = True, **options: Any
     ) -> None:
         check_choice("norm", norm, ("layer", "batch"))
-        check_bool("convolution", convolution)
+        check_option("convolution", convolution, isinstance(convolution, bool), "true or false")
         super().__init__(lambda shape: LocalBlock(shape, norm, convolution), qkv_bias=qkv_bias, **options)
 
 
-register_family(
-    LocalFFNViT,
-    {
-        "vitlocal_tiny_patch16_224": TINY,
-        "vitlocal_small_patch16_224": SMALL,  # the paper's model
-        "vitlocal_base_patch16_224": BASE,
-        "vitlocal_tiny_patch8_64": TINY | PATCH8_64,
-        "vitlocal_tiny_patch4_32": TINY | PATCH4_32,
-    },
-)
+# vitlocal_small_patch16_224 is the paper's model.
+PATCH4 = {"tiny_patch4_32": DEIT_SIZES["tiny_patch16_224"] | dict(patch_size=4, img_size=32)}
+register_family(LocalFFNViT, "vitlocal_", DEIT_SIZES | PATCH4)

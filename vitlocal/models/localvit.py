@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from vitlocal.models.block import Block, BlockShape, check_count
 from vitlocal.models.local_mix import ACTIVATIONS, image_as_tokens, tokens_as_image
 from vitlocal.models.positions import Grid
-from vitlocal.models.registry import PATCH8_64, register_family
+from vitlocal.models.timm_model import family_sizes, register_family
 from vitlocal.models.vit import VisionTransformer
-
-# As in the released code, heads are 48 wide (DeiT: 64). There is no published base model; ours does the same.
-TINY, SMALL, BASE = (dict[str, Any](embed_dim=48 * heads, depth=12, num_heads=heads) for heads in (4, 8, 16))
 
 
 class SqueezeExcitation(nn.Module):
@@ -71,8 +68,7 @@ class ConvBlock(Block):
         self.mlp = ConvFeedForward(shape, squeezed)
 
     def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        num_prefix_tokens = tokens.shape[1] - grid[0] * grid[1]
-        prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+        prefix, patches = tokens.tensor_split([tokens.shape[1] - grid[0] * grid[1]], dim=1)
         return torch.cat([prefix, patches + self.mlp(patches, grid)], dim=1)
 
 
@@ -86,19 +82,8 @@ class LocalViT(VisionTransformer):
     def __init__(self, *, se_ratio: int | None = None, **options: Any) -> None:
         if se_ratio is not None:
             check_count("se_ratio", se_ratio)
-
-        def make_block(shape: BlockShape) -> ConvBlock:
-            return ConvBlock(shape, max(1, shape.hidden // (se_ratio or shape.dim)))
-
-        super().__init__(make_block, **options)
+        super().__init__(lambda shape: ConvBlock(shape, max(1, shape.hidden // (se_ratio or shape.dim))), **options)
 
 
-register_family(
-    LocalViT,
-    {
-        "vitlocal_localvit_tiny_patch16_224": TINY,  # LocalViT-T
-        "vitlocal_localvit_small_patch16_224": SMALL,  # LocalViT-S
-        "vitlocal_localvit_base_patch16_224": BASE,  # DeiT-B's width; not a published model
-        "vitlocal_localvit_tiny_patch8_64": TINY | PATCH8_64,
-    },
-)
+# As in the released code, heads are 48 wide (DeiT: 64). There is no published base model; ours does the same.
+register_family(LocalViT, "vitlocal_localvit_", family_sizes(48, (4, 8, 16)))

@@ -5,9 +5,7 @@ Shapes: (H, W) the table's full grid, (h, w) the grid of an input, T tokens, D w
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from contextlib import nullcontext
-from typing import Any
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -24,33 +22,31 @@ def position_matrix(full: Grid, grid: Grid, device: torch.device, dtype: torch.d
     It is the linear map of ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)``: the unit vectors,
     resampled in float64. Rows sum to 1.
     """
-    # Training cannot use an inference tensor, so evaluation must not create one here.
-    with torch.inference_mode(False), torch.no_grad():
-        count = full[0] * full[1]
-        units = torch.eye(count, dtype=torch.float64, device="cpu").view(1, count, *full)
-        resampled = F.interpolate(units, size=grid, mode="bicubic", antialias=True, align_corners=False)
-        matrix = resampled.view(count, -1).t().contiguous().to(device, dtype)
-        # Until PyTorch 2.14, the second compilation treats this constant's shape as symbolic, and fails.
-        matrix._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
-        return matrix
+    return _cached_matrix(full, grid, device, dtype)
 
 
-def resample_positions(table: Tensor, full: Grid, grid: Grid, cache: MutableMapping[Any, Tensor]) -> Tensor:
+@cache
+@torch.inference_mode(False)  # training cannot use an inference tensor, so evaluation must not create one here
+@torch.no_grad()
+def _cached_matrix(full: Grid, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    count = full[0] * full[1]
+    units = torch.eye(count, dtype=torch.float64, device="cpu").view(1, count, *full)
+    resampled = F.interpolate(units, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    matrix = resampled.view(count, -1).t().contiguous().to(device, dtype)
+    # Until PyTorch 2.14, the second compilation treats this constant's shape as symbolic, and fails.
+    matrix._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+    return matrix
+
+
+def resample_positions(table: Tensor, full: Grid, grid: Grid) -> Tensor:
     """Resamples the table (1, T, D) from ``full`` to ``grid``, except the first rows, of prefix tokens."""
     if grid == full:
         return table
-    key = (grid, table.device, table.dtype)
-    device = table.device.type
-    # A compiled graph holds its own matrix. If it looked into the cache, each new entry would recompile it.
-    cached = not (torch.compiler.is_compiling() or device == "meta" or isinstance(table, FakeTensor))
-    matrix = cache.get(key) if cached else None
-    if matrix is None:
-        matrix = position_matrix(full, grid, table.device, table.dtype)
-        if cached:
-            cache[key] = matrix
-    prefix, patches = table[0].split([table.shape[1] - matrix.shape[1], matrix.shape[1]])
-    # Autocast would resample in half precision. The meta device, which counts shapes, has no autocast.
-    with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
+    prefix, patches = table[0].split([table.shape[1] - full[0] * full[1], full[0] * full[1]])
+    if not torch.compiler.is_compiling() and isinstance(table, FakeTensor):  # counted: see vitlocal.models.counts
+        return table.new_empty(1, len(prefix) + grid[0] * grid[1], table.shape[2])
+    matrix = position_matrix(full, grid, table.device, table.dtype)
+    with torch.autocast(table.device.type, enabled=False):  # it would resample in half precision
         return torch.cat([prefix, matrix @ patches])[None]  # (1, T', D)
 
 
@@ -66,18 +62,16 @@ def sincos_table(grid: Grid, dim: int) -> Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
-def center_window(grid: Grid, side: int | None) -> tuple[slice, slice] | None:
-    """Returns the rows and columns of the center crop of ``grid`` with at most ``side`` patches a side.
+def center_window(grid: Grid, side: int | None) -> tuple[slice, slice]:
+    """Returns the rows and columns of the center crop of ``grid`` with at most ``side`` patches a side (None: all).
 
-    None if the crop is the whole grid. If the border is odd, its larger half lies below and to the right.
+    If the border is odd, its larger half lies below and to the right.
     """
-    inner = grid if side is None else (min(grid[0], side), min(grid[1], side))
-    if inner == grid:
-        return None
-    top, left = (grid[0] - inner[0]) // 2, (grid[1] - inner[1]) // 2
-    return slice(top, top + inner[0]), slice(left, left + inner[1])
+    inner = [min(count, side or count) for count in grid]
+    start = [(count - size) // 2 for count, size in zip(grid, inner, strict=True)]
+    return slice(start[0], start[0] + inner[0]), slice(start[1], start[1] + inner[1])
 
 
-def crop_tokens(tokens: Tensor, grid: Grid, window: tuple[slice, slice]) -> Tensor:
-    """Returns the patch tokens (B, h·w, D) in the rows and columns of ``window``."""
-    return tokens.unflatten(1, grid)[:, window[0], window[1]].flatten(1, 2)
+def crop_tokens(tokens: Tensor, grid: Grid, rows: slice, columns: slice) -> Tensor:
+    """Returns the patch tokens (B, h·w, D) in these rows and columns of ``grid``."""
+    return tokens.unflatten(1, grid)[:, rows, columns].flatten(1, 2)

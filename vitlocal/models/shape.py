@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.block import Attention
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.token_selection import TokenSelection
-from vitlocal.models.vit import ActivePart, VisionTransformer
+from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, growth_sources
 
 SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts that can run a slice of their hidden units
@@ -40,9 +40,9 @@ def model_parts(model: nn.Module) -> dict[str, int] | None:
     """Returns the numbers of heads, hidden units, patches a side and blocks; None for a model that is not ours."""
     if not isinstance(model, VisionTransformer):
         return None
-    first, grid = model_blocks(model)[0], min(model.patch_embed.grid_size)
-    hidden = first.mlp.fc1.weight.shape[0]
-    return {"heads": first.attn.num_heads, "hidden": hidden, "grid": grid, "blocks": len(model.blocks)}
+    first, blocks = model_blocks(model)[0], len(model.blocks)
+    heads, hidden, grid = first.attn.num_heads, len(first.mlp.fc1.weight), min(model.patch_embed.grid_size)
+    return {"heads": heads, "hidden": hidden, "grid": grid, "blocks": blocks}
 
 
 def check_shape(model: nn.Module, shape: Shape) -> None:
@@ -51,51 +51,34 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
         return
     name, blocks, parts = type(model).__name__, model_blocks(model), model_parts(model)
     names = ("heads", "hidden", "grid", "block_order", "stage", "pruned_blocks")
-    fields = [field for field in names if getattr(shape, field) not in (None, ())]
+    fields = ", ".join(field for field in names if getattr(shape, field) not in (None, ()))
     if fields and parts is None:
-        raise ConfigError(
-            f"{name} is timm's own model: only vitlocal_… models can change {', '.join(fields)}; use one of them"
-        )
+        raise ConfigError(f"{name} is timm's own model: only vitlocal_… models can change {fields}; use one of them")
     selected = (shape.block_order, shape.skipped_blocks, shape.trainable_blocks, shape.pruned_blocks)
-    for index in (index for indices in selected for index in indices or ()):
-        if not 0 <= index < len(blocks):
-            raise ConfigError(f"{name} has no block {index}: its {len(blocks)} blocks count from 0")
-    if parts is None:
-        return
+    if wrong := sorted({index for indices in selected for index in indices or ()} - set(range(len(blocks)))):
+        raise ConfigError(f"{name} has no block {wrong[0]}: its {len(blocks)} blocks count from 0")
     if (shape.hidden is not None or shape.pruned_blocks) and not all(isinstance(b.mlp, SLICED) for b in blocks):
-        raise ConfigError(
-            f"{name} cannot run a part of its hidden width or tokens; use a vitlocal_deit_… or local-FFN model"
-        )
-    for unit in ("heads", "hidden", "grid"):
-        value = getattr(shape, unit)
-        if value is not None and not 1 <= value <= parts[unit]:
-            raise ConfigError(f"{name}: got {unit} {value}, expected 1 to {parts[unit]}")
+        raise ConfigError(f"{name} cannot run a part of its hidden width or tokens; use a DeiT or local-FFN model")
+    for unit, most in (parts or {}).items():
+        value = getattr(shape, unit, None)
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"{name}: got {unit} {value}, expected 1 to {most}")
 
 
 def set_shape(model: nn.Module, shape: Shape) -> None:
     """Makes ``model`` run in ``shape`` from now on, without a device sync. Models that are not ours stay whole."""
     if not isinstance(model, VisionTransformer):
         return
-    blocks = model_blocks(model)
-    every = tuple(range(len(blocks)))
-    order = tuple(index for index in shape.block_order or every if index not in shape.skipped_blocks)
-    trainable = every if shape.trainable_blocks is None else shape.trainable_blocks
-    selection = TokenSelection(shape.token_keep_rate, shape.attention_keep_rate, shape.per_head_masks)
-    places = () if selection.keeps_all else (place for place in shape.pruned_blocks if place < len(order))
-    before = model.active.frozen_blocks
-    model.active = ActivePart(
-        block_order=order,
-        center_grid=None if shape.grid is None or shape.grid >= min(model.patch_embed.grid_size) else shape.grid,
-        crop_before_embedding=shape.crop_before_embedding,
-        selections=dict.fromkeys(places, selection),
-        frozen_blocks=tuple(index for index in every if index not in trainable),
-        stage=shape.stage,
-    )
+    blocks, trained = model_blocks(model), model.active.trainable_blocks
+    order = tuple(index for index in shape.block_order or range(len(blocks)) if index not in shape.skipped_blocks)
+    prunes = shape.token_keep_rate < 1 or shape.attention_keep_rate < 1
+    pruned = tuple(place for place in shape.pruned_blocks if prunes and place < len(order))
+    model.active = replace(shape, block_order=order, pruned_blocks=pruned)
     for block in blocks:
         block.attn.active_heads = shape.heads or block.attn.num_heads
         if isinstance(block.mlp, SLICED):
             block.mlp.active_hidden = shape.hidden or block.mlp.hidden
-    if model.active.frozen_blocks != before:
+    if shape.trainable_blocks != trained:
         model.train(model.training)
 
 
@@ -115,10 +98,7 @@ def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{name} cannot have a stage embedding; use a vitlocal_… model, or leave the embedding out")
     if embedding.tokens == "class" and model.cls_token is None:
-        raise ConfigError(
-            f"{name} has no class token, so a stage embedding with tokens=class cannot be added; use tokens=all, or "
-            "model.pool=token"
-        )
+        raise ConfigError(f"{name} has no class token for a stage embedding; use tokens=all, or model.pool=token")
     table = torch.randn(embedding.rows, model.embed_dim) * embedding.std
     model.stage_table = nn.Parameter(table.to(model.pos_embed))
     model.stage_embedding = embedding
@@ -130,28 +110,20 @@ def set_trainable(model: nn.Module, shape: Shape) -> bool:
     Blocks outside ``shape.block_order`` are frozen, skipped blocks are not. Blocks are unfrozen again; what
     ``shape.head_only`` freezes stays frozen. Frozen parameters have no gradient.
     """
-    order, trainable = shape.block_order, shape.trainable_blocks
-    if not hasattr(model, "blocks") and order is None and trainable is None and not shape.head_only:
-        return False
     trains: dict[nn.Parameter, bool] = {}
-    for index, block in enumerate(model_blocks(model)):
-        on = all(indices is None or index in indices for indices in (order, trainable))
+    for index, block in enumerate(getattr(model, "blocks", ())):
+        on = all(indices is None or index in indices for indices in (shape.block_order, shape.trainable_blocks))
         trains |= dict.fromkeys(block.parameters(), on)
     if shape.head_only:
-        # timm's models, and ours, register what runs after the blocks after them.
-        names = list(dict(model.named_children()))
-        after = names[names.index("blocks") + 1 :]
-        kept = {parameter for name in after for parameter in getattr(model, name).parameters()} | trains.keys()
-        kept.add(getattr(model, "stage_table", None))
-        trains |= dict.fromkeys((parameter for parameter in model.parameters() if parameter not in kept), False)
+        # timm's models, and ours, register what runs before the blocks before them.
+        first = list(takewhile(lambda parameter: parameter not in trains, model.parameters()))
+        stage_table = getattr(model, "stage_table", None)
+        trains |= {parameter: False for parameter in first if parameter is not stage_table}
     changed = [parameter for parameter, on in trains.items() if parameter.requires_grad != on]
     for parameter in changed:
         parameter.requires_grad_(trains[parameter])
         parameter.grad = None
     return bool(changed)
-
-
-# --- growth ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,21 +132,12 @@ class ParameterSlices:
 
     parameter: Any  # nn.Parameter
     unit: str  # "heads" or "hidden"
-    view: tuple[int, ...]  # the shape in which ``axis`` counts the slices
-    axis: int
+    view: tuple[int, ...]  # the shape whose dimension 1 counts the slices
     outgoing: bool = False  # whether the parameter carries the slices' outputs to the rest of the model
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Returns ``tensor``, which has the parameter's size, with an axis that counts the slices."""
+        """Returns a view of ``tensor``, which has the parameter's size, whose dimension 1 counts the slices."""
         return tensor.view(self.view)
-
-    def span(self, tensor: Tensor, start: int, end: int) -> Tensor:
-        """Returns a view of the slices ``start`` to ``end`` of ``tensor``."""
-        return self.of(tensor).narrow(self.axis, start, end - start)
-
-    def select(self, tensor: Tensor, indices: Sequence[int]) -> Tensor:
-        """Returns a copy of the slices ``indices`` of ``tensor``."""
-        return self.of(tensor).index_select(self.axis, torch.tensor(indices, device=tensor.device))
 
 
 def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
@@ -182,17 +145,14 @@ def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
     for module in model.modules():
         if isinstance(module, Attention):
             dim, heads = module.proj.weight.shape[0], module.num_heads
-            yield ParameterSlices(module.qkv.weight, "heads", (3, heads, dim // heads, dim), 1)
-            if module.qkv.bias is not None:
-                yield ParameterSlices(module.qkv.bias, "heads", (3, heads, dim // heads), 1)
-            yield ParameterSlices(module.proj.weight, "heads", (dim, heads, dim // heads), 1, outgoing=True)
+            for parameter in module.qkv.parameters():
+                yield ParameterSlices(parameter, "heads", (3, heads, dim // heads, *parameter.shape[1:]))
+            yield ParameterSlices(module.proj.weight, "heads", (dim, heads, dim // heads), outgoing=True)
         elif isinstance(module, SLICED):
-            dim, hidden = module.fc2.weight.shape
-            conv = getattr(module, "conv", None)
-            for parameter in (module.fc1.weight, module.fc1.bias, None if conv is None else conv.weight):
-                if parameter is not None:
-                    yield ParameterSlices(parameter, "hidden", tuple(parameter.shape), 0)
-            yield ParameterSlices(module.fc2.weight, "hidden", (dim, hidden), 1, outgoing=True)
+            for name, parameter in module.named_parameters():
+                if name.startswith(("fc1.", "conv.")):
+                    yield ParameterSlices(parameter, "hidden", (1, *parameter.shape))
+            yield ParameterSlices(module.fc2.weight, "hidden", tuple(module.fc2.weight.shape), outgoing=True)
 
 
 @torch.no_grad()
@@ -208,18 +168,16 @@ def grow(
     if growth.average is not None and not growth.new_only:
         model.load_state_dict(copies[growth.average].state_dict())
     new = _new_slices(model, before, shape)
-    redrawn = None
-    if growth.weights == "random" and (new or growth.blocks):
-        redrawn = _redrawn(model, seed * 1000 + growth.number)
+    draws = growth.weights == "random" and (new or growth.blocks)
+    redrawn = _redrawn(model, seed * 1000 + growth.number) if draws else None
     for grown in (model, *copies):
         sources = _new_slices(redrawn or grown, before, shape)
         for (part, start, end), (source, _, _) in zip(_new_slices(grown, before, shape), sources, strict=True):
             copied = list(range(start, end)) if redrawn else growth_sources(start, end, growth.sources)
-            part.span(part.parameter, start, end).copy_(source.select(source.parameter, copied))
+            slices = part.of(part.parameter)
+            slices[:, start:end] = source.of(source.parameter)[:, copied]
             if part.outgoing and growth.scale != 1 and not redrawn:
-                changed = sorted({*copied, *range(start, end)})
-                scaled = part.select(part.parameter, changed) * growth.scale
-                part.of(part.parameter).index_copy_(part.axis, torch.tensor(changed, device=scaled.device), scaled)
+                slices[:, sorted({*copied, *range(start, end)})] *= growth.scale
         donor = redrawn or grown
         if grown is model and growth.new_only and growth.average is not None and not redrawn:
             donor = copies[growth.average]
@@ -228,7 +186,7 @@ def grow(
             model_blocks(grown)[index].load_state_dict(state)
     if growth.noise and not redrawn:
         generator = torch.Generator().manual_seed(seed * 1000 + growth.number)  # on the host, the same in all processes
-        tensors = [part.span(part.parameter, start, end) for part, start, end in new]
+        tensors = [part.of(part.parameter)[:, start:end] for part, start, end in new]
         tensors += [parameter for index, _ in growth.blocks for parameter in model_blocks(model)[index].parameters()]
         for tensor in tensors:
             spread = tensor.std() if tensor.numel() > 1 else 0.0
@@ -238,12 +196,9 @@ def grow(
 
 def _new_slices(model: nn.Module, before: Shape, shape: Shape) -> list[tuple[ParameterSlices, int, int]]:
     """Returns each parameter that grows, with the indices of its first new slice and after its last."""
-    found = []
-    for part in parameter_slices(model):
-        old, new = getattr(before, part.unit), getattr(shape, part.unit) or part.view[part.axis]
-        if old is not None and new > old:
-            found.append((part, old, new))
-    return found
+    limits = [(part, getattr(before, part.unit), getattr(shape, part.unit)) for part in parameter_slices(model)]
+    ends = [(part, old, new or part.view[1]) for part, old, new in limits if old is not None]
+    return [(part, old, new) for part, old, new in ends if new > old]
 
 
 def _redrawn(model: nn.Module, seed: int) -> nn.Module:
@@ -268,11 +223,9 @@ def _set_moments(
         return
     for part, start, end in new:
         for value in moments(part.parameter).values():
-            if value.shape == part.parameter.shape and growth.moments == "copy":
-                copied = growth_sources(start, end, growth.sources)
-                part.span(value, start, end).copy_(part.select(value, copied))
-            elif value.shape == part.parameter.shape:
-                part.span(value, start, end).zero_()
+            if value.shape == part.parameter.shape:
+                slices, copied = part.of(value), growth_sources(start, end, growth.sources)
+                slices[:, start:end] = slices[:, copied] if growth.moments == "copy" else 0
     for index, source in growth.blocks:
         blocks = model_blocks(model)
         for mine, theirs in zip(blocks[index].parameters(), blocks[source].parameters(), strict=True):
@@ -290,30 +243,20 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     if not isinstance(model, VisionTransformer):
         return state
-    places = {index: place for place, index in enumerate(model.active.block_order)}
-    outgoing: dict[Any, ParameterSlices] = {part.parameter: part for part in parameter_slices(model) if part.outgoing}
-    parameters = dict(model.named_parameters())
-    first = model_blocks(model)[0]
-    found: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name == "stage_table":
-            continue
-        new_name = name
-        if name.startswith("blocks."):
-            _, index, rest = name.split(".", 2)
-            if int(index) not in places:
-                continue
-            new_name = f"blocks.{places[int(index)]}.{rest}"
-        part = outgoing.get(parameters.get(name))
-        if part is not None:
-            active = first.attn.active_heads if part.unit == "heads" else first.mlp.active_hidden
-            if active < part.view[part.axis]:
-                tensor = tensor.clone()
-                part.span(tensor, active, part.view[part.axis]).zero_()
-        found[new_name] = tensor
-    if model.stage_table is not None and model.stage_embedding is not None:
-        row = model.stage_table[-1 if model.active.stage is None else model.active.stage].detach()
-        table = found["pos_embed"].clone()
-        table[:, : 1 if model.stage_embedding.tokens == "class" else None] += row  # resampling keeps a constant
-        found["pos_embed"] = table
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for part in parameter_slices(model):
+        active = getattr(model.active, part.unit)
+        if part.outgoing and active is not None:
+            name = names[part.parameter]
+            state[name] = state[name].clone()
+            part.of(state[name])[:, active:] = 0
+    table = state.pop("stage_table", None)
+    if table is not None and model.stage_embedding is not None:
+        first = 1 if model.stage_embedding.tokens == "class" else None  # resampling keeps a constant
+        state["pos_embed"] = state["pos_embed"].clone()
+        state["pos_embed"][:, :first] += table[-1 if model.active.stage is None else model.active.stage]
+    found = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
+    for place, index in enumerate(model.active.block_order):
+        for name in model.blocks[index].state_dict():
+            found[f"blocks.{place}.{name}"] = state[f"blocks.{index}.{name}"]
     return found

@@ -1,16 +1,25 @@
-"""The attributes and methods that timm's tools expect of a classifier.
+"""What timm expects: the attributes and methods of a classifier, and the registration of the families' models.
 
 Shapes: B batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import check_count
+
+# timm passes these besides the model's options.
+_TIMM_OPTIONS = frozenset({"pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"})
 
 
 class TimmModel(nn.Module):
@@ -65,10 +74,7 @@ class TimmModel(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a new one for ``num_classes`` classes; 0 leaves the pooled features."""
         if global_pool not in (None, self.pool):
-            raise ConfigError(
-                f"global_pool={global_pool!r}: this model was built with pool={self.pool!r}, which decides whether it "
-                f"has a class token; build a new model with pool={global_pool!r}"
-            )
+            raise ConfigError(f"global_pool={global_pool!r}: this model has pool={self.pool!r}; build a new one")
         check_count("num_classes", num_classes, least=0)
         weight = next(self.parameters())  # for its device and type
         self.num_classes = num_classes
@@ -86,3 +92,47 @@ def init_linear(layer: nn.Linear, init: str) -> None:
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def family_sizes(head_width: int, heads: tuple[int, int, int]) -> dict[str, dict[str, Any]]:
+    """Returns the default options of tiny, small and base models with these heads, by the ends of their names."""
+    tiny, small, base = (dict(embed_dim=head_width * count, depth=12, num_heads=count) for count in heads)
+    sizes = {"tiny_patch16_224": tiny, "small_patch16_224": small, "base_patch16_224": base}
+    return sizes | {"tiny_patch8_64": tiny | dict(patch_size=8, img_size=64)}
+
+
+DEIT_SIZES = family_sizes(64, (3, 6, 12))  # the local-FFN models share them
+
+
+def register_family(family: type[TimmModel], prefix: str, sizes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Registers the family's models with timm. ``sizes``: default options by the ends of their names."""
+    module = sys.modules[family.__module__]
+    models = {prefix + size: defaults for size, defaults in sizes.items()}
+    configs: dict[str, Any] = {
+        name: dict(
+            input_size=(3, defaults.get("img_size", 224), defaults.get("img_size", 224)), num_classes=1000,
+            crop_pct=0.875, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+            first_conv="patch_embed.proj", classifier="head",
+        )
+        for name, defaults in models.items()
+    }  # fmt: skip
+    vars(module)["default_cfgs"] = generate_default_cfgs(configs)  # register_model() looks here
+    for name, defaults in models.items():
+        vars(module)[name] = register_model(_entry_point(family, name, defaults))
+
+
+def _entry_point(family: type[TimmModel], name: str, defaults: Mapping[str, Any]) -> Callable[..., TimmModel]:
+    base = family.__mro__[1]  # VisionTransformer, which takes most options
+    parameters = [p for cls in (base, family) for p in inspect.signature(cls).parameters.values()]
+    known = list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
+
+    def create(pretrained: bool = False, **options: Any) -> TimmModel:
+        unknown = [option for option in options if option not in known and option not in _TIMM_OPTIONS]
+        if unknown:
+            similar = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+            hint = f" Did you mean {similar[0]}?" if similar else ""
+            raise ConfigError(f"{name} has no option {', '.join(unknown)}.{hint} Its options are {', '.join(known)}.")
+        return build_model_with_cfg(family, name, pretrained, **{**defaults, **options})
+
+    create.__name__, create.__module__ = name, family.__module__
+    return create

@@ -9,27 +9,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# In binary, 0.7 x 140 is a little more than 98. With this slack, its ceiling is 98.
-SLACK = 1e-6
-
-
-@dataclass(frozen=True)
-class TokenSelection:
-    """The fraction of patch tokens that a block keeps, and the fraction of them that each token attends to.
-
-    ``per_head_masks``: each head chooses its own connections. Otherwise one mask serves all heads.
-    """
-
-    token_keep_rate: float
-    attention_keep_rate: float
-    per_head_masks: bool = False
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether the selection drops nothing."""
-        return self.token_keep_rate == 1.0 and self.attention_keep_rate == 1.0
+from vitlocal.models.positions import Grid
+from vitlocal.plan import Shape
 
 
 @dataclass(frozen=True)
@@ -45,37 +29,23 @@ ALL_TOKENS = RemainingTokens()
 
 def keep_count(count: int, rate: float) -> int:
     """Returns ⌈rate · count⌉, at least 1."""
-    return max(1, math.ceil(rate * count - SLACK))
+    return max(1, math.ceil(rate * count - 1e-6))  # in binary, 0.7 x 140 is a little more than 98
 
 
-def patch_scores(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Returns the class token's attention to each patch, (B, N), from attention averaged over heads, (B, T, T).
-
-    Without a class token: the attention of all tokens to each patch, as in the released code for Swin.
-    """
-    return attention[:, 0, 1:] if num_prefix_tokens else attention.sum(dim=1)
+def count_prefix_tokens(tokens: Tensor, grid: Grid, indices: Tensor | None) -> int:
+    """Returns the number of tokens (B, T, D) before the patch tokens; ``indices`` as in :class:`RemainingTokens`."""
+    return tokens.shape[1] - (grid[0] * grid[1] if indices is None else indices.shape[1])
 
 
-def gather_tokens(tokens: Tensor, indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
-    """Returns the prefix tokens, then the patch tokens at ``indices`` (B, n): (B, T, D) → (B, P + n, D)."""
-    index = (indices + num_prefix_tokens)[..., None].expand(-1, -1, tokens.shape[2])
-    chosen = tokens.gather(1, index)
-    return torch.cat([tokens[:, :num_prefix_tokens], chosen], dim=1) if num_prefix_tokens else chosen
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Returns the tokens at ``indices`` (B, n): (B, T, D) → (B, n, D)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))  # stores no index for each channel
 
 
 def scatter_tokens(tokens: Tensor, indices: Tensor, count: int) -> Tensor:
     """Puts patch tokens (B, n, C) at their ``indices`` among ``count``, and zeros elsewhere: (B, count, C)."""
     whole = tokens.new_zeros(tokens.shape[0], count, tokens.shape[2])
     return whole.scatter(1, indices[..., None].expand(-1, -1, tokens.shape[2]), tokens)
-
-
-def gather_attention(attention: Tensor, indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Returns the attention (B, G, T, T) among the prefix tokens and the patch tokens at ``indices`` (B, n)."""
-    prefix = torch.arange(num_prefix_tokens, device=indices.device).expand(len(indices), -1)
-    index = torch.cat([prefix, indices + num_prefix_tokens], dim=1)[:, None]  # (B, 1, P + n)
-    rows = index[..., None].expand(-1, attention.shape[1], -1, attention.shape[3])
-    attention = attention.gather(2, rows)
-    return attention.gather(3, index[:, :, None].expand(-1, attention.shape[1], attention.shape[2], -1))
 
 
 def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Tensor:
@@ -93,23 +63,27 @@ def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Te
 
 
 def prune_tokens(
-    tokens: Tensor, attention: Tensor, before: RemainingTokens, selection: TokenSelection, num_prefix_tokens: int
+    tokens: Tensor, attention: Tensor, before: RemainingTokens, shape: Shape, num_prefix_tokens: int
 ) -> tuple[Tensor, RemainingTokens]:
     """Drops tokens (B, T, D) and connections by ``attention`` (B, M, T, T), which carries no gradient.
 
-    Dropped tokens are not merged into others (as in the released code).
+    Keeps the patch tokens to which the class token attends most. Without a class token, the attention of all tokens
+    counts, as in the released code for Swin. Dropped tokens are not merged into others (as in the released code).
     """
     attention = attention.detach()
     mean = attention.mean(dim=1, keepdim=True)  # over heads
     count = mean.shape[2] - num_prefix_tokens
-    indices, keep = before.indices, keep_count(count, selection.token_keep_rate)
-    attention = attention if selection.per_head_masks else mean
+    indices, keep = before.indices, keep_count(count, shape.token_keep_rate)
+    attention = attention if shape.per_head_masks else mean
     if keep < count:
-        scores = patch_scores(mean[:, 0], num_prefix_tokens)
+        scores = mean[:, 0, 0, 1:] if num_prefix_tokens else mean[:, 0].sum(dim=1)  # (B, n)
         chosen = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (B, keep), among those that remain
-        tokens = gather_tokens(tokens, chosen, num_prefix_tokens)
         indices = chosen if indices is None else indices.gather(1, chosen)
-        attention = gather_attention(attention, chosen, num_prefix_tokens)
-    rate = selection.attention_keep_rate
+        chosen = F.pad(chosen + num_prefix_tokens, (num_prefix_tokens, 0))  # with the class token, at 0
+        tokens = gather_tokens(tokens, chosen)
+        rows = chosen[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
+        attention = attention.gather(2, rows)
+        attention = attention.gather(3, chosen[:, None, None, :].expand(*attention.shape[:3], -1))
+    rate = shape.attention_keep_rate
     mask = attention_mask(attention, rate, num_prefix_tokens) if rate < 1 else None
     return tokens, RemainingTokens(indices, mask)

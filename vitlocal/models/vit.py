@@ -8,8 +8,7 @@ d head width, L depth.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import Block, BlockShape, check_bool, check_choice, check_count
+from vitlocal.models.block import Block, BlockShape, check_choice, check_count, check_option
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.timm_model import TimmModel, init_linear
-from vitlocal.models.token_selection import ALL_TOKENS, TokenSelection
-from vitlocal.plan import StageEmbedding
+from vitlocal.models.token_selection import ALL_TOKENS
+from vitlocal.plan import Shape, StageEmbedding
 
 
 class PatchEmbed(nn.Module):
@@ -42,11 +41,9 @@ class PatchEmbed(nn.Module):
         """Returns the token grid of images of this size; :class:`ConfigError` unless the patch divides it."""
         patch = self.patch_size[0]
         if height % patch or width % patch or not height or not width:
-            nearest = tuple(max(patch, round(side / patch) * patch) for side in (height, width))
-            raise ConfigError(
-                f"image size {height}x{width}: the patch of {patch}x{patch} pixels must divide it; "
-                f"use {nearest[0]}x{nearest[1]}, or another patch_size"
-            )
+            nearest = "x".join(str(max(patch, round(side / patch) * patch)) for side in (height, width))
+            text = f"the patch of {patch}x{patch} pixels must divide it; use {nearest}, or another patch_size"
+            raise ConfigError(f"image size {height}x{width}: {text}")
         # While compiling, sizes may be symbols. index() makes them constants, as the matrix of each grid is.
         return operator.index(height // patch), operator.index(width // patch)
 
@@ -60,18 +57,6 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-@dataclass(frozen=True)
-class ActivePart:
-    """The part of a model that runs now. :func:`vitlocal.models.shape.set_shape` sets it; no state dict holds it."""
-
-    block_order: tuple[int, ...]
-    center_grid: int | None = None  # side of the center crop of the token grid, in patches
-    crop_before_embedding: bool = False
-    selections: Mapping[int, TokenSelection] = field(default_factory=dict)  # by position in block_order
-    frozen_blocks: tuple[int, ...] = ()
-    stage: int | None = None  # row of the stage table; None: its last row
-
-
 class VisionTransformer(TimmModel):
     """A Vision Transformer whose blocks come from the family's ``make_block``.
 
@@ -82,7 +67,6 @@ class VisionTransformer(TimmModel):
 
     - ``img_size``: the position table has the grid of this size (a number, or height and width). Other sizes
       resample the table inside the forward pass, so that all entries keep their gradient and optimizer state.
-      (The paper's released code makes a new parameter at each size, and loses both.)
     - ``mlp_ratio``: hidden width of the feed-forward part, in widths.
     - ``activation``: "h_swish", x·relu6(x + 3)/6, or "gelu".
     - ``pool``: "token" reads the class token. "avg" has no class token, and reads the mean of the patch tokens.
@@ -97,8 +81,9 @@ class VisionTransformer(TimmModel):
     """
 
     cls_token: nn.Parameter | None
-    stage_table: nn.Parameter | None
+    stage_table: nn.Parameter | None  # (S + 1, D), its last row for no stage; shape.add_stage_table() sets it
     drop_path_rates: Tensor
+    active: Any  # the Shape that runs now, with its block_order; shape.set_shape() sets it, no state dict holds it
 
     def __init__(
         self,
@@ -130,31 +115,21 @@ class VisionTransformer(TimmModel):
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in counts.items():
             check_count(name, value)
-        if center_grid is not None:
-            check_count("center_grid", center_grid)
-        check_bool("qkv_bias", qkv_bias)
-        check_bool("train_pos_embed", train_pos_embed)
+        for name, flag in dict(qkv_bias=qkv_bias, train_pos_embed=train_pos_embed).items():
+            check_option(name, flag, isinstance(flag, bool), "true or false")  # the string "false" would count as true
         check_choice("activation", activation, tuple(ACTIVATIONS))
         check_choice("pool", pool, ("token", "avg"))
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
+        check_option("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1, "0 <= rate < 1")
+        hidden = int(embed_dim * mlp_ratio)
+        check_option("mlp_ratio", mlp_ratio, hidden >= 1, "a positive number")
+        sides: Any = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        check_option("img_size", img_size, len(sides) == 2, "one whole number, or height and width")
         if pos_embed_init == "sincos" and embed_dim % 4:
             raise ConfigError(f"model option pos_embed_init=sincos: embed_dim={embed_dim} must be a multiple of 4")
-        if embed_dim % num_heads:
-            raise ConfigError(
-                f"model options embed_dim={embed_dim}, num_heads={num_heads}: all heads have the same width; "
-                f"choose an embed_dim that is a multiple of {num_heads}"
-            )
-        if not 0 <= drop_path_rate < 1:
-            raise ConfigError(f"model option drop_path_rate={drop_path_rate}: expected 0 <= rate < 1")
-        hidden = int(embed_dim * mlp_ratio)
-        if hidden < 1:
-            raise ConfigError(f"model option mlp_ratio={mlp_ratio}: expected a positive number")
-        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(sides) != 2:
-            raise ConfigError(f"model option img_size={img_size!r}: expected one whole number, or height and width")
-        for side in sides:
-            check_count("img_size", side)
+        of_heads = f"a multiple of {num_heads}, because num_heads={num_heads} heads have the same width"
+        check_option("embed_dim", embed_dim, embed_dim % num_heads == 0, of_heads)
 
         self.drop_path_rate = drop_path_rate
         self._pos_embed_init = pos_embed_init
@@ -167,23 +142,24 @@ class VisionTransformer(TimmModel):
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        # shape.add_stage_table() adds this: (S + 1, D). Its last row stands for no stage.
         self.register_parameter("stage_table", None)
         self.stage_embedding: StageEmbedding | None = None
-        selection = TokenSelection(token_keep_rate, attention_keep_rate, per_head_masks)
-        selections = {} if selection.keeps_all else dict.fromkeys(pruned_blocks, selection)
-        self.active = ActivePart(tuple(range(depth)), center_grid, selections=selections)
+        self.active = Shape(
+            grid=center_grid, token_keep_rate=token_keep_rate, attention_keep_rate=attention_keep_rate,
+            per_head_masks=per_head_masks, pruned_blocks=tuple(pruned_blocks), block_order=tuple(range(depth)),
+        )  # fmt: skip
         # On the device, so that writing new rates into it costs neither a sync nor a recompilation.
         self.register_buffer("drop_path_rates", torch.linspace(0, drop_path_rate, depth), persistent=False)
-        # By grid, device and dtype. Not buffers: they follow from the sizes, so no checkpoint needs them.
-        self._position_matrices: dict[Any, Tensor] = {}
         self.init_weights()
 
     def train(self, mode: bool = True) -> VisionTransformer:
         """As in PyTorch, but the BatchNorms of a frozen block keep their statistics and normalise by them."""
         super().train(mode)
-        for index in self.active.frozen_blocks:
-            for module in self.blocks[index].modules():
+        trained = self.active.trainable_blocks
+        for index, block in enumerate(self.blocks):
+            if trained is None or index in trained:
+                continue
+            for module in block.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
@@ -207,7 +183,7 @@ class VisionTransformer(TimmModel):
 
     def positions(self, grid: Grid) -> Tensor:
         """Returns the position table at ``grid``: (1, T, D). The class token's row comes first, unchanged."""
-        return resample_positions(self.pos_embed, self.patch_embed.grid_size, grid, self._position_matrices)
+        return resample_positions(self.pos_embed, self.patch_embed.grid_size, grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Returns tokens (B, T, D) with their positions added, and their grid (h, w)."""
@@ -216,24 +192,18 @@ class VisionTransformer(TimmModel):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (batch, {channels}, height, width)")
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
         positions = self.positions(grid)  # (1, T, D)
-        window = center_window(grid, self.active.center_grid)
-        if window is not None:
-            inner = crop_tokens(positions[:, prefix:], grid, window)
-            positions = torch.cat([positions[:, :prefix], inner], dim=1)
-            if self.active.crop_before_embedding:
-                side = self.patch_embed.patch_size[0]
-                rows, columns = (slice(part.start * side, part.stop * side) for part in window)
-                images = images[..., rows, columns]
-        tokens = self.patch_embed(images)  # (B, N, D)
-        if window is not None:
-            if not self.active.crop_before_embedding:
-                tokens = crop_tokens(tokens, grid, window)
-            grid = (window[0].stop - window[0].start, window[1].stop - window[1].start)
-        if self.cls_token is None:
-            return tokens + positions, grid
-        token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
-        patches = tokens + positions[:, 1:]
-        return torch.cat([token.to(patches.dtype), patches], dim=1), grid
+        rows, columns = center_window(grid, self.active.grid)
+        if self.active.crop_before_embedding:
+            side = self.patch_embed.patch_size[0]
+            images = images[..., rows.start * side : rows.stop * side, columns.start * side : columns.stop * side]
+            tokens = self.patch_embed(images)  # (B, N, D)
+        else:
+            tokens = crop_tokens(self.patch_embed(images), grid, rows, columns)
+        tokens = tokens + crop_tokens(positions[:, prefix:], grid, rows, columns)
+        if self.cls_token is not None:
+            token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([token.to(tokens.dtype), tokens], dim=1)
+        return tokens, (rows.stop - rows.start, columns.stop - columns.start)
 
     @torch.no_grad()
     def set_drop_path(self, rate: float) -> None:
@@ -247,56 +217,46 @@ class VisionTransformer(TimmModel):
         if noise is None:
             noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
         keep = 1 - rates.float()[:, None]  # (L, 1)
-        noise = noise[:, : len(rates)]  # a stage table's draw follows
-        return ((noise < keep) / keep).permute(1, 2, 0)[..., None, None]
+        kept = noise[:, : len(rates)] < keep  # (B, L, 2); a stage table's draw follows
+        return (kept / keep).permute(1, 2, 0)[..., None, None]
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         return self._features(images, noise)[0]
 
-    def _features(
-        self, images: Tensor, noise: Tensor | None, with_attention: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def _features(self, images: Tensor, noise: Tensor | None, with_attention: bool = False) -> tuple[Tensor, Any]:
         """As :meth:`forward_features`; ``with_attention`` adds the last block's attention to patches, (B, N)."""
         tokens, grid = self.embed(images)
         order = self.active.block_order
-        scales: list[Any] = [None] * len(order)
+        scales: Any = [(None, None)] * len(order)
         if self.training and self.drop_path_rate > 0:
             factors = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
-            scales = [(factor[0], factor[1]) for factor in factors.unbind(0)][: len(order)]
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            scales = [(factor[0], factor[1]) for factor in factors[: len(order)].unbind(0)]
+        tokens = self._add_stage(tokens, noise)
         remaining, attention = ALL_TOKENS, None
-        if self.stage_table is not None:
-            tokens = self._add_stage(tokens, noise)
         for place, (index, scale) in enumerate(zip(order, scales, strict=True)):
             block: Any = self.blocks[index]
             if with_attention and place == len(order) - 1:
                 with torch.no_grad():
                     attention = block.attn.patch_attention(block.norm1(tokens), remaining.mask, self.num_prefix_tokens)
-            if place in self.active.selections:
-                selection = self.active.selections[place]
-                tokens, remaining = block.forward_pruned(
-                    tokens, grid, scale, remaining, selection, self.num_prefix_tokens
-                )
-            elif recompute:  # a block draws no random numbers, so no generator state needs to be restored
-                tokens = checkpoint(
-                    block, tokens, grid, scale, remaining, use_reentrant=False, preserve_rng_state=False
-                )
+            operands = tokens, grid, scale, remaining
+            if place in self.active.pruned_blocks:
+                tokens, remaining = block.forward_pruned(*operands, self.active)
+            elif self.grad_checkpointing and torch.is_grad_enabled():  # blocks draw no random numbers
+                tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, grid, scale, remaining)
+                tokens = block(*operands)
         return self.norm(tokens), attention
 
     def _add_stage(self, tokens: Tensor, noise: Tensor | None) -> Tensor:
         """Adds the current stage's vector to tokens (B, T, D). In training, some images get the vector of no stage."""
-        table, embedding = self.stage_table, self.stage_embedding
-        assert table is not None and embedding is not None
-        no_stage = len(table) - 1
-        row = table[no_stage if self.active.stage is None else self.active.stage].to(tokens.dtype)  # (D,)
+        table, embedding, stage = self.stage_table, self.stage_embedding, self.active.stage
+        if table is None or embedding is None:
+            return tokens
+        row = table[-1 if stage is None else stage].to(tokens.dtype)  # (D,)
         if self.training and embedding.null_prob and noise is not None:
             is_null = noise[:, -1:, :1] < embedding.null_prob  # (B, 1, 1)
-            row = torch.where(is_null, table[no_stage].to(tokens.dtype), row)  # (B, 1, D)
-        if embedding.tokens == "all":
-            return tokens + row
-        return torch.cat([tokens[:, :1] + row, tokens[:, 1:]], dim=1)
+            row = torch.where(is_null, table[-1].to(tokens.dtype), row)  # (B, 1, D)
+        return tokens + row if embedding.tokens == "all" else torch.cat([tokens[:, :1] + row, tokens[:, 1:]], dim=1)
 
     def forward_with_attention_variance(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns :meth:`forward`'s logits and the relative variance of the last block's attention to patches, (B,).
@@ -305,6 +265,5 @@ class VisionTransformer(TimmModel):
         code does not divide, at one image size.) Without a class token, it is the attention of all tokens, summed.
         """
         tokens, attention = self._features(images, noise, with_attention=True)
-        assert attention is not None
         mean = attention.mean(dim=1)
         return self.forward_head(tokens), attention.var(dim=1, unbiased=False) / mean.square().clamp_min(1e-30)

@@ -19,10 +19,10 @@ from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import Method, MethodContext
+from vitlocal.models.counts import activation_bytes
 from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse
-from vitlocal.models.memory import activation_bytes
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts
 from vitlocal.plan import Feed
 from vitlocal.tasks.classification import ClassificationLoss

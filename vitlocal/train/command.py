@@ -88,7 +88,6 @@ def export(run: BuiltRun, folder: Path) -> None:
             trainer.sources.train.classes,
             size=config.evaluate.size,
             crop_pct=config.evaluate.crop_pct,
-            shape=shape,
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.plan import Feed, Shape
 
 # A step of fewer multiply-adds runs as a CUDA graph. At half of an H200's peak it takes under 10 ms, about as long as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,19 @@ from vitlocal.progress import Length, Progress
 class ModelEma:
     """A copy of a model whose weights follow it: w <- decay * w + (1 - decay) * new.
 
-    The decay is a constant per step, or follows from ``length``: the training after which the average has forgotten
-    all but 1/e of a weight.
+    The ``decay`` is a constant per step, or None if it follows from ``length``: the training after which the average
+    has forgotten all but 1/e of a weight.
     """
 
     def __init__(self, trained: nn.Module, decay: float | None = None, length: Length | None = None):
-        assert (decay is None) != (length is None), "either a decay or a length"
-        self._decay, self._length = decay, length
+        self.decay: Any = decay
+        self._length = length
         self.model = copy.deepcopy(trained).eval().requires_grad_(False)
-
-    @property
-    def constant_decay(self) -> float:
-        assert self._decay is not None
-        return self._decay
 
     def decay_between(self, before: Progress, after: Progress) -> float:
         """The decay of a step that leads from ``before`` to ``after``."""
         if self._length is None:
-            return self.constant_decay
+            return self.decay
         elapsed = self._length.elapsed(after) - self._length.elapsed(before)
         return math.exp(-max(0.0, elapsed) / self._length.value)
 
@@ -39,7 +35,6 @@ class ModelEma:
     def update(self, trained: nn.Module, decay: float) -> None:
         """Moves the average towards ``trained``; buffers are copied."""
         averages: list[Tensor] = list(self.model.parameters())
-        weights = [p.detach() for p in trained.parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(averages, list(trained.parameters()), 1 - decay)
         for mine, buffer in zip(self.model.buffers(), trained.buffers(), strict=True):
             mine.copy_(buffer)

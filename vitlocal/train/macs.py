@@ -6,7 +6,7 @@ import copy
 
 from torch import nn
 
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.models.shape import set_shape
 from vitlocal.plan import WHOLE_MODEL, Shape
 

@@ -15,7 +15,7 @@ from vitlocal.plan import WHOLE_MODEL, Plan, Shape
 from vitlocal.progress import Progress
 from vitlocal.train.budget import Clock, FinalReserve
 from vitlocal.train.ema import ModelEma
-from vitlocal.train.muon import CombinedOptimizer
+from vitlocal.train.optim import CombinedOptimizer
 from vitlocal.train.search_log import SearchLog
 
 
@@ -94,8 +94,8 @@ class TrainState:
             "methods": {method.name: method.state_dict() for method in self.methods},
             "local_states": {name: dict(state) for name, state in (local_states or {}).items()},
             "phase": self.phase.value,
-            "current_plan": self.current_plan and self.current_plan.state_dict(),
-            "logged_plan": self.logged_plan and self.logged_plan.state_dict(),
+            "current_plan": self.current_plan and asdict(self.current_plan),
+            "logged_plan": self.logged_plan and asdict(self.logged_plan),
             "totals": asdict(self.totals),
             "last_evaluation": self.last_evaluation and asdict(self.last_evaluation),
             "growth_number": self.growth_number,

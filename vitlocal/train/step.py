@@ -30,7 +30,7 @@ from vitlocal.train.compile import EAGER, Mode, StepCompiler
 from vitlocal.train.devices import synchronize
 from vitlocal.train.distributed import ALONE, Ranks
 from vitlocal.train.ema import ModelEma
-from vitlocal.train.muon import CombinedOptimizer
+from vitlocal.train.optim import CombinedOptimizer
 from vitlocal.train.precision import autocast, denormals_flushed, fast_attention
 
 START = Progress()
@@ -248,7 +248,7 @@ class TrainStep:
             self.ema.update(self.model, self.ema.decay_between(START, START) if ema_decay is None else ema_decay)
             self.phase_hook("average")
         for ema in self._method_emas:  # a young average follows faster, or a short run would keep its random start
-            ema.update(self.model, min(ema.constant_decay, (1 + number) / (10 + number)))
+            ema.update(self.model, min(ema.decay, (1 + number) / (10 + number)))
 
     def _gradients(self, batch: Batch, number: int, mode: Mode) -> StepOutput:
         """Runs forward and backward; the gradients are those of the global batch's mean loss."""
