@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from vitlocal.data.crops import Box, CropPolicy
-from vitlocal.data.native import _native  # type: ignore[attr-defined]  # the compiled module
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 
@@ -64,7 +64,10 @@ _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native functions with declared arguments. Calls release Python's lock."""
-    functions = ctypes.CDLL(_native.__file__)
+    found = find_spec("vitlocal.data.native._native")
+    if found is None:
+        raise ImportError("vitlocal's native code is not compiled; run pip install -e . in its folder")
+    functions = ctypes.CDLL(found.origin)
     types: dict[str, Any] = {"n": _NUMBER, "a": _ADDRESS, "b": ctypes.c_char_p, "i": _INT}
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(functions, f"vitlocal_{name}")
@@ -146,7 +149,7 @@ class Encoder:
             raise MemoryError("no memory for an encoder")
         self._photo = np.zeros(1, PHOTO)
         self._output = ctypes.c_void_p()
-        self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        self._message = ctypes.c_char_p()
 
     def inspect(self, data: bytes) -> np.void | None:
         """The header of a JPEG, of PHOTO; None if ``data`` is not a JPEG."""
@@ -166,12 +169,12 @@ class Encoder:
         assert isinstance(photo, bytes) or (photo.flags.c_contiguous and photo.shape == (height, width, 3))
         status = library().vitlocal_encode(
             self._encoder, data, len(data or b""), pixels, height, width, forms.ctypes.data, len(forms),
-            ctypes.byref(self._output), self._message,
+            ctypes.byref(self._output), ctypes.byref(self._message),
         )  # fmt: skip
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory to encode {width} x {height} px")
         if status == _REFUSED:
-            raise ValueError(_PROBLEMS[status].format(message=self._message.value.decode("latin-1")))
+            raise ValueError(_PROBLEMS[status].format(message=(self._message.value or b"").decode("latin-1")))
         if status:
             return None
         start = self._output.value

@@ -21,23 +21,6 @@ enum {
     STRIP = 160, /* pixels of the image that are transposed at a time: 15 KiB, which stay in the L1 cache */
 };
 
-/* An output pixel is a weighted sum of the `taps` pixels from `first`, all inside of the image. */
-struct weights {
-    int taps;
-    int32_t *first; /* (length of the output,) */
-    uint16_t *of;   /* (length, taps), each row summing to `total` */
-    size_t first_bytes, of_bytes;
-};
-
-struct resizer {
-    struct weights vertical, horizontal;
-    uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
-    uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
-    uint8_t *narrow;  /* a copy of an image too narrow for a vector */
-    double *shares;   /* (taps,): weights of the pixels in one output pixel */
-    size_t wide_bytes, turned_bytes, narrow_bytes, shares_bytes;
-};
-
 typedef void first_pass(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                         const uint16_t *wide, uint16_t *turned);
 /* Output pixels start..end of some rows, from the transposed pixels from `from`. */
@@ -236,10 +219,7 @@ static void fill(struct weights *weights, enum filter filter, double start, doub
 
 /* --- scratch memory --- */
 
-struct resizer *resizer_new(void) { return calloc(1, sizeof(struct resizer)); }
-
 void resizer_free(struct resizer *r) {
-    if (!r) return;
     free(r->vertical.first);
     free(r->vertical.of);
     free(r->horizontal.first);
@@ -248,7 +228,6 @@ void resizer_free(struct resizer *r) {
     free(r->turned);
     free(r->narrow);
     free(r->shares);
-    free(r);
 }
 
 int hold(void *pointer, size_t *capacity, size_t bytes) {
@@ -266,11 +245,12 @@ static int prepare_weights(struct weights *weights, int length) {
            && hold(&weights->of, &weights->of_bytes, (size_t)length * (size_t)weights->taps * sizeof(uint16_t));
 }
 
-enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int height, int width,
-                   const struct box *box, enum filter filter, int rows, int columns, uint8_t *out) {
-    const struct window window = window_of(box, 1, height, width); /* no other pixels are read */
+enum status resize(struct resizer *r, const struct region *region, const struct box *box, enum filter filter,
+                   int rows, int columns, uint8_t *out) {
+    const struct window window = window_of(box, 1, region->height, region->width); /* no other pixels are read */
     const int top = window.top, left = window.left, tall = window.bottom - top, across = window.right - left;
-    image += (size_t)top * stride + (size_t)left * 3;
+    size_t stride = region->stride;
+    const uint8_t *image = region->pixels + (size_t)top * stride + (size_t)left * 3;
 
     int bytes_across = across * 3;
     if (bytes_across < ROWS) { /* a vector would exceed the image */
