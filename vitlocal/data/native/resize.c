@@ -51,35 +51,25 @@ static uint16_t rounding(int taps) { /* half a level, and the average loss of tr
     return (uint16_t)(128 + taps / 2);
 }
 
-static inline void second_in_c(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                               uint8_t *out, size_t stride, const int exact) {
-    const int taps = weights->taps;
+/* For more than MANY_TAPS, which shrink to less than a thirtieth, a sum of truncated products is not exact enough. */
+static void second_plain(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
+                         uint8_t *out, size_t stride) {
+    const int taps = weights->taps, exact = taps > MANY_TAPS;
     for (int x = strip->start; x < strip->end; x++) {
         for (int channel = 0; channel < 3; channel++) {
             const uint16_t *column = turned + ((weights->first[x] - strip->from) * 3 + channel) * ROWS;
             for (int row = 0; row < strip->rows; row++) {
-                uint32_t sum = exact ? 0 : rounding(taps); /* exact: at most 65280 x 65535 */
+                uint32_t sum = exact ? 1 << 23 : rounding(taps); /* stays below 2^32, or 2^16 */
                 for (int tap = 0; tap < taps; tap++) {
                     const uint32_t product = (uint32_t)column[(size_t)tap * 3 * ROWS + row]
                                              * weights->of[(size_t)x * taps + tap];
                     sum += exact ? product : product >> 16;
                 }
                 out[(size_t)row * stride + (size_t)(x - strip->start) * 3 + channel] =
-                    exact ? (uint8_t)(((uint64_t)sum + (1 << 23)) >> 24) : (uint8_t)((sum > 65535 ? 65535 : sum) >> 8);
+                    (uint8_t)(sum >> (exact ? 24 : 8));
             }
         }
     }
-}
-
-static void second_plain(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                         uint8_t *out, size_t stride) {
-    second_in_c(turned, weights, strip, out, stride, 0);
-}
-
-/* For more taps than a sum of truncated products is exact enough for: shrinking to less than a thirtieth. */
-static void second_exact(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                         uint8_t *out, size_t stride) {
-    second_in_c(turned, weights, strip, out, stride, 1);
 }
 
 #ifdef HAVE_X86
@@ -119,28 +109,25 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
 
 /* --- the choice of an instruction set --- */
 
-enum { PLAIN = 0, SSE2 = 1, WITH_AVX2 = 2 };
+static const struct {
+    first_pass *first;
+    second_pass *second;
+} PASSES[] = {
+    {first_plain, second_plain},
 #ifdef HAVE_X86
-static first_pass *const FIRST[] = {first_plain, first_sse2, first_avx2};
-static second_pass *const SECOND[] = {second_plain, second_sse2, second_avx2};
-#else
-static first_pass *const FIRST[] = {first_plain};
-static second_pass *const SECOND[] = {second_plain};
+    {first_sse2, second_sse2},
+    {first_avx2, second_avx2},
 #endif
+};
 
 static int instructions = -1;
 
-static int best(void) {
-#ifdef HAVE_X86
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") ? WITH_AVX2 : SSE2;
-#else
-    return PLAIN;
-#endif
-}
-
 int vitlocal_instructions(int wanted) {
-    const int most = best();
+#ifdef HAVE_X86
+    const int most = __builtin_cpu_supports("avx2") ? 2 : 1;
+#else
+    const int most = 0;
+#endif
     const int used = wanted < 0 || wanted > most ? most : wanted;
     __atomic_store_n(&instructions, used, __ATOMIC_RELAXED);
     return used;
@@ -271,13 +258,12 @@ enum status resize(struct resizer *r, const struct region *region, const struct 
         || !hold(&r->wide, &r->wide_bytes, (size_t)ROWS * ROWS * (size_t)taps * sizeof(uint16_t))
         || !hold(&r->turned, &r->turned_bytes, (size_t)bytes_across * ROWS * sizeof(uint16_t))) return NO_MEMORY;
     fill(&r->vertical, filter, box->top - top, box->height, tall, rows, 256, 0, r->shares);
-    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped,
-         r->shares);
+    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped, r->shares);
 
     int kind = __atomic_load_n(&instructions, __ATOMIC_RELAXED);
     if (kind < 0) kind = vitlocal_instructions(-1);
-    first_pass *first = FIRST[kind];
-    second_pass *second = r->horizontal.taps > MANY_TAPS ? second_exact : SECOND[kind];
+    first_pass *first = PASSES[kind].first;
+    second_pass *second = r->horizontal.taps > MANY_TAPS ? second_plain : PASSES[kind].second;
     /* Whole vectors of three channels. */
     const int fitting = (int)fmin(columns, STRIP * columns / box->width) / ROWS * ROWS;
     const int strip_columns = fitting ? fitting : ROWS;
