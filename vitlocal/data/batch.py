@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Collection, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.shares import WHOLE, Share, Slices
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -101,8 +101,8 @@ class SplitSource(Source):
         self.damaged: Collection[int] = ()
         self.rows = RowSubsets(count)
 
-    def _read(self, slices: Slices, epoch: int, size: int) -> Any:
-        """The batches of a pass: an iterator that has ``close``."""
+    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+        """The batches of a pass. Closing them ends it early."""
         raise NotImplementedError
 
     @contextmanager

@@ -13,7 +13,7 @@ import io
 import math
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 
 from vitlocal.data.augment import send
-from vitlocal.data.batch import Batch, SplitSource
-from vitlocal.data.crops import ROW_MASK, Box, CropPolicy, centre_box
+from vitlocal.data.batch import Batch
+from vitlocal.data.crops import ROW_MASK, Box, centre_box
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.native import native_box, native_policy
-from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
+from vitlocal.data.peers.originals import OriginalsSource
+from vitlocal.data.shares import BatchSlice
 from vitlocal.errors import ConfigError, DataError
 
 try:
@@ -95,20 +95,12 @@ def pipeline_inputs(data: bytes, height: int, width: int, box: Box, size: int) -
     }
 
 
-class DALISource(SplitSource):
-    """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
+class DALISource(OriginalsSource):
+    """A split of original images, read by ``workers`` threads. See :class:`OriginalsSource` for the arguments."""
 
-    ``spec`` names the images; None: the manifest does.
-    """
-
-    def __init__(
-        self, root: str, spec: str | None, split: str, crops: CropPolicy, device: torch.device, workers: int,
-        share: Share = WHOLE,
-    ):  # fmt: skip
-        self.images, self.numbers = open_originals(root, spec, split)
-        super().__init__(tuple(self.images.classes), len(self.numbers), None, crops, device, share)
-        self.workers = workers
-        self.readers = ThreadPoolExecutor(workers)  # they wait for the disk and read headers
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.readers = ThreadPoolExecutor(self.workers)  # they wait for the disk and read headers
         self.local = threading.local()  # each reader has a copy of the images, whose open files have positions
         self.pipeline: Any = None
 
@@ -119,10 +111,11 @@ class DALISource(SplitSource):
         box = native_box(native_policy(self.crops, epoch), draw, height, width)
         return pipeline_inputs(data, height, width, box, size)
 
-    def _read(self, slices: Slices, epoch: int, size: int) -> Generator[Batch, None, None]:
-        spans = [part for part in slices if len(part.draws)]  # only the last slice can be empty
+    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+        parts = list(slices)
+        spans = [part for part in parts if len(part.draws)]  # only the last slice can be empty
         if spans:
-            self._build_pipeline(slices.largest)
+            self._build_pipeline(max(len(part.draws) for part in spans))
         reading: deque[Any] = deque()
         decoding: deque[BatchSlice] = deque()
         try:
@@ -141,8 +134,8 @@ class DALISource(SplitSource):
                 future.cancel()
             if self.pipeline is not None:
                 self._discard(len(decoding))  # DALI finishes the batches that it has started
-        if len(spans) < len(slices):
-            yield Batch.empty(size, self.device, slices[len(spans)].total)
+        for part in parts[len(spans) :]:
+            yield Batch.empty(size, self.device, part.total)
 
     def _build_pipeline(self, batch_size: int) -> None:
         """Builds the pipeline, again if batches have grown, and fills its queue with empty work."""
