@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
 from importlib.util import find_spec
 from typing import Any
 
@@ -90,7 +91,7 @@ def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
 
 
 class DecoderThreads:
-    """The threads of the decoder, ``count`` (0: one for each core). Passes may share them.
+    """The threads of the decoder, ``count`` (0: one for each core), until ``close``. Passes may share them.
 
     ConfigError if the system cannot start so many.
     """
@@ -100,6 +101,8 @@ class DecoderThreads:
         self.pool = library().vitlocal_pool_new(self.count)
         if not self.pool:
             raise ConfigError(f"data.workers: the system cannot start {self.count} threads; set fewer")
+        self.close = weakref.finalize(self, library().vitlocal_pool_free, self.pool)
+        self.close.atexit = False  # a thread of a loader may still decode
 
     def decode(
         self, file: np.ndarray, rows: np.ndarray, draws: np.ndarray, policy: np.ndarray, crops: np.ndarray,
@@ -110,7 +113,7 @@ class DecoderThreads:
         ``file`` (bytes,) uint8 holds the images at the offsets in ``rows`` (n,) of ROW. ``policy`` is
         :func:`native_policy`'s. Returns what is wrong with images that do not decode, by their place in the batch.
         """
-        assert self.pool, "closed"
+        assert self.close.alive, "closed"
         assert crops.dtype == np.uint8 and crops.flags.c_contiguous
         assert crops.ndim == 4 and crops.shape[1] == crops.shape[2] and crops.shape[3] == 3
         assert file.dtype == np.uint8 and file.flags.c_contiguous and policy.dtype == POLICY
@@ -130,15 +133,6 @@ class DecoderThreads:
             for place in np.flatnonzero(statuses).tolist()
         }
 
-    def close(self) -> None:
-        if self.pool:
-            library().vitlocal_pool_free(self.pool)
-            self.pool = None
-
-    def __del__(self) -> None:
-        if getattr(self, "pool", None):
-            self.close()
-
 
 class Encoder:
     """Makes the stored forms of photos, one photo at a time. Each thread needs its own encoder."""
@@ -147,6 +141,7 @@ class Encoder:
         self._encoder = library().vitlocal_encoder_new()
         if not self._encoder:
             raise MemoryError("no memory for an encoder")
+        weakref.finalize(self, library().vitlocal_encoder_free, self._encoder).atexit = False
         self._photo = np.zeros(1, PHOTO)
         self._output = ctypes.c_void_p()
         self._message = ctypes.c_char_p()
@@ -179,8 +174,3 @@ class Encoder:
             return None
         start = self._output.value
         return [ctypes.string_at(start + offset, count) for offset, count in forms[["offset", "bytes"]].tolist()]
-
-    def __del__(self) -> None:
-        if getattr(self, "_encoder", None):
-            library().vitlocal_encoder_free(self._encoder)
-            self._encoder = None

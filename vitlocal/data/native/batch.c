@@ -29,7 +29,7 @@ struct pool {
     pthread_cond_t work, finished;
     struct batch *first; /* list of batches with images that no thread has taken */
     int closing, threads;
-    pthread_t *ids;
+    pthread_t ids[];
 };
 
 /* Images that a thread takes at once, because small images decode faster than a thread can fetch them. */
@@ -111,19 +111,17 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
     pthread_mutex_destroy(&pool->lock);
     pthread_cond_destroy(&pool->work);
     pthread_cond_destroy(&pool->finished);
-    free(pool->ids);
     free(pool);
 }
 
 /* NULL if the system has no memory or cannot start the threads. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
-    struct pool *pool = calloc(1, sizeof *pool);
+    struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->ids[0]);
     if (!pool) return NULL;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->finished, NULL);
-    pool->ids = calloc((size_t)threads, sizeof *pool->ids);
-    for (; pool->ids && pool->threads < threads; pool->threads++) {
+    for (; pool->threads < threads; pool->threads++) {
         if (pthread_create(&pool->ids[pool->threads], NULL, serve, pool)) break;
     }
     if (pool->threads < threads) {

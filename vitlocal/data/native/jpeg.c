@@ -3,6 +3,7 @@
  * Whole blocks of columns are skipped (jpeg_crop_scanline), rows above are only entropy-decoded (jpeg_skip_scanlines),
  * and rows below are not read. Other scales of libjpeg-turbo (3/8, 5/8 …) have no SIMD and are slower than full size.
  */
+#define _GNU_SOURCE /* memmem */
 #include "native.h"
 
 #include <stdlib.h>
@@ -123,14 +124,6 @@ static uint32_t number_at(const uint8_t *data, size_t bytes, int big_endian) {
     return number;
 }
 
-static int contains(const uint8_t *data, size_t bytes, const char *word) {
-    const size_t length = strlen(word);
-    for (size_t at = 0; at + length <= bytes; at++) {
-        if (memcmp(data + at, word, length) == 0) return 1;
-    }
-    return 0;
-}
-
 /* Whether the APP1 segments say that the image is upright; 0 also if they cannot be parsed. */
 static int says_upright(jpeg_saved_marker_ptr segment) {
     static const uint32_t ORIENTATION = 0x0112, SHORT = 3;
@@ -138,7 +131,7 @@ static int says_upright(jpeg_saved_marker_ptr segment) {
     for (; segment; segment = segment->next) {
         const uint8_t *tiff = segment->data + 6;
         if (segment->data_length < 6 || memcmp(segment->data, "Exif\0", 6) != 0) {
-            elsewhere |= contains(segment->data, segment->data_length, "rientation"); /* XMP */
+            elsewhere |= memmem(segment->data, segment->data_length, "rientation", 10) != NULL; /* XMP */
             continue;
         }
         const size_t bytes = segment->data_length - 6;
