@@ -111,6 +111,9 @@ class SplitSource(Source):
         with closing(self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)) as batches:
             yield batches
 
+    def close(self) -> None:
+        """Ends the threads and processes that outlive a pass: none here."""
+
 
 def full_batches(source: Source, feed: Feed, epoch: int = 0) -> Generator[Batch, None, None]:
     """Batches of ``feed`` without end, from the start of ``epoch``. Batches that are not full are left out.

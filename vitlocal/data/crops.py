@@ -54,6 +54,12 @@ class Box:
     width: float
     flipped: bool = False
 
+    def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The whole pixels of an image that it covers, at least one: top, left, bottom and right."""
+        top, left = math.floor(self.top), math.floor(self.left)
+        bottom = max(min(math.ceil(self.top + self.height), height), top + 1)
+        return top, left, bottom, max(min(math.ceil(self.left + self.width), width), left + 1)
+
 
 def centre_box(height: int, width: int, part: float) -> Box:
     """The central square with a side of ``part`` x the short edge."""
@@ -65,9 +71,7 @@ def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
     """The box of an RGB image, resized by Pillow to ``size`` x ``size`` px: bilinear, with antialiasing."""
     from PIL import Image  # the native loader imports this module and needs no Pillow
 
-    left, top = math.floor(box.left), math.floor(box.top)
-    right = max(min(math.ceil(box.left + box.width), image.width), left + 1)
-    bottom = max(min(math.ceil(box.top + box.height), image.height), top + 1)
+    top, left, bottom, right = box.pixels(image.height, image.width)
     part = image.crop((left, top, right, bottom))
     x, y = box.left - left, box.top - top
     inside = x, y, min(x + box.width, part.width), min(y + box.height, part.height)

@@ -153,10 +153,6 @@ class NativeSource(BetonSource):
         if len(new) > MAX_REPORTED:
             print(f"{file.path}: skipped {len(new) - MAX_REPORTED} more damaged images", file=sys.stderr)
 
-    def close(self) -> None:
-        """Forgets the open files."""
-        self.resources.files.clear()
-
 
 class EpochReader:
     """One pass over ``file``, in crops of ``size`` px, which a thread of its own decodes.

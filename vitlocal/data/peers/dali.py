@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -81,9 +80,7 @@ def dali_bytes(images: ImageSet, index: int) -> tuple[bytes, int, int]:
 
 def pipeline_inputs(data: bytes, height: int, width: int, box: Box, size: int) -> Sample:
     """The inputs of :func:`crop_pipeline` for one image: the whole pixels around the box, and the box within them."""
-    top, left = math.floor(box.top), math.floor(box.left)
-    bottom = min(max(math.ceil(box.top + box.height), top + 1), height)
-    right = min(max(math.ceil(box.left + box.width), left + 1), width)
+    top, left, bottom, right = box.pixels(height, width)
     return {
         "data": np.frombuffer(data, np.uint8),
         "start": np.array([top, left], np.int32),

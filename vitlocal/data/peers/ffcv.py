@@ -146,7 +146,3 @@ class FFCVSource(BetonSource):
                     yield Batch(images, labels.flatten().clone(), ids, part.places, part.total)
             finally:
                 batches.stop()
-
-    def close(self) -> None:
-        """Forgets the compiled loaders."""
-        self.loaders.clear()

@@ -6,13 +6,13 @@ It is the comparison that users know, and the slow reference for tests of the na
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from itertools import tee
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from vitlocal.data.batch import Batch
 from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
@@ -61,17 +61,13 @@ def collate(items: list[Crop | DataError]) -> tuple[torch.Tensor, torch.Tensor, 
     return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
 
 
-class RequestSampler(Sampler[list[Request]]):
-    """A batch sampler whose slices, epoch and size are set before each pass."""
+class Requests:
+    """The batches of a pass, which DataLoader asks for one by one. They are set before each pass."""
 
-    def __init__(self) -> None:
-        self.slices: Iterable[BatchSlice] = ()
-        self.epoch, self.size = 0, 0
+    batches: Iterator[list[Request]]
 
     def __iter__(self) -> Iterator[list[Request]]:
-        for part in self.slices:
-            if len(part.draws):
-                yield [(draw, self.epoch, self.size) for draw in part.draws.tolist()]
+        return self.batches
 
 
 class TorchvisionSource(OriginalsSource):
@@ -79,10 +75,10 @@ class TorchvisionSource(OriginalsSource):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.sampler = RequestSampler()
+        self.requests = Requests()
         self.loader: DataLoader = DataLoader(
             CropDataset(self.images, self.numbers, self.crops),
-            batch_sampler=self.sampler,
+            batch_sampler=self.requests,
             collate_fn=collate,
             worker_init_fn=start_worker,
             num_workers=self.workers,
@@ -93,8 +89,10 @@ class TorchvisionSource(OriginalsSource):
         )
 
     def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
-        self.sampler.slices, slices = tee(slices)
-        self.sampler.epoch, self.sampler.size = epoch, size
+        asked, slices = tee(slices)
+        self.requests.batches = (
+            [(draw, epoch, size) for draw in part.draws.tolist()] for part in asked if len(part.draws)
+        )
         read = iter(self.loader)
         for part in slices:
             if not len(part.draws):
