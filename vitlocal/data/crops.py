@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vitlocal.data.random_keys import generator
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -34,14 +36,20 @@ class CropPolicy:
     def draws(self, count: int, epoch: int, start: int = 0, rows: np.ndarray | None = None) -> np.ndarray:
         """The draws of an epoch over ``count`` rows, in order, from place ``start``: (n,) int64.
 
-        With ``rows`` (m,) int64, the epoch has these rows only.
+        The random order is a permutation with the key (seed, epoch). With ``repeats`` = r, each row comes r times in a
+        row and the epoch still has ``count`` draws, so it shows about count / r different images (repeated
+        augmentation, Hoffer et al. 2020). With ``rows`` (m,) int64, the epoch has these rows only.
         """
         if rows is not None:
             places = self.draws(len(rows), epoch, start)
             return rows[places & ROW_MASK] | (places & ~ROW_MASK)
-        if self.random:
-            return epoch_order(count, self.seed, epoch, self.repeats)[start:].astype(np.int64)
-        return np.arange(start, count, dtype=np.int64)
+        if not self.random:
+            return np.arange(start, count, dtype=np.int64)
+        order = generator((self.seed, epoch, 0x0DE2)).permutation(count)
+        if self.repeats > 1:
+            repeats = np.arange(self.repeats, dtype=np.int64) << REPEAT_SHIFT
+            order = (order[: -(-count // self.repeats), None] | repeats).reshape(-1)[:count]
+        return order[start:]
 
 
 @dataclass(frozen=True)
@@ -77,17 +85,3 @@ def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
     inside = x, y, min(x + box.width, part.width), min(y + box.height, part.height)
     part = part.resize((size, size), Image.Resampling.BILINEAR, box=inside)
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if box.flipped else part
-
-
-def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
-    """The draws of an epoch, (count,) int64: a permutation of the rows with the key (seed, epoch).
-
-    With ``repeats`` = r, each row comes r times in a row and the epoch still has ``count`` draws, so it shows about
-    count / r different images (repeated augmentation, Hoffer et al. 2020).
-    """
-    rows = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, 0x0DE2)))).permutation(count)
-    if repeats == 1:
-        return rows
-    rows = rows[: -(-count // repeats)]
-    draws = rows[:, None] | (np.arange(repeats, dtype=np.int64)[None, :] << REPEAT_SHIFT)
-    return draws.reshape(-1)[:count]

@@ -37,7 +37,7 @@ FORM = np.dtype(
      ("offset", "u8"), ("bytes", "u8")]
 )  # fmt: skip
 AS_JPEG, AS_RAW, AS_ORIGINAL = 0, 1, 2  # how a photo is stored; AS_ORIGINAL: its own JPEG without metadata
-_MESSAGE_BYTES = 200
+MESSAGE_BYTES = 200
 _NO_MEMORY, _REFUSED = 3, 5
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
@@ -120,7 +120,7 @@ class DecoderThreads:
         assert draws.dtype == np.int64 and draws.flags.c_contiguous and len(draws) == len(crops)
         assert rows.dtype == ROW and rows.flags.c_contiguous and len(rows)
         statuses = np.zeros(len(draws), np.int32)
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
         first = library().vitlocal_decode(
             self.pool, file.ctypes.data, file.size, rows.ctypes.data, len(rows), draws.ctypes.data, len(draws),
             policy.ctypes.data, crops.shape[1], most_reduction, crops.ctypes.data, statuses.ctypes.data, message, None,

@@ -86,9 +86,8 @@ struct resizer { /* scratch memory of one thread, which grows as needed; starts 
     struct weights vertical, horizontal;
     uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
     uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
-    uint8_t *narrow;  /* a copy of an image too narrow for a vector */
     double *shares;   /* (taps,): weights of the pixels in one output pixel */
-    size_t wide_bytes, turned_bytes, narrow_bytes, shares_bytes;
+    size_t wide_bytes, turned_bytes, shares_bytes;
 };
 void resizer_free(struct resizer *resizer);
 /* Makes *pointer hold at least `bytes`, aligned to 64; its content is lost. Returns 0 if there is no memory. */

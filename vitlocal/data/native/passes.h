@@ -17,7 +17,7 @@
 typedef uint16_t VECTOR __attribute__((vector_size(LANES * sizeof(uint16_t)), may_alias));
 
 TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
-    const uint8_t *image, size_t stride, int columns, const int32_t *first, const int taps, const uint16_t *wide,
+    const int taps, const uint8_t *image, size_t stride, int columns, const int32_t *first, const uint16_t *wide,
     uint16_t *turned) {
     const uint8_t *rows[ROWS];
     for (int row = 0; row < ROWS; row++) rows[row] = image + (size_t)first[row] * stride;
@@ -51,13 +51,11 @@ TARGET static inline __attribute__((always_inline)) void NAME(first_of_taps)(
 
 TARGET static void NAME(first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
                                const uint16_t *wide, uint16_t *turned) {
-#define PASS(taps) NAME(first_of_taps)(image, stride, columns, first, taps, wide, turned)
-    FOR_TAPS(taps);
-#undef PASS
+    FOR_TAPS(taps, NAME(first_of_taps), image, stride, columns, first, wide, turned);
 }
 
 TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
-    const uint16_t *turned, const struct weights *weights, const struct strip *strip, const int taps, uint8_t *out,
+    const int taps, const uint16_t *turned, const struct weights *weights, const struct strip *strip, uint8_t *out,
     size_t stride) {
     for (int start = strip->start; start < strip->end; start += ROWS) {
         const int count = strip->end - start < ROWS ? strip->end - start : ROWS;
@@ -100,9 +98,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(second_of_taps)(
 
 TARGET static void NAME(second)(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
                                 uint8_t *out, size_t stride) {
-#define PASS(taps) NAME(second_of_taps)(turned, weights, strip, taps, out, stride)
-    FOR_TAPS(weights->taps);
-#undef PASS
+    FOR_TAPS(weights->taps, NAME(second_of_taps), turned, weights, strip, out, stride);
 }
 
 #undef TARGET

@@ -90,13 +90,13 @@ static void second_plain(const uint16_t *turned, const struct weights *weights, 
 #define TURN_WORDS(v) TURN(v, 8, 3, epi16)
 
 /* Constants unroll the loop over the taps. */
-#define FOR_TAPS(taps)                                                                                        \
+#define FOR_TAPS(taps, pass, ...)                                                                             \
     switch (taps) {                                                                                           \
-    case 2: PASS(2); break;                                                                                   \
-    case 3: PASS(3); break;                                                                                   \
-    case 4: PASS(4); break;                                                                                   \
-    case 5: PASS(5); break;                                                                                   \
-    default: PASS(taps);                                                                                      \
+    case 2: pass(2, __VA_ARGS__); break;                                                                      \
+    case 3: pass(3, __VA_ARGS__); break;                                                                      \
+    case 4: pass(4, __VA_ARGS__); break;                                                                      \
+    case 5: pass(5, __VA_ARGS__); break;                                                                      \
+    default: pass(taps, __VA_ARGS__);                                                                         \
     }
 
 /* The two passes, for each instruction set. */
@@ -213,7 +213,6 @@ void resizer_free(struct resizer *r) {
     free(r->horizontal.of);
     free(r->wide);
     free(r->turned);
-    free(r->narrow);
     free(r->shares);
 }
 
@@ -236,20 +235,9 @@ enum status resize(struct resizer *r, const struct region *region, const struct 
                    int rows, int columns, uint8_t *out) {
     const struct window window = window_of(box, 1, region->height, region->width); /* no other pixels are read */
     const int top = window.top, left = window.left, tall = window.bottom - top, across = window.right - left;
-    size_t stride = region->stride;
-    const uint8_t *image = region->pixels + (size_t)top * stride + (size_t)left * 3;
+    const uint8_t *image = region->pixels + (size_t)top * region->stride + (size_t)left * 3;
 
-    int bytes_across = across * 3;
-    if (bytes_across < ROWS) { /* a vector would exceed the image */
-        if (!hold(&r->narrow, &r->narrow_bytes, (size_t)tall * ROWS)) return NO_MEMORY;
-        for (int row = 0; row < tall; row++) {
-            memset(r->narrow + row * ROWS, 0, ROWS);
-            memcpy(r->narrow + row * ROWS, image + (size_t)row * stride, (size_t)bytes_across);
-        }
-        image = r->narrow;
-        stride = ROWS;
-        bytes_across = ROWS;
-    }
+    const int bytes_across = across * 3;
     const int taps = taps_for(filter, box->top - top, box->height, rows, tall);
     r->vertical.taps = taps;
     r->horizontal.taps = taps_for(filter, box->left - left, box->width, columns, across);
@@ -262,7 +250,7 @@ enum status resize(struct resizer *r, const struct region *region, const struct 
 
     int kind = __atomic_load_n(&instructions, __ATOMIC_RELAXED);
     if (kind < 0) kind = vitlocal_instructions(-1);
-    first_pass *first = PASSES[kind].first;
+    first_pass *first = bytes_across < ROWS ? first_plain : PASSES[kind].first; /* a vector would exceed the image */
     second_pass *second = r->horizontal.taps > MANY_TAPS ? second_plain : PASSES[kind].second;
     /* Whole vectors of three channels. */
     const int fitting = (int)fmin(columns, STRIP * columns / box->width) / ROWS * ROWS;
@@ -288,7 +276,7 @@ enum status resize(struct resizer *r, const struct region *region, const struct 
                 bytes = bytes_across;
             }
             const struct strip strip = {x, end, some, low};
-            first(image + (size_t)low * 3, stride, bytes, from, taps, r->wide, r->turned);
+            first(image + (size_t)low * 3, region->stride, bytes, from, taps, r->wide, r->turned);
             second(r->turned, &r->horizontal, &strip, out + ((size_t)y * columns + x) * 3, (size_t)columns * 3);
         }
     }

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vitlocal.data.augment import send
 from vitlocal.data.batch import Batch
-from vitlocal.data.crops import ROW_MASK, Box
+from vitlocal.data.crops import ROW_MASK
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.native import native_box, native_policy
@@ -41,21 +41,13 @@ except ImportError as error:
 # Formats and modes that DALI decodes itself. The others go through Pillow.
 DALI_FORMATS = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
 
-# The inputs of crop_pipeline for an image, their types and their numbers of dimensions.
-INPUTS = {
-    "data": (types.UINT8, 1), "start": (types.INT32, 1), "shape": (types.INT32, 1), "top_left": (types.FLOAT, 1),
-    "bottom_right": (types.FLOAT, 1), "size": (types.FLOAT, 1), "flipped": (types.INT32, 0),
-}  # fmt: skip
-Sample = tuple[np.ndarray, ...]
+Inputs = tuple[np.ndarray, ...]  # of crop_pipeline, for one image
 
 
 @pipeline_def
 def crop_pipeline(source: Callable[[], list[list[np.ndarray]]], gpu: bool) -> Any:
     """Decodes images to (S, S, 3) crops. Each image brings its box and size, so one pipeline serves all passes."""
-    kinds, dimensions = zip(*INPUTS.values(), strict=True)
-    data, start, shape, top_left, bottom_right, size, flipped = fn.external_source(
-        source=source, num_outputs=len(INPUTS), dtype=list(kinds), ndim=list(dimensions)
-    )
+    data, start, shape, top_left, bottom_right, size, flipped = fn.external_source(source=source, num_outputs=7)
     images = fn.decoders.image_slice(
         data, start=start, shape=shape, axes=[0, 1], output_type=types.RGB, device="mixed" if gpu else "cpu"
     )
@@ -69,30 +61,14 @@ def dali_bytes(images: ImageSet, index: int) -> tuple[bytes, int, int]:
     """An image in a format that DALI decodes, with its height and width."""
     if images.holds_files:
         data = images.read(index)
-        try:
+        with suppress(Exception):  # decode_rgb reports what is wrong
             head = Image.open(io.BytesIO(data))  # reads no pixels
             if (head.format, head.mode) in DALI_FORMATS and is_upright(head) and "transparency" not in head.info:
                 return data, head.height, head.width
-        except Exception:  # decode_rgb reports what is wrong
-            pass
         image = decode_rgb(data, images.entry(index))
     else:
         image = images.load(index)
     return b"P6 %d %d 255\n" % image.size + image.tobytes(), image.height, image.width
-
-
-def pipeline_inputs(data: bytes, height: int, width: int, box: Box, size: int) -> Sample:
-    """The INPUTS for one image: the whole pixels around the box, and the box within them."""
-    top, left, bottom, right = box.pixels(height, width)
-    return (
-        np.frombuffer(data, np.uint8),
-        np.array([top, left], np.int32),
-        np.array([bottom - top, right - left], np.int32),
-        np.array([box.top - top, box.left - left], np.float32),
-        np.array([box.top - top + box.height, box.left - left + box.width], np.float32),
-        np.array([size, size], np.float32),
-        np.array(box.flipped, np.int32),
-    )
 
 
 class DALISource(OriginalsSource):
@@ -104,32 +80,43 @@ class DALISource(OriginalsSource):
         self.local = threading.local()  # each reader has a copy of the images, whose open files have positions
         self.pipeline: Any = None
 
-    def _sample(self, draw: int, epoch: int, size: int) -> Sample:
+    def _inputs(self, draw: int, epoch: int, size: int) -> Inputs:
+        """The inputs for one image: the whole pixels around the box, and the box within them."""
         if not hasattr(self.local, "images"):
             self.local.images = copy.copy(self.images)
         data, height, width = dali_bytes(self.local.images, int(self.numbers[draw & ROW_MASK]))
         box = native_box(native_policy(self.crops, epoch), draw, height, width)
-        return pipeline_inputs(data, height, width, box, size)
+        top, left, bottom, right = box.pixels(height, width)
+        return (
+            np.frombuffer(data, np.uint8),
+            np.array([top, left], np.int32),
+            np.array([bottom - top, right - left], np.int32),
+            np.array([box.top - top, box.left - left], np.float32),
+            np.array([box.top - top + box.height, box.left - left + box.width], np.float32),
+            np.array([size, size], np.float32),
+            np.array(box.flipped, np.int32),
+        )
 
-    def _samples(self, parts: list[BatchSlice], epoch: int, size: int) -> Iterator[list[list[np.ndarray]]]:
-        """The INPUTS of each batch, which threads read one batch ahead."""
-        reading: deque[list[Future[Sample]]] = deque()
-        for part in (*parts, None):
-            if part is not None:
-                reading.append([self.readers.submit(self._sample, draw, epoch, size) for draw in part.draws.tolist()])
-            if part is None or len(reading) > 1:
+    def _batches_of_inputs(self, parts: list[BatchSlice], epoch: int, size: int) -> Iterator[list[list[np.ndarray]]]:
+        """The inputs of each batch, which threads read one batch ahead."""
+        reading: deque[list[Future[Inputs]]] = deque()
+        for number in range(len(parts) + 1):
+            if number < len(parts):
+                draws = parts[number].draws.tolist()
+                reading.append([self.readers.submit(self._inputs, draw, epoch, size) for draw in draws])
+            if number > 0:
                 columns = zip(*(future.result() for future in reading.popleft()), strict=True)
                 yield [list(column) for column in columns]
 
     def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         parts = list(slices)
-        self._samples_left = self._samples([part for part in parts if len(part.draws)], epoch, size)
+        self.inputs = self._batches_of_inputs([part for part in parts if len(part.draws)], epoch, size)
         self._build_pipeline(max(1, *(len(part.draws) for part in parts)))
         try:
             for part in parts:
                 yield self._batch(part, size) if len(part.draws) else Batch.empty(size, self.device, part.total)
         finally:
-            self._samples_left = iter(())  # ends the pass
+            self.inputs = iter(())  # ends the pass
             if self.pipeline is not None:
                 with suppress(StopIteration):
                     while True:  # DALI finishes the batches that it has started
@@ -141,7 +128,7 @@ class DALISource(OriginalsSource):
         if self.pipeline is None or self.pipeline.max_batch_size < batch_size:
             gpu = self.device.type == "cuda"
             self.pipeline = crop_pipeline(
-                lambda: next(self._samples_left), gpu, batch_size=batch_size, num_threads=self.workers,
+                lambda: next(self.inputs), gpu, batch_size=batch_size, num_threads=self.workers,
                 device_id=(self.device.index or 0) if gpu else None,
             )  # fmt: skip
             self.pipeline.build()

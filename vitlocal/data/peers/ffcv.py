@@ -9,7 +9,6 @@ Shape letters: B batch, S size.
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Generator, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -51,12 +50,7 @@ class GuardedIterator(EpochIterator):
             super().run()
         except BaseException as error:
             self.error = error
-            while not self.terminate_event.is_set():
-                try:
-                    self.output_queue.put(None, timeout=0.1)  # FFCV's mark of the end
-                    return
-                except queue.Full:
-                    continue
+            self.output_queue.put(None)  # FFCV's mark of the end
 
     def run_pipeline(self, *arguments: Any) -> Any:
         if self.terminate_event.is_set():
@@ -66,10 +60,8 @@ class GuardedIterator(EpochIterator):
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             return super().__next__()
-        except StopIteration:
-            if self.error is not None:
-                raise self.error from None
-            raise
+        except StopIteration as end:
+            raise self.error or end from None
 
     def close(self) -> None:
         super().close()
