@@ -225,38 +225,28 @@ class EpochReader:
                 slot.copied.record(self._stream)
         return Batch(images, labels, torch.from_numpy(rows), part.places, part.total)
 
-    def _decode(self, draws: np.ndarray, crops: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    def _decode(self, draws: np.ndarray, crops: torch.Tensor, attempt: int = 0) -> tuple[torch.Tensor, np.ndarray]:
         """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
-        problems = self._crop(draws, crops.numpy())
-        if problems and not self._source.crops.random:  # evaluation must not count an image twice
-            whole = np.setdiff1d(np.arange(len(draws)), list(problems))
-            return crops[torch.from_numpy(whole)], draws[whole] & ROW_MASK
-        draws, attempt = draws.copy(), 0
-        while problems:
-            if attempt == MAX_REPLACEMENTS:
-                raise DataError(f"{self._file.path}: {attempt} images in a row do not decode; write the file again")
-            places = np.array(sorted(problems))
-            key = self._source.crops.seed, self._epoch
-            draws[places] = integers(key, draws[places], attempt, len(self._file.rows))
-            replaced = np.empty((len(places), *crops.shape[1:]), np.uint8)
-            failed = self._crop(draws[places], replaced)
-            crops[torch.from_numpy(places)] = torch.from_numpy(replaced)
-            problems = {int(places[place]): problem for place, problem in failed.items()}
-            attempt += 1
-        return crops, draws & ROW_MASK
-
-    def _crop(self, draws: np.ndarray, crops: np.ndarray) -> dict[int, str]:
-        """Decodes ``draws`` to ``crops``. Returns and notes what is wrong with images, by their place in ``draws``."""
-        file = self._file
-        problems = self._source.resources.threads.decode(file.bytes, file.rows, draws, self._policy, crops)
-        if problems and not self._source.skip_damaged:
-            place, problem = min(problems.items())
+        source, file, rows = self._source, self._file, draws & ROW_MASK
+        problems = source.resources.threads.decode(file.bytes, file.rows, draws, self._policy, crops.numpy())
+        if not problems:
+            return crops, rows
+        places = np.array(sorted(problems))
+        if not source.skip_damaged:
             raise DataError(
-                f"{file.path}: row {draws[place] & ROW_MASK} {problem}. Write the file again, or train without "
+                f"{file.path}: row {rows[places[0]]} {problems[places[0]]}. Write the file again, or train without "
                 "damaged images: --data.on_error=skip"
             )
-        self._damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
-        return problems
+        self._damaged |= {int(rows[place]): problem for place, problem in problems.items()}
+        if not source.crops.random:  # evaluation must not count an image twice
+            whole = np.delete(np.arange(len(draws)), places)
+            return crops[torch.from_numpy(whole)], rows[whole]
+        if attempt == MAX_REPLACEMENTS:
+            raise DataError(f"{file.path}: {attempt} images in a row do not decode; write the file again")
+        others = integers((source.crops.seed, self._epoch), draws[places], attempt, len(file.rows))
+        replaced = torch.empty((len(places), *crops.shape[1:]), dtype=torch.uint8)
+        crops[torch.from_numpy(places)], rows[places] = self._decode(others, replaced, attempt + 1)
+        return crops, rows
 
 
 class Loader:
