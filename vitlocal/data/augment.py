@@ -9,8 +9,6 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -302,12 +300,11 @@ def three_augment(images: Tensor, strength: float, seed: int, step: int, places:
     deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
     rows = send(order, images.device)
     x = images[rows].float()
-    changes: tuple[Callable[[Tensor], Tensor], ...] = (
-        _grey, lambda x: torch.minimum(x, 255 - x), partial(_blurred, deviations)  # integers above 127 are inverted
-    )  # fmt: skip
-    for (first, last), change in zip(pairwise(ends), changes, strict=True):
-        if first < last:
-            x[first:last] = change(x[first:last])
+    grey, solarised, blurred = (x[first:last] for first, last in pairwise(ends))
+    grey.copy_(_grey(grey))
+    solarised.copy_(torch.minimum(solarised, 255 - solarised))  # integers above 127 are inverted
+    if len(blurred):
+        blurred.copy_(_blurred(deviations, blurred))
     sent = send(factors[order].astype(np.float32), x.device)
     brightness, contrast, saturation = sent[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
     x.mul_(brightness).clamp_(0, 255)

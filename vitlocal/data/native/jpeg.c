@@ -14,8 +14,6 @@
 enum {
     MARGIN = 2,
     MAX_SCANS = 100, /* progressive photos have about ten; thousands would take many minutes */
-    EXIF_MARKER = JPEG_APP0 + 1,
-    LONGEST_MARKER = 65533,
 };
 
 static void leave(struct failure *failure, enum status status) {
@@ -188,7 +186,7 @@ enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, s
     *photo = (struct photo){0};
     if (setjmp(jpeg->failure.escape)) return jpeg->failure.status;
     begin(jpeg, data, bytes);
-    jpeg_save_markers(d, EXIF_MARKER, LONGEST_MARKER);
+    jpeg_save_markers(d, JPEG_APP0 + 1, 0xFFFF); /* EXIF and XMP, whole */
     jpeg_read_header(d, TRUE);
     photo->width = d->image_width;
     photo->height = d->image_height;

@@ -21,15 +21,17 @@ enum {
     STRIP = 160, /* pixels of the image that are transposed at a time: 15 KiB, which stay in the L1 cache */
 };
 
-typedef void first_pass(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
-                        const uint16_t *wide, uint16_t *turned);
 /* Output pixels start..end of some rows, from the transposed pixels from `from`. */
 struct strip {
     int start, end, rows, from;
 };
 
-typedef void second_pass(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                         uint8_t *out, size_t stride);
+struct passes {
+    void (*first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
+                  const uint16_t *wide, uint16_t *turned);
+    void (*second)(const uint16_t *turned, const struct weights *weights, const struct strip *strip, uint8_t *out,
+                   size_t stride);
+};
 
 /* --- plain C, with which tests compare the others --- */
 
@@ -109,10 +111,7 @@ static void second_plain(const uint16_t *turned, const struct weights *weights, 
 
 /* --- the choice of an instruction set --- */
 
-static const struct {
-    first_pass *first;
-    second_pass *second;
-} PASSES[] = {
+static const struct passes PASSES[] = {
     {first_plain, second_plain},
 #ifdef HAVE_X86
     {first_sse2, second_sse2},
@@ -250,8 +249,9 @@ enum status resize(struct resizer *r, const struct region *region, const struct 
 
     int kind = __atomic_load_n(&instructions, __ATOMIC_RELAXED);
     if (kind < 0) kind = vitlocal_instructions(-1);
-    first_pass *first = bytes_across < ROWS ? first_plain : PASSES[kind].first; /* a vector would exceed the image */
-    second_pass *second = r->horizontal.taps > MANY_TAPS ? second_plain : PASSES[kind].second;
+    struct passes passes = PASSES[kind];
+    if (bytes_across < ROWS) passes.first = first_plain; /* a vector would exceed the image */
+    if (r->horizontal.taps > MANY_TAPS) passes.second = second_plain;
     /* Whole vectors of three channels. */
     const int fitting = (int)fmin(columns, STRIP * columns / box->width) / ROWS * ROWS;
     const int strip_columns = fitting ? fitting : ROWS;
@@ -276,8 +276,8 @@ enum status resize(struct resizer *r, const struct region *region, const struct 
                 bytes = bytes_across;
             }
             const struct strip strip = {x, end, some, low};
-            first(image + (size_t)low * 3, region->stride, bytes, from, taps, r->wide, r->turned);
-            second(r->turned, &r->horizontal, &strip, out + ((size_t)y * columns + x) * 3, (size_t)columns * 3);
+            passes.first(image + (size_t)low * 3, region->stride, bytes, from, taps, r->wide, r->turned);
+            passes.second(r->turned, &r->horizontal, &strip, out + ((size_t)y * columns + x) * 3, (size_t)columns * 3);
         }
     }
     return OK;
