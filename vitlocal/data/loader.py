@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, SplitSource
+from vitlocal.data.batch import Batch, Source
 from vitlocal.data.beton import read_beton
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy
@@ -97,7 +97,7 @@ def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, sid
     return enough[int(np.argmin(measured))] if len(measured) == len(enough) else enough[0]
 
 
-class BetonSource(SplitSource):
+class BetonSource(Source):
     """A split of the data folder ``root``, read from the file that :func:`choose_file` picks for each size.
 
     DataError if a file has another length than the manifest says.

@@ -111,7 +111,14 @@ class DALISource(OriginalsSource):
     def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         parts = list(slices)
         self.inputs = self._batches_of_inputs([part for part in parts if len(part.draws)], epoch, size)
-        self._build_pipeline(max(1, *(len(part.draws) for part in parts)))
+        largest = max(1, *(len(part.draws) for part in parts))
+        if self.pipeline is None or self.pipeline.max_batch_size < largest:
+            gpu = self.device.type == "cuda"
+            self.pipeline = crop_pipeline(
+                lambda: next(self.inputs), gpu, batch_size=largest, num_threads=self.workers,
+                device_id=(self.device.index or 0) if gpu else None,
+            )  # fmt: skip
+            self.pipeline.build()
         try:
             for part in parts:
                 yield self._batch(part, size) if len(part.draws) else Batch.empty(size, self.device, part.total)
@@ -122,16 +129,6 @@ class DALISource(OriginalsSource):
                     while True:  # DALI finishes the batches that it has started
                         self.pipeline.run()
                 self.pipeline.reset()
-
-    def _build_pipeline(self, batch_size: int) -> None:
-        """Builds the pipeline, again if batches have grown."""
-        if self.pipeline is None or self.pipeline.max_batch_size < batch_size:
-            gpu = self.device.type == "cuda"
-            self.pipeline = crop_pipeline(
-                lambda: next(self.inputs), gpu, batch_size=batch_size, num_threads=self.workers,
-                device_id=(self.device.index or 0) if gpu else None,
-            )  # fmt: skip
-            self.pipeline.build()
 
     def _batch(self, part: BatchSlice, size: int) -> Batch:
         rows = part.draws & ROW_MASK

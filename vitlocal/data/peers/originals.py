@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitlocal.data.batch import SplitSource
+from vitlocal.data.batch import Source
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images, resolve_source
 from vitlocal.data.manifest import Manifest
@@ -15,7 +15,7 @@ from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
 
 
-class OriginalsSource(SplitSource):
+class OriginalsSource(Source):
     """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
 
     ``spec`` names the images; None: the manifest does. ``numbers`` (n,) int64 has the index of each row's image.

@@ -108,7 +108,4 @@ class TorchvisionSource(OriginalsSource):
             yield Batch(pixels, labels, rows, part.places, part.total)
 
     def close(self) -> None:
-        iterator = self.loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public method for it
-            self.loader._iterator = None
+        self.loader._iterator = None  # the workers end with it; DataLoader has no public method for that
