@@ -20,7 +20,7 @@ import torch
 from vitlocal.data.batch import Batch, Source
 from vitlocal.data.beton import read_beton
 from vitlocal.data.costs import DecodingCosts
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy
+from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
 from vitlocal.data.native import DecoderThreads, native_policy
 from vitlocal.data.random_keys import integers
@@ -137,7 +137,6 @@ class NativeSource(BetonSource):
     ):  # fmt: skip
         super().__init__(root, manifest, crops, device, DecodingCosts.load(root, manifest), side_ratio, share)
         self.resources, self.skip_damaged = resources, on_error == "skip"
-        assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
 
     def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         file = self.resources.file(self.root / self.choose(size).file, len(self.classes))

@@ -147,11 +147,9 @@ class Encoder:
         self._message = ctypes.c_char_p()
 
     def inspect(self, data: bytes) -> np.void | None:
-        """The header of a JPEG, of PHOTO; None if ``data`` is not a JPEG."""
-        status = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
-        if status == _NO_MEMORY:
-            raise MemoryError("no memory to read a JPEG's header")
-        return None if status else self._photo[0]
+        """The header of a JPEG, of PHOTO; None if it cannot be read."""
+        failed = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
+        return None if failed else self._photo[0]
 
     def encode(self, photo: bytes | np.ndarray, height: int, width: int, forms: np.ndarray) -> list[bytes] | None:
         """The photo in each of ``forms`` (F,) of FORM, none of them larger than the photo. FFCV's filter shrinks it.

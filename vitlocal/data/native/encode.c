@@ -31,9 +31,7 @@ EXPORT void vitlocal_encoder_free(struct encoder *encoder) {
     free(encoder);
 }
 
-EXPORT struct encoder *vitlocal_encoder_new(void) { /* NULL if there is no memory */
-    return calloc(1, sizeof(struct encoder));
-}
+EXPORT struct encoder *vitlocal_encoder_new(void) { return calloc(1, sizeof(struct encoder)); }
 
 static enum status compress(struct encoder *encoder, const struct region *pixels, const struct form *form) {
     struct jpeg_compress_struct *c = &encoder->compressor;
