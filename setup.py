@@ -29,7 +29,6 @@ setup(
             libraries=["jpeg", "m"],
             # No fused multiply-adds: a box is the same on every machine.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"],
-            define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
         )
     ],

@@ -124,7 +124,7 @@ def test_erasing_replaces_boxes_by_noise():
 
 def apply(name: str, x: torch.Tensor, level: float, sign: int) -> torch.Tensor:
     if name in COLOURS:
-        return COLOURS[name](x, level, sign)
+        return COLOURS[name](x, level, max(0.1, 1 + sign * 0.9 * level))
     return move(x, np.array([MOVES[name](sign * level)] * len(x)))
 
 
@@ -144,8 +144,9 @@ def test_sharpness_is_torchvisions():
 
     x = images(4)
     for level, sign in ((0.5, 1), (0.9, -1)):
-        theirs = adjust_sharpness(x, 1 + sign * 0.9 * level).int()
-        assert (COLOURS["sharpness"](x, level, sign).int() - theirs).abs().max() <= 1
+        factor = 1 + sign * 0.9 * level
+        theirs = adjust_sharpness(x, factor).int()
+        assert (COLOURS["sharpness"](x, level, factor).int() - theirs).abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", MOVES)

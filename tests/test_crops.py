@@ -6,7 +6,7 @@ from PIL import Image
 from reference_boxes import _scramble, crop_key, random_box
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, CropPolicy, centre_box, cut, epoch_order
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, CropPolicy, centre_box, cut
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.random_keys import integers
 
@@ -91,15 +91,15 @@ def test_cut_takes_the_box_and_flips_it():
 
 
 def test_orders_are_permutations_with_their_own_keys():
-    orders = [epoch_order(1000, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [CropPolicy(True, seed).draws(1000, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert sorted(order) == list(range(1000))
     assert len({tuple(order) for order in orders}) == 4  # with FFCV's seed + epoch, (0, 1) and (1, 0) would be equal
-    assert (epoch_order(1000, 0, 0) == orders[0]).all()
+    assert (CropPolicy(True, 0).draws(1000, 0) == orders[0]).all()
 
 
 def test_repeats_follow_each_other_with_their_own_crops():
-    draws = epoch_order(100, 3, 0, repeats=3)
+    draws = CropPolicy(True, seed=3, repeats=3).draws(100, 0)
     rows = draws & ROW_MASK
     assert len(draws) == 100 and len(set(draws)) == 100
     assert (rows[0:99:3] == rows[1:99:3]).all() and (rows[0:99:3] == rows[2:99:3]).all()

@@ -2,13 +2,8 @@
  *
  * Every image lies in memory of exactly its size, so that a read beyond it is seen, and so does every crop.
  */
-#include "native.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <jpeglib.h>
+#include "batch.c"
+#include "encode.c"
 
 struct seed_image {
     uint8_t *data;
@@ -98,27 +93,27 @@ static int encode_and_compare(struct encoder *encoder, const uint8_t *data, size
             forms[i].height = photo.height;
         }
     }
-    char message[MESSAGE_BYTES];
+    const char *message;
     const uint8_t *output;
     const int status = vitlocal_encode(encoder, data, (int64_t)bytes, NULL, photo.height, photo.width, forms, count,
-                                       &output, message);
+                                       &output, &message);
     for (int i = 0; status == OK && i < count; i++) {
         if (forms[i].kind != AS_ORIGINAL) continue;
         uint8_t *kept = malloc(forms[i].bytes);
         if (!kept) exit(2);
         memcpy(kept, output + forms[i].offset, forms[i].bytes);
         const struct box whole = {0, 0, photo.height, photo.width, 0};
-        struct jpeg *first = jpeg_new(), *second = jpeg_new();
+        struct jpeg first = {0}, second = {0};
         struct region a, b;
         const int height = (int)photo.height, width = (int)photo.width;
-        if (jpeg_decode(first, data, bytes, height, width, &whole, 1, 1, &a, message) != OK
-            || jpeg_decode(second, kept, forms[i].bytes, height, width, &whole, 1, 1, &b, message) != OK
+        if (jpeg_decode(&first, data, bytes, height, width, &whole, 1, 1, &a) != OK
+            || jpeg_decode(&second, kept, forms[i].bytes, height, width, &whole, 1, 1, &b) != OK
             || memcmp(a.pixels, b.pixels, (size_t)height * (size_t)width * 3) != 0) {
-            fprintf(stderr, "what was kept of a JPEG decodes to something else: %s\n", message);
+            fprintf(stderr, "what was kept of a JPEG decodes to something else: %s\n", second.failure.message);
             exit(1);
         }
-        jpeg_free(first);
-        jpeg_free(second);
+        jpeg_free(&first);
+        jpeg_free(&second);
         free(kept);
     }
     return status;
@@ -131,7 +126,8 @@ int main(int count, char **arguments) {
     const int images = count - 3;
     struct seed_image *seeds = calloc((size_t)images, sizeof *seeds);
     for (int i = 0; i < images; i++) seeds[i] = load(arguments[3 + i]);
-    struct decoder *decoder = decoder_new();
+    struct jpeg jpeg = {0};
+    struct resizer resizer = {0};
     struct encoder *encoder = vitlocal_encoder_new();
     long outcomes[6] = {0}, encoded = 0;
     static const int sizes[] = {1, 16, 32, 50, 96, 160, 224};
@@ -158,14 +154,19 @@ int main(int count, char **arguments) {
         const int size = sizes[random_number(sizeof sizes / sizeof *sizes)];
         vitlocal_instructions((int)random_number(3));
         uint8_t *crop = malloc((size_t)size * (size_t)size * 3);
-        char message[MESSAGE_BYTES];
-        outcomes[decode(decoder, data, bytes, &row, &policy, number, size, 1 << random_number(4), crop, message)]++;
+        const int64_t draw = number;
+        const struct batch batch = {
+            .file = data, .file_bytes = bytes, .rows = &row, .draws = &draw, .count = 1, .policy = &policy,
+            .size = size, .most_reduction = 1 << random_number(4), .crops = crop,
+        };
+        outcomes[decode(&jpeg, &resizer, &batch, 0)]++;
         free(crop);
         encoded += encode_and_compare(encoder, data, bytes) == OK;
         free(data);
         if ((number + 1) % 10000 == 0) fprintf(stderr, "%ld of %ld\n", number + 1, total);
     }
-    decoder_free(decoder);
+    jpeg_free(&jpeg);
+    resizer_free(&resizer);
     vitlocal_encoder_free(encoder);
     for (int i = 0; i < images; i++) free(seeds[i].data);
     free(seeds);

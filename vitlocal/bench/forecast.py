@@ -29,7 +29,7 @@ from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Batch, RowSubsets, Sources, full_batches
+from vitlocal.data.batch import Batch, RowSubsets, Source, Sources, full_batches
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
@@ -86,7 +86,7 @@ class SizeSpeed:
         return "data" if self.loader is not None and self.loader < self.step else "step"
 
 
-class NoiseSource:
+class NoiseSource(Source):
     """A source of random pixels that are already on the device, for a forecast without data."""
 
     def __init__(self, count: int, classes: int, device: torch.device):
@@ -96,7 +96,7 @@ class NoiseSource:
         self.rows = RowSubsets(count)
         self.side: int | None = None
 
-    def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
+    def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:  # type: ignore[override]
         batch = noise_batch(feed, len(self.classes), self.device)
         return nullcontext(batch for _ in range(at.images, self.count, feed.batch_size))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -47,8 +47,8 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def open_pass(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Callable[[int], int]:
-    """Opens a loader. Returns the function that reads a pass of crops of a size and counts the images."""
+def reader(name: str, data: str, source: str | None, stored: str, workers: int, images: int) -> Turn:
+    """Opens a loader. Returns the function that measures it at a crop size, in passes of at most ``images``."""
     crops, device = CropPolicy(random=True), torch.device("cpu")
     opened: Source
     if name == "dali":
@@ -66,26 +66,17 @@ def open_pass(name: str, data: str, source: str | None, stored: str, workers: in
 
         loader, count = FileLoader(Path(data) / stored, crops, device, workers), load_manifest(data, "train").count
         rows = crops.draws(count, 0, max(0, count - images)) & ROW_MASK
-        return lambda size: sum(len(pixels) for pixels, _ in loader.start(rows, BATCH, size))
-    start = Position(0, max(0, opened.count - images))
-
-    def read_pass(size: int) -> int:
-        with opened.open(Feed(size, BATCH), start) as batches:
-            return sum(len(batch) for batch in batches)
-
-    return read_pass
-
-
-def reader(*arguments: Any) -> Turn:
-    """Opens a loader as :func:`open_pass` does. Returns the function that measures it at a crop size."""
-    read_pass = open_pass(*arguments)
 
     def turn(size: int, seconds: float) -> tuple[float, dict[str, Any]]:
-        count, spent, began = 0, 0.0, time.perf_counter()
-        while not count or spent < seconds:  # complete passes only
-            count += read_pass(size)
+        read, spent, began = 0, 0.0, time.perf_counter()
+        while not read or spent < seconds:  # complete passes only
+            if name == "ffcv":
+                read += sum(len(pixels) for pixels, _ in loader.start(rows, BATCH, size))
+            else:
+                with opened.open(Feed(size, BATCH), Position(0, max(0, opened.count - images))) as batches:
+                    read += sum(map(len, batches))
             spent = time.perf_counter() - began
-        return count / spent, {}
+        return read / spent, {}
 
     return turn
 

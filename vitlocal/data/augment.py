@@ -9,8 +9,6 @@ Shape letters: B batch, S size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -89,12 +87,12 @@ class Augment(torch.nn.Module):
 
         ``strength`` scales the probabilities of erasing and mixing.
         """
-        boxes, noise, mix = None, None, None
+        boxes, noise, mix, device = None, None, None, self.normalize.scale.device
         if self.random_erasing:
             box, part = erased_boxes(uniform((seed, step, ERASE), places, 6), self.random_erasing * strength, size)
-            boxes, noise = self._send(box), self._send((part * (NOISE - 3 * size * size + 1)).astype(np.int64))
+            boxes, noise = send(box, device), send((part * (NOISE - 3 * size * size + 1)).astype(np.int64), device)
         if self.mixes:
-            mix = self._send(self.mixture(generator((seed, step, MIX)), total, size, strength))
+            mix = send(self.mixture(generator((seed, step, MIX)), total, size, strength), device)
         return AugmentParams(boxes, noise, mix)
 
     def mixture(self, draw: np.random.Generator, total: int, size: int, strength: float = 1.0) -> np.ndarray:
@@ -116,9 +114,6 @@ class Augment(torch.nn.Module):
         area = (box[1] - box[0]) * (box[3] - box[2])
         return np.array([1, 1 - area / size**2, *box], np.float32)
 
-    def _send(self, values: np.ndarray) -> Tensor:
-        return send(torch.from_numpy(values), self.normalize.scale.device)
-
     def prepare(self, images: Tensor, seed: int, step: int, places: np.ndarray, strength: float = 1.0) -> Tensor:
         """RandAugment or three-augment: (B, 3, S, S) uint8 to a new tensor. Without them, ``images`` itself.
 
@@ -138,8 +133,9 @@ class Augment(torch.nn.Module):
         return pixels if drawn.mix is None else paste(pixels, drawn.mix)
 
 
-def send(values: Tensor, device: torch.device) -> Tensor:
+def send(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Starts a host-to-device copy; neither side waits. PyTorch reuses the pinned memory only after the copy."""
+    values = torch.as_tensor(values)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
@@ -187,7 +183,7 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor, table: Tensor) -> Tensor
 # --- RandAugment ------------------------------------------------------------------------------------------------------
 
 # The "increasing" operations of RandAugment (Cubuk et al. 2020) with timm's ranges: a larger level in [0, 1] means a
-# larger change. ``sign`` is ±1.
+# larger change.
 
 
 def _solarize_add(x: Tensor, level: float) -> Tensor:
@@ -202,25 +198,19 @@ def _sharpness(x: Tensor, factor: float) -> Tensor:
     return torch.lerp(blurred, x.float(), factor).round().clamp(0, 255).to(x.dtype)
 
 
-def _enhancement(level: float, sign: int) -> float:
-    return max(0.1, 1 + sign * 0.9 * level)
-
-
-# Name → (images (n, 3, S, S) uint8, level, sign) → images.
+# Name → (images (n, 3, S, S) uint8, level, factor of an enhancement) → images.
 COLOURS = {
-    "autocontrast": lambda x, level, sign: ops.autocontrast(x),
-    "equalize": lambda x, level, sign: ops.equalize(x),
-    "invert": lambda x, level, sign: ops.invert(x),
-    "posterize": lambda x, level, sign: ops.posterize(x, 4 - int(4 * level)),
-    "solarize": lambda x, level, sign: ops.solarize(x, 255 - int(255 * level)),
-    "solarize_add": lambda x, level, sign: _solarize_add(x, level),
-    "saturation": lambda x, level, sign: ops.adjust_saturation(x, _enhancement(level, sign)),
-    "contrast": lambda x, level, sign: ops.adjust_contrast(x, _enhancement(level, sign)),
-    "brightness": lambda x, level, sign: ops.adjust_brightness(x, _enhancement(level, sign)),
-    "sharpness": lambda x, level, sign: _sharpness(x, _enhancement(level, sign)),
+    "autocontrast": lambda x, level, factor: ops.autocontrast(x),
+    "equalize": lambda x, level, factor: ops.equalize(x),
+    "invert": lambda x, level, factor: ops.invert(x),
+    "posterize": lambda x, level, factor: ops.posterize(x, 4 - int(4 * level)),
+    "solarize": lambda x, level, factor: ops.solarize(x, 255 - int(255 * level)),
+    "solarize_add": lambda x, level, factor: _solarize_add(x, level),
+    "saturation": lambda x, level, factor: ops.adjust_saturation(x, factor),
+    "contrast": lambda x, level, factor: ops.adjust_contrast(x, factor),
+    "brightness": lambda x, level, factor: ops.adjust_brightness(x, factor),
+    "sharpness": lambda x, level, factor: _sharpness(x, factor),
 }
-
-
 LEVELLESS = ("autocontrast", "equalize", "invert")  # operations without a magnitude
 
 
@@ -242,7 +232,7 @@ MOVES = {
 
 def move(images: Tensor, matrices: np.ndarray) -> Tensor:
     """Images (n, 3, S, S) uint8 moved by ``matrices`` (n, 2, 3), bilinear, padded with ImageNet's mean."""
-    theta = send(torch.from_numpy(matrices.astype(np.float32)), images.device)
+    theta = send(matrices.astype(np.float32), images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     fill = torch.stack([torch.full((), 255 * mean, device=images.device) for mean in IMAGENET_DEFAULT_MEAN])
     fill = fill.view(1, 3, 1, 1)
@@ -267,24 +257,21 @@ def randaugment(
     strengths = generator((seed, step, MAGNITUDE))
     for turn in range(OPERATIONS):
         choice, sign, applied = draws[:, 3 * turn : 3 * turn + 3].T
-        choice = (choice * len(names)).astype(int)
-        sign = np.where(sign < 0.5, -1, 1)
-        applied = applied < chances[choice]
-        levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, (len(names), 2)), 0, 10) / 10
-        # Sorted by operation, so that a group is a slice: one copy to the device, one gather, one scatter.
-        group = np.where(applied, np.minimum(2 * choice + (sign > 0), moving), -1)
+        variants = 2 * (choice * len(names)).astype(int) + (sign >= 0.5)  # odd ones have a positive sign
+        levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, 2 * len(names)), 0, 10) / 10
+        signed = levels * np.tile([-1, 1], len(names))
+        # Sorted by variant, so that a group is a slice: one copy to the device, one gather, one scatter.
+        group = np.where(applied < chances[variants // 2], np.minimum(variants, moving), -1)
         order = np.argsort(group, kind="stable")
         ends = np.searchsorted(group[order], np.arange(-1, moving + 1), side="right")
-        rows = send(torch.from_numpy(order), images.device)
+        rows = send(order, images.device)
         ordered = images[rows]
-        for number, (first, last) in enumerate(pairwise(ends[:-1])):
+        for variant, (first, last) in enumerate(pairwise(ends[:-1])):
             if first < last:
-                side = 2 * (number % 2) - 1
-                operation, level = COLOURS[names[number // 2]], float(levels[number // 2, number % 2])
-                ordered[first:last] = operation(ordered[first:last], level, side)
+                operation, factor = COLOURS[names[variant // 2]], max(0.1, 1 + 0.9 * float(signed[variant]))
+                ordered[first:last] = operation(ordered[first:last], float(levels[variant]), factor)
         if (first := ends[-2]) < len(order):
-            matrices = [MOVES[names[choice[i]]](float(sign[i] * levels[choice[i], max(sign[i], 0)]))
-                        for i in order[first:]]  # fmt: skip
+            matrices = [MOVES[names[variant // 2]](float(signed[variant])) for variant in variants[order[first:]]]
             ordered[first:] = move(ordered[first:], np.array(matrices))
         images[rows] = ordered
     return images
@@ -311,17 +298,15 @@ def three_augment(images: Tensor, strength: float, seed: int, step: int, places:
     order = np.argsort(chosen, kind="stable")
     ends = np.searchsorted(chosen[order], np.arange(-1, 3), side="right")
     deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
-    rows = send(torch.from_numpy(order), images.device)
+    rows = send(order, images.device)
     x = images[rows].float()
-    changes: tuple[Callable[[Tensor], Tensor], ...] = (
-        _grey, lambda x: torch.minimum(x, 255 - x), partial(_blurred, deviations)  # integers above 127 are inverted
-    )  # fmt: skip
-    for (first, last), change in zip(pairwise(ends), changes, strict=True):
-        if first < last:
-            x[first:last] = change(x[first:last])
-    brightness, contrast, saturation = send(torch.from_numpy(factors[order].astype(np.float32)), x.device)[
-        ..., None, None, None
-    ].unbind(1)  # (B, 1, 1, 1) each
+    grey, solarised, blurred = (x[first:last] for first, last in pairwise(ends))
+    grey.copy_(_grey(grey))
+    solarised.copy_(torch.minimum(solarised, 255 - solarised))  # integers above 127 are inverted
+    if len(blurred):
+        blurred.copy_(_blurred(deviations, blurred))
+    sent = send(factors[order].astype(np.float32), x.device)
+    brightness, contrast, saturation = sent[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
     x.mul_(brightness).clamp_(0, 255)
     torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast, out=x).clamp_(0, 255)
     torch.lerp(_grey(x), x, saturation, out=x)
@@ -342,7 +327,7 @@ def _blurred(deviations: np.ndarray, x: Tensor) -> Tensor:
     reach = min(TAPS, size - 1)
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviations[:, None]) ** 2)
     taps = (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32).repeat(channels, axis=0)
-    kernels = send(torch.from_numpy(taps), x.device)[:, None]  # (3n, 1, taps)
+    kernels = send(taps, x.device)[:, None]  # (3n, 1, taps)
     planes = F.pad(x.reshape(1, count * channels, size, size), (reach,) * 4, mode="replicate")
     planes = F.conv2d(planes, kernels[..., None, :], groups=count * channels)
     return F.conv2d(planes, kernels[..., None], groups=count * channels).view_as(x)

@@ -1,4 +1,4 @@
-"""Batches, and the protocol of the sources that deliver them.
+"""Batches, and the sources that deliver them.
 
 Shape letters: B batch, S size (the side of a crop, px).
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.shares import WHOLE, Share, Slices
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -70,27 +69,12 @@ class RowSubsets:
         return len(self._rows[number]) if number else self.all_rows
 
 
-class Source(Protocol):
-    """A split of a data set, read one pass at a time."""
+class Source:
+    """A split of a data set, read one pass at a time. A kind of source adds ``_read``.
 
-    classes: tuple[str, ...]
-    count: int
-    rows: RowSubsets
-    damaged: Collection[int]  # rows that were skipped so far, with data.on_error=skip
-    side: int | None  # the longest edge that images were stored with, px; None for original images
-
-    def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:
-        """One pass: from ``at`` to the end of its epoch, in the epoch's order, over the rows of ``feed.subset``.
-
-        Leaving the context early discards what was read ahead. Errors of the readers are raised in the consumer.
-        """
-        ...
-
-    def close(self) -> None: ...
-
-
-class SplitSource(Source):
-    """What all sources of a split have in common. A source adds ``_read``."""
+    ``side`` is the longest edge that images were stored with, px; None for original images. ``damaged`` has the rows
+    that were skipped so far, with data.on_error=skip.
+    """
 
     def __init__(
         self, classes: tuple[str, ...], count: int, side: int | None, crops: CropPolicy, device: torch.device,
@@ -101,15 +85,22 @@ class SplitSource(Source):
         self.damaged: Collection[int] = ()
         self.rows = RowSubsets(count)
 
-    def _read(self, slices: Slices, epoch: int, size: int) -> Any:
-        """The batches of a pass: an iterator that has ``close``."""
-        raise NotImplementedError
-
     @contextmanager
     def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+        """One pass: from ``at`` to the end of its epoch, in the epoch's order, over the rows of ``feed.subset``.
+
+        Leaving the context early discards what was read ahead. Errors of the readers are raised in the consumer.
+        """
         draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
         with closing(self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)) as batches:
             yield batches
+
+    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+        """The batches of a pass. Closing them ends it early."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends the threads and processes that outlive a pass: none here."""
 
 
 def full_batches(source: Source, feed: Feed, epoch: int = 0) -> Generator[Batch, None, None]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vitlocal.data.random_keys import generator
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -34,14 +36,20 @@ class CropPolicy:
     def draws(self, count: int, epoch: int, start: int = 0, rows: np.ndarray | None = None) -> np.ndarray:
         """The draws of an epoch over ``count`` rows, in order, from place ``start``: (n,) int64.
 
-        With ``rows`` (m,) int64, the epoch has these rows only.
+        The random order is a permutation with the key (seed, epoch). With ``repeats`` = r, each row comes r times in a
+        row and the epoch still has ``count`` draws, so it shows about count / r different images (repeated
+        augmentation, Hoffer et al. 2020). With ``rows`` (m,) int64, the epoch has these rows only.
         """
         if rows is not None:
             places = self.draws(len(rows), epoch, start)
             return rows[places & ROW_MASK] | (places & ~ROW_MASK)
-        if self.random:
-            return epoch_order(count, self.seed, epoch, self.repeats)[start:].astype(np.int64)
-        return np.arange(start, count, dtype=np.int64)
+        if not self.random:
+            return np.arange(start, count, dtype=np.int64)
+        order = generator((self.seed, epoch, 0x0DE2)).permutation(count)
+        if self.repeats > 1:
+            repeats = np.arange(self.repeats, dtype=np.int64) << REPEAT_SHIFT
+            order = (order[: -(-count // self.repeats), None] | repeats).reshape(-1)[:count]
+        return order[start:]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,12 @@ class Box:
     width: float
     flipped: bool = False
 
+    def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The whole pixels of an image that it covers, at least one: top, left, bottom and right."""
+        top, left = math.floor(self.top), math.floor(self.left)
+        bottom = max(min(math.ceil(self.top + self.height), height), top + 1)
+        return top, left, bottom, max(min(math.ceil(self.left + self.width), width), left + 1)
+
 
 def centre_box(height: int, width: int, part: float) -> Box:
     """The central square with a side of ``part`` x the short edge."""
@@ -65,25 +79,9 @@ def cut(image: Image.Image, box: Box, size: int) -> Image.Image:
     """The box of an RGB image, resized by Pillow to ``size`` x ``size`` px: bilinear, with antialiasing."""
     from PIL import Image  # the native loader imports this module and needs no Pillow
 
-    left, top = math.floor(box.left), math.floor(box.top)
-    right = max(min(math.ceil(box.left + box.width), image.width), left + 1)
-    bottom = max(min(math.ceil(box.top + box.height), image.height), top + 1)
+    top, left, bottom, right = box.pixels(image.height, image.width)
     part = image.crop((left, top, right, bottom))
     x, y = box.left - left, box.top - top
     inside = x, y, min(x + box.width, part.width), min(y + box.height, part.height)
     part = part.resize((size, size), Image.Resampling.BILINEAR, box=inside)
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if box.flipped else part
-
-
-def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
-    """The draws of an epoch, (count,) int64: a permutation of the rows with the key (seed, epoch).
-
-    With ``repeats`` = r, each row comes r times in a row and the epoch still has ``count`` draws, so it shows about
-    count / r different images (repeated augmentation, Hoffer et al. 2020).
-    """
-    rows = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch, 0x0DE2)))).permutation(count)
-    if repeats == 1:
-        return rows
-    rows = rows[: -(-count // repeats)]
-    draws = rows[:, None] | (np.arange(repeats, dtype=np.int64)[None, :] << REPEAT_SHIFT)
-    return draws.reshape(-1)[:count]

@@ -1,65 +1,53 @@
-"""The native loader: ``.beton`` files to batches of crops, by one reader thread over a ring of host buffers.
+"""The native loader: ``.beton`` files to batches of crops, which a thread of each pass decodes ahead.
 
-The reader thread calls the fused decoder once for each batch. Nothing is compiled, and passes may overlap.
+The thread calls the fused decoder once for each batch. Nothing is compiled, and passes may overlap.
 
 Shape letters: B batch, S size, n rows of a file.
 """
 
 from __future__ import annotations
 
-import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, SplitSource
+from vitlocal.data.batch import Batch, Source
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.costs import DecodingCosts
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, CropPolicy
+from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
 from vitlocal.data.native import DecoderThreads, native_policy
 from vitlocal.data.random_keys import integers
-from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
-BATCHES_AHEAD = 3
-RING_SLOTS = BATCHES_AHEAD + 2  # the reader fills one, three wait, the consumer has one
+SLOTS = 5  # batches in memory: the thread decodes one, three wait, the consumer has one
 MAX_REPORTED = 5  # damaged images that are named at the end of a pass
 MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
 
 
-class BufferPool:
-    """Host memory for batches, which passes take and give back. The buffers grow to the largest pass and are reused."""
+@dataclass
+class Slot:
+    """Host memory for a batch, which grows as needed."""
 
-    def __init__(self) -> None:
-        self.free: list[torch.Tensor] = []
-        self.lock = threading.Lock()
+    memory: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    copied: torch.cuda.Event | None = None  # the end of the copy to a GPU
 
-    def take(self, count: int, size: int, pinned: bool) -> list[torch.Tensor]:
-        """``count`` flat uint8 buffers of at least ``size`` bytes, in pinned memory if ``pinned``."""
-        # Tensors that are made in inference mode (evaluation) could not be written to outside of it.
-        with self.lock, torch.inference_mode(False):
-            return [self._take(size, pinned) for _ in range(count)]
-
-    def _take(self, size: int, pinned: bool) -> torch.Tensor:
-        fitting = [buffer for buffer in self.free if len(buffer) >= size and buffer.is_pinned() == pinned]
-        if fitting:
-            buffer = min(fitting, key=len)
-            self.free = [other for other in self.free if other is not buffer]
-            return buffer
-        if self.free:  # it is too small for this pass, and later passes rarely need less
-            self.free.pop(0)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-
-    def give_back(self, buffers: list[torch.Tensor]) -> None:
-        with self.lock:
-            self.free += buffers
+    def crops(self, count: int, size: int, pinned: bool) -> torch.Tensor:
+        """(count, size, size, 3) uint8, from which nothing is copied any more."""
+        if self.copied is not None:
+            self.copied.synchronize()  # device sync: with a copy that began several batches ago
+        if len(self.memory) < (needed := count * size * size * 3):
+            self.memory = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
+        return self.memory[:needed].view(count, size, size, 3)
 
 
 class LoaderResources:
@@ -67,8 +55,8 @@ class LoaderResources:
 
     def __init__(self, workers: int = 0):
         self.threads = DecoderThreads(workers)
-        self.buffers = BufferPool()
         self.files: dict[Path, MappedFile] = {}
+        self.slots: list[Slot] = []  # those that no pass uses
         self.copy_stream: torch.cuda.Stream | None = None  # one for all passes: PyTorch pools memory by stream
 
     def file(self, path: Path, num_classes: int) -> MappedFile:
@@ -82,140 +70,6 @@ class LoaderResources:
         if device.type == "cuda" and self.copy_stream is None:
             self.copy_stream = torch.cuda.Stream(device)
         return self.copy_stream if device.type == "cuda" else None
-
-
-Ready = tuple[Batch, torch.cuda.Event | None]  # with the event that marks the end of its copy to a GPU
-
-
-class EpochReader(Iterator[Batch]):
-    """The batches of one pass: the ``slices`` of ``file``, cropped to ``size`` px by a thread of its own.
-
-    A damaged image raises DataError. With ``skip_damaged`` another image replaces it in training, and evaluation leaves
-    it out. ``damaged`` maps such rows to what is wrong with them. Errors of the thread are raised in the consumer.
-    """
-
-    def __init__(
-        self, resources: LoaderResources, file: MappedFile, slices: Slices, crops: CropPolicy, epoch: int, size: int,
-        device: torch.device, skip_damaged: bool, report: Callable[[MappedFile, dict[int, str]], None],
-    ):  # fmt: skip
-        self.damaged: dict[int, str] = {}
-        self._resources, self._file, self._slices = resources, file, slices
-        self._crops, self._epoch, self._policy = crops, epoch, native_policy(crops, epoch)
-        self._device, self._skip, self._report = device, skip_damaged, report
-        self._copy_stream = resources.stream(device)
-        self._copies: list[torch.cuda.Event | None] = [None] * RING_SLOTS
-        shape = (max(1, slices.largest), size, size, 3)
-        self._buffers = resources.buffers.take(RING_SLOTS, int(np.prod(shape)), self._copy_stream is not None)
-        with torch.inference_mode(False):
-            self._ring = [buffer[: int(np.prod(shape))].view(shape) for buffer in self._buffers]  # (B, S, S, 3) each
-        self._queue: queue.Queue[Ready | BaseException | None] = queue.Queue(BATCHES_AHEAD)
-        self._closed, self._ended = threading.Event(), False
-        self.thread = threading.Thread(target=self._run, name="vitlocal-loader", daemon=True)
-        self.thread.start()
-
-    # --- in the reader thread ---
-
-    def _run(self) -> None:
-        try:
-            if self._copy_stream is not None:
-                torch.cuda.set_device(self._copy_stream.device)
-            for number, part in enumerate(self._slices):
-                slot = number % RING_SLOTS
-                if (copy := self._copies[slot]) is not None:
-                    copy.synchronize()  # device sync: the copy of RING_SLOTS batches ago still reads the host buffer
-                if self._closed.is_set():
-                    return
-                pixels, rows = self._decode(part.draws, self._ring[slot][: len(part.draws)])
-                if not self._put(self._to_device(pixels, rows, slot, part)):
-                    return
-            self._put(None)
-        except BaseException as error:  # the consumer raises it, whatever it is
-            self._put(error)
-
-    def _decode(self, draws: np.ndarray, crops: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-        """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
-        file, policy = self._file, self._policy
-        problems = self._resources.threads.decode(file.bytes, file.rows, draws, policy, crops.numpy())
-        if not problems:
-            return crops, draws & ROW_MASK
-        if not self._skip:
-            place, problem = min(problems.items())
-            raise DataError(
-                f"{file.path}: row {draws[place] & ROW_MASK} {problem}. Write the file again, or train without "
-                "damaged images: --data.on_error=skip"
-            )
-        self._record_damage(draws, problems)
-        if not self._crops.random:  # evaluation must not count an image twice
-            whole = np.setdiff1d(np.arange(len(draws)), list(problems))
-            return crops[torch.from_numpy(whole)], draws[whole] & ROW_MASK
-        draws = draws.copy()
-        for attempt in range(MAX_REPLACEMENTS):
-            places = np.array(sorted(problems))
-            others = integers((self._crops.seed, self._epoch), draws[places], attempt, len(file.rows))
-            replaced = np.empty((len(others), *crops.shape[1:]), np.uint8)
-            failed = self._resources.threads.decode(file.bytes, file.rows, others, policy, replaced)
-            self._record_damage(others, failed)
-            crops[torch.from_numpy(places)] = torch.from_numpy(replaced)
-            draws[places] = others
-            problems = {int(places[place]): problem for place, problem in failed.items()}
-            if not problems:
-                return crops, draws & ROW_MASK
-        raise DataError(f"{file.path}: {MAX_REPLACEMENTS} images in a row do not decode; write the file again")
-
-    def _record_damage(self, draws: np.ndarray, problems: dict[int, str]) -> None:
-        self.damaged |= {int(draws[place] & ROW_MASK): problem for place, problem in problems.items()}
-
-    def _to_device(self, pixels: torch.Tensor, rows: np.ndarray, slot: int, part: BatchSlice) -> Ready:
-        ids = torch.from_numpy(rows)
-        images = pixels.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
-        event = None
-        if self._copy_stream is not None:
-            with torch.cuda.stream(self._copy_stream):  # host-to-device copies, which overlap the training step
-                images = images.to(self._device, non_blocking=True)
-                labels = labels.pin_memory().to(self._device, non_blocking=True)
-                event = torch.cuda.Event(blocking=True)  # a thread that waits for it leaves its core to the decoders
-                event.record(self._copy_stream)
-            self._copies[slot] = event
-        return Batch(images, labels, ids, part.places, part.total), event
-
-    def _put(self, item: Ready | BaseException | None) -> bool:
-        """Hands ``item`` to the consumer; False if the consumer has closed the pass."""
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    # --- in the consumer's thread ---
-
-    def __next__(self) -> Batch:
-        item = None if self._ended else self._queue.get()
-        if not isinstance(item, tuple):
-            self._ended = True
-            raise StopIteration if item is None else item
-        batch, copied = item
-        if copied is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(copied)
-            batch.images.record_stream(stream)
-            batch.labels.record_stream(stream)
-        return batch
-
-    def close(self) -> None:
-        """Stops and joins the thread, gives its buffers back, and reports the damage. May be called twice."""
-        self._closed.set()
-        self._ended = True
-        while not self._queue.empty():  # a thread that waits for a place in the queue sees at once that it is closed
-            self._queue.get_nowait()
-        self.thread.join()
-        for copy in filter(None, self._copies):
-            copy.synchronize()  # device sync: it may still read the host buffer
-        self._resources.buffers.give_back(self._buffers)
-        self._buffers, self._ring = [], []
-        self._report(self._file, self.damaged)
 
 
 def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
@@ -232,7 +86,7 @@ def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, sid
     return enough[int(np.argmin(measured))] if len(measured) == len(enough) else enough[0]
 
 
-class BetonSource(SplitSource):
+class BetonSource(Source):
     """A split of the data folder ``root``, read from the file that :func:`choose_file` picks for each size.
 
     DataError if a file has another length than the manifest says.
@@ -272,16 +126,14 @@ class NativeSource(BetonSource):
     ):  # fmt: skip
         super().__init__(root, manifest, crops, device, DecodingCosts.load(root, manifest), side_ratio, share)
         self.resources, self.skip_damaged = resources, on_error == "skip"
-        assert self.count <= ROW_MASK < 1 << REPEAT_SHIFT
 
-    def _read(self, slices: Slices, epoch: int, size: int) -> EpochReader:
+    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         file = self.resources.file(self.root / self.choose(size).file, len(self.classes))
         self.check_count(file.path, len(file.rows))
-        return EpochReader(
-            self.resources, file, slices, self.crops, epoch, size, self.device, self.skip_damaged, self._report
-        )
+        return EpochReader(self, file, epoch, size).batches(slices)
 
-    def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
+    def report(self, file: MappedFile, damaged: dict[int, str]) -> None:
+        """Prints the rows of ``file`` that a pass has skipped, with what is wrong with them. Each row is named once."""
         new = sorted(set(damaged).difference(self.damaged))
         self.damaged = {*self.damaged, *new}
         for row in new[:MAX_REPORTED]:
@@ -289,9 +141,100 @@ class NativeSource(BetonSource):
         if len(new) > MAX_REPORTED:
             print(f"{file.path}: skipped {len(new) - MAX_REPORTED} more damaged images", file=sys.stderr)
 
-    def close(self) -> None:
-        """Forgets the open files."""
-        self.resources.files.clear()
+
+class EpochReader:
+    """One pass over ``file``, in crops of ``size`` px, which a thread of its own decodes.
+
+    A damaged image raises DataError. With ``skip_damaged`` another image replaces it in training, and evaluation leaves
+    it out. The source reports such rows at the end of the pass.
+    """
+
+    def __init__(self, source: NativeSource, file: MappedFile, epoch: int, size: int):
+        self._source, self._file, self._epoch, self._size = source, file, epoch, size
+        self._policy = native_policy(source.crops, epoch)
+        self._stream = source.resources.stream(source.device)
+        self._damaged: dict[int, str] = {}
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        self._ready: SimpleQueue[tuple[Batch, Slot] | BaseException | None] = SimpleQueue()
+        self._closed = False
+
+    def batches(self, slices: Iterator[BatchSlice]) -> Generator[Batch, None, None]:
+        """The batches of ``slices``, decoded ahead. Errors of the thread are raised here."""
+        spare = self._source.resources.slots
+        slots = [spare.pop() if spare else Slot() for _ in range(SLOTS)]
+        for slot in slots:
+            self._free.put(slot)
+        thread = threading.Thread(target=self._run, args=(slices,), name="vitlocal-loader", daemon=True)
+        thread.start()
+        try:
+            while isinstance(item := self._ready.get(), tuple):
+                batch, slot = item
+                if slot.copied is not None:
+                    stream = torch.cuda.current_stream(self._source.device)
+                    stream.wait_event(slot.copied)
+                    batch.images.record_stream(stream)
+                    batch.labels.record_stream(stream)
+                yield batch
+                self._free.put(slot)
+            if item is not None:
+                raise item
+        finally:
+            self._closed = True
+            self._free.put(slots[0])  # the thread may wait for it
+            thread.join()
+            spare += slots
+            self._source.report(self._file, self._damaged)
+
+    # --- in the thread ---
+
+    def _run(self, slices: Iterator[BatchSlice]) -> None:
+        try:
+            if self._stream is not None:
+                torch.cuda.set_device(self._stream.device)
+            for part in slices:
+                slot = self._free.get()
+                if self._closed:
+                    return
+                self._ready.put((self._read(part, slot), slot))
+            self._ready.put(None)
+        except BaseException as error:  # the consumer raises it, whatever it is
+            self._ready.put(error)
+
+    def _read(self, part: BatchSlice, slot: Slot) -> Batch:
+        """Decodes a batch, and starts its copy to the device."""
+        crops, rows = self._decode(part.draws, slot.crops(len(part.draws), self._size, self._stream is not None))
+        images = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
+        labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):  # host-to-device copies, which overlap the training step
+                images = images.to(self._source.device, non_blocking=True)
+                labels = labels.pin_memory().to(self._source.device, non_blocking=True)
+                slot.copied = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to the decoders
+                slot.copied.record(self._stream)
+        return Batch(images, labels, torch.from_numpy(rows), part.places, part.total)
+
+    def _decode(self, draws: np.ndarray, crops: torch.Tensor, attempt: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
+        source, file, rows = self._source, self._file, draws & ROW_MASK
+        problems = source.resources.threads.decode(file.bytes, file.rows, draws, self._policy, crops.numpy())
+        if not problems:
+            return crops, rows
+        places = np.array(sorted(problems))
+        if not source.skip_damaged:
+            raise DataError(
+                f"{file.path}: row {rows[places[0]]} {problems[places[0]]}. Write the file again, or train without "
+                "damaged images: --data.on_error=skip"
+            )
+        self._damaged |= {int(rows[place]): problem for place, problem in problems.items()}
+        if not source.crops.random:  # evaluation must not count an image twice
+            whole = np.delete(np.arange(len(draws)), places)
+            return crops[torch.from_numpy(whole)], rows[whole]
+        if attempt == MAX_REPLACEMENTS:
+            raise DataError(f"{file.path}: {attempt} images in a row do not decode; write the file again")
+        others = integers((source.crops.seed, self._epoch), draws[places], attempt, len(file.rows))
+        replaced = torch.empty((len(places), *crops.shape[1:]), dtype=torch.uint8)
+        crops[torch.from_numpy(places)], rows[places] = self._decode(others, replaced, attempt + 1)
+        return crops, rows
 
 
 class Loader:

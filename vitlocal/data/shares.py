@@ -6,7 +6,7 @@ process takes mirrored pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,32 +40,12 @@ class Share:
         back = total - 1 - front[::-1]
         return np.concatenate([front, back[1:] if total % 2 and last == half and last > first else back])
 
-    def slices(self, draws: np.ndarray, batch_size: int) -> Slices:
+    def slices(self, draws: np.ndarray, batch_size: int) -> Iterator[BatchSlice]:
         """This part of every global batch of ``batch_size``. The last batch holds what remains."""
-        return Slices(self, draws, batch_size)
-
-
-class Slices(Sequence[BatchSlice]):
-    """A part's slices of a pass, made on access: an epoch of small batches has a hundred thousand."""
-
-    def __init__(self, share: Share, draws: np.ndarray, batch_size: int):
-        self.share, self.draws, self.batch_size = share, draws, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.draws) // self.batch_size)
-
-    def __getitem__(self, number: int) -> BatchSlice:  # type: ignore[override]  # no slices of slices
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        batch = self.draws[number * self.batch_size : (number + 1) * self.batch_size]
-        places = self.share.places(len(batch))
-        return BatchSlice(batch[places], places, len(batch))
-
-    @property
-    def largest(self) -> int:
-        """Samples of the largest slice. A part of the last batch may have one pair more than a part of a full batch."""
-        full, rest = min(self.batch_size, len(self.draws)), len(self.draws) % self.batch_size
-        return max(len(self.share.places(total)) for total in (full, rest))
+        for start in range(0, len(draws), batch_size):
+            batch = draws[start : start + batch_size]
+            places = self.places(len(batch))
+            yield BatchSlice(batch[places], places, len(batch))
 
 
 WHOLE = Share()

@@ -35,43 +35,37 @@ def open_sources(
     Raises ConfigError if the data folder or the original images are missing, or if the splits have different classes.
     Raises DataError if files are damaged.
     """
-    policies = {
-        "train": CropPolicy(True, seed, crop_scale, crop_ratio, flip, repeats),
-        "val": CropPolicy(random=False, centre=centre_crop),
-    }
+    if loader not in LOADERS:
+        raise ConfigError(f"data.loader: got {loader!r}, expected one of {', '.join(LOADERS)}")
     workers = workers or max(1, cores() // local_world_size)
-    opened: list[Source]
     if loader == "native":
         from vitlocal.data.loader import LoaderResources, NativeSource
 
         resources = LoaderResources(workers)
-        opened = [
-            NativeSource(
+
+    def open_split(split: str, crops: CropPolicy) -> Source:
+        if loader == "native":
+            return NativeSource(
                 root, load_manifest(root, split), crops, device, resources, side_ratio=side_ratio, on_error=on_error,
                 share=share,
-            )
-            for split, crops in policies.items()
-        ]  # fmt: skip
-    elif loader == "ffcv":
-        from vitlocal.data.peers.ffcv import FFCVSource  # importing ffcv takes seconds
+            )  # fmt: skip
+        if loader == "ffcv":
+            from vitlocal.data.peers.ffcv import FFCVSource  # importing ffcv takes seconds
 
-        opened = [
-            FFCVSource(root, load_manifest(root, split), crops, device, workers, side_ratio=side_ratio, share=share)
-            for split, crops in policies.items()
-        ]
-    elif loader == "dali":
-        from vitlocal.data.peers.dali import DALISource  # an optional package
+            manifest = load_manifest(root, split)
+            return FFCVSource(root, manifest, crops, device, workers, side_ratio=side_ratio, share=share)
+        if loader == "dali":
+            from vitlocal.data.peers.dali import DALISource  # an optional package
 
-        opened = [DALISource(root, source, split, crops, device, workers, share) for split, crops in policies.items()]
-    elif loader == "torchvision":
+            return DALISource(root, source, split, crops, device, workers, share)
         from vitlocal.data.peers.torchvision import TorchvisionSource
 
-        opened = [
-            TorchvisionSource(root, source, split, crops, device, workers, share) for split, crops in policies.items()
-        ]
-    else:
-        raise ConfigError(f"data.loader: got {loader!r}, expected one of {', '.join(LOADERS)}")
-    sources = Sources(*opened)
+        return TorchvisionSource(root, source, split, crops, device, workers, share)
+
+    sources = Sources(
+        open_split("train", CropPolicy(True, seed, crop_scale, crop_ratio, flip, repeats)),
+        open_split("val", CropPolicy(random=False, centre=centre_crop)),
+    )
     if sources.train.classes != sources.val.classes:
         odd = sorted(set(sources.train.classes) ^ set(sources.val.classes))
         raise ConfigError(

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import weakref
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from vitlocal.data.crops import Box, CropPolicy
-from vitlocal.data.native import _native  # type: ignore[attr-defined]  # the compiled module
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 
@@ -36,7 +37,7 @@ FORM = np.dtype(
      ("offset", "u8"), ("bytes", "u8")]
 )  # fmt: skip
 AS_JPEG, AS_RAW, AS_ORIGINAL = 0, 1, 2  # how a photo is stored; AS_ORIGINAL: its own JPEG without metadata
-_MESSAGE_BYTES = 200
+MESSAGE_BYTES = 200
 _NO_MEMORY, _REFUSED = 3, 5
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
@@ -64,7 +65,10 @@ _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native functions with declared arguments. Calls release Python's lock."""
-    functions = ctypes.CDLL(_native.__file__)
+    found = find_spec("vitlocal.data.native._native")
+    if found is None:
+        raise ImportError("vitlocal's native code is not compiled; run pip install -e . in its folder")
+    functions = ctypes.CDLL(found.origin)
     types: dict[str, Any] = {"n": _NUMBER, "a": _ADDRESS, "b": ctypes.c_char_p, "i": _INT}
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(functions, f"vitlocal_{name}")
@@ -87,7 +91,7 @@ def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
 
 
 class DecoderThreads:
-    """The threads of the decoder, ``count`` (0: one for each core). Passes may share them.
+    """The threads of the decoder, ``count`` (0: one for each core), until ``close``. Passes may share them.
 
     ConfigError if the system cannot start so many.
     """
@@ -97,6 +101,8 @@ class DecoderThreads:
         self.pool = library().vitlocal_pool_new(self.count)
         if not self.pool:
             raise ConfigError(f"data.workers: the system cannot start {self.count} threads; set fewer")
+        self.close = weakref.finalize(self, library().vitlocal_pool_free, self.pool)
+        self.close.atexit = False  # a thread of a loader may still decode
 
     def decode(
         self, file: np.ndarray, rows: np.ndarray, draws: np.ndarray, policy: np.ndarray, crops: np.ndarray,
@@ -107,14 +113,14 @@ class DecoderThreads:
         ``file`` (bytes,) uint8 holds the images at the offsets in ``rows`` (n,) of ROW. ``policy`` is
         :func:`native_policy`'s. Returns what is wrong with images that do not decode, by their place in the batch.
         """
-        assert self.pool, "closed"
+        assert self.close.alive, "closed"
         assert crops.dtype == np.uint8 and crops.flags.c_contiguous
         assert crops.ndim == 4 and crops.shape[1] == crops.shape[2] and crops.shape[3] == 3
         assert file.dtype == np.uint8 and file.flags.c_contiguous and policy.dtype == POLICY
         assert draws.dtype == np.int64 and draws.flags.c_contiguous and len(draws) == len(crops)
         assert rows.dtype == ROW and rows.flags.c_contiguous and len(rows)
         statuses = np.zeros(len(draws), np.int32)
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
         first = library().vitlocal_decode(
             self.pool, file.ctypes.data, file.size, rows.ctypes.data, len(rows), draws.ctypes.data, len(draws),
             policy.ctypes.data, crops.shape[1], most_reduction, crops.ctypes.data, statuses.ctypes.data, message, None,
@@ -127,15 +133,6 @@ class DecoderThreads:
             for place in np.flatnonzero(statuses).tolist()
         }
 
-    def close(self) -> None:
-        if self.pool:
-            library().vitlocal_pool_free(self.pool)
-            self.pool = None
-
-    def __del__(self) -> None:
-        if getattr(self, "pool", None):
-            self.close()
-
 
 class Encoder:
     """Makes the stored forms of photos, one photo at a time. Each thread needs its own encoder."""
@@ -144,16 +141,15 @@ class Encoder:
         self._encoder = library().vitlocal_encoder_new()
         if not self._encoder:
             raise MemoryError("no memory for an encoder")
+        weakref.finalize(self, library().vitlocal_encoder_free, self._encoder).atexit = False
         self._photo = np.zeros(1, PHOTO)
         self._output = ctypes.c_void_p()
-        self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        self._message = ctypes.c_char_p()
 
     def inspect(self, data: bytes) -> np.void | None:
-        """The header of a JPEG, of PHOTO; None if ``data`` is not a JPEG."""
-        status = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
-        if status == _NO_MEMORY:
-            raise MemoryError("no memory to read a JPEG's header")
-        return None if status else self._photo[0]
+        """The header of a JPEG, of PHOTO; None if it cannot be read."""
+        failed = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
+        return None if failed else self._photo[0]
 
     def encode(self, photo: bytes | np.ndarray, height: int, width: int, forms: np.ndarray) -> list[bytes] | None:
         """The photo in each of ``forms`` (F,) of FORM, none of them larger than the photo. FFCV's filter shrinks it.
@@ -166,18 +162,13 @@ class Encoder:
         assert isinstance(photo, bytes) or (photo.flags.c_contiguous and photo.shape == (height, width, 3))
         status = library().vitlocal_encode(
             self._encoder, data, len(data or b""), pixels, height, width, forms.ctypes.data, len(forms),
-            ctypes.byref(self._output), self._message,
+            ctypes.byref(self._output), ctypes.byref(self._message),
         )  # fmt: skip
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory to encode {width} x {height} px")
         if status == _REFUSED:
-            raise ValueError(_PROBLEMS[status].format(message=self._message.value.decode("latin-1")))
+            raise ValueError(_PROBLEMS[status].format(message=(self._message.value or b"").decode("latin-1")))
         if status:
             return None
         start = self._output.value
         return [ctypes.string_at(start + offset, count) for offset, count in forms[["offset", "bytes"]].tolist()]
-
-    def __del__(self) -> None:
-        if getattr(self, "_encoder", None):
-            library().vitlocal_encoder_free(self._encoder)
-            self._encoder = None

@@ -2,12 +2,8 @@
 #include "native.h"
 
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 
 /* One call: decodes the images `draws` (count,) of a file to `crops`. It is on the caller's stack. */
 struct batch {
@@ -21,9 +17,10 @@ struct batch {
     int size, most_reduction;
     uint8_t *crops;
     int32_t *statuses;
-    char *message; /* of the first bad image of the batch */
+    char *message;    /* of the first bad image of the batch */
+    int64_t *damaged; /* counts bad images, unless it is NULL */
 
-    int64_t next, done, worst; /* guarded by the pool */
+    int64_t next, done, worst; /* guarded by the pool, as *message and *damaged */
     struct batch *after;
 };
 
@@ -32,73 +29,45 @@ struct pool {
     pthread_cond_t work, finished;
     struct batch *first; /* list of batches with images that no thread has taken */
     int closing, threads;
-    pthread_t *ids;
+    pthread_t ids[];
 };
 
 /* Images that a thread takes at once, because small images decode faster than a thread can fetch them. */
 enum { TAKEN = 4, REPEAT_SHIFT = 40 /* of crops.py */, LARGEST_EDGE = 65535 /* 16 bits in a .beton file's table */ };
 
-struct decoder { /* of one thread */
-    struct jpeg *jpeg;
-    struct resizer *resizer;
-};
-
-static void decoder_free(struct decoder *decoder) {
-    if (!decoder) return;
-    jpeg_free(decoder->jpeg);
-    resizer_free(decoder->resizer);
-    free(decoder);
-}
-
-static struct decoder *decoder_new(void) {
-    struct decoder *decoder = malloc(sizeof *decoder);
-    if (!decoder) return NULL;
-    *decoder = (struct decoder){jpeg_new(), resizer_new()};
-    if (decoder->jpeg && decoder->resizer) return decoder;
-    decoder_free(decoder);
-    return NULL;
-}
-
-/* Decodes the crop (S, S, 3) of `draw` from the image `row` of the batch's file. */
-static enum status decode(struct decoder *decoder, const struct batch *b, const struct row *row, int64_t draw,
-                          uint8_t *crop, char *message) {
-    if (row->offset > b->file_bytes || row->bytes > b->file_bytes - row->offset || !row->width || !row->height
-        || row->width > LARGEST_EDGE || row->height > LARGEST_EDGE) return OUTSIDE;
-    const int height = (int)row->height, width = (int)row->width, size = b->size;
-    const uint8_t *data = b->file + row->offset;
-    struct box box;
-    vitlocal_box(b->policy, draw, height, width, &box);
-    if (row->raw) {
-        if (row->bytes < (uint64_t)row->width * row->height * 3) return OUTSIDE;
-        return resize(decoder->resizer, data, (size_t)width * 3, height, width, &box, TRIANGLE, size, size, crop);
-    }
-    struct region region;
-    const enum status status = jpeg_decode(decoder->jpeg, data, row->bytes, height, width, &box, size,
-                                           b->most_reduction, &region, message);
-    if (status != OK) return status;
-    box.top = box.top / region.reduction - region.top;
-    box.left = box.left / region.reduction - region.left;
-    box.height /= region.reduction;
-    box.width /= region.reduction;
-    return resize(decoder->resizer, region.pixels, region.stride, region.height, region.width, &box, TRIANGLE, size,
-                  size, crop);
-}
-
 static size_t crop_bytes(const struct batch *b) { return (size_t)b->size * (size_t)b->size * 3; }
 
-static enum status decode_place(struct decoder *decoder, const struct batch *b, int64_t place, char *message) {
-    message[0] = 0;
+/* Makes the crop (S, S, 3) at `place` of a batch. */
+static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const struct batch *b, int64_t place) {
     const int64_t draw = b->draws[place];
     const int64_t index = b->row_count ? draw & (((int64_t)1 << REPEAT_SHIFT) - 1) : place;
-    if (!decoder) return NO_MEMORY;
     if (draw < 0 || (b->row_count && index >= b->row_count)) return OUTSIDE;
-    return decode(decoder, b, &b->rows[index], draw, b->crops + (size_t)place * crop_bytes(b), message);
+    const struct row *row = &b->rows[index];
+    if (row->offset > b->file_bytes || row->bytes > b->file_bytes - row->offset || !row->width || !row->height
+        || row->width > LARGEST_EDGE || row->height > LARGEST_EDGE) return OUTSIDE;
+    if (row->raw && row->bytes < (uint64_t)row->width * row->height * 3) return OUTSIDE;
+
+    const int height = (int)row->height, width = (int)row->width;
+    const uint8_t *data = b->file + row->offset;
+    struct region region = {data, (size_t)width * 3, 0, 0, height, width, 1};
+    struct box box;
+    vitlocal_box(b->policy, draw, height, width, &box);
+    if (!row->raw) {
+        const enum status status = jpeg_decode(jpeg, data, row->bytes, height, width, &box, b->size, b->most_reduction,
+                                               &region);
+        if (status != OK) return status;
+        box.top = box.top / region.reduction - region.top;
+        box.left = box.left / region.reduction - region.left;
+        box.height /= region.reduction;
+        box.width /= region.reduction;
+    }
+    return resize(resizer, &region, &box, TRIANGLE, b->size, b->size, b->crops + (size_t)place * crop_bytes(b));
 }
 
 static void *serve(void *argument) {
     struct pool *pool = argument;
-    struct decoder *decoder = decoder_new();
-    char message[MESSAGE_BYTES];
+    struct jpeg jpeg = {0};
+    struct resizer resizer = {0};
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (!pool->first && !pool->closing) pthread_cond_wait(&pool->work, &pool->lock);
@@ -110,15 +79,16 @@ static void *serve(void *argument) {
         pthread_mutex_unlock(&pool->lock);
 
         for (int64_t place = start; place < end; place++) {
-            const enum status status = decode_place(decoder, b, place, message);
+            const enum status status = decode(&jpeg, &resizer, b, place);
             b->statuses[place] = (int32_t)status;
             if (status == OK) continue;
             memset(b->crops + (size_t)place * crop_bytes(b), 0, crop_bytes(b)); /* not old pixels */
             pthread_mutex_lock(&pool->lock);
             if (b->worst < 0 || place < b->worst) {
                 b->worst = place;
-                memcpy(b->message, message, MESSAGE_BYTES);
+                memcpy(b->message, jpeg.failure.message, MESSAGE_BYTES);
             }
+            if (b->damaged) ++*b->damaged;
             pthread_mutex_unlock(&pool->lock);
         }
 
@@ -127,12 +97,12 @@ static void *serve(void *argument) {
         if (b->done == b->count) pthread_cond_broadcast(&pool->finished);
     }
     pthread_mutex_unlock(&pool->lock);
-    decoder_free(decoder);
+    jpeg_free(&jpeg);
+    resizer_free(&resizer);
     return NULL;
 }
 
 EXPORT void vitlocal_pool_free(struct pool *pool) {
-    if (!pool) return;
     pthread_mutex_lock(&pool->lock);
     pool->closing = 1;
     pthread_cond_broadcast(&pool->work);
@@ -141,19 +111,17 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
     pthread_mutex_destroy(&pool->lock);
     pthread_cond_destroy(&pool->work);
     pthread_cond_destroy(&pool->finished);
-    free(pool->ids);
     free(pool);
 }
 
 /* NULL if the system has no memory or cannot start the threads. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
-    struct pool *pool = calloc(1, sizeof *pool);
+    struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->ids[0]);
     if (!pool) return NULL;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->finished, NULL);
-    pool->ids = calloc((size_t)threads, sizeof *pool->ids);
-    for (; pool->ids && pool->threads < threads; pool->threads++) {
+    for (; pool->threads < threads; pool->threads++) {
         if (pthread_create(&pool->ids[pool->threads], NULL, serve, pool)) break;
     }
     if (pool->threads < threads) {
@@ -177,7 +145,7 @@ EXPORT int64_t vitlocal_decode(struct pool *pool, const uint8_t *file, int64_t f
     struct batch batch = {
         .file = file, .file_bytes = (uint64_t)file_bytes, .rows = rows, .row_count = row_count, .draws = draws,
         .count = count, .policy = policy, .size = (int)size, .most_reduction = (int)most_reduction, .crops = crops,
-        .statuses = statuses, .message = message, .worst = -1,
+        .statuses = statuses, .message = message, .damaged = damaged, .worst = -1,
     };
     pthread_mutex_lock(&pool->lock);
     struct batch **end = &pool->first;
@@ -186,16 +154,5 @@ EXPORT int64_t vitlocal_decode(struct pool *pool, const uint8_t *file, int64_t f
     pthread_cond_broadcast(&pool->work);
     while (batch.done < batch.count) pthread_cond_wait(&pool->finished, &pool->lock);
     pthread_mutex_unlock(&pool->lock);
-    if (batch.worst >= 0 && damaged) {
-        int64_t bad = 0;
-        for (int64_t place = 0; place < count; place++) bad += statuses[place] != OK;
-        __atomic_fetch_add(damaged, bad, __ATOMIC_RELAXED);
-    }
     return batch.worst;
 }
-
-/* Python imports the library to find it, and calls the functions above through ctypes. */
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "The fused decoder, for ctypes.", -1,
-                                    NULL, NULL, NULL, NULL, NULL};
-
-PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

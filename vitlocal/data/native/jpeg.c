@@ -3,76 +3,45 @@
  * Whole blocks of columns are skipped (jpeg_crop_scanline), rows above are only entropy-decoded (jpeg_skip_scanlines),
  * and rows below are not read. Other scales of libjpeg-turbo (3/8, 5/8 …) have no SIMD and are slower than full size.
  */
+#define _GNU_SOURCE /* memmem */
 #include "native.h"
 
-#include <setjmp.h>
-#include <stdio.h> /* jpeglib.h needs it */
 #include <stdlib.h>
 #include <string.h>
-
-#include <jpeglib.h>
 
 #include <jerror.h>
 
 enum {
     MARGIN = 2,
     MAX_SCANS = 100, /* progressive photos have about ten; thousands would take many minutes */
-    EXIF_MARKER = JPEG_APP0 + 1,
-    LONGEST_MARKER = 65533,
 };
 
-struct jpeg {
-    struct jpeg_decompress_struct decoder;
-    struct jpeg_error_mgr errors;
-    struct jpeg_progress_mgr progress;
-    jmp_buf escape;
-    enum status failure; /* the reason of the longjmp */
-    char *message;
-    uint8_t *pixels;
-    size_t capacity;
-};
-
-static void leave(struct jpeg *jpeg, enum status failure) {
-    jpeg->failure = failure;
-    longjmp(jpeg->escape, 1);
+static void leave(struct failure *failure, enum status status) {
+    failure->status = status;
+    longjmp(failure->escape, 1);
 }
 
-enum status describe_error(j_common_ptr codec, char *message) {
-    char text[JMSG_LENGTH_MAX];
-    codec->err->format_message(codec, text);
-    snprintf(message, MESSAGE_BYTES, "%s", text);
-    return codec->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT;
-}
-
-static void fail(j_common_ptr decoder) {
-    struct jpeg *jpeg = decoder->client_data;
-    leave(jpeg, describe_error(decoder, jpeg->message));
+void jpeg_fail(j_common_ptr codec) {
+    struct failure *failure = codec->client_data;
+    codec->err->format_message(codec, failure->message);
+    leave(failure, codec->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT);
 }
 
 /* After a warning, libjpeg continues with invented pixels. Here the image counts as corrupt. */
 static void warn(j_common_ptr decoder, int level) {
-    if (level < 0) fail(decoder);
+    if (level < 0) jpeg_fail(decoder);
 }
 
 static void watch(j_common_ptr decoder) {
-    struct jpeg *jpeg = decoder->client_data;
+    struct failure *failure = decoder->client_data;
     if (((j_decompress_ptr)decoder)->input_scan_number <= MAX_SCANS) return;
-    snprintf(jpeg->message, MESSAGE_BYTES, "has more than %d scans", MAX_SCANS);
-    leave(jpeg, REFUSED);
-}
-
-struct jpeg *jpeg_new(void) {
-    struct jpeg *jpeg = calloc(1, sizeof *jpeg);
-    if (!jpeg) return NULL;
-    jpeg->progress.progress_monitor = watch;
-    return jpeg;
+    snprintf(failure->message, MESSAGE_BYTES, "has more than %d scans", MAX_SCANS);
+    leave(failure, REFUSED);
 }
 
 void jpeg_free(struct jpeg *jpeg) {
-    if (!jpeg) return;
-    jpeg_destroy_decompress(&jpeg->decoder);
+    jpeg_destroy_decompress(&jpeg->decoder); /* does nothing if there is none */
     free(jpeg->pixels);
-    free(jpeg);
 }
 
 /* Makes a new decompressor for each image. Otherwise libjpeg would use the tables of the last image for one that lacks
@@ -80,11 +49,12 @@ void jpeg_free(struct jpeg *jpeg) {
 static void begin(struct jpeg *jpeg, const uint8_t *data, size_t bytes) {
     struct jpeg_decompress_struct *d = &jpeg->decoder;
     jpeg_destroy_decompress(d); /* does nothing the first time */
-    d->err = jpeg_std_error(&jpeg->errors);
-    jpeg->errors.error_exit = fail;
-    jpeg->errors.emit_message = warn;
-    d->client_data = jpeg; /* jpeg_create_decompress keeps it and err */
+    d->err = jpeg_std_error(&jpeg->failure.errors);
+    d->err->error_exit = jpeg_fail;
+    d->err->emit_message = warn;
+    d->client_data = &jpeg->failure; /* jpeg_create_decompress keeps it and err */
     jpeg_create_decompress(d);
+    jpeg->progress.progress_monitor = watch;
     d->progress = &jpeg->progress;
     jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes); /* old headers have no const */
 }
@@ -101,14 +71,13 @@ static int usual_sampling(const struct jpeg_decompress_struct *d) {
 }
 
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
-                        const struct box *box, int size, int most_reduction, struct region *region, char *message) {
+                        const struct box *box, int size, int most_reduction, struct region *region) {
     struct jpeg_decompress_struct *d = &jpeg->decoder;
-    jpeg->message = message;
-    if (setjmp(jpeg->escape)) return jpeg->failure;
+    if (setjmp(jpeg->failure.escape)) return jpeg->failure.status;
     begin(jpeg, data, bytes);
     jpeg_read_header(d, TRUE);
     if ((int)d->image_width != width || (int)d->image_height != height) {
-        snprintf(message, MESSAGE_BYTES, "is %u x %u", d->image_width, d->image_height);
+        snprintf(jpeg->failure.message, MESSAGE_BYTES, "is %u x %u", d->image_width, d->image_height);
         return WRONG_SIZE;
     }
 
@@ -153,14 +122,6 @@ static uint32_t number_at(const uint8_t *data, size_t bytes, int big_endian) {
     return number;
 }
 
-static int contains(const uint8_t *data, size_t bytes, const char *word) {
-    const size_t length = strlen(word);
-    for (size_t at = 0; at + length <= bytes; at++) {
-        if (memcmp(data + at, word, length) == 0) return 1;
-    }
-    return 0;
-}
-
 /* Whether the APP1 segments say that the image is upright; 0 also if they cannot be parsed. */
 static int says_upright(jpeg_saved_marker_ptr segment) {
     static const uint32_t ORIENTATION = 0x0112, SHORT = 3;
@@ -168,7 +129,7 @@ static int says_upright(jpeg_saved_marker_ptr segment) {
     for (; segment; segment = segment->next) {
         const uint8_t *tiff = segment->data + 6;
         if (segment->data_length < 6 || memcmp(segment->data, "Exif\0", 6) != 0) {
-            elsewhere |= contains(segment->data, segment->data_length, "rientation"); /* XMP */
+            elsewhere |= memmem(segment->data, segment->data_length, "rientation", 10) != NULL; /* XMP */
             continue;
         }
         const size_t bytes = segment->data_length - 6;
@@ -220,13 +181,12 @@ size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept) {
     return length + end + 2 - at;
 }
 
-enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message) {
+enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo) {
     struct jpeg_decompress_struct *d = &jpeg->decoder;
     *photo = (struct photo){0};
-    jpeg->message = message;
-    if (setjmp(jpeg->escape)) return jpeg->failure;
+    if (setjmp(jpeg->failure.escape)) return jpeg->failure.status;
     begin(jpeg, data, bytes);
-    jpeg_save_markers(d, EXIF_MARKER, LONGEST_MARKER);
+    jpeg_save_markers(d, JPEG_APP0 + 1, 0xFFFF); /* EXIF and XMP, whole */
     jpeg_read_header(d, TRUE);
     photo->width = d->image_width;
     photo->height = d->image_height;

@@ -7,8 +7,12 @@
 #define VITLOCAL_NATIVE_H
 
 #include <math.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h> /* jpeglib.h needs it */
+
+#include <jpeglib.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -20,8 +24,6 @@ enum status {
     OUTSIDE = 4,     /* its bytes are outside of the file, or it has no area */
     REFUSED = 5,     /* it would take too long; see the message */
 };
-
-enum { MESSAGE_BYTES = 200 };
 
 enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, the whole image */
 
@@ -66,35 +68,60 @@ struct row { /* of a .beton file */
 /* crops.c */
 EXPORT void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, struct box *box);
 
+struct region { /* a part of an image, at 1/reduction */
+    const uint8_t *pixels;
+    size_t stride;                /* bytes from row to row */
+    int top, left, height, width; /* in pixels of the reduced image */
+    int reduction;
+};
+
 /* resize.c */
-struct resizer; /* scratch memory of one thread, which grows as needed */
-struct resizer *resizer_new(void);
+struct weights { /* an output pixel is a weighted sum of the `taps` pixels from `first`, all inside of the image */
+    int taps;
+    int32_t *first; /* (length of the output,) */
+    uint16_t *of;   /* (length, taps), each row summing to `total` */
+    size_t first_bytes, of_bytes;
+};
+struct resizer { /* scratch memory of one thread, which grows as needed; starts as zeros */
+    struct weights vertical, horizontal;
+    uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
+    uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
+    double *shares;   /* (taps,): weights of the pixels in one output pixel */
+    size_t wide_bytes, turned_bytes, shares_bytes;
+};
 void resizer_free(struct resizer *resizer);
 /* Makes *pointer hold at least `bytes`, aligned to 64; its content is lost. Returns 0 if there is no memory. */
 int hold(void *pointer, size_t *capacity, size_t bytes);
 /* TRIANGLE is the bilinear filter with antialiasing of Pillow and torchvision. AREA, only for shrinking, is the mean of
  * the covered pixels, as OpenCV's INTER_AREA, which FFCV uses to store images. */
 enum filter { TRIANGLE, AREA };
-/* Resamples `box` (in pixels of `image`, with rows `stride` bytes apart) to `out` (rows, columns, 3). Reads no pixel
- * outside of the image. Returns OK or NO_MEMORY. */
-enum status resize(struct resizer *resizer, const uint8_t *image, size_t stride, int height, int width,
-                   const struct box *box, enum filter filter, int rows, int columns, uint8_t *out);
+/* Resamples `box` (in pixels from the region's first) to `out` (rows, columns, 3). Reads no pixel outside of the region.
+ * Returns OK or NO_MEMORY. */
+enum status resize(struct resizer *resizer, const struct region *region, const struct box *box, enum filter filter,
+                   int rows, int columns, uint8_t *out);
 EXPORT int vitlocal_instructions(int wanted); /* 0 plain, 1 SSE2, 2 AVX2; < 0: the best here. Returns the choice. */
 
 /* jpeg.c */
-struct jpeg; /* a decompressor and its scratch memory, of one thread */
-struct region { /* a part of an image, decoded at 1/reduction */
-    const uint8_t *pixels;
-    size_t stride;
-    int top, left, height, width; /* in pixels of the reduced image */
-    int reduction;
+enum { MESSAGE_BYTES = JMSG_LENGTH_MAX };
+struct failure { /* how a call of libjpeg ends at an error: the status and the message are set, then it jumps */
+    struct jpeg_error_mgr errors;
+    jmp_buf escape;
+    enum status status;
+    char message[MESSAGE_BYTES];
 };
-struct jpeg *jpeg_new(void);
+void jpeg_fail(j_common_ptr codec); /* the error_exit of a codec whose client_data is a struct failure */
+struct jpeg { /* a decompressor and its scratch memory, of one thread; starts as zeros */
+    struct jpeg_decompress_struct decoder;
+    struct jpeg_progress_mgr progress;
+    struct failure failure;
+    uint8_t *pixels;
+    size_t capacity;
+};
 void jpeg_free(struct jpeg *jpeg);
-/* Decodes the part that `box` needs, at the largest reduction of 1, 2, 4, 8 that keeps the box at least `size` px.
- * Writes `message` if the result is CORRUPT. The pixels are valid until the next call. */
+/* Decodes the part that `box` needs, at the largest reduction of 1, 2, 4, 8 that keeps the box at least `size` px. If
+ * it is CORRUPT, the failure has a message. The pixels are valid until the next call. */
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
-                        const struct box *box, int size, int most_reduction, struct region *region, char *message);
+                        const struct box *box, int size, int most_reduction, struct region *region);
 
 struct form { /* a stored form of a photo; `offset` and `bytes` locate it in the encoder's output */
     uint32_t width, height;
@@ -114,7 +141,7 @@ struct photo { /* the header of a file */
     uint32_t keepable; /* fast to decode: not progressive, not arithmetic, usual sampling */
 };
 /* Reads the header of `data`; CORRUPT if it is not a JPEG. */
-enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo, char *message);
+enum status jpeg_inspect(struct jpeg *jpeg, const uint8_t *data, size_t bytes, struct photo *photo);
 /* Copies a file to `kept` (bytes,) without comments, previews, application data and trailing bytes. Returns its length;
  * 0 if it has several scans or no end. */
 size_t jpeg_strip(const uint8_t *data, size_t bytes, uint8_t *kept);

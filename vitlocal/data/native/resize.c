@@ -21,32 +21,17 @@ enum {
     STRIP = 160, /* pixels of the image that are transposed at a time: 15 KiB, which stay in the L1 cache */
 };
 
-/* An output pixel is a weighted sum of the `taps` pixels from `first`, all inside of the image. */
-struct weights {
-    int taps;
-    int32_t *first; /* (length of the output,) */
-    uint16_t *of;   /* (length, taps), each row summing to `total` */
-    size_t first_bytes, of_bytes;
-};
-
-struct resizer {
-    struct weights vertical, horizontal;
-    uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
-    uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
-    uint8_t *narrow;  /* a copy of an image too narrow for a vector */
-    double *shares;   /* (taps,): weights of the pixels in one output pixel */
-    size_t wide_bytes, turned_bytes, narrow_bytes, shares_bytes;
-};
-
-typedef void first_pass(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
-                        const uint16_t *wide, uint16_t *turned);
 /* Output pixels start..end of some rows, from the transposed pixels from `from`. */
 struct strip {
     int start, end, rows, from;
 };
 
-typedef void second_pass(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                         uint8_t *out, size_t stride);
+struct passes {
+    void (*first)(const uint8_t *image, size_t stride, int columns, const int32_t *first, int taps,
+                  const uint16_t *wide, uint16_t *turned);
+    void (*second)(const uint16_t *turned, const struct weights *weights, const struct strip *strip, uint8_t *out,
+                   size_t stride);
+};
 
 /* --- plain C, with which tests compare the others --- */
 
@@ -68,35 +53,25 @@ static uint16_t rounding(int taps) { /* half a level, and the average loss of tr
     return (uint16_t)(128 + taps / 2);
 }
 
-static inline void second_in_c(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                               uint8_t *out, size_t stride, const int exact) {
-    const int taps = weights->taps;
+/* For more than MANY_TAPS, which shrink to less than a thirtieth, a sum of truncated products is not exact enough. */
+static void second_plain(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
+                         uint8_t *out, size_t stride) {
+    const int taps = weights->taps, exact = taps > MANY_TAPS;
     for (int x = strip->start; x < strip->end; x++) {
         for (int channel = 0; channel < 3; channel++) {
             const uint16_t *column = turned + ((weights->first[x] - strip->from) * 3 + channel) * ROWS;
             for (int row = 0; row < strip->rows; row++) {
-                uint32_t sum = exact ? 0 : rounding(taps); /* exact: at most 65280 x 65535 */
+                uint32_t sum = exact ? 1 << 23 : rounding(taps); /* stays below 2^32, or 2^16 */
                 for (int tap = 0; tap < taps; tap++) {
                     const uint32_t product = (uint32_t)column[(size_t)tap * 3 * ROWS + row]
                                              * weights->of[(size_t)x * taps + tap];
                     sum += exact ? product : product >> 16;
                 }
                 out[(size_t)row * stride + (size_t)(x - strip->start) * 3 + channel] =
-                    exact ? (uint8_t)(((uint64_t)sum + (1 << 23)) >> 24) : (uint8_t)((sum > 65535 ? 65535 : sum) >> 8);
+                    (uint8_t)(sum >> (exact ? 24 : 8));
             }
         }
     }
-}
-
-static void second_plain(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                         uint8_t *out, size_t stride) {
-    second_in_c(turned, weights, strip, out, stride, 0);
-}
-
-/* For more taps than a sum of truncated products is exact enough for: shrinking to less than a thirtieth. */
-static void second_exact(const uint16_t *turned, const struct weights *weights, const struct strip *strip,
-                         uint8_t *out, size_t stride) {
-    second_in_c(turned, weights, strip, out, stride, 1);
 }
 
 #ifdef HAVE_X86
@@ -117,13 +92,13 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
 #define TURN_WORDS(v) TURN(v, 8, 3, epi16)
 
 /* Constants unroll the loop over the taps. */
-#define FOR_TAPS(taps)                                                                                        \
+#define FOR_TAPS(taps, pass, ...)                                                                             \
     switch (taps) {                                                                                           \
-    case 2: PASS(2); break;                                                                                   \
-    case 3: PASS(3); break;                                                                                   \
-    case 4: PASS(4); break;                                                                                   \
-    case 5: PASS(5); break;                                                                                   \
-    default: PASS(taps);                                                                                      \
+    case 2: pass(2, __VA_ARGS__); break;                                                                      \
+    case 3: pass(3, __VA_ARGS__); break;                                                                      \
+    case 4: pass(4, __VA_ARGS__); break;                                                                      \
+    case 5: pass(5, __VA_ARGS__); break;                                                                      \
+    default: pass(taps, __VA_ARGS__);                                                                         \
     }
 
 /* The two passes, for each instruction set. */
@@ -136,28 +111,22 @@ static void second_exact(const uint16_t *turned, const struct weights *weights, 
 
 /* --- the choice of an instruction set --- */
 
-enum { PLAIN = 0, SSE2 = 1, WITH_AVX2 = 2 };
+static const struct passes PASSES[] = {
+    {first_plain, second_plain},
 #ifdef HAVE_X86
-static first_pass *const FIRST[] = {first_plain, first_sse2, first_avx2};
-static second_pass *const SECOND[] = {second_plain, second_sse2, second_avx2};
-#else
-static first_pass *const FIRST[] = {first_plain};
-static second_pass *const SECOND[] = {second_plain};
+    {first_sse2, second_sse2},
+    {first_avx2, second_avx2},
 #endif
+};
 
 static int instructions = -1;
 
-static int best(void) {
-#ifdef HAVE_X86
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") ? WITH_AVX2 : SSE2;
-#else
-    return PLAIN;
-#endif
-}
-
 int vitlocal_instructions(int wanted) {
-    const int most = best();
+#ifdef HAVE_X86
+    const int most = __builtin_cpu_supports("avx2") ? 2 : 1;
+#else
+    const int most = 0;
+#endif
     const int used = wanted < 0 || wanted > most ? most : wanted;
     __atomic_store_n(&instructions, used, __ATOMIC_RELAXED);
     return used;
@@ -236,19 +205,14 @@ static void fill(struct weights *weights, enum filter filter, double start, doub
 
 /* --- scratch memory --- */
 
-struct resizer *resizer_new(void) { return calloc(1, sizeof(struct resizer)); }
-
 void resizer_free(struct resizer *r) {
-    if (!r) return;
     free(r->vertical.first);
     free(r->vertical.of);
     free(r->horizontal.first);
     free(r->horizontal.of);
     free(r->wide);
     free(r->turned);
-    free(r->narrow);
     free(r->shares);
-    free(r);
 }
 
 int hold(void *pointer, size_t *capacity, size_t bytes) {
@@ -266,23 +230,13 @@ static int prepare_weights(struct weights *weights, int length) {
            && hold(&weights->of, &weights->of_bytes, (size_t)length * (size_t)weights->taps * sizeof(uint16_t));
 }
 
-enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int height, int width,
-                   const struct box *box, enum filter filter, int rows, int columns, uint8_t *out) {
-    const struct window window = window_of(box, 1, height, width); /* no other pixels are read */
+enum status resize(struct resizer *r, const struct region *region, const struct box *box, enum filter filter,
+                   int rows, int columns, uint8_t *out) {
+    const struct window window = window_of(box, 1, region->height, region->width); /* no other pixels are read */
     const int top = window.top, left = window.left, tall = window.bottom - top, across = window.right - left;
-    image += (size_t)top * stride + (size_t)left * 3;
+    const uint8_t *image = region->pixels + (size_t)top * region->stride + (size_t)left * 3;
 
-    int bytes_across = across * 3;
-    if (bytes_across < ROWS) { /* a vector would exceed the image */
-        if (!hold(&r->narrow, &r->narrow_bytes, (size_t)tall * ROWS)) return NO_MEMORY;
-        for (int row = 0; row < tall; row++) {
-            memset(r->narrow + row * ROWS, 0, ROWS);
-            memcpy(r->narrow + row * ROWS, image + (size_t)row * stride, (size_t)bytes_across);
-        }
-        image = r->narrow;
-        stride = ROWS;
-        bytes_across = ROWS;
-    }
+    const int bytes_across = across * 3;
     const int taps = taps_for(filter, box->top - top, box->height, rows, tall);
     r->vertical.taps = taps;
     r->horizontal.taps = taps_for(filter, box->left - left, box->width, columns, across);
@@ -291,13 +245,13 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
         || !hold(&r->wide, &r->wide_bytes, (size_t)ROWS * ROWS * (size_t)taps * sizeof(uint16_t))
         || !hold(&r->turned, &r->turned_bytes, (size_t)bytes_across * ROWS * sizeof(uint16_t))) return NO_MEMORY;
     fill(&r->vertical, filter, box->top - top, box->height, tall, rows, 256, 0, r->shares);
-    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped,
-         r->shares);
+    fill(&r->horizontal, filter, box->left - left, box->width, across, columns, 65535, box->flipped, r->shares);
 
     int kind = __atomic_load_n(&instructions, __ATOMIC_RELAXED);
     if (kind < 0) kind = vitlocal_instructions(-1);
-    first_pass *first = FIRST[kind];
-    second_pass *second = r->horizontal.taps > MANY_TAPS ? second_exact : SECOND[kind];
+    struct passes passes = PASSES[kind];
+    if (bytes_across < ROWS) passes.first = first_plain; /* a vector would exceed the image */
+    if (r->horizontal.taps > MANY_TAPS) passes.second = second_plain;
     /* Whole vectors of three channels. */
     const int fitting = (int)fmin(columns, STRIP * columns / box->width) / ROWS * ROWS;
     const int strip_columns = fitting ? fitting : ROWS;
@@ -322,8 +276,8 @@ enum status resize(struct resizer *r, const uint8_t *image, size_t stride, int h
                 bytes = bytes_across;
             }
             const struct strip strip = {x, end, some, low};
-            first(image + (size_t)low * 3, stride, bytes, from, taps, r->wide, r->turned);
-            second(r->turned, &r->horizontal, &strip, out + ((size_t)y * columns + x) * 3, (size_t)columns * 3);
+            passes.first(image + (size_t)low * 3, region->stride, bytes, from, taps, r->wide, r->turned);
+            passes.second(r->turned, &r->horizontal, &strip, out + ((size_t)y * columns + x) * 3, (size_t)columns * 3);
         }
     }
     return OK;

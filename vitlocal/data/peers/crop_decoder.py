@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.native import EIGHTH, ROW, DecoderThreads, library, native_policy
+from vitlocal.data.native import EIGHTH, MESSAGE_BYTES, ROW, DecoderThreads, library, native_policy
 
 
 @contextmanager
@@ -43,9 +43,9 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images 
     loader would hang at an error. (FFCV's own decoders return the pixels of another image.)
     """
 
-    def __init__(self, size: int, crops: CropPolicy | None = None, most_reduction: int = EIGHTH):
+    def __init__(self, size: int, crops: CropPolicy | None = None):
         super().__init__()
-        self.size, self.most_reduction = size, most_reduction
+        self.size = size
         # The compiled code knows these by their addresses, because numba would freeze their values.
         self.policy = native_policy(crops or CropPolicy(random=True), -1)  # Loader() adds 1, and so does each pass
         self.damaged = np.zeros(1, np.int64)
@@ -60,12 +60,12 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images 
         if self.threads is None:
             self.threads = DecoderThreads(Compiler.num_threads)
         read, native = self.memory_read, library().vitlocal_decode
-        pool, policy, most_reduction = self.threads.pool, self.policy.ctypes.data, self.most_reduction
-        damaged, row_bytes = self.damaged.ctypes.data, ROW.itemsize
+        pool, policy, damaged = self.threads.pool, self.policy.ctypes.data, self.damaged.ctypes.data
+        row_words = ROW.itemsize // 8
 
         def decode(rows_asked, crops, metadata, storage_state):  # type: ignore[no-untyped-def]  # numba compiles it
             count = len(rows_asked)
-            rows = np.zeros((count, row_bytes // 8), np.uint64)  # native.ROW, with an address as the offset
+            rows = np.zeros((count, row_words), np.uint64)  # native.ROW, with an address as the offset
             draws = np.empty(count, np.int64)
             for place in range(count):
                 draws[place] = rows_asked[place]
@@ -76,11 +76,10 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images 
                 rows[place, 2] = np.uint64(field["width"]) | (np.uint64(field["height"]) << np.uint64(32))
                 rows[place, 3] = np.uint64(field["mode"])
             statuses = np.zeros(count, np.int32)
-            message = np.zeros(200, np.uint8)
+            message = np.zeros(MESSAGE_BYTES, np.uint8)
             native(
                 pool, 0, 0x7FFFFFFFFFFFFFFF, rows.ctypes.data, 0, draws.ctypes.data, count, policy, crops.shape[1],
-                most_reduction, crops.ctypes.data, statuses.ctypes.data, message.ctypes.data,
-                damaged,
+                EIGHTH, crops.ctypes.data, statuses.ctypes.data, message.ctypes.data, damaged,
             )  # fmt: skip
             return crops[:count]
 

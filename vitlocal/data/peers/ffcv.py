@@ -9,8 +9,7 @@ Shape letters: B batch, S size.
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import BetonSource
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.peers.crop_decoder import keep_torch_threads
-from vitlocal.data.shares import WHOLE, Share, Slices
+from vitlocal.data.shares import WHOLE, BatchSlice, Share
 
 with keep_torch_threads():
     from ffcv.fields.basics import IntDecoder
@@ -51,12 +50,7 @@ class GuardedIterator(EpochIterator):
             super().run()
         except BaseException as error:
             self.error = error
-            while not self.terminate_event.is_set():
-                try:
-                    self.output_queue.put(None, timeout=0.1)  # FFCV's mark of the end
-                    return
-                except queue.Full:
-                    continue
+            self.output_queue.put(None)  # FFCV's mark of the end
 
     def run_pipeline(self, *arguments: Any) -> Any:
         if self.terminate_event.is_set():
@@ -66,10 +60,8 @@ class GuardedIterator(EpochIterator):
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             return super().__next__()
-        except StopIteration:
-            if self.error is not None:
-                raise self.error from None
-            raise
+        except StopIteration as end:
+            raise self.error or end from None
 
     def close(self) -> None:
         super().close()
@@ -122,14 +114,14 @@ class FFCVSource(BetonSource):
         super().__init__(root, manifest, crops, device, DecodingCosts({}), side_ratio, share)
         self.workers, self.loaders = workers, dict[Path, FileLoader]()
 
-    def _read(self, slices: Slices, epoch: int, size: int) -> Generator[Batch, None, None]:
+    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         path = self.root / self.choose(size).file
         if path not in self.loaders:
             self.check_count(path, len(MappedFile(path, len(self.classes)).rows))
             self.loaders[path] = FileLoader(path, self.crops, self.device, self.workers)
         return self._batches(self.loaders[path], slices, size)
 
-    def _batches(self, loader: FileLoader, slices: Slices, size: int) -> Generator[Batch, None, None]:
+    def _batches(self, loader: FileLoader, slices: Iterator[BatchSlice], size: int) -> Generator[Batch, None, None]:
         # FFCV cuts its order into batches of one length; the last slice of a process may have another.
         for length, group in groupby(slices, lambda part: len(part.draws)):
             parts = list(group)
@@ -146,7 +138,3 @@ class FFCVSource(BetonSource):
                     yield Batch(images, labels.flatten().clone(), ids, part.places, part.total)
             finally:
                 batches.stop()
-
-    def close(self) -> None:
-        """Forgets the compiled loaders."""
-        self.loaders.clear()

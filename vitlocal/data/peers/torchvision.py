@@ -6,18 +6,20 @@ It is the comparison that users know, and the slow reference for tests of the na
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
+from itertools import tee
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from vitlocal.data.batch import Batch, SplitSource
+from vitlocal.data.batch import Batch
 from vitlocal.data.crops import ROW_MASK, CropPolicy, cut
 from vitlocal.data.images import ImageSet
 from vitlocal.data.native import native_box, native_policy
-from vitlocal.data.peers.originals import open_originals
-from vitlocal.data.shares import WHOLE, BatchSlice, Share, Slices
+from vitlocal.data.peers.originals import OriginalsSource
+from vitlocal.data.shares import BatchSlice
 from vitlocal.errors import DataError
 
 # (draw, epoch, size): everything that a crop depends on, so that worker processes serve all passes.
@@ -59,46 +61,38 @@ def collate(items: list[Crop | DataError]) -> tuple[torch.Tensor, torch.Tensor, 
     return torch.from_numpy(np.stack(crops)), torch.tensor(labels), torch.tensor(rows)
 
 
-class RequestSampler(Sampler[list[Request]]):
-    """A batch sampler whose slices, epoch and size are set before each pass."""
+class Requests:
+    """The batches of a pass, which DataLoader asks for one by one. They are set before each pass."""
 
-    def __init__(self) -> None:
-        self.slices: Sequence[BatchSlice] = ()
-        self.epoch, self.size = 0, 0
+    batches: Iterator[list[Request]]
 
     def __iter__(self) -> Iterator[list[Request]]:
-        for part in self.slices:
-            if len(part.draws):
-                yield [(draw, self.epoch, self.size) for draw in part.draws.tolist()]
+        return self.batches
 
 
-class TorchvisionSource(SplitSource):
-    """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
+class TorchvisionSource(OriginalsSource):
+    """A split of original images, read by ``workers`` processes. See :class:`OriginalsSource` for the arguments."""
 
-    ``spec`` names the images; None: the manifest does.
-    """
-
-    def __init__(
-        self, root: str, spec: str | None, split: str, crops: CropPolicy, device: torch.device, workers: int,
-        share: Share = WHOLE,
-    ):  # fmt: skip
-        images, rows = open_originals(root, spec, split)
-        super().__init__(tuple(images.classes), len(rows), None, crops, device, share)
-        self.sampler = RequestSampler()
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.requests = Requests()
         self.loader: DataLoader = DataLoader(
-            CropDataset(images, rows, crops),
-            batch_sampler=self.sampler,
+            CropDataset(self.images, self.numbers, self.crops),
+            batch_sampler=self.requests,
             collate_fn=collate,
             worker_init_fn=start_worker,
-            num_workers=workers,
+            num_workers=self.workers,
             # Workers start once. Forking a process that runs threads is not safe.
             persistent_workers=True,
             multiprocessing_context="forkserver",
-            pin_memory=device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
         )
 
-    def _read(self, slices: Slices, epoch: int, size: int) -> Iterator[Batch]:
-        self.sampler.slices, self.sampler.epoch, self.sampler.size = slices, epoch, size
+    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+        asked, slices = tee(slices)
+        self.requests.batches = (
+            [(draw, epoch, size) for draw in part.draws.tolist()] for part in asked if len(part.draws)
+        )
         read = iter(self.loader)
         for part in slices:
             if not len(part.draws):
@@ -114,7 +108,4 @@ class TorchvisionSource(SplitSource):
             yield Batch(pixels, labels, rows, part.places, part.total)
 
     def close(self) -> None:
-        iterator = self.loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]  # DataLoader has no public method for it
-            self.loader._iterator = None
+        self.loader._iterator = None  # the workers end with it; DataLoader has no public method for that
