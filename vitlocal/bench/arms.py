@@ -24,7 +24,7 @@ from typing import Any
 
 from vitlocal.bench.measurement import write_json
 from vitlocal.bench.parsing import at_least, bench_parser, budget, names, numbers, plot_file
-from vitlocal.bench.runner import Arm, PlannedRun, RunKey, Runner, option_names, plan_runs, read_arms, say, visible_gpus
+from vitlocal.bench.runner import Arm, PlannedRun, Runner, option_names, plan_runs, read_arms, say, visible_gpus
 from vitlocal.bench.runs import summary
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
@@ -64,8 +64,8 @@ def result_of(run: PlannedRun) -> RunResult:
     return RunResult({**about, **summary(found), **machine_of(run.folder)}, passes, stated_options(run.config()))
 
 
-def read_results(path: str) -> dict[RunKey, RunResult]:
-    """The results in a file of ``--json``. ConfigError if it is not such a file."""
+def read_results(path: str) -> dict[tuple[str, int, str], RunResult]:
+    """The results in a file of ``--json``, by arm, seed and budget. ConfigError if it is not such a file."""
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
         curves, configs = measured["curves"], measured["configs"]
@@ -145,22 +145,22 @@ def arms_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[RunKey, RunResult]:
-    """The results of ``runs`` in the files of --add. ConfigError if a file has none, or a different configuration."""
-    wanted: dict[RunKey, PlannedRun] = {run.key: run for run in runs}
-    found: dict[RunKey, RunResult] = {}
+def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[Path, RunResult]:
+    """The results of ``runs`` in the files of --add, by folder. ConfigError if a file has none, or other options."""
+    wanted = {(run.arm.name, run.seed, run.budget): run for run in runs}
+    found: dict[Path, RunResult] = {}
     for path in files:
         results = read_results(path)
         if not (keys := results.keys() & wanted.keys()):
             known = ", ".join(f"'{arm}' with seed {seed} and {length}" for arm, seed, length in list(results)[:3])
             raise ConfigError(f"--add: {path} has none of these runs; it has {known or 'no runs'}")
         for key in keys:
-            has = f"--add: {path} has '{key[0]}' with seed {key[1]}"
-            if key in found:
+            run, has = wanted[key], f"--add: {path} has '{key[0]}' with seed {key[1]}"
+            if run.folder in found:
                 raise ConfigError(f"{has}, and so has another file")
-            if changed := changed_options(results[key].config, wanted[key].config()):
+            if changed := changed_options(results[key].config, run.config()):
                 raise ConfigError(f"{has} of another configuration: {'; '.join(changed)}")
-            found[key] = results[key]
+            found[run.folder] = results[key]
     return found
 
 
@@ -176,16 +176,16 @@ def compete(
         option_names(trainer, {"budget.counts": "--together counts processor time"})
         shared.append("--budget.counts=cpu")
     runs = plan_runs(arms, options.seeds, str(length), options.folder, [*shared, *trainer])
-    configs = {run.key: run.config() for run in runs}
+    configs = {run.folder: run.config() for run in runs}
     added = added_results(runs, options.add)
-    waiting = [run for run in runs if not run.done and run.key not in added]
+    waiting = [run for run in runs if not run.done and run.folder not in added]
     if options.no_run and len(waiting) == len(runs):
         raise ConfigError(f"--no-run: {options.folder} has none of these runs; train them, or name another --folder")
     failure: BaseException | None = None
     if waiting and not options.no_run:
-        for root, split in product({configs[run.key].data.root for run in waiting}, ("train", "val")):
+        for root, split in product({configs[run.folder].data.root for run in waiting}, ("train", "val")):
             load_manifest(root, split)  # a missing split is an error that says how to write it
-        on_gpus = any(configs[run.key].run.device != "cpu" for run in waiting)
+        on_gpus = any(configs[run.folder].run.device != "cpu" for run in waiting)
         runner = Runner(options.jobs, options.together, visible_gpus() if on_gpus else ())
         say(f"{len(waiting)} runs of {length} to train, {options.jobs * options.together} at a time on {cores()} cores")
         try:
@@ -194,7 +194,7 @@ def compete(
                 failure = DataError(f"{which}; see the .txt files next to their folders")
         except KeyboardInterrupt as error:
             failure = error
-    write([added.get(run.key) or result_of(run) for run in runs if run.key in added or run.done])
+    write([added.get(run.folder) or result_of(run) for run in runs if run.folder in added or run.done])
     if failure:
         raise failure
 

@@ -13,8 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import count, product
@@ -36,8 +36,8 @@ from vitlocal.methods import build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.flops import count_macs
 from vitlocal.models.memory import activation_bytes
-from vitlocal.plan import Feed, Plan, with_size
-from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, Stage, upcoming_changes
+from vitlocal.plan import Plan, with_size
+from vitlocal.progress import TRAINING_FLOPS, Length, Progress, Stage, upcoming_changes
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
 from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
@@ -79,13 +79,8 @@ class SizeSpeed:
     device_mib: float | None = None  # peak of a GPU
 
 
-class NoiseSource(SplitSource):
-    """A source of random pixels that are already on the device, for a forecast without data."""
-
-    @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
-        batch = noise_batch(feed, len(self.classes), self.device)
-        yield (batch for _ in range(at.images, self.count, feed.batch_size))
+class NoData(SplitSource):
+    """Stands for data that are not there. It cannot be read."""
 
     def close(self) -> None:
         pass
@@ -108,7 +103,7 @@ class SizeMeter:
     def __init__(self, trainer: Trainer, plan: Plan, seconds: float):
         self.trainer, self.plan, self.device = trainer, plan, trainer.step.device
         self.classes = len(trainer.sources.train.classes)
-        self.has_data = not isinstance(trainer.sources.train, NoiseSource)
+        self.has_data = not isinstance(trainer.sources.train, NoData)
         self.timings = {name: Timing() for name in SHARES}
         self.waited = 0.0  # seconds of "together" in which the step waited for data
         self.step_numbers = count()
@@ -289,10 +284,12 @@ def forecast(config: Config, images: int | None) -> Forecast:
     device, evaluate = device_of(config), config.evaluate
     if device.type == "cpu":
         config = replace(config, evaluate=replace(evaluate, batch_size=min(evaluate.batch_size, CPU_EVALUATED)))
-    noise = None
-    if images is not None:
-        noise = NoiseSource(tuple(map(str, range(1000))), images, None, CropPolicy(random=True), device)
-    with closing(Sources(noise, noise) if noise else sources_of(config, device)) as sources:
+    if images is None:
+        sources = sources_of(config, device)
+    else:
+        missing = NoData(("",) * 1000, images, None, CropPolicy(random=True), device)
+        sources = Sources(missing, missing)
+    with closing(sources):
         trainer = build_trainer(config, sources, device)
         start = time.perf_counter()
         speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
@@ -300,9 +297,9 @@ def forecast(config: Config, images: int | None) -> Forecast:
         took = time.perf_counter() - start - compiling
         last, length = trainer.upcoming_plans()[-1], trainer.state.clock.length  # a method may have set the length
         config = replace(config, evaluate=evaluate, budget=replace(config.budget, length=length))
-        stored = not noise and config.data.loader not in ("torchvision", "dali")  # they read the original images
+        stored = images is None and config.data.loader not in ("torchvision", "dali")  # they read the original images
         other, mib = OTHER_SECONDS + compiling, resident_mib(os.getpid())
-        evaluation = None if noise else trainer.evaluator.estimate_seconds(last)
+        evaluation = None if images else trainer.evaluator.estimate_seconds(last)
         manifests = [load_manifest(config.data.root, split) for split in ("train", "val")] if stored else []
         files = sum(file.bytes for manifest in manifests for file in manifest.files) or None
         return Forecast(config, sources.train.count, tuple(speeds), evaluation, other, files, mib, took)
@@ -367,12 +364,12 @@ def show_budgets(found: Forecast, budgets: Sequence[Length]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("forecast", __doc__)
-    parser.add_argument(
-        "--budgets", default="1h,6h,24h", type=lambda text: [] if text == "none" else times(text), metavar="LIST",
-        help="other budgets in time, or none (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
-    parser.add_argument("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
+    add = parser.add_argument
+    add(
+        "--budgets", type=times, default="1h,6h,24h", metavar="LIST", help="other budgets, or none (default: 1h,6h,24h)"
+    )
+    add("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
+    add("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
     options, trainer = parser.parse_known_args(argv)
     config, images = read_config(trainer), options.images
     if images is not None and images < config.train.batch_size:

@@ -29,10 +29,9 @@ def write_json(path: str | None, what: str, rows: Sequence[dict[str, Any]], **mo
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """Rows as an aligned text table.
+    """Rows as an aligned text table. ``columns`` maps each title to a field of the rows and its format.
 
-    ``columns`` maps each title to a field of the rows and its format. A column without a format is text and is aligned
-    to the left. A field that is None or missing leaves an empty cell.
+    A column without a format is text, and aligned to the left. A field that is None or missing is an empty cell.
     """
     lines = [list(columns)]
     for row in rows:

@@ -58,8 +58,8 @@ def budget(text: str) -> Length:
 
 
 def times(text: str) -> list[Length]:
-    """An argparse type: budgets in time, separated by commas."""
-    found = [budget(part) for part in text.split(",")]
+    """An argparse type: budgets in time, separated by commas, or "none"."""
+    found = [budget(part) for part in text.split(",")] if text != "none" else []
     if any(length.kind != "seconds" for length in found):
         raise argparse.ArgumentTypeError(f"got '{text}', expected lengths of time, separated by commas: 45s,1h")
     return found

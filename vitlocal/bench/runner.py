@@ -10,19 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.manifest import load_manifest
-from vitlocal.errors import ConfigError, Interrupted
+from vitlocal.errors import ConfigError
 from vitlocal.machine import memory_stalls
 from vitlocal.options import as_argument
 from vitlocal.recipes import check_same_run
@@ -34,14 +33,13 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+say = partial(print, flush=True)
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 
 # The trainer's options that the bench sets for each run, and the remedy if a user sets them.
 BENCH_OPTIONS = {"run.seed": "use --seeds", "run.folder": "use --folder", "budget.length": "use --budget"} | (
     dict.fromkeys(("run.progress", "run.resume", "resume"), "leave it out")
 )
-
-RunKey = tuple[str, int, str]  # arm, seed and budget of a run
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,6 @@ class PlannedRun:
     budget: str
     folder: Path
     options: tuple[str, ...]  # the trainer's command line
-
-    @property
-    def key(self) -> RunKey:
-        return self.arm.name, self.seed, self.budget
 
     def config(self) -> Config:
         """The run's configuration. ConfigError if it is wrong, or if the folder holds a different run."""
@@ -168,10 +162,9 @@ class Runner:
     def __init__(self, jobs: int, together: int, gpus: Sequence[str] = ()):
         self.gpus, self.by_seeds = gpus, together > 1
         self.cores = sorted(os.sched_getaffinity(0))
-        if not 1 <= jobs <= len(self.cores):
-            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(self.cores)}, the number of cores")
-        if 0 < len(gpus) < jobs:
-            raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
+        most, what = (len(gpus), "GPUs") if gpus else (len(self.cores), "cores")
+        if not 1 <= jobs <= most:
+            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {most}, the number of {what}")
         if gpus and together > 1:
             raise ConfigError("--together: runs that share a GPU cannot be timed; use --together=1, or a CPU")
         self.share = len(self.cores) // jobs
@@ -181,9 +174,8 @@ class Runner:
         self._awaited: set[Path] = set()  # folders in use by another process, which were printed
 
     def run(self, waiting: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Returns the runs that failed. After Ctrl-C or SIGTERM, the runs save; a second signal ends them at once."""
+        """Returns the runs that failed. After Ctrl-C, the runs save; a second Ctrl-C ends them at once."""
         left, failed = list(waiting), []
-        before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             while left or self.running:
                 while self.free and (run := self._next(left)) is not None:
@@ -204,7 +196,6 @@ class Runner:
         finally:
             for process in self.running:
                 process.kill()
-            signal.signal(signal.SIGTERM, before)
         return failed
 
     def _check_memory(self) -> None:
@@ -246,16 +237,6 @@ class Runner:
             return []
         say(f"  {run.folder.name}: failed ({last}; exit status {process.returncode}); see {run.output}")
         return [run]
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise Interrupted(number)
-
-
-def say(text: str) -> None:
-    """Prints, unless the terminal is gone: runs continue, and save, without it."""
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 def start_trainer(

@@ -1,8 +1,8 @@
 """The training step: python -m vitlocal.bench step [--sizes 32,64] [--arms local-eager,timm-eager] [TRAINER'S OPTIONS]
 
-Trains each arm on random pixels that are already on the device. All arms run in one process and take turns, at each
-size and in each round. So other load on the machine affects all of them. Compiling is not counted. Options of the
-trainer (--config-file, --model.depth, ...) apply to every arm whose model has them.
+Trains each arm on random pixels that are already on the device. All arms run in one process and take turns, so that
+other load on the machine affects all of them. Compiling is not counted. Options of the trainer (--config-file,
+--model.depth, ...) apply to every arm whose model has them.
 
     local        the local-FFN ViT with the trainer's own step; on a GPU with the fused kernel if it supports the grid
     local-plain  the same model with PyTorch's operations instead of the kernel, on a GPU
@@ -24,7 +24,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -69,30 +69,20 @@ COLUMNS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StepArm:
-    """A model, compiled or eager, with one kernel of the local FFN (``train.kernel``)."""
-
-    model: str  # a name of FAMILIES, or "timm"
-    compiled: bool
-    kernel: str = "auto"
-
-    def __str__(self) -> str:
-        kernel = "" if self.kernel == "auto" else f"-{self.kernel}"
-        return f"{self.model}{kernel}-{'compiled' if self.compiled else 'eager'}"
-
-
-def choose_arms(text: str | None, device: torch.device) -> list[StepArm]:
+def choose_arms(text: str | None, device: torch.device) -> list[str]:
     """The arms of ``--arms``. Without it: all arms on a GPU, the eager ones on a CPU."""
     on_gpu = device.type == "cuda"
-    models = [(model, "auto") for model in (*FAMILIES, "timm")]
-    if on_gpu:
-        models.insert(1, ("local", "plain"))
-    known = [StepArm(model, compiled, kernel) for model, kernel in models for compiled in (False, True)]
-    if text is None:
-        return [arm for arm in known if on_gpu or not arm.compiled]
-    by_name = {str(arm): arm for arm in known}
-    return [by_name[name] for name in names(text, list(by_name), "--arms")]
+    models = ["local", *(["local-plain"] if on_gpu else []), "deit", "localvit", "timm"]
+    known = [f"{model}-{how}" for model in models for how in ("eager", "compiled")]
+    if text is not None:
+        return names(text, known, "--arms")
+    return known if on_gpu else [arm for arm in known if arm.endswith("-eager")]
+
+
+def parts(arm: str) -> tuple[str, str, bool]:
+    """The model (a name of FAMILIES, or "timm"), ``train.kernel``, and whether the arm is compiled."""
+    model, *kernel, how = arm.split("-")
+    return model, "plain" if kernel else "auto", how == "compiled"
 
 
 def model_shape(config: Config) -> tuple[str, int]:
@@ -104,13 +94,13 @@ def model_shape(config: Config) -> tuple[str, int]:
     return match[1], config.model.patch_size or int(match[2])
 
 
-def arm_config(arm: StepArm, config: Config) -> Config:
+def arm_config(arm: str, config: Config) -> Config:
     """The recipe of an arm of ours: the same width, depth and patch size in the arm's model family."""
-    width, patch = model_shape(config)
-    model = replace(config.model, name=f"vitlocal_{FAMILIES[arm.model]}{width}_patch16_224", patch_size=patch)
-    if arm.model != "local":
+    (width, patch), (family, kernel, compiled) = model_shape(config), parts(arm)
+    model = replace(config.model, name=f"vitlocal_{FAMILIES[family]}{width}_patch16_224", patch_size=patch)
+    if family != "local":
         model = replace(model, norm=None, convolution=None)  # these are options of the local FFN only
-    train = replace(config.train, compile="yes" if arm.compiled else "no", kernel=arm.kernel)
+    train = replace(config.train, compile="yes" if compiled else "no", kernel=kernel)
     return replace(config, model=model, train=train)
 
 
@@ -162,28 +152,29 @@ class TimmStep:
 class StepEntry:
     """An arm at one image size: built, compiled and run once; then measured in turns."""
 
-    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
+    def __init__(self, arm: str, config: Config, feed: Feed, device: torch.device):
         self.arm, self.feed, self.device = arm, feed, device
+        self.model, kernel, self.compiled = parts(arm)
         before = reset_peak(device)
         self.step: Any
         self.run: Callable[[], object]
-        if arm.model == "timm":
-            self.step = self.run = TimmStep(config, arm.compiled, feed, device)
-            self.mode = Mode(arm.compiled)
+        if self.model == "timm":
+            self.step = self.run = TimmStep(config, self.compiled, feed, device)
+            self.mode = Mode(self.compiled)
         else:
             self.step = build_step(arm_config(arm, config), CLASSES, device)
             self.mode = self.step.mode(feed)
             self.run = noise_step(self.step, feed, CLASSES, device, self.mode)
         self.macs = count_macs(self.step.model, feed.size)
         # The first run compiles timm's model.
-        self.compile_seconds = self._measure(1) if arm.model == "timm" else self.step.warm_up(feed, CLASSES)
+        self.compile_seconds = self._measure(1) if self.model == "timm" else self.step.warm_up(feed, CLASSES)
         self._measure(1)  # the optimizer creates its state
         self.turns = [self._measure(1)]  # seconds per step of each turn
         self.peak = peak_memory(device) - before
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
         grid = feed.size // model_shape(config)[1]
-        fused = arm.kernel == "auto" and can_fuse(device, (grid, grid))
-        has_kernel = arm.model == "local" and config.model.convolution is not False
+        fused = kernel == "auto" and can_fuse(device, (grid, grid))
+        has_kernel = self.model == "local" and config.model.convolution is not False
         self.kernel = ("fused" if fused else "plain") if has_kernel else None
 
     def _measure(self, steps: int) -> float:
@@ -209,15 +200,15 @@ class StepEntry:
         rate, flops = statistics.median(rates), TRAINING_FLOPS * self.macs
         phases = {name: statistics.median(step[name] for step in self.phases) for name in self.phases[0]}
         return {
-            "arm": str(self.arm), "model": self.arm.model, "compiled": self.arm.compiled,
-            "kernel": self.kernel, "mode": str(self.mode),
+            "arm": self.arm, "model": self.model, "compiled": self.compiled, "kernel": self.kernel,
+            "mode": str(self.mode),
             "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
             "spread": spread(rates) if len(rates) > 1 else None, "n": len(rates),
             "step_ms": round(1e3 * self.feed.batch_size / rate, 3), "gflops_per_image": flops / 1e9,
             "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
             "peak_mib": round(self.peak / 2**20) if self.device.type == "cuda" else None,
             **{f"{phase}_ms": round(phases[phase], 3) if phase in phases else None for phase in PHASES},
-            "compile_seconds": round(self.compile_seconds, 1) if self.arm.compiled else None,
+            "compile_seconds": round(self.compile_seconds, 1) if self.compiled else None,
         }  # fmt: skip
 
 
@@ -233,7 +224,7 @@ def measured_peak(precision: torch.dtype, device: torch.device) -> tuple[float, 
 
 
 def compare(
-    config: Config, arms: Sequence[StepArm], sizes: Sequence[int], rounds: int, seconds: float, device: torch.device,
+    config: Config, arms: Sequence[str], sizes: Sequence[int], rounds: int, seconds: float, device: torch.device,
     peak_tflops: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the measurement: one for each arm at each size."""
@@ -242,7 +233,7 @@ def compare(
         for size in sizes:
             feed, entries = Feed(size, config.train.batch_size), list[StepEntry]()
             for arm in arms:
-                bar.set_description_str(f"{size} px, {'compiling' if arm.compiled else 'building'} {arm}")
+                bar.set_description_str(f"{size} px, building {arm}")
                 try:
                     entries.append(StepEntry(arm, config, feed, device))
                 except torch.OutOfMemoryError:
@@ -281,8 +272,6 @@ def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
     for name in ("compile", "kernel"):
         if (got := getattr(config.train, name)) != "auto":
             raise ConfigError(f"train.{name}: got {got}, but the arms set it; use --train.{name}=auto and --arms")
-    if config.train.batch_size < 2:
-        raise ConfigError("train.batch_size: LocalViT's BatchNorm needs more than 1 image; use a --batch of at least 2")
     return config, device
 
 
@@ -291,7 +280,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: 32 to 224 on a GPU, 32,64 on a CPU)")
     add("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
-    add("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
+    add("--batch", type=at_least(2), metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
     add("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
     add("--seconds", type=at_least(0, float), default=1.0, help="approximate length of a turn (default: 1)")
     options, rest = parser.parse_known_args(argv)
