@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -67,13 +67,11 @@ TRIALS = (
 def other_load() -> Iterator[None]:
     """Keeps every core busy inside the block."""
     work = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
-    processes = [subprocess.Popen([sys.executable, "-c", work]) for _ in range(cores())]
-    try:
+    with ExitStack() as stack:
+        for _ in range(cores()):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", work]))  # waits for it at the end
+            stack.callback(process.kill)
         yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) -> dict[str, Any]:

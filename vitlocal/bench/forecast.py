@@ -53,6 +53,7 @@ CPU_STEP_SECONDS = 1.5  # on a CPU, a smaller batch is measured if a step would 
 IMAGENET = 1_281_167
 MEASURED = ("evaluation_seconds", "disk_bytes", "resident_mib", "measured_seconds")  # fields of the JSON file
 CPU_EVALUATED = 32  # images in a measured batch of an evaluation on a CPU
+MAX_DOUBLINGS = 40  # of a budget, until it reaches the last size
 OTHER_SECONDS = 15.0  # an estimate of the time for starting, saving and the report, without compiling
 COLUMNS = {
     "px": ("size", "d"), "batch": ("batch_size", "d"), "step": ("step", ",.0f"), "loader": ("loader", ",.0f"),
@@ -235,14 +236,18 @@ class Forecast:
     def fractions(self) -> tuple[Stage, ...]:
         """The recipe's curriculum with ends in fractions of its budget, which also fit other budgets.
 
-        If the budget ends before the last size, that size gets as much time as the size before it.
+        A budget that ends before the last size is doubled until it does not. That size then gets as much time as the
+        size before it.
         """
         spent, length = self.stages, self.config.budget.length
-        if is_cut := spent[-1].seconds <= 0:
-            length = replace(length, value=1e9 * length.value)
+        for _ in range(MAX_DOUBLINGS):
+            if spent[-1].seconds > 0:
+                break
+            length = replace(length, value=2 * length.value)
             spent = spend(recipe_stages(self.config), length, self.images, self.speeds)
         *first, last = (stage for stage in spent if stage.seconds > 0)
-        whole = first[-1].end.seconds + first[-1].seconds if is_cut and first else last.end.seconds
+        is_cut = first and length != self.config.budget.length
+        whole = first[-1].end.seconds + first[-1].seconds if is_cut else last.end.seconds
         found, before = [], 0.0
         for stage in first:
             percent = round(100 * stage.end.seconds / whole, 4)

@@ -85,7 +85,7 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
         if sizes is not None:
             check_multiples(sizes, patch_side(trainer.step.model), config.model.name)
             batch_sizes = {feed.size: feed.batch_size for feed in feeds}
-            feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sizes]
+            feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sorted(sizes)]
         # A small data set is one batch.
         feeds = [replace(feed, batch_size=min(feed.batch_size, sources.train.count)) for feed in feeds]
         with progress_bar(len(feeds)) as bar:
@@ -151,12 +151,11 @@ def main(argv: Sequence[str]) -> None:
     add("--steps", type=at_least(1), default=10, help="steps to time at each size; 3 more are traced (default: 10)")
     add("--trace", metavar="FILE", help="write a trace for chrome://tracing; of each size, NAME_{size}px_{batch}.json")
     options, rest = parser.parse_known_args(argv)
-    sizes = options.sizes and sorted(options.sizes)
     if not any(word.startswith(("--config-file", "-C")) for word in rest):
         on_gpu = choose_device(read_config(rest).run.device).type == "cuda"
         rest = ["--config-file", "rcfg/ours.yaml" if on_gpu else "rcfg/demo.yaml", *rest]
     config = read_config(rest)
-    rows, operators = profiled(config, sizes, options.steps, options.trace)
+    rows, operators = profiled(config, options.sizes, options.steps, options.trace)
     lines: Rows = []  # for each size, one in milliseconds and one in percent of the step
     for row in rows:
         ms, percent = ({part: row[f"{part}_{unit}"] for part in ("copy", *PARTS)} for unit in ("ms", "percent"))

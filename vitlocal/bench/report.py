@@ -57,8 +57,7 @@ def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    where = "report.html in the folder of a single run, or here"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"file to write (default: {where})")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in a single RUN)")
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
     options = parser.parse_args(argv)

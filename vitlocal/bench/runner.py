@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import product
@@ -239,9 +239,7 @@ class Runner:
         return [run]
 
 
-def start_trainer(
-    options: Sequence[str], output: Path, on: Collection[int] = (), **more: Any
-) -> subprocess.Popen[bytes]:
+def start_trainer(options: Sequence[str], output: Path, on: Sequence[int] = (), **more: Any) -> subprocess.Popen[bytes]:
     """Starts the trainer on the cores ``on``, or on all. If this process is killed, it saves and stops."""
 
     def prepare() -> None:
