@@ -17,7 +17,7 @@ from vitlocal.progress import Length, Stage
 from vitlocal.report.run_folder import read_run
 from vitlocal.storage import recipe_stages
 from vitlocal.train.command import train
-from vitlocal.train.simulate import Speed, spend, spend_wall_time
+from vitlocal.train.simulate import Speed, spend
 
 SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
 
@@ -53,12 +53,15 @@ def test_a_budget_in_flops_is_spent_by_the_cost_of_images():
 def test_evaluations_take_time_from_epochs():
     """With 1,000 images and 100 images/s an epoch takes 10 s, and each evaluation 5 s."""
 
-    def spent(seconds: int, every: int = 1) -> float | None:
-        length = Length.parse(f"{seconds}s")
-        found = spend_wall_time((Stage(32),), length, 1000, SPEEDS, other=20.0, evaluation=5.0, every=every)
-        return None if found is None else found[-1].end.epoch
+    def spent(seconds: int, every: int = 1) -> float:
+        options = [f"--budget.length={seconds}s", "--budget.counts=wall", f"--evaluate.every={every}", "--methods=none"]
+        config = read_config(options, {})
+        speeds = (forecast.SizeSpeed(224, 10, together=100.0, step=100.0, gflops=0.0),)
+        return forecast.Forecast(config, 1000, speeds, evaluation_seconds=5.0, other_seconds=20.0).stages[-1].end.epoch
 
-    assert spent(25) is None and spent(26) == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match="starting, saving and one evaluation take 25 s"):
+        spent(25)
+    assert spent(26) == pytest.approx(0.1)
     assert spent(125, every=0) == pytest.approx(10)
     assert spent(123) == pytest.approx((123 - 20 - 7 * 5) / 10)  # 6 epochs end, and one evaluation is at the end
 

@@ -8,7 +8,7 @@ spent, the deviation from the budget, and the last learning rate next to the end
 
 from __future__ import annotations
 
-import signal
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,11 +18,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
-from vitlocal.bench.runner import RECIPES, option_names, signal_on_parent_death, start_trainer
+from vitlocal.bench.runner import RECIPES, option_names, start_trainer
 from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError
@@ -63,79 +63,64 @@ TRIALS = (
 )
 
 
-class TrialRun:
-    """A run that is started several times. ``alive`` is the lifetime of its processes together, in seconds."""
-
-    def __init__(self, options: Sequence[str], folder: Path, counts: str):
-        self.options, self.folder, self.counts = [*options, f"--run.folder={folder}"], folder, counts
-        self.output = folder.with_suffix(".txt")
-        self.alive = 0.0
-
-    @contextmanager
-    def started(self) -> Iterator[None]:
-        """Starts the trainer. At the end of the block it is killed, unless it has ended."""
-        start = time.monotonic()
-        self.process = start_trainer(self.options, self.output)
-        try:
-            yield
-        finally:
-            self.process.kill()
-            self.process.wait()
-            self.alive += time.monotonic() - start
-
-    def wait_until(self, seconds: float) -> None:
-        """Waits until ``seconds`` of the budget are spent. DataError if the run ends before."""
-        while read_spent(self.folder / JOURNAL)[self.counts == "wall"] < seconds:
-            if self.process.poll() is not None:
-                self.fail(f"the run ended before {seconds:g} s of its budget were spent")
-            time.sleep(0.05)
-
-    def fail(self, why: str) -> NoReturn:
-        raise DataError(f"{why}; it printed:\n{self.output.read_text(errors='replace').strip()}")
-
-
 @contextmanager
 def other_load() -> Iterator[None]:
     """Keeps every core busy inside the block."""
+    work = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
     with ExitStack() as stack:
         for _ in range(cores()):
-            command = [sys.executable, "-c", "while True: pass"]
-            process = subprocess.Popen(command, preexec_fn=lambda: signal_on_parent_death(signal.SIGKILL))
-            stack.callback(process.wait)
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", work]))  # waits for it at the end
             stack.callback(process.kill)
         yield
 
 
 def attempt(trial: Trial, budget: Length, options: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Trains in ``folder`` under a trial; returns the row of the measurement."""
-    own = [f"--budget.length={budget}", f"--budget.counts={trial.counts}", "--run.progress=no"]
-    run = TrialRun([*options, *own], folder, trial.counts)
-    for fraction in trial.kills:
-        with run.started():
-            run.wait_until(fraction * budget.value)
-    with run.started():
-        if trial.load is not None:
-            run.wait_until(trial.load[0] * budget.value)
-            with other_load():
-                run.wait_until(trial.load[1] * budget.value)
-        if status := run.process.wait():
-            run.fail(f"the run failed (exit status {status})")
+    """Trains in ``folder`` under a trial; returns the row of the measurement. DataError if the run fails."""
+    own = [f"--budget.length={budget}", f"--budget.counts={trial.counts}", f"--run.folder={folder}"]
+    options, output, alive = [*options, *own, "--run.progress=no"], folder.with_suffix(".txt"), 0.0
+
+    def failure(why: str) -> DataError:
+        return DataError(f"{why}; it printed:\n{output.read_text(errors='replace').strip()}")
+
+    def wait_until(fraction: float) -> None:
+        while read_spent(folder / JOURNAL)[trial.counts == "wall"] < fraction * budget.value:
+            if process.poll() is not None:
+                raise failure(f"the run ended before {fraction:.0%} of its budget was spent")
+            time.sleep(0.05)
+
+    for kill_at in (*trial.kills, None):
+        start, process = time.monotonic(), start_trainer(options, output)
+        try:
+            if kill_at is not None:
+                wait_until(kill_at)
+            else:
+                if trial.load is not None:
+                    wait_until(trial.load[0])
+                    with other_load():
+                        wait_until(trial.load[1])
+                process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            alive += time.monotonic() - start
+    if process.returncode:
+        raise failure(f"the run failed (exit status {process.returncode})")
     records = read_log(folder)
     last, trained = records[-1], [record for record in records if record["images_per_second"]][-1]
     # The lifetime of the command is measured from outside. Only the run itself knows its training time.
-    spent = run.alive if trial.counts == "wall" else last["train_seconds"]
-    schedule = read_config(run.options).train.lr_schedule
+    spent = alive if trial.counts == "wall" else last["train_seconds"]
+    schedule = read_config(options).train.lr_schedule
     return {
         "budget": str(budget), "trial": trial.name, "counts": trial.counts, "spent_seconds": round(spent, 3),
         "off_percent": round(100 * (spent / budget.value - 1), 3),
         "step_seconds": round(trained["batch_size"] / trained["images_per_second"], 3), "lr": last["lr"],
         "end_lr": min(schedule.end, schedule.peak), "steps": last["step"],
-        "train_seconds": last["train_seconds"], "alive_seconds": round(run.alive, 3),
+        "train_seconds": last["train_seconds"], "alive_seconds": round(alive, 3),
     }  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = bench_parser("clock", __doc__, trainer_options=True)
+    parser = bench_parser("clock", __doc__)
     parser.add_argument("--budgets", type=times, default="45s,3m", metavar="LIST", help="budgets in time (45s,3m)")
     options, trainer = parser.parse_known_args(argv)
     option_names(trainer, SET_HERE)

@@ -5,8 +5,6 @@ training. This takes less than two minutes, plus the time for compiling. The ben
 For other budgets (--budgets), each size gets the same fraction. Without a data folder, only the step is measured, with
 random pixels, and an epoch has --images images (default: as many as ImageNet). With --rates (images/s, such as
 32:60000,224:5000; other sizes follow by FLOPs) nothing is measured, and the forecast is for another machine.
-
-`python -m vitlocal.bench report RUN --forecast FILE` compares a forecast (--json FILE) with the run that followed.
 """
 
 from __future__ import annotations
@@ -15,34 +13,36 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import count, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
 from vitlocal.config import Config, read_config
-from vitlocal.data.batch import Batch, RowSubsets, Source, Sources, full_batches
+from vitlocal.data.batch import Batch, Source, Sources, full_batches
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
-from vitlocal.methods import METHODS, build_methods
+from vitlocal.methods import build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.counts import activation_bytes, count_macs
-from vitlocal.plan import Feed, Plan, with_size
-from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, Stage, upcoming_changes
+from vitlocal.plan import Plan, with_size
+from vitlocal.progress import TRAINING_FLOPS, Length, Progress, Stage, upcoming_changes
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
 from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
 from vitlocal.train.compile import EAGER
-from vitlocal.train.simulate import Speed, StageForecast, by_fractions, seconds_at, spend, spend_wall_time
-from vitlocal.train.timing import LR, Timing, device_memory, noise_batch, noise_step
+from vitlocal.train.simulate import Speed, StageForecast, spend
+from vitlocal.train.timing import LR, Timing, noise_batch, peak_memory, reset_peak
 from vitlocal.train.trainer import Trainer, batch_size_at
 
 SECONDS = 80.0  # for all measurements; the sizes share it
@@ -52,6 +52,7 @@ CPU_STEP_SECONDS = 1.5  # on a CPU, a smaller batch is measured if a step would 
 IMAGENET = 1_281_167
 MEASURED = ("evaluation_seconds", "disk_bytes", "resident_mib", "measured_seconds")  # fields of the JSON file
 CPU_EVALUATED = 32  # images in a measured batch of an evaluation on a CPU
+MAX_DOUBLINGS = 40  # of a budget, until it reaches the last size
 OTHER_SECONDS = 15.0  # an estimate of the time for starting, saving and the report, without compiling
 COLUMNS = {
     "px": ("size", "d"), "batch": ("batch_size", "d"), "step": ("step", ",.0f"), "loader": ("loader", ",.0f"),
@@ -77,32 +78,6 @@ class SizeSpeed:
     compile_seconds: float = 0.0
     device_mib: float | None = None  # peak of a GPU
 
-    @property
-    def speed(self) -> Speed:
-        return Speed(self.together, self.batch_size, 1e9 * self.gflops)
-
-    @property
-    def bottleneck(self) -> str:
-        return "data" if self.loader is not None and self.loader < self.step else "step"
-
-
-class NoiseSource(Source):
-    """A source of random pixels that are already on the device, for a forecast without data."""
-
-    def __init__(self, count: int, classes: int, device: torch.device):
-        self.count, self.device = count, device
-        self.classes = tuple(str(number) for number in range(classes))
-        self.damaged: Collection[int] = ()
-        self.rows = RowSubsets(count)
-        self.side: int | None = None
-
-    def open(self, feed: Feed, at: Position) -> AbstractContextManager[Iterator[Batch]]:  # type: ignore[override]
-        batch = noise_batch(feed, len(self.classes), self.device)
-        return nullcontext(batch for _ in range(at.images, self.count, feed.batch_size))
-
-    def close(self) -> None:
-        pass
-
 
 def plans_by_size(trainer: Trainer, stages: Sequence[Stage]) -> list[Plan]:
     """The plan with which each size of the recipe begins, also of sizes that the budget does not reach."""
@@ -116,42 +91,38 @@ def plans_by_size(trainer: Trainer, stages: Sequence[Stage]) -> list[Plan]:
 
 
 class SizeMeter:
-    """Compiles the step of one plan, and then measures it in turns. Timings have the names of ``SHARES``."""
+    """Compiles the step of one plan, and takes its first turn. Timings have the names of ``SHARES``."""
 
-    def __init__(self, trainer: Trainer, plan: Plan):
+    def __init__(self, trainer: Trainer, plan: Plan, seconds: float):
         self.trainer, self.plan, self.device = trainer, plan, trainer.step.device
-        self.has_data = not isinstance(trainer.sources.train, NoiseSource)
+        self.classes = len(trainer.sources.train.classes)
+        self.has_data = not isinstance(trainer.sources.train, NoData)
         self.timings = {name: Timing() for name in SHARES}
         self.waited = 0.0  # seconds of "together" in which the step waited for data
         self.step_numbers = count()
-        with device_memory(self.device) as memory:
-            self.compile_seconds = trainer.step.warm_up(plan.feed, len(trainer.sources.train.classes))
-            self.feed = feed = plan.feed
-            if self.device.type == "cpu" and feed.batch_size > 8:  # a smaller batch if the step would take too long
-                train = self._noise_step(replace(feed, batch_size=8), EAGER)
-                train()
-                rate = 8 / Timing().measure(train, self.device, calls=2)
-                self.feed = replace(feed, batch_size=max(8, min(feed.batch_size, int(CPU_STEP_SECONDS * rate))))
-            # Only full batches are compiled.
-            self.mode = trainer.step.mode(feed) if self.feed == feed else EAGER
-        self.peak = memory.peak  # includes the memory of CUDA graphs, which is allocated at their capture
+        reset_peak(self.device)
+        self.compile_seconds = trainer.step.warm_up(plan.feed, self.classes)
+        self.feed, self.mode, largest = plan.feed, EAGER, plan.feed.batch_size
+        if self.device.type == "cpu" and largest > 8:  # a smaller batch if the step would take too long
+            batch = noise_batch(replace(plan.feed, batch_size=8), self.classes, self.device)
+            self._train(batch)
+            rate = 8 / Timing().measure(lambda: self._train(batch), self.device, calls=2)
+            self.feed = replace(plan.feed, batch_size=max(8, min(largest, int(CPU_STEP_SECONDS * rate))))
+        if self.feed == plan.feed:
+            self.mode = trainer.step.mode(plan.feed)  # only full batches are compiled
+        self._train(noise_batch(self.feed, self.classes, self.device))
+        self.turn(seconds)
+        self.peak = peak_memory(self.device)  # in later turns, the memory of larger sizes is allocated too
 
-    def _noise_step(self, feed: Feed, mode: Any) -> Callable[[], object]:
-        step, classes = self.trainer.step, len(self.trainer.sources.train.classes)
-        return noise_step(step, feed, classes, self.device, mode, None, self.plan.dials)
+    def _train(self, batch: Batch) -> None:
+        self.trainer.step(batch, next(self.step_numbers), LR, self.mode, None, self.plan.dials)
 
     def turn(self, seconds: float) -> None:
         """Measures the step and, if there are data, the loader and both together, for about ``seconds``."""
-        is_first = not self.timings["step"].calls
-        with device_memory(self.device) as memory:
-            train = self._noise_step(self.feed, self.mode)
-            if is_first:
-                train()
-            self._measure("step", seconds, train)
-            if self.has_data:
-                self._measure_data(seconds)
-        if is_first:  # later, the memory of larger sizes is allocated too
-            self.peak = max(self.peak, memory.peak)
+        batch = noise_batch(self.feed, self.classes, self.device)
+        self._measure("step", seconds, lambda: self._train(batch))
+        if self.has_data:
+            self._measure_data(seconds)
 
     def _measure(self, name: str, seconds: float, work: Callable[[], object]) -> None:
         timing = self.timings[name]
@@ -160,17 +131,14 @@ class SizeMeter:
     def _measure_data(self, seconds: float) -> None:
         source = self.trainer.sources.train
 
-        def train(batch: Batch) -> None:
-            self.trainer.step(batch, next(self.step_numbers), LR, self.mode, None, self.plan.dials)
-
         def read_and_train() -> None:
             start = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - start
-            train(batch)
+            self._train(batch)
 
         with closing(full_batches(source, self.feed)) as batches:
-            train(next(batches))  # the loader reads ahead during this step, as it does in training
+            self._train(next(batches))  # the loader reads ahead during this step, as it does in training
             self._measure("together", seconds, read_and_train)
         with closing(full_batches(source, self.feed)) as batches:
             next(batches)
@@ -183,9 +151,8 @@ class SizeMeter:
         gflops = 1e-9 * TRAINING_FLOPS * count_macs(self.trainer.state.model, size)
         waited = self.waited / self.timings["together" if self.has_data else "step"].seconds
         mib = self.peak / 2**20 if self.device.type == "cuda" else None
-        measured, mode = self.feed.batch_size, str(self.mode)
-        speed = SizeSpeed(size, batch_size, together, step, gflops, rates.get("loader"), measured, mode)
-        return replace(speed, data_wait_fraction=waited, compile_seconds=self.compile_seconds, device_mib=mib)
+        how = self.feed.batch_size, str(self.mode), waited, self.compile_seconds, mib
+        return SizeSpeed(size, batch_size, together, step, gflops, rates.get("loader"), *how)
 
 
 def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
@@ -197,8 +164,9 @@ def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
         line = f"measuring {plan.feed.size} px, {place + 1} of {len(plans)} sizes, round {number + 1} of {rounds}  "
         print(f"\r{line}", end="", file=sys.stderr, flush=True)
         if number == 0:
-            meters.append(SizeMeter(trainer, plan))
-        meters[place].turn(share / rounds)
+            meters.append(SizeMeter(trainer, plan, share / rounds))
+        else:
+            meters[place].turn(share / rounds)
     print("\r" + " " * 60, end="\r", file=sys.stderr)
     return [meter.result() for meter in meters]
 
@@ -227,35 +195,58 @@ class Forecast:
         return self.spending(recipe_stages(self.config), self.config.budget.length)
 
     @property
-    def end(self) -> Progress:
-        return self.stages[-1].end
+    def speeds(self) -> dict[int, Speed]:
+        return {speed.size: Speed(speed.together, speed.batch_size, 1e9 * speed.gflops) for speed in self.sizes}
 
-    def spending(self, stages: tuple[Stage, ...], length: Length) -> tuple[StageForecast, ...]:
+    def spending(self, stages: Sequence[Stage], length: Length) -> tuple[StageForecast, ...]:
         """Simulates spending ``length`` on ``stages``. Raises ConfigError if no time is left for training."""
-        speeds = {measured.size: measured.speed for measured in self.sizes}
         if not self.counts_all:
-            return spend(stages, length, self.images, speeds)
-        evaluation, every = self.evaluation_seconds or 0.0, math.ceil(self.config.evaluate.every)
-        spent = spend_wall_time(stages, length, self.images, speeds, self.other_seconds, evaluation, every)
-        if spent is None:
-            used = f"starting, saving and one evaluation take {self.other_seconds + evaluation:.0f} s"
+            return spend(stages, length, self.images, self.speeds)
+        used, evaluation = self.other_seconds, self.evaluation_seconds or 0.0
+        if used + evaluation >= length.value:
             raise ConfigError(
-                f"budget.length: got {length}, but {used}; give more time, or count only training: budget.counts=train"
+                f"budget.length: got {length}, but starting, saving and one evaluation take {used + evaluation:.0f} s; "
+                "give more time, or count only training: budget.counts=train"
             )
+        every, evaluations, due = math.ceil(self.config.evaluate.every), 0, 1
+        # Each evaluation leaves less time for epochs, so the first number that suffices is the answer.
+        while evaluations < due and used + evaluation < length.value:
+            evaluations, used = evaluations + 1, used + evaluation
+            spent = spend(stages, length, self.images, self.speeds, used)
+            due = 1 + (int(spent[-1].end.epoch) // every if every else 0)
         return spent
 
     @property
     def first_point(self) -> float | None:
         """Seconds of training until the first evaluation; None if only the end of the run is evaluated."""
-        every = math.ceil(self.config.evaluate.every)
-        return seconds_at(self.stages, every) if 0 < every < self.end.epoch else None
+        every, ends = math.ceil(self.config.evaluate.every), [Progress(), *(stage.end for stage in self.stages)]
+        if not 0 < every < ends[-1].epoch:
+            return None
+        return float(np.interp(every, [end.epoch for end in ends], [end.seconds for end in ends]))
 
     @cached_property
     def fractions(self) -> tuple[Stage, ...]:
-        """The recipe's curriculum by fractions of the budget."""
-        stages, length = recipe_stages(self.config), self.config.budget.length
-        speeds = {measured.size: measured.speed for measured in self.sizes}
-        return by_fractions(stages, length, self.images, speeds, self.stages)
+        """The recipe's curriculum with ends in fractions of its budget, which also fit other budgets.
+
+        A budget that ends before the last size is doubled until it does not. That size then gets as much time as the
+        size before it.
+        """
+        spent, length = self.stages, self.config.budget.length
+        for _ in range(MAX_DOUBLINGS):
+            if spent[-1].seconds > 0:
+                break
+            length = replace(length, value=2 * length.value)
+            spent = spend(recipe_stages(self.config), length, self.images, self.speeds)
+        *first, last = (stage for stage in spent if stage.seconds > 0)
+        is_cut = first and length != self.config.budget.length
+        whole = first[-1].end.seconds + first[-1].seconds if is_cut else last.end.seconds
+        found, before = [], 0.0
+        for stage in first:
+            percent = round(100 * stage.end.seconds / whole, 4)
+            if before < percent < 100:
+                found.append(Stage.parse(f"{stage.size}px until {percent:g}%"))
+                before = percent
+        return (*found, Stage(last.size))
 
     def within(self, budgets: Sequence[Length]) -> list[dict[str, Any]]:
         """A row for each budget: its epochs, in all and by size, with the same fractions; None if it is too short."""
@@ -273,12 +264,13 @@ class Forecast:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each stage: the speeds at its size, and its part of the budget."""
-        by_size = {measured.size: measured for measured in self.sizes}
+        by_size = {speed.size: speed for speed in self.sizes}
         return [
             asdict(speed := by_size[stage.size])
             | {
-                "bottleneck": speed.bottleneck, "images_per_second": speed.together, "epochs": stage.epochs,
-                "images": stage.images, "train_seconds": stage.seconds, "until_epoch": stage.end.epoch,
+                "bottleneck": "data" if (speed.loader or speed.step) < speed.step else "step",
+                "images_per_second": speed.together, "epochs": stage.epochs, "images": stage.images,
+                "train_seconds": stage.seconds, "until_epoch": stage.end.epoch,
             }
             for stage in self.stages
         ]  # fmt: skip
@@ -289,8 +281,12 @@ def forecast(config: Config, images: int | None) -> Forecast:
     device, evaluate = device_of(config), config.evaluate
     if device.type == "cpu":
         config = replace(config, evaluate=replace(evaluate, batch_size=min(evaluate.batch_size, CPU_EVALUATED)))
-    noise = None if images is None else NoiseSource(images, 1000, device)
-    with closing(Sources(noise, noise) if noise else sources_of(config, device)) as sources:
+    if images is None:
+        sources = sources_of(config, device)
+    else:
+        missing = Source(("",) * 1000, images, None, CropPolicy(random=True), device)
+        sources = Sources(missing, missing)
+    with closing(sources):
         trainer = build_trainer(config, sources, device)
         start = time.perf_counter()
         speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
@@ -298,12 +294,12 @@ def forecast(config: Config, images: int | None) -> Forecast:
         took = time.perf_counter() - start - compiling
         last, length = trainer.upcoming_plans()[-1], trainer.state.clock.length  # a method may have set the length
         config = replace(config, evaluate=evaluate, budget=replace(config.budget, length=length))
-        found = Forecast(config, sources.train.count, tuple(speeds), other_seconds=OTHER_SECONDS + compiling)
-        found = replace(found, resident_mib=resident_mib(os.getpid()), measured_seconds=took)
-        if noise:
-            return found
-        evaluation_seconds = trainer.evaluator.estimate_seconds(last)
-        return replace(found, evaluation_seconds=evaluation_seconds, disk_bytes=disk_bytes(config))
+        stored = images is None and config.data.loader not in ("torchvision", "dali")  # they read the original images
+        other, mib = OTHER_SECONDS + compiling, resident_mib(os.getpid())
+        evaluation = None if images else trainer.evaluator.estimate_seconds(last)
+        manifests = [load_manifest(config.data.root, split) for split in ("train", "val")] if stored else []
+        files = sum(file.bytes for manifest in manifests for file in manifest.files) or None
+        return Forecast(config, sources.train.count, tuple(speeds), evaluation, other, files, mib, took)
 
 
 def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
@@ -320,65 +316,57 @@ def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) ->
     return Forecast(config, images, tuple(sizes))
 
 
-def disk_bytes(config: Config) -> int | None:
-    """The size of the data folder's files, of both splits."""
-    if config.data.loader in ("torchvision", "dali"):  # they read the original images
-        return None
-    manifests = [load_manifest(config.data.root, split) for split in ("train", "val")]
-    return sum(file.bytes for manifest in manifests for file in manifest.files)
-
-
-def as_text(found: Forecast, budgets: Sequence[Length]) -> str:
-    """The forecast as text."""
-    config, end, first = found.config, found.end, found.first_point
+def show(found: Forecast, budgets: Sequence[Length]) -> None:
+    """Prints the forecast."""
+    config, end, first = found.config, found.stages[-1].end, found.first_point
     counts = "in all" if found.counts_all else "of training"
     rows = [row | {"time": duration(row["train_seconds"])} for row in found.rows()]
-    lines = [
-        f"{config.model.name}, {config.budget.length} {counts}, epochs of {found.images:,} images; images/s:\n",
-        text_table(rows, COLUMNS) + "\n",
-        f"in all {end.epoch:.2f} epochs, {end.images_seen:,} images, {end.flops:.3g} FLOPs, "
-        f"{duration(end.seconds)} of training",
-    ]
+    print(f"{config.model.name}, {config.budget.length} {counts}, epochs of {found.images:,} images; images/s:\n")
+    print(text_table(rows, COLUMNS) + "\n")
+    total = f"{end.epoch:.2f} epochs, {end.images_seen:,} images, {end.flops:.3g} FLOPs"
+    print(f"in all {total}, {duration(end.seconds)} of training")
     if any((speed.measured_batch or speed.batch_size) < speed.batch_size for speed in found.sizes):
-        lines.append("measured with smaller batches than the recipe's, which take too long here")
+        print("measured with smaller batches than the recipe's, which take too long here")
     if found.evaluation_seconds is not None:
         when = "only at the end" if first is None else f"the first after {duration(first)} of training"
-        lines.append(f"accuracy: {when}; an evaluation takes {found.evaluation_seconds:.1f} s")
+        print(f"accuracy: {when}; an evaluation takes {found.evaluation_seconds:.1f} s")
     if unreached := [str(stage.size) for stage in found.stages if stage.seconds <= 0]:
-        lines.append(f"note: the budget ends before {', '.join(unreached)} px")
+        print(f"note: the budget ends before {', '.join(unreached)} px")
     if found.resident_mib is not None:
         sizes = {"files": (found.disk_bytes or 0) / 2**30, "host memory": found.resident_mib / 1024}
         sizes["device memory"] = max(speed.device_mib or 0 for speed in found.sizes) / 1024
-        lines.append(", ".join(f"{size:.1f} GiB of {name}" for name, size in sizes.items() if size))
-        lines.append(f"measured in {found.measured_seconds:.0f} s, without compiling")
-    return "\n".join([*lines, *(other_budgets(found, budgets) if budgets else [])])
+        print(", ".join(f"{size:.1f} GiB of {name}" for name, size in sizes.items() if size))
+        print(f"measured in {found.measured_seconds:.0f} s, without compiling")
+    if budgets:
+        show_budgets(found, budgets)
+    if shaping := methods_writing(config, "shape."):
+        print(f"note: {', '.join(shaping)} change the cost of an image; this forecast is for the full model throughout")
+    if config.budget.counts == "cpu":
+        print("note: the budget counts processor time; this forecast is for a run that does not share its cores")
 
 
-def other_budgets(found: Forecast, budgets: Sequence[Length]) -> list[str]:
-    """The table of other budgets, and the option that gives each size its fraction of them."""
+def show_budgets(found: Forecast, budgets: Sequence[Length]) -> None:
+    """Prints the table of other budgets, and the option that gives each size its fraction of them."""
     sizes = dict.fromkeys(stage.size for stage in found.fractions)
     columns = {"budget": ("budget", ">"), "epochs": ("epochs", ".2f")} | {f"{s} px": (str(s), ".2f") for s in sizes}
     rows = found.within(budgets)
     cells = [row | {str(size): epochs for size, epochs in (row["epochs_by_size"] or {}).items()} for row in rows]
-    lines = ["\nepochs of the same curriculum in other budgets, with the same fraction for each size:\n"]
-    lines.append(text_table(cells, columns))
+    print("\nepochs of the same curriculum in other budgets, with the same fraction for each size:\n")
+    print(text_table(cells, columns))
     if short := [row["budget"] for row in rows if row["epochs"] is None]:
-        lines.append(f"note: {', '.join(short)} is spent on starting, evaluating and saving")
-    annotations = {name: METHODS[name].options.__annotations__ for name in found.config.methods}
-    takes_stages = [name for name, types in annotations.items() if "tuple[Stage" in str(types.get("stages"))]
-    if len(found.fractions) > 1 and takes_stages:
-        lines.append(f'  --{takes_stages[0]}.stages="{", ".join(map(str, found.fractions))}"')
-    return lines
+        print(f"note: {', '.join(short)} is spent on starting, evaluating and saving")
+    if len(found.fractions) > 1 and "image_size" in found.config.methods:
+        print(f'  --image_size.stages="{", ".join(map(str, found.fractions))}"')
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = bench_parser("forecast", __doc__, trainer_options=True)
-    parser.add_argument(
-        "--budgets", default="1h,6h,24h", type=lambda text: [] if text == "none" else times(text), metavar="LIST",
-        help="other budgets in time, or none (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
-    parser.add_argument("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
+    parser = bench_parser("forecast", __doc__)
+    add = parser.add_argument
+    add(
+        "--budgets", type=times, default="1h,6h,24h", metavar="LIST", help="other budgets, or none (default: 1h,6h,24h)"
+    )
+    add("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
+    add("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
     options, trainer = parser.parse_known_args(argv)
     config, images = read_config(trainer), options.images
     if images is not None and images < config.train.batch_size:
@@ -392,12 +380,9 @@ def main(argv: Sequence[str]) -> None:
         found = stated_forecast(config, count, parse_rates(options.rates))
     else:
         found = forecast(config, images)
-    print(as_text(found, options.budgets))
-    if shaping := methods_writing(config, "shape."):
-        print(f"note: {', '.join(shaping)} change the cost of an image; this forecast is for the full model throughout")
-    if config.budget.counts == "cpu":
-        print("note: the budget counts processor time; this forecast is for a run that does not share its cores")
-    what, last = "what a budget is forecast to buy: measured images/s by size, and the simulated budget", found.end
+    show(found, options.budgets)
+    what = "what a budget is forecast to buy: measured images/s by size, and the simulated budget"
+    last = found.stages[-1].end
     write_json(
         options.json, what, found.rows(), budget=str(config.budget.length), counts=config.budget.counts,
         images=found.images, epochs=last.epoch, flops=last.flops, first_point_seconds=found.first_point,

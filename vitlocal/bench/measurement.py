@@ -21,9 +21,7 @@ def write_json(path: str | None, what: str, rows: Sequence[dict[str, Any]], **mo
     """Writes the file of ``--json``, if there is a ``path``. ``rows`` are flat, ``more`` are further fields."""
     if path is None:
         return
-    in_package = Path(sys.argv[0]).parent.name == "bench"
-    program = ["-m", "vitlocal.bench"] if in_package else [Path(sys.argv[0]).name]
-    command = shlex.join(["python", *program, *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "vitlocal.bench", *sys.argv[1:]])
     made = {"machine": hardware(), "versions": versions(), "commit": commit()}
     text = json.dumps({"what": what, "command": command, **more, **made, "rows": list(rows)}, indent=1)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -31,10 +29,9 @@ def write_json(path: str | None, what: str, rows: Sequence[dict[str, Any]], **mo
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """Rows as an aligned text table.
+    """Rows as an aligned text table. ``columns`` maps each title to a field of the rows and its format.
 
-    ``columns`` maps each title to a field of the rows and its format. A column without a format is text and is aligned
-    to the left. A field that is None or missing leaves an empty cell.
+    A column without a format is text, and aligned to the left. A field that is None or missing is an empty cell.
     """
     lines = [list(columns)]
     for row in rows:

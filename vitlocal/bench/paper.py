@@ -1,11 +1,7 @@
 """The paper's table and figures: python -m vitlocal.bench paper --data DIR --budget 24h [--only LIST] [--scale 64]
 
 Trains the arms of Irandoust et al. 2022 (arXiv 2211.05187) with one budget each. It writes table.md, architectures.png
-and curricula.png (figure 2) into --folder. The same command continues an interrupted bench. The groups of arms are:
-
-    table1     deit, localvit, ours, ours_no_curriculum
-    ablations  ours, ours_no_curriculum, ours_gelu, ours_batchnorm, ours_no_convolution
-    curricula  the five of figure 2 (the one from 32 px is ours), and ours_no_curriculum
+and curricula.png (figure 2) into --folder. The same command continues an interrupted bench.
 
 --scale 64 makes a smaller benchmark for photos of 64 px, with rcfg/paper_64px.yaml. It trains a small model in patches
 of 8 px, or of 4 px with --patch 4. Curricula start at a quarter of the final size; those of the paper start at a
@@ -16,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +21,13 @@ import yaml
 from vitlocal.bench.arms import RunResult, arms_parser, compete, publish
 from vitlocal.bench.parsing import budget, names
 from vitlocal.bench.runner import RECIPES, Arm, read_arms
-from vitlocal.config import read_config
+from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
-from vitlocal.progress import Stage
+from vitlocal.progress import Length, Stage
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import make_model
+from vitlocal.train.simulate import Speed, spend
 
 FILE = RECIPES / "arms" / "paper.yaml"
 ARMS = {arm.name: arm for arm in read_arms(str(FILE))}
@@ -45,39 +43,30 @@ def scaled_size(size: int, final: int, patch: int) -> int:
     return max(patch, int(exact / patch + 0.5) * patch)
 
 
-def scaled_stages(arm: Arm, final: int, patch: int) -> tuple[Stage, ...]:
-    """The arm's curriculum by fractions of the budget: each size gets its fraction in the paper, by FLOPs."""
-    config = read_config(arm.command_line(), {})
+def scaled_stages(config: Config, final: int, patch: int) -> tuple[Stage, ...]:
+    """An arm's curriculum by fractions of the budget: each size gets its fraction in the paper, by FLOPs."""
     with torch.device("meta"):  # only the shapes are needed
         model, _ = make_model(config, 1000, torch.device("meta"))
-    whole, spent, start = count_macs(model, 224), 0.0, 0.0
-    stages: list[Stage] = []
-    for stage in recipe_stages(config):
-        size = scaled_size(stage.size, final, patch)
-        if stage.until is not None:
-            spent += (stage.until.value - start) / PAPER_EPOCHS * count_macs(model, stage.size) / whole
-            start = stage.until.value
-        is_last = stage.until is None or spent >= 1  # the paper's runs did not reach later stages either
-        if stages and stages[-1].size == size:
-            stages.pop()
-        stages.append(Stage.parse(f"{size}px" if is_last else f"{size}px until {100 * spent:.4g}%"))
-        if is_last:
-            break
-    return tuple(stages)
+    stages = recipe_stages(config)
+    speeds = {size: Speed(1.0, 1, count_macs(model, size)) for size in {224, *(stage.size for stage in stages)}}
+    spent = spend(stages, Length(PAPER_EPOCHS * speeds[224].flops, "flops", ""), 1, speeds)
+    ends = {scaled_size(stage.size, final, patch): stage.end.fraction for stage in spent if stage.epochs > 1e-6}
+    *first, last = ends
+    return (*(Stage.parse(f"{size}px until {100 * ends[size]:.4g}%") for size in first), Stage(last))
 
 
 def scaled(arm: Arm, final: int, patch: int) -> Arm:
     """The arm at ``final`` px in patches of ``patch`` px, with the recipe ``rcfg/paper_<final>px.yaml``."""
     recipe = RECIPES / f"paper_{final}px.yaml"
     if not recipe.exists():
-        known = ", ".join(path.stem[6:-2] for path in sorted(RECIPES.glob("paper_*px.yaml")))
-        raise ConfigError(f"--scale: there is no {recipe}; write one, or use {known}")
+        raise ConfigError(f"--scale: there is no {recipe}; write one, or use --scale 64")
     if patch < 1 or final % patch:
         raise ConfigError(f"--patch: {patch} px do not divide {final} px")
     family = f"{arm.name}_" if arm.name in ("deit", "localvit") else ""
     options = {"model.name": f"vitlocal_{family}tiny_patch16_224", "model.patch_size": patch, **arm.options}
-    if "image_size" in read_config(arm.command_line(), {}).methods:
-        options["image_size.stages"] = scaled_stages(arm, final, patch)
+    config = read_config(arm.command_line(), {})
+    if "image_size" in config.methods:
+        options["image_size.stages"] = scaled_stages(config, final, patch)
     about = arm.about.replace("32 → 224", f"{final // 4} → {final}").replace("224 px", f"{final} px")
     return replace(arm, recipes=(*arm.recipes, recipe), options=options, about=about.replace("-S", ""))
 
@@ -104,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     parser = arms_parser("paper", __doc__)
     add = parser.add_argument
     add("--budget", type=budget, metavar="LENGTH", help="budget of each run (default: 24h, or 15m with --scale 64)")
-    add("--only", metavar="LIST", help="arms and groups, separated by commas (default: all)")
+    add("--only", metavar="LIST", help=f"some of {', '.join([*GROUPS, *ARMS])}, separated by commas (default: all)")
     add("--scale", type=int, metavar="PX", help="final image size of a smaller benchmark: 64")
     add("--patch", type=int, metavar="PX", help=f"patch size with --scale (default: {SCALED_PATCH})")
     options, trainer = parser.parse_known_args(argv)
@@ -114,8 +103,5 @@ def main(argv: Sequence[str]) -> None:
     elif options.patch is not None:
         raise ConfigError("--patch: it applies to a smaller benchmark only; give --scale 64 too")
     length = options.budget or read_config(arms[0].command_line(), {}).budget.length
-
-    def write(results: Sequence[RunResult]) -> None:
-        write_paper(results, arms, options.folder, options.json, str(length))
-
+    write = partial(write_paper, arms=arms, folder=options.folder, json=options.json, budget=str(length))
     compete(arms, length, options, trainer, write)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,13 +19,10 @@ class BenchParser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
-def bench_parser(name: str, description: str | None, trainer_options: bool = False) -> BenchParser:
-    """The parser of a bench, with ``--json``. ``trainer_options``: the bench also takes those of the trainer."""
-    more = "[options] [options of train_imagenet.py]" if trainer_options else None
-    parser = BenchParser(
-        prog=f"python -m vitlocal.bench {name}", description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage=more and f"%(prog)s {more}",
-    )  # fmt: skip
+def bench_parser(name: str, description: str | None) -> BenchParser:
+    """The parser of a bench, with ``--json``."""
+    form, program = argparse.RawDescriptionHelpFormatter, f"python -m vitlocal.bench {name}"
+    parser = BenchParser(prog=program, description=description, allow_abbrev=False, formatter_class=form)
     parser.add_argument("--json", metavar="FILE", help="write the measurement to FILE")
     return parser
 
@@ -43,30 +41,25 @@ def at_least(least: int, kind: Callable[[str], Any] = int) -> Callable[[str], An
 
 def numbers(text: str, least: int = 1) -> list[int]:
     """An argparse type: whole numbers of at least ``least``, separated by commas."""
-    try:
+    with suppress(ValueError):
         values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < least:
-        expected = f"whole numbers of at least {least}, separated by commas, such as {least},{least + 1}"
-        raise argparse.ArgumentTypeError(f"got '{text}', expected {expected}")
-    return list(dict.fromkeys(values))
+        if min(values) >= least:
+            return list(dict.fromkeys(values))
+    raise argparse.ArgumentTypeError(f"got '{text}', expected whole numbers of at least {least}, separated by commas")
 
 
 def budget(text: str) -> Length:
     """An argparse type: a length of training, neither a percentage nor zero."""
-    try:
+    with suppress(ValueError):
         length = Length.parse(text)
-        if length.kind == "fraction" or not length.value:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got '{text}', expected a length such as 24h, 15m or 90ep") from None
-    return length
+        if length.kind != "fraction" and length.value:
+            return length
+    raise argparse.ArgumentTypeError(f"got '{text}', expected a length such as 24h, 15m or 90ep")
 
 
 def times(text: str) -> list[Length]:
-    """An argparse type: budgets in time, separated by commas."""
-    found = [budget(part) for part in text.split(",")]
+    """An argparse type: budgets in time, separated by commas, or "none"."""
+    found = [budget(part) for part in text.split(",")] if text != "none" else []
     if any(length.kind != "seconds" for length in found):
         raise argparse.ArgumentTypeError(f"got '{text}', expected lengths of time, separated by commas: 45s,1h")
     return found

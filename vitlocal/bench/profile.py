@@ -7,7 +7,7 @@ rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU.
     data       the step waits for its batch
     copy       host-to-device copies; they overlap with other phases and are not part of the sum (on a CPU: none)
     augment    random draws and RandAugment; normalisation, erasing and mixing belong to the forward pass
-    other      the loop around the step: methods, clock and log
+    other      the loop around the step: methods and clock
 
 On a GPU, a phase is the time between two CUDA events. It includes launches that the device waits for.
 """
@@ -15,7 +15,6 @@ On a GPU, a phase is the time between two CUDA events. It includes launches that
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numbers
@@ -33,14 +32,14 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, full_batches
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.build import make_model, open_trainer
+from vitlocal.train.build import build_trainer, device_of, sources_of
 from vitlocal.train.devices import choose_device, synchronize
 from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
 
 Rows = list[dict[str, Any]]
 WARM_UP_STEPS = 2  # uncounted steps at each size
-TRACED_STEPS = 3  # traced steps at each size, at most
+TRACED_STEPS = 3  # traced steps at each size
 SHOWN_OPERATORS = 10
 PARTS = ("data", *PHASES, "other")  # of a step, one after the other
 COLUMNS = {
@@ -51,34 +50,18 @@ COLUMNS = {
 
 def timed_steps(trainer: Trainer, feed: Feed, batches: Iterator[Batch], steps: int) -> PhaseTimer:
     """Trains for ``steps`` steps, and times each of them by phase."""
-    timer, hook = PhaseTimer(trainer.step.device), trainer.step.phase_hook
+    timer = PhaseTimer(trainer.step.device)
     trainer.step.phase_hook = timer.mark
-    try:
-        for _ in range(steps):
-            timer.begin()
-            batch = next(batches)
-            timer.mark("data")
-            trainer.train_step(batch, Plan(feed))
-            timer.mark("other")
-    finally:
-        trainer.step.phase_hook = hook
+    for _ in range(steps):
+        timer.begin()
+        batch = next(batches)
+        timer.mark("data")
+        trainer.train_step(batch, Plan(feed))
+        timer.mark("other")
     return timer
 
 
-def row_of(feed: Feed, mode: str, steps: Sequence[dict[str, float]], copy_ms: float) -> dict[str, Any]:
-    """The row of one size: milliseconds and percent of a step by phase."""
-    spent = {part: sum(step.get(part, 0.0) for step in steps) / len(steps) for part in PARTS}
-    total = sum(spent.values())
-    spent = {"data": spent["data"], "copy": copy_ms, **spent}
-    return {
-        "size": feed.size, "batch_size": feed.batch_size, "mode": mode, "steps": len(steps),
-        "step_ms": round(total, 3), "images_per_second": round(1e3 * feed.batch_size / total, 1),
-        **{f"{part}_ms": round(value, 3) for part, value in spent.items()},
-        **{f"{part}_percent": round(100 * value / total, 2) for part, value in spent.items()},
-    }  # fmt: skip
-
-
-def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -> Rows:
+def operator_rows(averages: Any, feed: Feed, device: torch.device) -> Rows:
     """The milliseconds per step of each operator, without the operators that it calls. On a GPU they are kernels."""
     on_gpu = device.type == "cuda"
     found = []
@@ -87,37 +70,37 @@ def operator_rows(averages: Any, feed: Feed, steps: int, device: torch.device) -
             continue
         spent = average.self_device_time_total if on_gpu else average.self_cpu_time_total
         about = {"size": feed.size, "batch_size": feed.batch_size, "operator": average.key}
-        found.append(about | {"ms": spent / 1e3 / steps, "calls": average.count / steps})
+        found.append(about | {"ms": spent / 1e3 / TRACED_STEPS, "calls": average.count / TRACED_STEPS})
     total = sum(row["ms"] for row in found) or 1.0
     return [row | {"ms": round(row["ms"], 4), "percent": round(100 * row["ms"] / total, 2)} for row in found]
 
 
 def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str | None) -> tuple[Rows, Rows]:
-    """The rows of the measurement, one for each size, and those of the operators. The run folder is temporary."""
+    """The rows of the measurement, one for each size, and those of the operators."""
     rows, operators = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        run = replace(config.run, folder=f"{folder}/run", resume="never", progress=False)
-        with open_trainer(replace(config, run=run)) as trainer:
-            feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
-            if sizes is not None:
-                batch_sizes = {feed.size: feed.batch_size for feed in feeds}
-                feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sizes]
-            count = trainer.sources.train.count  # a small data set is one batch
-            feeds = [replace(feed, batch_size=min(feed.batch_size, count)) for feed in feeds]
-            with progress_bar(len(feeds)) as bar:
-                for feed in feeds:
-                    bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
-                    row, found = profile_size(trainer, feed, steps, trace)
-                    rows.append(row)
-                    operators += found
-                    bar.update()
+    device = device_of(config)
+    with closing(sources_of(config, device)) as sources:
+        trainer = build_trainer(config, sources, device)
+        feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
+        if sizes is not None:
+            check_multiples(sizes, patch_side(trainer.step.model), config.model.name)
+            batch_sizes = {feed.size: feed.batch_size for feed in feeds}
+            feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sorted(sizes)]
+        # A small data set is one batch.
+        feeds = [replace(feed, batch_size=min(feed.batch_size, sources.train.count)) for feed in feeds]
+        with progress_bar(len(feeds)) as bar:
+            for feed in feeds:
+                bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
+                row, found = profile_size(trainer, feed, steps, trace)
+                rows.append(row)
+                operators += found
+                bar.update()
     return rows, operators
 
 
 def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: str | None) -> tuple[dict[str, Any], Rows]:
-    """The row of one size, and those of its operators."""
-    device, clock, traced = trainer.step.device, trainer.state.clock, min(steps, TRACED_STEPS)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    """The row of one size, with milliseconds and percent of a step by phase, and the rows of its operators."""
+    device, clock = trainer.step.device, trainer.state.clock
     if device.type == "cpu":  # the profiler would print only that it starts and stops
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     trainer.compile_for(Plan(feed))
@@ -126,27 +109,26 @@ def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: str | None) ->
         timed_steps(trainer, feed, batches, WARM_UP_STEPS)
         timer = timed_steps(trainer, feed, batches, steps)
         synchronize(device)
-        with profile(activities=activities, acc_events=True) as profiler:
-            timed_steps(trainer, feed, batches, traced)
+        with profile(acc_events=True) as profiler:
+            timed_steps(trainer, feed, batches, TRACED_STEPS)
             synchronize(device)
     clock.timer.stop()
     if trace:
         file = Path(f"{trace.removesuffix('.json')}_{feed.size}px_{feed.batch_size}.json")
         file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
-    averages = profiler.key_averages()
+    averages, timed = profiler.key_averages(), timer.milliseconds()
+    spent = {part: sum(step.get(part, 0.0) for step in timed) / steps for part in PARTS}
+    total = sum(spent.values())
     copied = sum(row.self_device_time_total for row in averages if row.key.startswith("Memcpy HtoD"))
-    row = row_of(feed, str(trainer.step.mode(feed)), timer.milliseconds(), copied / 1e3 / traced)
-    return row, operator_rows(averages, feed, traced, device)
-
-
-def table(rows: Rows) -> str:
-    """The phases of each size, in milliseconds and in percent of the step."""
-    lines: Rows = []
-    for row in rows:
-        parts = {unit: {part: row[f"{part}_{unit}"] for part in ("copy", *PARTS)} for unit in ("ms", "percent")}
-        lines += [{**row, "unit": "ms", "step": row["step_ms"], **parts["ms"]}, {"unit": "%", **parts["percent"]}]
-    return text_table(lines, COLUMNS)
+    spent["copy"] = copied / 1e3 / TRACED_STEPS
+    row = {
+        "size": feed.size, "batch_size": feed.batch_size, "mode": str(trainer.step.mode(feed)), "steps": steps,
+        "step_ms": round(total, 3), "images_per_second": round(1e3 * feed.batch_size / total, 1),
+        **{f"{part}_ms": round(value, 3) for part, value in spent.items()},
+        **{f"{part}_percent": round(100 * value / total, 2) for part, value in spent.items()},
+    }  # fmt: skip
+    return row, operator_rows(averages, feed, device)
 
 
 def operators_table(operators: Rows) -> str:
@@ -163,21 +145,22 @@ def operators_table(operators: Rows) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = bench_parser("profile", __doc__, trainer_options=True)
+    parser = bench_parser("profile", __doc__)
     add = parser.add_argument
     add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: the recipe's)")
     add("--steps", type=at_least(1), default=10, help="steps to time at each size; 3 more are traced (default: 10)")
     add("--trace", metavar="FILE", help="write a trace for chrome://tracing; of each size, NAME_{size}px_{batch}.json")
     options, rest = parser.parse_known_args(argv)
-    sizes = options.sizes and sorted(options.sizes)
     if not any(word.startswith(("--config-file", "-C")) for word in rest):
         on_gpu = choose_device(read_config(rest).run.device).type == "cuda"
         rest = ["--config-file", "rcfg/ours.yaml" if on_gpu else "rcfg/demo.yaml", *rest]
     config = read_config(rest)
-    if sizes:  # checked before the trainer is built
-        check_multiples(sizes, patch_side(make_model(config, 2, torch.device("cpu"))[0]), config.model.name)
-    rows, operators = profiled(config, sizes, options.steps, options.trace)
-    print(table(rows), operators_table(operators), sep="\n\n")
+    rows, operators = profiled(config, options.sizes, options.steps, options.trace)
+    lines: Rows = []  # for each size, one in milliseconds and one in percent of the step
+    for row in rows:
+        ms, percent = ({part: row[f"{part}_{unit}"] for part in ("copy", *PARTS)} for unit in ("ms", "percent"))
+        lines += [{**row, "unit": "ms", "step": row["step_ms"], **ms}, {"unit": "%", **percent}]
+    print(text_table(lines, COLUMNS), operators_table(operators), sep="\n\n")
     large = [row for row in operators if row["percent"] >= 0.1]
     what = "the trainer's time by phase, at each size of its recipe"
     write_json(options.json, what, rows, recipe=config.flat(), operators=large)

@@ -1,9 +1,7 @@
 """Shows runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
 
-Writes one HTML file without external links, for a screen, a phone or paper. It shows curves against time, epochs and
-images, schedules, and throughput. It also shows crops as the model saw them, the ten worst classes, and how the
-configurations differ. With --forecast (a file of `bench forecast --json FILE`), it compares the forecast with the first
-run.
+Writes one HTML file without external links, for a screen, a phone or paper: curves, schedules, throughput, crops as the
+model saw them, the ten worst classes, and how the configurations differ.
 """
 
 from __future__ import annotations
@@ -36,11 +34,10 @@ def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
         for row in {row["size"]: row for row in forecast["rows"]}.values()
         if row["size"] in by_crop and by_crop[row["size"]]["images"]
     ]
-    pairs.append(("epochs", forecast["epochs"], last["epoch"]))
-    pairs.append(("images", sum(row["images"] for row in forecast["rows"]), last["images_seen"]))
+    images = sum(row["images"] for row in forecast["rows"])
+    pairs += [("epochs", forecast["epochs"], last["epoch"]), ("images", images, last["images_seen"])]
     if forecast["first_point_seconds"] is not None:
-        first = next(record for record in run.records if record["top1"] is not None)
-        pairs.append(("first accuracy, s", forecast["first_point_seconds"], first["train_seconds"]))
+        pairs.append(("first accuracy, s", forecast["first_point_seconds"], run.line.scored[0]["train_seconds"]))
     return [
         {"what": what, "forecast": said, "happened": actual, "off": said / actual - 1 if actual else 0.0}
         for what, said, actual in pairs
@@ -49,8 +46,8 @@ def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
 
 def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
     """Sentences that say why the forecast does not apply to the run: another recipe, or a run that has not ended."""
-    said, actual = forecast.get("recipe", {}), json.loads(json.dumps(run.config.flat()))
-    differ = [name for name in said if name in actual and name not in IGNORED and said[name] != actual[name]]
+    said, actual = forecast["recipe"], run.config.flat()
+    differ = [name for name in actual if name not in IGNORED and said.get(name) != actual[name]]
     found = [f"the forecast is for another recipe: {', '.join(differ)} differ"] if differ else []
     if run.records[-1]["fraction"] < 1:
         found.append(f"the run has spent {run.records[-1]['fraction']:.0%} of the budget that the forecast is for")
@@ -60,8 +57,7 @@ def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    where = "report.html in the folder of a single run, or here"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"file to write (default: {where})")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in a single RUN)")
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
     options = parser.parse_args(argv)
@@ -73,11 +69,10 @@ def main(argv: Sequence[str]) -> None:
     if options.forecast:
         try:
             forecast = json.loads(Path(options.forecast).read_text(encoding="utf-8"))
-            rows = compare(forecast, runs[0])
+            rows, notes = compare(forecast, runs[0]), mismatches(forecast, runs[0])
         except (OSError, ValueError, KeyError, TypeError) as error:
             wrong = f"{options.forecast} is not what bench forecast --json writes"
             raise ConfigError(f"--forecast: {wrong} ({error})") from error
-        notes = mismatches(forecast, runs[0])
         cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
         paragraphs = [f"<p>Note: {html.escape(note)}.</p>" for note in notes]
         parts = ["<h2>Forecast and run</h2>", *paragraphs, rows_table(list(COLUMNS), cells)]

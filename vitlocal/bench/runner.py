@@ -9,39 +9,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
 
-from vitlocal.bench.runs import summary
 from vitlocal.config import Config, check_same_run, read_config
 from vitlocal.data.manifest import load_manifest
-from vitlocal.errors import ConfigError, Interrupted
+from vitlocal.errors import ConfigError
 from vitlocal.machine import memory_stalls
 from vitlocal.options import as_argument
-from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing
+from vitlocal.train.build import check_data
 from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+say = partial(print, flush=True)
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 
 # The trainer's options that the bench sets for each run, and the remedy if a user sets them.
 BENCH_OPTIONS = {"run.seed": "use --seeds", "run.folder": "use --folder", "budget.length": "use --budget"} | (
     dict.fromkeys(("run.progress", "run.resume", "resume"), "leave it out")
 )
-
-RunKey = tuple[str, int, str]  # arm, seed and budget of a run
 
 
 @dataclass(frozen=True)
@@ -68,17 +65,7 @@ class PlannedRun:
     seed: int
     budget: str
     folder: Path
-    shared: tuple[str, ...] = ()  # the trainer's options that all runs have
-
-    @property
-    def key(self) -> RunKey:
-        return self.arm.name, self.seed, self.budget
-
-    @property
-    def options(self) -> list[str]:
-        """The trainer's command line."""
-        own = [f"--run.seed={self.seed}", f"--budget.length={self.budget}", f"--run.folder={self.folder}"]
-        return [*self.arm.command_line(), *self.shared, *own, "--run.progress=no"]
+    options: tuple[str, ...]  # the trainer's command line
 
     def config(self) -> Config:
         """The run's configuration. ConfigError if it is wrong, or if the folder holds a different run."""
@@ -88,19 +75,10 @@ class PlannedRun:
             raise ConfigError(f"{what}, but all arms must have the same length; leave them out")
         if (self.folder / "config.yaml").exists():
             check_same_run(self.folder, config, "folder")
-            self._check_data(config.data.root)
+            origins, has_manifest = read_origin(self.folder), (Path(config.data.root) / "train.json").exists()
+            if origins and has_manifest:  # the trainer itself checks other data
+                check_data(data_in(config.data.root), origins[-1]["data"], config)
         return config
-
-    def _check_data(self, root: str) -> None:
-        """Raises ConfigError if the run in the folder was trained on other images than those of ``root``."""
-        before = [origin["data"] for origin in read_origin(self.folder) if "data" in origin][-1:]
-        has_manifest = (Path(root) / "train.json").exists()  # the trainer itself checks other data
-        if before and has_manifest and before != [now := data_in(root)]:
-            trained_on = f"{before[0]['images']} images of {before[0]['classes']} classes"
-            raise ConfigError(
-                f"folder: {self.folder} holds a run that was trained on {trained_on}, but {root} holds other data "
-                f"({now['images']} of {now['classes']}); use another --folder, or the same data"
-            )
 
     @property
     def output(self) -> Path:
@@ -136,7 +114,8 @@ def plan_runs(
         if place in runs:
             both = f"the arms '{runs[place].arm.name}' and '{arm.name}'"
             raise ConfigError(f"{both} would both train in {place}; give them different names")
-        runs[place] = PlannedRun(arm, seed, budget, place, tuple(shared))
+        own = f"--run.seed={seed}", f"--budget.length={budget}", f"--run.folder={place}", "--run.progress=no"
+        runs[place] = PlannedRun(arm, seed, budget, place, (*arm.command_line(), *shared, *own))
     return list(runs.values())
 
 
@@ -164,8 +143,6 @@ def read_arms(path: str) -> list[Arm]:
             own = {**common, **(options or {})}
             recipes, about, published = own.pop("recipes", ()), own.pop("about", ""), own.pop("published", None)
             arms.append(Arm(str(name), (*shared, *files(recipes)), own, about, published))
-        if not arms:
-            raise TypeError("there are no arms")
         return arms
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a yaml file of arms") from error
@@ -177,42 +154,47 @@ def read_arms(path: str) -> list[Arm]:
 class Runner:
     """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and one of the ``gpus``, if any.
 
-    In each place, ``together`` runs share the cores. They meet the same slow and fast minutes. To make this true for
-    all runs that are compared, the runs of a seed start when those of the seed before have ended.
+    In each place, ``together`` runs share the cores. If there are several, the runs of a seed start when those of the
+    seed before have ended. So runs that are compared meet the same slow and fast minutes.
     """
 
-    def __init__(self, jobs: int, together: int, folder: Path, gpus: Sequence[str] = ()):
-        self.folder, self.gpus, self.by_seeds = folder, gpus, together > 1
+    def __init__(self, jobs: int, together: int, gpus: Sequence[str] = ()):
+        self.gpus, self.by_seeds = gpus, together > 1
         self.cores = sorted(os.sched_getaffinity(0))
-        if not 1 <= jobs <= len(self.cores):
-            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {len(self.cores)}, the number of cores")
-        if 0 < len(gpus) < jobs:
-            raise ConfigError(f"--jobs: got {jobs}, expected at most {len(gpus)}, the number of GPUs")
+        most, what = (len(gpus), "GPUs") if gpus else (len(self.cores), "cores")
+        if not 1 <= jobs <= most:
+            raise ConfigError(f"--jobs: got {jobs}, expected 1 to {most}, the number of {what}")
         if gpus and together > 1:
             raise ConfigError("--together: runs that share a GPU cannot be timed; use --together=1, or a CPU")
         self.share = len(self.cores) // jobs
         self.free = [*range(jobs)] * together  # places
         self.running: dict[subprocess.Popen[bytes], tuple[PlannedRun, int]] = {}  # runs and their places
-        self.signal: int | None = None
         self._stall_noted = False
         self._awaited: set[Path] = set()  # folders in use by another process, which were printed
 
     def run(self, waiting: Sequence[PlannedRun]) -> list[PlannedRun]:
-        """Returns the runs that failed. After Ctrl-C or SIGTERM it raises Interrupted when all runs have saved."""
+        """Returns the runs that failed. After Ctrl-C, the runs save; a second Ctrl-C ends them at once."""
         left, failed = list(waiting), []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._forwarding_signals():
+        try:
             while left or self.running:
-                while self.free and self.signal is None and (run := self._next(left)) is not None:
+                while self.free and (run := self._next(left)) is not None:
                     left.remove(run)
                     self._start(run, f"{len(waiting) - len(left)} of {len(waiting)}")
                 for process in list(self.running):
                     if process.poll() is not None:
                         failed += self._end(process)
-                if self.signal is not None and not self.running:
-                    raise Interrupted(self.signal)
                 self._check_memory()
                 time.sleep(0.2)
+        except KeyboardInterrupt:
+            say("\nstopping: the runs save; the same command continues them")
+            for process in self.running:
+                process.send_signal(signal.SIGTERM)
+            for process in self.running:
+                process.wait()
+            raise
+        finally:
+            for process in self.running:
+                process.kill()
         return failed
 
     def _check_memory(self) -> None:
@@ -243,69 +225,29 @@ class Runner:
         cores = self.cores[place * self.share :][: self.share]
         process = start_trainer(run.options, run.output, cores, env=environment, start_new_session=True)
         self.running[process] = run, place
-        if self.signal is not None:  # the signal arrived while the process was started
-            process.send_signal(signal.SIGTERM)
 
     def _end(self, process: subprocess.Popen[bytes]) -> list[PlannedRun]:
-        """Frees the place of a run that has ended; returns the run if it failed."""
+        """Frees the place of a run that has ended, and prints its last line; returns the run if it failed."""
         run, place = self.running.pop(process)
         self.free.append(place)
+        last = run.output.read_text(errors="replace").strip().rpartition("\n")[2]
         if process.returncode == 0:
-            row = summary(run.folder)
-            say(f"  {run.folder.name}: {row['top1']:.2f} %, {duration(row['wall_seconds'])}")
-        elif self.signal is None:
-            last = run.output.read_text(errors="replace").strip().splitlines()[-1:]
-            why = "; ".join([*last, f"exit status {process.returncode}"])
-            say(f"  {run.folder.name}: failed ({why}); see {run.output}")
-            return [run]
-        return []
-
-    @contextmanager
-    def _forwarding_signals(self) -> Iterator[None]:
-        """Forwards signals to the runs, which save. After a second signal they end at once."""
-
-        def forward(number: int, frame: object) -> None:
-            first, self.signal = self.signal is None, number
-            for process in self.running:
-                process.send_signal(signal.SIGTERM)
-            if first:
-                say("\nstopping: the runs save; the same command continues them", sys.stderr)
-
-        handled = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
-            handled.pop()
-        before = {number: signal.signal(number, forward) for number in handled}
-        try:
-            yield
-        finally:
-            for process in self.running:
-                process.kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            say(f"  {run.folder.name}: {last}")
+            return []
+        say(f"  {run.folder.name}: failed ({last}; exit status {process.returncode}); see {run.output}")
+        return [run]
 
 
-def say(text: str, to: TextIO | None = None) -> None:
-    """Prints, unless the terminal is gone: runs continue, and save, without it."""
-    with suppress(OSError):
-        print(text, file=to, flush=True)
-
-
-def signal_on_parent_death(number: int) -> None:
-    """Asks Linux to send this process the signal ``number`` if its parent dies. Called in a child process."""
-    LIBC.prctl(PR_SET_PDEATHSIG, number)
-
-
-def start_trainer(
-    options: Sequence[str], output: Path, on: Collection[int] = (), **more: Any
-) -> subprocess.Popen[bytes]:
+def start_trainer(options: Sequence[str], output: Path, on: Sequence[int] = (), **more: Any) -> subprocess.Popen[bytes]:
     """Starts the trainer on the cores ``on``, or on all. If this process is killed, it saves and stops."""
 
     def prepare() -> None:
         if on:
             os.sched_setaffinity(0, on)
-        signal_on_parent_death(signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     command = [sys.executable, str(ROOT / "train_imagenet.py"), *options]
+    output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=prepare, **more)
 

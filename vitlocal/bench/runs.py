@@ -8,8 +8,8 @@ from typing import Any
 
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser, plot_file
-from vitlocal.report.figures import Line, by_size, race, save
-from vitlocal.report.run_folder import duration, names_of, read_log, read_run
+from vitlocal.report.figures import by_size, race, save
+from vitlocal.report.run_folder import RunRecord, duration, names_of, read_run
 
 COLUMNS = {
     "run": ("run", ""), "top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "epochs": ("epochs", ".1f"),
@@ -17,13 +17,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """A row with the end of a run. ConfigError if ``folder`` does not hold an evaluated run."""
-    run = read_run(folder)
+def summary(run: RunRecord) -> dict[str, Any]:
+    """A row with the end of a run."""
     last = run.last
     waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run.line).values())
     return {
-        "run": folder.name, "top1": last["top1"], "top5": last["top5"], "epochs": last["epoch"],
+        "run": run.name, "top1": last["top1"], "top5": last["top5"], "epochs": last["epoch"],
         **{name: last[name] for name in ("images_seen", "train_seconds", "wall_seconds")},
         "images_per_second": round(last["images_seen"] / last["train_seconds"], 1),
         "data_wait_fraction": round(waited / run.records[-1]["train_seconds"], 5),
@@ -35,13 +34,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
     options = parser.parse_args(argv)
-    rows, curves = [], {}
-    for folder, name in zip(options.runs, names_of(options.runs), strict=True):
-        rows.append(summary(folder) | {"run": name})
-        curves[name] = read_log(folder)
+    runs = [read_run(folder, name) for folder, name in zip(options.runs, names_of(options.runs), strict=True)]
+    rows = [summary(run) for run in runs]
     times = {"training": "train_seconds", "total": "wall_seconds"}
     print(text_table([row | {title: duration(row[name]) for title, name in times.items()} for row in rows], COLUMNS))
     what = "training runs: the accuracy that each reached, and the log of its passes"
-    write_json(options.json, what, rows, curves=curves)
+    write_json(options.json, what, rows, curves={run.name: run.records for run in runs})
     if options.plot:
-        save(race({name: [Line(name, curve)] for name, curve in curves.items()}), options.plot)
+        save(race({run.name: [run.line] for run in runs}), options.plot)

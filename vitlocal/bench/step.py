@@ -1,8 +1,8 @@
 """The training step: python -m vitlocal.bench step [--sizes 32,64] [--arms local-eager,timm-eager] [TRAINER'S OPTIONS]
 
-Trains each arm on random pixels that are already on the device. All arms run in one process and take turns, at each
-size and in each round. So other load on the machine affects all of them. Compiling is not counted. Options of the
-trainer (--config-file, --model.depth, ...) apply to every arm whose model has them.
+Trains each arm on random pixels that are already on the device. All arms run in one process and take turns, so that
+other load on the machine affects all of them. Compiling is not counted. Options of the trainer (--config-file,
+--model.depth, ...) apply to every arm whose model has them.
 
     local        the local-FFN ViT with the trainer's own step; on a GPU with the fused kernel if it supports the grid
     local-plain  the same model with PyTorch's operations instead of the kernel, on a GPU
@@ -24,7 +24,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -44,7 +44,7 @@ from vitlocal.train.build import build_step, device_of
 from vitlocal.train.compile import Mode
 from vitlocal.train.devices import choose_device
 from vitlocal.train.precision import autocast, choose_precision
-from vitlocal.train.timing import LR, PhaseTimer, Timing, device_memory, noise_batch, noise_step
+from vitlocal.train.timing import LR, PhaseTimer, Timing, noise_batch, noise_step, peak_memory, reset_peak
 
 CLASSES = 1000
 PHASES = ("augment", "forward", "backward", "optimizer", "average")  # of the trainer's step, in order
@@ -69,32 +69,20 @@ COLUMNS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StepArm:
-    """A model, compiled or eager, with one kernel of the local FFN (``train.kernel``)."""
-
-    model: str  # a name of FAMILIES, or "timm"
-    compiled: bool
-    kernel: str = "auto"
-
-    def __str__(self) -> str:
-        kernel = "" if self.kernel == "auto" else f"-{self.kernel}"
-        return f"{self.model}{kernel}-{'compiled' if self.compiled else 'eager'}"
-
-
-def choose_arms(text: str | None, device: torch.device) -> list[StepArm]:
+def choose_arms(text: str | None, device: torch.device) -> list[str]:
     """The arms of ``--arms``. Without it: all arms on a GPU, the eager ones on a CPU."""
     on_gpu = device.type == "cuda"
-    known = [
-        StepArm(model, compiled, kernel)
-        for model in (*FAMILIES, "timm")
-        for kernel in (("auto", "plain") if model == "local" and on_gpu else ("auto",))
-        for compiled in (False, True)
-    ]
-    if text is None:
-        return [arm for arm in known if on_gpu or not arm.compiled]
-    by_name = {str(arm): arm for arm in known}
-    return [by_name[name] for name in names(text, list(by_name), "--arms")]
+    models = ["local", *(["local-plain"] if on_gpu else []), "deit", "localvit", "timm"]
+    known = [f"{model}-{how}" for model in models for how in ("eager", "compiled")]
+    if text is not None:
+        return names(text, known, "--arms")
+    return known if on_gpu else [arm for arm in known if arm.endswith("-eager")]
+
+
+def parts(arm: str) -> tuple[str, str, bool]:
+    """The model (a name of FAMILIES, or "timm"), ``train.kernel``, and whether the arm is compiled."""
+    model, *kernel, how = arm.split("-")
+    return model, "plain" if kernel else "auto", how == "compiled"
 
 
 def model_shape(config: Config) -> tuple[str, int]:
@@ -106,65 +94,47 @@ def model_shape(config: Config) -> tuple[str, int]:
     return match[1], config.model.patch_size or int(match[2])
 
 
-def arm_config(arm: StepArm, config: Config) -> Config:
+def arm_config(arm: str, config: Config) -> Config:
     """The recipe of an arm of ours: the same width, depth and patch size in the arm's model family."""
-    width, patch = model_shape(config)
-    model = replace(config.model, name=f"vitlocal_{FAMILIES[arm.model]}{width}_patch16_224", patch_size=patch)
-    if arm.model != "local":
+    (width, patch), (family, kernel, compiled) = model_shape(config), parts(arm)
+    model = replace(config.model, name=f"vitlocal_{FAMILIES[family]}{width}_patch16_224", patch_size=patch)
+    if family != "local":
         model = replace(model, norm=None, convolution=None)  # these are options of the local FFN only
-    train = replace(config.train, compile="yes" if arm.compiled else "no", kernel=arm.kernel)
+    train = replace(config.train, compile="yes" if compiled else "no", kernel=kernel)
     return replace(config, model=model, train=train)
 
 
 def timm_model(config: Config) -> Any:
     """timm's DeiT with the shape of the recipe's model."""
     width, patch = model_shape(config)
-    model = config.model
-    stated = {"embed_dim": model.width, "depth": model.depth, "num_heads": model.heads, "qkv_bias": model.qkv_bias}
-    arguments: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
-    if model.pool == "avg":
+    known = ("img_size", "embed_dim", "depth", "num_heads", "qkv_bias", "drop_path_rate")
+    arguments = {name: value for name, value in config.model.arguments().items() if name in known}
+    if config.model.pool == "avg":
         arguments |= {"global_pool": "avg", "class_token": False, "fc_norm": False}
-    return timm.create_model(
-        f"deit_{width}_patch16_224", num_classes=CLASSES, patch_size=patch, img_size=model.size, dynamic_img_size=True,
-        drop_path_rate=model.drop_path, **arguments,
-    )  # fmt: skip
-
-
-class OurStep:
-    """One of our models with the trainer's own step."""
-
-    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
-        self.hooked = step = build_step(arm_config(arm, config), CLASSES, device)
-        self.model, self.mode = step.model, step.mode(feed)
-        self.run = noise_step(step, feed, CLASSES, device, self.mode)
-        self.compile = lambda: step.warm_up(feed, CLASSES)
+    name = f"deit_{width}_patch16_224"
+    return timm.create_model(name, num_classes=CLASSES, patch_size=patch, dynamic_img_size=True, **arguments)
 
 
 class TimmStep:
-    """timm's model in a plain loop with automatic mixed precision."""
+    """timm's model in a plain loop with automatic mixed precision, on one batch of normalised pixels."""
 
-    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
+    def __init__(self, config: Config, compiled: bool, feed: Feed, device: torch.device):
         train = config.train
         torch.manual_seed(config.run.seed)
         self.model = timm_model(config).to(device).train()
         if train.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
-        self.forward = torch.compile(self.model) if arm.compiled else self.model
+        self.forward = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LR, weight_decay=train.weight_decay, fused=True)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=train.label_smoothing)
-        self.device, self.clip_norm, self.mode = device, train.clip_norm, Mode(arm.compiled)
+        self.device, self.clip_norm = device, train.clip_norm
         self.precision = choose_precision(train.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         batch = noise_batch(feed, CLASSES, device)
         self.labels, self.images = batch.labels, ((batch.images.float() / 255 - 0.45) / 0.225).contiguous()
         self.phase_hook: Callable[[str], None] = lambda phase: None
-        self.hooked = self
 
-    def compile(self) -> float:
-        """Compiles the step by its first run; returns the seconds that it took."""
-        return Timing().measure(self.run, self.device) if self.mode.compiled else 0.0
-
-    def run(self) -> None:
+    def __call__(self) -> None:
         self.optimizer.zero_grad()
         with autocast(self.device, self.precision):
             loss = self.criterion(self.forward(self.images), self.labels)
@@ -182,63 +152,63 @@ class TimmStep:
 class StepEntry:
     """An arm at one image size: built, compiled and run once; then measured in turns."""
 
-    def __init__(self, arm: StepArm, config: Config, feed: Feed, device: torch.device):
+    def __init__(self, arm: str, config: Config, feed: Feed, device: torch.device):
         self.arm, self.feed, self.device = arm, feed, device
-        with device_memory(device) as memory:
-            self.step = (TimmStep if arm.model == "timm" else OurStep)(arm, config, feed, device)
-            self.macs = count_macs(self.step.model, feed.size)
-            self.compile_seconds = self.step.compile()
-            self._measure(1)  # the optimizer creates its state
-            held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        self.held = held - memory.before
-        # A CUDA graph takes its memory when it is captured. Its replays do not go through the allocator.
-        self.peak = memory.peak - memory.before if self.step.mode.graphs else 0
-        self.step_seconds = self._measure(1)
-        self.turns: list[float] = []  # seconds per step of each counted turn
+        self.model, kernel, self.compiled = parts(arm)
+        before = reset_peak(device)
+        self.step: Any
+        self.run: Callable[[], object]
+        if self.model == "timm":
+            self.step = self.run = TimmStep(config, self.compiled, feed, device)
+            self.mode = Mode(self.compiled)
+        else:
+            self.step = build_step(arm_config(arm, config), CLASSES, device)
+            self.mode = self.step.mode(feed)
+            self.run = noise_step(self.step, feed, CLASSES, device, self.mode)
+        self.macs = count_macs(self.step.model, feed.size)
+        # The first run compiles timm's model.
+        self.compile_seconds = self._measure(1) if self.model == "timm" else self.step.warm_up(feed, CLASSES)
+        self._measure(1)  # the optimizer creates its state
+        self.turns = [self._measure(1)]  # seconds per step of each turn
+        self.peak = peak_memory(device) - before
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
         grid = feed.size // model_shape(config)[1]
-        fused = arm.kernel == "auto" and can_fuse(device, (grid, grid))
-        has_kernel = arm.model == "local" and config.model.convolution is not False
+        fused = kernel == "auto" and can_fuse(device, (grid, grid))
+        has_kernel = self.model == "local" and config.model.convolution is not False
         self.kernel = ("fused" if fused else "plain") if has_kernel else None
 
     def _measure(self, steps: int) -> float:
-        return Timing().measure(self.step.run, self.device, steps)
+        return Timing().measure(self.run, self.device, steps)
 
-    def turn(self, seconds: float, counted: bool) -> None:
-        """Trains for about ``seconds``. If the turn is ``counted``, some more steps are timed by phase.
-
-        The number of steps is fixed beforehand, because reading the clock between steps would need a device sync.
-        """
-        with device_memory(self.device) as memory:
-            self.step_seconds = self._measure(max(1, math.ceil(seconds / self.step_seconds)))
-        self.peak = max(self.peak, memory.peak - (memory.before - self.held))
-        if not counted:
-            return
-        self.turns.append(self.step_seconds)
+    def turn(self, seconds: float) -> None:
+        """Trains for about ``seconds``, and then times some more steps by phase."""
+        # The number of steps is fixed beforehand: reading the clock between steps would need a device sync.
+        self.turns.append(self._measure(max(1, math.ceil(seconds / self.turns[-1]))))
         warm_up, timed = PHASE_STEPS[self.device.type]
-        timer, hooked = PhaseTimer(self.device), self.step.hooked
-        before, hooked.phase_hook = hooked.phase_hook, timer.mark
+        timer, hook = PhaseTimer(self.device), self.step.phase_hook
+        self.step.phase_hook = timer.mark
         for _ in range(warm_up + timed):
             timer.begin()
-            self.step.run()
-        hooked.phase_hook = before
+            self.run()
+        self.step.phase_hook = hook
         self.phases += timer.milliseconds()[warm_up:]
 
     def row(self, peak_tflops: float) -> dict[str, Any]:
         """The row of the measurement."""
-        rates = [self.feed.batch_size / seconds for seconds in self.turns]
+        # Two turns are not counted: caches are cold, clocks rise, and their lengths are first guesses.
+        rates = [self.feed.batch_size / seconds for seconds in self.turns[2:]]
         rate, flops = statistics.median(rates), TRAINING_FLOPS * self.macs
         phases = {name: statistics.median(step[name] for step in self.phases) for name in self.phases[0]}
         return {
-            "arm": str(self.arm), "model": self.arm.model, "compiled": self.arm.compiled,
-            "kernel": self.kernel, "mode": str(self.step.mode),
+            "arm": self.arm, "model": self.model, "compiled": self.compiled, "kernel": self.kernel,
+            "mode": str(self.mode),
             "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
             "spread": spread(rates) if len(rates) > 1 else None, "n": len(rates),
             "step_ms": round(1e3 * self.feed.batch_size / rate, 3), "gflops_per_image": flops / 1e9,
             "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
             "peak_mib": round(self.peak / 2**20) if self.device.type == "cuda" else None,
             **{f"{phase}_ms": round(phases[phase], 3) if phase in phases else None for phase in PHASES},
-            "compile_seconds": round(self.compile_seconds, 1) if self.arm.compiled else None,
+            "compile_seconds": round(self.compile_seconds, 1) if self.compiled else None,
         }  # fmt: skip
 
 
@@ -254,7 +224,7 @@ def measured_peak(precision: torch.dtype, device: torch.device) -> tuple[float, 
 
 
 def compare(
-    config: Config, arms: Sequence[StepArm], sizes: Sequence[int], rounds: int, seconds: float, device: torch.device,
+    config: Config, arms: Sequence[str], sizes: Sequence[int], rounds: int, seconds: float, device: torch.device,
     peak_tflops: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the measurement: one for each arm at each size."""
@@ -263,15 +233,14 @@ def compare(
         for size in sizes:
             feed, entries = Feed(size, config.train.batch_size), list[StepEntry]()
             for arm in arms:
-                bar.set_description_str(f"{size} px, {'compiling' if arm.compiled else 'building'} {arm}")
+                bar.set_description_str(f"{size} px, building {arm}")
                 try:
                     entries.append(StepEntry(arm, config, feed, device))
                 except torch.OutOfMemoryError:
                     print(f"{arm}: {feed.batch_size} images of {size} px do not fit; it is skipped", file=sys.stderr)
                 bar.update()
-            # The first round is not counted: caches are cold, clocks rise, and the lengths of turns are first guesses.
-            for number, place in product(range(rounds + 1), range(len(entries))):
-                entries[place].turn(seconds, counted=number > 0)
+            for _, place in product(range(rounds + 1), range(len(entries))):
+                entries[place].turn(seconds)
                 bar.set_description_str(f"{size} px, {entries[place].arm}", refresh=False)
                 bar.update()
             rows += [entry.row(peak_tflops) for entry in entries]
@@ -279,8 +248,7 @@ def compare(
             entries.clear()
             torch.compiler.reset()
             gc.collect()  # a model and its compiled step refer to each other
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     if not rows:
         raise ConfigError(f"train.batch_size: nothing fits on {device}; use a --batch below {config.train.batch_size}")
     return with_ratios(rows)
@@ -300,23 +268,19 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
     """The trainer's configuration, with a small model as the default on a CPU, and the device."""
     device = choose_device(read_config(arguments).run.device)
-    if device.type not in DEFAULTS:
-        raise ConfigError(f"run.device: got {device.type}, expected one of {', '.join(DEFAULTS)}")
     config = read_config(arguments, DEFAULTS[device.type] | os.environ)
     for name in ("compile", "kernel"):
         if (got := getattr(config.train, name)) != "auto":
             raise ConfigError(f"train.{name}: got {got}, but the arms set it; use --train.{name}=auto and --arms")
-    if config.train.batch_size < 2:
-        raise ConfigError("train.batch_size: LocalViT's BatchNorm needs more than 1 image; use a --batch of at least 2")
     return config, device
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = bench_parser("step", __doc__, trainer_options=True)
+    parser = bench_parser("step", __doc__)
     add = parser.add_argument
     add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: 32 to 224 on a GPU, 32,64 on a CPU)")
     add("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
-    add("--batch", type=int, metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
+    add("--batch", type=at_least(2), metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
     add("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
     add("--seconds", type=at_least(0, float), default=1.0, help="approximate length of a turn (default: 1)")
     options, rest = parser.parse_known_args(argv)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -27,12 +26,8 @@ class Timing:
     seconds: float = 0.0
 
     def measure(self, work: Callable[[], object], device: torch.device, calls: int = 1, seconds: float = 0.0) -> float:
-        """Calls ``work`` at least ``calls`` times and for at least ``seconds``; returns this turn's seconds per call.
-
-        The device is synchronised before the first call and after the last one only. In between, the host may run
-        ahead of the device, as it does in training.
-        """
-        synchronize(device)  # device sync
+        """Calls ``work`` at least ``calls`` times and for ``seconds``. Returns this turn's seconds per call."""
+        synchronize(device)  # device sync; between the calls, the host may run ahead of the device, as in training
         done, start = 0, time.perf_counter()
         while done < calls or time.perf_counter() - start < seconds:
             work()
@@ -48,55 +43,43 @@ class PhaseTimer:
     """Measures the phases of steps. On a GPU it uses CUDA events, on a CPU the host's clock."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.on_gpu, self.device = device.type == "cuda", device
         self.steps: list[list[tuple[str, Any]]] = []  # of each step: phases and the time at which each ended
 
     def begin(self) -> None:
         """Begins a step."""
-        self.steps.append([("", self._time())])
+        self.steps.append([])
+        self.mark("")
 
     def mark(self, phase: str) -> None:
         """Assigns the work that was issued since the last mark to ``phase``. A phase may occur several times."""
-        self.steps[-1].append((phase, self._time()))
+        now: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
+        if self.on_gpu:
+            now.record()
+        self.steps[-1].append((phase, now))
 
     def milliseconds(self) -> list[dict[str, float]]:
         """Returns the milliseconds of each step by phase. Synchronises the device."""
         synchronize(self.device)  # device sync
-        found = []
-        for times in self.steps:
-            spent: dict[str, float] = {}
+        found: list[dict[str, float]] = [{} for _ in self.steps]
+        for times, spent in zip(self.steps, found, strict=True):
             for (_, before), (phase, after) in pairwise(times):
-                took = before.elapsed_time(after) if self.device.type == "cuda" else 1e3 * (after - before)
+                took = before.elapsed_time(after) if self.on_gpu else 1e3 * (after - before)
                 spent[phase] = spent.get(phase, 0.0) + took
-            found.append(spent)
         return found
 
-    def _time(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def reset_peak(device: torch.device) -> int:
+    """Begins to measure the peak memory of a GPU. Returns the bytes that are allocated now; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
-@dataclass
-class DeviceMemory:
-    """Bytes that PyTorch had allocated on a GPU: before some work, and at the peak. On a CPU both are 0."""
-
-    before: int = 0
-    peak: int = 0
-
-
-@contextmanager
-def device_memory(device: torch.device) -> Iterator[DeviceMemory]:
-    """Measures the memory of the work inside. ``peak`` is known at the end of the block."""
-    memory = DeviceMemory()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        memory.before = torch.cuda.memory_allocated(device)
-    yield memory
-    if device.type == "cuda":
-        memory.peak = torch.cuda.max_memory_allocated(device)
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were allocated on a GPU since :func:`reset_peak`; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def noise_batch(feed: Feed, num_classes: int, device: torch.device) -> Batch:
@@ -110,9 +93,6 @@ def noise_batch(feed: Feed, num_classes: int, device: torch.device) -> Batch:
 def noise_step(
     step: Callable[..., object], feed: Feed, num_classes: int, device: torch.device, *arguments: Any
 ) -> Callable[[], object]:
-    """A function that trains ``step`` on one batch of noise, always the same one.
-
-    ``arguments`` are those of the step after the learning rate: mode, EMA decay, dials.
-    """
+    """A function that trains ``step`` on one batch of noise. ``arguments``: mode, EMA decay and dials of the step."""
     batch, numbers = noise_batch(feed, num_classes, device), count()
     return lambda: step(batch, next(numbers), LR, *arguments)
