@@ -10,8 +10,16 @@ from vitlocal.config import ModelConfig
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model
 from vitlocal.models.positions import sincos_table
-from vitlocal.train.muon import COEFFICIENTS, ITERATIONS, UPDATE_RMS, CombinedOptimizer, Muon, orthogonalized
-from vitlocal.train.optim import block_matrices, build_optimizer
+from vitlocal.train.optim import (
+    COEFFICIENTS,
+    ITERATIONS,
+    UPDATE_RMS,
+    CombinedOptimizer,
+    Muon,
+    block_matrices,
+    build_optimizer,
+    orthogonalized,
+)
 
 
 def plain(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """This machine: the resources that a process may use, and its description in results."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

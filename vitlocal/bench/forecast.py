@@ -40,11 +40,12 @@ from vitlocal.plan import Feed, Plan, with_size
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, Stage, upcoming_changes
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
-from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
-from vitlocal.train.compile import EAGER
+from vitlocal.train.build import build_run, device_of, make_model, sources_of
+from vitlocal.train.devices import EAGER
+from vitlocal.train.probes import batch_size_at
 from vitlocal.train.simulate import Speed, StageForecast, by_fractions, seconds_at, spend, spend_wall_time
 from vitlocal.train.timing import LR, Timing, device_memory, noise_batch, noise_step
-from vitlocal.train.trainer import Trainer, batch_size_at
+from vitlocal.train.trainer import Trainer
 
 SECONDS = 80.0  # for all measurements; the sizes share it
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of the seconds of a size
@@ -139,7 +140,7 @@ class SizeMeter:
 
     def _noise_step(self, feed: Feed, mode: Any) -> Callable[[], object]:
         step, classes = self.trainer.step, len(self.trainer.sources.train.classes)
-        return noise_step(step, feed, classes, self.device, mode, None, self.plan.dials)
+        return noise_step(step, feed, classes, self.device, mode, 1.0, self.plan.dials)
 
     def turn(self, seconds: float) -> None:
         """Measures the step and, if there are data, the loader and both together, for about ``seconds``."""
@@ -162,7 +163,7 @@ class SizeMeter:
         source = self.trainer.sources.train
 
         def train(batch: Batch) -> None:
-            self.trainer.step(batch, next(self.step_numbers), LR, self.mode, None, self.plan.dials)
+            self.trainer.step(batch, next(self.step_numbers), LR, self.mode, 1.0, self.plan.dials)
 
         def read_and_train() -> None:
             start = time.perf_counter()
@@ -292,7 +293,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
         config = replace(config, evaluate=replace(evaluate, batch_size=min(evaluate.batch_size, CPU_EVALUATED)))
     noise = None if images is None else NoiseSource(images, 1000, device)
     with closing(Sources(noise, noise) if noise else sources_of(config, device)) as sources:
-        trainer = build_trainer(config, sources, device)
+        trainer = build_run(config, sources, device).trainer
         start = time.perf_counter()
         speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
         compiling = sum(speed.compile_seconds for speed in speeds)

@@ -33,7 +33,7 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, full_batches
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.build import make_model, open_trainer
+from vitlocal.train.build import make_model, open_run
 from vitlocal.train.devices import choose_device, synchronize
 from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
@@ -97,7 +97,8 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
     rows, operators = [], []
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, folder=f"{folder}/run", resume="never", progress=False)
-        with open_trainer(replace(config, run=run)) as trainer:
+        with open_run(replace(config, run=run)) as opened:
+            trainer = opened.trainer
             feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
             if sizes is not None:
                 batch_sizes = {feed.size: feed.batch_size for feed in feeds}

@@ -30,7 +30,7 @@ COLUMNS = {"": ("what", ""), "forecast": ("forecast", ",.6g"), "actual": ("happe
 
 def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
     """The rows of the comparison: images/s of each size, then epochs, images and the time of the first accuracy."""
-    last, by_crop = run.records[-1], by_size(run.line)
+    last, by_crop = run.records[-1], by_size(run)
     pairs = [
         (f"images/s at {row['size']} px", row["together"], by_crop[row["size"]]["images_per_second"])
         for row in {row["size"]: row for row in forecast["rows"]}.values()

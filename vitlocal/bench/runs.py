@@ -21,7 +21,7 @@ def summary(folder: Path) -> dict[str, Any]:
     """A row with the end of a run. ConfigError if ``folder`` does not hold an evaluated run."""
     run = read_run(folder)
     last = run.last
-    waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run.line).values())
+    waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run).values())
     return {
         "run": folder.name, "top1": last["top1"], "top5": last["top5"], "epochs": last["epoch"],
         **{name: last[name] for name in ("images_seen", "train_seconds", "wall_seconds")},

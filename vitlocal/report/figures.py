@@ -1,7 +1,5 @@
 """Figures of runs, drawn from their logs: SVG for a page, PNG for a file."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -29,9 +27,9 @@ class Line:
     records: Sequence[Record]  # one for each pass, oldest first
 
     @property
-    def scored(self) -> list[Record]:
-        """The records of passes that were evaluated."""
-        return [record for record in self.records if record["top1"] is not None]
+    def last(self) -> Record:
+        """The record of the last pass that was evaluated."""
+        return next(record for record in reversed(self.records) if record["top1"] is not None)
 
     @property
     def starts(self) -> list[float]:
@@ -52,14 +50,9 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for side in ("height", "width"):  # the page sets the size
-        text = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # not needed inside HTML
-    text = text.replace("xlink:href", "href")
-    # Matplotlib gives these ids to every figure.
-    return re.sub(r'id="((?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib|PolyCollection|PathCollection|'
-                  r'FillBetweenPolyCollection|LineCollection|legend)[\w.]*)"', rf'id="{name}-\1"', text)  # fmt: skip
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text.replace("xlink:href", "href"))
 
 
 def _plain(*axes: Axes) -> None:
@@ -259,9 +252,9 @@ def draw_curve(line: Line, path: Path) -> None:
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.3, 1.3])
     _plot(axes[0], line, "top1", scale, color=BLUE, marker="o", markersize=4)
-    last = line.scored[-1]
+    end = line.last["train_seconds"] / scale, line.last["top1"]
     text: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": BLUE, "weight": "bold"}
-    axes[0].annotate(f"{last['top1']:.2f} %", (last["train_seconds"] / scale, last["top1"]), (-6, -16), **text)
+    axes[0].annotate(f"{line.last['top1']:.2f} %", end, (-6, -16), **text)
     axes[0].set_ylabel("validation top-1, %", color=BLUE)
     axes[0].set_title(line.name, loc="left")
     losses = axes[0].twinx()
@@ -284,7 +277,7 @@ def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
     axes = figure.subplots()
     for number, (name, lines) in enumerate(runs.items()):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3.5}
-        label = f"{name}: {statistics.mean(line.scored[-1]['top1'] for line in lines):.1f} %"
+        label = f"{name}: {statistics.mean(line.last['top1'] for line in lines):.1f} %"
         for place, line in enumerate(lines):
             style |= {"alpha": 0.45, "label": None} if place else {"alpha": 1, "label": label}
             _plot(axes, line, "top1", scale, linewidth=1.3, **style)

@@ -1,7 +1,5 @@
 """The training loop."""
 
-from __future__ import annotations
-
 from vitlocal.train.state import Phase
 from vitlocal.train.trainer import Trainer
 
@@ -11,7 +9,7 @@ def fit(trainer: Trainer) -> None:
     state = trainer.state
     while not trainer.stopped:
         plan = trainer.plan()
-        phase = state.update_phase(plan)  # the one place that decides what comes next
+        phase = state.next_phase(plan)  # the one place that decides what comes next
         if phase is Phase.DONE:
             break
         if phase is Phase.EVALUATE:
@@ -25,7 +23,7 @@ def fit(trainer: Trainer) -> None:
                 trainer.train_step(batch, plan)
                 plan = trainer.plan()
                 leaves = trainer.stopped or trainer.has_pending_probes()
-                if leaves or state.update_phase(plan) is not Phase.TRAIN:
+                if leaves or state.next_phase(plan) is not Phase.TRAIN:
                     break
                 if trainer.save_due():
                     trainer.save()

@@ -1,23 +1,119 @@
-"""The optimizer: which parameters decay, and which optimizer updates them."""
+"""Optimizers: fused AdamW, Muon for matrices, and the moving average of the weights.
 
-from __future__ import annotations
+Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Shape letters: M matrices of one shape, R rows, C
+columns.
+"""
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.train.muon import CombinedOptimizer, Muon
+from vitlocal.progress import Length, Progress
+
+# A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+# About the root mean square of AdamW's updates, so that one learning rate serves both optimizers
+# (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+UPDATE_RMS = 0.2
+
+
+def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
+    """Approximates the nearest (semi-)orthogonal matrices: (M, R, C) float32 -> the same shape, in ``precision``."""
+    first, second, third = COEFFICIENTS
+    x = matrices.to(precision)
+    transposed = x.shape[1] > x.shape[2]
+    if transposed:  # so that the Gram matrix has the shorter side
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
+    return x.mT.contiguous() if transposed else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum (Nesterov) whose matrices are orthogonalized before each update, with decoupled weight decay.
+
+    Matrices of one shape are orthogonalized together in batched products. ``parts`` maps the identity of a parameter to
+    the number of matrices that it stacks by rows (3 for queries, keys and values). ``precision`` is the type of the
+    products.
+    """
+
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], parts: Mapping[int, int], lr: float, momentum: float,
+        weight_decay: float, precision: torch.dtype = torch.float32,
+    ):  # fmt: skip
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.parts, self.precision = parts, precision
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it takes no closure
+        assert closure is None
+        for group in self.param_groups:
+            active = [p for p in group["params"] if p.grad is not None]
+            momenta = []
+            for p in active:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta.append(self.state[p]["momentum"])
+            if not active:
+                continue
+            grads = [p.grad for p in active]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            directions = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+            torch._foreach_mul_(active, 1 - group["lr"] * group["weight_decay"])
+            self._update(active, directions, group["lr"])
+
+    def _update(self, parameters: list[nn.Parameter], directions: Sequence[Tensor], lr: float) -> None:
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for p, direction in zip(parameters, directions, strict=True):
+            parts = self.parts.get(id(p), 1)
+            for target, matrix in zip(p.chunk(parts), direction.chunk(parts), strict=True):
+                by_shape.setdefault(tuple(matrix.shape), []).append((target, matrix))
+        for shape, members in by_shape.items():
+            stacked = torch.stack([matrix for _, matrix in members])  # (M, R, C)
+            updates = orthogonalized(stacked, self.precision)
+            scale = -lr * UPDATE_RMS * max(shape) ** 0.5
+            torch._foreach_add_([target for target, _ in members], list(updates.to(stacked.dtype)), alpha=scale)
+
+
+class CombinedOptimizer:
+    """Several optimizers for disjoint parameters, used as one.
+
+    With fp16, PyTorch's GradScaler reads once per step whether gradients overflowed. This is a device sync, which fused
+    AdamW alone avoids.
+    """
+
+    def __init__(self, *members: torch.optim.Optimizer):
+        self.members = members
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    def step(self) -> None:
+        for member in self.members:
+            member.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): member.state_dict() for number, member in enumerate(self.members)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for number, member in enumerate(self.members):
+            member.load_state_dict(state[str(number)])
 
 
 def build_optimizer(
     model: Any,
     name: str = "adamw",
     *,
-    lr: float = 1e-3,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -27,7 +123,7 @@ def build_optimizer(
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
     With ``name="muon"``, Muon updates the matrices of the blocks and AdamW the rest. Muon computes in bfloat16 if
-    ``precision`` is bfloat16.
+    ``precision`` is bfloat16. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name == "muon" else {}
@@ -37,12 +133,12 @@ def build_optimizer(
     taken = {id(p) for p in matrices.values()}
     for group in groups if matrices else ():
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if not matrices:
         return adamw
     parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, lr, muon_momentum, weight_decay, products))
+    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products))
 
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,3 +155,31 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
     members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}
     return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}
+
+
+class ModelEma:
+    """A copy of a model whose weights follow it: w <- decay * w + (1 - decay) * new.
+
+    The decay of a step is ``decay`` or, if there is a ``length``, follows from it: the training after which the average
+    has forgotten all but 1/e of a weight.
+    """
+
+    def __init__(self, trained: nn.Module, decay: float = 0.0, length: Length | None = None):
+        self.decay, self._length = decay, length
+        self.model = copy.deepcopy(trained).eval().requires_grad_(False)
+
+    def decay_between(self, before: Progress, after: Progress) -> float:
+        """The decay of a step that leads from ``before`` to ``after``."""
+        if self._length is None:
+            return self.decay
+        elapsed = self._length.elapsed(after) - self._length.elapsed(before)
+        return math.exp(-max(0.0, elapsed) / self._length.value)
+
+    @torch.no_grad()
+    def update(self, trained: nn.Module, decay: float) -> None:
+        """Moves the average towards ``trained``; buffers are copied."""
+        averages: list[Tensor] = list(self.model.parameters())
+        weights = [p.detach() for p in trained.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for mine, buffer in zip(self.model.buffers(), trained.buffers(), strict=True):
+            mine.copy_(buffer)
