@@ -69,8 +69,6 @@ def test_the_tangent_kernel_of_a_linear_model():
     assert condition_number(kernel) == pytest.approx(float(values[-1] / values[0])) and condition_number(kernel) >= 1
     assert condition_number(torch.ones(3, 3)) == float("inf")
     assert condition_number(torch.full((2, 2), float("nan"))) == float("inf")
-    with pytest.raises(ValueError, match="use at least two samples"):
-        condition_number(torch.ones(1, 1))
 
 
 def test_zico_by_hand():
@@ -79,5 +77,3 @@ def test_zico_by_hand():
     assert zico([first, second]) == pytest.approx(np.log(2 / 1 + 3 / 3))
     same = {"b": torch.ones(2)}
     assert zico([first | same, second | same]) == zico([first, second])
-    with pytest.raises(ValueError, match="two or more"):
-        zico([first])

@@ -110,8 +110,7 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], fields: Mapping[s
     unit, scale = time_unit(line.records[-1]["train_seconds"])
     figure = Figure(figsize=(6, 2.6 + 0.8 * len(fields)), layout="constrained")
     rows = figure.subplots(2 + len(fields), 1, sharex=True)
-    _stairs(rows[0], line, "image_size", scale, BLUE, filled=True)
-    _name_sizes(rows[0], line, scale, "{}")
+    _image_sizes(rows[0], line, scale, "{}")
     rows[0].set_ylabel("px")
     rows[1].plot([at / scale for at, _ in rates], [rate for _, rate in rates], color=ORANGE)
     rows[1].set_ylabel("learning rate")
@@ -128,10 +127,7 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], fields: Mapping[s
 def _stairs(
     axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False, default: float = math.nan
 ) -> None:
-    """Draws a field of the log against training time, as steps. A pass without the field has the value of the last one.
-
-    ``default`` is drawn until the field is logged, and if it is None. For a list, its length is drawn.
-    """
+    """Draws the last logged value of a field (of a list: its length), or ``default`` while there is none."""
     values: list[float] = []
     value: Any = None
     for record in line.records:
@@ -144,8 +140,9 @@ def _stairs(
     axes.set_ylim(0, max(value for value in values if value == value) * 1.15 or 1)
 
 
-def _name_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
-    """Writes each image size at the start of its stage."""
+def _image_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
+    """Draws the image size, and writes it at the start of each stage."""
+    _stairs(axes, line, "image_size", scale, BLUE, filled=True)
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": GREY}
     before = None
     for start, record in zip(line.starts, line.records, strict=True):
@@ -233,10 +230,7 @@ def by_cost(line: Line) -> list[Record]:
 
 
 def savings(stages: Sequence[Record]) -> tuple[float, float]:
-    """The fractions of multiply-adds and of time that were saved.
-
-    The comparison is with the same number of images, each at the cost of the most expensive stage.
-    """
+    """The fractions of multiply-adds and time that were saved, compared with every image at the highest cost."""
     most = max(row["macs"] for row in stages)
     full = [row for row in stages if row["macs"] > (1 - SAME_COST) * most]
     costliest = max(full, key=lambda row: row["seconds"] / row["images"])  # not one with frozen blocks, if possible
@@ -260,8 +254,7 @@ def draw_curve(line: Line, path: Path) -> None:
     losses = axes[0].twinx()
     _plot(losses, line, "loss", scale, color=ORANGE, linewidth=1.2)
     losses.set_ylabel("training loss", color=ORANGE)
-    _stairs(axes[1], line, "image_size", scale, BLUE, filled=True)
-    _name_sizes(axes[1], line, scale, "{} px")
+    _image_sizes(axes[1], line, scale, "{} px")
     axes[1].set_ylabel("image size")
     _stairs(axes[2], line, "images_per_second", scale, GREY)
     axes[2].set_ylabel("images/s")

@@ -42,10 +42,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
-    """Writes ``classes.json``: for each class of the last evaluation, its images and how many were right (top-1).
-
-    ``by_class``: (C, 2), how many were right, and how many there are.
-    """
+    """Writes ``classes.json``: how many images of each class were right (top-1), and how many there are (C, 2)."""
     pairs = zip(classes, by_class.tolist(), strict=True)
     found = [{"class": name, "right": right, "images": count} for name, (right, count) in pairs]
     (folder / CLASSES).write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")

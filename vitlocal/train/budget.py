@@ -25,8 +25,7 @@ KNOWN = 3  # the next evaluation or checkpoint is expected to take the median ti
 # For the export, the report and the end of the process after the last evaluation: about 0.8 s on an idle core.
 FINISH_SECONDS = 1.5
 # Seconds between two writes of the journal: a fraction of a budget in time, within these bounds.
-LONGEST_INTERVAL = 1.0
-SHORTEST_INTERVAL = 0.05
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.05, 1.0
 BUDGET_FRACTION = 1e-3
 
 
@@ -43,8 +42,7 @@ class RunTimer:
         self.train_now = time.process_time if cpu else now
         self._wall_before = 0.0  # by earlier processes
         self._wall_began = now() if began is None else began
-        # Seconds until the last stop, and when the timer was started since. One tuple, because the journal's thread
-        # reads both.
+        # Seconds until the last stop, and the start since then. One tuple, because the journal's thread reads both.
         self._training: tuple[float, float | None] = 0.0, None
 
     @property
@@ -129,12 +127,9 @@ class Clock:
         began: float | None = None,
     ):
         self.length = Length.parse(length) if isinstance(length, str) else length
-        self._counts = counts
-        self.images_per_epoch = images_per_epoch
+        self._counts, self.images_per_epoch = counts, images_per_epoch
         self.timer = RunTimer(now, began, cpu=counts == "cpu")
-        self.step = 0
-        self.images_seen = 0
-        self.flops = 0.0
+        self.step, self.images_seen, self.flops = 0, 0, 0.0
         self.position = Position()
         self.reserve_seconds = 0.0
         # The budget's seconds and the pace as rank 0 measured them, if there are several processes.
@@ -186,10 +181,7 @@ class Clock:
         return self.length.kind == "seconds" and left <= steps * pace * self._batch
 
     def has_time_for(self, seconds: float, images: int) -> bool:
-        """Whether a step over ``images`` images is still possible after other work of ``seconds``.
-
-        Always true if that work does not count.
-        """
+        """Whether other work of ``seconds``, if it counts, leaves time for a step over ``images`` images."""
         now, pace = self.synced or self.local_time
         left = self.length.value - self.reserve_seconds - now
         return not self.reserves or left - seconds >= pace * images
@@ -269,11 +261,7 @@ class Clock:
 
 
 def read_spent(path: Path) -> tuple[float, float]:
-    """Training seconds and total seconds, as :func:`journal` wrote them; zeros without a journal.
-
-    A damaged journal, after a power failure for example, is reported and counts as zeros. The checkpoint has the time
-    that was spent before it.
-    """
+    """Training and total seconds from a journal; zeros if there is none, or if it is damaged, which is reported."""
     try:
         spent = json.loads(path.read_text(encoding="utf-8"))
         return float(spent["train_seconds"]), float(spent["wall_seconds"])

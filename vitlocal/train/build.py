@@ -165,10 +165,7 @@ def build_run(
     folder: Path | None = None,
     starts: bool = True,
 ) -> BuiltRun:
-    """Builds the trainer. Without a ``folder`` nothing is written.
-
-    ``starts``: whether ``model.weights`` is loaded, which a run that continues does not need.
-    """
+    """Builds the trainer; without a ``folder`` nothing is written. A run that ``starts`` loads ``model.weights``."""
     train, classes = config.train, sources.train.classes
     model, arguments = make_model(config, len(classes), device)
     new_weights = load_weights(model, config.model.weights, classes) if config.model.weights and starts else []
@@ -189,8 +186,7 @@ def build_run(
         if method.needs.budget_length is not None:
             config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
     step, method_emas = assemble_step(config, model, device, methods, ranks)
-    if clock is None:
-        clock = Clock(config.budget.length, config.budget.counts)
+    clock = clock or Clock(config.budget.length, config.budget.counts)
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
     state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
@@ -279,7 +275,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
     """Builds the run, or continues the one in its folder (``run.resume``).
 
     All checks run before the folder is made, so that a wrong configuration leaves nothing behind. Only rank 0 reads and
-    writes the folder. ``began``: when total time starts to count, a value of ``time.monotonic``.
+    writes the folder. ``began``: when the command started, a value of ``time.monotonic``; total time counts from there.
     """
     ranks = find_ranks()
     folder = Path(str(config.run.folder))
@@ -318,20 +314,18 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
         run.trainer.sync_ranks()
         if run.output is not None:
             opened.callback(run.output.close)
-            begin_folder(run, config, continues)
+            begin_folder(run.output, run.trainer.state, None if continues else recipe_text(config))
         if ranks.first and not any(spent):
             opened.enter_context(saving)
         yield run
 
 
-def begin_folder(run: BuiltRun, config: Config, continues: bool) -> None:
-    """Writes the run's configuration and origin, and drops log lines that will be written again."""
-    assert run.output is not None
-    state, folder = run.trainer.state, run.output.folder
-    if not continues:
-        (folder / "config.yaml").write_text(recipe_text(config), encoding="utf-8")
+def begin_folder(output: RunOutput, state: TrainState, recipe: str | None) -> None:
+    """Writes the ``recipe`` of a new run and the run's origin, and drops log lines that will be written again."""
+    if recipe is not None:
+        (output.folder / "config.yaml").write_text(recipe, encoding="utf-8")
     if not state.clock.spent:
-        record_origin(folder, state.data)
+        record_origin(output.folder, state.data)
     reopened = state.current_plan is not None and state.totals.images > 0
-    run.output.begin(state.clock.step - reopened)
+    output.begin(state.clock.step - reopened)
     state.search_log.begin()

@@ -21,10 +21,7 @@ MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says
 
 
 def train(config: Config, began: float | None = None) -> int:
-    """Builds or continues the run, trains, exports and reports. Returns the exit status of the command.
-
-    ``began``: when the command started, as a value of ``time.monotonic``; a budget with counts="wall" starts there.
-    """
+    """Builds or continues the run, trains, exports and reports; returns the exit status. ``began``: see open_run."""
     with open_run(config, began) as run, run.trainer.signals.handled():
         trainer, state, output = run.trainer, run.trainer.state, run.output
         say: Callable[[str], None] = output.print if output is not None else lambda text: None

@@ -1,7 +1,7 @@
 """The device of a process, and how a step runs there: number formats, kernels, eagerly, compiled or as a CUDA graph."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,10 @@ def fast_attention(device: torch.device) -> Iterator[None]:
 
     Without it PyTorch would silently write the whole attention matrix to memory.
     """
-    if device.type != "cuda":
-        yield
-        return
     # FlashAttention if it supports the case; the memory-efficient kernel for float32 and masks. Not cuDNN's, which
     # PyTorch 2.11 prefers on an H100: NaN gradients have been reported for it (pytorch#196678).
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+    fused = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+    with fused if device.type == "cuda" else nullcontext():
         try:
             yield
         except RuntimeError as error:

@@ -23,10 +23,7 @@ LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNOREC
 
 
 class Ranks:
-    """The rank of this process, and its connection to the others.
-
-    Gradients and sums use the device's backend, decisions use gloo.
-    """
+    """The rank of this process, and its connection to the others: by the device's backend, and gloo for decisions."""
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world_size: int = 1):
         self.rank, self.world = rank, world

@@ -24,10 +24,7 @@ REMAINDERS = {"all": (0, 1), "even": (0,), "odd": (1,)}  # of the rows that are 
 
 
 class Evaluator:
-    """Evaluates the weight average, or the weights if there is none, at ``feed``'s size, whatever the training size.
-
-    ``rows``: "all", "even" or "odd" rows of the split are counted.
-    """
+    """Evaluates the weight average, or the weights without one, on "all", "even" or "odd" ``rows``, at one size."""
 
     def __init__(self, state: TrainState, step: TrainStep, source: Source, feed: Feed, rows: str = "all"):
         self._state, self._step, self._source, self._feed, self._rows = state, step, source, feed, rows
@@ -48,10 +45,9 @@ class Evaluator:
     def accuracy(
         self, plan: Plan, stop: Callable[[], bool] = lambda: False, limit: int | None = None
     ) -> Accuracy | None:
-        """The accuracy of weights that were trained under ``plan``, over the whole split or its first batches.
+        """The accuracy of weights that were trained under ``plan``, on ``limit`` batches at most.
 
-        ``limit``: the most batches. None if ``stop``, called before each batch, returns true. With several processes,
-        each evaluates its share of every batch.
+        None if ``stop``, called before each batch, returns true. Each process evaluates its share of every batch.
         """
         model, step, source = self.model, self._step, self._source
         shape, training = self.shape(plan), model.training
@@ -81,11 +77,7 @@ class Evaluator:
         return torch.stack([right[:, 0] * counted, right.any(dim=1) * counted, counted])
 
     def estimate_seconds(self, plan: Plan) -> float:
-        """Estimates the time of an evaluation from its first batches. Also compiles it.
-
-        The other batches are expected to take the median time of these, so that one that is delayed does not count
-        several times.
-        """
+        """Estimates the time of an evaluation from its first batches. Also compiles it."""
         batches = -(-self._source.count // self._feed.batch_size)
         self.accuracy(plan, limit=1)  # the very first batch compiles, or loads kernels
         times: list[float] = []
@@ -98,5 +90,6 @@ class Evaluator:
         began = perf_counter()
         self.accuracy(plan, note_time, limit=ESTIMATED_BATCHES)
         times.append(perf_counter())
+        # Of the other batches. The median, so that a batch that was delayed does not count several times.
         each = statistics.median(after - before for before, after in pairwise(times))
         return times[-1] - began + max(0, batches - ESTIMATED_BATCHES) * each

@@ -71,9 +71,8 @@ class RunOutput:
         """Shows the progress of the run; ``rate`` in images/s."""
         now = f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s"
         percent = 100 * at.fraction
-        self._bar.set_postfix_str(now, refresh=False)
         self._bar.n = percent
-        self._bar.refresh()
+        self._bar.set_postfix_str(now)
         if self._prints_progress and time.monotonic() >= self._printed + self._silence:
             self.print(f"{percent:.1f} % of {self._length}: {now}")
             self._silence = min(2 * self._silence, LONGEST_SILENCE)
@@ -138,10 +137,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :func:`save_checkpoint` wrote, on the CPU.
-
-    Raises DataError if the file is damaged or of another format.
-    """
+    """The state that :func:`save_checkpoint` wrote, on the CPU. DataError if it is damaged or of another format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:

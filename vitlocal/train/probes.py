@@ -46,10 +46,7 @@ def batch_size_at(methods: Sequence[Method], size: int, default: int) -> int:
 
 
 class Prober:
-    """Measures probes for a run. The FLOPs of a probe count towards the budget.
-
-    ``compile_step`` compiles the step for a plan.
-    """
+    """Measures probes, whose FLOPs count towards the budget. ``compile_step`` compiles the step for a plan."""
 
     def __init__(
         self, state: TrainState, step: TrainStep, sources: Sources, macs: MacCount, compile_step: Callable[[Plan], None]
@@ -187,8 +184,6 @@ def tangent_kernel(model: nn.Module, outputs: Tensor) -> Tensor:
 
 def condition_number(kernel: Tensor) -> float:
     """The largest over the smallest eigenvalue of a symmetric kernel; infinite if the smallest is zero or NaN."""
-    if len(kernel) < 2:
-        raise ValueError(f"the kernel of {len(kernel)} sample has one eigenvalue; use at least two samples")
     values = torch.linalg.eigvalsh(kernel)
     if not bool(values.isfinite().all()) or values[-1] <= 0 or values[0] <= SINGULAR * values[-1]:
         return math.inf
@@ -200,8 +195,6 @@ def zico(gradients: Sequence[Mapping[str, Tensor]]) -> float:
 
     Entries that do not vary over the batches are left out, and so are layers with no other entries.
     """
-    if len(gradients) < 2:
-        raise ValueError(f"ZiCo compares the gradients of batches: got {len(gradients)}, expected two or more")
     total = 0.0
     for name in gradients[0]:
         stacked = torch.stack([batch[name].flatten().double() for batch in gradients])  # (batches, p)

@@ -20,10 +20,7 @@ SEARCHES = "searches.jsonl"
 
 
 def probe_as_json(probe: Probe) -> dict[str, Any]:
-    """The fields of ``probe`` and of its shape that differ from their defaults.
-
-    The probe must be complete: see :func:`vitlocal.train.probes.Prober.complete`.
-    """
+    """The fields of a complete ``probe``, and those of its shape, that differ from their defaults."""
     found = _stated(replace(probe, shape=WHOLE_MODEL, sets=())) | {"shape": _stated(probe.shape)}
     return json.loads(json.dumps(found))  # tuples become lists
 
@@ -67,10 +64,7 @@ class SearchLog:
             write_lines(self._path, read_lines(self._path)[: self._lines])
 
     def replayed_seconds(self, probe: Probe) -> float | None:
-        """The time that the other run measured for ``probe``; None if no times are replayed.
-
-        ConfigError if the other run measured another candidate.
-        """
+        """The time that the other run measured for ``probe``; None without a replay. ConfigError if it has none."""
         if self._replay is None:
             return None
         wanted, number = probe_as_json(probe), self._timed + 1

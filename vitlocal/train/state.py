@@ -44,10 +44,7 @@ class PassTotals:
 
 @dataclass
 class TrainState:
-    """The state of a run. A checkpoint is its :meth:`state_dict`, and nothing else.
-
-    The first fields are the parts of the run that have a state of their own. The others are plain values.
-    """
+    """The state of a run. A checkpoint is its :meth:`state_dict`, and nothing else."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | CombinedOptimizer

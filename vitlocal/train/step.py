@@ -86,8 +86,7 @@ class TrainStep:
         self.shape, self.dials = WHOLE_MODEL, Dials()
         self.ddp_version = 0  # how often the objective was wrapped again, which discards what was compiled
         self.phase_hook: Callable[[str], None] = lambda phase: None  # called after each phase; for benchmarks
-        self.ranks, self.seed = ranks, seed
-        self._objective = objective
+        self.ranks, self.seed, self._objective = ranks, seed, objective
         self._clip_norm, self._grad_accum_steps = clip_norm, grad_accum_steps
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
@@ -201,10 +200,7 @@ class TrainStep:
     def __call__(
         self, batch: Batch, number: int, lr: float, mode: Mode = EAGER, ema_decay: float = 1.0, dials: Dials = NO_DIALS
     ) -> StepOutput:
-        """Trains on this process's part of a batch, as step ``number``, at learning rate ``lr``.
-
-        ``ema_decay``: the decay of the weight average in this step.
-        """
+        """Trains on this process's part of a batch, as step ``number``. ``ema_decay`` is that of the weight average."""
         self.set_dials(dials)
         with denormals_flushed(self.device):
             output = self._gradients(batch, number, mode)

@@ -158,8 +158,7 @@ class Trainer:
         if key in self._compiled:
             return
         self._compiled.add(key)
-        seconds = self.step.warm_up(feed, len(self.sources.train.classes))
-        if seconds:
+        if seconds := self.step.warm_up(feed, len(self.sources.train.classes)):
             freeze_objects()  # compiling makes many
             self._print(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
@@ -229,7 +228,7 @@ class Trainer:
         if growth.number == state.growth_number:
             return
         before, state.growth_number, state.initialized_shape = state.initialized_shape, growth.number, plan.shape
-        copies = [ema.model for ema in (*state.method_emas, *([state.ema] if state.ema is not None else []))]
+        copies = [ema.model for ema in (*state.method_emas, state.ema) if ema is not None]
         grow(state.model, before, plan.shape, growth, optimizer_state(state.optimizer), copies, self.step.seed)
 
     def _show(self, output: RunOutput, loss: torch.Tensor, lr: float, size: int) -> None:
@@ -258,10 +257,8 @@ class Trainer:
         clock.start()
         for method in self.state.methods:
             while not (clock.spent or self.stopped) and (probes := method.probes(clock.progress)):
-                for probe in probes:
+                for probe in takewhile(lambda _: not (clock.spent or self.stopped), probes):
                     self._run_probe(method, probe)
-                    if clock.spent or self.stopped:
-                        break
 
     def _run_probe(self, method: Method, probe: Probe) -> None:
         clock, log = self.state.clock, self.state.search_log
@@ -317,10 +314,7 @@ class Trainer:
         self.sync_ranks()
 
     def _evaluation_due(self, plan: Plan) -> bool:
-        """Whether it is time for an evaluation, and the budget has time for a step after it.
-
-        Without time for a step, the evaluation is postponed to the end. So the last step has the schedule's last rate.
-        """
+        """Whether an evaluation is due. One that would leave no time for a step waits for the end of the run."""
         state, every = self.state, self._evaluate_every
         before = state.last_evaluation.epoch if state.last_evaluation else 0.0
         seconds = state.reserve.evaluation_seconds + state.reserve.checkpoint_seconds
