@@ -12,8 +12,7 @@ import pytest
 
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
-from vitlocal.train.budget import FINISH_SECONDS, Clock, FinalReserve
-from vitlocal.train.journal import Journal, journal_interval, read_spent
+from vitlocal.train.budget import FINISH_SECONDS, Clock, FinalReserve, journal, journal_interval, read_spent
 
 IMAGES, BATCH = 1000, 50
 
@@ -152,14 +151,12 @@ def test_the_reserve_is_an_evaluation_two_checkpoints_and_a_constant():
     reserve = FinalReserve()
     assert reserve.total_seconds == FINISH_SECONDS
     for seconds in (3.0, 9.0, 4.0):  # one that was delayed does not count
-        reserve.record_evaluation(seconds)
-    reserve.record_checkpoint(1.0)
+        reserve.evaluations.append(seconds)
+    reserve.checkpoints.append(1.0)
     assert reserve.total_seconds == 4.0 + 2 * 1.0 + FINISH_SECONDS
     for _ in range(3):  # the last three count
-        reserve.record_evaluation(2.0)
-    again = FinalReserve()
-    again.load_state_dict(reserve.state_dict())
-    assert again.evaluation_seconds == 2.0 and again.total_seconds == reserve.total_seconds
+        reserve.evaluations.append(2.0)
+    assert reserve.evaluation_seconds == 2.0 and reserve.total_seconds == 2.0 + 2 * 1.0 + FINISH_SECONDS
 
 
 def test_processor_time_stands_while_the_process_sleeps():
@@ -272,7 +269,7 @@ def test_the_journal_is_written_all_the_time(tmp_path: Path):
     clock = Clock("1h", now=time.monotonic, began=time.monotonic() - 5.0)
     clock.timer.resume(1.0, 2.0)
     path = tmp_path / "spent.json"
-    with Journal(path, clock.timer, interval=0.05):
+    with journal(path, clock.timer, interval=0.05):
         train_seconds, wall_seconds = read_spent(path)
         assert train_seconds == 1.0 and wall_seconds >= 7.0
         deadline = time.monotonic() + 60

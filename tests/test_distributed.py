@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainers import open_trainer
 
 from vitlocal.config import read_config
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.train.budget import FINISH_SECONDS
-from vitlocal.train.build import build_run, open_trainer, sources_of
+from vitlocal.train.build import build_run, sources_of
 from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 
@@ -147,19 +148,19 @@ def test_a_process_that_lost_the_others_reports_it(monkeypatch: pytest.MonkeyPat
     def lost(*_, **__) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
 
-    for name in ("broadcast", "broadcast_object_list", "barrier"):
+    for name in ("broadcast", "broadcast_object_list"):
         monkeypatch.setattr(torch.distributed, name, lost)
     ranks = Ranks(1, 2, 1, 2)
-    for hears in (lambda: ranks.broadcast_floats([1.0]), lambda: ranks.broadcast({}), ranks.wait):
+    for hears in (lambda: ranks.broadcast_floats([1.0]), lambda: ranks.broadcast({})):
         with pytest.raises(DataError, match=r"rank 1 has lost the other processes \(Connection closed"):
             hears()
 
     def broken(*_, **__) -> None:
         raise RuntimeError("op.preamble.length <= op.nbytes. 32 vs 24")
 
-    monkeypatch.setattr(torch.distributed, "barrier", broken)
+    monkeypatch.setattr(torch.distributed, "broadcast", broken)
     with pytest.raises(RuntimeError, match="preamble"):  # our own mistake keeps its traceback
-        ranks.wait()
+        ranks.broadcast_floats([1.0])
 
 
 def test_rank_0_decides_the_reserve(configure, decoder, monkeypatch):
@@ -167,7 +168,7 @@ def test_rank_0_decides_the_reserve(configure, decoder, monkeypatch):
         trainer._ranks = Follower(lambda *values: list(values))
         trainer._ranks = Follower(lambda seconds: [4.0])  # rank 0 measured this
         monkeypatch.setattr(trainer.evaluator, "estimate_seconds", lambda plan: 1000.0)  # and this process that
-        trainer.state.reserve.record_evaluation(trainer._of_rank_0(trainer.evaluator.estimate_seconds(trainer.plan())))
+        trainer.state.reserve.evaluations.append(trainer._of_rank_0(trainer.evaluator.estimate_seconds(trainer.plan())))
         trainer._update_reserve()
         assert trainer.state.clock.reserve_seconds == 4 + FINISH_SECONDS
         trainer._ranks = ALONE

@@ -92,7 +92,7 @@ def test_only_builders_and_commands_read_a_configuration():
     """All other parts take plain values, so that a script can use them without a Config."""
     readers = {name for name, tree in modules().items() if "vitlocal.config" in imports(tree)}
     allowed = {"vitlocal.storage", "vitlocal.train.build", "vitlocal.train.command"}
-    allowed |= {"vitlocal.report.page", "vitlocal.report.run_folder", "vitlocal.report.crops"}  # of finished runs
+    allowed |= {"vitlocal.report.page", "vitlocal.report.run_folder"}  # of finished runs
     assert {name for name in readers - allowed if room(name) != "bench"} == {"vitlocal.write_options"} & readers
     assert readers >= {"vitlocal.train.build", "vitlocal.train.command"}
 

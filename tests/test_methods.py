@@ -13,7 +13,7 @@ import pytest
 from vitlocal.config import read_config
 from vitlocal.methods import CLASSES, METHODS, build_methods
 from vitlocal.methods.method import Method, MethodContext
-from vitlocal.train.log import read_log
+from vitlocal.report.run_folder import read_log
 
 ROOT = Path(__file__).parent.parent
 

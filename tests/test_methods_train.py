@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from method_plans import COMMON
+from trainers import open_trainer
 
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import read_lines
@@ -20,12 +21,12 @@ from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import open_run, open_trainer
-from vitlocal.train.checkpoint import load_checkpoint
+from vitlocal.train.build import open_run
 from vitlocal.train.command import export, train
-from vitlocal.train.compile import EAGER
+from vitlocal.train.devices import EAGER
 from vitlocal.train.distributed import ALONE, Ranks
 from vitlocal.train.loop import fit
+from vitlocal.train.output import load_checkpoint
 from vitlocal.train.probes import Prober
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.search_log import SEARCHES
@@ -140,7 +141,8 @@ def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, na
         fit(trainer)
         export(run, tmp_path / "run")
         images = torch.randn(4, 3, 48, 48)
-        with temporary_shape(trainer.state.model.eval(), trainer.evaluation_shape(), WHOLE_MODEL), torch.no_grad():
+        shape = trainer.evaluator.shape(trainer.state.trained_plan)
+        with temporary_shape(trainer.state.model.eval(), shape, WHOLE_MODEL), torch.no_grad():
             expected = trainer.state.model(images)
     exported = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
     assert isinstance(exported, VisionTransformer)

@@ -9,9 +9,8 @@ import timm
 import torch
 
 from vitlocal.progress import Length, Progress
-from vitlocal.train.ema import ModelEma
-from vitlocal.train.optim import build_optimizer
-from vitlocal.train.precision import choose_precision
+from vitlocal.train.devices import choose_precision
+from vitlocal.train.optim import ModelEma, build_optimizer
 
 
 def test_no_decay_on_norms_biases_embeddings_and_tokens():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from method_plans import COMMON
+from trainers import open_trainer
 
 from vitlocal.methods.method import Probe
 from vitlocal.plan import Shape
-from vitlocal.train.build import open_trainer
-from vitlocal.train.trainability import condition_number, tangent_kernel, zico
+from vitlocal.train.probes import condition_number, tangent_kernel, zico
 from vitlocal.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -23,7 +23,7 @@ def test_probes_leave_no_trace(configure, decoder):
         with trainer.sources.train.open(plan.feed, trainer.state.clock.position) as batches:
             trainer.train_step(next(batches), plan)
         shape = Shape(block_order=(0, 1, 2), skipped_blocks=(1,), input_size=32)
-        assert 0 < prober._seconds(prober.complete(Probe("seconds", shape, 48, 2), plan, lambda size: 32), plan) < 10
+        assert 0 < prober._seconds(prober.complete(Probe("seconds", shape, 48, 2), plan), plan) < 10
         trainer.step.set_shape(plan.shape)
         before = tensors_of(trainer)
         generator = torch.get_rng_state()
@@ -34,7 +34,7 @@ def test_probes_leave_no_trace(configure, decoder):
             Probe("seconds", shape, 48, 2),
             Probe("trainability", Shape(trainable_blocks=(1,)), 32, 2, 2, samples=6),
         ):
-            complete = prober.complete(probe, plan, lambda size: 32)
+            complete = prober.complete(probe, plan)
             first, again = prober.measure(complete, plan), prober.measure(complete, plan)
             assert probe.kind == "seconds" or first == again  # a time is never the same twice
             assert np.isfinite(np.atleast_1d(first)).all()

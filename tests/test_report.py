@@ -17,9 +17,8 @@ from vitlocal.config import AugmentConfig
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
-from vitlocal.report.crops import stage_crops
 from vitlocal.report.figures import COLOURS, Line, by_cost, by_size, savings
-from vitlocal.report.page import changed_fields, learning_rates, page_of
+from vitlocal.report.page import changed_fields, learning_rates, page_of, stage_crops
 from vitlocal.report.run_folder import names_of, read_run
 from vitlocal.train.command import train
 
@@ -186,7 +185,7 @@ def test_page_shows_costs_of_stages_that_end_within_an_epoch(configure, decoder,
     options = ["--methods=budgeted", "--budgeted.grow=heads,hidden", "--budget.length=0.0055TF", "--budgeted.alpha=0"]
     train(configure(*options, "--evaluate.every=0"))
     run = read_run(tmp_path / "run")
-    assert len({round(record["macs_per_image"], -4) for record in run.records}) == len(by_cost(run.line)) == 3
+    assert len({round(record["macs_per_image"], -4) for record in run.records}) == len(by_cost(run)) == 3
     assert len([record for record in run.records if record["epoch"] % 1]) >= 2
     assert changed_fields(run) == {"shape.heads": 2, "shape.hidden": 128}
     page = (tmp_path / "run" / "report.html").read_text()

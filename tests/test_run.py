@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from trainers import open_trainer
 
 from vitlocal.data.loader import NativeSource
 from vitlocal.errors import ConfigError, DataError
@@ -18,11 +19,10 @@ from vitlocal.methods.method import MethodContext, StepResult
 from vitlocal.plan import Feed
 from vitlocal.predict import Predictor
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import open_trainer
-from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.loop import fit
+from vitlocal.train.output import load_checkpoint
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.step import TrainStep
 from vitlocal.train.trainer import Trainer

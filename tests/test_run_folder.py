@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_time import FakeTime
+from trainers import open_trainer
 
 from vitlocal.bench.arms import machine_of
 from vitlocal.config import changed_options
@@ -21,12 +22,11 @@ from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
 from vitlocal.progress import Length, Progress
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import open_run, open_trainer
-from vitlocal.train.checkpoint import load_checkpoint, save_checkpoint
+from vitlocal.train.budget import read_spent
+from vitlocal.train.build import open_run
 from vitlocal.train.command import start_warnings, train
-from vitlocal.train.journal import read_spent
-from vitlocal.train.log import Log
-from vitlocal.train.run_folder import CHECKPOINT, JOURNAL, _lock, read_origin, run_folder_lock
+from vitlocal.train.output import RunOutput, load_checkpoint, save_checkpoint
+from vitlocal.train.run_folder import CHECKPOINT, JOURNAL, read_origin, run_folder_lock
 from vitlocal.train.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -176,7 +176,7 @@ def test_the_second_process_in_a_new_folder_leaves_it_alone(tmp_path: Path, monk
     """Two processes found no folder and made it. The other process was the first to lock it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    with _lock(folder):
+    with run_folder_lock(folder):
         (folder / "config.yaml").touch()
         monkeypatch.setattr(Path, "exists", lambda path: False)
         with pytest.raises(ConfigError, match="another process is training"), run_folder_lock(folder):
@@ -239,7 +239,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path):
     save_checkpoint(path, {"a": torch.zeros(10)})
     before = path.read_bytes()
     script = (
-        "import resource, torch; from pathlib import Path; from vitlocal.train.checkpoint import save_checkpoint\n"
+        "import resource, torch; from pathlib import Path; from vitlocal.train.output import save_checkpoint\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"save_checkpoint(Path({str(path)!r}), {{'a': torch.zeros(1_000_000)}})"
@@ -325,15 +325,15 @@ def test_the_origin_lists_every_machine_that_trained(configure, decoder, no_repo
 def test_progress_lines_without_a_terminal(tmp_path: Path, monkeypatch, capsys, progress: bool):
     """Lines come after pauses of 10, 20 and 40 seconds, and finally every ten minutes."""
     now = 1000.0
-    monkeypatch.setattr("vitlocal.train.log.time.monotonic", lambda: now)
-    monkeypatch.setattr("vitlocal.train.log.sys.stderr.isatty", lambda: False)
-    log, printed = Log(tmp_path, Length.parse("24h"), progress), []
-    log.begin(0)
+    monkeypatch.setattr("vitlocal.train.output.time.monotonic", lambda: now)
+    monkeypatch.setattr("vitlocal.train.output.sys.stderr.isatty", lambda: False)
+    output, printed = RunOutput(tmp_path, Length.parse("24h"), progress), []
+    output.begin(0)
     for _ in range(3000):
         now += 1
-        log.show(Progress(epoch=0.25, step=int(now), fraction=0.1), 6.9, 1e-3, 128, 2345.6)
+        output.show(Progress(epoch=0.25, step=int(now), fraction=0.1), 6.9, 1e-3, 128, 2345.6)
         if lines := capsys.readouterr().out:
             printed.append(now - 1000)
             assert lines == "10.0 % of 24h: epoch 0.25  128 px  loss 6.900  2,346 images/s\n"
-    log.close()
+    output.close()
     assert printed == ([10, 30, 70, 150, 310, 630, 1230, 1830, 2430] if progress else [])

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from fake_time import FakeTime
+from trainers import open_trainer
 
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Plan
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.budget import FINISH_SECONDS
-from vitlocal.train.build import open_run, open_trainer
+from vitlocal.train.build import open_run
 from vitlocal.train.command import end_warnings, train
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.run_folder import CHECKPOINT

@@ -4,8 +4,6 @@ The public names are imported at their first use, so that ``import vitlocal`` ta
 registers the models with timm.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

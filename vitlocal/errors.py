@@ -1,10 +1,10 @@
-"""The errors that a user can fix, and how the commands report them."""
-
-from __future__ import annotations
+"""The errors that a user can fix, signals, and how the commands report both."""
 
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 
 class ConfigError(ValueError):
@@ -23,6 +23,31 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class StopSignals:
+    """Stores the first SIGINT or SIGTERM in :attr:`received`. A second one raises :class:`Interrupted`."""
+
+    def __init__(self, prints: bool = True):
+        self.received: signal.Signals | None = None
+        self._prints = prints
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """A context in which the signals are handled."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise Interrupted(number)
+        self.received = signal.Signals(number)
+        if self._prints:
+            print("\nstopping after this step, and saving; send the signal again to stop at once", file=sys.stderr)
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs ``main(argv)``, and turns errors that a user can fix into one message and an exit status.
 
@@ -31,12 +56,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
-    except ConfigError as error:
+    except (ConfigError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)

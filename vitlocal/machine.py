@@ -1,7 +1,5 @@
 """This machine: the resources that a process may use, and its description in results."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os
@@ -19,12 +17,12 @@ LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-p
 
 def cores() -> int:
     """The number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def memory() -> int:
     """The bytes of memory that this process may use: the machine's, or its control group's limit if that is less."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = _total_memory()
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             found = min(found, int(Path(limit).read_text()))
@@ -35,12 +33,10 @@ def memory() -> int:
 
 def memory_stalls(pressure: Path = Path("/proc/pressure/memory")) -> float:
     """The fraction of the last minute in which all processes waited for memory; 0 if Linux does not report it."""
-    try:
-        full = next(line for line in pressure.read_text().splitlines() if line.startswith("full"))
-    except (OSError, StopIteration):
-        return 0.0
-    match = re.search(r"avg60=([\d.]+)", full)
-    return float(match[1]) / 100 if match else 0.0
+    with suppress(OSError):
+        if match := re.search(r"^full.* avg60=([\d.]+)", pressure.read_text(), re.MULTILINE):
+            return float(match[1]) / 100
+    return 0.0
 
 
 def keep_freed_memory() -> None:
@@ -48,11 +44,9 @@ def keep_freed_memory() -> None:
 
     On a CPU every step frees and allocates the same activations; the page faults took a fifth of its time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**30)
 
 
 def freeze_objects() -> None:
@@ -79,20 +73,19 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, memory and GPU."""
     import torch  # takes seconds, and not every caller of this file needs it
 
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    kib = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     libc = " ".join(platform.libc_ver())
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": name[1] if name else platform.processor(),
         "cores": cores(),
-        "memory_gib": round(kib / 2**20, 1),
+        "memory_gib": round(_total_memory() / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": ", ".join([platform.system(), *([libc] if libc.strip() else [])]),
     }
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+def _total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def versions() -> dict[str, str]:

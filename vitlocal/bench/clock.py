@@ -29,7 +29,7 @@ from vitlocal.errors import DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.journal import read_spent
+from vitlocal.train.budget import read_spent
 from vitlocal.train.run_folder import JOURNAL
 
 # The trainer's options that this bench sets itself, and the remedy if a user sets them.

@@ -39,11 +39,12 @@ from vitlocal.plan import Plan, with_size
 from vitlocal.progress import TRAINING_FLOPS, Length, Progress, Stage, upcoming_changes
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
-from vitlocal.train.build import build_trainer, device_of, make_model, sources_of
-from vitlocal.train.compile import EAGER
+from vitlocal.train.build import build_run, device_of, make_model, sources_of
+from vitlocal.train.devices import EAGER
+from vitlocal.train.probes import batch_size_at
 from vitlocal.train.simulate import Speed, StageForecast, spend
 from vitlocal.train.timing import LR, Timing, noise_batch, peak_memory, reset_peak
-from vitlocal.train.trainer import Trainer, batch_size_at
+from vitlocal.train.trainer import Trainer
 
 SECONDS = 80.0  # for all measurements; the sizes share it
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of the seconds of a size
@@ -77,6 +78,10 @@ class SizeSpeed:
     data_wait_fraction: float = 0.0
     compile_seconds: float = 0.0
     device_mib: float | None = None  # peak of a GPU
+
+
+class NoData(Source):
+    """Stands for data that are not there. It cannot be read."""
 
 
 def plans_by_size(trainer: Trainer, stages: Sequence[Stage]) -> list[Plan]:
@@ -115,7 +120,7 @@ class SizeMeter:
         self.peak = peak_memory(self.device)  # in later turns, the memory of larger sizes is allocated too
 
     def _train(self, batch: Batch) -> None:
-        self.trainer.step(batch, next(self.step_numbers), LR, self.mode, None, self.plan.dials)
+        self.trainer.step(batch, next(self.step_numbers), LR, self.mode, 1.0, self.plan.dials)
 
     def turn(self, seconds: float) -> None:
         """Measures the step and, if there are data, the loader and both together, for about ``seconds``."""
@@ -284,10 +289,10 @@ def forecast(config: Config, images: int | None) -> Forecast:
     if images is None:
         sources = sources_of(config, device)
     else:
-        missing = Source(("",) * 1000, images, None, CropPolicy(random=True), device)
+        missing = NoData(("",) * 1000, images, None, CropPolicy(random=True), device)
         sources = Sources(missing, missing)
     with closing(sources):
-        trainer = build_trainer(config, sources, device)
+        trainer = build_run(config, sources, device).trainer
         start = time.perf_counter()
         speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
         compiling = sum(speed.compile_seconds for speed in speeds)

@@ -32,7 +32,7 @@ from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, full_batches
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
-from vitlocal.train.build import build_trainer, device_of, sources_of
+from vitlocal.train.build import build_run, device_of, sources_of
 from vitlocal.train.devices import choose_device, synchronize
 from vitlocal.train.timing import PhaseTimer
 from vitlocal.train.trainer import Trainer
@@ -80,7 +80,7 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
     rows, operators = [], []
     device = device_of(config)
     with closing(sources_of(config, device)) as sources:
-        trainer = build_trainer(config, sources, device)
+        trainer = build_run(config, sources, device).trainer
         feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
         if sizes is not None:
             check_multiples(sizes, patch_side(trainer.step.model), config.model.name)

@@ -42,7 +42,7 @@ from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import read_run
 from vitlocal.train.build import device_of, sources_of
-from vitlocal.train.checkpoint import KEPT, read_weights
+from vitlocal.train.output import KEPT, read_weights
 
 # The measures of a row, with their titles.
 MEASURES = {

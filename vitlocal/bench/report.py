@@ -28,7 +28,7 @@ COLUMNS = {"": ("what", ""), "forecast": ("forecast", ",.6g"), "actual": ("happe
 
 def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
     """The rows of the comparison: images/s of each size, then epochs, images and the time of the first accuracy."""
-    last, by_crop = run.records[-1], by_size(run.line)
+    last, by_crop = run.records[-1], by_size(run)
     pairs = [
         (f"images/s at {row['size']} px", row["together"], by_crop[row["size"]]["images_per_second"])
         for row in {row["size"]: row for row in forecast["rows"]}.values()
@@ -37,7 +37,8 @@ def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
     images = sum(row["images"] for row in forecast["rows"])
     pairs += [("epochs", forecast["epochs"], last["epoch"]), ("images", images, last["images_seen"])]
     if forecast["first_point_seconds"] is not None:
-        pairs.append(("first accuracy, s", forecast["first_point_seconds"], run.line.scored[0]["train_seconds"]))
+        first = next(record for record in run.records if record["top1"] is not None)
+        pairs.append(("first accuracy, s", forecast["first_point_seconds"], first["train_seconds"]))
     return [
         {"what": what, "forecast": said, "happened": actual, "off": said / actual - 1 if actual else 0.0}
         for what, said, actual in pairs

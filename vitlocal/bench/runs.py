@@ -20,7 +20,7 @@ COLUMNS = {
 def summary(run: RunRecord) -> dict[str, Any]:
     """A row with the end of a run."""
     last = run.last
-    waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run.line).values())
+    waited = sum(row["data_wait_fraction"] * row["seconds"] for row in by_size(run).values())
     return {
         "run": run.name, "top1": last["top1"], "top5": last["top5"], "epochs": last["epoch"],
         **{name: last[name] for name in ("images_seen", "train_seconds", "wall_seconds")},
@@ -41,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
     what = "training runs: the accuracy that each reached, and the log of its passes"
     write_json(options.json, what, rows, curves={run.name: run.records for run in runs})
     if options.plot:
-        save(race({run.name: [run.line] for run in runs}), options.plot)
+        save(race({run.name: [run] for run in runs}), options.plot)

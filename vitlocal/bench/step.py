@@ -41,9 +41,7 @@ from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.build import build_step, device_of
-from vitlocal.train.compile import Mode
-from vitlocal.train.devices import choose_device
-from vitlocal.train.precision import autocast, choose_precision
+from vitlocal.train.devices import Mode, autocast, choose_device, choose_precision
 from vitlocal.train.timing import LR, PhaseTimer, Timing, noise_batch, noise_step, peak_memory, reset_peak
 
 CLASSES = 1000

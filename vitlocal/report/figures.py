@@ -1,7 +1,5 @@
 """Figures of runs, drawn from their logs: SVG for a page, PNG for a file."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -29,9 +27,9 @@ class Line:
     records: Sequence[Record]  # one for each pass, oldest first
 
     @property
-    def scored(self) -> list[Record]:
-        """The records of passes that were evaluated."""
-        return [record for record in self.records if record["top1"] is not None]
+    def last(self) -> Record:
+        """The record of the last pass that was evaluated."""
+        return next(record for record in reversed(self.records) if record["top1"] is not None)
 
     @property
     def starts(self) -> list[float]:
@@ -52,14 +50,9 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for side in ("height", "width"):  # the page sets the size
-        text = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # not needed inside HTML
-    text = text.replace("xlink:href", "href")
-    # Matplotlib gives these ids to every figure.
-    return re.sub(r'id="((?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib|PolyCollection|PathCollection|'
-                  r'FillBetweenPolyCollection|LineCollection|legend)[\w.]*)"', rf'id="{name}-\1"', text)  # fmt: skip
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text.replace("xlink:href", "href"))
 
 
 def _plain(*axes: Axes) -> None:
@@ -117,8 +110,7 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], fields: Mapping[s
     unit, scale = time_unit(line.records[-1]["train_seconds"])
     figure = Figure(figsize=(6, 2.6 + 0.8 * len(fields)), layout="constrained")
     rows = figure.subplots(2 + len(fields), 1, sharex=True)
-    _stairs(rows[0], line, "image_size", scale, BLUE, filled=True)
-    _name_sizes(rows[0], line, scale, "{}")
+    _image_sizes(rows[0], line, scale, "{}")
     rows[0].set_ylabel("px")
     rows[1].plot([at / scale for at, _ in rates], [rate for _, rate in rates], color=ORANGE)
     rows[1].set_ylabel("learning rate")
@@ -135,10 +127,7 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], fields: Mapping[s
 def _stairs(
     axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False, default: float = math.nan
 ) -> None:
-    """Draws a field of the log against training time, as steps. A pass without the field has the value of the last one.
-
-    ``default`` is drawn until the field is logged, and if it is None. For a list, its length is drawn.
-    """
+    """Draws the last logged value of a field (of a list: its length), or ``default`` while there is none."""
     values: list[float] = []
     value: Any = None
     for record in line.records:
@@ -151,8 +140,9 @@ def _stairs(
     axes.set_ylim(0, max(value for value in values if value == value) * 1.15 or 1)
 
 
-def _name_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
-    """Writes each image size at the start of its stage."""
+def _image_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
+    """Draws the image size, and writes it at the start of each stage."""
+    _stairs(axes, line, "image_size", scale, BLUE, filled=True)
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": GREY}
     before = None
     for start, record in zip(line.starts, line.records, strict=True):
@@ -240,10 +230,7 @@ def by_cost(line: Line) -> list[Record]:
 
 
 def savings(stages: Sequence[Record]) -> tuple[float, float]:
-    """The fractions of multiply-adds and of time that were saved.
-
-    The comparison is with the same number of images, each at the cost of the most expensive stage.
-    """
+    """The fractions of multiply-adds and time that were saved, compared with every image at the highest cost."""
     most = max(row["macs"] for row in stages)
     full = [row for row in stages if row["macs"] > (1 - SAME_COST) * most]
     costliest = max(full, key=lambda row: row["seconds"] / row["images"])  # not one with frozen blocks, if possible
@@ -259,16 +246,15 @@ def draw_curve(line: Line, path: Path) -> None:
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.3, 1.3])
     _plot(axes[0], line, "top1", scale, color=BLUE, marker="o", markersize=4)
-    last = line.scored[-1]
+    end = line.last["train_seconds"] / scale, line.last["top1"]
     text: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": BLUE, "weight": "bold"}
-    axes[0].annotate(f"{last['top1']:.2f} %", (last["train_seconds"] / scale, last["top1"]), (-6, -16), **text)
+    axes[0].annotate(f"{line.last['top1']:.2f} %", end, (-6, -16), **text)
     axes[0].set_ylabel("validation top-1, %", color=BLUE)
     axes[0].set_title(line.name, loc="left")
     losses = axes[0].twinx()
     _plot(losses, line, "loss", scale, color=ORANGE, linewidth=1.2)
     losses.set_ylabel("training loss", color=ORANGE)
-    _stairs(axes[1], line, "image_size", scale, BLUE, filled=True)
-    _name_sizes(axes[1], line, scale, "{} px")
+    _image_sizes(axes[1], line, scale, "{} px")
     axes[1].set_ylabel("image size")
     _stairs(axes[2], line, "images_per_second", scale, GREY)
     axes[2].set_ylabel("images/s")
@@ -284,7 +270,7 @@ def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
     axes = figure.subplots()
     for number, (name, lines) in enumerate(runs.items()):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3.5}
-        label = f"{name}: {statistics.mean(line.scored[-1]['top1'] for line in lines):.1f} %"
+        label = f"{name}: {statistics.mean(line.last['top1'] for line in lines):.1f} %"
         for place, line in enumerate(lines):
             style |= {"alpha": 0.45, "label": None} if place else {"alpha": 1, "label": label}
             _plot(axes, line, "top1", scale, linewidth=1.3, **style)

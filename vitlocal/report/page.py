@@ -1,30 +1,37 @@
 """The page that shows a run or compares several: one HTML file without links to other files."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
+from vitlocal.data.augment import Augment
+from vitlocal.data.batch import Sources
+from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.methods import METHODS
+from vitlocal.methods.method import MethodContext
 from vitlocal.models.factory import build_model
 from vitlocal.models.shape import model_blocks, model_parts
-from vitlocal.progress import Progress
-from vitlocal.report.crops import stage_crops
+from vitlocal.options import as_argument
+from vitlocal.plan import Dials, Feed, Plan, fold
+from vitlocal.progress import Position, Progress
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.report.run_folder import RunRecord, duration, read_run
 
 WORST_CLASSES = 10
 POINTS_PER_PASS = 40  # of the learning rate's curve
+CROPS = 6  # of each size
+AUGMENTATION_DIALS = ("strength", "randaugment_strength")
 # Fields of the log that the schedule shows if they change. Until a field is logged, its value is that of the whole
 # model's part with this name in model_parts(), or 1 without a name.
 SCHEDULE_FIELDS = {
@@ -90,7 +97,7 @@ def summary_part(runs: Sequence[RunRecord]) -> str:
 
 def curves_part(runs: Sequence[RunRecord]) -> str:
     """Accuracy and loss against time, epochs and images."""
-    figures = {along: curves([run.line for run in runs], along) for along in ("time", "epochs", "images")}
+    figures = {along: curves(runs, along) for along in ("time", "epochs", "images")}
     drawn = [_figure(svg(figure, f"curves-{a}"), f"Top-1 and loss against {a}") for a, figure in figures.items()]
     return f'<h2>Curves</h2><div class="grid">{"".join(drawn)}</div>'
 
@@ -129,7 +136,7 @@ def _changes(records: Sequence[dict[str, Any]], name: str) -> bool:
 
 def schedule_part(runs: Sequence[RunRecord]) -> str:
     """Image size, learning rate and the fields that methods changed, against time."""
-    figures = [schedule(run.line, learning_rates(run), changed_fields(run)) for run in runs]
+    figures = [schedule(run, learning_rates(run), changed_fields(run)) for run in runs]
     drawn = [_figure(svg(figure, f"schedule-{n}"), runs[n].name, "wide") for n, figure in enumerate(figures)]
     return "<h2>Schedule</h2>" + "".join(drawn)
 
@@ -139,10 +146,10 @@ def throughput_part(runs: Sequence[RunRecord]) -> str:
     rows = [
         [run.name, f"{size} px", f"{row['epochs']:.2f}", f"{row['images']:,.0f}", duration(row["seconds"]),
          f"{row['images_per_second']:,.0f}", f"{row['data_wait_fraction']:.1%}"]
-        for run in runs for size, row in by_size(run.line).items()
+        for run in runs for size, row in by_size(run).items()
     ]  # fmt: skip
     head = ["run", "size", "epochs", "images", "trained", "images/s", "waited for data"]
-    drawing = svg(throughput([run.line for run in runs]), "throughput")
+    drawing = svg(throughput(runs), "throughput")
     caption = "Images per second, and the fraction of the time that the trainer waited for data"
     return f"<h2>Throughput</h2>{_figure(drawing, caption, 'wide')}{rows_table(head, rows)}"
 
@@ -150,7 +157,7 @@ def throughput_part(runs: Sequence[RunRecord]) -> str:
 def costs_part(runs: Sequence[RunRecord]) -> str:
     """The cost of an image in each stage, and the savings by cheaper stages. Empty if no run has several stages."""
     rows, lines = [], []
-    stages_of = [by_cost(run.line) for run in runs]
+    stages_of = [by_cost(run) for run in runs]
     freezes = any(stage["trained"] is not None for stages in stages_of for stage in stages)
     for run, stages in zip(runs, stages_of, strict=True):
         if len(stages) < 2:
@@ -197,14 +204,53 @@ def _png(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
+    """The first training crops (S, S, 3) of each image size, with their augmentation.
+
+    Crops and augmentation have keys, so they can be made again. If a method fed a subset of the rows, the crops are
+    from all rows, because the log does not hold the subset. Raises ConfigError or DataError if the data cannot be read.
+    """
+    config, dials = run.config, Dials()
+    # The log has the dials at the end of a pass. For its start, ask the methods that set only dials.
+    context = MethodContext(config.recipe)
+    claims = [each for each in config.recipe.claims if each.writes]
+    methods = [METHODS[each.name](context) for each in claims if all(f.startswith("dials.") for f in each.writes)]
+    augment = Augment(**config.augment.arguments())
+    found: dict[int, list[np.ndarray]] = {}
+    with closing(open_sources(**config.source_arguments(), device=torch.device("cpu"))) as sources:
+        start = {"epoch": 0.0, "step": 0, "images_seen": 0, "fraction": 0.0}
+        for before, record in pairwise([start, *run.records]):
+            logged = {name: record[f"dials.{name}"] for name in AUGMENTATION_DIALS if f"dials.{name}" in record}
+            dials = replace(dials, **logged)
+            if record["image_size"] not in found and record["step"] > before["step"]:
+                plan = Plan(Feed(record["image_size"], record["batch_size"]), dials)
+                plan = fold(methods, plan, Progress(fraction=before["fraction"]))
+                found[plan.feed.size] = first_crops(sources, augment, plan, config.run.seed, before)
+    return list(found.items())
+
+
+def first_crops(sources: Sources, augment: Augment, plan: Plan, seed: int, start: dict[str, Any]) -> list[np.ndarray]:
+    """Up to CROPS crops (S, S, 3), uint8, of the first batch of a pass that starts at the record ``start``."""
+    # If the run trained on a subset of the rows, this position is approximate.
+    done = round(start["epoch"] % 1 * sources.train.count)
+    with sources.train.open(plan.feed, Position(int(start["epoch"]), done)) as batches:
+        batch = next(batches)
+        key = seed, start["step"]
+        images = augment.prepare(batch.images, *key, batch.places, plan.dials.randaugment)
+        params = augment.draw(*key, batch.places, batch.total, plan.feed.size, plan.dials.strength)
+        pixels = augment(images, params)[:CROPS]  # (B, 3, S, S)
+    levels = (pixels - augment.normalize.shift) / augment.normalize.scale
+    return list(levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())  # (B, S, S, 3)
+
+
 def classes_part(runs: Sequence[RunRecord]) -> str:
     """The classes with the lowest accuracy."""
     drawn = []
     for run in runs:
-        rates = {entry["class"]: (entry["right"] / entry["images"], entry) for entry in run.classes if entry["images"]}
-        worst = [rates[name] for name in sorted(rates, key=lambda name: (rates[name][0], name))][:WORST_CLASSES]
-        if worst:
-            rows = [[entry["class"], f"{100 * rate:.1f}", entry["images"]] for rate, entry in worst]
+        counted = [each for each in run.classes if each["images"]]
+        rates = sorted((each["right"] / each["images"], each["class"], each["images"]) for each in counted)
+        rows = [[name, f"{100 * rate:.1f}", images] for rate, name, images in rates[:WORST_CLASSES]]
+        if rows:
             table = rows_table(["class", "top-1 %", "images"], rows)
             drawn.append(f"<div><h3>{html.escape(run.name)}</h3>{table}</div>")
     return f'<h2>The ten worst classes</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
@@ -215,24 +261,19 @@ def differences_part(runs: Sequence[RunRecord]) -> str:
     if len(runs) < 2:
         return ""
     options = [run.config.flat() for run in runs]
-    rows = [[name, *(_flow(each[name]) for each in options)] for name in options[0] if name != "run.folder"]
+    rows = [[name, *(as_argument(each[name]) for each in options)] for name in options[0] if name != "run.folder"]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     table = rows_table(["option", *(run.name for run in runs)], rows) if rows else "<p>In no option.</p>"
     return "<h2>Where they differ</h2>" + table
 
 
-def _flow(value: Any) -> str:
-    text = "none" if value is None else yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
-    return text.removesuffix("\n...").strip()
-
-
 def configuration_part(runs: Sequence[RunRecord]) -> str:
     """The whole configuration of each run, folded."""
-    texts = [html.escape((run.folder / "config.yaml").read_text(encoding="utf-8")) for run in runs]
-    return "<h2>Configuration</h2>" + "".join(
-        f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>"
-        for run, text in zip(runs, texts, strict=True)
-    )
+    parts = ["<h2>Configuration</h2>"]
+    for run in runs:
+        text = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
+        parts.append(f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>")
+    return "".join(parts)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -262,6 +303,6 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
 def write_report(folder: Path) -> dict[str, Any]:
     """Writes ``curve.png`` and ``report.html`` into a run's folder. Returns the last evaluated record."""
     run = read_run(folder)
-    draw_curve(run.line, folder / "curve.png")
+    draw_curve(run, folder / "curve.png")
     (folder / "report.html").write_text(page_of([run], crops=False), encoding="utf-8")
     return run.last

@@ -1,7 +1,5 @@
 """Reads the folder of a run: its log, its configuration, and its accuracy for each class."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,24 +17,12 @@ CLASSES = "classes.json"
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Line):
     """A run that was evaluated at least once, as its folder has it."""
 
     folder: Path
-    name: str
-    records: list[dict[str, Any]]  # one for each pass, oldest first
     config: Config
     classes: list[dict[str, Any]]  # the last evaluation: class, right, images
-
-    @property
-    def last(self) -> dict[str, Any]:
-        """The record of the last pass that was evaluated."""
-        return self.line.scored[-1]
-
-    @property
-    def line(self) -> Line:
-        """The run as a line in figures."""
-        return Line(self.name, self.records)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -52,18 +38,13 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     classes = folder / CLASSES
     found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
     config = read_config(["--config-file", str(folder / "config.yaml")], {})
-    return RunRecord(folder, name or folder.name, records, config, found)
+    return RunRecord(name or folder.name, records, folder, config, found)
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
-    """Writes ``classes.json``: for each class of the last evaluation, its images and how many were right (top-1).
-
-    ``by_class``: (C, 2), how many were right, and how many there are.
-    """
-    found = [
-        {"class": name, "right": int(right), "images": int(count)}
-        for name, (right, count) in zip(classes, by_class, strict=True)
-    ]
+    """Writes ``classes.json``: how many images of each class were right (top-1), and how many there are (C, 2)."""
+    pairs = zip(classes, by_class.tolist(), strict=True)
+    found = [{"class": name, "right": right, "images": count} for name, (right, count) in pairs]
     (folder / CLASSES).write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
 
 

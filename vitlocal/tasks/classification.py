@@ -3,11 +3,8 @@
 Shape letters: B batch, C classes, S image size.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Set
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,24 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.data.augment import Augment, AugmentParams, send
-from vitlocal.data.batch import Batch, Source
-from vitlocal.plan import Feed
-from vitlocal.progress import Position
-
-ROWS = {"even": 0, "odd": 1}  # evaluate.rows: the rows that are counted, by their remainder
+from vitlocal.data.augment import Augment, AugmentParams
 
 
 class ClassificationLoss(nn.Module):
     """The loss of a batch of uint8 images: everything that a training step differentiates, in one graph."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        augment: Augment,
-        label_smoothing: float = 0.0,
-        precision: torch.dtype = torch.float32,
-        outputs: frozenset[str] = frozenset(),
+        self, model: nn.Module, augment: Augment, label_smoothing: float, precision: torch.dtype, outputs: Set[str]
     ):
         super().__init__()
         self.model: Any = model
@@ -84,52 +71,3 @@ class Accuracy:
     top1: float
     top5: float
     by_class: np.ndarray  # (C, 2) int64: correct images and all images of each class
-
-
-@torch.inference_mode()
-def evaluate_accuracy(
-    model: nn.Module,
-    predict: Callable[[Tensor, bool], Tensor],
-    source: Source,
-    feed: Feed,
-    device: torch.device,
-    *,
-    rows: str = "all",
-    limit: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    total: Callable[[Tensor], Tensor] = lambda values: values,
-) -> Accuracy | None:
-    """The accuracy over the whole split, each image once. None if ``stop``, called before each batch, returns true.
-
-    ``predict`` gives the logits (B, C) of uint8 images, and knows whether the batch is a whole one. ``rows``: "all",
-    "even" or "odd" rows are counted. ``limit``: number of batches at most. With several processes, each evaluates its
-    share of every batch, and ``total`` sums over all of them.
-    """
-    training = model.training
-    model.eval()
-    try:
-        sums = torch.zeros(3, len(source.classes), dtype=torch.int64, device=device)  # top-1, top-5, images
-        with source.open(feed, Position()) as batches:
-            for batch in islice(batches, limit):
-                if stop():
-                    return None
-                if not len(batch):
-                    continue
-                logits = predict(batch.images, batch.total == feed.batch_size and len(batch) == len(batch.places))
-                best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-                right = best == batch.labels[:, None]
-                counted = _counted(batch, rows)
-                found = torch.stack([right[:, 0] * counted, right.any(dim=1) * counted, counted])
-                sums.index_add_(1, batch.labels, found)
-        counts = total(sums).cpu().numpy()  # device sync, once per pass
-        top1, top5, count = counts.sum(axis=1).tolist()
-        return Accuracy(100 * top1 / max(count, 1), 100 * top5 / max(count, 1), counts[[0, 2]].T)
-    finally:
-        model.train(training)
-
-
-def _counted(batch: Batch, rows: str) -> Tensor:
-    """1 for each image that is counted, 0 for the others: (B,) int64."""
-    if rows == "all":
-        return torch.ones_like(batch.labels)
-    return send((batch.ids.cpu() % 2 == ROWS[rows]).long(), batch.labels.device)

@@ -1,15 +1,21 @@
-"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and which part is reserved for its end."""
+"""The budget of a run: how much is spent, in time, epochs, steps or FLOPs, and which part is reserved for its end.
 
-from __future__ import annotations
+A journal saves the time spent while the run goes on. So a killed run loses almost none of its count.
+"""
 
+import json
 import statistics
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from vitlocal.jsonl import replacing
 from vitlocal.progress import Length, Position, Progress
 
 TIMED_STEPS = 5  # the next step is expected to take the median time of the last TIMED_STEPS steps
@@ -18,6 +24,9 @@ SLACK = 0.25  # of a step: a step is the last one if at most STOP + SLACK of a s
 KNOWN = 3  # the next evaluation or checkpoint is expected to take the median time of the last KNOWN ones
 # For the export, the report and the end of the process after the last evaluation: about 0.8 s on an idle core.
 FINISH_SECONDS = 1.5
+# Seconds between two writes of the journal: a fraction of a budget in time, within these bounds.
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.05, 1.0
+BUDGET_FRACTION = 1e-3
 
 
 class RunTimer:
@@ -33,8 +42,7 @@ class RunTimer:
         self.train_now = time.process_time if cpu else now
         self._wall_before = 0.0  # by earlier processes
         self._wall_began = now() if began is None else began
-        # Seconds until the last stop, and when the timer was started since. One tuple, because the journal's thread
-        # reads both.
+        # Seconds until the last stop, and the start since then. One tuple, because the journal's thread reads both.
         self._training: tuple[float, float | None] = 0.0, None
 
     @property
@@ -81,36 +89,22 @@ class FinalReserve:
     These are one evaluation, two checkpoints (before and after it) and a constant for export, report and exit.
     """
 
-    evaluations: list[float] = field(default_factory=list)  # seconds of the last ones
+    evaluations: list[float] = field(default_factory=list)  # seconds of each
     checkpoints: list[float] = field(default_factory=list)
 
     @property
     def evaluation_seconds(self) -> float:
         """The expected time of the next evaluation: the median, because a busy machine can delay one of them."""
-        return statistics.median_high(self.evaluations) if self.evaluations else 0.0
+        return statistics.median_high(self.evaluations[-KNOWN:] or [0.0])
 
     @property
     def checkpoint_seconds(self) -> float:
         """The expected time of the next checkpoint."""
-        return statistics.median_high(self.checkpoints) if self.checkpoints else 0.0
+        return statistics.median_high(self.checkpoints[-KNOWN:] or [0.0])
 
     @property
     def total_seconds(self) -> float:
         return self.evaluation_seconds + 2 * self.checkpoint_seconds + FINISH_SECONDS
-
-    def record_evaluation(self, seconds: float) -> None:
-        """Records the duration of an evaluation."""
-        self.evaluations = [*self.evaluations, seconds][-KNOWN:]
-
-    def record_checkpoint(self, seconds: float) -> None:
-        """Records the duration of a checkpoint."""
-        self.checkpoints = [*self.checkpoints, seconds][-KNOWN:]
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"evaluations": self.evaluations, "checkpoints": self.checkpoints}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.evaluations, self.checkpoints = list(state["evaluations"]), list(state["checkpoints"])
 
 
 class Clock:
@@ -133,12 +127,9 @@ class Clock:
         began: float | None = None,
     ):
         self.length = Length.parse(length) if isinstance(length, str) else length
-        self._counts = counts
-        self.images_per_epoch = images_per_epoch
+        self._counts, self.images_per_epoch = counts, images_per_epoch
         self.timer = RunTimer(now, began, cpu=counts == "cpu")
-        self.step = 0
-        self.images_seen = 0
-        self.flops = 0.0
+        self.step, self.images_seen, self.flops = 0, 0, 0.0
         self.position = Position()
         self.reserve_seconds = 0.0
         # The budget's seconds and the pace as rank 0 measured them, if there are several processes.
@@ -175,13 +166,8 @@ class Clock:
         quarter less time than expected.
         """
         seconds, pace = self.synced or self.local_time
-        end = Progress(
-            self._epoch(self._moved(images)),
-            self.step + 1,
-            self.images_seen + images,
-            seconds + pace * images,
-            flops=self.flops + flops,
-        )
+        epoch, seen, seconds = self._epoch(self._moved(images)), self.images_seen + images, seconds + pace * images
+        end = Progress(epoch, self.step + 1, seen, seconds, flops=self.flops + flops)
         return replace(end, fraction=self._fraction(end, (STOP + SLACK) * pace * images, STOP * flops))
 
     @property
@@ -195,10 +181,7 @@ class Clock:
         return self.length.kind == "seconds" and left <= steps * pace * self._batch
 
     def has_time_for(self, seconds: float, images: int) -> bool:
-        """Whether a step over ``images`` images is still possible after other work of ``seconds``.
-
-        Always true if that work does not count.
-        """
+        """Whether other work of ``seconds``, if it counts, leaves time for a step over ``images`` images."""
         now, pace = self.synced or self.local_time
         left = self.length.value - self.reserve_seconds - now
         return not self.reserves or left - seconds >= pace * images
@@ -272,3 +255,51 @@ class Clock:
         self.flops, self._step_flops = state["flops"], state["step_flops"]
         self._batch, self._reached = state["batch"], state["reached"]
         self.reserve_seconds, self._schedule_began = state["reserve_seconds"], state["schedule_began"]
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def read_spent(path: Path) -> tuple[float, float]:
+    """Training and total seconds from a journal; zeros if there is none, or if it is damaged, which is reported."""
+    try:
+        spent = json.loads(path.read_text(encoding="utf-8"))
+        return float(spent["train_seconds"]), float(spent["wall_seconds"])
+    except FileNotFoundError:
+        return 0.0, 0.0
+    except (ValueError, KeyError, TypeError):
+        print(f"{path} is damaged; the budget continues from the checkpoint", file=sys.stderr)
+        return 0.0, 0.0
+
+
+def journal_interval(budget: Length) -> float:
+    """The seconds between two writes: a kill loses at most these seconds."""
+    if budget.kind != "seconds":
+        return LONGEST_INTERVAL
+    return max(SHORTEST_INTERVAL, min(LONGEST_INTERVAL, BUDGET_FRACTION * budget.value))
+
+
+@contextmanager
+def journal(path: Path, timer: RunTimer, interval: float) -> Iterator[None]:
+    """Within the context, a thread writes the timer's seconds to ``path`` every ``interval`` seconds."""
+    done = threading.Event()
+
+    def write() -> None:
+        spent = {"train_seconds": timer.train_seconds, "wall_seconds": timer.wall_seconds}
+        # Not synced, which would wait for the disk. A full disk is reported by the next checkpoint.
+        with suppress(OSError), replacing(path, sync=False) as file:
+            file.write(json.dumps(spent) + "\n")
+
+    def write_until_done() -> None:
+        while not done.wait(interval):
+            write()
+
+    write()
+    thread = threading.Thread(target=write_until_done, name="journal", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        write()

@@ -1,11 +1,11 @@
 """Builds a run from a configuration. Only this file and the commands read a Config; other parts take plain values."""
 
-from __future__ import annotations
-
+import copy
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,25 @@ from vitlocal.data.augment import Augment
 from vitlocal.data.batch import Sources
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
+from vitlocal.machine import keep_freed_memory
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import Method, MethodContext
-from vitlocal.models.counts import activation_bytes
+from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse
-from vitlocal.models.shape import add_stage_table, check_shape, model_parts
-from vitlocal.plan import Feed
+from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
+from vitlocal.plan import Feed, Shape
 from vitlocal.tasks.classification import ClassificationLoss
-from vitlocal.train.budget import Clock
-from vitlocal.train.checkpoint import load_checkpoint
-from vitlocal.train.devices import prepare_device
-from vitlocal.train.distributed import ALONE, Ranks, connected, find_ranks
-from vitlocal.train.ema import ModelEma
+from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
+from vitlocal.train.devices import choose_device, choose_precision
+from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.journal import Journal, journal_interval, read_spent
-from vitlocal.train.log import Log
-from vitlocal.train.macs import MacCounter
-from vitlocal.train.optim import build_optimizer
-from vitlocal.train.output import RunOutput
-from vitlocal.train.precision import choose_precision
+from vitlocal.train.optim import ModelEma, build_optimizer
+from vitlocal.train.output import RunOutput, load_checkpoint
+from vitlocal.train.probes import MacCount
 from vitlocal.train.run_folder import CHECKPOINT, JOURNAL, data_fingerprint, has_run, record_origin, run_folder_lock
 from vitlocal.train.search_log import SearchLog
-from vitlocal.train.signals import StopSignals
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, has_batch_norm
 from vitlocal.train.trainer import Trainer
@@ -48,7 +43,14 @@ from vitlocal.train.trainer import Trainer
 
 def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
     """Returns the device of ``run.device`` and makes it current. Sets ``run.threads`` CPU threads."""
-    return prepare_device(config.run.device, config.run.threads, ranks.local_rank, ranks.local_world_size, ranks.world)
+    device = choose_device(config.run.device, ranks)
+    if device.type == "cpu":
+        keep_freed_memory()
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # streams and events are made on the current device
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    return device
 
 
 def sources_of(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Sources:
@@ -76,26 +78,17 @@ def assemble_step(
     train = config.train
     precision = choose_precision(train.precision, device)
     configure_model(model, train.kernel, train.grad_checkpointing, device)
-    optimizer = build_optimizer(
-        model,
-        train.optimizer,
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        betas=train.betas,
-        eps=train.eps,
-        muon_momentum=train.muon_momentum,
-        precision=precision,
-    )
+    settings = {name: getattr(train, name) for name in ("weight_decay", "betas", "eps", "muon_momentum")}
     has_ema = train.ema_decay is not None or train.ema_length is not None
+    ema = ModelEma(model, train.ema_decay or 0.0, train.ema_length) if has_ema else None
     method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
     outputs: frozenset[str] = frozenset().union(*(method.needs.step_outputs for method in methods))
+    augment = Augment(**config.augment.arguments()).to(device)
     step = TrainStep(
-        ClassificationLoss(
-            model, Augment(**config.augment.arguments()).to(device), train.label_smoothing, precision, outputs
-        ),
-        optimizer,
+        ClassificationLoss(model, augment, train.label_smoothing, precision, outputs),
+        build_optimizer(model, train.optimizer, precision=precision, **settings),
         device,
-        ema=ModelEma(model, train.ema_decay, train.ema_length) if has_ema else None,
+        ema=ema,
         method_emas=method_emas,
         seed=config.run.seed,
         clip_norm=train.clip_norm,
@@ -107,10 +100,22 @@ def assemble_step(
     return step, method_emas
 
 
-def build_step(config: Config, num_classes: int, device: torch.device, ranks: Ranks = ALONE) -> TrainStep:
+def build_step(config: Config, num_classes: int, device: torch.device) -> TrainStep:
     """The recipe's model, optimizer, weight average and step."""
     model, _ = make_model(config, num_classes, device)
-    return assemble_step(config, model, device, ranks=ranks)[0]
+    return assemble_step(config, model, device)[0]
+
+
+def mac_counter(model: nn.Module) -> MacCount:
+    """A function that counts the multiply-adds of a forward pass of one image, by image size and shape."""
+    twin = copy.deepcopy(model).to("meta")  # without data, so that the model itself keeps its shape
+
+    @cache
+    def macs(size: int, shape: Shape) -> int:
+        set_shape(twin, shape)
+        return count_macs(twin, shape.input_size or size)
+
+    return macs
 
 
 def configure_model(model: Any, kernel: str, grad_checkpointing: bool, device: torch.device) -> None:
@@ -145,8 +150,6 @@ class BuiltRun:
     config: Config  # with the budget that a method computed, if one does
     model_arguments: dict[str, Any]
     new_weights: list[str]  # names of the weights that model.weights did not give
-    signals: StopSignals
-    ranks: Ranks
     output: RunOutput | None  # None on ranks other than 0
 
 
@@ -160,14 +163,11 @@ def build_run(
     folder: Path | None = None,
     starts: bool = True,
 ) -> BuiltRun:
-    """Builds the trainer. Without a ``folder`` nothing is written.
-
-    ``starts``: whether ``model.weights`` is loaded, which a run that continues does not need.
-    """
+    """Builds the trainer; without a ``folder`` nothing is written. A run that ``starts`` loads ``model.weights``."""
     train, classes = config.train, sources.train.classes
     model, arguments = make_model(config, len(classes), device)
     new_weights = load_weights(model, config.model.weights, classes) if config.model.weights and starts else []
-    macs = MacCounter(model)
+    macs = mac_counter(model)
     precision = choose_precision(train.precision, device)
 
     def image_bytes(size: int) -> int:
@@ -184,50 +184,31 @@ def build_run(
         if method.needs.budget_length is not None:
             config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
     step, method_emas = assemble_step(config, model, device, methods, ranks)
-    if clock is None:
-        clock = Clock(config.budget.length, config.budget.counts)
+    clock = clock or Clock(config.budget.length, config.budget.counts)
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
-    state = TrainState(
-        model,
-        step.optimizer,
-        step.scaler,
-        clock,
-        methods,
-        step.ema,
-        method_emas,
-        search_log=SearchLog(folder if ranks.first else None, config.run.replay_search),
-        data=data_fingerprint(sources.train.count, classes),
-    )
-    signals = StopSignals(prints=ranks.first)
+    state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
+    state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
+    state.data = data_fingerprint(sources.train.count, classes)
     output = None
     if folder is not None and ranks.first:
-        log = Log(folder, config.budget.length, config.run.progress)
-        output = RunOutput(folder, log, config.run.keep_weights)
+        output = RunOutput(folder, config.budget.length, config.run.progress, config.run.keep_weights)
     evaluate = config.evaluate
-    assert evaluate.size is not None, "the configuration fills it in"
+    shown = Feed(evaluate.size or config.model.size, evaluate.batch_size)
     trainer = Trainer(
         state,
         step,
         sources,
         Feed(config.model.size, train.batch_size),
         train.lr_schedule,
-        Evaluator(state, step, sources.val, Feed(evaluate.size, evaluate.batch_size), evaluate.rows, ranks),
+        Evaluator(state, step, sources.val, shown, evaluate.rows),
         macs,
         evaluate_every=evaluate.every,
         save_every=config.run.save_every,
         compile_early=train.compile_at == "start",
         output=output,
-        ranks=ranks,
-        signals=signals,
-        seed=config.run.seed,
     )
     check_plans(trainer, ranks.world)
-    return BuiltRun(trainer, config, arguments, new_weights, signals, ranks, output)
-
-
-def build_trainer(config: Config, sources: Sources, device: torch.device) -> Trainer:
-    """A trainer without a folder, for benchmarks and scripts."""
-    return build_run(config, sources, device).trainer
+    return BuiltRun(trainer, config, arguments, new_weights, output)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -295,11 +276,10 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
     """Builds the run, or continues the one in its folder (``run.resume``).
 
     All checks run before the folder is made, so that a wrong configuration leaves nothing behind. Only rank 0 reads and
-    writes the folder. ``began``: when total time starts to count, a value of ``time.monotonic``.
+    writes the folder. ``began``: when the command started, a value of ``time.monotonic``; total time counts from there.
     """
     ranks = find_ranks()
-    assert config.run.folder is not None, "the configuration fills it in"
-    folder = Path(config.run.folder)
+    folder = Path(str(config.run.folder))
 
     def resumes() -> bool:
         found = ranks.first and has_run(folder, config.run.resume)
@@ -311,58 +291,42 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
     device = device_of(config, ranks)
     if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
         raise ConfigError("budget.counts: cpu is for one process on a CPU; use run.device=cpu, or budget.counts=train")
-    with connected(ranks, device):
+    with ExitStack() as opened:
+        ranks.connect(device)
+        opened.callback(ranks.close)
         check_ranks(config, ranks)
-        sources = sources_of(config, device, ranks)
-        lock: AbstractContextManager[None] = run_folder_lock(folder) if ranks.first else nullcontext()
-        try:
-            with lock:
-                # Again, because another process may have trained here until the folder was locked.
-                continues = ranks.broadcast(resumes())
-                clock = Clock(config.budget.length, config.budget.counts, began=began)
-                spent = ranks.broadcast(spent_before(folder, config) if ranks.first else None)
-                clock.timer.resume(*spent)
-                journal = Journal(folder / JOURNAL, clock.timer, journal_interval(config.budget.length))
-                with ExitStack() as opened:
-                    if ranks.first and any(spent):  # loading counts too; a new run writes nothing until it is built
-                        opened.enter_context(journal)
-                    run = build_run(
-                        config, sources, device, ranks=ranks, clock=clock, folder=folder, starts=not continues
-                    )
-                    if continues:
-                        content = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if ranks.first else None)
-                        check_data(dict(run.trainer.state.data), content["data"], config)
-                        run.trainer.load(content)
-                    run.trainer.sync_ranks()
-                    if run.output is not None:
-                        begin_folder(run, config, continues)
-                    if ranks.first and not any(spent):
-                        opened.enter_context(journal)
-                    try:
-                        yield run
-                    finally:
-                        if run.output is not None:
-                            run.output.log.close()
-        finally:
-            sources.close()
-            gc.unfreeze()
+        opened.callback(gc.unfreeze)
+        sources = opened.enter_context(closing(sources_of(config, device, ranks)))
+        if ranks.first:
+            opened.enter_context(run_folder_lock(folder))
+        # Again, because another process may have trained here until the folder was locked.
+        continues = ranks.broadcast(resumes())
+        clock = Clock(config.budget.length, config.budget.counts, began=began)
+        spent = ranks.broadcast(spent_before(folder, config) if ranks.first else None)
+        clock.timer.resume(*spent)
+        saving = journal(folder / JOURNAL, clock.timer, journal_interval(config.budget.length))
+        if ranks.first and any(spent):  # loading counts too; a new run writes nothing until it is built
+            opened.enter_context(saving)
+        run = build_run(config, sources, device, ranks=ranks, clock=clock, folder=folder, starts=not continues)
+        if continues:
+            content = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if ranks.first else None)
+            check_data(dict(run.trainer.state.data), content["data"], config)
+            run.trainer.load(content)
+        run.trainer.sync_ranks()
+        if run.output is not None:
+            opened.callback(run.output.close)
+            begin_folder(run.output, run.trainer.state, None if continues else recipe_text(config))
+        if ranks.first and not any(spent):
+            opened.enter_context(saving)
+        yield run
 
 
-@contextmanager
-def open_trainer(config: Config, began: float | None = None) -> Iterator[Trainer]:
-    """The trainer of :func:`open_run`."""
-    with open_run(config, began) as run:
-        yield run.trainer
-
-
-def begin_folder(run: BuiltRun, config: Config, continues: bool) -> None:
-    """Writes the run's configuration and origin, and drops log lines that will be written again."""
-    assert run.output is not None
-    state, folder = run.trainer.state, run.output.folder
-    if not continues:
-        (folder / "config.yaml").write_text(recipe_text(config), encoding="utf-8")
+def begin_folder(output: RunOutput, state: TrainState, recipe: str | None) -> None:
+    """Writes the ``recipe`` of a new run and the run's origin, and drops log lines that will be written again."""
+    if recipe is not None:
+        (output.folder / "config.yaml").write_text(recipe, encoding="utf-8")
     if not state.clock.spent:
-        record_origin(folder, state.data)
+        record_origin(output.folder, state.data)
     reopened = state.current_plan is not None and state.totals.images > 0
-    run.output.log.begin(state.clock.step - reopened)
+    output.begin(state.clock.step - reopened)
     state.search_log.begin()

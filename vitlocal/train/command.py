@@ -1,16 +1,15 @@
 """The command ``train_imagenet.py``: builds or continues a run, trains, exports and reports."""
 
-from __future__ import annotations
-
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from vitlocal.config import Config
 from vitlocal.methods import METHODS
 from vitlocal.models.factory import export_model, patch_side
 from vitlocal.models.shape import temporary_shape
-from vitlocal.progress import FIELDS, upcoming_changes
+from vitlocal.progress import upcoming_changes
 from vitlocal.report.page import write_report
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import BuiltRun, open_run
@@ -22,87 +21,69 @@ MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says
 
 
 def train(config: Config, began: float | None = None) -> int:
-    """Builds or continues the run, trains, exports and reports. Returns the exit status of the command.
-
-    ``began``: when the command started, as a value of ``time.monotonic``; a budget with counts="wall" starts there.
-    """
-    with open_run(config, began) as run, run.signals.handled():
-        trainer, state = run.trainer, run.trainer.state
-        _print(run, describe(run))
+    """Builds or continues the run, trains, exports and reports; returns the exit status. ``began``: see open_run."""
+    with open_run(config, began) as run, run.trainer.signals.handled():
+        trainer, state, output = run.trainer, run.trainer.state, run.output
+        say: Callable[[str], None] = output.print if output is not None else lambda text: None
+        say(describe(run))
         for warning in start_warnings(run):
-            _print(run, f"note: {warning}")
-        finished = state.clock.step and state.update_phase(trainer.plan()) is Phase.DONE
-        if finished:
-            _print(run, "this run is finished; its results are written again")
+            say(f"note: {warning}")
+        if state.clock.step and state.update_phase(trainer.plan()) is Phase.DONE:
+            say("this run is finished; its results are written again")
         elif state.clock.step:
             now = state.clock.progress
-            _print(run, f"continuing at epoch {now.epoch:.2f}, step {now.step}: {100 * now.fraction:.1f} % is spent")
+            say(f"continuing at epoch {now.epoch:.2f}, step {now.step}: {100 * now.fraction:.1f} % is spent")
         if not (state.clock.spent and state.clock.step):
             trainer.prepare()
         fit(trainer)
         if trainer.stop_signal is not None and state.update_phase(trainer.plan()) is not Phase.DONE:
             name, step = trainer.stop_signal.name, state.clock.step
-            _print(run, f"stopped by {name} at step {step}, everything is saved; the same command continues")
+            say(f"stopped by {name} at step {step}, everything is saved; the same command continues")
             return 130 if trainer.stop_signal is signal.SIGINT else 143
-        if run.output is None:
+        if output is None:
             return 0
-        folder = run.output.folder
-        export(run, folder)
-        best = write_report(folder)
+        export(run, output.folder)
+        best = write_report(output.folder)
         for warning in end_warnings(run):
-            _print(run, f"note: {warning}")
-        _print(run, f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {folder}/report.html")
+            say(f"note: {warning}")
+        say(f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {output.folder}/report.html")
     return 0
-
-
-def _print(run: BuiltRun, text: str) -> None:
-    if run.output is not None:
-        run.output.log.print(text)
 
 
 def describe(run: BuiltRun) -> str:
     """The run on one line: model, data, budget and device."""
     model, source, step = run.config.model, run.trainer.sources.train, run.trainer.step
-    patch = patch_side(step.model)
+    patch, processes = patch_side(step.model), step.ranks.world
     parameters = sum(p.numel() for p in step.model.parameters()) / 1e6
     return (
         f"{model.name}: {parameters:.2f} M parameters, up to {model.size} px"
         + (f" in patches of {patch}" if patch > 1 else "")
         + f", {source.count:,} images of {len(source.classes)} classes, {run.config.budget.length} on {step.device}, "
         f"{str(step.precision).removeprefix('torch.')}, in {run.config.run.folder}"
-        + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
+        + (f", {processes} processes" if processes > 1 else "")
     )
 
 
 def export(run: BuiltRun, folder: Path) -> None:
     """Writes the weights that were evaluated, as files that timm loads, to ``folder``."""
     trainer, config = run.trainer, run.config
-    model, shape = trainer.evaluator.model, trainer.evaluation_shape()
-    assert config.evaluate.size is not None
+    model, classes = trainer.evaluator.model, trainer.sources.train.classes
+    shape = trainer.evaluator.shape(trainer.state.trained_plan)
+    size, crop_pct = config.evaluate.size or config.model.size, config.evaluate.crop_pct
     with temporary_shape(model, shape, trainer.step.shape):
-        export_model(
-            folder,
-            model,
-            config.model.name,
-            run.model_arguments,
-            trainer.sources.train.classes,
-            size=config.evaluate.size,
-            crop_pct=config.evaluate.crop_pct,
-        )
+        export_model(folder, model, config.model.name, run.model_arguments, classes, size=size, crop_pct=crop_pct)
 
 
 def start_warnings(run: BuiltRun) -> list[str]:
     """Settings that are allowed but probably a mistake, one sentence each."""
     config, source = run.config, run.trainer.sources.train
     warmup, length, batch = config.train.warmup, config.budget.length, config.train.batch_size
-    # The epochs in a unit of each kind of length, if they are known.
-    epochs = dict.fromkeys(FIELDS, math.nan) | {"epochs": 1.0, "steps": batch / source.count}
+    epochs = {"epochs": 1.0, "steps": batch / source.count}  # in a unit of these kinds of lengths
+    comparable = warmup.kind == length.kind or {warmup.kind, length.kind} <= epochs.keys()
     found = [warning for name in config.methods for warning in METHODS[name].config_warnings(config.recipe)]
     if run.new_weights:
         found.append(f"{', '.join(run.new_weights)} start at random; all other weights are from {config.model.weights}")
-    if warmup.value * epochs[warmup.kind] > length.value * epochs[length.kind] or (
-        warmup.kind == length.kind and warmup.value > length.value
-    ):
+    if comparable and warmup.value * epochs.get(warmup.kind, 1) > length.value * epochs.get(length.kind, 1):
         found.append(
             f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never reaches its peak"
         )

@@ -4,8 +4,6 @@ torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. A process that 
 call here then costs nothing.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings
@@ -25,10 +23,7 @@ LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNOREC
 
 
 class Ranks:
-    """The rank of this process, and its connection to the others.
-
-    Gradients and sums use the device's backend, decisions use gloo.
-    """
+    """The rank of this process, and its connection to the others: by the device's backend, and gloo for decisions."""
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, local_world_size: int = 1):
         self.rank, self.world = rank, world
@@ -97,15 +92,9 @@ class Ranks:
     @torch.no_grad()
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Copies rank 0's buffers (BatchNorm's running statistics) to all ranks."""
-        for buffer in buffers if self.world > 1 else ():
-            with self._peers():
+        with self._peers():
+            for buffer in buffers if self.world > 1 else ():
                 dist.broadcast(buffer, 0)
-
-    def wait(self) -> None:
-        """Waits until all ranks are here."""
-        if self.world > 1:
-            with self._peers():
-                dist.barrier(group=self._decisions)
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
@@ -141,13 +130,3 @@ def find_ranks(environment: dict[str, str] | os._Environ[str] = os.environ) -> R
             "with torchrun --nproc-per-node=N train_imagenet.py …"
         )
     return Ranks(*(int(environment[name]) for name in names))
-
-
-@contextmanager
-def connected(ranks: Ranks, device: torch.device) -> Iterator[Ranks]:
-    """:meth:`Ranks.connect`, undone at the end."""
-    ranks.connect(device)
-    try:
-        yield ranks
-    finally:
-        ranks.close()

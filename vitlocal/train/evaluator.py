@@ -1,38 +1,34 @@
 """Evaluates the weights of a run on the validation split."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from time import perf_counter
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vitlocal.data.batch import Source
+from vitlocal.data.augment import send
+from vitlocal.data.batch import Batch, Source
 from vitlocal.models.shape import temporary_shape
 from vitlocal.plan import Feed, Plan, Shape
-from vitlocal.tasks.classification import Accuracy, evaluate_accuracy
+from vitlocal.progress import Position
+from vitlocal.tasks.classification import Accuracy
 from vitlocal.train.devices import synchronize
-from vitlocal.train.distributed import ALONE, Ranks
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep
 
 ESTIMATED_BATCHES = 5
+REMAINDERS = {"all": (0, 1), "even": (0,), "odd": (1,)}  # of the rows that are counted, divided by two
 
 
 class Evaluator:
-    """Evaluates the weight average, or the weights if there is none, at ``feed``'s size, whatever the training size.
+    """Evaluates the weight average, or the weights without one, on "all", "even" or "odd" ``rows``, at one size."""
 
-    ``rows``: "all", "even" or "odd" rows of the split are counted.
-    """
-
-    def __init__(
-        self, state: TrainState, step: TrainStep, source: Source, feed: Feed, rows: str = "all", ranks: Ranks = ALONE
-    ):
+    def __init__(self, state: TrainState, step: TrainStep, source: Source, feed: Feed, rows: str = "all"):
         self._state, self._step, self._source, self._feed, self._rows = state, step, source, feed, rows
-        self._total = ranks.total
+        self._predict = step.predict_fn(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -51,27 +47,37 @@ class Evaluator:
     ) -> Accuracy | None:
         """The accuracy of weights that were trained under ``plan``, on ``limit`` batches at most.
 
-        None if ``stop``, called before each batch, returns true.
+        None if ``stop``, called before each batch, returns true. Each process evaluates its share of every batch.
         """
-        with temporary_shape(self.model, self.shape(plan), self._step.shape):
-            return evaluate_accuracy(
-                self.model,
-                self._step.predict_fn(self.model),
-                self._source,
-                self._feed,
-                self._step.device,
-                rows=self._rows,
-                limit=limit,
-                stop=stop,
-                total=self._total,
-            )
+        model, step, source = self.model, self._step, self._source
+        shape, training = self.shape(plan), model.training
+        sums = torch.zeros(3, len(source.classes), dtype=torch.int64, device=step.device)
+        opened = source.open(self._feed, Position())
+        with temporary_shape(model, shape, step.shape), torch.inference_mode(), opened as batches:
+            try:
+                model.eval()
+                for batch in islice(batches, limit):
+                    if stop():
+                        return None
+                    if len(batch):
+                        sums.index_add_(1, batch.labels, self._found(batch))
+            finally:
+                model.train(training)
+        counts = step.ranks.total(sums).cpu().numpy()  # device sync, once per pass
+        top1, top5, images = counts.sum(axis=1).tolist()
+        return Accuracy(100 * top1 / max(images, 1), 100 * top5 / max(images, 1), counts[[0, 2]].T)
+
+    def _found(self, batch: Batch) -> Tensor:
+        """1 or 0 for each image: whether it is right (top-1, top-5), and whether it is counted: (3, B) int64."""
+        is_whole = batch.total == self._feed.batch_size and len(batch) == len(batch.places)
+        logits = self._predict(batch.images, is_whole).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+        right = best == batch.labels[:, None]
+        counted = send(torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[self._rows])).long(), self._step.device)
+        return torch.stack([right[:, 0] * counted, right.any(dim=1) * counted, counted])
 
     def estimate_seconds(self, plan: Plan) -> float:
-        """Estimates the time of an evaluation from its first batches. Also compiles it.
-
-        The other batches are expected to take the median time of these, so that one that is delayed does not count
-        several times.
-        """
+        """Estimates the time of an evaluation from its first batches. Also compiles it."""
         batches = -(-self._source.count // self._feed.batch_size)
         self.accuracy(plan, limit=1)  # the very first batch compiles, or loads kernels
         times: list[float] = []
@@ -84,5 +90,6 @@ class Evaluator:
         began = perf_counter()
         self.accuracy(plan, note_time, limit=ESTIMATED_BATCHES)
         times.append(perf_counter())
+        # Of the other batches. The median, so that a batch that was delayed does not count several times.
         each = statistics.median(after - before for before, after in pairwise(times))
         return times[-1] - began + max(0, batches - ESTIMATED_BATCHES) * each

@@ -1,7 +1,5 @@
 """The training loop."""
 
-from __future__ import annotations
-
 from vitlocal.train.state import Phase
 from vitlocal.train.trainer import Trainer
 

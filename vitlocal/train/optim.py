@@ -1,10 +1,11 @@
-"""The optimizers, AdamW and Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), and what each updates.
+"""Optimizers: fused AdamW, Muon for matrices, and the moving average of the weights.
 
-Shape letters: M matrices of one shape, R rows, C columns.
+Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Shape letters: M matrices of one shape, R rows, C
+columns.
 """
 
-from __future__ import annotations
-
+import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
+from vitlocal.progress import Length, Progress
 
 # A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -99,10 +101,6 @@ class CombinedOptimizer:
         for member in self.members:
             member.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for member in self.members:
-            member.zero_grad(set_to_none)
-
     def state_dict(self) -> dict[str, Any]:
         return {str(number): member.state_dict() for number, member in enumerate(self.members)}
 
@@ -115,7 +113,6 @@ def build_optimizer(
     model: Any,
     name: str = "adamw",
     *,
-    lr: float = 1e-3,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -125,7 +122,7 @@ def build_optimizer(
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
     With ``name="muon"``, Muon updates the matrices of the blocks and AdamW the rest. Muon computes in bfloat16 if
-    ``precision`` is bfloat16.
+    ``precision`` is bfloat16. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name == "muon" else {}
@@ -135,12 +132,12 @@ def build_optimizer(
     taken = {id(p) for p in matrices.values()}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if not matrices:
         return adamw
     parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, lr, muon_momentum, weight_decay, products))
+    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products))
 
 
 def block_matrices(model: nn.Module) -> dict[str, Any]:
@@ -157,3 +154,31 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
     members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}
     return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}
+
+
+class ModelEma:
+    """A copy of a model whose weights follow it: w <- decay * w + (1 - decay) * new.
+
+    The decay of a step is ``decay`` or, if there is a ``length``, follows from it: the training after which the average
+    has forgotten all but 1/e of a weight.
+    """
+
+    def __init__(self, trained: nn.Module, decay: float = 0.0, length: Length | None = None):
+        self.decay, self._length = decay, length
+        self.model = copy.deepcopy(trained).eval().requires_grad_(False)
+
+    def decay_between(self, before: Progress, after: Progress) -> float:
+        """The decay of a step that leads from ``before`` to ``after``."""
+        if self._length is None:
+            return self.decay
+        elapsed = self._length.elapsed(after) - self._length.elapsed(before)
+        return math.exp(-max(0.0, elapsed) / self._length.value)
+
+    @torch.no_grad()
+    def update(self, trained: nn.Module, decay: float) -> None:
+        """Moves the average towards ``trained``; buffers are copied."""
+        averages: list[Tensor] = list(self.model.parameters())
+        weights = [p.detach() for p in trained.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for mine, buffer in zip(self.model.buffers(), trained.buffers(), strict=True):
+            mine.copy_(buffer)

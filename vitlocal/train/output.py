@@ -1,31 +1,98 @@
-"""Writes what a run leaves in its folder while it trains."""
+"""Writes what a run leaves in its folder, and shows its progress. Reads checkpoints and kept weights."""
 
-from __future__ import annotations
-
+import json
+import pickle
+import sys
+import time
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
+from vitlocal.errors import DataError
+from vitlocal.jsonl import append_line, replacing, write_lines
+from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
-from vitlocal.progress import Progress
-from vitlocal.report.run_folder import write_classes
+from vitlocal.progress import Length, Progress
+from vitlocal.report.run_folder import read_log, write_classes
 from vitlocal.tasks.classification import Accuracy
-from vitlocal.train.checkpoint import keep_weights, save_checkpoint
-from vitlocal.train.log import Log
 from vitlocal.train.run_folder import CHECKPOINT
+
+KEPT = Path("checkpoints") / "kept"
+FORMAT = 4  # of a checkpoint's content; increased when older checkpoints cannot be continued
+REFRESH_SECONDS = 1.0
+FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line on the console, if no bar is drawn
 
 
 class RunOutput:
-    """Writes checkpoints, evaluations and the log of a run to ``folder``.
+    """Writes ``log.jsonl`` (a line per pass), TensorBoard files, evaluations and checkpoints to ``folder``.
 
-    ``keeps_weights``: also keep the weights of each evaluation, for ``bench redundancy``.
+    Shows the progress about once a second. On a terminal it draws a bar. Elsewhere it prints a line after 10 seconds
+    without one, and later less often.
+
+    ``length``: the length of the budget. ``progress=False``: no bar and no such lines. ``keeps_weights``: also keep the
+    weights of each evaluation, for ``bench redundancy``.
     """
 
-    def __init__(self, folder: Path, log: Log, keeps_weights: bool = False):
-        self.folder, self.log = folder, log
-        self._keeps_weights = keeps_weights
+    def __init__(self, folder: Path, length: Length | str, progress: bool = True, keeps_weights: bool = False):
+        self.folder = folder
+        self._length, self._keeps_weights = length, keeps_weights
+        drawn = progress and sys.stderr.isatty()
+        self._prints_progress = progress and not drawn
+        self._silence, self._printed = FIRST_SILENCE, time.monotonic()
+        self._next = 0.0
+        form = "{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}"
+        self._bar = tqdm(total=100.0, disable=not drawn, leave=False, dynamic_ncols=True, bar_format=form)
+        self._tensorboard: Any = None
+
+    def begin(self, step: int) -> None:
+        """Opens the log, without the records after ``step``: these passes will run again."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+        path = self.folder / "log.jsonl"
+        write_lines(path, [record for record in read_log(self.folder) if record["step"] <= step])
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def due(self) -> bool:
+        """Whether :meth:`show` is due. Its loss must be read from the device, which takes some steps."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + REFRESH_SECONDS
+        return True
+
+    def show(self, at: Progress, loss: float, lr: float, size: int, rate: float) -> None:
+        """Shows the progress of the run; ``rate`` in images/s."""
+        now = f"epoch {at.epoch:.2f}  {size} px  loss {loss:.3f}  {rate:,.0f} images/s"
+        percent = 100 * at.fraction
+        self._bar.n = percent
+        self._bar.set_postfix_str(now)
+        if self._prints_progress and time.monotonic() >= self._printed + self._silence:
+            self.print(f"{percent:.1f} % of {self._length}: {now}")
+            self._silence = min(2 * self._silence, LONGEST_SILENCE)
+        for name, value in (("loss", loss), ("lr", lr), ("image_size", size), ("images_per_second", rate)):
+            self._tensorboard.add_scalar(f"train/{name}", value, at.step)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Writes the record of a pass, and prints it."""
+        append_line(self.folder / "log.jsonl", values)
+        for name in ("top1", "top5"):
+            if values[name] is not None:
+                self._tensorboard.add_scalar(f"val/{name}", values[name], values["step"])
+        accuracy = "" if values["top1"] is None else f"  top-1 {values['top1']:5.2f} %  top-5 {values['top5']:5.2f} %"
+        grid = f", tokens {values['grid']}×{values['grid']}" if "grid" in values else ""
+        loss = "" if values["loss"] is None else f"loss {values['loss']:.4f}"
+        self.print(
+            f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px{grid}  batch {values['batch_size']}  {loss}"
+            f"{accuracy}  {values['images_per_second']:,.0f} images/s  "
+            f"waited for data {100 * values['data_wait_fraction']:.1f} %"
+        )
 
     def save_checkpoint(self, content: dict[str, Any]) -> None:
         """Replaces the run's checkpoint."""
@@ -34,7 +101,59 @@ class RunOutput:
     def write_evaluation(
         self, accuracy: Accuracy, classes: Sequence[str], weights: Mapping[str, Tensor], at: Progress, shape: Shape
     ) -> None:
-        """Writes ``classes.json`` (the correct and all images of each class) and, if ``keeps_weights``, the weights."""
+        """Writes ``classes.json`` (the correct and all images of each class) and, if they are kept, the weights."""
         if self._keeps_weights:
-            keep_weights(self.folder, weights, at.step, at.epoch, shape)
+            (self.folder / KEPT).mkdir(parents=True, exist_ok=True)
+            about = json.dumps({"step": at.step, "epoch": at.epoch, "shape": asdict(shape)})
+            write_weights(self.folder / KEPT / f"{at.step:09d}.safetensors", weights, about=about)
         write_classes(self.folder, classes, accuracy.by_class)
+
+    def print(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        tqdm.write(text)
+        sys.stdout.flush()
+        self._printed = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Replaces ``path`` atomically. ``state`` holds tensors and plain values only. DataError if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise  # an error of the device, for example
+        # PyTorch's zip writer does not say why a write failed.
+        raise DataError(
+            f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}). Is the disk full? "
+            "The previous checkpoint is intact; free some space and run the same command again"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that :func:`save_checkpoint` wrote, on the CPU. DataError if it is damaged or of another format."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}). Remove {path.parents[1]} and run the "
+            "same command again to train from the start"
+        ) from error
+    if state.get("format") != FORMAT:
+        raise DataError(
+            f"{path} was written by another version of vitlocal (format {state.get('format', 1)}, expected {FORMAT}). "
+            f"Continue with that version, or remove {path.parents[1]} and run the command again to train from the start"
+        )
+    return state
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The content of a file of :meth:`RunOutput.write_evaluation`: the weights, and step, epoch and shape."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])

@@ -1,6 +1,4 @@
-"""The folder of a run: its files, whether it holds a run to continue, and its lock."""
-
-from __future__ import annotations
+"""The folder of a run: whether it holds a run to continue, its lock, and the machines and data that trained it."""
 
 import fcntl
 import hashlib
@@ -50,7 +48,10 @@ def in_use(folder: Path) -> bool:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def run_folder_lock(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it against other processes. A ConfigError removes a new folder again."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,15 +59,6 @@ def _lock(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"run.folder: another process is training in {folder}; use another --run.folder"
             ) from error
-        yield
-
-
-@contextmanager
-def run_folder_lock(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it against other processes. A ConfigError removes a new folder again."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
         try:
             yield
         except ConfigError:

@@ -3,12 +3,10 @@
 The times in it can be replayed: another run then uses them instead of measuring, and chooses the same.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,14 @@ SEARCHES = "searches.jsonl"
 
 
 def probe_as_json(probe: Probe) -> dict[str, Any]:
-    """The fields of ``probe`` that differ from the defaults, and those of its shape that differ from the whole model.
+    """The fields of a complete ``probe``, and those of its shape, that differ from their defaults."""
+    found = _stated(replace(probe, shape=WHOLE_MODEL, sets=())) | {"shape": _stated(probe.shape)}
+    return json.loads(json.dumps(found))  # tuples become lists
 
-    The probe must be complete: see :func:`vitlocal.train.probes.Prober.complete`.
-    """
-    changed = {
-        field.name: getattr(probe, field.name)
-        for field in fields(probe)
-        if field.name not in ("shape", "sets", "value") and getattr(probe, field.name) != field.default
-    }
-    shape = {
-        field.name: getattr(probe.shape, field.name)
-        for field in fields(probe.shape)
-        if getattr(probe.shape, field.name) != getattr(WHOLE_MODEL, field.name)
-    }
-    return json.loads(json.dumps({**changed, "shape": shape}))  # tuples become lists
+
+def _stated(values: Any) -> dict[str, Any]:
+    pairs = [(field, getattr(values, field.name)) for field in fields(values)]
+    return {field.name: value for field, value in pairs if value != field.default}
 
 
 def result_as_json(value: float | Sequence[float]) -> Any:
@@ -58,28 +49,24 @@ class SearchLog:
         self._path = None if folder is None else folder / SEARCHES
         self._lines = self._timed = 0  # results so far, and how many of them are times
         self._replay = None if replay is None else Path(replay) / SEARCHES
-        self._times: list[dict[str, Any]] = []
-        if self._replay is None:
-            return
-        self._times = [line for line in read_lines(self._replay) if line["probe"]["kind"] == "seconds"]
-        if not self._times:
+        lines = [] if self._replay is None else read_lines(self._replay)
+        self._times = [line for line in lines if line["probe"]["kind"] == "seconds"]
+        if self._replay is not None and not self._times:
             missing = f"no {SEARCHES}" if not self._replay.exists() else f"no time in its {SEARCHES}"
             raise ConfigError(
                 f"run.replay_search: {replay} has {missing}; name the folder of a run of this recipe whose search "
                 "measured times (searches by FLOPs measure none)"
             )
 
-    @property
-    def replays(self) -> bool:
-        return self._replay is not None
-
     def begin(self) -> None:
         """Drops the lines that were written after the checkpoint: these probes will run again."""
         if self._path is not None and self._path.exists():
             write_lines(self._path, read_lines(self._path)[: self._lines])
 
-    def replayed_seconds(self, probe: Probe) -> float:
-        """The time that the other run measured for ``probe``. ConfigError if it measured another candidate."""
+    def replayed_seconds(self, probe: Probe) -> float | None:
+        """The time that the other run measured for ``probe``; None without a replay. ConfigError if it has none."""
+        if self._replay is None:
+            return None
         wanted, number = probe_as_json(probe), self._timed + 1
         if number > len(self._times):
             raise ConfigError(

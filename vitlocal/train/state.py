@@ -1,30 +1,34 @@
-"""The state of a training run: everything that a checkpoint holds."""
+"""The state of a training run, which is everything that a checkpoint holds, and the meter of its open pass."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vitlocal.data.batch import Batch
+from vitlocal.errors import DataError
 from vitlocal.methods.method import Method
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape
 from vitlocal.progress import Progress
 from vitlocal.train.budget import Clock, FinalReserve
-from vitlocal.train.ema import ModelEma
-from vitlocal.train.optim import CombinedOptimizer
+from vitlocal.train.distributed import Ranks
+from vitlocal.train.optim import CombinedOptimizer, ModelEma
 from vitlocal.train.search_log import SearchLog
 
 
-class Phase(str, Enum):
+class Phase(Enum):
     """What the loop does next."""
 
     TRAIN = "train"
     EVALUATE = "evaluate"  # close the pass: evaluate if it is due, log, save
     DONE = "done"
+
+
+# The parts of a state that have a state of their own, which a checkpoint holds under the same name.
+PARTS = ("model", "optimizer", "scaler", "clock", "search_log")
 
 
 @dataclass
@@ -40,10 +44,7 @@ class PassTotals:
 
 @dataclass
 class TrainState:
-    """The state of a run. A checkpoint is its :meth:`state_dict`, and nothing else.
-
-    The first fields are the parts of the run that have a state of their own. The others are plain values.
-    """
+    """The state of a run. A checkpoint is its :meth:`state_dict`, and nothing else."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | CombinedOptimizer
@@ -64,6 +65,13 @@ class TrainState:
     growth_number: int = 0  # of the last growth
     initialized_shape: Shape = WHOLE_MODEL  # the shape of the first step, or after the last growth
 
+    @property
+    def trained_plan(self) -> Plan:
+        """The plan under which the weights were trained last."""
+        plan = self.current_plan or self.logged_plan
+        assert plan is not None, "no step was taken"
+        return plan
+
     def update_phase(self, plan: Plan) -> Phase:
         """Decides what the loop does next, where ``plan`` is the plan for the current progress.
 
@@ -79,20 +87,19 @@ class TrainState:
             self.phase = Phase.EVALUATE if ended else Phase.TRAIN
         return self.phase
 
-    def state_dict(self, local_states: Mapping[str, Mapping[str, torch.Tensor]] | None = None) -> dict[str, Any]:
-        """Tensors and plain values. ``local_states``: the methods' local states, summed over all processes."""
+    def state_dict(self, total: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Tensors and plain values. ``total`` sums a part of a method's local state over all processes."""
         return {
+            **{name: getattr(self, name).state_dict() for name in PARTS},
             "data": dict(self.data),
-            "model": self.model.state_dict(),
             "ema": self.ema and self.ema.model.state_dict(),
             "method_emas": [ema.model.state_dict() for ema in self.method_emas],
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "clock": self.clock.state_dict(),
-            "reserve": self.reserve.state_dict(),
-            "search_log": self.search_log.state_dict(),
+            "reserve": asdict(self.reserve),
             "methods": {method.name: method.state_dict() for method in self.methods},
-            "local_states": {name: dict(state) for name, state in (local_states or {}).items()},
+            "local_states": {
+                method.name: {name: total(value) for name, value in method.local_state().items()}
+                for method in self.methods
+            },
             "phase": self.phase.value,
             "current_plan": self.current_plan and asdict(self.current_plan),
             "logged_plan": self.logged_plan and asdict(self.logged_plan),
@@ -104,16 +111,13 @@ class TrainState:
 
     def load_state_dict(self, state: Mapping[str, Any], first: bool = True) -> None:
         """Restores :meth:`state_dict`. Only the ``first`` process gets the summed local states of the methods."""
-        self.model.load_state_dict(state["model"])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         if self.ema is not None:
             self.ema.model.load_state_dict(state["ema"])
         for ema, weights in zip(self.method_emas, state["method_emas"], strict=True):
             ema.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.clock.load_state_dict(state["clock"])
-        self.reserve.load_state_dict(state["reserve"])
-        self.search_log.load_state_dict(state["search_log"])
+        self.reserve = FinalReserve(**state["reserve"])
         for method in self.methods:
             local = state["local_states"].get(method.name) if first else None
             method.load_state_dict(state["methods"][method.name], local or None)
@@ -124,3 +128,67 @@ class TrainState:
         self.last_evaluation = state["last_evaluation"] and Progress(**state["last_evaluation"])
         self.growth_number = state["growth_number"]
         self.initialized_shape = Shape.from_state(state["initialized_shape"])
+
+
+class PassMeter:
+    """Adds up the open pass in ``state.totals``. The loss is summed on the device and read only in :meth:`read`."""
+
+    def __init__(self, state: TrainState, device: torch.device, ranks: Ranks):
+        self._state, self._timer, self._ranks = state, state.clock.timer, ranks
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._since: float | None = None  # training seconds when the pass was opened
+
+    def load(self) -> None:
+        """Continues from ``state.totals``: those of a new pass, or from a checkpoint."""
+        self._loss_sum.fill_(self._state.totals.loss if self._ranks.first else 0.0)  # each process adds its own part
+
+    def begin(self) -> None:
+        """Measures time from now on."""
+        self._since = self._timer.train_seconds
+
+    def end(self) -> None:
+        """Stops measuring time until the next :meth:`begin`."""
+        self._state.totals.seconds = self._seconds()
+        self._since = None
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yields the batches, and adds up the time spent waiting for them."""
+        while True:
+            before = self._timer.train_now()
+            batch = next(batches, None)
+            self._state.totals.wait_seconds += self._timer.train_now() - before
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, loss: Tensor, images: int, macs: int) -> None:
+        """Adds a step: its mean loss (0-D, on the device), images of the global batch, and their multiply-adds."""
+        self._loss_sum += loss.double() * images
+        self._state.totals.images += images
+        self._state.totals.macs += macs
+
+    @property
+    def images_per_second(self) -> float:
+        return self._state.totals.images / max(self._seconds(), 1e-9)
+
+    def read(self, step: int) -> None:
+        """Brings the totals up to date. Waits for the device. DataError if the loss is not finite."""
+        totals = self._state.totals
+        totals.loss, totals.seconds = check_loss(float(self._ranks.total(self._loss_sum)), step), self._seconds()
+        self.load()
+        if self._since is not None:
+            self.begin()
+
+    def _seconds(self) -> float:
+        open_for = 0.0 if self._since is None else self._timer.train_seconds - self._since
+        return self._state.totals.seconds + open_for
+
+
+def check_loss(loss: float, step: int) -> float:
+    """``loss``, unless it is infinite or NaN, which raises DataError."""
+    if loss - loss != 0:
+        raise DataError(
+            f"the loss is {loss} at step {step}: training has diverged. Lower train.lr, lengthen train.warmup or set "
+            "train.clip_norm=1. The run's folder keeps the last checkpoint before this"
+        )
+    return loss

@@ -3,19 +3,16 @@
 Shape letters: B batch, C classes, L blocks, S image size.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitlocal.data.augment import DROP_PATH, AugmentParams, send
 from vitlocal.data.batch import Batch
@@ -24,17 +21,12 @@ from vitlocal.data.shares import Share
 from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
-from vitlocal.progress import Progress
 from vitlocal.tasks.classification import ClassificationLoss
-from vitlocal.train.compile import EAGER, Mode, StepCompiler
-from vitlocal.train.devices import synchronize
+from vitlocal.train.devices import EAGER, Mode, StepCompiler, autocast, denormals_flushed, fast_attention, synchronize
 from vitlocal.train.distributed import ALONE, Ranks
-from vitlocal.train.ema import ModelEma
-from vitlocal.train.optim import CombinedOptimizer
-from vitlocal.train.precision import autocast, denormals_flushed, fast_attention
+from vitlocal.train.optim import CombinedOptimizer, ModelEma
 
-START = Progress()
-DEFAULT_DIALS = Dials()
+NO_DIALS = Dials()  # everything at its full strength
 RUN_AHEAD = 2  # steps by which the host may be ahead of a GPU: with more, the budget's clock would be wrong
 
 
@@ -67,7 +59,7 @@ class TrainStep:
     - ``ema``: the run's weight average. ``method_emas``: further averages, which warm up faster.
     - ``precision``: the type of matrix products. ``clip_norm``: largest norm of the gradients; None: no limit.
     - ``grad_accum_steps``: parts of the batch that run one after the other, to save memory.
-    - ``compile_step``, ``cuda_graphs``: see :class:`~vitlocal.train.compile.StepCompiler`.
+    - ``compile_step``, ``cuda_graphs``: see :class:`~vitlocal.train.devices.StepCompiler`.
     """
 
     def __init__(
@@ -94,7 +86,7 @@ class TrainStep:
         self.shape, self.dials = WHOLE_MODEL, Dials()
         self.ddp_version = 0  # how often the objective was wrapped again, which discards what was compiled
         self.phase_hook: Callable[[str], None] = lambda phase: None  # called after each phase; for benchmarks
-        self._objective, self._ranks, self._seed = objective, ranks, seed
+        self.ranks, self.seed, self._objective = ranks, seed, objective
         self._clip_norm, self._grad_accum_steps = clip_norm, grad_accum_steps
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
@@ -104,7 +96,6 @@ class TrainStep:
         # Several processes reduce gradients during the backward pass, and micro-batches add theirs up: no CUDA graphs.
         can_capture = device.type == "cuda" and ranks.world == 1 and grad_accum_steps == 1
         self._compiler = StepCompiler(self.model, compile_step, cuda_graphs, can_capture)
-        self._predict: dict[int, Callable[[Tensor], Tensor]] = {}  # for evaluation, by the model's identity
         self._events: deque[torch.cuda.Event] = deque()  # of the steps that the host is ahead
 
     # --- how it runs ---
@@ -122,10 +113,10 @@ class TrainStep:
         uses_all = not shape.skipped_blocks and (changed or self._uses_all)
         if changed or uses_all != self._uses_all:
             self._uses_all = uses_all
-            if self._ranks.world > 1:
+            if self.ranks.world > 1:
                 self._compiler.reset()
                 self.ddp_version += 1
-                self._ddp = self._ranks.wrap(self._objective, uses_all)
+                self._ddp = self.ranks.wrap(self._objective, uses_all)
 
     def set_dials(self, dials: Dials) -> None:
         """Sets the strength of augmentation and drop path."""
@@ -143,19 +134,19 @@ class TrainStep:
         if not mode.compiled:
             return 0.0
         began = time.perf_counter()
-        batch = self._blank(feed.size, feed.batch_size, num_classes)
+        places, half = self.ranks.share.places, feed.batch_size // 2
+        batch = self._blank(places(feed.batch_size), feed.batch_size, feed.size, num_classes)
         with buffers_kept(self.model):
             # A graph is captured in the second run, and replayed from the third one on.
             for _ in range(3 if mode.graphs else 1):
                 self.forward_backward(batch, mode)
-            if feed.batch_size > 2 * self._ranks.world:  # an epoch's last batch is smaller and has its own kernels
-                self.forward_backward(self._blank(feed.size, feed.batch_size // 2, num_classes), EAGER)
+            if feed.batch_size > 2 * self.ranks.world:  # an epoch's last batch is smaller and has its own kernels
+                self.forward_backward(self._blank(places(half), half, feed.size, num_classes), EAGER)
         synchronize(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
 
-    def _blank(self, size: int, total: int, num_classes: int) -> Batch:
-        """This process's part of a batch of ``total`` black images."""
-        places = self._ranks.share.places(total)
+    def _blank(self, places: np.ndarray, total: int, size: int, num_classes: int) -> Batch:
+        """The part at ``places`` of a batch of ``total`` black images."""
         images = torch.zeros((len(places), size, size, 3), dtype=torch.uint8, device=self.device)
         labels = torch.arange(len(places), device=self.device) % num_classes
         return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, total)
@@ -166,7 +157,7 @@ class TrainStep:
         """Runs forward and backward, and discards the gradients."""
         with denormals_flushed(self.device):
             self._gradients(batch, 0, mode)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
 
     def layer_gradients(self, batch: Batch) -> dict[str, Tensor]:
         """The training loss's gradients of the weights of trained linear and convolutional layers, by name."""
@@ -176,20 +167,14 @@ class TrainStep:
             for name, module in self.model.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.grad is not None
         }
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         return found
-
-    @torch.no_grad()
-    def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
-        """The summed cross-entropy of a batch with ``model``'s weights, augmented as in step ``number``: 0-D."""
-        logits = self.logits(model, batch, number, self.precision).float()
-        return F.cross_entropy(logits, batch.labels, reduction="sum")
 
     def logits(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> Tensor:
         """The logits (B, C) in ``precision`` of a batch, augmented as in step ``number`` without mixing and erasing."""
         augment = self._objective.augment
         places = batch.places[: len(batch)]  # some splits leave out damaged images
-        images = augment.prepare(batch.images, self._seed, number, places, self.dials.randaugment)
+        images = augment.prepare(batch.images, self.seed, number, places, self.dials.randaugment)
         pixels = self._objective.resize(augment.normalize(images))
         operands = (pixels, self._noise(number, places)) if self._draws_paths else (pixels,)
         with autocast(self.device, precision):
@@ -202,30 +187,20 @@ class TrainStep:
             with autocast(self.device, self.precision):
                 return model(self._objective.augment.normalize(images))
 
-        if id(model) not in self._predict:
-            self._predict[id(model)] = torch.compile(forward, dynamic=False) if self._compiler.enabled else forward
+        compiled = torch.compile(forward, dynamic=False) if self._compiler.enabled else forward
 
         def predict(images: Tensor, is_whole: bool) -> Tensor:
             with fast_attention(self.device):
-                return (self._predict[id(model)] if is_whole else forward)(images)
+                return (compiled if is_whole else forward)(images)
 
         return predict
 
     # --- a step ---
 
     def __call__(
-        self,
-        batch: Batch,
-        number: int,
-        lr: float,
-        mode: Mode = EAGER,
-        ema_decay: float | None = None,
-        dials: Dials = DEFAULT_DIALS,
+        self, batch: Batch, number: int, lr: float, mode: Mode = EAGER, ema_decay: float = 1.0, dials: Dials = NO_DIALS
     ) -> StepOutput:
-        """Trains on this process's part of a batch, as step ``number``, at learning rate ``lr``.
-
-        ``ema_decay`` replaces the constant decay of the weight average.
-        """
+        """Trains on this process's part of a batch, as step ``number``. ``ema_decay`` is that of the weight average."""
         self.set_dials(dials)
         with denormals_flushed(self.device):
             output = self._gradients(batch, number, mode)
@@ -233,7 +208,7 @@ class TrainStep:
         self._limit_run_ahead()
         return output
 
-    def _update(self, lr: float, ema_decay: float | None, number: int) -> None:
+    def _update(self, lr: float, ema_decay: float, number: int) -> None:
         """Updates the weights by their gradients, then the weight averages."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -242,10 +217,10 @@ class TrainStep:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         self.phase_hook("optimizer")
         if self.ema is not None:
-            self.ema.update(self.model, self.ema.decay_between(START, START) if ema_decay is None else ema_decay)
+            self.ema.update(self.model, ema_decay)
             self.phase_hook("average")
         for ema in self._method_emas:  # a young average follows faster, or a short run would keep its random start
             ema.update(self.model, min(ema.decay, (1 + number) / (10 + number)))
@@ -254,12 +229,12 @@ class TrainStep:
         """Runs forward and backward; the gradients are those of the global batch's mean loss."""
         augment, dials = self._objective.augment, self.dials
         if not self._draws_paths:  # other models draw drop path themselves, from PyTorch's generators
-            torch.manual_seed(step_seed(self._seed, number, self._ranks.rank))
+            torch.manual_seed(step_seed(self.seed, number, self.ranks.rank))
         fraction, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
-        if not has_images:
-            batch = self._stand_in(batch)
-        images = augment.prepare(batch.images, self._seed, number, batch.places, dials.randaugment)
-        params = augment.draw(self._seed, number, batch.places, batch.total, images.shape[-1], dials.strength)
+        if not has_images:  # one black image with no weight: every process takes part in the reduction of gradients
+            batch = self._blank(np.zeros(1, np.int64), batch.total, batch.images.shape[-1], 1)
+        images = augment.prepare(batch.images, self.seed, number, batch.places, dials.randaugment)
+        params = augment.draw(self.seed, number, batch.places, batch.total, images.shape[-1], dials.strength)
         noise = self._noise(number, batch.places) if self._draws_paths else None
         weight = send(torch.tensor(fraction), self.device)
         self.phase_hook("augment")  # what the compiled graph does not do: draws, their copies, RandAugment
@@ -273,12 +248,12 @@ class TrainStep:
             operands = images, batch.labels, params, noise
             if len(parts) > 1:
                 operands = _select(*operands, part)
-            last = index == len(parts) - 1
-            with self._reduction(last), fast_attention(self.device):
+            waits = self.ranks.world > 1 and index < len(parts) - 1  # processes exchange gradients with the last part
+            with self._ddp.no_sync() if waits else nullcontext(), fast_attention(self.device):
                 loss, *further = objective(*operands, weight)
                 self.phase_hook("forward")
                 # DDP averages gradients over the processes; the sum is wanted.
-                self.scaler.scale(loss * self._ranks.world).backward()
+                self.scaler.scale(loss * self.ranks.world).backward()
                 self.phase_hook("backward")
             total += loss.detach()  # a copy: a CUDA graph overwrites its outputs at each step
             for values, value in zip(outputs, further, strict=True):
@@ -297,24 +272,12 @@ class TrainStep:
             parts *= 2  # an eager step keeps more activations, and the memory may be just enough for a compiled step
         return micro_batches(count, parts)
 
-    def _reduction(self, last: bool) -> AbstractContextManager[None]:
-        """A context that reduces gradients over the processes with the last micro-batch only."""
-        if self._ranks.world == 1 or last:
-            return nullcontext()
-        return self._ddp.no_sync()
-
     def _noise(self, number: int, places: np.ndarray) -> Tensor:
         """Drop path's random numbers (B, L, 2), and those of the stage embedding."""
         depth = len(self.model.blocks) + (self.model.stage_table is not None)
-        draws = uniform((self._seed, number, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
+        draws = uniform((self.seed, number, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
         below_one = np.minimum(draws, 1 - 2.0**-24)  # so that float32 does not round up to 1
         return send(torch.from_numpy(below_one.astype(np.float32)), self.device)
-
-    def _stand_in(self, batch: Batch) -> Batch:
-        """One image for a process that has none: it must take part in the reduction of gradients."""
-        images = torch.zeros((1, *batch.images.shape[1:]), dtype=torch.uint8, device=self.device)
-        labels = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return Batch(images, labels, torch.zeros(1, dtype=torch.int64), np.zeros(1, np.int64), batch.total)
 
     def _limit_run_ahead(self) -> None:
         """Waits for an earlier step if the host is too many steps ahead of the GPU."""

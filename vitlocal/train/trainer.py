@@ -1,7 +1,5 @@
 """Executes plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
 
-from __future__ import annotations
-
 import signal
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from vitlocal.data.batch import Batch, Sources
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, StopSignals
 from vitlocal.machine import freeze_objects
 from vitlocal.methods.method import Method, Probe, StepResult
 from vitlocal.models.shape import grow
@@ -21,26 +19,15 @@ from vitlocal.plan import Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcoming_changes
 from vitlocal.schedule import LRSchedule
 from vitlocal.tasks.classification import Accuracy
-from vitlocal.train.compile import EAGER
-from vitlocal.train.devices import AsyncScalar, synchronize
-from vitlocal.train.distributed import ALONE, Ranks
+from vitlocal.train.devices import EAGER, synchronize
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.macs import MacCounter
-from vitlocal.train.meter import PassMeter, check_loss
 from vitlocal.train.optim import optimizer_state
 from vitlocal.train.output import RunOutput
-from vitlocal.train.probes import Prober
-from vitlocal.train.signals import StopSignals
-from vitlocal.train.state import PassTotals, TrainState
+from vitlocal.train.probes import MacCount, Prober
+from vitlocal.train.state import PassMeter, PassTotals, TrainState, check_loss
 from vitlocal.train.step import RUN_AHEAD, TrainStep
 
 START_IMAGES = 64  # of the batch that starts the loader's workers
-
-
-def batch_size_at(methods: Sequence[Method], size: int, default: int) -> int:
-    """The batch size at ``size`` px: as a method says, else ``default``."""
-    stated = (method.batch_size_at(size) for method in methods)
-    return next((batch for batch in stated if batch is not None), default)
 
 
 class Trainer:
@@ -60,28 +47,24 @@ class Trainer:
         feed: Feed,
         schedule: LRSchedule,
         evaluator: Evaluator,
-        macs: MacCounter,
+        macs: MacCount,
         *,
         evaluate_every: float = 1.0,
         save_every: Sequence[Length] = (),
         compile_early: bool = True,
         output: RunOutput | None = None,
-        ranks: Ranks = ALONE,
-        signals: StopSignals | None = None,
-        seed: int = 0,
     ):
         self.state, self.step, self.sources, self.evaluator = state, step, sources, evaluator
+        self.signals = StopSignals(prints=step.ranks.first)
         self.stop_signal: signal.Signals | None = None  # the same on all ranks
         self._feed, self._schedule, self._macs = feed, schedule, macs
         self._evaluate_every, self._save_every, self._compile_early = evaluate_every, save_every, compile_early
-        self._output, self._ranks, self._seed = output, ranks, seed
-        self._signals = signals or StopSignals()
+        self._output, self._ranks = output, step.ranks
         self._compiled: set[tuple[Feed, Shape, int]] = set()
-        self._meter = PassMeter(state.clock.timer, step.device, ranks)
-        self._prober = Prober(state, step, sources, macs, self.compile_for, seed, ranks)
-        self._shown: AsyncScalar[tuple[Progress, float, int, float]] = AsyncScalar(step.device)  # the loss
-        self._meter.begin(state.totals)
-        self._meter.end()
+        self._meter = PassMeter(state, step.device, step.ranks)
+        self._prober = Prober(state, step, sources, macs, self.compile_for)
+        # The progress, loss, learning rate, image size and images/s that are shown next.
+        self._shown: tuple[Progress, torch.Tensor, float, int, float] | None = None
         self._set_epoch_rows(self.plan())
         state.initialized_shape = self.plan().shape
         self._saved: Progress | None = None  # at the last checkpoint
@@ -91,8 +74,7 @@ class Trainer:
         """Continues from the content of a checkpoint."""
         self.state.load_state_dict(content, self._ranks.first)
         self._set_epoch_rows(self.plan())
-        self._meter.begin(self.state.totals)
-        self._meter.end()
+        self._meter.load()
         self.sync_ranks()
         self._saved = self.state.clock.progress
 
@@ -127,12 +109,12 @@ class Trainer:
     def stopped(self) -> bool:
         """Whether a signal asked the run to stop. Several processes agree on it in :meth:`sync_ranks`."""
         if self._ranks.world == 1:
-            self.stop_signal = self._signals.received
+            self.stop_signal = self.signals.received
         return self.stop_signal is not None
 
     def sync_ranks(self, plan: Plan | None = None) -> None:
         """Gives all ranks rank 0's time and stop signal. Raises RuntimeError if a rank has another plan."""
-        received, clock, ranks = self._signals.received, self.state.clock, self._ranks
+        received, clock, ranks = self.signals.received, self.state.clock, self._ranks
         if ranks.world == 1:
             return
         check = float(zlib.crc32(repr((plan, clock.step, clock.position)).encode()))
@@ -156,7 +138,7 @@ class Trainer:
             if self.state.reserve.evaluations:  # measured by an earlier process
                 self.evaluator.accuracy(last, limit=1)  # compiles
             else:
-                self.state.reserve.record_evaluation(self._of_rank_0(self.evaluator.estimate_seconds(last)))
+                self.state.reserve.evaluations.append(self._of_rank_0(self.evaluator.estimate_seconds(last)))
             self._update_reserve()
         self.sync_ranks()
         clock.start()  # the schedule begins
@@ -177,8 +159,7 @@ class Trainer:
         if key in self._compiled:
             return
         self._compiled.add(key)
-        seconds = self.step.warm_up(feed, len(self.sources.train.classes))
-        if seconds:
+        if seconds := self.step.warm_up(feed, len(self.sources.train.classes)):
             freeze_objects()  # compiling makes many
             self._print(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
@@ -208,7 +189,7 @@ class Trainer:
         if clock.spent or self.stopped:  # compiling counts if all time counts
             yield iter(())
             return
-        self._meter.begin(self.state.totals)
+        self._meter.begin()
         try:
             with self.sources.train.open(plan.feed, clock.position) as batches:
                 yield takewhile(lambda _: not clock.spent, self._meter.timed(batches))
@@ -228,7 +209,7 @@ class Trainer:
         macs = batch.total * self._macs(feed.size, plan.shape)
         now, end = clock.progress, clock.after_step(batch.total, TRAINING_FLOPS * macs)
         lr = self._schedule(end) * plan.dials.lr_scale
-        decay = None if state.ema is None else state.ema.decay_between(now, end)
+        decay = 1.0 if state.ema is None else state.ema.decay_between(now, end)
         mode = self.step.mode(feed) if batch.total == feed.batch_size else EAGER
         output = self.step(batch, now.step, lr, mode, decay, plan.dials)
         self._meter.add(output.loss, batch.total, macs)
@@ -248,18 +229,20 @@ class Trainer:
         if growth.number == state.growth_number:
             return
         before, state.growth_number, state.initialized_shape = state.initialized_shape, growth.number, plan.shape
-        copies = [ema.model for ema in (*state.method_emas, *([state.ema] if state.ema is not None else []))]
-        grow(state.model, before, plan.shape, growth, optimizer_state(state.optimizer), copies, self._seed)
+        copies = [ema.model for ema in (*state.method_emas, state.ema) if ema is not None]
+        grow(state.model, before, plan.shape, growth, optimizer_state(state.optimizer), copies, self.step.seed)
 
     def _show(self, output: RunOutput, loss: torch.Tensor, lr: float, size: int) -> None:
-        """Shows the loss about once a second; it is read some steps later, without waiting for the device."""
-        if (found := self._shown.poll()) is not None:
-            value, (at, shown_lr, shown_size, rate) = found
-            output.log.show(at, check_loss(value, at.step), shown_lr, shown_size, rate)
-        if not self._shown.pending and output.log.due():
+        """Shows the loss about once a second. It is copied without waiting, and read when a GPU has computed it."""
+        clock = self.state.clock
+        if self._shown is None and output.due():
             # Rank 0's part of the loss stands for all of them.
-            rate = self._meter.images_per_second
-            self._shown.read(loss * self._ranks.world, (self.state.clock.progress, lr, size, rate))
+            copied = (loss * self._ranks.world).to("cpu", non_blocking=True)
+            self._shown = clock.progress, copied, lr, size, self._meter.images_per_second
+        elif self._shown is not None and clock.step > self._shown[0].step + RUN_AHEAD:
+            at, copied, lr, size, rate = self._shown
+            output.show(at, check_loss(float(copied), at.step), lr, size, rate)
+            self._shown = None
 
     # --- probes ---
 
@@ -275,17 +258,14 @@ class Trainer:
         clock.start()
         for method in self.state.methods:
             while not (clock.spent or self.stopped) and (probes := method.probes(clock.progress)):
-                for probe in probes:
+                for probe in takewhile(lambda _: not (clock.spent or self.stopped), probes):
                     self._run_probe(method, probe)
-                    if clock.spent or self.stopped:
-                        break
 
     def _run_probe(self, method: Method, probe: Probe) -> None:
         clock, log = self.state.clock, self.state.search_log
         now, began, chosen = clock.progress, clock.timer.train_seconds, len(method.choices())
         plan = self.plan()
-        default = plan.feed.batch_size
-        complete = self._prober.complete(probe, plan, lambda size: batch_size_at(self.state.methods, size, default))
+        complete = self._prober.complete(probe, plan)
         value = self._prober.measure(complete, plan)
         method.observe(replace(probe, answer=value))
         self._changed = True
@@ -310,11 +290,11 @@ class Trainer:
                 "again with more frequent checkpoints (--run.save_every). If starting and compiling took all the time, "
                 "use a longer budget or --budget.counts=train"
             )
-        plan = state.current_plan = self._trained_plan()
+        plan = state.current_plan = state.trained_plan
         self._changed = True
         self._meter.read(clock.step)
         last = clock.spent
-        for model in {id(model): model for model in (state.model, self.evaluator.model)}.values():
+        for model in (state.model, self.evaluator.model):
             self._ranks.share_buffers(model.buffers())
         with clock.timer.paused():
             accuracy = None
@@ -326,28 +306,16 @@ class Trainer:
                     return
             record = self._record(plan, accuracy)
             if self._output is not None:
-                self._output.log.record(record)
+                self._output.record(record)
             state.logged_plan, state.current_plan, state.totals = plan, None, PassTotals()
-            self._meter.begin(state.totals)
-            self._meter.end()
+            self._meter.load()
             checkpoint = state.reserve.checkpoint_seconds
             if last or clock.spent or self._saved is None or clock.has_time_for(checkpoint, plan.feed.batch_size):
                 self.save()
         self.sync_ranks()
 
-    def _trained_plan(self) -> Plan:
-        """The plan under which the weights were trained last."""
-        return self.state.current_plan or self.state.logged_plan or self.plan()
-
-    def evaluation_shape(self) -> Shape:
-        """The shape in which the weights are evaluated and exported now."""
-        return self.evaluator.shape(self._trained_plan())
-
     def _evaluation_due(self, plan: Plan) -> bool:
-        """Whether it is time for an evaluation, and the budget has time for a step after it.
-
-        Without time for a step, the evaluation is postponed to the end. So the last step has the schedule's last rate.
-        """
+        """Whether an evaluation is due. One that would leave no time for a step waits for the end of the run."""
         state, every = self.state, self._evaluate_every
         before = state.last_evaluation.epoch if state.last_evaluation else 0.0
         seconds = state.reserve.evaluation_seconds + state.reserve.checkpoint_seconds
@@ -366,7 +334,7 @@ class Trainer:
         accuracy = self.evaluator.accuracy(plan, stop)
         if accuracy is None:
             return None
-        self.state.reserve.record_evaluation(self._of_rank_0(clock.timer.wall_seconds - began))
+        self.state.reserve.evaluations.append(self._of_rank_0(clock.timer.wall_seconds - began))
         if not last:
             self._update_reserve()
         self.state.last_evaluation = at
@@ -377,7 +345,7 @@ class Trainer:
 
     def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
         """The pass's line in ``log.jsonl``."""
-        state, clock, totals = self.state, self.state.clock, self._meter.totals
+        state, clock, totals = self.state, self.state.clock, self.state.totals
         now = clock.progress
         damaged = int(self._ranks.total(torch.tensor(len(self.sources.train.damaged), device=self.step.device)))
         return {
@@ -420,22 +388,14 @@ class Trainer:
         if only_if_changed and not self._changed:
             return
         state.update_phase(self.plan())
-        if self._meter.totals.images:
+        if state.totals.images:
             self._meter.read(clock.step)
-        local_states = {
-            method.name: {
-                name: self._ranks.total(value.to(self.step.device, copy=True)).cpu()
-                for name, value in method.local_state().items()
-            }
-            for method in state.methods
-        }
-        content = state.state_dict(local_states)
+        content = state.state_dict(lambda value: self._ranks.total(value.to(self.step.device, copy=True)).cpu())
         with clock.timer.paused():
             began = clock.timer.wall_seconds
             if self._output is not None:
                 self._output.save_checkpoint(content)
-            self._ranks.wait()
-            state.reserve.record_checkpoint(self._of_rank_0(clock.timer.wall_seconds - began))
+            state.reserve.checkpoints.append(self._of_rank_0(clock.timer.wall_seconds - began))
             if not clock.spent:  # a spent budget stays spent, however long this checkpoint took
                 self._update_reserve()
         self.sync_ranks()
@@ -443,4 +403,4 @@ class Trainer:
 
     def _print(self, text: str) -> None:
         if self._output is not None:
-            self._output.log.print(text)
+            self._output.print(text)
