@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.flops import count_macs
+from vitlocal.models.counts import count_macs
 from vitlocal.plan import Feed, Shape
 from vitlocal.train.distributed import ALONE, Ranks
 
