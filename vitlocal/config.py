@@ -32,7 +32,9 @@ CROP_OPTIONS = ("crop_scale", "crop_ratio", "flip", "repeats")  # of the section
 @dataclass(frozen=True)
 class DataConfig:
     root: str = option("data/imagenet", TEXT, "data folder that write_dataset.py filled")
-    loader: str = option("native", Choice(*LOADERS), "native, ffcv: stored files; torchvision, dali: original images")
+    loader: str = option(
+        "native", Choice(*LOADERS), "native and ffcv read the data folder; torchvision and dali decode original images"
+    )
     source: str | None = option(None, TEXT, "original images, for torchvision and dali; none: see the manifest")
     workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
@@ -56,7 +58,9 @@ class ModelConfig:
     init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
     pos_embed_init: str | None = option(None, Choice("random", "sincos"), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
-    weights: str | None = option(None, TEXT, "initial weights (run folder or file); a head for other classes is random")
+    weights: str | None = option(
+        None, TEXT, "initial weights: a run folder or a file; a head for other classes starts at random"
+    )
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
@@ -83,7 +87,9 @@ class TrainConfig:
     clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
     ema_decay: float | None = option(None, FRACTION, "moving average of the weights: decay per step; none: off")
-    ema_length: Length | None = option(None, Duration(), "moving average: length until it forgets to 1/e, such as 2%")
+    ema_length: Length | None = option(
+        None, Duration(), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
+    )
     precision: str = option("auto", Choice("auto", "bf16", "fp16", "fp32"), "auto: on a GPU bf16 or fp16, else fp32")
     grad_accum_steps: int = option(1, COUNT, "gradient accumulation: parts of each process's batch, to save memory")
     grad_checkpointing: bool = option(False, FLAG, "gradient checkpointing: compute activations twice, to save memory")
@@ -124,28 +130,35 @@ class EvaluateConfig:
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
-    crop_pct: float = option(0.875, Number(0.01, 1), "side of the centre crop, as a fraction of the short edge")
+    crop_pct: float = option(
+        0.875, Number(0.01, 1), "centre crop: its side as a fraction of the short edge (224 / 256)"
+    )
 
 
 @dataclass(frozen=True)
 class BudgetConfig:
     length: Length = option(Length.parse("24h"), Duration(part=False), "length of training")
     counts: str = option(
-        "train", Choice("train", "wall", "cpu"), "time without evaluation and saving, all time, or processor time"
-    )
+        "train", Choice("train", "wall", "cpu"), "train: time without evaluation and saving; wall: all time; "
+        "cpu: as train, in processor time of all threads, for runs that share cores"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig:
     folder: str | None = option(None, TEXT, "folder of the run; none: runs/<recipe and overrides>")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of weights, order, crops and augmentation")
-    resume: str = option("auto", Choice("auto", "must", "never"), "continue a run in the folder; must: fail if none")
+    resume: str = option(
+        "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
+    )
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "time between checkpoints: the first to pass"
     )
-    replay_search: str | None = option(None, TEXT, "folder of an earlier run, whose times searches use again")
+    replay_search: str | None = option(
+        None, TEXT, "folder of an earlier run, whose measured times replace those of this run's searches"
+    )
     keep_weights: bool = option(False, FLAG, "keep the weights at each evaluation, for bench redundancy")
     progress: bool = option(True, FLAG, "show a progress bar; without a terminal: print lines during long passes")
 
@@ -179,8 +192,25 @@ class Config:
     @property
     def recipe(self) -> Recipe:
         """The part of the configuration that methods may read."""
-        sections = {name: vars(getattr(self, name)) for name in SECTIONS.keys() - METHODS.keys()}
-        recipe = Recipe(self.methods, self.method_options, by_dotted_name(sections))
+        model, train, augment = self.model, self.train, self.augment
+        mixes = augment.three_augment or augment.mixup or augment.cutmix or augment.random_erasing
+        recipe = Recipe(
+            methods=self.methods,
+            options=self.method_options,
+            model_name=model.name,
+            model_size=model.size,
+            model_weights=model.weights,
+            drop_path=model.drop_path,
+            batch_size=train.batch_size,
+            grad_accum_steps=train.grad_accum_steps,
+            compiles=train.compile != "no",
+            budget=self.budget.length,
+            seed=self.run.seed,
+            randaugment=augment.randaugment,
+            has_augmentation=bool(augment.randaugment or mixes),
+            repeats=augment.repeats,
+            on_error=self.data.on_error,
+        )
         return replace(recipe, claims=tuple(METHODS[name].claims(recipe) for name in self.methods))
 
     def nested(self) -> dict[str, Any]:

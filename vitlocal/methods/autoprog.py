@@ -30,7 +30,9 @@ class AutoProgConfig(Section):
     space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; image_size may set the size instead")
     min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
-    schedule: tuple[Net, ...] | None = option(None, Series(NET), "depth and size of every stage, without a search")
+    schedule: tuple[Net, ...] | None = option(
+        None, Series(NET), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
+    )
     search_length: Length = option(Length.parse("2%"), Duration(), "training steps of each search, without its probes")
     probe_batches: int = option(50, COUNT, "batches that measure the time and the loss of a candidate")
     grow: str = option(
@@ -101,11 +103,11 @@ class AutoProg(SearchMethod):
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        config, budget = context.recipe.section(AutoProgConfig), context.recipe["budget.length"]
+        config, budget = context.recipe.section(AutoProgConfig), context.recipe.budget
         if budget.kind == "epochs" and budget.value >= config.stages:  # whole epochs
             self._bounds = [math.floor(budget.value * k / config.stages) / budget.value for k in range(config.stages)]
         if context.parts is None:
-            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {context.recipe['model.name']}")
+            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {context.recipe.model_name}")
         self._config, self._context, self._depth = config, context, context.parts["blocks"]
         if config.schedule is not None and config.schedule[-1].depth != self._depth:
             raise ConfigError(f"autoprog.schedule: the last entry must have the model's depth, {self._depth} blocks")
@@ -127,7 +129,7 @@ class AutoProg(SearchMethod):
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
-        config, budget = recipe.section(AutoProgConfig), recipe["budget.length"]
+        config, budget = recipe.section(AutoProgConfig), recipe.budget
         length, loss_at, decays = config.search_length, list(config.loss_at), list(config.ema_decays)
         searches, schedule = config.schedule is None, config.schedule or ()
         depths = [net.depth for net in schedule]
@@ -149,7 +151,7 @@ class AutoProg(SearchMethod):
                 len(decays) != 2 or decays != sorted(decays),
             "autoprog.space: if the depth grows, copies replace blocks of model.weights, and a search reorders the "
             "blocks; set autoprog.space=size, give an autoprog.schedule of one depth, or remove model.weights":
-                config.deepens and recipe["model.weights"],
+                config.deepens and recipe.model_weights,
         })  # fmt: skip
 
     @classmethod
@@ -185,7 +187,7 @@ class AutoProg(SearchMethod):
         return sum(searched >= part * self._search - 1e-12 for part in self._config.loss_at)
 
     def _best(self, stage: int) -> Net | None:
-        record, nets, model_size = self._record, self._candidates(stage), self._context.recipe["model.size"]
+        record, nets, model_size = self._record, self._candidates(stage), self._context.recipe.model_size
         rounds = self._due_rounds(record.searched.get(stage, 0.0))
         if rounds < len(self._config.loss_at) or stage in record.under_way:
             return None
@@ -224,7 +226,7 @@ class AutoProg(SearchMethod):
             return self._plan_of(plan, stage, self._chosen(stage))
         nets = self._candidates(stage)
         # The step number draws depth and size: the same on every process, and after a restart.
-        random = np.random.default_rng((self._context.recipe["run.seed"], progress.step, 0xA9))
+        random = np.random.default_rng((self._context.recipe.seed, progress.step, 0xA9))
         return self._plan_of(plan, stage, nets[int(random.integers(len(nets)))])
 
     def variants(self, plan: Plan, progress: Progress) -> Sequence[Plan]:
@@ -244,7 +246,7 @@ class AutoProg(SearchMethod):
         if not self._config.grow_augmentation:
             return plan
         way = 1.0 if searching else stage / max(1, self._config.stages - 1)
-        magnitude, start = self._context.recipe["augment.randaugment"], self._config.randaugment_start
+        magnitude, start = self._context.recipe.randaugment, self._config.randaugment_start
         part = start + (1 - start) * way
         if magnitude >= 1 and way < 1:  # whole magnitudes: 4, 6, 7, 9
             part = math.floor(magnitude * part + 1e-9) / magnitude

@@ -17,7 +17,9 @@ LR_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}
 
 @dataclass(frozen=True)
 class BatchSizeConfig(Section):
-    memory: int | None = option(None, BYTES, "memory for activations on a device; none: as train.batch_size takes")
+    memory: int | None = option(
+        None, BYTES, "memory for activations on each device; none: as train.batch_size images of model.size take"
+    )
     limit: int = option(2048, COUNT, "largest batch size")
     multiple: int = option(32, COUNT, "batch sizes above train.batch_size are multiples of this number")
     lr_scaling: str = option("sqrt", Choice(*LR_EXPONENTS), "how the learning rate grows with the batch size")
@@ -36,14 +38,14 @@ class BatchSize(Method):
 
     def __init__(self, context: MethodContext):
         recipe = context.recipe
-        self._config, self._base = recipe.section(BatchSizeConfig), recipe["train.batch_size"]
-        self._largest_size, self._image_bytes = recipe["model.size"], context.image_bytes
-        self._parts = context.processes * recipe["train.grad_accum_steps"]
+        self._config, self._base = recipe.section(BatchSizeConfig), recipe.batch_size
+        self._largest_size, self._image_bytes = recipe.model_size, context.image_bytes
+        self._parts = context.processes * recipe.grad_accum_steps
         self._batch_sizes: dict[int, int] = {}  # by image size
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
-        limit, base = recipe.section(BatchSizeConfig).limit, recipe["train.batch_size"]
+        limit, base = recipe.section(BatchSizeConfig).limit, recipe.batch_size
         return messages({
             "methods: batch_size follows the image sizes that other methods set; put it last":
                 recipe.methods.index("batch_size") != len(recipe.methods) - 1,

@@ -44,7 +44,9 @@ class BudgetedConfig(Section):
     grow: tuple[str, ...] = option(tuple(GROWS), Series(Choice(*GROWS)), "what grows; the rest has its full size")
     compute: str | None = option(None, COMPUTE, "compute of the run, which sets its epochs; none: budget.length")
     reference_epochs: float = option(300.0, Number(1), "epochs of full training, for budgeted.compute in %")
-    epochs: tuple[int, ...] | None = option(None, Series(Number(0, whole=True)), "epochs of each stage; none: by alpha")
+    epochs: tuple[int, ...] | None = option(
+        None, Series(Number(0, whole=True)), "epochs of each stage; none: they follow from alpha, seed and cost"
+    )
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
     seed: int = option(0, Number(0, whole=True), "seed of the random numbers that set the stages' lengths")
     cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
@@ -115,10 +117,10 @@ class Budgeted(Method):
         super().__init__(context)
         config = self._config = context.recipe.section(BudgetedConfig)
         if context.parts is None:
-            raise ConfigError(f"methods: budgeted needs a vitlocal_… model, not {context.recipe['model.name']}")
-        self._budget = context.recipe["budget.length"]
+            raise ConfigError(f"methods: budgeted needs a vitlocal_… model, not {context.recipe.model_name}")
+        self._budget = context.recipe.budget
         self._shapes = stage_shapes(config, dict(context.parts))
-        self._costs = tuple(context.macs(context.recipe["model.size"], shape) for shape in self._shapes)
+        self._costs = tuple(context.macs(context.recipe.model_size, shape) for shape in self._shapes)
         self._measured: list[float] = []  # seconds per image in each stage
         seeds = np.random.default_rng((config.seed, 0xB0D6)).uniform(size=config.stages)
         self._weights = stage_weights(config.alpha, seeds.tolist())
@@ -141,7 +143,7 @@ class Budgeted(Method):
         names = {"heads": "heads", "hidden": "hidden units"}
         units = " and ".join(name for unit, name in names.items() if unit in config.grow)
         return messages({
-            f"budgeted.epochs or budgeted.compute set the run's length; {recipe['budget.length']} is ignored":
+            f"budgeted.epochs or budgeted.compute set the run's length; {recipe.budget} is ignored":
                 config.sets_length,
             f"budgeted.compute ({config.compute}) assumes all images at model.size and all their tokens; with {others} "
             "the run costs less, and its stages take other fractions of the budget":
@@ -149,12 +151,12 @@ class Budgeted(Method):
             "budgeted.cost=time measures all stages when the run begins, but the cost of an image changes with "
             f"{others}, and the stages will take other fractions of the time": config.cost == "time" and others,
             f"the first stage uses only its own {units} of model.weights: growth overwrites the others; remove "
-            "budgeted from methods to train all loaded weights": recipe["model.weights"] and units,
+            "budgeted from methods to train all loaded weights": recipe.model_weights and units,
         })  # fmt: skip
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
-        config, budget = recipe.section(BudgetedConfig), recipe["budget.length"]
+        config, budget = recipe.section(BudgetedConfig), recipe.budget
         fractions = {name: list(getattr(config, name) or ()) for name in ("heads", "hidden", "tokens")}
         epochs, measures = list(config.epochs or ()), config.cost == "time"
         copies = config.new_moments == "copy" or config.copy_from != "first" or config.copy_scale != 1

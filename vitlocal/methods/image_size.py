@@ -18,7 +18,9 @@ class ImageSizeConfig(Section):
     step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
     final: int | None = option(None, COUNT, "last size of training crops, px; none: model.size", none_is="model.size")
     growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
-    stages: tuple[Stage, ...] | None = option(None, Series(STAGE), "all stages; replaces the other image_size options")
+    stages: tuple[Stage, ...] | None = option(
+        None, Series(STAGE), "the whole curriculum, stage by stage; replaces all other image_size options"
+    )
     step_epochs: float = option(5.0, Number(1e-3), "epochs between two sizes, for linear growth")
     switch_epochs: tuple[float, ...] = option(
         (0, 2, 4, 8, 12, 20, 36), Series(Number(0)), "epoch at which each size starts, for exponential growth"
@@ -61,7 +63,7 @@ class ImageSize(Method):
         config = recipe.section(ImageSizeConfig)
         if config.stages is not None and (found := _stage_problems(config.stages)):
             return found
-        sizes, switches, model_size = config.sizes, list(config.switch_epochs), recipe["model.size"]
+        sizes, switches, model_size = config.sizes, list(config.switch_epochs), recipe.model_size
         exponential = config.stages is None and config.growth == "exponential"
         return messages({
             f"image_size: {max(sizes)} px is larger than model.size ({model_size}), the size of the position table; "

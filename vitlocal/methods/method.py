@@ -80,15 +80,24 @@ class Needs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The configuration as methods read it. ``recipe["model.size"]`` is the value of an option outside of methods."""
+    """The part of the configuration that methods may read, as plain values."""
 
     methods: tuple[str, ...]
     options: Mapping[str, Any]  # the section of every known method, by its name
-    others: Mapping[str, Any]  # the options outside of methods, by dotted name
+    model_name: str
+    model_size: int  # px
+    model_weights: str | None
+    drop_path: float
+    batch_size: int
+    grad_accum_steps: int
+    compiles: bool  # whether steps may be compiled
+    budget: Length
+    seed: int
+    randaugment: float  # magnitude
+    has_augmentation: bool  # beyond crop and flip
+    repeats: int  # of each image in an epoch
+    on_error: str  # at a damaged image
     claims: tuple[Claims, ...] = ()  # of ``methods``, in their order
-
-    def __getitem__(self, name: str) -> Any:
-        return self.others[name]
 
     def section(self, kind: type[SectionT]) -> SectionT:
         """The options of the method whose options have the type ``kind``."""

@@ -104,7 +104,7 @@ class SearchMethod(Method):
 
     @classmethod
     def config_warnings(cls, recipe: Recipe) -> list[str]:
-        schedule, size = recipe.options[cls.name].schedule, recipe["model.size"]
+        schedule, size = recipe.options[cls.name].schedule, recipe.model_size
         if not schedule or schedule[-1].size in (None, size):
             return []
         end = f"{cls.name}.schedule ends with {schedule[-1]}"
@@ -115,13 +115,13 @@ class SearchMethod(Method):
         """The image sizes of the schedule, or those that a search climbs."""
         config = recipe.options[cls.name]
         stated = tuple(net.size for net in config.schedule or () if net.size is not None)
-        return stated or ladder(recipe["model.size"], config.min_scale, config.stages, config.size_multiple)
+        return stated or ladder(recipe.model_size, config.min_scale, config.stages, config.size_multiple)
 
     @classmethod
     def image_sizes(cls, recipe: Recipe) -> Sequence[Stage]:
         """Equal stages with the sizes of :meth:`_ladder`. A search may reach larger sizes sooner or later."""
         sizes, stages = cls._ladder(recipe), recipe.options[cls.name].stages
-        if set(sizes) == {recipe["model.size"]}:
+        if set(sizes) == {recipe.model_size}:
             return ()
         sizes += sizes[-1:] * (stages - len(sizes))
         ends = [*(as_fraction(k / stages) for k in range(1, stages)), None]

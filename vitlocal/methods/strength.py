@@ -10,12 +10,12 @@ from vitlocal.options import FRACTION, Choice, Section, messages, option
 from vitlocal.plan import Plan
 from vitlocal.progress import Progress
 
-VARIED = ("randaugment", "three_augment", "mixup", "cutmix", "random_erasing")  # options of augment
-
 
 @dataclass(frozen=True)
 class StrengthConfig(Section):
-    start: float = option(0.2, FRACTION, "fraction of augmentation and drop path at the smallest size, or the start")
+    start: float = option(
+        0.2, FRACTION, "fraction of the recipe's augmentation and drop path at the smallest image size, or at the start"
+    )
     by: str = option("size", Choice("size", "budget"), "strength grows with the image size, or with the spent budget")
 
 
@@ -39,13 +39,12 @@ class Strength(Method):
     def problems(cls, recipe: Recipe) -> list[str]:
         before = recipe.methods[: recipe.methods.index("strength")]
         # Drop path of timm's own models is a constant of their forward pass, and no dial reaches it.
-        varied = [recipe["model.drop_path"] and recipe["model.name"].startswith("vitlocal_")]
-        varied += [recipe[f"augment.{name}"] for name in VARIED]
+        varied = recipe.has_augmentation or (recipe.drop_path and recipe.model_name.startswith("vitlocal_"))
         return messages({
             "methods: strength follows the sizes of image_size; put image_size before it, or set strength.by=budget":
                 recipe.section(StrengthConfig).by == "size" and "image_size" not in before,
             "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models":
-                not any(varied),
+                not varied,
         })  # fmt: skip
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:

@@ -33,10 +33,16 @@ class TrilevelConfig(Section):
     swap_fraction: float = option(0.05, FRACTION, "largest fraction of the examples that an update exchanges")
     update_every: Length = option(Length.parse("10%"), Duration(), "length between two updates of the examples")
     max_updates: int = option(5, Number(0, whole=True), "largest number of updates of the examples")
-    score: str = option("forgetting", Choice("forgetting", "attention"), "equally forgotten: random, or by attention")
+    score: str = option(
+        "forgetting",
+        Choice("forgetting", "attention"),
+        "easy examples are rarely forgotten; ties: random, or by how evenly the class token attends",
+    )
     token_keep_rate: float = option(0.9, FRACTION, "final rate r of the tokens that each of the pruned blocks keeps")
     attention_keep_rate: float = option(0.1, FRACTION, "final rate r_a of the tokens that each token attends to")
-    attention_masks: str = option("shared", Choice("shared", "per_head"), "one mask for all heads, or one for each")
+    attention_masks: str = option(
+        "shared", Choice("shared", "per_head"), "attention masks: one for all heads, or per head"
+    )
     pruned_blocks: tuple[int, ...] | None = option(
         None, Series(Number(0, whole=True)), "blocks that drop tokens, from 0; none: at quarters of the depth"
     )
@@ -146,13 +152,13 @@ class Trilevel(Method):
     def __init__(self, context: MethodContext):
         super().__init__(context)
         config = self._config = context.recipe.section(TrilevelConfig)
-        self._seed, self._count = context.recipe["run.seed"], context.images
+        self._seed, self._count = context.recipe.seed, context.images
         self._has_examples = "examples" in config.levels
         self._final_rates = config.final_rates
         self._prunes = min(self._final_rates.values()) < 1
         if self._prunes and context.parts is None:
             raise ConfigError(
-                f"trilevel.levels: tokens and attention need a vitlocal_… model, not {context.recipe['model.name']}; "
+                f"trilevel.levels: tokens and attention need a vitlocal_… model, not {context.recipe.model_name}; "
                 "set trilevel.levels=examples"
             )
         depth = context.parts["blocks"] if context.parts is not None else 0
@@ -192,16 +198,16 @@ class Trilevel(Method):
         return messages({
             "trilevel.levels: all levels are off; name some of them, or remove the method": not config.levels,
             "trilevel.levels: examples need one presentation per epoch; set augment.repeats=1, or leave out examples":
-                examples and recipe["augment.repeats"] > 1,
+                examples and recipe.repeats > 1,
             f"trilevel.held_out: got {config.held_out:g}, expected a fraction between 0 and 1":
                 examples and not 0 < config.held_out < 1,
             "trilevel.levels: a held-out example may replace a damaged one; set data.on_error=stop, or leave examples "
-            "out": examples and recipe["data.on_error"] != "stop",
+            "out": examples and recipe.on_error != "stop",
             "trilevel.update_every: got 0, expected a length above 0": examples and not config.update_every.value,
             "trilevel.score: attention needs a vitlocal_… model; use forgetting":
-                examples and config.score == "attention" and not recipe["model.name"].startswith("vitlocal_"),
+                examples and config.score == "attention" and not recipe.model_name.startswith("vitlocal_"),
             "trilevel.decay_steps: 0 would compile again at every step; set train.compile=no":
-                not config.decay_steps and recipe["train.compile"] != "no",
+                not config.decay_steps and recipe.compiles,
             "trilevel.token_keep_rate: got 0, which keeps nothing; expected a rate above 0": not config.token_keep_rate,
             "trilevel.attention_keep_rate: got 0, which keeps nothing; expected a rate above 0":
                 not config.attention_keep_rate,

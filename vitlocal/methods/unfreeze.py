@@ -25,16 +25,24 @@ class UnfreezeConfig(Section):
         "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
         "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
     )  # fmt: skip
-    non_blocks: str = option("all", Choice("all", "head"), "trained outside of blocks; head: only head and last norm")
+    non_blocks: str = option(
+        "all",
+        Choice("all", "head"),
+        "layers outside of the blocks that are trained; head: only the head and the last norm",
+    )
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
     min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
     size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
-    schedule: tuple[Net, ...] | None = option(None, Series(NET), "level and size of every stage, without a search")
+    schedule: tuple[Net, ...] | None = option(
+        None, Series(NET), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
+    )
     probe_batch_size: int = option(16, Number(2, whole=True), "images per batch of a probe, over all processes")
     kernel_batches: int = option(2, COUNT, "batches that measure the condition number of the tangent kernel")
     zico_batches: int = option(2, Number(2, whole=True), "batches that measure ZiCo")
     timed_batches: int = option(6, COUNT, "batches that measure the time of forward and backward")
-    rank_weights: tuple[float, float, float] = option((1.0, 0.5, 0.5), Series(Number(0), 3), "time, conditioning, ZiCo")
+    rank_weights: tuple[float, float, float] = option(
+        (1.0, 0.5, 0.5), Series(Number(0), 3), "weights of the ranks by time, by conditioning and by ZiCo"
+    )
     rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
     stage_init_std: float = option(0.0, Number(0), "standard deviation of the initial stage vectors (published: 0.02)")
@@ -96,7 +104,7 @@ class Unfreeze(SearchMethod):
         config, recipe = context.recipe.section(UnfreezeConfig), context.recipe
         self._config, self._sizes, self._sizes_grow = config, self._ladder(recipe), bool(self.image_sizes(recipe))
         if not context.blocks:
-            raise ConfigError(f"methods: unfreeze needs a Vision Transformer with blocks, not {recipe['model.name']}")
+            raise ConfigError(f"methods: unfreeze needs a Vision Transformer with blocks, not {recipe.model_name}")
         self._groups = groups_of(context.blocks, config.stages, config.groups)
         least = 2 * context.processes
         if config.probe_batch_size < least or config.probe_batch_size % 2:
@@ -121,7 +129,7 @@ class Unfreeze(SearchMethod):
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
-        config, size = recipe.section(UnfreezeConfig), recipe["model.size"]
+        config, size = recipe.section(UnfreezeConfig), recipe.model_size
         schedule = config.schedule or ()
         levels = [net.depth for net in schedule]
         return super().problems(recipe) + messages({
@@ -141,7 +149,7 @@ class Unfreeze(SearchMethod):
             f"unfreeze.schedule ends with level {last} of {config.stages}: the blocks of the other groups are never "
             "trained": last < config.stages,
             "unfreeze is for fine-tuning: without model.weights most blocks keep their random weights until their "
-            "stage begins; give --model.weights=RUN or a file": not recipe["model.weights"],
+            "stage begins; give --model.weights=RUN or a file": not recipe.model_weights,
         })  # fmt: skip
 
     @remembered
