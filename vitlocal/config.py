@@ -3,8 +3,6 @@
 Frozen dataclasses declare name, kind, default and meaning of each option once.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

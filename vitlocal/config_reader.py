@@ -4,8 +4,6 @@ fastargs layers the sources. This module adds what fastargs does not do: it reje
 orders the sources (the command line wins), and reports all problems together as one ConfigError.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import sys

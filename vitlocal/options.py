@@ -4,8 +4,6 @@ A kind is a ``Checker`` of fastargs: ``check`` converts a value from yaml, the e
 raises an error. ``help`` completes the sentence "expected ...".
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Classifies photos with a trained run: python -m vitlocal.predict --run runs/x photo.jpg [more.jpg …]"""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

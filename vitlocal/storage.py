@@ -1,7 +1,5 @@
 """The command ``write_dataset.py --plan``: chooses the files to write for a recipe, a source and a machine."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The options of ``write_dataset.py``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

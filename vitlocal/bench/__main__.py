@@ -1,7 +1,5 @@
 """python -m vitlocal.bench NAME: runs a bench. Only the module of that bench is imported."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

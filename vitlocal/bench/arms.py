@@ -10,8 +10,6 @@ names recipes, relative to itself, and the options that each arm changes:
       larger rate: {train.lr: 2.0e-3}
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

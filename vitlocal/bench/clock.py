@@ -6,8 +6,6 @@ count training time, others all time from the start of the command to its end. T
 spent, the deviation from the budget, and the last learning rate next to the end of its schedule.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 They take turns, round by round, so that other work on the machine affects all of them equally.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import statistics

@@ -7,8 +7,6 @@ random pixels, and an epoch has --images images (default: as many as ImageNet). 
 32:60000,224:5000; other sizes follow by FLOPs) nothing is measured, and the forecast is for another machine.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -9,8 +9,6 @@ other work on the machine affects all of them equally. All make random resized c
     dali         the original images through NVIDIA DALI on the CPU, if it is installed
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import time

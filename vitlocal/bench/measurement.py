@@ -1,7 +1,5 @@
 """The common output of all benches: the JSON file, the table, the line plot, and the progress bar."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import statistics

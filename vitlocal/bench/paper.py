@@ -8,8 +8,6 @@ of 8 px, or of 4 px with --patch 4. Curricula start at a quarter of the final si
 seventh. By FLOPs, each size gets the same fraction of the budget as in the paper.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

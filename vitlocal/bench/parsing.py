@@ -1,7 +1,5 @@
 """The command lines of the benches. A wrong value raises a ConfigError that names the option."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import suppress

@@ -12,8 +12,6 @@ rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU.
 On a GPU, a phase is the time between two CUDA events. It includes launches that the device waits for.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing

@@ -11,8 +11,6 @@ run.keep_weights=yes kept at its evaluations, and measures each block on validat
 Shapes: B images, T tokens, N patch tokens, M heads, d head width, C hidden width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace

@@ -4,8 +4,6 @@ Writes one HTML file without external links, for a screen, a phone or paper: cur
 model saw them, the ten worst classes, and how the configurations differ.
 """
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Arms, the runs that a bench plans for them, and training several runs at a time, each on its share of the machine."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -1,7 +1,5 @@
 """Finished runs compared: python -m vitlocal.bench runs RUN [RUN ...] [--json FILE] [--plot FILE]"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

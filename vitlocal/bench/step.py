@@ -15,8 +15,6 @@ Each arm exists as NAME-eager and NAME-compiled. The phase "augment" is the rand
 erasing and mixing belong to the forward pass, and gradient clipping belongs to the optimizer.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os

@@ -7,8 +7,6 @@ take turns, round by round. Without --source, the images are the built-in sample
     ffcv         FFCV's own writer, once for each file
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import multiprocessing

@@ -6,8 +6,6 @@ repeats bit for bit after a restart, several processes draw the same numbers as 
 Shape letters: B batch, S size.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import NamedTuple

@@ -5,8 +5,6 @@ of allocations, which says which bytes belong to which sample. FFCV's cache read
 a multiple of the page size, counted from the start of the file.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import BinaryIO

@@ -5,8 +5,6 @@ The thread calls the fused decoder once for each batch. Nothing is compiled, and
 Shape letters: B batch, S size, n rows of a file.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Generator, Iterator

@@ -3,8 +3,6 @@
 SplitMix64 (Steele et al. 2014) over arrays. ``native/crops.c`` has the same generator.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -4,8 +4,6 @@ A *place* is the index of a sample in the global batch. Mixup and cutmix pair pl
 process takes mirrored pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Opens the training and the validation source of a data folder, with the loader of your choice."""
 
-from __future__ import annotations
-
 import torch
 
 from vitlocal.data.batch import Source, Sources

@@ -1,7 +1,5 @@
 """The training methods, by the name that a recipe's ``methods`` list uses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import combinations

@@ -3,8 +3,6 @@
 docs/methods/autoprog.md describes the method. Symbols: S stages, L mean loss of a candidate, T its time per image.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -1,7 +1,5 @@
 """Batches that grow as images shrink, within a given amount of memory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -4,8 +4,6 @@ docs/methods/budgeted.md describes the method. Symbols as in the paper: K stages
 stage k, T_k its epochs, B the budget.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The image-size curriculum (Irandoust et al. 2022, arXiv 2211.05187, section 3.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise

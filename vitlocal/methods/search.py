@@ -1,7 +1,5 @@
 """The base class of methods with a search, and its candidate nets."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps

@@ -1,7 +1,5 @@
 """Augmentation and drop path that grow with the image size, or with time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from vitlocal.methods.image_size import ImageSizeConfig

@@ -3,8 +3,6 @@
 docs/methods/unfreeze.md describes the method. A level is the number of groups of blocks that are trained.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

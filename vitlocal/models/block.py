@@ -3,8 +3,6 @@
 Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D width, M heads, d head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

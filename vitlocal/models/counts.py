@@ -1,7 +1,5 @@
 """Counts a model's multiply-accumulates and the activations that a training step keeps, from shapes alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain

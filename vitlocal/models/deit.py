@@ -5,8 +5,6 @@ Parameter names and shapes are those of timm's ``deit_*`` models, so their state
 Shapes: B batch, T tokens, D width, C hidden width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

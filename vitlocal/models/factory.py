@@ -1,7 +1,5 @@
 """Builds models, loads weights into them, and exports trained models as files that timm loads."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

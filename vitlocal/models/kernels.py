@@ -12,8 +12,6 @@ Shapes: B batch, N = H·W patch tokens of the grid (H, W), C hidden width, BC ch
 # Triton's compiler takes neither type annotations of tensors nor tuples of one type.
 # mypy: disable-error-code="no-untyped-def, assignment"
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens in all, N = h·w patch tokens on the grid (h, w), D width, C hidden width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F

@@ -6,8 +6,6 @@ operator that ``torch.compile`` does not split.
 Shapes: B batch, N = h·w patch tokens of the grid (h, w), C hidden width.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 Shapes: B batch, N = h·w patch tokens on the grid (h, w), D width, C hidden width, R squeezed width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: (H, W) the table's full grid, (h, w) the grid of an input, T tokens, D width.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

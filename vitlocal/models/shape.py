@@ -4,8 +4,6 @@ Parameters keep their identity and size: a shape selects slices and blocks of th
 zero gradients. Blocks that do not run, or are frozen, get no gradients.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

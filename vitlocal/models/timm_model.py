@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, D width.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import sys

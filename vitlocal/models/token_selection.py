@@ -3,8 +3,6 @@
 Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (0 or 1), n kept patch tokens, G masks.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

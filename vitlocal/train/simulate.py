@@ -1,7 +1,5 @@
 """Simulates how a budget is spent: walks through a curriculum at given speeds, stage by stage, without training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

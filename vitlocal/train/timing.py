@@ -1,7 +1,5 @@
 """The timing harness: seconds of repeated work, the phases of a step, and the peak memory of a device."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Detects the kind of a source and opens it."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

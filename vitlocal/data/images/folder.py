@@ -1,7 +1,5 @@
 """Images in class folders."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

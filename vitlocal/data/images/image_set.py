@@ -1,7 +1,5 @@
 """The protocol of all image sources, and the names of splits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable

@@ -1,7 +1,5 @@
 """Parquet shards in the layout of Hugging Face."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import OrderedDict

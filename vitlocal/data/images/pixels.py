@@ -1,7 +1,5 @@
 """Decodes image files to upright RGB."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -8,8 +8,6 @@ alone, so `sample:10` is the beginning of `sample:250`.
     u, v  coordinates in the object's frame, turned and scaled: a shape spans about [-1, 1]
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

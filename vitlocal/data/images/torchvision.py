@@ -1,7 +1,5 @@
 """Any data set of torchvision.datasets, by its name."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import io

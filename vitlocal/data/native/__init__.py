@@ -7,8 +7,6 @@ for any number of threads and any instruction set. The encoder decodes a photo o
 Shape letters: B batch, S size, n rows of a file, F forms of a photo.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import weakref

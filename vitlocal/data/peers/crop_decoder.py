@@ -3,8 +3,6 @@
 Loader("train_256_jpg.beton", pipelines={"image": [CropDecoder(224), ToTensor()], …})
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ It is installed by ``pip install vitlocal[dali]``.
 Shape letters: B batch, S size (px).
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import threading

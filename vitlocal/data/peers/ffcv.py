@@ -7,8 +7,6 @@ JPEG is not detected: FFCV returns the pixels of another image. Files are chosen
 Shape letters: B batch, S size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from itertools import groupby
 from pathlib import Path

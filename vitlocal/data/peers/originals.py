@@ -1,7 +1,5 @@
 """What the sources that read original images have in common."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

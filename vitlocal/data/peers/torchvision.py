@@ -3,8 +3,6 @@
 It is the comparison that users know, and the slow reference for tests of the native loader.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Generator, Iterator
 from itertools import tee

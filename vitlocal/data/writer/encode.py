@@ -3,8 +3,6 @@
 Letters: F files, K readable rows of a chunk.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 import time

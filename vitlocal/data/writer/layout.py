@@ -5,8 +5,6 @@ bytes and the speed of each candidate file. The best set of files lets the train
 the smallest on disk.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """Checks a written split: do the files match the manifest, and does every image decode?"""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

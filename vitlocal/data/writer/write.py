@@ -5,8 +5,6 @@ to files in a hidden folder, with a journal of what they safely hold. After an i
 from the journal. The files get their final names when all are complete.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil
