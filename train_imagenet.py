@@ -14,7 +14,7 @@ BEGAN = time.monotonic()  # imports count in a budget that counts all time
 # PyTorch's and the loader's threads share the cores, so waiting threads must not spin. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitlocal.errors import run_command
+from vitlocal.errors import ConfigError, run_command
 from vitlocal.machine import leave
 
 
@@ -24,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
     gc.disable()
     from vitlocal.config import read_config
 
+    if not argv:
+        raise ConfigError("no recipe is named; for example: train_imagenet.py --config-file rcfg/ours.yaml; see --help")
     config = read_config(argv)
 
     from vitlocal.train.command import train

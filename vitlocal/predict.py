@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     for photo in options.photos:
         if not Path(photo).is_file():
-            raise ConfigError(f"{photo} is not a file; expected image files after --run")
+            found = "is a folder; name the photos in it" if Path(photo).is_dir() else "does not exist"
+            raise ConfigError(f"{photo} {found}: python -m vitlocal.predict --run {options.run} photos/*.jpg")
     predictor = Predictor(options.run)
     for photo in options.photos:
         print(photo)

@@ -73,7 +73,7 @@ def _check_out(out: Path, nearest: Path) -> None:
         if existing.exists():
             raise ConfigError(
                 f"--out: {existing} exists: the training split is already written, perhaps with other sides. "
-                "Use another folder, or remove the split first"
+                "Name another folder with --out, or remove the split first"
             )
 
 

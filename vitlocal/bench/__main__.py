@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"  {name:10}", lines[0].strip('"'))
         return
     if not argv or argv[0] not in BENCHES:
-        raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {argv[0] if argv else 'none'}")
+        hint = "".join(f"; did you mean {name}?" for name in get_close_matches(" ".join(argv[:1]), BENCHES, n=1))
+        found = argv[0] if argv else "none"
+        raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {found}{hint}")
     import_module(f"vitlocal.bench.{argv[0]}").main(argv[1:])
 
 

@@ -69,7 +69,9 @@ def main(argv: Sequence[str]) -> None:
         try:
             forecast = json.loads(Path(options.forecast).read_text(encoding="utf-8"))
             rows, notes = compare(forecast, runs[0]), mismatches(forecast, runs[0])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise ConfigError(f"--forecast: {options.forecast} cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError) as error:
             wrong = f"{options.forecast} is not what bench forecast --json writes"
             raise ConfigError(f"--forecast: {wrong} ({error})") from error
         cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]

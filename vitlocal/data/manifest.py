@@ -126,7 +126,8 @@ def load_manifest(root: str, split: str) -> Manifest:
     manifest = None if ours else manifest_of_ffcv_files(folder, split)
     if manifest is None:
         command = f"python write_dataset.py --split {split} --out {root}{_options_of_other_split(folder)}"
-        raise ConfigError(f"data.root: {path} does not exist. Write it: {command}")
+        both = "" if any(folder.glob("*.json")) else " --source PHOTOS, and the same for the other split"
+        raise ConfigError(f"data.root: {path} does not exist. Write it: {command}{both}")
     return manifest
 
 

@@ -32,6 +32,10 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """The run in ``folder``. Raises ConfigError if there is none, or if it was never evaluated."""
+    if not folder.is_dir():
+        others = sorted(path.name for path in folder.parent.glob(f"{folder.name}*") if path.is_dir())
+        hint = f"; did you mean {folder.with_name(others[0])}?" if others else ""
+        raise ConfigError(f"{folder} does not exist; expected a folder that train_imagenet.py made{hint}")
     records = read_log(folder)
     if not any(record["top1"] is not None for record in records) or not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")

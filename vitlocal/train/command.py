@@ -109,7 +109,8 @@ def end_warnings(run: BuiltRun) -> list[str]:
     planned = {trainer.plan(progress).feed.size for progress in (now, *later)}
     trained = {record["image_size"] for record in read_log(Path(str(config.run.folder)))}
     if sizes := sorted(planned - trained):
-        found.append(f"the budget ended before images of {', '.join(map(str, sizes))} px")
+        sizes_left = ", ".join(map(str, sizes))
+        found.append(f"the budget ended before images of {sizes_left} px; use a longer budget or shorter stages")
     seconds, total = clock.timer.train_seconds, clock.timer.wall_seconds
     if clock.reserves and seconds < MIN_TRAINED * total:
         found.append(

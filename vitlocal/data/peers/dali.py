@@ -1,7 +1,7 @@
 """The DALI source: original images, decoded by NVIDIA DALI on the GPU if there is one, else on the CPU.
 
 Order and boxes are those of the native loader. DALI decodes the part of the image that a box needs, resizes and flips.
-It is installed by ``pip install vitlocal[dali]``.
+It is installed by ``pip install -e ".[dali]"``.
 
 Shape letters: B batch, S size (px).
 """
@@ -33,7 +33,7 @@ try:
     from nvidia.dali import fn, pipeline_def, types
 except ImportError as error:
     raise ConfigError(
-        f"data.loader: dali needs NVIDIA DALI ({error}); pip install 'vitlocal[dali]', or use data.loader=native"
+        f"data.loader: dali needs NVIDIA DALI ({error}); pip install -e '.[dali]', or use data.loader=native"
     ) from error
 
 # Formats and modes that DALI decodes itself. The others go through Pillow.
