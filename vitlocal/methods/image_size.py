@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import COUNT, STAGE, Choice, Number, Section, Series, messages, option
-from vitlocal.plan import Plan, with_size
+from vitlocal.plan import Plan
 from vitlocal.progress import Length, Progress, Stage
 
 
@@ -82,7 +82,7 @@ class ImageSize(Method):
         # The epoch is a float. A tolerance of 1e-9 epochs is less than one image.
         progress = replace(progress, epoch=progress.epoch + 1e-9)
         left = (stage for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1)
-        return with_size(plan, next(left).size)
+        return replace(plan, feed=replace(plan.feed, size=next(left).size))
 
     def changes(self) -> Sequence[Length]:
         return [stage.until for stage in self._stages if stage.until is not None]
