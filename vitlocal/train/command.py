@@ -14,7 +14,7 @@ from vitlocal.report.page import write_report
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import BuiltRun, open_run
 from vitlocal.train.loop import fit
-from vitlocal.train.state import Phase
+from vitlocal.train.state import Phase, trained_plan
 
 MIN_TRAINED = 0.5  # of the time with budget.counts=wall: if less was training, the run says so
 MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says so
@@ -68,7 +68,7 @@ def export(run: BuiltRun, folder: Path) -> None:
     """Writes the weights that were evaluated, as files that timm loads, to ``folder``."""
     trainer, config = run.trainer, run.config
     model, classes = trainer.evaluator.model, trainer.sources.train.classes
-    shape = trainer.evaluator.shape(trainer.state.trained_plan)
+    shape = trainer.evaluator.shape(trained_plan(trainer.state))
     size, crop_pct = config.evaluate.size or config.model.size, config.evaluate.crop_pct
     with temporary_shape(model, shape, trainer.step.shape):
         export_model(folder, model, config.model.name, run.model_arguments, classes, size=size, crop_pct=crop_pct)

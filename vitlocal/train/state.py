@@ -65,13 +65,6 @@ class TrainState:
     growth_number: int = 0  # of the last growth
     initialized_shape: Shape = WHOLE_MODEL  # the shape of the first step, or after the last growth
 
-    @property
-    def trained_plan(self) -> Plan:
-        """The plan under which the weights were trained last."""
-        plan = self.current_plan or self.logged_plan
-        assert plan is not None, "no step was taken"
-        return plan
-
     def update_phase(self, plan: Plan) -> Phase:
         """Decides what the loop does next, where ``plan`` is the plan for the current progress.
 
@@ -128,6 +121,13 @@ class TrainState:
         self.last_evaluation = state["last_evaluation"] and Progress(**state["last_evaluation"])
         self.growth_number = state["growth_number"]
         self.initialized_shape = Shape.from_state(state["initialized_shape"])
+
+
+def trained_plan(state: TrainState) -> Plan:
+    """The plan under which the weights were trained last."""
+    plan = state.current_plan or state.logged_plan
+    assert plan is not None, "no step was taken"
+    return plan
 
 
 class PassMeter:

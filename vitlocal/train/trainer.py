@@ -24,7 +24,7 @@ from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import optimizer_state
 from vitlocal.train.output import RunOutput
 from vitlocal.train.probes import MacCount, Prober
-from vitlocal.train.state import PassMeter, PassTotals, TrainState, check_loss
+from vitlocal.train.state import PassMeter, PassTotals, TrainState, check_loss, trained_plan
 from vitlocal.train.step import RUN_AHEAD, TrainStep
 
 START_IMAGES = 64  # of the batch that starts the loader's workers
@@ -290,7 +290,7 @@ class Trainer:
                 "again with more frequent checkpoints (--run.save_every). If starting and compiling took all the time, "
                 "use a longer budget or --budget.counts=train"
             )
-        plan = state.current_plan = state.trained_plan
+        plan = state.current_plan = trained_plan(state)
         self._changed = True
         self._meter.read(clock.step)
         last = clock.spent
