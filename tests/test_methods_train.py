@@ -30,6 +30,7 @@ from vitlocal.train.output import load_checkpoint
 from vitlocal.train.probes import Prober
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.search_log import SEARCHES
+from vitlocal.train.state import trained_plan
 from vitlocal.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -141,7 +142,7 @@ def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, na
         fit(trainer)
         export(run, tmp_path / "run")
         images = torch.randn(4, 3, 48, 48)
-        shape = trainer.evaluator.shape(trainer.state.trained_plan)
+        shape = trainer.evaluator.shape(trained_plan(trainer.state))
         with temporary_shape(trainer.state.model.eval(), shape, WHOLE_MODEL), torch.no_grad():
             expected = trainer.state.model(images)
     exported = timm.create_model(f"local-dir:{tmp_path}/run", pretrained=True).eval()
