@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-say = partial(print, flush=True)
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 
 # The trainer's options that the bench sets for each run, and the remedy if a user sets them.
@@ -149,6 +149,12 @@ def read_arms(path: str) -> list[Arm]:
         raise ConfigError(f"{path}: expected {expected} ({error})") from error
 
 
+def say(text: str) -> None:
+    """Prints a line. A reader that has gone must not end the runs."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 class Runner:
     """Trains runs in ``jobs`` places. Each place has an equal share of the cores, and one of the ``gpus``, if any.
 
@@ -184,9 +190,9 @@ class Runner:
                 self._check_memory()
                 time.sleep(0.2)
         except KeyboardInterrupt:
-            say("\nstopping: the runs save; the same command continues them")
             for process in self.running:
                 process.send_signal(signal.SIGTERM)
+            say("\nstopping: the runs save; the same command continues them")
             for process in self.running:
                 process.wait()
             raise

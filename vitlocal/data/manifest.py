@@ -221,5 +221,6 @@ def _dump(value: Any) -> str:
 
 
 def _record(kind: Any, content: dict[str, Any]) -> Any:
-    """An object of JSON as the dataclass ``kind``. Old manifests lack some members, which become None."""
-    return kind(**{member.name: content.get(member.name) for member in fields(kind)})
+    """An object of JSON as the dataclass ``kind``. Raises KeyError if a member is missing that may not be None."""
+    content = dict.fromkeys(("quality", "sampling", "keep")) | content  # old manifests lack them
+    return kind(**{member.name: content[member.name] for member in fields(kind)})

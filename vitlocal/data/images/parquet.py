@@ -43,7 +43,12 @@ class ParquetImages(ImageSet):
             with _open_shard(path) as file:
                 if shard == 0:
                     self._image, label, names = _columns(file.schema_arrow, path)
-                column = file.read([label], use_threads=False).column(0)
+                try:
+                    column = file.read([label], use_threads=False).column(0)
+                except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on damaged data
+                    raise ConfigError(
+                        f"{path}: its column '{label}' cannot be read ({error}); download it again"
+                    ) from error
                 if column.null_count or not re.fullmatch("u?int(8|16|32|64)", str(column.type)):
                     raise ConfigError(
                         f"{path}: expected integers in column '{label}', got {column.type} with {column.null_count} "
@@ -63,7 +68,9 @@ class ParquetImages(ImageSet):
             )
         self.classes = tuple(names or map(str, range(high + 1)))
         if split != "train" and "train" in shards:
-            known = ParquetImages(root, "train").classes
+            first = str(shards["train"][0])
+            with _open_shard(first) as file:
+                known = tuple(_columns(file.schema_arrow, first)[2]) or ParquetImages(root, "train").classes
             if not names and high < len(known):
                 self.classes = known
             require_same_classes(f"split '{split}'", self.classes, "split 'train'", known)

@@ -157,7 +157,8 @@ class Encoder:
         """
         assert forms.dtype == FORM and forms.flags.c_contiguous
         data, pixels = (photo, None) if isinstance(photo, bytes) else (None, photo.ctypes.data)
-        assert isinstance(photo, bytes) or (photo.flags.c_contiguous and photo.shape == (height, width, 3))
+        if not isinstance(photo, bytes):
+            assert photo.dtype == np.uint8 and photo.flags.c_contiguous and photo.shape == (height, width, 3)
         status = library().vitlocal_encode(
             self._encoder, data, len(data or b""), pixels, height, width, forms.ctypes.data, len(forms),
             ctypes.byref(self._output), ctypes.byref(self._message),

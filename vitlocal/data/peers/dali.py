@@ -109,7 +109,7 @@ class DALISource(OriginalsSource):
     def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
         parts = list(slices)
         self.inputs = self._batches_of_inputs([part for part in parts if len(part.draws)], epoch, size)
-        largest = max(1, *(len(part.draws) for part in parts))
+        largest = max((len(part.draws) for part in parts), default=1)
         if self.pipeline is None or self.pipeline.max_batch_size < largest:
             gpu = self.device.type == "cuda"
             self.pipeline = crop_pipeline(

@@ -9,6 +9,7 @@ Letters: F files, K readable rows of a chunk.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -155,7 +156,7 @@ class SplitFiles:
         with open(self.journal, "rb") as file:
             head = _line(file)
             if head is not None:
-                if what := difference(head["identity"], self.identity):
+                if what := difference(head.get("identity", {}), self.identity):
                     raise ConfigError(
                         f"{self.work} is an interrupted write of another configuration ({what}). "
                         "Repeat that command, remove the folder to start over, or use another --out."
@@ -276,8 +277,11 @@ class SplitFiles:
     def publish(self, manifest: Manifest, path: Path) -> None:
         """Gives the complete files their names, then saves the manifest at ``path``. Repeatable after a kill."""
         for file in self.sealed:
+            final = self.out / file.file
             with suppress(FileNotFoundError):  # it already has its name
-                os.replace(self.work / file.file, self.out / file.file)
+                os.replace(self.work / file.file, final)
+            if not final.exists() or final.stat().st_size != file.bytes:
+                raise DataError(f"{final} has not {file.bytes} bytes: something else changed it. Remove {self.work}.")
         flush_folder(self.out)
         with self._guarded(path):
             manifest.save(path)
@@ -289,10 +293,12 @@ class SplitFiles:
         try:
             yield
         except OSError as error:
-            free = byte_words(shutil.disk_usage(self.out).free)
+            problem = f"cannot write {path}: {error.strerror or error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                needed = f", about {byte_words(self.needed)} more needed" if self.next else ""
+                problem += f"; {byte_words(shutil.disk_usage(self.out).free)} free{needed}. Free some space"
             raise DataError(
-                f"cannot write {path}: {error.strerror or error}; {free} free, about {byte_words(self.needed)} more "
-                "needed. Free some space, and the same command continues where this one stopped; or use another --out."
+                f"{problem}. The same command continues where this one stopped; or use another --out."
             ) from error
 
 

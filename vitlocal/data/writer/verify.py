@@ -32,11 +32,11 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
             bar.set_description(stored.file)
             path = Path(out) / stored.file
             try:
-                file = MappedFile(path, len(manifest.classes))
-            except DataError as error:
+                file, found = MappedFile(path, len(manifest.classes)), checksum(path)
+            except (DataError, OSError) as error:
                 problems.append(str(error))
                 continue
-            if (found := checksum(path)) != stored.checksum:
+            if found != stored.checksum:
                 problems.append(f"{path}: checksum {found}, the manifest says {stored.checksum}")
             problems += _damaged(path, file, manifest, threads, bar)
     threads.close()

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -72,11 +73,12 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
     Raises DataError for an unreadable image (unless ``on_error`` is "skip") or a full disk; the same command then
     continues where it stopped.
     """
+    stored = parse_files(options.split, options.sides, options.format)
     out = Path(options.out)
     work, manifest_path = out / work_name(options.split), out / f"{options.split}.json"
     with _sigterm_interrupts():
         images = images if images is not None else open_images(options.source, options.split)
-        planned = _planned_manifest(options, images)
+        planned = _planned_manifest(options, stored, images)
         manifest = finished = _finished_manifest(manifest_path, planned)
         if manifest is None:
             job = EncodeJob(planned.files, SHORT_EDGES[options.split], options.on_error == "skip")
@@ -115,11 +117,15 @@ def _sigterm_interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    handles = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
+    if handles:
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if handles:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet, workers: int, progress: bool) -> None:
@@ -150,12 +156,15 @@ def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet
         )
 
 
-def _planned_manifest(options: WriteOptions, images: ImageSet) -> Manifest:
+def _planned_manifest(options: WriteOptions, stored: Sequence[tuple[int, str]], images: ImageSet) -> Manifest:
     """The manifest of a write that skips no image. Its files lack what only their bytes tell."""
     labels = np.asarray(images.labels, np.int64)
     entries = tuple(images.entry(index) for index in range(len(images)))
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(images.classes):
+        found = f"{labels.min()} to {labels.max()}"
+        raise DataError(f"{images.spec} has labels from {found}, expected 0 to {len(images.classes) - 1}")
     files = []
-    for side, format in parse_files(options.split, options.sides, options.format):
+    for side, format in stored:
         # A JPEG of noise at full quality can be slightly larger than its pixels, so 64 KiB are added.
         page_size = page_size_for(3 * max(side, SHORT_EDGES[options.split]) ** 2 + (1 << 16))
         quality, sampling, keep = options.jpeg if format == "jpg" else (None, None, None)
