@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     gc.disable()
     from vitlocal.config import read_config
 
-    if not argv:
+    if not argv and not any("." in name for name in os.environ):  # which may have options too
         raise ConfigError("no recipe is named; for example: train_imagenet.py --config-file rcfg/ours.yaml; see --help")
     config = read_config(argv)
 

@@ -35,6 +35,13 @@ def test_macs_equal_torchs_counter(name):
     assert count_macs(model, 224) == counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize(("name", "billions"), [("cait_xxs24_224", 2.53), ("vit_base_patch16_siglip_224", 17.73)])
+def test_macs_of_models_whose_parts_get_parameters_as_inputs(name: str, billions: float):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert count_macs(model, 224) / 1e9 == pytest.approx(billions, abs=0.03)
+
+
 def test_macs_count_attention_that_is_not_fused():
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
     fused = count_macs(model, 224)

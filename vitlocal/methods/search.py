@@ -121,7 +121,7 @@ class SearchMethod(Method):
         sizes, stages = cls._ladder(recipe), recipe.options[cls.name].stages
         if set(sizes) == {recipe.model_size}:
             return ()
-        sizes += sizes[-1:] * (stages - len(sizes))
+        sizes = (*sizes, *sizes[-1:] * stages)[:stages]
         ends = [*(as_fraction(k / stages) for k in range(1, stages)), None]
         return [Stage(size, end) for size, end in zip(sizes, ends, strict=True)]
 

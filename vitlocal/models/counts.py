@@ -69,8 +69,9 @@ def _shapes_only(model: nn.Module, kernel: str, training: bool) -> Iterator[None
 
 
 def _forward(model: nn.Module, batch: int, size: int) -> None:
+    trains = torch.is_grad_enabled()  # else PyTorch's counter looks for gradients that no tensor has
     shapes = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad and trains)
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
     }
     images = torch.empty(batch, 3, size, size, dtype=next(model.parameters()).dtype)

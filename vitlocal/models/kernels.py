@@ -188,7 +188,7 @@ def _by_rows(tokens: Tensor) -> Tensor:
 
 
 def local_mix_forward(tokens: Tensor, weight: Tensor, grid: Grid, activation: str) -> Tensor:
-    """Computes (B, N, C) → (B, N, C), in the type of ``tokens``; ``weight`` (C, 1, 3, 3) has any floating type."""
+    """Computes (B, N, C) → (B, N, C), of the type of ``tokens``; ``weight`` (C, 1, 3, 3) too, or float32."""
     x, weight = _by_rows(tokens), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch, images, block = _launch(len(x), grid, x.shape[2])

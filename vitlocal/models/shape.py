@@ -71,7 +71,8 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     order = tuple(index for index in shape.block_order or range(len(blocks)) if index not in shape.skipped_blocks)
     prunes = shape.token_keep_rate < 1 or shape.attention_keep_rate < 1
     pruned = tuple(place for place in shape.pruned_blocks if prunes and place < len(order))
-    model.active = replace(shape, block_order=order, pruned_blocks=pruned)
+    grid = None if shape.grid is None or shape.grid >= min(model.patch_embed.grid_size) else shape.grid
+    model.active = replace(shape, block_order=order, pruned_blocks=pruned, grid=grid)
     for block in blocks:
         block.attn.active_heads = shape.heads or block.attn.num_heads
         if isinstance(block.mlp, SLICED):

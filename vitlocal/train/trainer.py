@@ -234,12 +234,12 @@ class Trainer:
 
     def _show(self, output: RunOutput, loss: torch.Tensor, lr: float, size: int) -> None:
         """Shows the loss about once a second. It is copied without waiting, and read when a GPU has computed it."""
-        clock = self.state.clock
+        clock, delay = self.state.clock, RUN_AHEAD if self.step.device.type == "cuda" else 0
         if self._shown is None and output.due():
             # Rank 0's part of the loss stands for all of them.
             copied = (loss * self._ranks.world).to("cpu", non_blocking=True)
             self._shown = clock.progress, copied, lr, size, self._meter.images_per_second
-        elif self._shown is not None and clock.step > self._shown[0].step + RUN_AHEAD:
+        elif self._shown is not None and clock.step > self._shown[0].step + delay:
             at, copied, lr, size, rate = self._shown
             output.show(at, check_loss(float(copied), at.step), lr, size, rate)
             self._shown = None
