@@ -151,10 +151,13 @@ def test_wrong_forecasts(recipe: str, words: list[str], part: str):
         main(["forecast", recipe, *words])
 
 
-@pytest.mark.parametrize("content", ["{}", "no json", None])
-def test_files_without_a_forecast(finished: Path, tmp_path: Path, content: str | None):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("{}", "is not what bench"), ("no json", "is not what bench"), (None, "forecast.json cannot be read")],
+)
+def test_files_without_a_forecast(finished: Path, tmp_path: Path, content: str | None, problem: str):
     file = tmp_path / "forecast.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ConfigError, match="is not what bench forecast --json writes"):
+    with pytest.raises(ConfigError, match=problem):
         report.main([str(finished), f"--forecast={file}"])
