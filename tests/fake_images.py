@@ -18,7 +18,7 @@ from vitlocal.data import beton
 from vitlocal.data.images import ImageSet, decode_rgb
 from vitlocal.data.writer import encode, journal
 from vitlocal.data.writer import write as write_module
-from vitlocal.errors import DataError
+from vitlocal.errors import DataError, UndecodableImage
 from vitlocal.write_options import WriteOptions
 
 SLOW_SECONDS = 60.0  # that a slow image takes
@@ -48,7 +48,9 @@ class FakeImages:
     def load(self, index: int) -> Image.Image:
         act = self.acts.get(index)
         if act == "unreadable":
-            raise DataError(f"{self.entry(index)}: cut off after 12 bytes; restore it")
+            raise UndecodableImage(f"{self.entry(index)}: cut off after 12 bytes; restore it")
+        if act == "absent":
+            raise DataError(f"{self.entry(index)} cannot be read: Stale file handle")
         if act == "bug":
             raise TypeError("an error of ours")
         if act in ("SIGKILL", "SIGINT", "SIGTERM"):

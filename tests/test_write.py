@@ -179,7 +179,7 @@ def test_progress(
     shown = capsys.readouterr()
     assert (
         shown.out.startswith(f"{tmp_path}/train.json: 39 images of 3 classes in 2 files, ")
-        and "; skipped 1 unreadable" in shown.out
+        and "; skipped 1 damaged image, which" in shown.out
     )
     if terminal:
         assert "\r" in shown.err and "40/40" in shown.err

@@ -49,6 +49,51 @@ def test_an_unreadable_image_stops_the_write_unless_skipped(tmp_path: Path, work
     assert contents(tmp_path) == contents(tmp_path.with_name(f"whole{workers}"))
 
 
+def test_a_file_that_cannot_be_read_stops_the_write(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    """A fault of a disk is not a fault of a photo: nothing is skipped, and the same command continues."""
+    images = FakeImages(60, acts={40: "absent"})
+    with pytest.raises(DataError, match=r"bee/40.png.*Stale file handle. Make the source readable. The same command"):
+        write(write_config(tmp_path, on_error="skip"), images, progress=False)
+    assert finished_names(tmp_path) == []
+    rest = FakeImages(60, acts=dict.fromkeys(range(30), "bug"))  # earlier rows were saved
+    assert write(write_config(tmp_path, on_error="skip"), rest, progress=False).skipped == ()
+    assert contents(tmp_path) == reference
+
+
+def test_skipped_images_are_tried_again(tmp_path: Path, reference: dict[str, bytes], capsys) -> None:
+    """In an interrupted write and in a finished split. The files are as if nothing had been skipped."""
+    damaged, one = dict.fromkeys((21, 30), "unreadable"), {30: "unreadable"}
+    with pytest.raises(DataError, match="Stale"):
+        write(write_config(tmp_path, on_error="skip"), FakeImages(60, acts={**damaged, 50: "absent"}), progress=False)
+    manifest = write(write_config(tmp_path, on_error="skip"), FakeImages(60, acts=one), progress=False)
+    assert [image.entry for image in manifest.skipped] == ["ant/30.png"] and manifest.count == 59
+    before = contents(tmp_path)
+    again = write(write_config(tmp_path, on_error="skip"), FakeImages(60, acts=one), progress=False)
+    assert again == manifest and contents(tmp_path) == before
+    with pytest.raises(KeyboardInterrupt):  # the finished split stays until the new one is complete
+        write(write_config(tmp_path, on_error="skip"), FakeImages(60, acts={55: "SIGTERM"}), progress=False)
+    assert contents_of_files(tmp_path) == before
+    assert "ant/30.png was skipped and decodes now" in capsys.readouterr().out
+    write(write_config(tmp_path, on_error="skip"), FakeImages(60), progress=False)
+    assert contents(tmp_path) == reference
+
+
+def test_a_long_run_of_skipped_images_stops_the_write(tmp_path: Path) -> None:
+    """A few damaged images in a row are skipped. More than a hundred, and one in a hundred, are not chance."""
+    few = FakeImages(300, size=(8, 8), acts=dict.fromkeys(range(20, 110), "unreadable"))
+    assert len(write(write_config(tmp_path / "few", on_error="skip"), few, progress=False).skipped) == 90
+    many = FakeImages(300, size=(8, 8), acts=dict.fromkeys(range(20, 290), "unreadable"))
+    with pytest.raises(DataError, match=r"images in a row do not decode.*tries them again"):
+        write(write_config(tmp_path / "many", on_error="skip"), many, progress=False)
+    assert finished_names(tmp_path / "many") == []
+    whole = write(write_config(tmp_path / "many", on_error="skip"), FakeImages(300, size=(8, 8)), progress=False)
+    assert whole.skipped == () and whole.count == 300
+
+
+def contents_of_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def test_no_readable_image(tmp_path: Path) -> None:
     images = FakeImages(6, acts=dict.fromkeys(range(6), "unreadable"))
     with pytest.raises(DataError, match=r"none of the 6 images.*ant/0.png"):

@@ -15,6 +15,10 @@ class DataError(RuntimeError):
     """Data that cannot be read or written. The commands print it and exit with status 1."""
 
 
+class UndecodableImage(DataError):
+    """Bytes that are not a complete image, or an image that no file can hold. It is not the fault of a disk."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal that asks the command to stop; ``number`` is the signal's."""
 

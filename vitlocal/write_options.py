@@ -43,7 +43,7 @@ class WriteOptions:
         None, FLAG, "copy JPEGs that need not shrink, without encoding them; none: as planned, or true"
     )
     workers: int = option(0, Number(0, whole=True), "threads; 0: one per core")
-    on_error: str = option("stop", Choice("stop", "skip"), "at an unreadable image: stop, or skip it")
+    on_error: str = option("stop", Choice("stop", "skip"), "at an image that does not decode: stop, or skip it")
     verify: bool = option(False, FLAG, "check every image of every written file, and write nothing")
     plan: bool = option(False, FLAG, "measure, choose the files to write, store the choice, and write no images")
     recipe: str | None = option(None, TEXT, "for --plan: recipe to train; none: rcfg/ours.yaml")

@@ -16,7 +16,7 @@ from vitlocal.data.images.image_set import (
     require_same_classes,
     split_folder,
 )
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
 CACHED_BYTES = 256 << 20  # of row groups; at least one is cached
 
@@ -94,7 +94,7 @@ class ParquetImages(ImageSet):
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         data = self._bytes_of(group)[index - int(self._starts[group])].as_py()
         if data is None:
-            raise DataError(
+            raise UndecodableImage(
                 f"{self.entry(index)}: its row has only the path of an image; download shards that embed the "
                 "images, or skip such rows with --on-error skip"
             )

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vitlocal.errors import DataError
+from vitlocal.errors import UndecodableImage
 
 REMEDY = "restore the file, or write the data folder without such images: write_dataset.py --on-error skip"
 
@@ -13,8 +13,8 @@ REMEDY = "restore the file, or write the data folder without such images: write_
 def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
     """Decodes an image of any format that Pillow reads to RGB, upright by its EXIF orientation.
 
-    16-bit values are scaled, transparent parts become white, and an animation gives its first frame. Raises a DataError
-    with `name` if the bytes are not a complete image.
+    16-bit values are scaled, transparent parts become white, and an animation gives its first frame. Raises
+    UndecodableImage with `name` if the bytes are not a complete image.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -31,7 +31,7 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
             problem = "of a format that Pillow does not know"
         else:
             problem = str(error) or type(error).__name__
-        raise DataError(
+        raise UndecodableImage(
             f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); {remedy}"
         ) from error
 

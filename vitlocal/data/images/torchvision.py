@@ -13,7 +13,7 @@ from PIL import Image
 
 from vitlocal.data.images.image_set import ImageSet
 from vitlocal.data.images.pixels import to_rgb
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
 TORCHVISION_ROOT = "data/torchvision"
 
@@ -95,7 +95,8 @@ class TorchvisionImages(ImageSet):
         try:
             return to_rgb(self._dataset[index][0])
         except Exception as error:
-            raise DataError(
+            failed = isinstance(error, OSError) and error.errno is not None  # by the system, not by a decoder
+            raise (DataError if failed else UndecodableImage)(
                 f"{self.entry(index)} of {self.spec} cannot be read ({error}); "
                 f"remove '{self._arguments['root']}' to download it again"
             ) from error

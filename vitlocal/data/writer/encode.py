@@ -21,7 +21,7 @@ from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
-from vitlocal.errors import DataError
+from vitlocal.errors import DataError, UndecodableImage
 
 CHUNK_BYTES = 4 << 20  # approximate bytes of a chunk
 CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
@@ -29,7 +29,7 @@ EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
 StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
-UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
+UNDECODABLE = (UndecodableImage, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EncodeJob:
 
     files: tuple[BetonFile, ...]
     short_edge: int  # px; the short edge is not shrunk below this
-    skip: bool  # skip unreadable images
+    skip: bool  # skip images that do not decode
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Chunk:
     next: int
     rows: np.ndarray  # (F, K) of STORED_ROW; ptr is set when the images are placed in the files
     images: list[list[bytes]]  # F lists of K encoded images
-    skipped: dict[int, str]  # unreadable source rows, and why
+    skipped: dict[int, str]  # source rows that do not decode, and why
     failure: RuntimeError | None  # the error at source row `next`
 
 
@@ -57,7 +57,7 @@ def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) ->
     """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
     A row that fails ends its chunk. The chunk with the rows before it comes first, then the error is raised: DataError
-    for an unreadable image (unless ``job.skip``), else RuntimeError.
+    for a file that cannot be read, or an image that does not decode (unless ``job.skip``), else RuntimeError.
     """
     # An estimate of the bytes of a row: photos are 3:4, and a JPEG takes a quarter of their bytes.
     row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
@@ -134,17 +134,20 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
             break
         try:
             stored = encode_image(images, index, job, encoder)
-        except UNREADABLE as error:
+        except (*UNDECODABLE, DataError, OSError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             reason = reason.removeprefix(f"{images.entry(index)}: ")
-            if job.skip:
+            undecodable = isinstance(error, UNDECODABLE) or (isinstance(error, OSError) and error.errno is None)
+            if undecodable and job.skip:
                 skipped[index] = reason
                 continue
-            known = "--on-error skip" in reason  # the message already names the remedy
+            if not undecodable:
+                remedy = "Make the source readable. "  # a fault of a disk is not a fault of the photo
+            else:  # the message may name the remedy already
+                remedy = "" if "--on-error skip" in reason else "Repair it, or skip such images with --on-error skip. "
             failure = DataError(
-                f"cannot read the image {images.entry(index)!r} of {images.spec}: {reason}. "
-                + ("" if known else "Repair it, or skip such images with --on-error skip. ")
-                + "The same command continues where this one stopped, with or without that option."
+                f"cannot read the image {images.entry(index)!r} of {images.spec}: {reason}. {remedy}The same command "
+                "continues where this one stopped" + (", with or without that option." if undecodable else ".")
             )
         except MemoryError:
             failure = DataError(
@@ -197,7 +200,9 @@ def _stored(
     for file, form in zip(job.files, forms, strict=True):
         data = data_of[form]
         if len(data) > file.page_size:
-            raise DataError(f"takes {len(data)} bytes as {file.format}, which a page of {file.page_size} cannot hold")
+            raise UndecodableImage(
+                f"takes {len(data)} bytes as {file.format}, which a page of {file.page_size} cannot hold"
+            )
         stored.append(((MODES[file.format], form[0], form[1]), data))
     return stored
 
@@ -206,7 +211,7 @@ def _form(file: BetonFile, width: int, height: int, keepable: bool, job: EncodeJ
     """The form of an image of that size in the file: (width, height, kind, quality, sampling)."""
     size = stored_size(width, height, file.side, job.short_edge)
     if max(size) > MAX_EDGE:
-        raise DataError(f"{size[0]}x{size[1]} pixels, expected at most {MAX_EDGE} on each side")
+        raise UndecodableImage(f"{size[0]}x{size[1]} pixels, expected at most {MAX_EDGE} on each side")
     if file.format == "raw":
         return *size, AS_RAW, 0, 0
     # A JPEG that need not shrink is stored unchanged, because encoding it again would lose quality.

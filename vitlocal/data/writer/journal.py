@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -50,12 +50,18 @@ class _Block:
 class SplitFiles:
     """The growing files of a split: ``append`` until all rows are in, then ``seal`` and ``publish``.
 
-    Opening it resumes an earlier write in the folder ``work``. The files are published in the folder above. ``length``
-    is the number of rows of the source. Writes with equal ``identity`` give the same files.
+    Opening it resumes an earlier write in the folder ``work``. The files are published in the folder above, where they
+    may replace others only if it ``replaces`` a split. ``length`` is the number of rows of the source. Writes with
+    equal ``identity`` give the same files. A block with a skipped row that ``decodes`` now is written again, and so are
+    all blocks behind it.
     """
 
-    def __init__(self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str]) -> None:
+    def __init__(
+        self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str],
+        decodes: Callable[[int], bool] = lambda row: False, replaces: bool = False,
+    ) -> None:  # fmt: skip
         self.work, self.files, self.length = work, files, length
+        self._decodes, self._replaces = decodes, replaces
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
         self.start = data_start(length)
@@ -77,7 +83,7 @@ class SplitFiles:
 
     @property
     def skipped(self) -> dict[int, str]:
-        """The unreadable rows of the source, and why."""
+        """The rows of the source that do not decode, and why."""
         return {row: reason for block in self._blocks for row, reason in block.skipped.items()}
 
     @property
@@ -140,7 +146,7 @@ class SplitFiles:
             return
         for file, end in zip(self.files, self._blocks[-1].ends, strict=True):
             path, final = self.work / file.file, self.out / file.file
-            if final.exists():
+            if final.exists() and not self._replaces:
                 raise ConfigError(f"{final} exists, but no manifest describes it. Remove it, or use another --out.")
             self._descriptors.append(descriptor(path))
             length = os.fstat(self._descriptors[-1]).st_size
@@ -178,6 +184,8 @@ class SplitFiles:
         payload = file.read(len(self.files) * count * STORED_ROW.itemsize)
         # A failed write may omit a block; later blocks are then useless.
         if line["start"] != self.next or zlib.crc32(payload) != line["crc32"]:
+            return False
+        if any(self._decodes(row) for row, _ in line["skipped"]):
             return False
         rows = np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count)
         ends, checksums = tuple(line["ends"]), tuple(line["checksums"])

@@ -11,9 +11,10 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from vitlocal.data.beton import MappedFile, page_size_for
 from vitlocal.data.costs import ensure_costs
 from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.manifest import BetonFile, Manifest, Skipped, SourceInfo, work_name
-from vitlocal.data.writer.encode import EncodeJob, encode_chunks
+from vitlocal.data.native import Encoder
+from vitlocal.data.writer.encode import UNDECODABLE, EncodeJob, encode_chunks, encode_image
 from vitlocal.data.writer.journal import SplitFiles, byte_words, difference
 from vitlocal.errors import ConfigError, DataError, Interrupted
 from vitlocal.machine import cores
@@ -33,6 +35,7 @@ DEFAULT_SIDES = {"train": "64:raw,160:raw,256:jpg,400:jpg", "val": "256:jpg"}
 LARGEST_RAW = 160  # the largest side that `auto` stores raw
 LARGEST_SIDE = 16384
 SHORT_EDGES = {"train": 0, "val": 256}  # px: photos are not shrunk below; val is evaluated at 224 of 256
+LONGEST_RUN, LARGEST_SKIPPED = 100, 0.01  # a longer run of skipped images stops, if more than this fraction is skipped
 FORECAST_IMAGES = 256  # images before the space for the rest is estimated
 REPORT_SECONDS = 10.0  # between lines if there is no terminal
 REPORT = "{desc}: {n_fmt} of {total_fmt} images, {rate_fmt}, {remaining} left{postfix}\n"
@@ -70,8 +73,8 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
 
     Returns the manifest. A finished split of the same configuration stays as it is. The bytes do not depend on the
     number of workers or on interruptions. Raises ConfigError for wrong sides, or if ``out`` holds something else.
-    Raises DataError for an unreadable image (unless ``on_error`` is "skip") or a full disk; the same command then
-    continues where it stopped.
+    Raises DataError for a file that cannot be read, an image that does not decode (unless ``on_error`` is "skip") or a
+    full disk; the same command then continues where it stopped. Skipped images are tried again each time.
     """
     stored = parse_files(options.split, options.sides, options.format)
     out = Path(options.out)
@@ -79,10 +82,13 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
     with _sigterm_interrupts():
         images = images if images is not None else open_images(options.source, options.split)
         planned = _planned_manifest(options, stored, images)
-        manifest = finished = _finished_manifest(manifest_path, planned)
+        job = EncodeJob(planned.files, SHORT_EDGES[options.split], options.on_error == "skip")
+        decodes = partial(_decodes, images, job)
+        replaces = manifest_path.exists()
+        unfinished = (work / "journal").exists()  # also of a split that is written again
+        manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes)
         if manifest is None:
-            job = EncodeJob(planned.files, SHORT_EDGES[options.split], options.on_error == "skip")
-            with SplitFiles(work, planned.files, planned.count, _identity(planned)) as files:
+            with SplitFiles(work, planned.files, planned.count, _identity(planned), decodes, replaces) as files:
                 if not files.sealed:
                     _fill(files, job, planned, images, options.workers or cores(), progress)
                     files.seal(np.asarray(images.labels, np.int64))
@@ -128,6 +134,15 @@ def _sigterm_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def _decodes(images: ImageSet, job: EncodeJob, row: int) -> bool:
+    """Whether an image that was skipped decodes now. DataError if its file cannot be read."""
+    try:
+        encode_image(images, row, job, Encoder())
+    except UNDECODABLE:
+        return False
+    return True
+
+
 def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet, workers: int, progress: bool) -> None:
     """Encodes and appends all rows that the files lack."""
     forecast_at = files.next + FORECAST_IMAGES
@@ -136,9 +151,18 @@ def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet
         total=files.length, initial=files.next, desc=planned.split, unit=" images", smoothing=0.05, bar_format=form,
         mininterval=seconds, disable=not progress,
     )  # fmt: skip
+    run = 0  # of skipped rows
     with bar, closing(encode_chunks(images, job, files.next, workers)) as chunks:
         for chunk in chunks:
+            for row in range(chunk.start, chunk.next):
+                run = run + 1 if row in chunk.skipped else 0
             files.append(chunk)
+            if run > LONGEST_RUN and len(files.skipped) > LARGEST_SKIPPED * files.next:
+                raise DataError(
+                    f"{run} images in a row do not decode, up to {planned.entries[chunk.next - 1]}: "
+                    f"{chunk.skipped[chunk.next - 1]}. That is rarely chance. Check the source, and "
+                    "remove images that are damaged; the same command tries them again and continues"
+                )
             bar.set_postfix_str(byte_words(files.data_bytes), refresh=False)
             bar.update(chunk.next - chunk.start)
             if chunk.start < forecast_at <= chunk.next < files.length:
@@ -196,8 +220,8 @@ def _identity(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _finished_manifest(manifest_path: Path, planned: Manifest) -> Manifest | None:
-    """The manifest of a finished split of the same configuration, if there is one."""
+def _finished_manifest(manifest_path: Path, planned: Manifest, decodes: Callable[[int], bool]) -> Manifest | None:
+    """The manifest of a finished split of the same configuration; None if a skipped image ``decodes`` now."""
     if not manifest_path.exists():
         return None
     manifest = Manifest.load(manifest_path)
@@ -213,13 +237,20 @@ def _finished_manifest(manifest_path: Path, planned: Manifest) -> Manifest | Non
                 f"{path} has {len(found.bytes)} bytes and {len(found.rows)} images; {manifest_path} says {file.bytes} "
                 f"and {manifest.count}. {remedy}"
             )
+    skipped = {image.entry for image in manifest.skipped}
+    rows = [row for row, entry in enumerate(planned.entries) if entry in skipped and decodes(row)]
+    if rows:
+        print(
+            f"{planned.entries[rows[0]]} was skipped and decodes now ({len(rows)} in all): the split is written again"
+        )
+        return None
     return manifest
 
 
 def _summary(path: Path, manifest: Manifest) -> str:
     files, skipped = len(manifest.files), len(manifest.skipped)
+    damaged = f"; skipped {skipped:,} damaged image{'s' * (skipped > 1)}, which it lists" if skipped else ""
     return (
         f"{path}: {manifest.count:,} images of {len(manifest.classes):,} classes in {files} file{'s' * (files > 1)}, "
-        f"{byte_words(sum(file.bytes for file in manifest.files))}"
-        + (f"; skipped {skipped:,} unreadable images, which it lists" if skipped else "")
+        f"{byte_words(sum(file.bytes for file in manifest.files))}{damaged}"
     )
