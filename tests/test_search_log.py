@@ -46,7 +46,7 @@ def test_a_search_is_repeated_from_another_runs_times(
     lines = read_lines(tmp_path / "first" / SEARCHES)
     times = [line["answer"] for line in lines if line["probe"]["kind"] == "seconds"]
     assert len(set(times)) == len(times) > 2 and min(times) > 0  # measured
-    # The last of four stages has nothing to choose; nor have others, if the times of this run chose the whole net early.
+    # The last of four stages has nothing to choose. Nor have others, if the measured times chose the whole net early.
     assert 1 <= len([line for line in lines if "chosen" in line]) <= 3
 
     def measured(prober, probe, plan):
