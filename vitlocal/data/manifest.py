@@ -14,6 +14,7 @@ from typing import Any
 
 from vitlocal.data.beton import MappedFile
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.jsonl import replacing
 
 VERSION = 1
 FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_(?P<format>raw|jpg)\.beton")
@@ -66,15 +67,11 @@ class Manifest:
     entries: tuple[str, ...]
 
     def save(self, path: Path) -> None:
-        """Writes the file atomically: under another name, flushed to disk, then renamed."""
+        """Writes the file as a whole or not at all, and the folder's entry of it to disk."""
         members = {"version": VERSION, **asdict(self)}
         lines = ",\n".join(f"{json.dumps(name)}: {_dump(value)}" for name, value in members.items())
-        temporary = path.with_name(f".{path.name}.writing")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with replacing(path) as file:
             file.write(f"{{\n{lines}\n}}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         flush_folder(path.parent)
 
     @classmethod

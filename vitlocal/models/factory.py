@@ -3,7 +3,6 @@
 import difflib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import replacing
 from vitlocal.models.positions import resample_positions
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.vit import VisionTransformer
@@ -93,13 +93,9 @@ def export_model(
 def write_weights(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
     """Writes a model's weights and ``metadata`` as a safetensors file; the whole file or none."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
+    with replacing(path, "wb", sync=False) as file:
         # save_file() would make a file that only its owner can read.
-        temporary.write_bytes(save(weights, {"format": "pt", **metadata}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        file.write(save(weights, {"format": "pt", **metadata}))
 
 
 def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> list[str]:
