@@ -49,6 +49,8 @@ class FakeImages:
         act = self.acts.get(index)
         if act == "unreadable":
             raise UndecodableImage(f"{self.entry(index)}: cut off after 12 bytes; restore it")
+        if act == "cut off":
+            raise OSError("image file is truncated")
         if act == "absent":
             raise DataError(f"{self.entry(index)} cannot be read: Stale file handle")
         if act == "bug":

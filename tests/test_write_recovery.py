@@ -78,6 +78,14 @@ def test_skipped_images_are_tried_again(tmp_path: Path, reference: dict[str, byt
     assert contents(tmp_path) == reference
 
 
+def test_errors_of_a_decoder_are_not_errors_of_a_disk(tmp_path: Path) -> None:
+    """Pillow raises OSError too, without a number. Such images are skipped, and tried again without an error."""
+    images = FakeImages(40, acts={3: "cut off"})
+    manifest = write(write_config(tmp_path, on_error="skip"), images, progress=False)
+    assert [image.reason for image in manifest.skipped] == ["image file is truncated"]
+    assert write(write_config(tmp_path, on_error="skip"), images, progress=False) == manifest
+
+
 def test_a_long_run_of_skipped_images_stops_the_write(tmp_path: Path) -> None:
     """A few damaged images in a row are skipped. More than a hundred, and one in a hundred, are not chance."""
     few = FakeImages(300, size=(8, 8), acts=dict.fromkeys(range(20, 110), "unreadable"))

@@ -29,7 +29,6 @@ EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
 StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
-UNDECODABLE = (UndecodableImage, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,10 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
             break
         try:
             stored = encode_image(images, index, job, encoder)
-        except (*UNDECODABLE, DataError, OSError) as error:
+        except (DataError, OSError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             reason = reason.removeprefix(f"{images.entry(index)}: ")
-            undecodable = isinstance(error, UNDECODABLE) or (isinstance(error, OSError) and error.errno is None)
+            undecodable = isinstance(error, UndecodableImage)
             if undecodable and job.skip:
                 skipped[index] = reason
                 continue
@@ -167,7 +166,16 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
 
 
 def encode_image(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
-    """The image as each file stores it. Raises the errors of reading and decoding."""
+    """The image as each file stores it. UndecodableImage if it does not decode, else the error of reading it."""
+    try:
+        return _encode(images, index, job, encoder)
+    except (ValueError, SyntaxError, Image.DecompressionBombError, OSError) as error:  # what decoders raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system failed, not a decoder
+        raise UndecodableImage(str(error) or type(error).__name__) from error
+
+
+def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     if images.holds_files:
         data = images.read(index)
         photo = encoder.inspect(data)

@@ -21,9 +21,9 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import ImageSet
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import ROW, DecoderThreads, Encoder
-from vitlocal.data.writer.encode import UNDECODABLE, EncodeJob, encode_image
+from vitlocal.data.writer.encode import EncodeJob, encode_image
 from vitlocal.data.writer.journal import byte_words
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, UndecodableImage
 from vitlocal.write_options import PLAN_NAME, JpegForm
 
 MARGIN = 1.2  # the loader should be this much faster than the trainer
@@ -143,7 +143,7 @@ def _encode_some(images: ImageSet, files: Sequence[BetonFile]) -> list[tuple[np.
     for index in np.random.default_rng(0).permutation(len(images))[:IMAGES].tolist():
         try:
             forms = encode_image(images, index, job, encoder)
-        except UNDECODABLE as error:
+        except UndecodableImage as error:
             problem = error
             continue
         for place, ((mode, width, height), data) in enumerate(forms):

@@ -25,9 +25,9 @@ from vitlocal.data.costs import ensure_costs
 from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.manifest import BetonFile, Manifest, Skipped, SourceInfo, work_name
 from vitlocal.data.native import Encoder
-from vitlocal.data.writer.encode import UNDECODABLE, EncodeJob, encode_chunks, encode_image
+from vitlocal.data.writer.encode import EncodeJob, encode_chunks, encode_image
 from vitlocal.data.writer.journal import SplitFiles, byte_words, difference
-from vitlocal.errors import ConfigError, DataError, Interrupted
+from vitlocal.errors import ConfigError, DataError, Interrupted, UndecodableImage
 from vitlocal.machine import cores
 from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 
@@ -138,7 +138,7 @@ def _decodes(images: ImageSet, job: EncodeJob, row: int) -> bool:
     """Whether an image that was skipped decodes now. DataError if its file cannot be read."""
     try:
         encode_image(images, row, job, Encoder())
-    except UNDECODABLE:
+    except UndecodableImage:
         return False
     return True
 
