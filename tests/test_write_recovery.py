@@ -20,6 +20,7 @@ import pytest
 from fake_images import SLOW_SECONDS, FakeImages, commit_often, contents, finished_names, write_config
 
 from vitlocal.data import native
+from vitlocal.data.manifest import Manifest
 from vitlocal.data.writer import encode, journal
 from vitlocal.data.writer import write as write_module
 from vitlocal.data.writer.write import write
@@ -75,6 +76,25 @@ def test_skipped_images_are_tried_again(tmp_path: Path, reference: dict[str, byt
     assert contents_of_files(tmp_path) == before
     assert "ant/30.png was skipped and decodes now" in capsys.readouterr().out
     write(write_config(tmp_path, on_error="skip"), FakeImages(60), progress=False)
+    assert contents(tmp_path) == reference
+
+
+def test_complete_files_are_published_before_skipped_images_are_tried(
+    tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the names of the files and the manifest. Meanwhile the skipped image was repaired."""
+
+    class Killed(Exception):
+        pass
+
+    def save(manifest: Manifest, path: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Manifest, "save", save)
+        write(write_config(tmp_path, on_error="skip"), FakeImages(60, acts={30: "unreadable"}), progress=False)
+    assert write(write_config(tmp_path, on_error="skip"), FakeImages(60), progress=False).count == 59
+    assert write(write_config(tmp_path, on_error="skip"), FakeImages(60), progress=False).count == 60
     assert contents(tmp_path) == reference
 
 

@@ -167,9 +167,15 @@ class SplitFiles:
                         f"{self.work} is an interrupted write of another configuration ({what}). "
                         "Repeat that command, remove the folder to start over, or use another --out."
                     )
-                self._journal_end = file.tell()
+                ends = [file.tell()]  # of the head, and of what follows it
                 while (line := _line(file)) is not None and self._replay_block(line, file):
-                    self._journal_end = file.tell()
+                    ends.append(file.tell())
+                kept = len(ends)
+                if not self.sealed:  # else the files may have their names already
+                    again = (n for n, block in enumerate(self._blocks) if any(map(self._decodes, block.skipped)))
+                    kept = next(again, kept)
+                del self._blocks[kept:]
+                self._journal_end = ends[kept - 1]
         self._journaled = len(self._blocks)
         os.ftruncate(self._journal, self._journal_end)
         if head is None:
@@ -184,8 +190,6 @@ class SplitFiles:
         payload = file.read(len(self.files) * count * STORED_ROW.itemsize)
         # A failed write may omit a block; later blocks are then useless.
         if line["start"] != self.next or zlib.crc32(payload) != line["crc32"]:
-            return False
-        if any(self._decodes(row) for row, _ in line["skipped"]):
             return False
         rows = np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count)
         ends, checksums = tuple(line["ends"]), tuple(line["checksums"])
