@@ -294,7 +294,7 @@ class Trainer:
         self._changed = True
         self._meter.read(clock.step)
         last = clock.spent
-        for model in (state.model, self.evaluator.model):
+        for model in dict.fromkeys((state.model, self.evaluator.model)):  # often the same
             self._ranks.share_buffers(model.buffers())
         with clock.timer.paused():
             accuracy = None
