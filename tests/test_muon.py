@@ -103,3 +103,23 @@ def test_drop_path_moves_where_it_lies():
     model.set_drop_path(0.1)
     torch.testing.assert_close(model.drop_path_rates, torch.tensor([0.0, 0.05, 0.1]))
     assert model.drop_path_rates.data_ptr() == where
+
+
+def test_one_by_one_convolutions_are_matrices():
+    generator = torch.Generator().manual_seed(3)
+    linear, conv = nn.Linear(6, 4, bias=False), nn.Conv2d(6, 4, 1, bias=False)
+    conv.weight.data.copy_(linear.weight.data[:, :, None, None])
+    for module in (linear, conv):
+        optimizer = Muon([module.weight], {}, lr=0.1, momentum=0.9, weight_decay=0.01)
+        generator.manual_seed(3)
+        for _ in range(3):
+            module.weight.grad = torch.randn(4, 6, generator=generator).view_as(module.weight)
+            optimizer.step()
+    assert torch.equal(conv.weight[:, :, 0, 0], linear.weight)
+
+
+def test_muon_gets_localvits_feed_forward():
+    model, _ = build_model("vitlocal_localvit_tiny_patch8_64", {"depth": 1}, 10)
+    names = set(block_matrices(model))
+    assert {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "blocks.0.mlp.se.reduce.weight"} <= names
+    assert "blocks.0.mlp.conv.weight" not in names  # depth-wise: no matrix

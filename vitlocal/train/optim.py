@@ -41,9 +41,9 @@ def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum (Nesterov) whose matrices are orthogonalized before each update, with decoupled weight decay.
 
-    Matrices of one shape are orthogonalized together in batched products. ``parts`` maps the identity of a parameter to
-    the number of matrices that it stacks by rows (3 for queries, keys and values). ``precision`` is the type of the
-    products.
+    Matrices of one shape are orthogonalized together in batched products. A 1×1 convolution is a matrix. ``parts`` maps
+    the identity of a parameter to the number of matrices that it stacks by rows (3 for queries, keys and values).
+    ``precision`` is the type of the products.
     """
 
     def __init__(
@@ -75,12 +75,15 @@ class Muon(torch.optim.Optimizer):
         for p, direction in zip(parameters, directions, strict=True):
             parts = self.parts.get(id(p), 1)
             for target, matrix in zip(p.chunk(parts), direction.chunk(parts), strict=True):
-                by_shape.setdefault(tuple(matrix.shape), []).append((target, matrix))
+                by_shape.setdefault(tuple(matrix.shape[:2]), []).append((target, matrix.flatten(1)))
         for shape, members in by_shape.items():
             stacked = torch.stack([matrix for _, matrix in members])  # (M, R, C)
             updates = orthogonalized(stacked, self.precision)
             scale = -lr * UPDATE_RMS * max(shape) ** 0.5
-            torch._foreach_add_([target for target, _ in members], list(updates.to(stacked.dtype)), alpha=scale)
+            changes = [
+                update.view_as(target) for update, (target, _) in zip(updates.to(stacked.dtype), members, strict=True)
+            ]
+            torch._foreach_add_([target for target, _ in members], changes, alpha=scale)
 
 
 class CombinedOptimizer:
@@ -141,12 +144,19 @@ def build_optimizer(
 
 
 def block_matrices(model: nn.Module) -> dict[str, Any]:
-    """The weights of the linear layers in the model's blocks, by name."""
+    """The weights of the linear layers and 1×1 convolutions in the model's blocks, by name."""
     return {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if "blocks." in name and isinstance(module, nn.Linear) and module.weight.requires_grad
+        if "blocks." in name and _is_matrix(module) and module.weight.requires_grad
     }
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether the module multiplies its input by one matrix, which is its weight."""
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Callable[[nn.Parameter], dict[str, Any]]:
