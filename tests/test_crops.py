@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference_boxes import _scramble, crop_key, random_box
+from timm.data import create_transform
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, CropPolicy, centre_box, cut
+from vitlocal.data.crops import REPEAT_SHIFT, ROW_MASK, Box, CropPolicy, cut
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.random_keys import integers
 
@@ -31,9 +32,7 @@ def test_native_boxes_are_bit_identical(height: int, width: int):
     policy = native_policy(cropping, 7)
     for draw in [*range(300), 12 | 3 << REPEAT_SHIFT]:
         mine = random_box(5, 7, draw, height, width, cropping.scale, cropping.ratio, cropping.flip)
-        assert native_box(policy, draw, height, width) == mine
-    central = native_policy(CropPolicy(random=False, centre=0.875), 0)
-    assert native_box(central, 0, height, width) == centre_box(height, width, 0.875)
+        assert native_box(policy, draw, height, width, 224) == mine
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 250)])
@@ -76,10 +75,27 @@ def test_integers_have_the_keys_of_crops():
     ]
 
 
+def centre_box(height: int, width: int, size: int, crop_pct: float) -> Box:
+    return native_box(native_policy(CropPolicy(random=False, centre=crop_pct), 0), 0, height, width, size)
+
+
 def test_the_centre_crop():
-    assert centre_box(256, 256, 0.875) == Box(16, 16, 224, 224)
-    assert centre_box(256, 341, 0.875) == Box(16, 58.5, 224, 224)
-    assert centre_box(64, 64, 1.0) == Box(0, 0, 64, 64)
+    assert centre_box(256, 256, 224, 0.875) == Box(16, 16, 224, 224, reach=1)
+    assert centre_box(256, 341, 224, 0.875) == Box(16, 58, 224, 224, reach=1)  # 58.5, rounded to even
+    assert centre_box(512, 512, 224, 0.875) == Box(32, 32, 448, 448, reach=2)
+    assert centre_box(64, 64, 64, 1.0) == Box(0, 0, 64, 64, reach=1)
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [(64, 0.875), (96, 0.9), (224, 0.875), (32, 1.0), (60, 0.95)])
+@pytest.mark.parametrize("shape", [(64, 64), (375, 500), (500, 333), (301, 299), (90, 1000)])
+def test_the_centre_crop_is_timms(size: int, crop_pct: float, shape: tuple[int, int]):
+    pixels = np.random.default_rng(size).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    theirs = create_transform(size, crop_pct=crop_pct, interpolation="bilinear", normalize=False)(image).numpy()
+    ours = np.asarray(cut(image, centre_box(*shape, size, crop_pct), size)).transpose(2, 0, 1)
+    different = np.abs(ours.astype(int) - theirs)
+    # Pillow stores boxes in float32, so the last bits of weights differ.
+    assert different.max() <= 2 and different.mean() < 0.2
 
 
 def test_cut_takes_the_box_and_flips_it():

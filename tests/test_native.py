@@ -13,8 +13,19 @@ from PIL import Image
 from reference_boxes import random_box
 
 from vitlocal.data.beton import ALLOCATION
-from vitlocal.data.crops import Box, CropPolicy, centre_box, cut
-from vitlocal.data.native import AS_RAW, EIGHTH, FORM, FULL, ROW, DecoderThreads, Encoder, library, native_policy
+from vitlocal.data.crops import Box, CropPolicy, cut
+from vitlocal.data.native import (
+    AS_RAW,
+    EIGHTH,
+    FORM,
+    FULL,
+    ROW,
+    DecoderThreads,
+    Encoder,
+    library,
+    native_box,
+    native_policy,
+)
 from vitlocal.errors import DataError
 
 SHAPES = [(117, 160), (48, 64), (5, 3), (1, 1), (375, 500), (170, 256), (200, 17), (31, 33)]  # height, width
@@ -157,7 +168,9 @@ def test_every_number_of_threads_gives_the_same_bytes(photos):
 def test_the_centre(photos, threads):
     stored = raw(photos)
     crops, _ = stored.decode(48, threads, CropPolicy(random=False, centre=0.75), draws=range(len(photos)))
-    references = [np.asarray(cut(image, centre_box(image.height, image.width, 0.75), 48)) for image in photos]
+    policy = native_policy(CropPolicy(random=False, centre=0.75), 0)
+    boxes = [native_box(policy, 0, image.height, image.width, 48) for image in photos]
+    references = [np.asarray(cut(image, box, 48)) for image, box in zip(photos, boxes, strict=True)]
     assert difference(crops, np.stack(references)).max() <= 1
 
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from vitlocal.data.beton import MappedFile
-from vitlocal.data.crops import CropPolicy, centre_box, cut
+from vitlocal.data.crops import CropPolicy, cut
 from vitlocal.data.loader import Loader, LoaderResources, NativeSource
 from vitlocal.data.manifest import Manifest, load_manifest
+from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.writer.verify import verify
@@ -155,7 +156,8 @@ def test_validation_is_in_order_and_central(folder: Path, shared):
     field = file.rows[row]
     height, width = int(field["height"]), int(field["width"])
     stored = file.bytes[int(field["offset"]) :][: height * width * 3].reshape(height, width, 3)
-    expected = np.asarray(cut(Image.fromarray(stored), centre_box(height, width, 1.0), 96))
+    box = native_box(native_policy(CropPolicy(random=False, centre=1.0), 0), 0, height, width, 96)
+    expected = np.asarray(cut(Image.fromarray(stored), box, 96))
     assert np.abs(batches[0][0][row].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 

@@ -14,8 +14,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.data.augment import Normalize
-from vitlocal.data.crops import centre_box, cut
+from vitlocal.data.crops import CropPolicy, cut
 from vitlocal.data.images import decode_rgb
+from vitlocal.data.native import native_box, native_policy
 from vitlocal.errors import ConfigError, run_command
 
 
@@ -35,13 +36,15 @@ class Predictor:
         description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.class_names: list[str] = description["label_names"]
         self.size: int = description["pretrained_cfg"]["input_size"][1]
-        self.crop_pct: float = description["pretrained_cfg"]["crop_pct"]
+        crops = CropPolicy(random=False, centre=description["pretrained_cfg"]["crop_pct"])
+        self._policy = native_policy(crops, epoch=0)
         self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, count: int = 5) -> list[tuple[str, float]]:
         """Returns the ``count`` most probable classes of an RGB image with their probabilities, best first."""
-        crop = cut(image, centre_box(image.height, image.width, self.crop_pct), self.size)
+        box = native_box(self._policy, 0, image.height, image.width, self.size)
+        crop = cut(image, box, self.size)
         pixels = Normalize()(pil_to_tensor(crop)[None])  # (1, 3, S, S)
         logits = self.model(pixels.contiguous(memory_format=torch.channels_last))
         best = logits.softmax(1)[0].topk(min(count, len(self.class_names)))

@@ -31,7 +31,7 @@ class CropPolicy:
     ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of the box
     flip: float = 0.5  # probability
     repeats: int = 1  # how often a row follows itself in an epoch
-    centre: float = 0.875  # side of the centre crop, as a fraction of the short edge
+    centre: float = 0.875  # timm's crop_pct: size of the centre crop, as a fraction of the resized short edge
 
     def draws(self, count: int, epoch: int, start: int = 0, rows: np.ndarray | None = None) -> np.ndarray:
         """The draws of an epoch over ``count`` rows, in order, from place ``start``: (n,) int64.
@@ -61,18 +61,13 @@ class Box:
     height: float
     width: float
     flipped: bool = False
+    reach: float = 0.0  # pixels around the box that the filter reads too
 
     def pixels(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The whole pixels of an image that it covers, at least one: top, left, bottom and right."""
-        top, left = math.floor(self.top), math.floor(self.left)
-        bottom = max(min(math.ceil(self.top + self.height), height), top + 1)
-        return top, left, bottom, max(min(math.ceil(self.left + self.width), width), left + 1)
-
-
-def centre_box(height: int, width: int, part: float) -> Box:
-    """The central square with a side of ``part`` x the short edge."""
-    side = part * min(height, width)
-    return Box((height - side) / 2, (width - side) / 2, side, side)
+        """The whole pixels of an image that it reaches, at least one: top, left, bottom and right."""
+        top, left = max(math.floor(self.top - self.reach), 0), max(math.floor(self.left - self.reach), 0)
+        bottom = max(min(math.ceil(self.top + self.height + self.reach), height), top + 1)
+        return top, left, bottom, max(min(math.ceil(self.left + self.width + self.reach), width), left + 1)
 
 
 def cut(image: Image.Image, box: Box, size: int) -> Image.Image:

@@ -28,7 +28,9 @@ POLICY = np.dtype(
     [("kind", "i8"), ("seed", "i8"), ("epoch", "i8"), ("scale", "f8", 2), ("ratio", "f8", 2), ("flip", "f8"),
      ("centre", "f8")]
 )  # fmt: skip
-_BOX = np.dtype([("top", "f8"), ("left", "f8"), ("height", "f8"), ("width", "f8"), ("flipped", "i4")], align=True)
+_BOX = np.dtype(
+    [*((name, "f8") for name in ("top", "left", "height", "width", "reach")), ("flipped", "i4")], align=True
+)
 PHOTO = np.dtype([("width", "u4"), ("height", "u4"), ("upright", "u4"), ("plain", "u4"), ("keepable", "u4")])
 FORM = np.dtype(
     [("width", "u4"), ("height", "u4"), ("kind", "u4"), ("quality", "u4"), ("sampling", "u4"), ("padding", "u4"),
@@ -55,7 +57,7 @@ _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n 
     "encoder_free": (None, "a"),
     "inspect": (_INT, "abna"),
     "encode": (_INT, "abnannanaa"),
-    "box": (None, "annna"),
+    "box": (None, "annnna"),
     "instructions": (_INT, "i"),
 }
 
@@ -80,12 +82,12 @@ def native_policy(crops: CropPolicy, epoch: int, kind: int | None = None) -> np.
     return np.array([(kind, crops.seed, epoch, crops.scale, crops.ratio, crops.flip, crops.centre)], POLICY)
 
 
-def native_box(policy: np.ndarray, draw: int, height: int, width: int) -> Box:
-    """The box that is cut from an image of ``height`` x ``width`` px."""
+def native_box(policy: np.ndarray, draw: int, height: int, width: int, size: int) -> Box:
+    """The box that is cut from an image of ``height`` x ``width`` px for a crop of ``size`` px."""
     box = np.zeros(1, _BOX)
-    library().vitlocal_box(policy.ctypes.data, draw, height, width, box.ctypes.data)
-    top, left, height_, width_, flipped = box[0].item()
-    return Box(top, left, height_, width_, bool(flipped))
+    library().vitlocal_box(policy.ctypes.data, draw, height, width, size, box.ctypes.data)
+    *edges, reach, flipped = box[0].item()
+    return Box(*edges, bool(flipped), reach)
 
 
 class DecoderThreads:

@@ -51,7 +51,7 @@ static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const stru
     const uint8_t *data = b->file + row->offset;
     struct region region = {data, (size_t)width * 3, 0, 0, height, width, 1};
     struct box box;
-    vitlocal_box(b->policy, draw, height, width, &box);
+    vitlocal_box(b->policy, draw, height, width, b->size, &box);
     if (!row->raw) {
         const enum status status = jpeg_decode(jpeg, data, row->bytes, height, width, &box, b->size, b->most_reduction,
                                                &region);
@@ -60,6 +60,7 @@ static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const stru
         box.left = box.left / region.reduction - region.left;
         box.height /= region.reduction;
         box.width /= region.reduction;
+        box.reach /= region.reduction;
     }
     return resize(resizer, &region, &box, TRIANGLE, b->size, b->size, b->crops + (size_t)place * crop_bytes(b));
 }

@@ -27,6 +27,7 @@ static void random_box(const struct policy *p, int64_t draw, double height, doub
     const double shape = width / height;
     const double log_low = log(p->ratio_low), log_high = log(p->ratio_high);
     box->flipped = uniform(key, 0) < p->flip;
+    box->reach = 0; /* RandomResizedCrop cuts first and resizes then */
     for (uint64_t attempt = 0; attempt < ATTEMPTS; attempt++) {
         const double area = p->scale_low + (p->scale_high - p->scale_low) * uniform(key, 4 * attempt + 1);
         const double ratio = exp(log_low + (log_high - log_low) * uniform(key, 4 * attempt + 2));
@@ -46,16 +47,27 @@ static void random_box(const struct policy *p, int64_t draw, double height, doub
     box->top = (height - box->height) / 2;
 }
 
-void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, struct box *box) {
+/* timm's evaluation: Resize(floor(size / crop_pct)) and CenterCrop(size) of torchvision. They round to whole pixels of the
+ * resized image. Its filter also reads around the crop. */
+static void centre_box(const struct policy *p, double height, double width, double size, struct box *box) {
+    const double edge = floor(size / p->centre);
+    const double tall = height <= width ? edge : floor(edge * height / width);
+    const double across = height <= width ? floor(edge * width / height) : edge;
+    box->top = rint((tall - size) / 2) * height / tall;
+    box->left = rint((across - size) / 2) * width / across;
+    box->height = size * height / tall;
+    box->width = size * width / across;
+    box->reach = fmax(1, fmax(height / tall, width / across));
+    box->flipped = 0;
+}
+
+void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, int64_t size,
+                  struct box *box) {
     if (policy->kind == RANDOM) {
         random_box(policy, draw, (double)height, (double)width, box);
     } else if (policy->kind == WHOLE) {
-        *box = (struct box){0, 0, (double)height, (double)width, 0};
+        *box = (struct box){0, 0, (double)height, (double)width, 0, 0};
     } else {
-        const double side = policy->centre * (double)(height < width ? height : width);
-        box->top = ((double)height - side) / 2;
-        box->left = ((double)width - side) / 2;
-        box->height = box->width = side;
-        box->flipped = 0;
+        centre_box(policy, (double)height, (double)width, (double)size, box);
     }
 }

@@ -70,7 +70,7 @@ static enum status compress(struct encoder *encoder, const struct region *pixels
 static enum status store(struct encoder *encoder, const struct region *full, const struct form *form) {
     struct region pixels = *full;
     if (form->width != (uint32_t)full->width || form->height != (uint32_t)full->height) {
-        const struct box whole = {0, 0, full->height, full->width, 0};
+        const struct box whole = {0, 0, full->height, full->width, 0, 0};
         const size_t across = (size_t)form->width * 3;
         if (!hold(&encoder->small, &encoder->small_bytes, across * form->height)) return NO_MEMORY;
         pixels = (struct region){encoder->small, across, 0, 0, (int)form->height, (int)form->width, 1};
@@ -107,7 +107,7 @@ EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t
             const int shorter = (int)(forms[i].width < forms[i].height ? forms[i].width : forms[i].height);
             largest = shorter > largest ? shorter : largest;
         }
-        const struct box whole = {0, 0, (double)height, (double)width, 0};
+        const struct box whole = {0, 0, (double)height, (double)width, 0, 0};
         const enum status status = jpeg_decode(&encoder->jpeg, data, (size_t)bytes, (int)height, (int)width, &whole,
                                                2 * largest, 8, &full);
         if (status != OK) return (int)status;

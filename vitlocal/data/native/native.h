@@ -34,22 +34,25 @@ struct policy {
     double scale_low, scale_high; /* area of the box, as a fraction of the image */
     double ratio_low, ratio_high; /* width : height */
     double flip;                  /* probability */
-    double centre;                /* side of the central square, as a fraction of the short edge */
+    double centre;                /* size of the central crop, as a fraction of the resized short edge */
 };
 
 struct box {
     double top, left, height, width;
+    double reach; /* pixels around the box that the filter reads too */
     int32_t flipped;
 };
 
-/* The whole pixels in [0, height) x [0, width) that a box covers at 1/reduction. There is at least one. */
+/* The whole pixels in [0, height) x [0, width) that a box reaches at 1/reduction. There is at least one. */
 struct window {
     int top, left, bottom, right;
 };
 static inline struct window window_of(const struct box *box, int reduction, int height, int width) {
     struct window w = {
-        (int)floor(box->top / reduction), (int)floor(box->left / reduction),
-        (int)ceil((box->top + box->height) / reduction), (int)ceil((box->left + box->width) / reduction),
+        (int)floor((box->top - box->reach) / reduction),
+        (int)floor((box->left - box->reach) / reduction),
+        (int)ceil((box->top + box->height + box->reach) / reduction),
+        (int)ceil((box->left + box->width + box->reach) / reduction),
     };
     w.top = w.top < 0 ? 0 : w.top > height - 1 ? height - 1 : w.top;
     w.left = w.left < 0 ? 0 : w.left > width - 1 ? width - 1 : w.left;
@@ -66,7 +69,8 @@ struct row { /* of a .beton file */
 };
 
 /* crops.c */
-EXPORT void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, struct box *box);
+EXPORT void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int64_t width, int64_t size,
+                         struct box *box);
 
 struct region { /* a part of an image, at 1/reduction */
     const uint8_t *pixels;

@@ -83,7 +83,7 @@ class DALISource(OriginalsSource):
         if not hasattr(self.local, "images"):
             self.local.images = copy.copy(self.images)
         data, height, width = dali_bytes(self.local.images, int(self.numbers[draw & ROW_MASK]))
-        box = native_box(native_policy(self.crops, epoch), draw, height, width)
+        box = native_box(native_policy(self.crops, epoch), draw, height, width, size)
         top, left, bottom, right = box.pixels(height, width)
         return (
             np.frombuffer(data, np.uint8),

@@ -42,7 +42,7 @@ class CropDataset(Dataset):
             image = self.images.load(index)
         except DataError as error:
             return error
-        box = native_box(native_policy(self.crops, epoch), draw, image.height, image.width)
+        box = native_box(native_policy(self.crops, epoch), draw, image.height, image.width, size)
         return np.asarray(cut(image, box, size)), int(self.images.labels[index]), row
 
 
