@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import multiprocessing.pool
 import os
 import pickle
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,29 @@ def check_set(source: ImageSet, spec: str) -> None:
     assert copy.read(1) == source.read(1) and copy.entry(1) == source.entry(1)
     with pytest.raises(IndexError):
         source.read(len(source))
+
+
+WNIDS = ("n01440764", "n01443537", "n02084071")
+
+
+def photo(k: int) -> bytes:
+    """A JPEG whose colour identifies its row."""
+    return encode_colour((k * 7 % 256, k * 31 % 256, k * 3 % 256), format="JPEG", quality=95)
+
+
+def read_in_child(source: ImageSet, index: int) -> bytes:
+    return source.read(index)
+
+
+def make_folder(root: Path, split: str = "train", per_class: int = 3, classes=WNIDS) -> None:
+    for label, wnid in enumerate(classes):
+        folder = root / split / wnid
+        folder.mkdir(parents=True)
+        for k in range(per_class):
+            (folder / f"{wnid}_{k}.JPEG").write_bytes(photo(label * per_class + k))
+
+
+def fork_pool() -> multiprocessing.pool.Pool:
+    with warnings.catch_warnings():  # Python 3.12 warns of forks in a process with threads
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return multiprocessing.get_context("fork").Pool(2)

@@ -5,7 +5,7 @@ any row at random, and can be pickled to worker processes, which open its files 
 """
 
 from vitlocal.data.images.find import open_images, resolve_source
-from vitlocal.data.images.image_set import ImageSet
+from vitlocal.data.images.image_set import ImageSet, SourceChoice
 from vitlocal.data.images.pixels import decode_rgb
 
-__all__ = ["ImageSet", "decode_rgb", "open_images", "resolve_source"]
+__all__ = ["ImageSet", "SourceChoice", "decode_rgb", "open_images", "resolve_source"]

@@ -2,18 +2,36 @@
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from vitlocal.data.images.folder import FolderImages
-from vitlocal.data.images.image_set import KINDS, ImageSet, known_split, split_folder
-from vitlocal.data.images.parquet import ParquetImages, shards_by_split
+import numpy as np
+
+from vitlocal.data.images.classes import require_known_classes, with_classes
+from vitlocal.data.images.folder import FolderImages, folder_classes
+from vitlocal.data.images.image_set import KINDS, NO_CHOICE, ImageSet, SourceChoice, known_split, listed, split_folder
+from vitlocal.data.images.parquet import ParquetImages, has_shards, parquet_classes
 from vitlocal.data.images.sample import IMAGES_PER_CLASS, SampleImages
-from vitlocal.data.images.tars import TarImages
+from vitlocal.data.images.tars import TarImages, has_tars, tar_classes
 from vitlocal.data.images.torchvision import open_torchvision
 from vitlocal.errors import ConfigError
 
 SOURCE_VARIABLE = "IMAGENET_DIR"
 DEFAULT_SOURCE = "data/source"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to read a folder in one format. Both functions take the folder, the split and the choice."""
+
+    open: Callable[[Path, str, SourceChoice], ImageSet]  # ConfigError if the split is missing
+    classes: Callable[[Path, str, SourceChoice], tuple[str, ...] | None]  # of a split; None: there is no such split
+
+
+FOLDERS = Format(FolderImages, folder_classes)
+TARS = Format(TarImages, tar_classes)
+PARQUET = Format(ParquetImages, parquet_classes)
 
 
 def resolve_source(spec: str | None) -> str:
@@ -28,42 +46,64 @@ def resolve_source(spec: str | None) -> str:
     )
 
 
-def open_images(spec: str | None, split: str) -> ImageSet:
+def open_images(spec: str | None, split: str, choice: SourceChoice = NO_CHOICE) -> ImageSet:
     """Opens the `split` ('train', 'val' or an alias) of the source `spec`; None: that of `resolve_source`.
 
-    Raises ConfigError with what was found and the remedy if there is no such source or split, or if it is empty.
+    The classes are those of the choice, else those of the training split. Raises ConfigError with what was found and
+    the remedy if there is no such source or split, if it is empty, or if another split of it cannot be used with it.
     """
     spec = resolve_source(spec)
     split = known_split(split) or split
     kind, _, rest = spec.partition(":")
+    others: tuple[str, ...] | None = None  # the classes of the other split
     if kind == "sample":
         match = re.fullmatch(r"sample(?::([1-9]\d*)(?::(\d+))?)?", spec)
         if match is None:
             raise ConfigError(f"source '{spec}': expected 'sample', 'sample:N' or 'sample:N:SEED' with whole numbers")
         images: ImageSet = SampleImages(split, int(match[1] or IMAGES_PER_CLASS), int(match[2] or 0))
     elif kind == "torchvision":
-        images = open_torchvision(rest, split)
+        images = open_torchvision(rest, split, choice)
     else:
-        images = _open_folder(spec, split)
+        root, other = _folder(spec), "val" if split == "train" else "train"
+        images = format_of(root, split).open(root, split, choice)
+        # Both splits are looked at before hours are spent on the first.
+        others = format_of(root, other).classes(root, other, choice)
     if not len(images):
         raise ConfigError(f"source '{spec}' has no images in the split '{split}'; name another source")
+    return _with_known_classes(images, split, others, choice)
+
+
+def _with_known_classes(images: ImageSet, split: str, others: tuple[str, ...] | None, choice: SourceChoice) -> ImageSet:
+    """The images with the chosen classes, else those of the training split. ``others``: classes of the other split."""
+    classes = choice.classes or (others if split != "train" else None) or images.classes
+    images = with_classes(images, classes, choice.classes is not None)
+    counts = np.bincount(images.labels, minlength=len(classes))
+    absent = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if split == "train" and choice.classes and absent:
+        raise ConfigError(f"--classes names {len(absent)} classes without images in {images.spec}: {listed(absent, 3)}")
+    if split == "train" and others and not choice.classes:
+        require_known_classes(others, classes, f"source '{images.spec}', split 'val'")
+    if absent:
+        images.notes += (f"{len(absent)} classes have no images in the split '{split}': {listed(absent, 3)}",)
     return images
 
 
-def _open_folder(spec: str, split: str) -> ImageSet:
+def format_of(root: Path, split: str) -> Format:
+    """The format of a split in a folder. Folders and shards come before tars."""
+    folder = split_folder(root, split)
+    if folder is not None and not any(folder.glob("*.parquet")):
+        return FOLDERS
+    if has_shards(root):
+        return PARQUET
+    return TARS if has_tars(root) else FOLDERS
+
+
+def _folder(spec: str) -> Path:
     root = Path(spec).expanduser().absolute()
     if not root.exists():
         raise ConfigError(f"source '{spec}' does not exist; expected {KINDS}")
     if not root.is_dir():
         raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")
-    entries = [entry for entry in os.listdir(root) if not entry.startswith(".")]
-    if not entries:
+    if all(name.startswith(".") for name in os.listdir(root)):
         raise ConfigError(f"source '{root}' is an empty folder; expected {KINDS}")
-    folder = split_folder(root, split)
-    if folder is not None and not any(folder.glob("*.parquet")):
-        return FolderImages(root, split)
-    if shards_by_split(root):
-        return ParquetImages(root, split)
-    if any(re.fullmatch(r"ILSVRC2012_img_\w+\.tar", entry) for entry in entries):
-        return TarImages(root, split)
-    return FolderImages(root, split)
+    return root

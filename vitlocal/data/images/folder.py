@@ -8,13 +8,14 @@ import numpy as np
 
 from vitlocal.data.images.image_set import (
     KINDS,
+    NO_CHOICE,
     SPLIT_NAMES,
     SUFFIXES,
     ImageSet,
+    SourceChoice,
     known_split,
     listed,
     read_file,
-    require_same_classes,
     split_folder,
 )
 from vitlocal.errors import ConfigError
@@ -23,7 +24,7 @@ from vitlocal.errors import ConfigError
 class FolderImages(ImageSet):
     """Images in root/<split>/<class>/, at any depth below the class. Rows are ordered by class, then by path."""
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, choice: SourceChoice = NO_CHOICE) -> None:
         self.spec = str(root)
         folder = split_folder(root, split)
         if folder is None:
@@ -49,10 +50,6 @@ class FolderImages(ImageSet):
             raise ConfigError(
                 f"'{folder}': expected a folder with images for each class, found {problem}; sort them so"
             )
-        for other in ("train", "val"):
-            sibling = split_folder(root, other)
-            if other != split and folder != root and sibling and (others := class_folders(sibling)):
-                require_same_classes(str(folder), self.classes, str(sibling), others)
         self.folder = str(folder)
         self._paths: list[str] = []
         counts = []
@@ -72,6 +69,12 @@ class FolderImages(ImageSet):
 
     def read(self, index: int) -> bytes:
         return read_file(os.path.join(self.folder, self._paths[index]))
+
+
+def folder_classes(root: Path, split: str, choice: SourceChoice) -> tuple[str, ...] | None:
+    """The classes of a split, which may lack images; None without its folder."""
+    folder = split_folder(root, split)
+    return tuple(class_folders(folder)) if folder else None
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -1,14 +1,14 @@
 """The protocol of all image sources, and the names of splits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from vitlocal.data.images.pixels import decode_rgb
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
@@ -19,6 +19,18 @@ KINDS = (
 )
 
 
+class SourceChoice(NamedTuple):
+    """The part of a source to read, if it has several."""
+
+    image: str | None = None  # column of the images; None: found by its name or type
+    label: str | None = None  # column of the labels
+    subset: str | None = None  # configuration of a data set, as Hugging Face calls it; variant of a torchvision set
+    classes: tuple[str, ...] | None = None  # the classes to read, in the order of their labels; None: all of them
+
+
+NO_CHOICE = SourceChoice()
+
+
 @runtime_checkable
 class ImageSet(Protocol):
     """Images with labels. It can be pickled and copied. Files are opened on first use."""
@@ -27,9 +39,19 @@ class ImageSet(Protocol):
     classes: tuple[str, ...]  # names; a label is an index into them
     labels: np.ndarray  # (n,) int64
     holds_files: bool = True  # read() returns the original files; else images are arrays, and load() is faster
+    reads: tuple[str, ...] = ()  # what it reads, if there was a choice: "labels: column 'fine_label'"
+    left_out: Mapping[str, int] = {}  # files that are not read, by reason: {".heic": 3, "hidden": 1}
+    notes: tuple[str, ...] = ()  # sentences about what a user may not expect
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def stamps(self) -> np.ndarray | None:
+        """Bytes and time of modification (ns) of the file that holds each row: (n, 2) int64. None: not from files.
+
+        Rows of an archive have its member's values, rows of a shard the bytes of their row group and its shard's time.
+        """
+        return None
 
     def entry(self, index: int) -> str:
         """The row's name, unique in the set, for messages and manifests."""
@@ -67,14 +89,3 @@ def known_split(name: str) -> str | None:
 def listed(names: Sequence[str], most: int = 6) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "nothing"
-
-
-def require_same_classes(where: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:
-    """Raises ConfigError unless both splits have the same classes, because a label is an index into them."""
-    if set(classes) == set(others):
-        return
-    missing, surplus = sorted(set(others) - set(classes)), sorted(set(classes) - set(others))
-    raise ConfigError(
-        f"{where} and {other} must have the same classes, got {len(classes)} and {len(others)}: "
-        f"only in {where}: {listed(surplus, 3)}; only in {other}: {listed(missing, 3)}; add or remove these"
-    )

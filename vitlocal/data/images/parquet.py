@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from vitlocal.data.images.image_set import (
+    NO_CHOICE,
     SPLIT_NAMES,
     ImageSet,
+    SourceChoice,
     known_split,
     listed,
-    require_same_classes,
     split_folder,
 )
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
@@ -28,7 +29,7 @@ class ParquetImages(ImageSet):
     random order, so write such a source to .beton files before you train on it.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, choice: SourceChoice = NO_CHOICE) -> None:
         shards = shards_by_split(root)
         if not shards.get(split):
             raise ConfigError(
@@ -67,15 +68,6 @@ class ParquetImages(ImageSet):
                 "split often has none)"
             )
         self.classes = tuple(names or map(str, range(high + 1)))
-        if split != "train" and "train" in shards:
-            first = str(shards["train"][0])
-            with _open_shard(first) as file:
-                known = tuple(_columns(file.schema_arrow, first)[2]) or ParquetImages(root, "train").classes
-            if not names and high < len(known):
-                self.classes = known
-            require_same_classes(f"split '{split}'", self.classes, "split 'train'", known)
-            if self.classes != known:
-                raise ConfigError(f"source '{root}': splits '{split}' and 'train' order their classes differently")
         self._shards_and_groups = groups  # of each row group
         self._starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)  # first row of each row group
         self._shard_rows = np.concatenate([[0], np.cumsum([len(part) for part in labels[:-1]])]).astype(np.int64)
@@ -117,6 +109,15 @@ class ParquetImages(ImageSet):
         while len(self._groups) > 1 and sum(kept.nbytes for kept in self._groups.values()) > CACHED_BYTES:
             self._groups.popitem(last=False)
         return column
+
+
+def has_shards(root: Path) -> bool:
+    return bool(shards_by_split(root))
+
+
+def parquet_classes(root: Path, split: str, choice: SourceChoice) -> tuple[str, ...] | None:
+    """The classes of a split; None without its shards."""
+    return ParquetImages(root, split, choice).classes if shards_by_split(root).get(split) else None
 
 
 def shards_by_split(root: Path) -> dict[str, list[Path]]:

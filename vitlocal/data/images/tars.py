@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vitlocal.data.images.image_set import SUFFIXES, ImageSet, listed, require_same_classes
+from vitlocal.data.images.image_set import NO_CHOICE, SUFFIXES, ImageSet, SourceChoice, listed
 from vitlocal.errors import ConfigError, DataError
 
 
@@ -75,7 +75,7 @@ class TarImages(ImageSet):
     unpacked images: by class, then by name.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, choice: SourceChoice = NO_CHOICE) -> None:
         path = root / f"ILSVRC2012_img_{split}.tar"
         if not path.is_file():
             found = sorted(name for name in os.listdir(root) if name.startswith("ILSVRC2012"))
@@ -91,11 +91,6 @@ class TarImages(ImageSet):
         advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_NORMAL", 0))
         rows.sort(key=lambda row: (row[0], row[1].name))
         self.classes = tuple(sorted({wnid for wnid, _ in rows}))
-        train = root / "ILSVRC2012_img_train.tar"
-        if split != "train" and train.is_file():
-            outer = _Descriptor(str(train))
-            inner = [_class_of(tar.name) for tar in _members(outer.fileno(), 0, train.stat().st_size, str(train))]
-            require_same_classes(path.name, self.classes, train.name, inner)
         self.labels = np.unique([wnid for wnid, _ in rows], return_inverse=True)[1].astype(np.int64)
         self._names = [os.path.basename(member.name) for _, member in rows]
         self._offsets = np.array([member.offset for _, member in rows], np.int64)
@@ -144,6 +139,21 @@ class TarImages(ImageSet):
             return _read_at(descriptor, int(self._offsets[index]), int(self._sizes[index]), self.entry(index))
         except OSError as error:
             raise DataError(f"{self._file.path} cannot be read: {error.strerror}; restore the file") from error
+
+
+def has_tars(root: Path) -> bool:
+    return any(re.fullmatch(r"ILSVRC2012_img_\w+\.tar", name) for name in os.listdir(root))
+
+
+def tar_classes(root: Path, split: str, choice: SourceChoice) -> tuple[str, ...] | None:
+    """The classes of a split; None without its tar."""
+    path = root / f"ILSVRC2012_img_{split}.tar"
+    if not path.is_file():
+        return None
+    if split != "train":
+        return tuple(sorted(set(_validation_wnids(root))))
+    outer = _Descriptor(str(path))
+    return tuple(sorted(_class_of(tar.name) for tar in _members(outer.fileno(), 0, path.stat().st_size, str(path))))
 
 
 def _class_of(tar_name: str) -> str:

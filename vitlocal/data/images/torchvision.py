@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitlocal.data.images.image_set import ImageSet
+from vitlocal.data.images.image_set import NO_CHOICE, ImageSet, SourceChoice
 from vitlocal.data.images.pixels import to_rgb
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
 TORCHVISION_ROOT = "data/torchvision"
 
 
-def open_torchvision(rest: str, split: str) -> ImageSet:
+def open_torchvision(rest: str, split: str, choice: SourceChoice = NO_CHOICE) -> ImageSet:
     """Opens 'NAME' or 'NAME:ROOT'. The split becomes the argument train=… or split=… that the set's signature has."""
     from torchvision import datasets
 
@@ -43,8 +43,8 @@ def open_torchvision(rest: str, split: str) -> ImageSet:
     else:
         raise ConfigError(f"source '{spec}' has no splits, so it has no '{split}'; name another source")
     problem = "no such split"
-    for download, choice in itertools.product((False, True) if "download" in takes else (False,), choices):
-        arguments = {"root": root, **choice}
+    for download, split_argument in itertools.product((False, True) if "download" in takes else (False,), choices):
+        arguments = {"root": root, **split_argument}
         try:
             if download:
                 os.makedirs(root, exist_ok=True)

@@ -86,8 +86,8 @@ def native_box(policy: np.ndarray, draw: int, height: int, width: int, size: int
     """The box that is cut from an image of ``height`` x ``width`` px for a crop of ``size`` px."""
     box = np.zeros(1, _BOX)
     library().vitlocal_box(policy.ctypes.data, draw, height, width, size, box.ctypes.data)
-    *edges, reach, flipped = box[0].item()
-    return Box(*edges, bool(flipped), reach)
+    top, left, height_, width_, reach, flipped = box[0].item()
+    return Box(top, left, height_, width_, bool(flipped), reach)
 
 
 class DecoderThreads:
