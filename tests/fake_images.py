@@ -29,7 +29,10 @@ SIDES = "64:raw,96:jpg"
 
 @dataclasses.dataclass
 class FakeImages:
-    """Smooth noise of varying sizes. ``acts`` maps rows to what happens when they are loaded."""
+    """Smooth noise of varying sizes. ``acts`` maps rows to what happens when they are loaded.
+
+    ``files`` (n, 2) are the bytes and times of its files.
+    """
 
     count: int
     size: tuple[int, int] | None = None  # width, height; None: vary
@@ -37,12 +40,17 @@ class FakeImages:
     spec: str = "fake"
     holds_files: bool = False
     classes: tuple[str, ...] = ("ant", "bee", "cow")
+    files: np.ndarray | None = None
+    reads, left_out, notes = ImageSet.reads, ImageSet.left_out, ImageSet.notes
 
     def __post_init__(self) -> None:
         self.labels = np.arange(self.count) % 3
 
     def __len__(self) -> int:
         return self.count
+
+    def stamps(self) -> np.ndarray | None:
+        return self.files
 
     def entry(self, index: int) -> str:
         return f"{self.classes[index % 3]}/{index}.png"

@@ -13,8 +13,9 @@ import torch
 from vitlocal.config import Config, read_config
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
-from vitlocal.data.manifest import work_name
+from vitlocal.data.manifest import source_flags, work_name
 from vitlocal.data.writer import layout
+from vitlocal.data.writer.write import source_choice
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
@@ -43,7 +44,7 @@ def plan_files(options: WriteOptions) -> None:
     _check_out(out, nearest)
     recipe = options.recipe or RECIPE
     config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
-    images = open_images(options.source, "train")
+    images = open_images(options.source, "train", source_choice(options))
     demands = size_demands(config, len(images), speeds_for(config, stated))
     augment = config.augment
     crops = CropPolicy(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
@@ -56,7 +57,9 @@ def plan_files(options: WriteOptions) -> None:
     choice = layout.propose_layout(images, demands, crops, config.data.side_ratio, limits, options.jpeg)
     lines = layout.layout_lines(choice, limits, len(images))
     print("\n".join(lines))
-    source = f" --source {shlex.quote(options.source)}" if options.source else ""
+    source = source_flags(
+        options.source, image=options.image, label=options.label, subset=options.subset, classes=options.classes
+    )
     command = f"python write_dataset.py --split train{source} --out {shlex.quote(options.out)}"
     path = layout.save_layout(options.out, choice, lines, f"--plan, for {recipe}")
     print(f"{path} stores this choice. Write the files with: {command}")

@@ -56,6 +56,14 @@ class WriteOptions:
     memory_limit: int | None = option(
         None, BYTES, "for --plan: memory for the page cache; none: this machine's memory minus 8 GB"
     )
+    image: str | None = option(None, TEXT, "column of the images in parquet shards; none: by its name or type")
+    label: str | None = option(None, TEXT, "column of the labels in parquet shards; none: by its name or type")
+    subset: str | None = option(
+        None, TEXT, "configuration of parquet shards (its folder), or variant of a torchvision set; none: the only one"
+    )
+    classes: str | None = option(
+        None, TEXT, "file of class names, one per line: the classes to read, in the order of their labels; none: all"
+    )
 
     @property
     def jpeg(self) -> JpegForm:

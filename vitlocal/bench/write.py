@@ -26,6 +26,7 @@ from vitlocal.bench.contestants import Turn, started, take_turns
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, names, numbers
 from vitlocal.data.images import ImageSet, open_images
+from vitlocal.data.images.classes import SelectedImages
 from vitlocal.data.writer.write import parse_files, write
 from vitlocal.write_options import WriteOptions
 
@@ -38,22 +39,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
-class ImageSubset(ImageSet):
+class ImageSubset(SelectedImages):
     """``count`` random images of a set, the same each time, in the order of the set."""
 
     def __init__(self, images: ImageSet, count: int):
-        self.images, self.order = images, np.sort(np.random.default_rng(0).permutation(len(images))[:count])
-        self.spec, self.classes, self.holds_files = images.spec, images.classes, images.holds_files
-        self.labels = images.labels[self.order]
-
-    def entry(self, index: int) -> str:
-        return self.images.entry(int(self.order[index]))
-
-    def read(self, index: int) -> bytes:
-        return self.images.read(int(self.order[index]))
-
-    def load(self, index: int) -> Image.Image:
-        return self.images.load(int(self.order[index]))
+        super().__init__(images, np.sort(np.random.default_rng(0).permutation(len(images))[:count]))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """A sample for FFCV's writer."""

@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 import zlib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from vitlocal.errors import ConfigError, DataError
 from vitlocal.jsonl import replacing
 
 VERSION = 1
-FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_(?P<format>raw|jpg)\.beton")
+CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, as timm's --class-map
+OTHER_CLASSES = "of other classes"  # a reason in SourceInfo.left_out
+# Our names, and those of ffcv-imagenet: the largest side, the fraction of JPEGs and their quality.
+FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_((raw|jpg)\.beton|[0-9]+(\.[0-9]+)?_[0-9]+\.(ffcv|beton))")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,13 @@ class SourceInfo:
     spec: str  # for open_images
     length: int  # images in the source, including skipped images
     fingerprint: str  # digest of its entries and labels, in order
+    sizes: str = ""  # digest of the sizes of its files; "": it holds no files, or the manifest is old
+    times: str = ""  # digest of the times of modification of its files
+    image: str | None = None  # column, label column and subset that were asked for
+    label: str | None = None
+    subset: str | None = None
+    reads: tuple[str, ...] = ()  # what was read, if there was a choice
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files that were not read, by reason
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Manifest:
                 )
             files = tuple(_record(BetonFile, file) for file in content["files"])
             source = _record(SourceInfo, content["source"])
+            source = replace(source, reads=tuple(source.reads))
             skipped = tuple(_record(Skipped, image) for image in content["skipped"])
             classes, entries = tuple(content["classes"]), tuple(content["entries"])
             manifest = cls(content["split"], content["count"], classes, files, source, skipped, entries)
@@ -135,8 +147,19 @@ def _options_of_other_split(folder: Path) -> str:
             other = Manifest.load(path)
             # A split with several files has ImageNet's default files, and the other split has its own defaults.
             sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
-            return f" --source {shlex.quote(other.source.spec)}{sides}"
+            source = other.source
+            classes = str(folder / CLASSES_NAME) if OTHER_CLASSES in source.left_out else None
+            return (
+                source_flags(source.spec, image=source.image, label=source.label, subset=source.subset, classes=classes)
+                + sides
+            )
     return ""
+
+
+def source_flags(source: str | None, **choice: str | None) -> str:
+    """The flags that name a source and a choice in it, for a command that a user can copy; with a space in front."""
+    given = {"source": source, **choice}
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items() if value)
 
 
 def work_name(split: str) -> str:
@@ -145,12 +168,12 @@ def work_name(split: str) -> str:
 
 
 def manifest_of_ffcv_files(folder: Path, split: str) -> Manifest | None:
-    """A manifest for files that FFCV itself wrote, named ``{split}_{side}_{raw|jpg}.beton``; None if there are none.
+    """A manifest for files that FFCV itself wrote, named as ours or as ffcv-imagenet's; None if there are none.
 
     Class names are label numbers; all splits in the folder share them. Raises DataError if files are damaged or have
     different numbers of rows.
     """
-    names = [match for path in sorted(folder.glob("*.beton")) if (match := FILE_NAME.fullmatch(path.name))]
+    names = [match for path in sorted(folder.glob("*_*.*")) if (match := FILE_NAME.fullmatch(path.name))]
     if not any(name["split"] == split for name in names):
         return None
     mapped = [(name, MappedFile(folder / name[0])) for name in names]
@@ -220,4 +243,6 @@ def _dump(value: Any) -> str:
 def _record(kind: Any, content: dict[str, Any]) -> Any:
     """An object of JSON as the dataclass ``kind``. Raises KeyError if a member is missing that may not be None."""
     content = dict.fromkeys(("quality", "sampling", "keep")) | content  # old manifests lack them
-    return kind(**{member.name: content[member.name] for member in fields(kind)})
+    required = [member.name for member in fields(kind) if member.default is MISSING is member.default_factory]
+    known = {member.name for member in fields(kind)} & set(content)
+    return kind(**{name: content[name] for name in known | set(required)})

@@ -1,13 +1,14 @@
 """Which classes of a source are read, and which label each has."""
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vitlocal.data.images.image_set import ImageSet, listed
+from vitlocal.data.manifest import OTHER_CLASSES
 from vitlocal.errors import ConfigError
 
 
@@ -47,27 +48,26 @@ def with_classes(images: ImageSet, classes: Sequence[str], chosen: bool) -> Imag
     """
     if not chosen:
         require_known_classes(images.classes, classes, f"source '{images.spec}'")
-    index_of = {normalized(name): label for label, name in enumerate(classes)}
-    labels = np.array([index_of.get(normalized(name), -1) for name in images.classes], np.int64)
-    return images if tuple(classes) == images.classes else SelectedImages(images, labels, tuple(classes))
+    if tuple(classes) == images.classes:
+        return images
+    label_of = {normalized(name): label for label, name in enumerate(classes)}
+    labels = np.array([label_of.get(normalized(name), -1) for name in images.classes], np.int64)[images.labels]
+    rows = np.flatnonzero(labels >= 0)
+    selected = SelectedImages(images, rows)
+    selected.labels, selected.classes = labels[rows], tuple(classes)
+    if len(rows) < len(images):
+        selected.left_out = {**images.left_out, OTHER_CLASSES: len(images) - len(rows)}
+    return selected
 
 
 class SelectedImages(ImageSet):
-    """Rows of other images, with other labels: ``new_labels`` (K,) has the new label of each label, -1 to leave out."""
+    """The ``rows`` (n,) int64 of another image set."""
 
-    def __init__(self, images: ImageSet, new_labels: np.ndarray, classes: tuple[str, ...]) -> None:
-        labels = new_labels[images.labels]
-        self._images, self._rows = images, np.flatnonzero(labels >= 0)
-        self.labels, self.classes = labels[self._rows], classes
-        self.spec, self.holds_files, self.reads, self.notes = (
-            images.spec,
-            images.holds_files,
-            images.reads,
-            images.notes,
-        )
-        self.left_out: Mapping[str, int] = images.left_out
-        if len(self._rows) < len(images):
-            self.left_out = {**images.left_out, "of other classes": len(images) - len(self._rows)}
+    def __init__(self, images: ImageSet, rows: np.ndarray) -> None:
+        self._images, self._rows = images, rows
+        self.labels, self.classes = images.labels[rows], images.classes
+        self.spec, self.holds_files, self.reads = images.spec, images.holds_files, images.reads
+        self.left_out, self.notes = images.left_out, images.notes
 
     def stamps(self) -> np.ndarray | None:
         stamps = self._images.stamps()

@@ -7,7 +7,8 @@ import torch
 
 from vitlocal.data.batch import Source
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.images import open_images, resolve_source
+from vitlocal.data.images import SourceChoice, open_images, resolve_source
+from vitlocal.data.images.image_set import NO_CHOICE
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
@@ -33,7 +34,11 @@ class OriginalsSource(Source):
                 f"data.source: no source is given, and {path}, which would name the original images, does not exist. "
                 f"Set --data.source=FOLDER, or write the data folder. ({error})"
             ) from error
-        self.images, self.workers = open_images(spec, split), workers
+        choice = NO_CHOICE
+        if manifest is not None:
+            written = manifest.source
+            choice = SourceChoice(written.image, written.label, written.subset, manifest.classes)
+        self.images, self.workers = open_images(spec, split, choice), workers
         self.numbers = np.arange(len(self.images))
         if manifest is not None:
             index_of = {self.images.entry(index): index for index in range(len(self.images))}

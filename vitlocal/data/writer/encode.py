@@ -4,6 +4,7 @@ Letters: F files, K readable rows of a chunk.
 """
 
 import copy
+import math
 import threading
 import time
 import traceback
@@ -28,6 +29,7 @@ CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
 EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
+Form = tuple[int, int, int, int, int]  # width, height, kind, JPEG's quality and sampling
 StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
 
 
@@ -199,27 +201,35 @@ def _stored(
     photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder
 ) -> list[StoredImage] | None:
     forms = [_form(file, width, height, keepable, job) for file in job.files]
-    different = list(dict.fromkeys(forms))  # a small image may be equal in several files
-    made = encoder.encode(photo, height, width, np.array([(*form, 0, 0, 0) for form in different], FORM))
-    if made is None:
-        return None
-    data_of = dict(zip(different, made, strict=True))
-    stored = []
-    for file, form in zip(job.files, forms, strict=True):
-        data = data_of[form]
-        if len(data) > file.page_size:
-            raise UndecodableImage(
-                f"takes {len(data)} bytes as {file.format}, which a page of {file.page_size} cannot hold"
-            )
-        stored.append(((MODES[file.format], form[0], form[1]), data))
-    return stored
+    while True:
+        different = list(dict.fromkeys(forms))  # a small image may be equal in several files
+        made = encoder.encode(photo, height, width, np.array([(*form, 0, 0, 0) for form in different], FORM))
+        if made is None:
+            return None
+        data_of = dict(zip(different, made, strict=True))
+        sizes = [len(data_of[form]) for form in forms]
+        fits = [size <= file.page_size for size, file in zip(sizes, job.files, strict=True)]
+        if all(fits):
+            modes = [MODES[file.format] for file in job.files]
+            return [((mode, *form[:2]), data_of[form]) for mode, form in zip(modes, forms, strict=True)]
+        # A JPEG that a page cannot hold is encoded again, and smaller from the second time on.
+        forms = [form if fit else _smaller(form) for form, fit in zip(forms, fits, strict=True)]
 
 
-def _form(file: BetonFile, width: int, height: int, keepable: bool, job: EncodeJob) -> tuple[int, int, int, int, int]:
-    """The form of an image of that size in the file: (width, height, kind, quality, sampling)."""
+def _smaller(form: Form) -> Form:
+    width, height, kind, quality, sampling = form
+    if kind == AS_ORIGINAL:
+        return width, height, AS_JPEG, quality, sampling
+    return max(1, int(0.7 * width)), max(1, int(0.7 * height)), kind, quality, sampling
+
+
+def _form(file: BetonFile, width: int, height: int, keepable: bool, job: EncodeJob) -> Form:
+    """The form of an image of that size in the file."""
     size = stored_size(width, height, file.side, job.short_edge)
-    if max(size) > MAX_EDGE:
-        raise UndecodableImage(f"{size[0]}x{size[1]} pixels, expected at most {MAX_EDGE} on each side")
+    # A panorama that keeps its short edge may be too long for the format, or too large for a page of pixels.
+    page_edge = math.sqrt(file.page_size / (3 * size[0] * size[1])) if file.format == "raw" else 1.0
+    if (scale := min(MAX_EDGE / max(size), page_edge)) < 1:
+        size = max(1, int(scale * size[0])), max(1, int(scale * size[1]))
     if file.format == "raw":
         return *size, AS_RAW, 0, 0
     # A JPEG that need not shrink is stored unchanged, because encoding it again would lose quality.

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,7 @@ from vitlocal.data.manifest import BetonFile, Manifest, flush_folder, joined_crc
 from vitlocal.data.writer.encode import STORED_ROW, Chunk
 from vitlocal.errors import ConfigError, DataError
 
-VERSION = "3"
+VERSION = "4"
 COMMIT_SECONDS = 5.0  # the work that a kill -9 or a power cut can lose
 
 
@@ -45,6 +46,22 @@ class _Block:
     checksums: tuple[int, ...]  # (F,) CRC-32 of each file from data_start on
     rows: np.ndarray  # (F, K) of STORED_ROW
     skipped: dict[int, str]  # source rows, and why
+    digests: tuple[str, ...] = ("", "")  # of the sizes and times of the rows' files
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """The files of a source, by which changed ones are found. ``stamps`` are those of an ImageSet."""
+
+    spec: str
+    stamps: np.ndarray | None
+
+    def digests(self, start: int = 0, end: int | None = None) -> tuple[str, str]:
+        """Digests of the sizes and of the times of some rows' files; both are empty without files."""
+        if self.stamps is None:
+            return "", ""
+        sizes, times = (sha256(column.tobytes()).hexdigest()[:16] for column in self.stamps[start:end].T)
+        return sizes, times
 
 
 class SplitFiles:
@@ -53,19 +70,20 @@ class SplitFiles:
     Opening it resumes an earlier write in the folder ``work``. The files are published in the folder above, where they
     may replace others only if it ``replaces`` a split. ``length`` is the number of rows of the source. Writes with
     equal ``identity`` give the same files. A block with a skipped row that ``decodes`` now is written again, and so are
-    all blocks behind it.
+    all blocks behind it. The same holds for a block of which a file changed, by ``state``.
     """
 
     def __init__(
-        self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str],
+        self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str], state: SourceState,
         decodes: Callable[[int], bool] = lambda row: False, replaces: bool = False,
     ) -> None:  # fmt: skip
-        self.work, self.files, self.length = work, files, length
+        self.work, self.files, self.length, self.state = work, files, length, state
         self._decodes, self._replaces = decodes, replaces
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
         self.start = data_start(length)
         self.sealed: tuple[BetonFile, ...] = ()
+        self.digests: tuple[str, ...] = ("", "")  # of the state in which the sealed files were written
         nothing = np.empty((len(files), 0), STORED_ROW)
         # An append ends with its block, so that an interruption at any point leaves a valid state.
         self._blocks = [_Block(0, 0, (self.start,) * len(files), (0,) * len(files), nothing, {})]
@@ -167,24 +185,40 @@ class SplitFiles:
                         f"{self.work} is an interrupted write of another configuration ({what}). "
                         "Repeat that command, remove the folder to start over, or use another --out."
                     )
+                moved = head["spec"] != self.state.spec
                 ends = [file.tell()]  # of the head, and of what follows it
                 while (line := _line(file)) is not None and self._replay_block(line, file):
                     ends.append(file.tell())
                 kept = len(ends)
                 if not self.sealed:  # else the files may have their names already
-                    again = (n for n, block in enumerate(self._blocks) if any(map(self._decodes, block.skipped)))
-                    kept = next(again, kept)
+                    kept = next((n for n, block in enumerate(self._blocks) if self._stale(block, moved)), kept)
+                if kept < len(self._blocks):
+                    first = self._blocks[kept].start
+                    print(f"{self.work}: files changed or decode now; images from {first} on are written again")
                 del self._blocks[kept:]
                 self._journal_end = ends[kept - 1]
         self._journaled = len(self._blocks)
         os.ftruncate(self._journal, self._journal_end)
         if head is None:
-            self._write_journal(_dump({"identity": self.identity}))
+            self._write_journal(_dump({"identity": self.identity, "spec": self.state.spec}))
+
+    def _stale(self, block: _Block, moved: bool) -> bool:
+        """Whether the images of a block must be written again. ConfigError if they are from another source."""
+        if block.next == 0:
+            return False
+        sizes, times = self.state.digests(block.start, block.next)
+        if moved and not sizes == block.digests[0] != "":
+            raise ConfigError(
+                f"{self.work} is an interrupted write of another source, with the same names but other files than "
+                f"{self.state.spec}. Name that source, remove the folder to start over, or use another --out."
+            )
+        return (not moved and (sizes, times) != block.digests) or any(map(self._decodes, block.skipped))
 
     def _replay_block(self, line: dict[str, Any], file: BinaryIO) -> bool:
         """Restores a block, whose rows come next in ``file``. Returns False if it is incomplete."""
         if "sealed" in line:
             self.sealed = tuple(BetonFile(**sealed) for sealed in line["sealed"])
+            self.digests = tuple(line["digests"])
             return True
         count = line["next"] - line["start"] - len(line["skipped"])
         payload = file.read(len(self.files) * count * STORED_ROW.itemsize)
@@ -193,7 +227,8 @@ class SplitFiles:
             return False
         rows = np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count)
         ends, checksums = tuple(line["ends"]), tuple(line["checksums"])
-        self._blocks.append(_Block(line["start"], line["next"], ends, checksums, rows, dict(line["skipped"])))
+        digests = tuple(line["digests"])
+        self._blocks.append(_Block(line["start"], line["next"], ends, checksums, rows, dict(line["skipped"]), digests))
         return True
 
     # --- growing ---
@@ -236,6 +271,7 @@ class SplitFiles:
                 "ends": new[-1].ends,
                 "checksums": new[-1].checksums,
                 "skipped": [skip for block in new for skip in block.skipped.items()],
+                "digests": self.state.digests(new[0].start, new[-1].next),
                 "crc32": zlib.crc32(payload),
             }
             self._commit = self._committer.submit(self._flush, _dump(line) + payload)
@@ -266,7 +302,8 @@ class SplitFiles:
         labels = np.delete(labels, list(self.skipped))
         rows = np.concatenate([block.rows for block in self._blocks], axis=1)
         sealed = tuple(self._seal_file(index, file_rows, labels) for index, file_rows in enumerate(rows))
-        self._write_journal(_dump({"sealed": [asdict(file) for file in sealed]}))
+        self.digests = self.state.digests()
+        self._write_journal(_dump({"sealed": [asdict(file) for file in sealed], "digests": self.digests}))
         self.sealed = sealed
 
     def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:

@@ -22,12 +22,15 @@ from tqdm import tqdm
 
 from vitlocal.data.beton import MappedFile, page_size_for
 from vitlocal.data.costs import ensure_costs
-from vitlocal.data.images import ImageSet, open_images
-from vitlocal.data.manifest import BetonFile, Manifest, Skipped, SourceInfo, work_name
+from vitlocal.data.images import ImageSet, SourceChoice, open_images
+from vitlocal.data.images.classes import read_classes
+from vitlocal.data.images.image_set import listed
+from vitlocal.data.manifest import CLASSES_NAME, BetonFile, Manifest, Skipped, SourceInfo, work_name
 from vitlocal.data.native import Encoder
 from vitlocal.data.writer.encode import EncodeJob, encode_chunks, encode_image
-from vitlocal.data.writer.journal import SplitFiles, byte_words, difference
+from vitlocal.data.writer.journal import SourceState, SplitFiles, byte_words, difference
 from vitlocal.errors import ConfigError, DataError, Interrupted, UndecodableImage
+from vitlocal.jsonl import replacing
 from vitlocal.machine import cores
 from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 
@@ -80,27 +83,38 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
     out = Path(options.out)
     work, manifest_path = out / work_name(options.split), out / f"{options.split}.json"
     with _sigterm_interrupts():
-        images = images if images is not None else open_images(options.source, options.split)
-        planned = _planned_manifest(options, stored, images)
+        if images is None:
+            images = open_images(options.source, options.split, source_choice(options))
+        if progress:
+            _describe(images, options.split)
+        state = SourceState(images.spec, images.stamps())
+        planned = _planned_manifest(options, stored, images, state)
+        _require_same_classes(out, planned)
         job = EncodeJob(planned.files, SHORT_EDGES[options.split], options.on_error == "skip")
         decodes = partial(_decodes, images, job)
         replaces = manifest_path.exists()
         unfinished = (work / "journal").exists()  # also of a split that is written again
         manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes)
         if manifest is None:
-            with SplitFiles(work, planned.files, planned.count, _identity(planned), decodes, replaces) as files:
+            identity = _identity(planned)
+            with SplitFiles(work, planned.files, planned.count, identity, state, decodes, replaces) as files:
                 if not files.sealed:
                     _fill(files, job, planned, images, options.workers or cores(), progress)
                     files.seal(np.asarray(images.labels, np.int64))
                 skipped = files.skipped
+                sizes, times = files.digests
                 manifest = replace(
                     planned,
+                    source=replace(planned.source, sizes=sizes, times=times),
                     count=files.count,
                     files=files.sealed,
                     skipped=tuple(Skipped(planned.entries[row], reason) for row, reason in skipped.items()),
                     entries=tuple(entry for row, entry in enumerate(planned.entries) if row not in skipped),
                 )
+                _save_class_names(out, manifest)
                 files.publish(manifest, manifest_path)
+        elif not (out / CLASSES_NAME).exists():
+            _save_class_names(out, manifest)
         shutil.rmtree(work, ignore_errors=True)  # also the remains of a finished write that was killed
     if progress:
         print(_summary(manifest_path, manifest) + (" (already finished)" if finished else ""))
@@ -114,6 +128,39 @@ def write_from_options(options: WriteOptions) -> None:
         options = read_plan(layout, options)
         print(f"files as {layout} says (remove it for the default files): {options.sides}")
     ensure_costs(options.out, write(options))
+
+
+def source_choice(options: WriteOptions) -> SourceChoice:
+    """The part of the source that the options select. ConfigError if the file of classes cannot be read."""
+    classes = read_classes(options.classes) if options.classes else None
+    return SourceChoice(options.image, options.label, options.subset, classes)
+
+
+def _describe(images: ImageSet, split: str) -> None:
+    """Prints what is read and what is not."""
+    if images.reads:
+        print(f"{split}: {'; '.join(images.reads)}")
+    if images.left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in images.left_out.items())
+        print(f"{split}: left out {sum(images.left_out.values()):,} files: {reasons}")
+    for note in images.notes:
+        print(f"{split}: {note}")
+
+
+def _require_same_classes(out: Path, planned: Manifest) -> None:
+    """Raises ConfigError if the other split in the data folder has other classes. A run could not use both."""
+    path = out / ("val.json" if planned.split == "train" else "train.json")
+    if path.exists() and (classes := Manifest.load(path).classes) != planned.classes:
+        raise ConfigError(
+            f"{path} and this split must have the same classes in the same order, got {len(classes)} ("
+            f"{listed(classes, 3)}) and {len(planned.classes)} ({listed(planned.classes, 3)}). Write both from one "
+            f"source with the same options, perhaps --classes {out / CLASSES_NAME}, or use another --out"
+        )
+
+
+def _save_class_names(out: Path, manifest: Manifest) -> None:
+    with replacing(out / CLASSES_NAME) as file:
+        file.writelines(f"{name}\n" for name in manifest.classes)
 
 
 @contextmanager
@@ -180,7 +227,9 @@ def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet
         )
 
 
-def _planned_manifest(options: WriteOptions, stored: Sequence[tuple[int, str]], images: ImageSet) -> Manifest:
+def _planned_manifest(
+    options: WriteOptions, stored: Sequence[tuple[int, str]], images: ImageSet, state: SourceState
+) -> Manifest:
     """The manifest of a write that skips no image. Its files lack what only their bytes tell."""
     labels = np.asarray(images.labels, np.int64)
     entries = tuple(images.entry(index) for index in range(len(images)))
@@ -194,7 +243,10 @@ def _planned_manifest(options: WriteOptions, stored: Sequence[tuple[int, str]], 
         quality, sampling, keep = options.jpeg if format == "jpg" else (None, None, None)
         name = f"{options.split}_{side}_{format}.beton"
         files.append(BetonFile(name, side, format, quality, sampling, keep, page_size))
-    source = SourceInfo(images.spec, len(entries), _digest(entries, 32, b"\n" + labels.tobytes()))
+    source = SourceInfo(
+        images.spec, len(entries), _digest(entries, 32, b"\n" + labels.tobytes()), *state.digests(), options.image,
+        options.label, options.subset, images.reads, dict(images.left_out),
+    )  # fmt: skip
     return Manifest(options.split, len(entries), tuple(images.classes), tuple(files), source, (), entries)
 
 
@@ -213,7 +265,6 @@ def _identity(manifest: Manifest) -> dict[str, str]:
             + (", all encoded again" if file.keep == 0 else "")
             for file in manifest.files
         ),
-        "source": manifest.source.spec,
         "images in the source": str(manifest.source.length),
         "classes": f"{len(manifest.classes)} (digest {_digest(manifest.classes, 8)})",
         "names and labels of the source's images (digest)": manifest.source.fingerprint,
@@ -221,14 +272,23 @@ def _identity(manifest: Manifest) -> dict[str, str]:
 
 
 def _finished_manifest(manifest_path: Path, planned: Manifest, decodes: Callable[[int], bool]) -> Manifest | None:
-    """The manifest of a finished split of the same configuration; None if a skipped image ``decodes`` now."""
+    """The manifest of a finished split of the same configuration.
+
+    None if it must be written again: a skipped image ``decodes`` now, or a file of the source changed.
+    """
     if not manifest_path.exists():
         return None
     manifest = Manifest.load(manifest_path)
     paths = [manifest_path.parent / file.file for file in manifest.files]
     names = " ".join(map(str, (manifest_path, *paths)))
     remedy = f"Remove {names} to write it again, or use another --out."
-    if what := difference(_identity(manifest), _identity(planned)):
+    was, now = manifest.source, planned.source
+    what = difference(_identity(manifest), _identity(planned))
+    moved = was.spec != now.spec
+    if not what and moved and not was.sizes == now.sizes != "":
+        sizes = ", with files of other sizes" if was.sizes and now.sizes else ""
+        what = f"source: {was.spec!r} there, {now.spec!r} wanted{sizes}"
+    if what:
         raise ConfigError(f"{manifest_path} is a finished split of another configuration ({what}). {remedy}")
     for file, path in zip(manifest.files, paths, strict=True):
         found = MappedFile(path, len(manifest.classes))
@@ -244,6 +304,12 @@ def _finished_manifest(manifest_path: Path, planned: Manifest, decodes: Callable
             f"{planned.entries[rows[0]]} was skipped and decodes now ({len(rows)} in all): the split is written again"
         )
         return None
+    if not moved and was.sizes and (was.sizes, was.times) != (now.sizes, now.times):
+        print(f"files of {now.spec} changed since {manifest_path} was written: the split is written again")
+        return None
+    if moved:  # the source is the same, but elsewhere
+        manifest = replace(manifest, source=now)
+        manifest.save(manifest_path)
     return manifest
 
 
