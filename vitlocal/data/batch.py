@@ -86,13 +86,15 @@ class Source:
         self.rows = RowSubsets(count)
 
     @contextmanager
-    def open(self, feed: Feed, at: Position) -> Iterator[Iterator[Batch]]:
+    def open(self, feed: Feed, at: Position, share: Share | None = None) -> Iterator[Iterator[Batch]]:
         """One pass: from ``at`` to the end of its epoch, in the epoch's order, over the rows of ``feed.subset``.
 
-        Leaving the context early discards what was read ahead. Errors of the readers are raised in the consumer.
+        ``share`` replaces the source's own. Leaving the context early discards what was read ahead. Errors of the
+        readers are raised in the consumer.
         """
         draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
-        with closing(self._read(self.share.slices(draws, feed.batch_size), at.epoch, feed.size)) as batches:
+        slices = (share or self.share).slices(draws, feed.batch_size)
+        with closing(self._read(slices, at.epoch, feed.size)) as batches:
             yield batches
 
     def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:

@@ -6,6 +6,7 @@ process takes mirrored pairs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -44,6 +45,16 @@ class Share:
             batch = draws[start : start + batch_size]
             places = self.places(len(batch))
             yield BatchSlice(batch[places], places, len(batch))
+
+
+@dataclass(frozen=True)
+class WholeBatches(Share):
+    """The first ``count`` batches of a pass. The processes take turns with them, and divide none."""
+
+    count: int = 1
+
+    def slices(self, draws: np.ndarray, batch_size: int) -> Iterator[BatchSlice]:
+        return islice(WHOLE.slices(draws, batch_size), self.rank, self.count, self.world)
 
 
 WHOLE = Share()

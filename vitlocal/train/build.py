@@ -200,7 +200,7 @@ def build_run(
         sources,
         Feed(config.model.size, train.batch_size),
         train.lr_schedule,
-        Evaluator(state, step, sources.val, shown, evaluate.rows),
+        Evaluator(state, step, sources, shown, evaluate.rows),
         macs,
         evaluate_every=evaluate.every,
         save_every=config.run.save_every,
