@@ -212,6 +212,17 @@ def test_the_average_can_forget_over_a_part_of_the_budget(configure, decoder, tm
         configure("--train.ema_length=20%", "--train.ema_decay=0.9")
 
 
+def test_an_average_that_has_not_left_its_start_warns(configure, decoder, tmp_path: Path, capsys):
+    """0.99 ** 8 = 92.3 % at the start and, as the run has as many steps as planned, at the end."""
+    assert train(configure("--train.ema_decay=0.99", "--budget.length=8steps")) == 0
+    text, a, b = capsys.readouterr().out, tmp_path / "a", tmp_path / "b"
+    assert text.count("92.3 % of the weight average") == 2 and "use a smaller train.ema_decay" in text
+    assert train(configure("--train.ema_length=9ep", "--budget.length=1ep", f"--run.folder={a}")) == 0
+    assert capsys.readouterr().out.count("% of the weight average") == 1
+    assert train(configure("--train.ema_length=10%", "--budget.length=1ep", f"--run.folder={b}")) == 0
+    assert "of the weight average" not in capsys.readouterr().out
+
+
 def test_a_budget_in_flops(configure, decoder, tmp_path: Path):
     """The run ends at the nearest step, with the final learning rate, although sizes cost different times."""
     options = ["--image_size.stages=16px until 30%,48px", "--budget.length=0.004TF", "--evaluate.every=0"]

@@ -17,6 +17,7 @@ from vitlocal.train.loop import fit
 from vitlocal.train.state import Phase, trained_plan
 
 MIN_TRAINED = 0.5  # of the time with budget.counts=wall: if less was training, the run says so
+MAX_START_WEIGHT = 0.05  # of an average: if the weights before training have more of it, the run says so
 MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says so
 
 
@@ -87,6 +88,9 @@ def start_warnings(run: BuiltRun) -> list[str]:
         found.append(
             f"the warm-up ({warmup}) is longer than the budget ({length}): the learning rate never reaches its peak"
         )
+    if length.kind in epochs and config.train.ema_decay is not None:
+        steps = length.value * epochs[length.kind] / epochs["steps"]
+        found += young_average(config.train.ema_decay**steps, f"the {steps:.0f} steps of this budget")
     if config.budget.counts == "wall" and length.kind != "seconds":
         found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
     if batch > source.count:
@@ -99,6 +103,16 @@ def start_warnings(run: BuiltRun) -> list[str]:
             f"{math.ceil(largest * config.data.side_ratio)}"
         )
     return found
+
+
+def young_average(start_weight: float, after: str) -> list[str]:
+    """A warning if an average still has much of the weights before training: its decay is fixed, as timm's default."""
+    if start_weight <= MAX_START_WEIGHT:
+        return []
+    return [
+        f"after {after}, {100 * start_weight:.1f} % of the weight average, which is evaluated and exported, are the "
+        "weights before training; use a smaller train.ema_decay, or train.ema_length=2%, which fits any budget"
+    ]
 
 
 def end_warnings(run: BuiltRun) -> list[str]:
@@ -119,6 +133,8 @@ def end_warnings(run: BuiltRun) -> list[str]:
         )
     if config.train.warmup.value and config.train.warmup.fraction_done(now) < 1:
         found.append(f"the budget ended in the warm-up ({config.train.warmup})")
+    if trainer.state.ema is not None:
+        found += young_average(trainer.state.ema.start_weight(now), f"{now.step} steps")
     searched = trainer.state.search_log.seconds
     if searched > MAX_SEARCHED * seconds:
         names = [method.name for method in trainer.state.methods if method.choices()]

@@ -184,6 +184,10 @@ class ModelEma:
         elapsed = self._length.elapsed(after) - self._length.elapsed(before)
         return math.exp(-max(0.0, elapsed) / self._length.value)
 
+    def start_weight(self, now: Progress) -> float:
+        """The weight, from 0 to 1, that the average at ``now`` gives to the model it started from."""
+        return self.decay**now.step if self._length is None else self.decay_between(Progress(), now)
+
     @torch.no_grad()
     def update(self, trained: nn.Module, decay: float) -> None:
         """Moves the average towards ``trained``; buffers are copied."""
