@@ -11,6 +11,7 @@ from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+LARGEST_FILE = 1 << 30  # bytes of an image file: larger than any photo, so a larger one is another kind of file
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 KINDS = (
