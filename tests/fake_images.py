@@ -28,7 +28,7 @@ SIDES = "64:raw,96:jpg"
 
 
 @dataclasses.dataclass
-class FakeImages:
+class FakeImages(ImageSet):
     """Smooth noise of varying sizes. ``acts`` maps rows to what happens when they are loaded.
 
     ``files`` (n, 2) are the bytes and times of its files.
@@ -41,7 +41,6 @@ class FakeImages:
     holds_files: bool = False
     classes: tuple[str, ...] = ("ant", "bee", "cow")
     files: np.ndarray | None = None
-    reads, left_out, notes = ImageSet.reads, ImageSet.left_out, ImageSet.notes
 
     def __post_init__(self) -> None:
         self.labels = np.arange(self.count) % 3

@@ -60,14 +60,23 @@ def with_classes(images: ImageSet, classes: Sequence[str], chosen: bool) -> Imag
     return selected
 
 
+def numbered_by_rank(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Labels, classes and notes for (n,) numbers without names. Numbers with gaps are numbered in their order."""
+    numbers, labels = np.unique(values, return_inverse=True)
+    notes: tuple[str, ...] = ()
+    if len(numbers) and numbers[-1] >= len(numbers):
+        notes = (f"the labels are {len(numbers)} numbers from {numbers[0]} to {numbers[-1]}; they name the classes",)
+    return labels.astype(np.int64), tuple(map(str, numbers.tolist())), notes
+
+
 class SelectedImages(ImageSet):
     """The ``rows`` (n,) int64 of another image set."""
 
     def __init__(self, images: ImageSet, rows: np.ndarray) -> None:
         self._images, self._rows = images, rows
         self.labels, self.classes = images.labels[rows], images.classes
-        self.spec, self.holds_files, self.reads = images.spec, images.holds_files, images.reads
-        self.left_out, self.notes = images.left_out, images.notes
+        self.spec, self.holds_files, self.in_order = images.spec, images.holds_files, images.in_order
+        self.reads, self.left_out, self.notes = images.reads, images.left_out, images.notes
 
     def stamps(self) -> np.ndarray | None:
         stamps = self._images.stamps()
@@ -78,6 +87,9 @@ class SelectedImages(ImageSet):
 
     def read(self, index: int) -> bytes:
         return self._images.read(int(self._rows[index]))
+
+    def release(self, index: int) -> None:
+        self._images.release(int(self._rows[index]) if index < len(self._rows) else len(self._images))
 
     def load(self, index: int) -> Image.Image:
         return self._images.load(int(self._rows[index]))

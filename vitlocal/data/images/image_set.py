@@ -40,6 +40,7 @@ class ImageSet(Protocol):
     classes: tuple[str, ...]  # names; a label is an index into them
     labels: np.ndarray  # (n,) int64
     holds_files: bool = True  # read() returns the original files; else images are arrays, and load() is faster
+    in_order: bool = False  # reading rows one by one in their order is much faster, so the writer does
     reads: tuple[str, ...] = ()  # what it reads, if there was a choice: "labels: column 'fine_label'"
     left_out: Mapping[str, int] = {}  # files that are not read, by reason: {".heic": 3, "hidden": 1}
     notes: tuple[str, ...] = ()  # sentences about what a user may not expect
@@ -61,6 +62,10 @@ class ImageSet(Protocol):
     def read(self, index: int) -> bytes:
         """The encoded image; PNG if the set holds arrays."""
         ...
+
+    def release(self, index: int) -> None:
+        """Frees memory for the rows before ``index``, which need not be read again soon."""
+        return
 
     def load(self, index: int) -> Image.Image:
         """The upright image in RGB."""

@@ -54,6 +54,36 @@ class Chunk:
     failure: RuntimeError | None  # the error at source row `next`
 
 
+class RowsRead(ImageSet):
+    """Rows of another set that the main thread has read. If reading a row failed, `read` raises that error."""
+
+    def __init__(self, images: ImageSet, span: range) -> None:
+        self._images, self.size = images, 0  # bytes
+        self.spec, self.classes, self.labels = images.spec, images.classes, images.labels
+        self._files: dict[int, bytes | Exception] = {}
+        for index in span:
+            try:
+                self._files[index] = data = images.read(index)
+                self.size += len(data)
+            except Exception as error:
+                self._files[index] = error
+                if not isinstance(error, UndecodableImage):
+                    break  # no row after it is written
+            if self.size > CHUNK_BYTES:
+                break
+        self.span = range(span.start, span.start + len(self._files))
+        images.release(self.span.stop)
+
+    def entry(self, index: int) -> str:
+        return self._images.entry(index)
+
+    def read(self, index: int) -> bytes:
+        data = self._files.pop(index)
+        if isinstance(data, Exception):
+            raise data
+        return data
+
+
 def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) -> Generator[Chunk, None, None]:
     """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
@@ -63,25 +93,31 @@ def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) ->
     # An estimate of the bytes of a row: photos are 3:4, and a JPEG takes a quarter of their bytes.
     row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
     count = max(1, min(32, int(CHUNK_BYTES / row)))
-    spans = deque(range(first, min(first + count, len(images))) for first in range(start, len(images), count))
-    requests: Queue[tuple[range, Future[Chunk]] | None] = Queue()
+    requests: Queue[tuple[range, RowsRead | None, Future[Chunk]] | None] = Queue()
     stopping = threading.Event()
     threads = [  # daemons, because one may wait for a disk that does not answer
         threading.Thread(target=_work, args=(copy.copy(images), job, requests, stopping), daemon=True)
-        for _ in range(min(workers, len(spans)))
+        for _ in range(min(workers, -(-(len(images) - start) // count)))
     ]
-    chunks: deque[Future[Chunk]] = deque()  # in the order of their rows
+    chunks: deque[tuple[Future[Chunk], RowsRead | None]] = deque()  # in the order of their rows
     try:
         try:
             for thread in threads:
                 thread.start()
         except RuntimeError as error:
             raise DataError(f"cannot start {len(threads)} threads: {error}; use fewer --workers") from error
-        while spans or chunks:
-            while spans and len(chunks) < CHUNKS_AHEAD * len(threads):
-                chunks.append(Future())
-                requests.put((spans.popleft(), chunks[-1]))
-            chunk = chunks.popleft().result()
+        while start < len(images) or chunks:
+            while start < len(images) and len(chunks) < CHUNKS_AHEAD * len(threads):
+                size = sum(rows.size for _, rows in chunks if rows is not None)
+                if size > CHUNKS_AHEAD * len(threads) * CHUNK_BYTES and len(chunks) >= len(threads):
+                    break  # the photos are large
+                span = range(start, min(start + count, len(images)))
+                rows = RowsRead(images, span) if images.in_order else None
+                span = span if rows is None else rows.span
+                start = span.stop
+                chunks.append((Future(), rows))
+                requests.put((span, rows, chunks[-1][0]))
+            chunk = chunks.popleft()[0].result()
             yield chunk
             if chunk.failure is not None:
                 raise chunk.failure
@@ -99,10 +135,10 @@ def _work(images: ImageSet, job: EncodeJob, requests: Queue, stopping: threading
     """A thread: encodes spans of rows to chunks. ``images`` is a copy for this thread, whose files have positions."""
     encoder = None
     while (request := requests.get()) is not None and not stopping.is_set():
-        span, chunk = request
+        span, rows, chunk = request
         try:
             encoder = encoder or Encoder()
-            chunk.set_result(_encode_rows(images, span, job, encoder, stopping))
+            chunk.set_result(_encode_rows(images if rows is None else rows, span, job, encoder, stopping))
         except BaseException as error:  # the main thread raises it, whatever it is
             chunk.set_exception(error)
 
