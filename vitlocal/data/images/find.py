@@ -11,8 +11,9 @@ import numpy as np
 from vitlocal.data.images.classes import require_known_classes, with_classes
 from vitlocal.data.images.folder import FolderImages, folder_classes
 from vitlocal.data.images.image_set import KINDS, NO_CHOICE, ImageSet, SourceChoice, known_split, listed, split_folder
-from vitlocal.data.images.parquet import ParquetImages, has_shards, parquet_classes
+from vitlocal.data.images.parquet import ParquetImages, parquet_classes
 from vitlocal.data.images.sample import IMAGES_PER_CLASS, SampleImages
+from vitlocal.data.images.shards import has_shards
 from vitlocal.data.images.tars import TarImages, has_tars, tar_classes
 from vitlocal.data.images.torchvision import open_torchvision
 from vitlocal.errors import ConfigError
