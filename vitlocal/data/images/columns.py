@@ -138,7 +138,8 @@ def _pick(what: str, stated: str | None, usable: list[str], usual: Sequence[str]
             if column.lower() == name:
                 return column
     if len(typed) != 1:
-        problem = f"{len(typed)} columns could have the {what}s" if typed else f"no column has a usual name of {what}s"
+        problem = f"no column has a usual name of {what}s" if usable else f"no column can hold {what}s"
+        problem = f"{len(typed)} columns could have the {what}s" if typed else problem
         raise ConfigError(f"{problem} in {found}; choose one with --{what} NAME")
     return typed[0]
 
