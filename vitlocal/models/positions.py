@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Grid = tuple[int, int]
 
@@ -26,6 +27,7 @@ def position_matrix(full: Grid, grid: Grid, device: torch.device, dtype: torch.d
 @cache
 @torch.inference_mode(False)  # training cannot use an inference tensor, so evaluation must not create one here
 @torch.no_grad()
+@_disable_current_modes()  # torch.export() traces this function, but the matrix that stays here must have values
 def _cached_matrix(full: Grid, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
     count = full[0] * full[1]
     units = torch.eye(count, dtype=torch.float64, device="cpu").view(1, count, *full)

@@ -55,7 +55,7 @@ def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Te
     # By index, not by threshold: attention that was masked before is zero, and many zeros are equal.
     strongest = patches.topk(keep_count(patches.shape[3], rate), dim=3).indices  # (B, G, n, k)
     mask = torch.ones_like(attention, dtype=torch.bool)
-    kept = torch.zeros_like(patches, dtype=torch.bool).scatter(3, strongest, True)
+    kept = torch.zeros_like(patches, dtype=torch.bool).scatter(3, strongest, 1)
     mask[..., num_prefix_tokens:, num_prefix_tokens:] = kept
     return mask
 

@@ -205,6 +205,13 @@ class VisionTransformer(TimmModel):
             tokens = torch.cat([token.to(tokens.dtype), tokens], dim=1)
         return tokens, (rows.stop - rows.start, columns.stop - columns.start)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
+        had_values = not self.drop_path_rates.is_meta
+        super()._apply(fn, recurse)
+        if not had_values and not self.drop_path_rates.is_meta:  # to_empty(), and no state dict has these values
+            self.set_drop_path(self.drop_path_rate)
+        return self
+
     @torch.no_grad()
     def set_drop_path(self, rate: float) -> None:
         """Sets drop path to ``rate`` at the last block. Costs no sync and no recompilation."""
