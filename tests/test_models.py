@@ -150,7 +150,9 @@ def test_initial_weights():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(global_pool="avg"), ("global_pool", "Did you mean pool?")),
+        (dict(global_pool="map"), ("global_pool='map'", "'token', 'avg'")),
+        (dict(pool="avg", global_pool="token"), ("global_pool='token'", "has no class token")),
+        (dict(drop_rate=1.0), ("drop_rate=1.0", "< 1")),
         (dict(patch_sise=8), ("patch_sise", "Did you mean patch_size?")),
         (dict(pool="max"), ("pool='max'", "token, avg")),
         (dict(activation="relu"), ("activation='relu'", "h_swish, gelu")),
@@ -231,8 +233,9 @@ def test_timm_interface():
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3) and model.num_classes == 3
         model.reset_classifier(0)
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 32)
-        with pytest.raises(ValueError, match="pool='token'"):
-            model.reset_classifier(3, "avg")
+        model.reset_classifier(3, "avg")
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(model.eval()(images), model.head(model.forward_features(images)[:, 1:].mean(1)))
     assert narrow(num_classes=0)(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 

@@ -1,16 +1,162 @@
-"""timm's and PyTorch's tools on our models: programs of torch.export, and the meta device."""
+"""timm's tools on our models and our runs: fine-tuning, saving, features, the arguments of timm's scripts, exports."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from narrow_models import NARROW
+from timm.models import save_for_hf
 
+from vitlocal.models.factory import build_model, export_model
 from vitlocal.models.positions import _cached_matrix
 
 OURS, DEIT, LOCALVIT = (f"vitlocal_{family}tiny_patch16_224" for family in ("", "deit_", "localvit_"))
 PRUNED = dict(token_keep_rate=0.5, attention_keep_rate=0.5, pruned_blocks=(0, 1))
+MODELS = [
+    (OURS, {}), (OURS, dict(pool="avg")), (OURS, PRUNED), (OURS, dict(center_grid=3)),
+    (DEIT, PRUNED | dict(pool="avg")), (LOCALVIT, {}), (LOCALVIT, dict(pool="avg")),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_run(folder: Path, name: str, size: int = 64, **options) -> torch.nn.Module:
+    """Exports an untrained model of 5 classes to ``folder``, as the trainer does, and returns it."""
+    narrow = (
+        {key: value for key, value in NARROW.items() if key != "num_classes"} if name.startswith("vitlocal") else {}
+    )
+    model, arguments = build_model(name, narrow | dict(img_size=size, **options), 5)
+    export_model(folder, model.eval(), name, arguments, list("abcde"), size=size, crop_pct=0.875)
+    return model
+
+
+def load(folder: Path, **options) -> torch.nn.Module:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
+
+
+@pytest.mark.parametrize("name, options", MODELS)
+def test_runs_are_fine_tuned_and_saved_again(name, options, tmp_path):
+    model = make_run(tmp_path, name, **options)
+    images = torch.randn(2, 3, 96, 96)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    for adapted in (dict(num_classes=7), dict(num_classes=7, drop_path_rate=0.1, drop_rate=0.5, img_size=96)):
+        tuned = load(tmp_path, **adapted)
+        assert tuned(images).shape == (2, 7)
+        torch.testing.assert_close(tuned.forward_head(tuned.forward_features(images), True), features)
+    torch.testing.assert_close(load(tmp_path, num_classes=0, img_size=96)(images), features)
+    gray = load(tmp_path, num_classes=0, in_chans=1)  # timm sums the weights of the colors
+    torch.testing.assert_close(gray(images[:, :1]), load(tmp_path, num_classes=0)(images[:, :1].expand(-1, 3, -1, -1)))
+    assert load(tmp_path, in_chans=4, img_size=(32, 64))(torch.randn(1, 4, 32, 64)).shape == (1, 5)
+
+    if not hasattr(timm.models, "get_model_args"):
+        return  # before 1.0.31, save_for_hf() saves no options of models
+    tuned = load(tmp_path, num_classes=7)
+    tuned.reset_classifier(3, "avg")
+    tuned.set_input_size(img_size=(96, 96))
+    save_for_hf(tuned, tmp_path / "saved", safe_serialization=True)
+    torch.testing.assert_close(load(tmp_path / "saved")(images), tuned(images))
+    assert load(tmp_path / "saved", num_classes=2, in_chans=1, img_size=48)(images[:, :1]).shape == (2, 2)
+
+
+def test_runs_that_do_not_name_the_head_are_fine_tuned(tmp_path):
+    make_run(tmp_path, OURS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"].pop("classifier") == "head"
+    assert config["pretrained_cfg"].pop("first_conv") == "patch_embed.proj"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path, num_classes=7, in_chans=1)(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    "name, head, fixed",
+    [("test_resnet", "fc", False), ("test_vit", "head", False), ("swin_tiny_patch4_window7_224", "head.fc", True)],
+)
+def test_runs_of_timms_own_models_are_fine_tuned(name, head, fixed, tmp_path):
+    small = {}
+    if fixed:
+        small = dict(depths=(1, 1), embed_dim=8, num_heads=(2, 2), window_size=4)
+        model = timm.create_model(name, num_classes=5, img_size=64, **small)
+        export_model(tmp_path, model, name, dict(img_size=64, **small), list("abcde"), size=64, crop_pct=0.875)
+    else:
+        make_run(tmp_path, name)
+    described = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert described["classifier"] == head and described["fixed_input_size"] is fixed
+    assert load(tmp_path, num_classes=7, in_chans=1)(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+    assert load(tmp_path, num_classes=0)(torch.randn(1, 3, 64, 64)).ndim == 2
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 224])
+def test_timm_evaluates_runs_as_we_do(size, tmp_path):
+    make_run(tmp_path, OURS, size)
+    found = timm.data.resolve_model_data_config(load(tmp_path), use_test_size=True)
+    mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    assert tuple(found["input_size"]) == (3, size, size) and (found["crop_pct"], found["crop_mode"]) == (
+        0.875,
+        "center",
+    )
+    assert (found["interpolation"], tuple(found["mean"]), tuple(found["std"])) == ("bilinear", mean, std)
+
+
+SCRIPTS = {
+    "train.py": dict(
+        pretrained=False, in_chans=3, num_classes=7, drop_rate=0.0, drop_path_rate=None, drop_block_rate=None,
+        global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path="",
+    ),
+    "train.py --drop .3 --drop-path .1 --gp avg": dict(
+        in_chans=3, num_classes=None, drop_rate=0.3, drop_path_rate=0.1, global_pool="avg", scriptable=False
+    ),
+    "validate.py": dict(num_classes=None, in_chans=3, global_pool=None, scriptable=False),
+    "benchmark.py": dict(in_chans=3, global_pool=None, scriptable=False, drop_rate=0.0, drop_path_rate=None),
+    "onnx_export.py": dict(num_classes=1000, in_chans=3, checkpoint_path="", exportable=True),
+    "--model-kwargs": dict(dynamic_img_size=True, img_size=96, device="cpu", dtype=torch.float64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", [OURS, DEIT, LOCALVIT])
+def test_models_take_the_arguments_of_timms_scripts(name, script):
+    model = timm.create_model(name, **dict(NARROW, **SCRIPTS[script]))
+    images = torch.randn(2, 3, 96, 96, dtype=next(model.parameters()).dtype)
+    assert model(images).shape == (2, model.num_classes)
+    differs = not torch.equal(model(images), model(images))  # dropout
+    assert differs == bool(SCRIPTS[script].get("drop_rate"))
+    assert torch.equal(model.eval()(images), model(images))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_intermediate_outputs_are_those_of_timms_deit(pool):
+    options = dict(embed_dim=32, depth=3, num_heads=2, img_size=64)
+    theirs = timm.create_model(
+        "deit_tiny_patch16_224", class_token=pool == "token", global_pool=pool, fc_norm=False, **options
+    )
+    ours = timm.create_model(DEIT, pool=pool, **options)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.eval(), ours.eval()
+    images = torch.randn(2, 3, 64, 64)
+    for arguments in (
+        dict(), dict(indices=2, norm=True), dict(indices=[0, -1], output_fmt="NLC", return_prefix_tokens=True),
+        dict(indices=[1], stop_early=True), dict(indices=[1], intermediates_only=True),
+    ):  # fmt: skip
+        mine, expected = (model.forward_intermediates(images, **arguments) for model in (ours, theirs))
+        torch.testing.assert_close(mine, expected)
+    torch.testing.assert_close(
+        ours.get_intermediate_layers(images, 2, reshape=True), theirs.get_intermediate_layers(images, 2, reshape=True)
+    )
+    layers = timm.create_model(OURS, pool=pool, features_only=True, out_indices=(0, -1), **options)
+    assert layers.feature_info.channels() == [32, 32] and layers.feature_info.reduction() == [16, 16]
+    assert [tuple(layer.shape) for layer in layers(images)] == [(2, 32, 4, 4)] * 2
+    pruned = timm.create_model(OURS, **(options | PRUNED))
+    with pytest.raises(ValueError, match="drops tokens"):
+        pruned.forward_intermediates(images)
+    with pytest.raises(ValueError, match=r"patch_size=8: expected \(16, 16\)"):
+        ours.set_input_size(patch_size=8)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export themselves

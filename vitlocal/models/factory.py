@@ -60,6 +60,7 @@ def export_model(
     ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's.
     """
     model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+    known: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
     if isinstance(model, VisionTransformer):
         shape = model.active
         if len(shape.block_order) < len(model.blocks):
@@ -77,12 +78,14 @@ def export_model(
         "label_names": list(classes),
         "pretrained_cfg": {
             "input_size": [3, size, size],
-            "fixed_input_size": False,
+            "fixed_input_size": bool(known.get("fixed_input_size")) and not arguments.get("dynamic_img_size"),
             "interpolation": "bilinear",
             "crop_pct": crop_pct,
             "mean": list(IMAGENET_DEFAULT_MEAN),
             "std": list(IMAGENET_DEFAULT_STD),
             "num_classes": len(classes),
+            "first_conv": known.get("first_conv"),  # timm fits these parts to other in_chans and num_classes
+            "classifier": known.get("classifier"),
         },
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -6,18 +6,24 @@ Shapes: B batch, T tokens, D width.
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import global_pool_nlc, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import check_count
+from vitlocal.models.block import check_count, check_option
+from vitlocal.models.positions import center_window, resample_positions
 
 # timm passes these besides the model's options.
-_TIMM_OPTIONS = frozenset({"pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"})
+_TIMM_OPTIONS = {"pretrained_cfg", "pretrained_model_args", "cache_dir", "features_only", "feature_cls"}
+_ADAPTED = dict(first_conv="patch_embed.proj", classifier="head")  # timm fits their weights to in_chans and num_classes
 
 
 class TimmModel(nn.Module):
@@ -25,25 +31,29 @@ class TimmModel(nn.Module):
 
     head: nn.Module
 
-    def __init__(self, num_classes: int, num_features: int, pool: str, init: str) -> None:
+    def __init__(
+        self, num_classes: int, num_features: int, in_chans: int, pool: str, global_pool: str | None, drop_rate: float,
+        init: str,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = num_features
-        self.pool = pool
         self.num_prefix_tokens = int(pool == "token")
+        self._set_pool(pool if global_pool is None else global_pool)
+        check_option("drop_rate", drop_rate, 0 <= drop_rate < 1, "0 <= rate < 1")
+        self._drop_rate = drop_rate
         self.grad_checkpointing = False
         self._init = init
 
-    def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Returns tokens (B, T, D) after the last norm. ``noise``: see :meth:`forward`."""
-        raise NotImplementedError
-
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Returns logits (B, num_classes) for :meth:`forward_features`' tokens; with ``pre_logits`` their pool."""
-        pooled = tokens[:, 0] if self.pool == "token" else tokens.mean(dim=1)
+        pooled = global_pool_nlc(tokens, self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
+        if self._drop_rate:
+            pooled = F.dropout(pooled, self._drop_rate, self.training)
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(self: Any, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns logits (B, num_classes).
 
         ``noise`` (B, L, 2), uniform in [0, 1), decides which branches drop path drops. A caller can key each row to
@@ -71,15 +81,61 @@ class TimmModel(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a new one for ``num_classes`` classes; 0 leaves the pooled features."""
-        if global_pool not in (None, self.pool):
-            raise ConfigError(f"global_pool={global_pool!r}: this model has pool={self.pool!r}; build a new one")
         check_count("num_classes", num_classes, least=0)
+        self._set_pool(self.global_pool if global_pool is None else global_pool)
         weight = next(self.parameters())  # for its device and type
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
             init_linear(self.head, self._init)
+
+    def forward_intermediates(
+        self: Any, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
+        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> Any:  # fmt: skip
+        """Returns the final tokens and a list of blocks' outputs, (B, D, h, w) or with "NLC" (B, N, D), as timm does.
+
+        ``indices``: of the blocks, or how many of the last; None: all.
+        """
+        check_option("output_fmt", output_fmt, output_fmt in ("NCHW", "NLC"), "NCHW or NLC")
+        if self.active.pruned_blocks:
+            raise ConfigError("forward_intermediates: this model drops tokens; create it with pruned_blocks=()")
+        taken, last = feature_take_indices(len(self.active.block_order), indices)
+        outputs: list[Tensor] = []
+        final = self._features(x, None, outputs=outputs, stop=last + 1 if stop_early or intermediates_only else None)[0]
+        found = [self.norm(outputs[index]) if norm else outputs[index] for index in taken]
+        layers: list[Any] = [tokens[:, self.num_prefix_tokens :] for tokens in found]
+        if output_fmt == "NCHW":
+            window = center_window(self.patch_embed.grid_of(*x.shape[2:]), self.active.grid)
+            grid = [side.stop - side.start for side in window]
+            layers = [patches.mT.unflatten(2, grid).contiguous() for patches in layers]
+        if return_prefix_tokens and self.num_prefix_tokens:
+            layers = [(patches, tokens[:, :1]) for patches, tokens in zip(layers, found, strict=True)]
+        return layers if intermediates_only else (final, layers)
+
+    def get_intermediate_layers(self, x: Tensor, n: int | list[int] = 1, reshape: bool = False, **options: Any) -> Any:
+        """Returns the outputs of the blocks ``n``, or of the last ``n``: (B, N, D), or (B, D, h, w) to ``reshape``."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, output_fmt=output_fmt, intermediates_only=True, **options)
+
+    def set_input_size(self: Any, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
+        """Resamples the position table to the grid of ``img_size`` (px). The patches keep their size."""
+        embed = self.patch_embed
+        same = patch_size is None or to_2tuple(patch_size) == embed.patch_size
+        check_option("patch_size", patch_size, same, f"{embed.patch_size}, as it is; or create another model")
+        if img_size is not None:
+            grid = embed.grid_of(*to_2tuple(img_size))
+            table = resample_positions(self.pos_embed, embed.grid_size, grid).detach().clone()
+            self.pos_embed, embed.grid_size = nn.Parameter(table, self.pos_embed.requires_grad), grid
+            for record in ("_traits", "_model_args"):  # save_for_hf() reads these
+                setattr(self, record, getattr(self, record, {}) | {"img_size": to_2tuple(img_size)})
+
+    def _set_pool(self, global_pool: str) -> None:
+        choices = ("token",) * self.num_prefix_tokens + ("avg", "max", "avgmax", "")
+        hint = "" if self.num_prefix_tokens else "; this model has no class token"
+        check_option("global_pool", global_pool, global_pool in choices, f"one of {choices}{hint}")
+        self.global_pool = global_pool
 
 
 def init_linear(layer: nn.Linear, init: str) -> None:
@@ -110,7 +166,7 @@ def register_family(family: type[TimmModel], prefix: str, sizes: Mapping[str, Ma
         name: dict(
             input_size=(3, defaults.get("img_size", 224), defaults.get("img_size", 224)), num_classes=1000,
             crop_pct=0.875, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-            first_conv="patch_embed.proj", classifier="head",
+            **_ADAPTED,
         )
         for name, defaults in models.items()
     }  # fmt: skip
@@ -125,12 +181,20 @@ def _entry_point(family: type[TimmModel], name: str, defaults: Mapping[str, Any]
     known = list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
 
     def create(pretrained: bool = False, **options: Any) -> TimmModel:
+        placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
+        overlay = _ADAPTED | (options.pop("pretrained_cfg_overlay", None) or {})  # older runs do not name these parts
+        features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
+        options.pop("dynamic_img_size", None)  # all our models take images of any size
         unknown = [option for option in options if option not in known and option not in _TIMM_OPTIONS]
         if unknown:
             similar = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f" Did you mean {similar[0]}?" if similar else ""
             raise ConfigError(f"{name} has no option {', '.join(unknown)}.{hint} Its options are {', '.join(known)}.")
-        return build_model_with_cfg(family, name, pretrained, **{**defaults, **options})
+        model = build_model_with_cfg(
+            family, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=features, **{**defaults, **options},
+        )  # fmt: skip
+        return model.to(**placement) if placement else model
 
     create.__name__, create.__module__ = name, family.__module__
     return create

@@ -70,6 +70,9 @@ class VisionTransformer(TimmModel):
     - ``mlp_ratio``: hidden width of the feed-forward part, in widths.
     - ``activation``: "h_swish", x·relu6(x + 3)/6, or "gelu".
     - ``pool``: "token" reads the class token. "avg" has no class token, and reads the mean of the patch tokens.
+    - ``global_pool``: timm's name for what the head reads: "token", "avg", "max", "avgmax", or "" for all tokens. None:
+      as ``pool``. It leaves the class token as it is.
+    - ``drop_rate``: dropout before the head.
     - ``drop_path_rate``: drop path of the last block. It rises linearly from 0 at the first.
     - ``train_pos_embed``: False freezes the position table, which is the effect of the released code.
     - ``pos_embed_init``: the table starts "random", see ``init``, or "sincos", see :func:`sincos_table`.
@@ -86,31 +89,14 @@ class VisionTransformer(TimmModel):
     active: Any  # the Shape that runs now, with its block_order; shape.set_shape() sets it, no state dict holds it
 
     def __init__(
-        self,
-        make_block: Callable[[BlockShape], Block],
-        *,
-        num_classes: int = 1000,
-        img_size: int | Sequence[int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4,
-        qkv_bias: bool = True,
-        activation: str = "h_swish",
-        pool: str = "token",
-        drop_path_rate: float = 0.0,
-        train_pos_embed: bool = True,
-        init: str = "trunc_normal",
-        pos_embed_init: str = "random",
-        token_keep_rate: float = 1.0,
-        attention_keep_rate: float = 1.0,
-        per_head_masks: bool = False,
-        center_grid: int | None = None,
-        pruned_blocks: Sequence[int] = (),
-    ) -> None:
-        super().__init__(num_classes, embed_dim, pool, init)
+        self, make_block: Callable[[BlockShape], Block], *, num_classes: int = 1000,
+        img_size: int | Sequence[int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384,
+        depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4, qkv_bias: bool = True, activation: str = "h_swish",
+        pool: str = "token", global_pool: str | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        train_pos_embed: bool = True, init: str = "trunc_normal", pos_embed_init: str = "random",
+        token_keep_rate: float = 1.0, attention_keep_rate: float = 1.0, per_head_masks: bool = False,
+        center_grid: int | None = None, pruned_blocks: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         check_count("num_classes", num_classes, least=0)
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in counts.items():
@@ -119,6 +105,7 @@ class VisionTransformer(TimmModel):
             check_option(name, flag, isinstance(flag, bool), "true or false")  # the string "false" would count as true
         check_choice("activation", activation, tuple(ACTIVATIONS))
         check_choice("pool", pool, ("token", "avg"))
+        super().__init__(num_classes, embed_dim, in_chans, pool, global_pool, drop_rate, init)
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         check_option("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1, "0 <= rate < 1")
@@ -140,6 +127,7 @@ class VisionTransformer(TimmModel):
         self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim), requires_grad=train_pos_embed)
         shape = BlockShape(embed_dim, num_heads, hidden, qkv_bias, activation)
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
+        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.register_parameter("stage_table", None)
@@ -228,12 +216,19 @@ class VisionTransformer(TimmModel):
         return (kept / keep).permute(1, 2, 0)[..., None, None]
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Returns tokens (B, T, D) after the last norm. ``noise``: see :meth:`forward`."""
         return self._features(images, noise)[0]
 
-    def _features(self, images: Tensor, noise: Tensor | None, with_attention: bool = False) -> tuple[Tensor, Any]:
-        """As :meth:`forward_features`; ``with_attention`` adds the last block's attention to patches, (B, N)."""
+    def _features(
+        self, images: Tensor, noise: Tensor | None, with_attention: bool = False,
+        outputs: list[Tensor] | None = None, stop: int | None = None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """As :meth:`forward_features`; ``with_attention`` adds the last block's attention to patches, (B, N).
+
+        Only the first ``stop`` blocks run (None: all). Their outputs are appended to ``outputs``.
+        """
         tokens, grid = self.embed(images)
-        order = self.active.block_order
+        order = self.active.block_order[:stop]
         scales: Any = [(None, None)] * len(order)
         if self.training and self.drop_path_rate > 0:
             factors = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
@@ -252,6 +247,8 @@ class VisionTransformer(TimmModel):
                 tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(*operands)
+            if outputs is not None:
+                outputs.append(tokens)
         return self.norm(tokens), attention
 
     def _add_stage(self, tokens: Tensor, noise: Tensor | None) -> Tensor:
