@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,17 @@ def test_intermediate_outputs_are_those_of_timms_deit(pool):
         pruned.forward_intermediates(images)
     with pytest.raises(ValueError, match=r"patch_size=8: expected \(16, 16\)"):
         ours.set_input_size(patch_size=8)
+
+
+def test_a_script_knows_our_models(tmp_path, monkeypatch, capsys):
+    """As python -m vitlocal.models SCRIPT.py OPTIONS."""
+    (tmp_path / "script.py").write_text("import sys, timm\nprint(timm.is_model(sys.argv[1]), sys.argv[0], __name__)\n")
+    monkeypatch.setattr(sys, "argv", ["-m", f"{tmp_path}/script.py", OURS])
+    runpy.run_module("vitlocal.models", run_name="__main__")
+    assert capsys.readouterr().out.split() == ["True", f"{tmp_path}/script.py", "__main__"]
+    monkeypatch.setattr(sys, "argv", ["-m", "nothing.py"])
+    with pytest.raises(SystemExit, match=r"expected a Python script, got nothing\.py"):
+        runpy.run_module("vitlocal.models", run_name="__main__")
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit and torch.export themselves
