@@ -140,6 +140,7 @@ def test_threads_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # it would start a thread too
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(DataError, match=r"cannot start 2 threads.*fewer --workers"):
         write(write_config(tmp_path, workers=2), FakeImages(60), progress=False)
