@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import multiprocessing.pool
 import os
 import pickle
 import signal
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -162,3 +164,46 @@ def fork_pool() -> multiprocessing.pool.Pool:
     with warnings.catch_warnings():  # Python 3.12 warns of forks in a process with threads
         warnings.simplefilter("ignore", DeprecationWarning)
         return multiprocessing.get_context("fork").Pool(2)
+
+
+def tar_of(files: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def make_tars(root: Path, per_class: int = 3, val: int = 6) -> list[str]:
+    """Writes both tars and the devkit as image-net.org gives them, small; returns the val images' wnids."""
+    root.mkdir(exist_ok=True)
+    inner = {
+        # neither classes nor images in order, as in the real one
+        f"{wnid}.tar": tar_of({f"{wnid}_{k}.JPEG": photo(label * per_class + k) for k in reversed(range(per_class))})
+        for label, wnid in reversed(list(enumerate(WNIDS)))
+    }
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    names = [f"ILSVRC2012_val_{k + 1:08}.JPEG" for k in range(val)]
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar_of({name: photo(100 + k) for k, name in enumerate(names)}))
+    return make_devkit(root, val)
+
+
+def make_devkit(root: Path, val: int = 6) -> list[str]:
+    """Writes the devkit of ``val`` validation images; returns their wnids."""
+    scipy_io = pytest.importorskip("scipy.io")
+    identities = {1: WNIDS[2], 2: WNIDS[0], 3: WNIDS[1]}  # the devkit's numbers are not in the order of wnids
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(number, wnid, f"word {number}", "gloss", 0) for number, wnid in identities.items()]
+    rows.append((4, "n00001740", "entity", "gloss", 3))  # an inner node
+    meta = io.BytesIO()
+    scipy_io.savemat(meta, {"synsets": np.array(rows, kind).reshape(-1, 1)})
+    truth = [1 + k % 3 for k in range(val)]
+    devkit = {
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(f"{k}\n" for k in truth).encode(),
+        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+        "ILSVRC2012_devkit_t12/readme.txt": b"read me",
+    }
+    (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar_of(devkit)))
+    return [identities[number] for number in truth]

@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from vitlocal.data.images.classes import require_known_classes, with_classes
-from vitlocal.data.images.folder import FolderImages, folder_classes
-from vitlocal.data.images.image_set import KINDS, NO_CHOICE, ImageSet, SourceChoice, known_split, listed, split_folder
+from vitlocal.data.images.files import file_classes, open_files
+from vitlocal.data.images.image_set import (
+    KINDS,
+    NO_CHOICE,
+    ImageSet,
+    SourceChoice,
+    is_folder,
+    known_split,
+    listed,
+    scan_folder,
+    split_folder,
+)
 from vitlocal.data.images.parquet import ParquetImages, parquet_classes
 from vitlocal.data.images.sample import IMAGES_PER_CLASS, SampleImages
 from vitlocal.data.images.shards import has_shards
-from vitlocal.data.images.tars import TarImages, has_tars, tar_classes
 from vitlocal.data.images.torchvision import open_torchvision
 from vitlocal.errors import ConfigError
 
@@ -30,8 +39,7 @@ class Format:
     classes: Callable[[Path, str, SourceChoice], tuple[str, ...] | None]  # of a split; None: there is no such split
 
 
-FOLDERS = Format(FolderImages, folder_classes)
-TARS = Format(TarImages, tar_classes)
+FILES = Format(open_files, file_classes)
 PARQUET = Format(ParquetImages, parquet_classes)
 
 
@@ -90,21 +98,20 @@ def _with_known_classes(images: ImageSet, split: str, others: tuple[str, ...] | 
 
 
 def format_of(root: Path, split: str) -> Format:
-    """The format of a split in a folder. Folders and shards come before tars."""
+    """The format of a split in a folder. A folder of the split comes before shards, and they come before tars."""
     folder = split_folder(root, split)
-    if folder is not None and not any(folder.glob("*.parquet")):
-        return FOLDERS
-    if has_shards(root):
-        return PARQUET
-    return TARS if has_tars(root) else FOLDERS
+    if folder is not None and not any(entry.name.endswith(".parquet") for entry in scan_folder(folder)):
+        return FILES
+    return PARQUET if has_shards(root) else FILES
 
 
 def _folder(spec: str) -> Path:
     root = Path(spec).expanduser().absolute()
-    if not root.exists():
+    if not is_folder(root):
+        if root.exists():
+            raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")
         raise ConfigError(f"source '{spec}' does not exist; expected {KINDS}")
-    if not root.is_dir():
-        raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")
-    if all(name.startswith(".") for name in os.listdir(root)):
+    if all(entry.name.startswith(".") for entry in scan_folder(root)):
         raise ConfigError(f"source '{root}' is an empty folder; expected {KINDS}")
-    return root
+    inner = [root / name for name in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]  # as Kaggle packs ImageNet
+    return next((folder for folder in inner if not split_folder(root, "train") and is_folder(folder)), root)

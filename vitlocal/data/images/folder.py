@@ -1,95 +1,122 @@
-"""Images in class folders."""
+"""Images in class folders, or in one folder with a list of their classes."""
 
 import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import numpy as np
 
-from vitlocal.data.images.image_set import (
-    KINDS,
-    NO_CHOICE,
-    SPLIT_NAMES,
-    SUFFIXES,
-    ImageSet,
-    SourceChoice,
-    known_split,
-    listed,
-    read_file,
-    split_folder,
-)
+from vitlocal.data.images.classes import normalized
+from vitlocal.data.images.image_set import ImageSet, listed, read_file
+from vitlocal.data.images.listing import LeftOut, list_photos, scan_split, stat_files
+from vitlocal.data.images.pixels import photo_suffixes, suffix_reason
+from vitlocal.data.images.solutions import EXPECTED_LISTS, TINY, find_solution, image_id
 from vitlocal.errors import ConfigError
 
 
 class FolderImages(ImageSet):
-    """Images in root/<split>/<class>/, at any depth below the class. Rows are ordered by class, then by path."""
+    """The images of a split's folder: in <class>/, at any depth, or all in it beside a list of their classes.
 
-    def __init__(self, root: Path, split: str, choice: SourceChoice = NO_CHOICE) -> None:
-        self.spec = str(root)
-        folder = split_folder(root, split)
-        if folder is None:
-            folders = class_folders(root)
-            named = [name for name in folders if known_split(name)]
-            if split != "train" or named or not folders:
-                found = [f"{name}/" for name in folders] or sorted(os.listdir(root))
+    Rows are ordered by class, then by path. ``root`` is the source, in which the list may be.
+    """
+
+    def __init__(self, root: Path, folder: Path, split: str) -> None:
+        self.spec, self.folder = str(root), str(folder)
+        self._left_out = LeftOut()
+        names, loose = scan_split(self.folder, self._left_out)
+        photos = [name for name in loose if name.lower().endswith(photo_suffixes())]
+        self._paths: list[str] = []  # in the folder
+        is_tiny = TINY in loose and set(names) <= {"images"}
+        if split == "train" or not is_tiny:
+            self._read_class_folders(names, split)
+        self._entries = self._paths
+        if self._paths:
+            for name in loose:
+                self._left_out.add("outside of class folders", name)
+        elif split != "train" and (photos or is_tiny):
+            self._read_solution(root)
+        else:
+            for name in loose:
+                self._left_out.add(suffix_reason(name))
+            found = f"{len(photos)} images without a class folder" if photos else str(self._left_out)
+            if split == "train" or loose or self._left_out.counts():  # else it is not filled yet
                 raise ConfigError(
-                    f"source '{root}' has no split '{split}': expected a folder "
-                    f"{' or '.join(SPLIT_NAMES.get(split, (split,)))} in it, or {KINDS.split(', ', 1)[1]}; "
-                    f"found {listed(found)}. Move the images there, or name another --source or --split"
+                    f"'{folder}': expected a folder with images for each class, found {found}; sort them so"
                 )
-            if len(folders) == 1 and class_folders(root / folders[0]):
+        self.left_out = self._left_out.counts()
+
+    def _read_class_folders(self, names: list[str], split: str) -> None:
+        counts = {}
+        for name, folders in class_folders(names).items():
+            paths = sorted(path for below in folders for path in list_photos(self.folder, below, self._left_out))
+            if not paths and split == "train":
+                list_photos(self.folder, folders[0], found := LeftOut())
                 raise ConfigError(
-                    f"source '{root}' has only one folder, '{folders[0]}', with folders in it; expected folders "
-                    f"of classes or splits. Did you mean '{root / folders[0]}'?"
+                    f"class folder '{os.path.join(self.folder, folders[0])}' has no images, found {found} "
+                    f"(images are {', '.join(photo_suffixes())}); add some, or remove the folder from every split"
                 )
-            folder = root  # root/<class>/ without splits
-        self.classes = tuple(class_folders(folder))
-        if not self.classes:
-            loose = sum(name.lower().endswith(SUFFIXES) for name in os.listdir(folder))
-            problem = f"{loose} images without a class folder" if loose else "no folders"
+            if paths:
+                counts[name] = len(paths)
+                self._paths += paths
+        self.classes = tuple(counts)
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), list(counts.values()))
+
+    def _read_solution(self, root: Path) -> None:
+        """The images with their classes from a list."""
+        solution = find_solution(Path(self.folder), root)
+        self._left_out = LeftOut()
+        photos = list_photos(self.folder, "", self._left_out)
+        if solution is None:
             raise ConfigError(
-                f"'{folder}': expected a folder with images for each class, found {problem}; sort them so"
+                f"'{self.folder}' has {len(photos)} images without a class folder, and no list of their classes: "
+                f"expected {EXPECTED_LISTS} in it or in '{root}'. Add the list, or sort the images into class folders"
             )
-        self.folder = str(folder)
-        self._paths: list[str] = []
-        counts = []
-        for name in self.classes:
-            paths = sorted(_image_paths(self.folder, name))
-            if not paths:
-                raise ConfigError(
-                    f"class folder '{folder / name}' has no images ({', '.join(SUFFIXES)}); "
-                    "add some, or remove the folder from every split"
-                )
-            self._paths += paths
-            counts.append(len(paths))
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        if solution.path.parent == Path(self.folder):
+            self._left_out.add(suffix_reason(solution.path.name), count=-1)  # it is read
+        rows = []
+        for path in photos:
+            if name := solution.classes.get(image_id(path)):
+                rows.append((name, path))
+            else:
+                self._left_out.add(f"not in {solution.path.name}", path)
+        if absent := sorted(solution.classes.keys() - {image_id(path) for path in photos}):
+            self.notes += (f"{len(absent)} images of {solution.path} are not in '{self.folder}': {listed(absent, 3)}",)
+        self.reads += (f"classes: {solution.path}",)
+        rows.sort()
+        self._paths = [path for _, path in rows]
+        self._entries = [f"{name}/{path}" for name, path in rows]  # as if they were in class folders
+        classes, labels = np.unique([name for name, _ in rows], return_inverse=True)
+        self.classes, self.labels = tuple(classes.tolist()), labels.astype(np.int64)
+
+    def stamps(self) -> np.ndarray:
+        return stat_files(self.folder, self._paths)
 
     def entry(self, index: int) -> str:
-        return self._paths[index]
+        return self._entries[index]
 
     def read(self, index: int) -> bytes:
         return read_file(os.path.join(self.folder, self._paths[index]))
 
 
-def folder_classes(root: Path, split: str, choice: SourceChoice) -> tuple[str, ...] | None:
-    """The classes of a split, which may lack images; None without its folder."""
-    folder = split_folder(root, split)
-    return tuple(class_folders(folder)) if folder else None
+def class_folders(names: list[str]) -> dict[str, list[str]]:
+    """The folders of each class, in order. Names that differ only in their Unicode form (NFC, NFD) are one class."""
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(normalized(name), []).append(name)
+    return dict(sorted((found[0] if len(found) == 1 else form, found) for form, found in forms.items()))
 
 
-def class_folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def order_notes(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """What to say if timm orders the class folders differently: by value of the numbers in them."""
 
+    def natural_key(name: str) -> list[str | int]:  # as timm.utils.misc.natural_key
+        return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
-def _image_paths(folder: str, below: str) -> Iterator[str]:
-    """The images under the subfolder `below`, as paths relative to `folder`. Follows links."""
-    with os.scandir(os.path.join(folder, below)) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # for example ._name.jpg of macOS
-                continue
-            path = f"{below}/{entry.name}"
-            if entry.name.lower().endswith(SUFFIXES):
-                yield path
-            elif entry.is_dir():
-                yield from _image_paths(folder, path)
+    for label, (ours, natural) in enumerate(zip(classes, sorted(classes, key=natural_key), strict=True)):
+        if ours != natural:
+            return (
+                f"labels follow the text order of the class names, as in torchvision: label {label} is '{ours}'. timm "
+                f"orders by number: there it is '{natural}'. Choose an order with --classes FILE, or give timm this "
+                "one: --class-map with the data folder's classes.txt",
+            )
+    return ()

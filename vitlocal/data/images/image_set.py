@@ -1,5 +1,8 @@
 """The protocol of all image sources, and the names of splits."""
 
+import errno
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -7,10 +10,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from vitlocal.data.images.pixels import decode_rgb
-from vitlocal.errors import DataError
+from vitlocal.data.images.pixels import REMEDY, decode_rgb
+from vitlocal.errors import DataError, UndecodableImage
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 LARGEST_FILE = 1 << 30  # bytes of an image file: larger than any photo, so a larger one is another kind of file
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -73,23 +75,65 @@ class ImageSet(Protocol):
 
 
 def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """The ``size`` bytes of a file from ``offset`` on, fewer at its end; -1: all."""
+    """The ``size`` bytes of a file from ``offset`` on, fewer at its end; -1: all of a file as small as a photo."""
     try:
         with open(path, "rb", buffering=0) as file:
+            if size < 0:
+                require_photo_size(path, os.fstat(file.fileno()).st_size)
             file.seek(offset)
             return file.read(size)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+        raise unreadable(path, error) from error
+
+
+def require_photo_size(name: str, size: int) -> None:
+    """Raises UndecodableImage, before the file is read, if it is larger than any photo."""
+    if size > LARGEST_FILE:
+        raise UndecodableImage(f"{name}: {size} bytes, expected a photo of at most {LARGEST_FILE}; {REMEDY}")
+
+
+def unreadable(path: str | Path, error: OSError) -> DataError:
+    """The error for a file or folder that the system does not let us read. It must never count as absent or empty."""
+    return DataError(f"{path} cannot be read: {error.strerror or error}; restore it, or check its disk and permissions")
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether it is a folder or a link to one. DataError if the system cannot tell, for example for a stale handle."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in LEADS_NOWHERE:
+            return False
+        raise unreadable(path, error) from error
+
+
+LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a path or link to nothing; other errors are of a disk
+
+
+def scan_folder(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder. DataError if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    names = SPLIT_NAMES.get(split, (split,))
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    """The folder of a split, with any usual name, in upper or lower case."""
+    if not is_folder(root):
+        return None
+    found = {entry.name for entry in scan_folder(root)}
+    for usual in SPLIT_NAMES.get(split, (split,)):
+        for name in sorted(found, reverse=True):  # lower case first
+            if name.lower() == usual and is_folder(root / name):
+                return root / name
+    return None
 
 
 def known_split(name: str) -> str | None:
     """Our name for the split that a folder or shard is named after, if any."""
-    return next((ours for ours, names in SPLIT_NAMES.items() if name in names), None)
+    return next((ours for ours, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -1,13 +1,46 @@
-"""Decodes image files to upright RGB."""
+"""Which files are photos, and how they are decoded to upright RGB."""
 
+import functools
 import io
+import re
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from vitlocal.errors import UndecodableImage
 
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"),
+    *((".avif",) if "avif" in features.modules and features.check("avif") else ()),  # since Pillow 11.3
+)
+HEIF_SUFFIXES = (".heic", ".heif")
+
 REMEDY = "restore the file, or write the data folder without such images: write_dataset.py --on-error skip"
+
+
+@functools.cache
+def register_heif() -> bool:
+    """Lets Pillow decode HEIF, once per process. Returns whether the optional package pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@functools.cache
+def photo_suffixes() -> tuple[str, ...]:
+    """The suffixes of the files that can be decoded here, in lower case."""
+    return SUFFIXES + HEIF_SUFFIXES * register_heif()
+
+
+def suffix_reason(name: str) -> str:
+    """Why a file with this name is not read as a photo: its suffix, with the remedy if there is one."""
+    suffix = match[0].lower() if (match := re.search(r"\.(?=\w*[^\W\d])\w{1,9}$", name)) else "no suffix"
+    if suffix in HEIF_SUFFIXES:
+        return f"{suffix} (`pip install pillow-heif` makes them readable)"
+    return f"{suffix} (a newer Pillow reads them: `pip install -U pillow`)" if suffix == ".avif" else suffix
 
 
 def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
@@ -16,6 +49,7 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
     16-bit values are scaled, transparent parts become white, and an animation gives its first frame. Raises
     UndecodableImage with `name` if the bytes are not a complete image.
     """
+    register_heif()
     try:
         image = Image.open(io.BytesIO(data))
         image.load()

@@ -1,234 +1,165 @@
-"""The ILSVRC2012 tars, read in place as downloaded."""
+"""The ILSVRC2012 tars, read in place: as downloaded, or one for each class."""
 
-from __future__ import annotations
-
-import io
 import os
-import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vitlocal.data.images.image_set import NO_CHOICE, SUFFIXES, ImageSet, SourceChoice, listed
+from vitlocal.data.images.classes import normalized
+from vitlocal.data.images.image_set import ImageSet, listed, read_file, require_photo_size, unreadable
+from vitlocal.data.images.listing import THREADS, LeftOut, system_reason
+from vitlocal.data.images.pixels import photo_suffixes, suffix_reason
+from vitlocal.data.images.solutions import EXPECTED_LISTS, Solution, find_solution, image_id
+from vitlocal.data.images.tar_index import Member, read_index
 from vitlocal.errors import ConfigError, DataError
 
-
-@dataclass(frozen=True)
-class _Member:
-    """A file in a tar, with the offset of its bytes in the outermost file."""
-
-    name: str
-    offset: int
-    size: int
+DOWNLOADED = "ILSVRC2012_img_{}.tar"  # of a split
 
 
-def _members(descriptor: int, start: int, end: int, where: str) -> Iterator[_Member]:
-    """Lists the regular files of the tar in bytes [start, end). Reads only headers, of ustar, GNU and pax archives.
+class _Tar(NamedTuple):
+    """A tar of images. The tar of a class may lie in another one, in bytes [start, end)."""
 
-    It is much faster than `tarfile`, which matters for the 1.28 million headers of ImageNet.
-    """
-    offset, long_name = start, None
-    while offset + 512 <= end:
-        header = os.pread(descriptor, 512, offset)
-        if header.count(0) == 512:
-            return
-        try:
-            if int(header[148:156].rstrip(b" \0"), 8) != 256 + sum(header[:148]) + sum(header[156:]):
-                raise ValueError
-            field = header[124:136]
-            size = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b" \0") or b"0", 8)
-        except ValueError:
+    path: Path
+    name: str  # of its class; "": images of all classes
+    start: int = 0
+    end: int | None = None
+
+
+class Row(NamedTuple):
+    """An image in a tar."""
+
+    name: str  # of its class; "": a list has it
+    member: Member
+    path: Path  # of the outermost tar
+
+    @property
+    def entry(self) -> str:
+        return f"{self.name}/{self.member.name}".lstrip("/")
+
+
+def class_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[_Tar]:
+    """The tars with images: those in the outer tar of the training split, else the given ones."""
+    if [tar.name for tar in tars] != [DOWNLOADED.format(split)]:
+        return [_Tar(path, normalized(path.name[: -len(".tar")])) for path in tars]
+    (path,) = tars
+    if split != "train":
+        return [_Tar(path, "")]
+    inner = []
+    for member in read_index(str(path), 0, None, str(path), left_out):
+        name = member.name.rpartition("/")[2]
+        if reason := _reason(member.name):
+            left_out.add(reason)
+        elif not name.endswith(".tar"):
             raise ConfigError(
-                f"{where}: no tar header at byte {offset}: the file is damaged; download it again"
-            ) from None
-        body = offset + 512
-        offset = body + -(-size // 512) * 512
-        if body + size > end:
-            raise ConfigError(
-                f"{where}: cut off: expected at least {body + size} bytes, found {end}; download it again"
+                f"{path}: expected one tar for each class in it, found '{member.name}'; download it again"
             )
-        kind = header[156:157]
-        if kind == b"L":  # GNU: the next member's name
-            long_name = os.pread(descriptor, size, body).rstrip(b"\0")
-        elif kind == b"x":  # pax: records "<length> <key>=<value>\n" on the next member
-            match = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", os.pread(descriptor, size, body))
-            long_name = match[1] if match else None
-        elif kind in (b"0", b"\0"):
-            name = long_name or header[:100].rstrip(b"\0")
-            if long_name is None and header[257:263] == b"ustar\0" and header[345] != 0:
-                name = header[345:500].rstrip(b"\0") + b"/" + name
-            long_name = None
-            yield _Member(os.fsdecode(name), body, size)
-        elif kind not in (b"g", b"K"):  # they describe the next member
-            long_name = None
+        else:
+            inner.append(_Tar(path, normalized(name[: -len(".tar")]), member.offset, member.offset + member.size))
+    return inner
+
+
+def index_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[Row]:
+    """The images of a split's tars, by class, then by name. Reads the headers with several threads."""
+
+    def rows_of(tar: _Tar) -> tuple[list[Row], LeftOut]:
+        left, suffixes = LeftOut(), photo_suffixes()
+        where = f"{tar.path}, {tar.name}.tar" if tar.end is not None else str(tar.path)
+        rows = []
+        for member in read_index(str(tar.path), tar.start, tar.end, where, left):
+            if reason := _reason(member.name):
+                left.add(reason)
+            elif member.name.lower().endswith(suffixes):
+                rows.append(Row(tar.name, member, tar.path))
+            else:
+                left.add(suffix_reason(member.name))
+        if not rows:
+            raise ConfigError(f"{where} has no images, found {left}; download {tar.path.name} again")
+        return rows, left
+
+    inner = class_tars(tars, split, left_out)
+    rows: list[Row] = []
+    with ThreadPoolExecutor(THREADS) as pool:  # they wait for the disk
+        for found, left in pool.map(rows_of, inner):
+            rows += found
+            left_out.update(left)
+    return sorted(rows, key=lambda row: (row.name, row.member.name))
+
+
+def _reason(name: str) -> str | None:
+    return next(filter(None, map(system_reason, name.split("/"))), None) if "/" in name else system_reason(name)
 
 
 class TarImages(ImageSet):
-    """ImageNet as downloaded: ILSVRC2012_img_{train,val}.tar, read in place.
+    """Images in tars, read in place. Rows and entries equal those of the unpacked images: by class, then by name."""
 
-    Opening it indexes the members, from their headers, with several threads. Rows and entries equal those of the
-    unpacked images: by class, then by name.
-    """
+    _opened: BinaryIO | None = None  # the tar, if it is only one
 
-    def __init__(self, root: Path, split: str, choice: SourceChoice = NO_CHOICE) -> None:
-        path = root / f"ILSVRC2012_img_{split}.tar"
-        if not path.is_file():
-            found = sorted(name for name in os.listdir(root) if name.startswith("ILSVRC2012"))
+    def __init__(self, root: Path, rows: list[Row], left_out: LeftOut) -> None:
+        self.spec, self.left_out = str(root), left_out.counts()
+        if rows and not rows[0].name:
+            rows = self._with_classes(root, rows)
+        paths: dict[Path, int] = {}
+        self._numbers = np.array([paths.setdefault(row.path, len(paths)) for row in rows], np.int64)  # of the files
+        self._files = [str(path) for path in paths]
+        self._entries = [row.entry for row in rows]
+        places = np.array([row.member[1:] for row in rows], np.int64).reshape(-1, 3)
+        self._offsets, self._sizes, self._seconds = places.T.copy()
+        classes, labels = np.unique([row.name for row in rows], return_inverse=True)
+        self.classes, self.labels = tuple(classes.tolist()), labels.astype(np.int64)
+
+    def _with_classes(self, root: Path, rows: list[Row]) -> list[Row]:
+        """The rows of a tar without classes, with those of a list, by class, then by name."""
+        path = rows[0].path
+        where, classes = tar_solution(path, root)
+        if classes.keys() != {image_id(row.member.name) for row in rows} or len(rows) != len(classes):
+            strange = [row.member.name for row in rows if image_id(row.member.name) not in classes]
             raise ConfigError(
-                f"source '{root}' has no split '{split}': expected {path.name}, found {listed(found)}; "
-                "download it from image-net.org to this folder"
+                f"{path} has {len(rows)} images, but {where} has {len(classes)} lines; images without "
+                f"a line: {listed(strange, 3)}; download both again"
             )
-        self.spec = str(root)
-        self._file = _Descriptor(str(path))
-        advise = getattr(os, "posix_fadvise", lambda *_: None)
-        advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_RANDOM", 0))  # no read-ahead: it reads only headers
-        rows = self._train_rows(path) if split == "train" else self._val_rows(root, path)
-        advise(self._file.fileno(), 0, 0, getattr(os, "POSIX_FADV_NORMAL", 0))
-        rows.sort(key=lambda row: (row[0], row[1].name))
-        self.classes = tuple(sorted({wnid for wnid, _ in rows}))
-        self.labels = np.unique([wnid for wnid, _ in rows], return_inverse=True)[1].astype(np.int64)
-        self._names = [os.path.basename(member.name) for _, member in rows]
-        self._offsets = np.array([member.offset for _, member in rows], np.int64)
-        self._sizes = np.array([member.size for _, member in rows], np.int64)
+        rows = [row._replace(name=classes[image_id(row.member.name)]) for row in rows]
+        return sorted(rows, key=lambda row: (row.name, row.member.name))
 
-    def _train_rows(self, path: Path) -> list[tuple[str, _Member]]:
-        """The outer tar holds one tar for each class, named after it."""
-        descriptor = self._file.fileno()
-
-        def rows_of(tar: _Member) -> list[tuple[str, _Member]]:
-            wnid = _class_of(tar.name)
-            where = f"{path}, {tar.name}"
-            members = _members(descriptor, tar.offset, tar.offset + tar.size, where)
-            rows = [(wnid, member) for member in members if member.name.lower().endswith(SUFFIXES)]
-            if not rows:
-                raise ConfigError(f"{where} has no images; download {path.name} again")
-            return rows
-
-        tars = list(_members(descriptor, 0, path.stat().st_size, str(path)))
-        for tar in tars:
-            if not tar.name.endswith(".tar"):
-                raise ConfigError(
-                    f"{path}: expected one tar for each class in it, found '{tar.name}'; download it again"
-                )
-        with ThreadPoolExecutor(16) as pool:  # they wait for the disk
-            return [row for rows in pool.map(rows_of, tars) for row in rows]
-
-    def _val_rows(self, root: Path, path: Path) -> list[tuple[str, _Member]]:
-        """All images are in one tar, ordered by name. The devkit has their classes."""
-        members = _members(self._file.fileno(), 0, path.stat().st_size, str(path))
-        images = sorted((m for m in members if m.name.lower().endswith(SUFFIXES)), key=lambda member: member.name)
-        wnids = _validation_wnids(root)
-        if len(wnids) != len(images):
-            raise ConfigError(
-                f"{path} has {len(images)} images, but the devkit's ground truth has {len(wnids)} lines; "
-                "download both again"
-            )
-        return list(zip(wnids, images, strict=True))
+    def stamps(self) -> np.ndarray:
+        return np.stack([self._sizes, self._seconds * 10**9], axis=1)
 
     def entry(self, index: int) -> str:
-        return f"{self.classes[self.labels[index]]}/{self._names[index]}"
+        return self._entries[index]
 
     def read(self, index: int) -> bytes:
+        name, size = self._entries[index], int(self._sizes[index])
+        require_photo_size(name, size)
+        path = self._files[self._numbers[index]]
+        data = self._read(path, int(self._offsets[index]), size)
+        if len(data) < size:
+            raise DataError(f"{path}, {name}: expected {size} bytes, got {len(data)}: the tar was cut off; restore it")
+        return data
+
+    def _read(self, path: str, offset: int, size: int) -> bytes:
+        if len(self._files) > 1:  # a process may not keep so many open
+            return read_file(path, offset, size)
         try:
-            descriptor = self._file.fileno()
-            return _read_at(descriptor, int(self._offsets[index]), int(self._sizes[index]), self.entry(index))
+            self._opened = file = self._opened or open(path, "rb", buffering=0)
+            return os.pread(file.fileno(), size, offset)  # it has no position, so forks may share the file
         except OSError as error:
-            raise DataError(f"{self._file.path} cannot be read: {error.strerror}; restore the file") from error
+            raise unreadable(path, error) from error
 
-
-def has_tars(root: Path) -> bool:
-    return any(re.fullmatch(r"ILSVRC2012_img_\w+\.tar", name) for name in os.listdir(root))
-
-
-def tar_classes(root: Path, split: str, choice: SourceChoice) -> tuple[str, ...] | None:
-    """The classes of a split; None without its tar."""
-    path = root / f"ILSVRC2012_img_{split}.tar"
-    if not path.is_file():
-        return None
-    if split != "train":
-        return tuple(sorted(set(_validation_wnids(root))))
-    outer = _Descriptor(str(path))
-    return tuple(sorted(_class_of(tar.name) for tar in _members(outer.fileno(), 0, path.stat().st_size, str(path))))
-
-
-def _class_of(tar_name: str) -> str:
-    return os.path.basename(tar_name).removesuffix(".tar")
-
-
-def _validation_wnids(root: Path) -> list[str]:
-    """The class of each validation image, in the order of their names, from the devkit (packed or unpacked)."""
-    truth, meta = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
-    packed = sorted(root.glob("ILSVRC2012_devkit*.tar.gz"))
-    folders = [folder for folder in sorted(root.glob("ILSVRC2012_devkit*")) if (folder / truth).is_file()]
-    found: dict[str, bytes] = {}
-    where: Path
-    if folders:
-        where = folders[0]
-        found = {name: (where / name).read_bytes() for name in (truth, meta) if (where / name).is_file()}
-    elif packed:
-        where = packed[0]
-        try:
-            with tarfile.open(where) as tar:
-                for member in tar:
-                    name = next((name for name in (truth, meta) if member.name.endswith(name)), None)
-                    file = tar.extractfile(member) if name and member.isfile() else None
-                    if name and file:
-                        found[name] = file.read()
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ConfigError(f"{where} cannot be read: {error}; download it again") from error
-    else:
-        raise ConfigError(
-            f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz with the classes of the validation images; "
-            "download it from image-net.org to this folder"
-        )
-    for name in (truth, meta):
-        if name not in found:
-            raise ConfigError(f"{where} lacks {name}; download ILSVRC2012_devkit_t12.tar.gz from image-net.org again")
-
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ConfigError(f"reading the devkit's meta.mat needs scipy ({error}); pip install scipy") from error
-    try:
-        table = np.atleast_1d(loadmat(io.BytesIO(found[meta]), squeeze_me=True)["synsets"])
-        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
-        return [wnids[int(line)] for line in found[truth].split()]
-    except (KeyError, ValueError, TypeError, OSError) as error:
-        raise ConfigError(
-            f"{where}: its ground truth and meta.mat do not match ({error!r}); download it again"
-        ) from error
-
-
-def _read_at(descriptor: int, offset: int, size: int, name: str) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # limits of 2 GiB and signals may shorten a read
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            raise DataError(f"{name}: expected {size} bytes, got {len(data)}: its file was cut off; restore it")
-        data += more
-    return data
-
-
-class _Descriptor:
-    """A file that is opened on first use and pickled as its path. `pread` has no position, so forks may share it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._file: BinaryIO | None = None
-
-    def fileno(self) -> int:
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)
-        return self._file.fileno()
-
-    def __reduce__(self) -> tuple[type[_Descriptor], tuple[str]]:
-        return _Descriptor, (self.path,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
 
     def __del__(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._opened is not None:
+            self._opened.close()
+
+
+def tar_solution(path: Path, root: Path) -> Solution:
+    """The class of each image in the tar of a validation split."""
+    if solution := find_solution(path.parent, root):
+        return solution
+    raise ConfigError(
+        f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz with the classes of the images in {path.name}: "
+        f"expected {EXPECTED_LISTS}; download it from image-net.org to this folder"
+    )
