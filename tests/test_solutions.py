@@ -107,3 +107,12 @@ def test_a_damaged_list(tmp_path: Path, text: str) -> None:
     (tmp_path / "LOC_val_solution.csv").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"LOC_val_solution.csv is not a text file"):
         open_images(str(tmp_path), "val")
+
+
+def test_a_list_of_other_images(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    make_flat(tmp_path / "val")
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nother,n1 1 2 3 4\n")
+    for split in ("train", "val"):
+        with pytest.raises(ConfigError, match=r"LOC_val_solution.csv has none of the 6 images in .*val'"):
+            open_images(str(tmp_path), split)

@@ -59,7 +59,7 @@ class FolderImages(ImageSet):
                 counts[name] = len(paths)
                 self._paths += paths
         self.classes = tuple(counts)
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), list(counts.values()))
+        self.labels = np.repeat(np.arange(len(counts)), np.array(list(counts.values()), np.int64)).astype(np.int64)
 
     def _read_solution(self, root: Path) -> None:
         """The images with their classes from a list."""
@@ -79,6 +79,8 @@ class FolderImages(ImageSet):
                 rows.append((name, path))
             else:
                 self._left_out.add(f"not in {solution.path.name}", path)
+        if not rows:
+            raise ConfigError(f"{solution.path} has none of the {len(photos)} images in '{self.folder}'; replace it")
         if absent := sorted(solution.classes.keys() - {image_id(path) for path in photos}):
             self.notes += (f"{len(absent)} images of {solution.path} are not in '{self.folder}': {listed(absent, 3)}",)
         self.reads += (f"classes: {solution.path}",)

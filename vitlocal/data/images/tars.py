@@ -75,7 +75,7 @@ def index_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[Row]
                 rows.append(Row(tar.name, member, tar.path))
             else:
                 left.add(suffix_reason(member.name))
-        if not rows:
+        if not rows and (split == "train" or not tar.name):
             raise ConfigError(f"{where} has no images, found {left}; download {tar.path.name} again")
         return rows, left
 
