@@ -82,9 +82,9 @@ def _headers(descriptor: int, start: int, end: int, where: str) -> Iterator[tupl
         kind = header[156:157]
         if len(header) < BLOCK or _number(header[148:156]) != 256 + sum(used[:148]) + sum(used[156:]):
             raise broken("no tar header")
-        name = long_name or header[:100].rstrip(b"\0")
+        name = long_name or header[:100].partition(b"\0")[0]
         if not long_name and header[257:263] == b"ustar\0" and header[345]:
-            name = header[345:500].rstrip(b"\0") + b"/" + name
+            name = header[345:500].partition(b"\0")[0] + b"/" + name
         described = kind not in b"LKxg"  # else the header has data about the next one
         size = _number(header[124:136])
         if pax and described:
@@ -124,7 +124,7 @@ def _headers(descriptor: int, start: int, end: int, where: str) -> Iterator[tupl
                     raise broken("no records of pax") from None
         else:
             if kind not in b"DV" and not name.endswith(b"/"):  # a dump's list of files, a label, a folder in old tars
-                link = pax.get(b"linkpath", long_link or header[157:257].rstrip(b"\0"))
+                link = pax.get(b"linkpath", long_link or header[157:257].partition(b"\0")[0])
                 mtime = min(_number(header[136:148]) or 0, 1 << 33)
                 yield kind, Member(shown, body, size, mtime), link
             long_name, long_link, pax = b"", b"", {}
