@@ -208,6 +208,17 @@ def test_a_tar_beside_a_part_of_its_images(tmp_path: Path, fault: str) -> None:
     assert open_images(str(tmp_path), "val").classes == WNIDS
 
 
+def test_a_folder_beside_a_damaged_or_empty_tar(tmp_path: Path) -> None:
+    make_tars(tmp_path)
+    unpack(tmp_path)
+    tar = tmp_path / "ILSVRC2012_img_train.tar"
+    tar.write_bytes(tar.read_bytes()[:9000])
+    with pytest.raises(ConfigError, match=r"cut off: .*; or move it elsewhere to read '.*train'"):
+        open_images(str(tmp_path), "train")
+    tar.write_bytes(tar_of({}))
+    assert isinstance(open_images(str(tmp_path), "train"), FolderImages)
+
+
 def test_a_tar_and_a_folder_that_both_lack_images(tmp_path: Path) -> None:
     make_tars(tmp_path)
     unpack(tmp_path, f"{WNIDS[0]}/{WNIDS[0]}_0.JPEG")

@@ -16,7 +16,7 @@ from vitlocal.data.images.image_set import (
     split_folder,
 )
 from vitlocal.data.images.listing import LeftOut, entry_kind, list_photos, scan_split, stat_files
-from vitlocal.data.images.tars import DOWNLOADED, Row, TarImages, class_tars, index_tars, tar_solution
+from vitlocal.data.images.tars import DOWNLOADED, TarImages, class_tars, index_tars, tar_solution
 from vitlocal.errors import ConfigError
 
 
@@ -25,8 +25,7 @@ def open_files(root: Path, split: str, choice: SourceChoice) -> ImageSet:
     folder, notes = _find_folder(root, split)
     tars = _find_tars(root, split, folder)
     if tars:
-        left_out = LeftOut()
-        images = _complete(root, folder, split, index_tars(tars, split, left_out), left_out)
+        images = _complete(root, folder, split, tars)
     elif folder:
         images = FolderImages(root, folder, split)
     else:
@@ -114,8 +113,17 @@ def _no_split(root: Path, split: str) -> ConfigError:
     )
 
 
-def _complete(root: Path, folder: Path | None, split: str, rows: list[Row], left_out: LeftOut) -> ImageSet:
+def _complete(root: Path, folder: Path | None, split: str, tars: list[Path]) -> ImageSet:
     """The unpacked images if they are complete, else those in the tars. Raises ConfigError if both lack images."""
+    left_out = LeftOut()
+    paths = list_photos(str(folder), "", LeftOut()) if folder else []
+    try:
+        rows = index_tars(tars, split, left_out)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or move it elsewhere to read '{folder}'") if paths else error from None
+    if not paths or not folder:
+        return TarImages(root, rows, left_out)
+    tar = tars[0].name if len(tars) == 1 else f"tars in {tars[0].parent}"
     # Validation images may have been sorted into class folders after they were unpacked.
     has_classes = bool(rows and rows[0].name)
 
@@ -123,28 +131,24 @@ def _complete(root: Path, folder: Path | None, split: str, rows: list[Row], left
         return normalized(path if has_classes else os.path.basename(path))
 
     packed = {key(row.entry): row.member.size for row in rows}
-    paths = list_photos(str(folder), "", LeftOut()) if folder else []
-    if not paths or not folder:
-        return TarImages(root, rows, left_out)
     unpacked = dict(zip(map(key, paths), stat_files(str(folder), paths)[:, 0].tolist(), strict=True))
     missing = [name for name, size in packed.items() if unpacked.get(name) != size]  # or not unpacked to its end
     others = sorted(unpacked.keys() - packed.keys())
-    tars = rows[0].path.name if len({row.path for row in rows}) == 1 else f"tars in {rows[0].path.parent}"
     if not missing:
         images: ImageSet = FolderImages(root, folder, split)
         more = f", and {len(others)} others" if others else ""
-        images.reads += (f"'{folder}', not {tars}: all its {len(packed)} images are unpacked there{more}",)
+        images.reads += (f"'{folder}', not {tar}: all its {len(packed)} images are unpacked there{more}",)
         return images
     if others:
         raise ConfigError(
-            f"'{folder}' and {tars} both lack images: {len(missing)} of {len(packed)} images of the tar are not (or "
+            f"'{folder}' and {tar} both lack images: {len(missing)} of {len(packed)} images of the tar are not (or "
             f"not whole) in the folder: {listed(missing, 3)}; {len(others)} in the folder are not in the tar: "
             f"{listed(others, 3)}. Unpack the rest, or move one of the two elsewhere"
         )
     images = TarImages(root, rows, left_out)
-    images.reads += (f"{tars}, not '{folder}'",)
+    images.reads += (f"{tar}, not '{folder}'",)
     images.notes += (
-        f"only {len(packed) - len(missing)} of {len(packed)} images of {tars} are unpacked in '{folder}', so the tar "
+        f"only {len(packed) - len(missing)} of {len(packed)} images of {tar} are unpacked in '{folder}', so the tar "
         "is read; to read the folder, unpack the rest",
     )
     return images
