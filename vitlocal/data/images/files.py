@@ -16,7 +16,7 @@ from vitlocal.data.images.image_set import (
     split_folder,
 )
 from vitlocal.data.images.listing import LeftOut, entry_kind, list_photos, scan_split, stat_files
-from vitlocal.data.images.tars import DOWNLOADED, TarImages, class_tars, index_tars, tar_solution
+from vitlocal.data.images.tars import DOWNLOADED, TarImages, class_tars, index_tars
 from vitlocal.errors import ConfigError
 
 
@@ -40,16 +40,14 @@ def file_classes(root: Path, split: str, choice: SourceChoice) -> tuple[str, ...
     """The classes of a split; None if there is no such split. Those of a training split may lack images."""
     folder, _ = _find_folder(root, split)
     tars = _find_tars(root, split, folder)
+    if folder is None and not tars:
+        return None
+    if split != "train":  # it is small enough to find all its faults before the training split is written
+        return open_files(root, split, choice).classes
     unpacked = _class_names(folder) if folder else []
     packed = {tar.name for tar in class_tars(tars, split, LeftOut())}
-    if packed == {""} and not unpacked:  # one tar of all images
-        return tuple(sorted(set(tar_solution(tars[0], root).classes.values())))
-    if packed and (split == "train" or not unpacked):
-        # `_complete` refuses other mixtures.
-        return tuple(unpacked if packed <= set(map(normalized, unpacked)) else sorted(packed))
-    if folder is None or split == "train":
-        return tuple(unpacked) or None
-    return FolderImages(root, folder, split).classes
+    # `_complete` refuses other mixtures.
+    return tuple(unpacked if packed <= set(map(normalized, unpacked)) else sorted(packed))
 
 
 def _class_names(folder: Path) -> list[str]:

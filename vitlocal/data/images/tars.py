@@ -12,7 +12,7 @@ from vitlocal.data.images.classes import normalized
 from vitlocal.data.images.image_set import ImageSet, listed, read_file, require_photo_size, unreadable
 from vitlocal.data.images.listing import THREADS, LeftOut, system_reason
 from vitlocal.data.images.pixels import photo_suffixes, suffix_reason
-from vitlocal.data.images.solutions import EXPECTED_LISTS, Solution, find_solution, image_id
+from vitlocal.data.images.solutions import EXPECTED_LISTS, find_solution, image_id
 from vitlocal.data.images.tar_index import Member, read_index
 from vitlocal.errors import ConfigError, DataError
 
@@ -113,11 +113,17 @@ class TarImages(ImageSet):
     def _with_classes(self, root: Path, rows: list[Row]) -> list[Row]:
         """The rows of a tar without classes, with those of a list, by class, then by name."""
         path = rows[0].path
-        where, classes = tar_solution(path, root)
+        solution = find_solution(path.parent, root)
+        if solution is None:
+            raise ConfigError(
+                f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz with the classes of the images in {path.name}: "
+                f"expected {EXPECTED_LISTS}; download it from image-net.org to this folder"
+            )
+        classes = solution.classes
         if classes.keys() != {image_id(row.member.name) for row in rows} or len(rows) != len(classes):
             strange = [row.member.name for row in rows if image_id(row.member.name) not in classes]
             raise ConfigError(
-                f"{path} has {len(rows)} images, but {where} has {len(classes)} lines; images without "
+                f"{path} has {len(rows)} images, but {solution.path} has {len(classes)} lines; images without "
                 f"a line: {listed(strange, 3)}; download both again"
             )
         rows = [row._replace(name=classes[image_id(row.member.name)]) for row in rows]
@@ -153,13 +159,3 @@ class TarImages(ImageSet):
     def __del__(self) -> None:
         if self._opened is not None:
             self._opened.close()
-
-
-def tar_solution(path: Path, root: Path) -> Solution:
-    """The class of each image in the tar of a validation split."""
-    if solution := find_solution(path.parent, root):
-        return solution
-    raise ConfigError(
-        f"source '{root}' lacks ILSVRC2012_devkit_t12.tar.gz with the classes of the images in {path.name}: "
-        f"expected {EXPECTED_LISTS}; download it from image-net.org to this folder"
-    )
