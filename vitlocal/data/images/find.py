@@ -39,7 +39,7 @@ class Format:
     classes: Callable[[Path, str, SourceChoice], tuple[str, ...] | None]  # of a split; None: there is no such split
 
 
-FILES = Format(open_files, file_classes)
+FOLDERS = Format(open_files, file_classes)
 PARQUET = Format(ParquetImages, parquet_classes)
 
 
@@ -101,8 +101,8 @@ def format_of(root: Path, split: str) -> Format:
     """The format of a split in a folder. A folder of the split comes before shards, and they come before tars."""
     folder = split_folder(root, split)
     if folder is not None and not any(entry.name.endswith(".parquet") for entry in scan_folder(folder)):
-        return FILES
-    return PARQUET if has_shards(root) else FILES
+        return FOLDERS
+    return PARQUET if has_shards(root) else FOLDERS
 
 
 def _folder(spec: str) -> Path:
