@@ -11,7 +11,7 @@ import pytest
 from fake_images import check_set, contents, fork_pool, make_folder, photo, read_in_child, write_config
 
 from vitlocal.data.images import open_images, parquet
-from vitlocal.data.images.find import FOLDERS, PARQUET, format_of
+from vitlocal.data.images.find import FILES, PARQUET, format_of
 from vitlocal.data.images.image_set import SourceChoice
 from vitlocal.data.images.parquet import ParquetImages
 from vitlocal.data.manifest import BetonFile
@@ -162,7 +162,7 @@ def test_other_parquet_files_are_no_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "a" / "features.parquet", [0])
     (tmp_path / "a" / ".cache").mkdir()
     write_shard(tmp_path / "a" / ".cache" / "val-0.parquet", [0])
-    assert format_of(tmp_path / "a", "train") is FOLDERS and format_of(tmp_path / "a", "val") is FOLDERS
+    assert format_of(tmp_path / "a", "train") is FILES and format_of(tmp_path / "a", "val") is FILES
     write_shard(tmp_path / "b" / "train-0.parquet", [0])
     assert format_of(tmp_path / "b", "val") is PARQUET
 

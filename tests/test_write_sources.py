@@ -202,3 +202,12 @@ def test_a_jpeg_larger_than_a_page_is_stored_smaller(tmp_path: Path, monkeypatch
     manifest = write(write_config(tmp_path, sides="4000:jpg", quality=95), Noise(1), progress=False)
     file = manifest.files[0]
     assert 500 < file.max_width < 3000 and file.bytes < 1 << 22
+
+
+@pytest.mark.parametrize("spec", ["sample:1", "photos"])
+def test_a_choice_that_the_source_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    make_folder(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    options = write_config(tmp_path / "out", source=spec, label="fine_label", subset="small")
+    with pytest.raises(ConfigError, match="has no columns or subsets.*remove --label and --subset"):
+        write_from_options(options)

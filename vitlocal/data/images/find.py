@@ -39,7 +39,7 @@ class Format:
     classes: Callable[[Path, str, SourceChoice], tuple[str, ...] | None]  # of a split; None: there is no such split
 
 
-FOLDERS = Format(open_files, file_classes)
+FILES = Format(open_files, file_classes)
 PARQUET = Format(ParquetImages, parquet_classes)
 
 
@@ -64,6 +64,7 @@ def open_images(spec: str | None, split: str, choice: SourceChoice = NO_CHOICE) 
     spec = resolve_source(spec)
     split = known_split(split) or split
     kind, _, rest = spec.partition(":")
+    used: tuple[str, ...] = ()  # fields of the choice that this kind of source has
     others: tuple[str, ...] | None = None  # the classes of the other split
     if kind == "sample":
         match = re.fullmatch(r"sample(?::([1-9]\d*)(?::(\d+))?)?", spec)
@@ -71,12 +72,17 @@ def open_images(spec: str | None, split: str, choice: SourceChoice = NO_CHOICE) 
             raise ConfigError(f"source '{spec}': expected 'sample', 'sample:N' or 'sample:N:SEED' with whole numbers")
         images: ImageSet = SampleImages(split, int(match[1] or IMAGES_PER_CLASS), int(match[2] or 0))
     elif kind == "torchvision":
+        used = ("subset",)
         images = open_torchvision(rest, split, choice)
     else:
         root, other = _folder(spec), "val" if split == "train" else "train"
-        images = format_of(root, split).open(root, split, choice)
+        format = format_of(root, split)
+        used = ("image", "label", "subset") if format is PARQUET else ()
+        images = format.open(root, split, choice)
         # Both splits are looked at before hours are spent on the first.
         others = format_of(root, other).classes(root, other, choice)
+    if unused := [f"--{name}" for name in ("image", "label", "subset") if getattr(choice, name) and name not in used]:
+        raise ConfigError(f"source '{spec}' has no columns or subsets to choose from; remove {' and '.join(unused)}")
     if not len(images):
         raise ConfigError(f"source '{spec}' has no images in the split '{split}'; name another source")
     return _with_known_classes(images, split, others, choice)
@@ -101,8 +107,8 @@ def format_of(root: Path, split: str) -> Format:
     """The format of a split in a folder. A folder of the split comes before shards, and they come before tars."""
     folder = split_folder(root, split)
     if folder is not None and not any(entry.name.endswith(".parquet") for entry in scan_folder(folder)):
-        return FOLDERS
-    return PARQUET if has_shards(root) else FOLDERS
+        return FILES
+    return PARQUET if has_shards(root) else FILES
 
 
 def _folder(spec: str) -> Path:

@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from vitlocal.data.images.image_set import SPLIT_NAMES, SourceChoice, listed
+from vitlocal.data.images.image_set import SPLIT_NAMES, SourceChoice, listed, scan_folder
+from vitlocal.data.images.listing import entry_kind
 from vitlocal.errors import ConfigError
 
 DEPTH = 3  # folders below the source, such as data/cifar100/train/
@@ -166,19 +167,14 @@ def _all_shards(root: Path) -> list[Shard]:
 
 def _files(root: Path, below: str = "", depth: int = DEPTH) -> Iterator[str]:
     folders = []
-    try:
-        with os.scandir(root / below) as entries:
-            for entry in entries:
-                path = f"{below}/{entry.name}".lstrip("/")
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(path)
-                elif entry.name.lower().endswith(".parquet") and entry.name.lower() != "metadata.parquet":
-                    yield path
-    except PermissionError:  # for example lost+found of a disk
-        if not below:
-            raise
+    for entry in scan_folder(root / below) if not below or os.access(root / below, os.R_OK) else ():  # lost+found
+        path = f"{below}/{entry.name}".lstrip("/")
+        if entry.name.startswith("."):
+            continue
+        if (kind := entry_kind(entry)) == "folder":
+            folders.append(path)
+        elif kind == "file" and entry.name.lower().endswith(".parquet") and entry.name.lower() != "metadata.parquet":
+            yield path
     if depth and len(folders) <= MOST_FOLDERS:
         for folder in folders:
             yield from _files(root, folder, depth - 1)
