@@ -127,7 +127,7 @@ def test_the_writer_says_what_it_reads_and_what_not(tmp_path: Path, capsys: pyte
     images.notes = ("mind the gap",)
     write(write_config(tmp_path), images)
     out = capsys.readouterr().out
-    assert "train: labels: column 'fine'\n" in out and "train: mind the gap\n" in out
+    assert "train: reads labels: column 'fine'\n" in out and "train: mind the gap\n" in out
     assert "train: left out 3 files: 2 .heic, 1 hidden\n" in out
     source = Manifest.load(tmp_path / "train.json").source
     assert source.reads == images.reads and source.left_out == images.left_out

@@ -99,7 +99,8 @@ def _with_known_classes(images: ImageSet, split: str, others: tuple[str, ...] | 
     if split == "train" and others and not choice.classes:
         require_known_classes(others, classes, f"source '{images.spec}', split 'val'")
     if absent:
-        images.notes += (f"{len(absent)} classes have no images in the split '{split}': {listed(absent, 3)}",)
+        count = f"{len(absent)} class{'es have' if len(absent) > 1 else ' has'}"
+        images.notes += (f"{count} no images in the split '{split}': {listed(absent, 3)}",)
     return images
 
 

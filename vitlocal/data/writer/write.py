@@ -139,12 +139,13 @@ def source_choice(options: WriteOptions) -> SourceChoice:
 def _describe(images: ImageSet, split: str) -> None:
     """Prints what is read and what is not."""
     if images.reads:
-        print(f"{split}: {'; '.join(images.reads)}")
+        print(f"{split}: reads {'; '.join(images.reads)}")
     if images.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in images.left_out.items())
-        print(f"{split}: left out {sum(images.left_out.values()):,} files: {reasons}")
-    for note in images.notes:
-        print(f"{split}: {note}")
+        total = sum(images.left_out.values())
+        print(f"{split}: left out {total:,} file{'s' * (total > 1)}: {reasons}")
+    for note in images.notes:  # it may name a file whose name is not Unicode
+        print(f"{split}: {note.encode(errors='backslashreplace').decode()}")
 
 
 def _require_same_classes(out: Path, planned: Manifest) -> None:
@@ -314,9 +315,9 @@ def _finished_manifest(manifest_path: Path, planned: Manifest, decodes: Callable
 
 
 def _summary(path: Path, manifest: Manifest) -> str:
-    files, skipped = len(manifest.files), len(manifest.skipped)
+    files, skipped, classes = len(manifest.files), len(manifest.skipped), len(manifest.classes)
     damaged = f"; skipped {skipped:,} damaged image{'s' * (skipped > 1)}, which it lists" if skipped else ""
     return (
-        f"{path}: {manifest.count:,} images of {len(manifest.classes):,} classes in {files} file{'s' * (files > 1)}, "
-        f"{byte_words(sum(file.bytes for file in manifest.files))}{damaged}"
+        f"{path}: {manifest.count:,} images of {classes:,} class{'es' * (classes > 1)} in {files} "
+        f"file{'s' * (files > 1)}, {byte_words(sum(file.bytes for file in manifest.files))}{damaged}"
     )
