@@ -33,7 +33,7 @@ def test_options_that_a_page_names_exist(page: Path):
     """Every ``--section.option``, and every `section.option` in code style, is an option of the trainer."""
     text, sections = page.read_text(encoding="utf-8"), "|".join(SECTIONS)
     named = set(re.findall(r"--([a-z_]+\.[a-z_]+)\b(?!\.)", text))
-    named |= set(re.findall(rf"`((?:{sections})\.(?!yaml|md|py|safetensors)[a-z_]+)\b(?!\.)", text))
+    named |= set(re.findall(rf"`((?:{sections})\.(?!yaml|md|py|safetensors|parquet)[a-z_]+)\b(?!\.)", text))
     assert not sorted(named - read_config([], {}).flat().keys())
 
 
