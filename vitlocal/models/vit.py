@@ -89,14 +89,32 @@ class VisionTransformer(TimmModel):
     active: Any  # the Shape that runs now, with its block_order; shape.set_shape() sets it, no state dict holds it
 
     def __init__(
-        self, make_block: Callable[[BlockShape], Block], *, num_classes: int = 1000,
-        img_size: int | Sequence[int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384,
-        depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4, qkv_bias: bool = True, activation: str = "h_swish",
-        pool: str = "token", global_pool: str | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0,
-        train_pos_embed: bool = True, init: str = "trunc_normal", pos_embed_init: str = "random",
-        token_keep_rate: float = 1.0, attention_keep_rate: float = 1.0, per_head_masks: bool = False,
-        center_grid: int | None = None, pruned_blocks: Sequence[int] = (),
-    ) -> None:  # fmt: skip
+        self,
+        make_block: Callable[[BlockShape], Block],
+        *,
+        num_classes: int = 1000,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4,
+        qkv_bias: bool = True,
+        activation: str = "h_swish",
+        pool: str = "token",
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        train_pos_embed: bool = True,
+        init: str = "trunc_normal",
+        pos_embed_init: str = "random",
+        token_keep_rate: float = 1.0,
+        attention_keep_rate: float = 1.0,
+        per_head_masks: bool = False,
+        center_grid: int | None = None,
+        pruned_blocks: Sequence[int] = (),
+    ) -> None:
         check_count("num_classes", num_classes, least=0)
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in counts.items():
