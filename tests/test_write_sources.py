@@ -156,6 +156,16 @@ def test_chosen_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         write_from_options(dataclasses.replace(options, classes=str(tmp_path / "none.txt")))
 
 
+def test_class_names_need_not_be_utf8(tmp_path: Path) -> None:
+    names = ("ant", "caf\udce9", "fox\u2028x")
+    for split in ("train", "val"):
+        make_folder(tmp_path / "photos", split, classes=names)
+    options = write_config(tmp_path / "out", source=str(tmp_path / "photos"))
+    write(options, progress=False)
+    chosen = dataclasses.replace(options, split="val", classes=str(tmp_path / "out" / "classes.txt"))
+    assert write(chosen, progress=False).classes == names
+
+
 def test_both_splits_of_a_folder_have_the_same_classes(tmp_path: Path) -> None:
     make_folder(tmp_path / "a")
     make_folder(tmp_path / "b", "val", classes=WNIDS[:2])

@@ -20,8 +20,9 @@ def normalized(name: str) -> str:
 def read_classes(path: str) -> tuple[str, ...]:
     """The class names in a file, one per line; raises ConfigError if it cannot be read or names a class twice."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Folders need not have names in UTF-8. splitlines() would also split at rare characters within a name.
+        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
         raise ConfigError(f"--classes {path} cannot be read: {error}; name a text file, one class per line") from None
     names = [normalized(line.strip()) for line in lines if line.strip()]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []

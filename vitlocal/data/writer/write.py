@@ -160,8 +160,8 @@ def _require_same_classes(out: Path, planned: Manifest) -> None:
 
 
 def _save_class_names(out: Path, manifest: Manifest) -> None:
-    with replacing(out / CLASSES_NAME) as file:
-        file.writelines(f"{name}\n" for name in manifest.classes)
+    with replacing(out / CLASSES_NAME, "wb") as file:  # the name of a folder need not be UTF-8
+        file.writelines(f"{name}\n".encode("utf-8", "surrogateescape") for name in manifest.classes)
 
 
 @contextmanager
