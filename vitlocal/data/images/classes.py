@@ -24,8 +24,9 @@ def read_classes(path: str) -> tuple[str, ...]:
         lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError as error:
         raise ConfigError(f"--classes {path} cannot be read: {error}; name a text file, one class per line") from None
-    names = [normalized(line.strip()) for line in lines if line.strip()]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    names = [line.strip() for line in lines if line.strip()]  # in their own form, so that classes.txt gives its names
+    forms = list(map(normalized, names))
+    twice = sorted({form for form in forms if forms.count(form) > 1}) if len(set(forms)) < len(forms) else []
     if twice or not names:
         raise ConfigError(f"--classes {path}: expected each class once, got {listed(twice)}{' twice' * bool(twice)}")
     return tuple(names)
