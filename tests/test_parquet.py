@@ -274,6 +274,16 @@ def test_labels_may_be_words(tmp_path: Path) -> None:
     assert val.classes == ("cat", "dog") and val.labels.tolist() == [1, 1]
 
 
+def test_a_class_without_images_can_be_named_by_its_data_folder(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s" / "train-0.parquet", [0, 2, 0, 2], ["ant", "bee", "cow"])
+    manifest = write(write_config(tmp_path / "out", source=str(tmp_path / "s")), progress=False)
+    assert manifest.classes == ("ant", "bee", "cow")
+    images = open_images(str(tmp_path / "s"), "train", SourceChoice(classes=manifest.classes))  # as other loaders do
+    assert images.labels.tolist() == [0, 2, 0, 2]
+    with pytest.raises(ConfigError, match=r"names 1 classes without images.*'unicorn'"):
+        open_images(str(tmp_path / "s"), "train", SourceChoice(classes=("ant", "bee", "unicorn")))
+
+
 def test_rows_without_labels(tmp_path: Path) -> None:
     write_shard(tmp_path / "train.parquet", [0, 1], ["x", "y"])
     write_shard(tmp_path / "test.parquet", [-1, -1], ["x", "y"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitlocal.data.images.classes import require_known_classes, with_classes
+from vitlocal.data.images.classes import normalized, require_known_classes, with_classes
 from vitlocal.data.images.files import file_classes, open_files
 from vitlocal.data.images.image_set import (
     KINDS,
@@ -91,11 +91,14 @@ def open_images(spec: str | None, split: str, choice: SourceChoice = NO_CHOICE) 
 def _with_known_classes(images: ImageSet, split: str, others: tuple[str, ...] | None, choice: SourceChoice) -> ImageSet:
     """The images with the chosen classes, else those of the training split. ``others``: classes of the other split."""
     classes = choice.classes or (others if split != "train" else None) or images.classes
+    known = set(map(normalized, images.classes))  # also names of ClassLabel that no image has
     images = with_classes(images, classes, choice.classes is not None)
     counts = np.bincount(images.labels, minlength=len(classes))
     absent = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if split == "train" and choice.classes and absent:
-        raise ConfigError(f"--classes names {len(absent)} classes without images in {images.spec}: {listed(absent, 3)}")
+    if split == "train" and (unknown := [name for name in absent if normalized(name) not in known]):
+        raise ConfigError(
+            f"--classes names {len(unknown)} classes without images in {images.spec}: {listed(unknown, 3)}"
+        )
     if split == "train" and others and not choice.classes:
         require_known_classes(others, classes, f"source '{images.spec}', split 'val'")
     if absent:
