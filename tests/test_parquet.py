@@ -366,6 +366,12 @@ def test_a_row_group_is_read_only_up_to_the_row(tmp_path: Path) -> None:
     assert images.read(2) == photo(2)  # reads the group again
     images.release(len(images))
     assert not images._store._open
+    images.release(30)  # a write continues there
+    for row in (33, 34, 31):
+        assert images.read(row) == photo(row)
+    assert sorted(images._store._open[0].rows) == [30, 31, 32, 33, 34]
+    assert images.read(20) == photo(20)
+    assert sorted(images._store._open[0].rows) == [20]
 
 
 def test_the_writer_reads_each_row_group_once(tmp_path: Path, opened: list[int], monkeypatch) -> None:

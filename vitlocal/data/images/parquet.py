@@ -96,7 +96,8 @@ class _OpenGroup:
         # Arrow cannot make arrays of more than 2 GiB, so it makes one for each row.
         self._batches = file.iter_batches(1, [number], [column], use_threads=False)
 
-    def read(self, row: int) -> Record:
+    def read(self, row: int, first: int) -> Record:
+        """A row, not before ``next`` unless it is in ``rows``. On the way to it, rows from ``first`` on are kept."""
         from pyarrow import default_memory_pool
 
         while self.next <= row:
@@ -105,7 +106,8 @@ class _OpenGroup:
                 column = column.flatten()[column.type.get_field_index("bytes")]  # null if the struct is null
             data = column[0].as_buffer()
             large = data is not None and data.size > LARGEST_FILE
-            self.rows[self.next] = None if data is None else data.size if large else data.to_pybytes()
+            if self.next >= min(row, first):
+                self.rows[self.next] = None if data is None else data.size if large else data.to_pybytes()
             self.next += 1
             self._unfreed += 0 if data is None else data.size
             if self._unfreed > FREED_BYTES:  # for each array, Arrow reserves the rest of its page
@@ -127,6 +129,7 @@ class _RowGroups:
         self._paths, self._column, self._groups = state
         self._process, self._lock = os.getpid(), threading.Lock()
         self._open: OrderedDict[int, _OpenGroup] = OrderedDict()  # the last one was used last
+        self._released = 0, 0  # rows before this row of this row group need not be kept
         self._file: tuple[str, Any] = ("", None)  # the last shard: opening one of many row groups takes long
 
     def read(self, number: int, row: int) -> Record:
@@ -143,7 +146,7 @@ class _RowGroups:
                     if self._file[0] != path:
                         self._file = path, open_shard(path)
                     group = _OpenGroup(self._file[1], self._groups[number].number, self._column)
-                data = group.read(row)
+                data = group.read(row, self._released[1] if self._released[0] == number else 0)
             except MemoryError:
                 raise
             except ConfigError as error:  # the shard was there when the set was opened
@@ -158,6 +161,7 @@ class _RowGroups:
     def release(self, number: int, row: int) -> None:
         """Frees the row groups before ``number``, and its rows before ``row``."""
         with self._lock:
+            self._released = number, row
             for before in [open_number for open_number in self._open if open_number < number]:
                 del self._open[before]
             if number in self._open:

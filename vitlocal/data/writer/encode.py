@@ -90,6 +90,7 @@ def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) ->
     A row that fails ends its chunk. The chunk with the rows before it comes first, then the error is raised: DataError
     for a file that cannot be read, or an image that does not decode (unless ``job.skip``), else RuntimeError.
     """
+    images.release(start)
     # An estimate of the bytes of a row: photos are 3:4, and a JPEG takes a quarter of their bytes.
     row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
     count = max(1, min(32, int(CHUNK_BYTES / row)))

@@ -184,6 +184,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def _decodes(images: ImageSet, job: EncodeJob, row: int) -> bool:
     """Whether an image that was skipped decodes now. DataError if its file cannot be read."""
+    images.release(row)
     try:
         encode_image(images, row, job, Encoder())
     except UndecodableImage:
