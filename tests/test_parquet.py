@@ -284,6 +284,15 @@ def test_a_class_without_images_can_be_named_by_its_data_folder(tmp_path: Path) 
         open_images(str(tmp_path / "s"), "train", SourceChoice(classes=("ant", "bee", "unicorn")))
 
 
+def test_forms_of_unicode_are_one_word(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_shard(tmp_path / "train-0.parquet", [composed, decomposed, "tea"])
+    write_shard(tmp_path / "val-0.parquet", ["tea", decomposed])
+    train, val = (open_images(str(tmp_path), split) for split in ("train", "val"))
+    assert train.classes == val.classes == (composed, "tea")
+    assert train.labels.tolist() == [0, 0, 1] and val.labels.tolist() == [1, 0]
+
+
 def test_rows_without_labels(tmp_path: Path) -> None:
     write_shard(tmp_path / "train.parquet", [0, 1], ["x", "y"])
     write_shard(tmp_path / "test.parquet", [-1, -1], ["x", "y"])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitlocal.data.images.classes import numbered_by_rank
+from vitlocal.data.images.classes import normalized, numbered_by_rank
 from vitlocal.data.images.image_set import SourceChoice, listed
 from vitlocal.errors import ConfigError
 
@@ -177,8 +177,9 @@ def _numbered(
     if len({column.dtype.kind for column in columns}) > 1:
         raise ConfigError(f"{paths[0]}: its labels have another type than those of other shards; download them again")
     if columns[0].dtype == object:
-        classes, labels = np.unique(np.concatenate(columns), return_inverse=True)
-        return labels.astype(np.int64), tuple(map(str, classes)), ()
+        words, labels = np.unique(np.concatenate(columns), return_inverse=True)
+        classes, label_of_word = np.unique([normalized(str(word)) for word in words], return_inverse=True)
+        return label_of_word[labels].astype(np.int64), tuple(classes.tolist()), ()
     first = names[0]
     for values, shard_names, path in zip(columns, names, paths, strict=True):
         low, high = int(values.min(initial=0)), int(values.max(initial=-1))
