@@ -293,6 +293,17 @@ def test_forms_of_unicode_are_one_word(tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 0, 1] and val.labels.tolist() == [1, 0]
 
 
+def test_classes_with_one_name(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-0.parquet", [0, 1, 2], ["crane", "bee", "crane"])
+    write_shard(tmp_path / "val-0.parquet", [0, 1, 2], ["crane", "bee", "crane"])
+    assert open_images(str(tmp_path), "val").labels.tolist() == [0, 1, 2]
+    write_shard(tmp_path / "val-0.parquet", [0, 1, 2], ["bee", "crane", "crane"])
+    with pytest.raises(ConfigError, match=r"several classes with one name: 'crane'"):
+        open_images(str(tmp_path), "val")
+    with pytest.raises(ConfigError, match=r"several classes with one name: 'crane'"):
+        open_images(str(tmp_path), "train", SourceChoice(classes=("crane", "bee")))
+
+
 def test_rows_without_labels(tmp_path: Path) -> None:
     write_shard(tmp_path / "train.parquet", [0, 1], ["x", "y"])
     write_shard(tmp_path / "test.parquet", [-1, -1], ["x", "y"])

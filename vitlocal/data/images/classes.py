@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,13 @@ def with_classes(images: ImageSet, classes: Sequence[str], chosen: bool) -> Imag
         require_known_classes(images.classes, classes, f"source '{images.spec}'")
     if tuple(classes) == images.classes:
         return images
+    for names in (images.classes, classes):
+        forms = sorted(map(normalized, names))
+        if same := sorted({one for one, other in pairwise(forms) if one == other}):
+            raise ConfigError(
+                f"source '{images.spec}' has several classes with one name: {listed(same, 3)}. Without --classes, and "
+                "with the same classes in both splits, it can be read; else classes are matched by name"
+            )
     label_of = {normalized(name): label for label, name in enumerate(classes)}
     labels = np.array([label_of.get(normalized(name), -1) for name in images.classes], np.int64)[images.labels]
     rows = np.flatnonzero(labels >= 0)
