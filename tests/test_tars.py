@@ -160,6 +160,19 @@ def test_a_tar_that_is_cut_off_later(tmp_path: Path) -> None:
         source.read(0)
 
 
+@pytest.mark.parametrize("place", ["before a header", "within a header", "within padding"])
+def test_a_tar_that_is_cut_off_between_its_files(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "train" / "ant.tar"
+    path.parent.mkdir()
+    path.write_bytes(tar_of({f"{k}.jpg": photo(k) for k in range(3)}))
+    with tarfile.open(path) as tar:
+        *_, last = tar.getmembers()
+    cut = {"before a header": 0, "within a header": 300, "within padding": -1}
+    os.truncate(path, last.offset + cut[place])
+    with pytest.raises(ConfigError, match=rf"cut off: .*end mark.* at byte {last.offset}; download"):
+        open_images(str(tmp_path), "train")
+
+
 def test_an_empty_split(tmp_path: Path) -> None:
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of({}))
     with pytest.raises(ConfigError, match=r"no images in the split 'train'"):

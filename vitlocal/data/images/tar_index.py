@@ -129,6 +129,11 @@ def _headers(descriptor: int, start: int, end: int, where: str) -> Iterator[tupl
                 yield kind, Member(shown, body, size, mtime), link
             long_name, long_link, pax = b"", b"", {}
         offset = body + -(-size // BLOCK) * BLOCK
+    if end > start:  # an empty file is an empty tar
+        raise ConfigError(
+            f"{where}: cut off: its end mark, a block of zeros, is missing at byte {offset}; download it again, or "
+            "unpack it to a folder if it is complete"
+        )
 
 
 def _number(field: bytes) -> int | None:
