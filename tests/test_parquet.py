@@ -233,6 +233,14 @@ def test_another_shard_lacks_a_column(tmp_path: Path) -> None:
         open_images(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("cells", [[photo(0)], ["0.jpg"]], ids=["bytes", "text"])
+def test_another_shard_has_another_type_of_images(tmp_path: Path, cells: list) -> None:
+    write_shard(tmp_path / "train-0.parquet", [0])
+    write_shard(tmp_path / "train-1.parquet", [0], cells=cells)
+    with pytest.raises(ConfigError, match=r"train-1.*expected.*of the types in train-0.*'image' \((binary|string)\)"):
+        open_images(str(tmp_path), "train")
+
+
 # --- classes ---
 
 

@@ -50,8 +50,6 @@ def open_shard(path: str) -> Any:
 
 def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoice) -> Table:
     """Finds the columns in the first shard and reads the labels of all. Raises ConfigError if they are of no use."""
-    from pyarrow import types
-
     names: list[list[str] | None] = []  # the class names of each shard
     columns: list[np.ndarray] = []
     groups: list[RowGroup] = []
@@ -65,11 +63,10 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
                     _image_column(schema, features, choice, path),
                     _label_column(schema, features, choice, path),
                 )
-                kind = schema.field(image).type
-                data = f"{image}.bytes" if types.is_struct(kind) else image
-            elif {image, label} - set(schema.names):
+                place = _place_of_bytes(schema.field(image).type)
+            elif {image, label} - set(schema.names) or _place_of_bytes(schema.field(image).type) != place:
                 raise ConfigError(
-                    f"{path}: expected the columns '{image}' and '{label}', as in {paths[0]}, found "
+                    f"{path}: expected the columns '{image}' and '{label}' of the types in {paths[0]}, found "
                     f"{_described(schema, features)}; download it again"
                 )
             columns.append(_label_values(file, label, path, split))
@@ -80,7 +77,7 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
                 groups.append(RowGroup(number, group, about.num_rows, about.total_byte_size))
     labels, classes, notes = _numbered(columns, names, [str(root / name) for name in paths], split)
     reads = (f"images: column '{image}'", f"labels: column '{label}'")
-    return Table(data, reads, notes, labels, classes, groups)
+    return Table(f"{image}{place}", reads, notes, labels, classes, groups)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -97,18 +94,20 @@ def _kind(features: dict[str, dict[str, Any]], name: str) -> str | None:
     return None if kind == "Value" else kind
 
 
-def _image_column(schema: Any, features: dict[str, dict[str, Any]], choice: SourceChoice, path: str) -> str:
+def _place_of_bytes(kind: Any) -> str | None:
+    """Where a column of this type has the bytes of images, below its own name; None if it has none."""
     from pyarrow import types
 
-    def holds_bytes(kind: Any) -> bool:
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        return types.is_binary(kind) or types.is_large_binary(kind)
+    below = ".bytes" if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else ""
+    kind = kind.field("bytes").type if below else kind
+    return below if types.is_binary(kind) or types.is_large_binary(kind) else None
 
+
+def _image_column(schema: Any, features: dict[str, dict[str, Any]], choice: SourceChoice, path: str) -> str:
     usable = [
         name
         for name in schema.names
-        if _kind(features, name) in (None, "Image") and holds_bytes(schema.field(name).type)
+        if _kind(features, name) in (None, "Image") and _place_of_bytes(schema.field(name).type) is not None
     ]
     typed = [name for name in usable if _kind(features, name) == "Image"] or usable
     return _pick("image", choice.image, usable, IMAGE_NAMES, typed, f"{path}: {_described(schema, features)}")
