@@ -106,6 +106,23 @@ def test_an_interrupted_write_continues_from_a_moved_source(tmp_path: Path, monk
         write(write_config(tmp_path / "b"), moved, progress=False)
 
 
+@pytest.mark.parametrize("column", [0, 1], ids=["size", "time"])
+def test_files_that_change_after_a_move_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commit_often(monkeypatch.setattr)
+    for spec, row in (("fake", 10), ("elsewhere", 20), ("elsewhere", 30)):
+        images = stamped(spec=spec, acts={row: "absent"})
+        images.files[:, 1] += 5 * (spec == "elsewhere")
+        with pytest.raises(DataError, match="Stale file handle"):
+            write(write_config(tmp_path), images, progress=False)
+    assert "written again" not in capsys.readouterr().out
+    images.acts = {}
+    images.files[12, column] += 1
+    assert write(write_config(tmp_path), images, progress=False).source.spec == "elsewhere"
+    assert "images from 10 on are written again" in capsys.readouterr().out
+
+
 def test_an_old_manifest_needs_its_path(tmp_path: Path) -> None:
     write(write_config(tmp_path), stamped(), progress=False)
     path = tmp_path / "train.json"

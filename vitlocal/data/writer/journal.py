@@ -2,7 +2,8 @@
 
 The journal starts with a line of JSON that identifies the write. Each commit adds a block: a line of JSON, and the
 rows, (F, K) of STORED_ROW. A block is written after its images have reached the disk. After a crash, the rest behind
-the last complete block is cut off. The last line says that the files are complete.
+the last complete block is cut off. If the source was moved, a line has its new path and the new digests of all blocks
+before. The last line says that the files are complete.
 
 Letters: F files, K readable rows of a chunk.
 """
@@ -185,11 +186,13 @@ class SplitFiles:
                         f"{self.work} is an interrupted write of another configuration ({what}). "
                         "Repeat that command, remove the folder to start over, or use another --out."
                     )
-                moved = head["spec"] != self.state.spec
-                ends = [file.tell()]  # of the head, and of what follows it
+                spec, ends = head["spec"], [file.tell()]  # of the head, and of what follows it
                 while (line := _line(file)) is not None and self._replay_block(line, file):
-                    ends.append(file.tell())
-                kept = len(ends)
+                    if "spec" in line:
+                        spec, ends[-1] = line["spec"], file.tell()
+                    else:
+                        ends.append(file.tell())
+                moved, kept = spec != self.state.spec, len(ends)
                 if not self.sealed:  # else the files may have their names already
                     kept = next((n for n, block in enumerate(self._blocks) if self._stale(block, moved)), kept)
                 if kept < len(self._blocks):
@@ -201,6 +204,9 @@ class SplitFiles:
         os.ftruncate(self._journal, self._journal_end)
         if head is None:
             self._write_journal(_dump({"identity": self.identity, "spec": self.state.spec}))
+        elif moved and not self.sealed:  # there, the files have other times
+            digests = [self.state.digests(block.start, block.next) for block in self._blocks]
+            self._write_journal(_dump({"spec": self.state.spec, "digests": digests}))
 
     def _stale(self, block: _Block, moved: bool) -> bool:
         """Whether the images of a block must be written again. ConfigError if they are from another source."""
@@ -216,6 +222,10 @@ class SplitFiles:
 
     def _replay_block(self, line: dict[str, Any], file: BinaryIO) -> bool:
         """Restores a block, whose rows come next in ``file``. Returns False if it is incomplete."""
+        if "spec" in line:  # the source was moved
+            pairs = zip(self._blocks, line["digests"], strict=True)
+            self._blocks = [replace(block, digests=tuple(digests)) for block, digests in pairs]
+            return True
         if "sealed" in line:
             self.sealed = tuple(BetonFile(**sealed) for sealed in line["sealed"])
             self.digests = tuple(line["digests"])
