@@ -163,6 +163,9 @@ def test_chosen_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert manifest.source.left_out["of other classes"] == 3
     assert (tmp_path / "out" / "classes.txt").read_text() == f"{WNIDS[2]}\n{WNIDS[0]}\n"
     assert "left out 3 files: 3 of other classes" in capsys.readouterr().out
+    chosen.write_text(f"{WNIDS[2]}\r\n{WNIDS[0]}\r\n", encoding="utf-8-sig")
+    write_from_options(options)
+    assert "(already finished)" in capsys.readouterr().out
     chosen.write_text(f"{WNIDS[2]}\nunicorn\n")
     with pytest.raises(ConfigError, match=r"--classes names 1 classes without images.*'unicorn'"):
         write_from_options(options)

@@ -22,7 +22,8 @@ def read_classes(path: str) -> tuple[str, ...]:
     """The class names in a file, one per line; raises ConfigError if it cannot be read or names a class twice."""
     try:
         # Folders need not have names in UTF-8. splitlines() would also split at rare characters within a name.
-        lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        # Editors of Windows begin a file with a mark of UTF-8.
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise ConfigError(f"--classes {path} cannot be read: {error}; name a text file, one class per line") from None
     names = [line.strip() for line in lines if line.strip()]  # in their own form, so that classes.txt gives its names
