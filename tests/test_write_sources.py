@@ -12,6 +12,7 @@ from PIL import Image
 
 from vitlocal.data.manifest import Manifest, load_manifest
 from vitlocal.data.writer import write as write_module
+from vitlocal.data.writer.journal import SplitFiles
 from vitlocal.data.writer.write import write, write_from_options
 from vitlocal.errors import ConfigError, DataError
 
@@ -121,6 +122,24 @@ def test_files_that_change_after_a_move_are_found(
     images.files[12, column] += 1
     assert write(write_config(tmp_path), images, progress=False).source.spec == "elsewhere"
     assert "images from 10 on are written again" in capsys.readouterr().out
+
+
+def test_a_complete_write_whose_source_moved_before_it_had_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = stamped()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SplitFiles, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        write(write_config(tmp_path), images, progress=False)
+    moved = stamped(spec="elsewhere")
+    moved.files[:, 1] += 5  # copied
+    moved.files[3, 0] += 1
+    with pytest.raises(ConfigError, match="interrupted write of another source"):
+        write(write_config(tmp_path), moved, progress=False)
+    moved.files[3, 0] -= 1
+    for _ in range(2):
+        assert write(write_config(tmp_path), moved, progress=False).source.spec == "elsewhere"
+    assert "written again" not in capsys.readouterr().out
 
 
 def test_an_old_manifest_needs_its_path(tmp_path: Path) -> None:

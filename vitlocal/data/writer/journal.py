@@ -193,6 +193,9 @@ class SplitFiles:
                     else:
                         ends.append(file.tell())
                 moved, kept = spec != self.state.spec, len(ends)
+                if self.sealed and moved:
+                    self._require_same_sizes(self.digests, self.state.digests())
+                    self.digests = self.state.digests()
                 if not self.sealed:  # else the files may have their names already
                     kept = next((n for n, block in enumerate(self._blocks) if self._stale(block, moved)), kept)
                 if kept < len(self._blocks):
@@ -212,13 +215,17 @@ class SplitFiles:
         """Whether the images of a block must be written again. ConfigError if they are from another source."""
         if block.next == 0:
             return False
-        sizes, times = self.state.digests(block.start, block.next)
-        if moved and not sizes == block.digests[0] != "":
+        now = self.state.digests(block.start, block.next)
+        if moved:
+            self._require_same_sizes(block.digests, now)
+        return (not moved and now != block.digests) or any(map(self._decodes, block.skipped))
+
+    def _require_same_sizes(self, was: tuple[str, ...], now: tuple[str, ...]) -> None:
+        if not now[0] == was[0] != "":
             raise ConfigError(
                 f"{self.work} is an interrupted write of another source, with the same names but other files than "
                 f"{self.state.spec}. Name that source, remove the folder to start over, or use another --out."
             )
-        return (not moved and (sizes, times) != block.digests) or any(map(self._decodes, block.skipped))
 
     def _replay_block(self, line: dict[str, Any], file: BinaryIO) -> bool:
         """Restores a block, whose rows come next in ``file``. Returns False if it is incomplete."""
