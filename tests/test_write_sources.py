@@ -14,7 +14,7 @@ from vitlocal.data.manifest import Manifest, load_manifest
 from vitlocal.data.writer import write as write_module
 from vitlocal.data.writer.journal import SplitFiles
 from vitlocal.data.writer.write import write, write_from_options
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, run_command
 
 
 def stamped(count: int = 40, **changes: object) -> FakeImages:
@@ -203,6 +203,17 @@ def test_a_data_folders_classes_can_be_chosen(tmp_path: Path) -> None:
     write(options, progress=False)
     chosen = dataclasses.replace(options, split="val", classes=str(tmp_path / "out" / "classes.txt"))
     assert write(chosen, progress=False).classes == names
+
+
+def test_messages_name_files_that_are_not_unicode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_folder(tmp_path / "photos")
+    damaged = tmp_path / "photos" / "train" / WNIDS[0] / "caf\udce9.jpg"
+    damaged.write_bytes(b"x")
+    options = write_config(tmp_path / "out", source=str(tmp_path / "photos"), on_error="skip")
+    assert run_command(lambda argv: write_from_options(options)) == 0
+    damaged.write_bytes(photo(5))
+    assert run_command(lambda argv: write_from_options(options)) == 0
+    assert r"caf\udce9.jpg was skipped and decodes now" in capsys.readouterr().out
 
 
 def test_both_splits_of_a_folder_have_the_same_classes(tmp_path: Path) -> None:

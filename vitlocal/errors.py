@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType
 
 
@@ -58,6 +59,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     Returns 0 on success, 130 after Ctrl-C and 143 after SIGTERM. A :class:`ConfigError` gives 2. A :class:`DataError`
     or an ``OSError`` (such as a full disk) gives 1. Any other error is ours and keeps its traceback.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file need not be Unicode
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except (ConfigError, DataError, OSError) as error:

@@ -144,8 +144,8 @@ def _describe(images: ImageSet, split: str) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in images.left_out.items())
         total = sum(images.left_out.values())
         print(f"{split}: left out {total:,} file{'s' * (total > 1)}: {reasons}")
-    for note in images.notes:  # it may name a file whose name is not Unicode
-        print(f"{split}: {note.encode(errors='backslashreplace').decode()}")
+    for note in images.notes:
+        print(f"{split}: {note}")
 
 
 def _require_same_classes(out: Path, planned: Manifest) -> None:
