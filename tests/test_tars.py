@@ -439,3 +439,30 @@ def test_a_disk_that_fails_is_not_a_damaged_tar(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "ILSVRC2012_img_train.tar").unlink()
     with pytest.raises(DataError, match=r"ILSVRC2012_img_train.tar cannot be read"):
         source.read(0)
+
+
+def test_tars_without_photos_beside_class_folders(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train" / "labels.tar").write_bytes(tar_of({"labels.txt": b"0"}))
+    (tmp_path / "train" / "empty.tar").write_bytes(b"")
+    source = open_images(str(tmp_path), "train")
+    assert isinstance(source, FolderImages) and len(source) == 9
+    assert sum(source.left_out.values()) == 2
+    (tmp_path / "train" / "n9.tar").write_bytes(tar_of({"n9_1.JPEG": photo(0)})[:600])
+    with pytest.raises(ConfigError, match="cut off"):
+        open_images(str(tmp_path), "train")
+
+
+def test_photos_missing_from_a_folder_are_found_by_sizes(tmp_path: Path) -> None:
+    """A tar ends in zeros, which may be longer than a photo."""
+    make_tars(tmp_path)
+    unpack(tmp_path)
+    first = sorted((tmp_path / "train" / WNIDS[0]).iterdir())[0]
+    os.utime(first, ns=(10**9, 10**9))  # not the newest file, whose class is compared file by file
+    assert isinstance(open_images(str(tmp_path), "train"), FolderImages)
+    data = first.read_bytes()
+    for change in (first.unlink, lambda: first.write_bytes(data[:100]), lambda: first.write_bytes(data + bytes(9000))):
+        change()
+        if first.exists():
+            os.utime(first, ns=(10**9, 10**9))
+        assert isinstance(open_images(str(tmp_path), "train"), TarImages)

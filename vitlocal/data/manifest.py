@@ -19,7 +19,6 @@ from vitlocal.jsonl import replacing
 
 VERSION = 1
 CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, as timm's --class-map
-OTHER_CLASSES = "of other classes"  # a reason in SourceInfo.left_out
 # Our names, and those of ffcv-imagenet: the largest side, the fraction of JPEGs and their quality.
 FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_((raw|jpg)\.beton|[0-9]+(\.[0-9]+)?_[0-9]+\.(ffcv|beton))")
 
@@ -53,6 +52,7 @@ class SourceInfo:
     image: str | None = None  # column, label column and subset that were asked for
     label: str | None = None
     subset: str | None = None
+    classes_chosen: bool = False  # by a file: the classes are not those of the source
     reads: tuple[str, ...] = ()  # what was read, if there was a choice
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that were not read, by reason
 
@@ -148,7 +148,7 @@ def _options_of_other_split(folder: Path) -> str:
             # A split with several files has ImageNet's default files, and the other split has its own defaults.
             sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
             source = other.source
-            classes = str(folder / CLASSES_NAME) if OTHER_CLASSES in source.left_out else None
+            classes = str(folder / CLASSES_NAME) if source.classes_chosen else None
             return (
                 source_flags(source.spec, image=source.image, label=source.label, subset=source.subset, classes=classes)
                 + sides

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from vitlocal.data.images.image_set import ImageSet, listed
-from vitlocal.data.manifest import OTHER_CLASSES
 from vitlocal.errors import ConfigError
 
 
@@ -67,7 +66,7 @@ def with_classes(images: ImageSet, classes: Sequence[str], chosen: bool) -> Imag
     selected = SelectedImages(images, rows)
     selected.labels, selected.classes = labels[rows], tuple(classes)
     if len(rows) < len(images):
-        selected.left_out = {**images.left_out, OTHER_CLASSES: len(images) - len(rows)}
+        selected.left_out = {**images.left_out, "of other classes": len(images) - len(rows)}
     return selected
 
 

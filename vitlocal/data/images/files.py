@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 from vitlocal.data.images.classes import normalized
 from vitlocal.data.images.folder import FolderImages, class_folders, order_notes
 from vitlocal.data.images.image_set import (
@@ -16,7 +18,8 @@ from vitlocal.data.images.image_set import (
     split_folder,
 )
 from vitlocal.data.images.listing import LeftOut, entry_kind, list_photos, scan_split, stat_files
-from vitlocal.data.images.tars import DOWNLOADED, TarImages, class_tars, index_tars
+from vitlocal.data.images.tar_index import BLOCK
+from vitlocal.data.images.tars import DOWNLOADED, ClassTar, TarImages, class_rows, class_tars, ends_at, index_tars
 from vitlocal.errors import ConfigError
 
 
@@ -69,7 +72,7 @@ def _find_folder(root: Path, split: str) -> tuple[Path | None, tuple[str, ...]]:
         return root if names or _find_tars(root, split, root) else None, ()  # root/<class>/ without splits
     test, train = split_folder(root, "test"), split_folder(root, "train")
     if split == "val" and not _downloaded(root, split) and test and train:
-        if set(_class_names(test)) & set(_class_names(train)):
+        if set(map(normalized, _class_names(test))) <= set(map(normalized, _class_names(train))):
             return test, (f"the validation images are those of '{test}', because there is no folder val/",)
     return None, ()
 
@@ -94,7 +97,11 @@ def _find_tars(root: Path, split: str, folder: Path | None) -> list[Path]:
         return []
     names, loose = scan_split(str(folder), LeftOut())
     tars = [folder / name for name in loose if name.lower().endswith(".tar") and not name.startswith("ILSVRC2012_img_")]
-    return [] if folder == root and names else tars  # beside class folders in the source, a tar is something else
+    if folder == root and names:
+        return []  # beside class folders in the source, a tar is something else
+    return [
+        path for path in tars if not names or class_rows(ClassTar(path, path.name), "")[0]
+    ]  # labels.tar is no class
 
 
 def _no_split(root: Path, split: str) -> ConfigError:
@@ -111,17 +118,43 @@ def _no_split(root: Path, split: str) -> ConfigError:
     )
 
 
+def _fill_tars(tars: list[Path], paths: list[str], stamps: np.ndarray) -> bool:
+    """Whether the files in class folders, with ``stamps`` (n, 2), are those of the tars of the classes, by their sizes.
+
+    The sizes must add up to each tar. In the class of the newest file, which an interrupted tar may have left cut off,
+    all are compared. So the 1.28 million headers of ImageNet's tars, all over the disk, are not read.
+    """
+    packed = class_tars(tars, "train", LeftOut())
+    filled = dict.fromkeys((tar.name for tar in packed), 0)
+    for path, size in zip(paths, stamps[:, 0].tolist(), strict=True):
+        name = normalized(path.split("/")[0])
+        if name not in filled:
+            return False
+        filled[name] += BLOCK + -(-size // BLOCK) * BLOCK  # a header and the file
+    if not all(ends_at(tar, filled[tar.name]) for tar in packed):
+        return False
+    newest = normalized(paths[int(stamps[:, 1].argmax())].split("/")[0])
+    rows, _ = class_rows(next(tar for tar in packed if tar.name == newest), "train")
+    sizes = dict(zip(map(normalized, paths), stamps[:, 0].tolist(), strict=True))
+    return all(sizes.get(normalized(row.entry)) == row.member.size for row in rows)
+
+
 def _complete(root: Path, folder: Path | None, split: str, tars: list[Path]) -> ImageSet:
     """The unpacked images if they are complete, else those in the tars. Raises ConfigError if both lack images."""
     left_out = LeftOut()
     paths = list_photos(str(folder), "", LeftOut()) if folder else []
+    tar = tars[0].name if len(tars) == 1 else f"tars in {tars[0].parent}"
+    stamps = stat_files(str(folder), paths)
     try:
+        if folder and paths and split == "train" and _fill_tars(tars, paths, stamps):
+            images: ImageSet = FolderImages(root, folder, split)
+            images.reads += (f"'{folder}', not {tar}: all its {len(paths)} images are unpacked there",)
+            return images
         rows = index_tars(tars, split, left_out)
     except ConfigError as error:
         raise ConfigError(f"{error}; or move it elsewhere to read '{folder}'") if paths else error from None
     if not paths or not folder:
         return TarImages(root, rows, left_out)
-    tar = tars[0].name if len(tars) == 1 else f"tars in {tars[0].parent}"
     # Validation images may have been sorted into class folders after they were unpacked.
     has_classes = bool(rows and rows[0].name)
 
@@ -129,11 +162,11 @@ def _complete(root: Path, folder: Path | None, split: str, tars: list[Path]) -> 
         return normalized(path if has_classes else os.path.basename(path))
 
     packed = {key(row.entry): row.member.size for row in rows}
-    unpacked = dict(zip(map(key, paths), stat_files(str(folder), paths)[:, 0].tolist(), strict=True))
+    unpacked = dict(zip(map(key, paths), stamps[:, 0].tolist(), strict=True))
     missing = [name for name, size in packed.items() if unpacked.get(name) != size]  # or not unpacked to its end
     others = sorted(unpacked.keys() - packed.keys())
     if not missing:
-        images: ImageSet = FolderImages(root, folder, split)
+        images = FolderImages(root, folder, split)
         more = f", and {len(others)} others" if others else ""
         images.reads += (f"'{folder}', not {tar}: all its {len(packed)} images are unpacked there{more}",)
         return images

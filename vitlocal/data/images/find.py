@@ -116,7 +116,10 @@ def format_of(root: Path, split: str) -> Format:
 
 
 def _folder(spec: str) -> Path:
-    root = Path(spec).expanduser().absolute()
+    try:
+        root = Path(spec).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"source '{spec}': {error}; name another folder") from None
     if not is_folder(root):
         if root.exists():
             raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")

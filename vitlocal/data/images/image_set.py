@@ -1,4 +1,4 @@
-"""The protocol of all image sources, and the names of splits."""
+"""The protocol of all image sources, how they read files and folders, and the names of splits."""
 
 import errno
 import os

@@ -15,6 +15,7 @@ from vitlocal.data.images.listing import LeftOut
 from vitlocal.errors import ConfigError
 
 BLOCK = 512
+RECORD = 20 * BLOCK  # tar fills its last record with zeros
 LONGEST_RECORD = 1 << 20  # bytes of a long name or of pax records: far more than any file system allows
 UNSUPPORTED = {b"S": "a sparse file", b"M": "the continuation of a file in another volume"}
 WITHOUT_DATA = b"123456"  # links, devices, folders and pipes
@@ -129,7 +130,7 @@ def _headers(descriptor: int, start: int, end: int, where: str) -> Iterator[tupl
                 yield kind, Member(shown, body, size, mtime), link
             long_name, long_link, pax = b"", b"", {}
         offset = body + -(-size // BLOCK) * BLOCK
-    if end > start:  # an empty file is an empty tar
+    if end > start == 0:  # an empty file is an empty tar; the header of a tar in a tar has its length
         raise ConfigError(
             f"{where}: cut off: its end mark, a block of zeros, is missing at byte {offset}; download it again, or "
             "unpack it to a folder if it is complete"

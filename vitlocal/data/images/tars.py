@@ -13,13 +13,13 @@ from vitlocal.data.images.image_set import ImageSet, listed, read_file, require_
 from vitlocal.data.images.listing import THREADS, LeftOut, system_reason
 from vitlocal.data.images.pixels import photo_suffixes, suffix_reason
 from vitlocal.data.images.solutions import EXPECTED_LISTS, find_solution, image_id
-from vitlocal.data.images.tar_index import Member, read_index
+from vitlocal.data.images.tar_index import BLOCK, RECORD, Member, read_index
 from vitlocal.errors import ConfigError, DataError
 
 DOWNLOADED = "ILSVRC2012_img_{}.tar"  # of a split
 
 
-class _Tar(NamedTuple):
+class ClassTar(NamedTuple):
     """A tar of images. The tar of a class may lie in another one, in bytes [start, end)."""
 
     path: Path
@@ -40,13 +40,13 @@ class Row(NamedTuple):
         return f"{self.name}/{self.member.name}".lstrip("/")
 
 
-def class_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[_Tar]:
+def class_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[ClassTar]:
     """The tars with images: those in the outer tar of the training split, else the given ones."""
     if [tar.name for tar in tars] != [DOWNLOADED.format(split)]:
-        return [_Tar(path, normalized(path.name[: -len(".tar")])) for path in tars]
+        return [ClassTar(path, normalized(path.name[: -len(".tar")])) for path in tars]
     (path,) = tars
     if split != "train":
-        return [_Tar(path, "")]
+        return [ClassTar(path, "")]
     inner = []
     for member in read_index(str(path), 0, None, str(path), left_out):
         name = member.name.rpartition("/")[2]
@@ -57,32 +57,47 @@ def class_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[_Tar
                 f"{path}: expected one tar for each class in it, found '{member.name}'; download it again"
             )
         else:
-            inner.append(_Tar(path, normalized(name[: -len(".tar")]), member.offset, member.offset + member.size))
+            inner.append(ClassTar(path, normalized(name[: -len(".tar")]), member.offset, member.offset + member.size))
     return inner
+
+
+def ends_at(tar: ClassTar, offset: int) -> bool:
+    """Whether the last member ends ``offset`` bytes after the start: only zeros follow, of at most one record."""
+    try:
+        with open(tar.path, "rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size if tar.end is None else tar.end
+            rest, place = end - tar.start - offset, tar.start + offset
+            if not (offset and 0 < rest <= 2 * BLOCK + RECORD):
+                return False
+            last, after = os.pread(file.fileno(), BLOCK, place - BLOCK), os.pread(file.fileno(), rest, place)
+            return any(last) and not any(after)
+    except OSError as error:
+        raise unreadable(tar.path, error) from error
+
+
+def class_rows(tar: ClassTar, split: str) -> tuple[list[Row], LeftOut]:
+    """The images in one tar, in its order, and what it holds besides."""
+    left, suffixes = LeftOut(), photo_suffixes()
+    where = f"{tar.path}, {tar.name}.tar" if tar.end is not None else str(tar.path)
+    rows = []
+    for member in read_index(str(tar.path), tar.start, tar.end, where, left):
+        if reason := _reason(member.name):
+            left.add(reason)
+        elif member.name.lower().endswith(suffixes):
+            rows.append(Row(tar.name, member, tar.path))
+        else:
+            left.add(suffix_reason(member.name))
+    if not rows and (split == "train" or not tar.name):
+        raise ConfigError(f"{where} has no images, found {left}; remove it, or download it again")
+    return rows, left
 
 
 def index_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[Row]:
     """The images of a split's tars, by class, then by name. Reads the headers with several threads."""
-
-    def rows_of(tar: _Tar) -> tuple[list[Row], LeftOut]:
-        left, suffixes = LeftOut(), photo_suffixes()
-        where = f"{tar.path}, {tar.name}.tar" if tar.end is not None else str(tar.path)
-        rows = []
-        for member in read_index(str(tar.path), tar.start, tar.end, where, left):
-            if reason := _reason(member.name):
-                left.add(reason)
-            elif member.name.lower().endswith(suffixes):
-                rows.append(Row(tar.name, member, tar.path))
-            else:
-                left.add(suffix_reason(member.name))
-        if not rows and (split == "train" or not tar.name):
-            raise ConfigError(f"{where} has no images, found {left}; download {tar.path.name} again")
-        return rows, left
-
     inner = class_tars(tars, split, left_out)
     rows: list[Row] = []
     with ThreadPoolExecutor(THREADS) as pool:  # they wait for the disk
-        for found, left in pool.map(rows_of, inner):
+        for found, left in pool.map(lambda tar: class_rows(tar, split), inner):
             rows += found
             left_out.update(left)
     return sorted(rows, key=lambda row: (row.name, row.member.name))

@@ -111,6 +111,7 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
                     skipped=tuple(Skipped(planned.entries[row], reason) for row, reason in skipped.items()),
                     entries=tuple(entry for row, entry in enumerate(planned.entries) if row not in skipped),
                 )
+                _require_same_classes(out, planned)  # both splits may be written at the same time
                 _save_class_names(out, manifest)
                 files.publish(manifest, manifest_path)
         elif not (out / CLASSES_NAME).exists():
@@ -245,10 +246,20 @@ def _planned_manifest(
         quality, sampling, keep = options.jpeg if format == "jpg" else (None, None, None)
         name = f"{options.split}_{side}_{format}.beton"
         files.append(BetonFile(name, side, format, quality, sampling, keep, page_size))
+    sizes, times = state.digests()
     source = SourceInfo(
-        images.spec, len(entries), _digest(entries, 32, b"\n" + labels.tobytes()), *state.digests(), options.image,
-        options.label, options.subset, images.reads, dict(images.left_out),
-    )  # fmt: skip
+        spec=images.spec,
+        length=len(entries),
+        fingerprint=_digest(entries, 32, b"\n" + labels.tobytes()),
+        sizes=sizes,
+        times=times,
+        image=options.image,
+        label=options.label,
+        subset=options.subset,
+        classes_chosen=options.classes is not None,
+        reads=images.reads,
+        left_out=dict(images.left_out),
+    )
     return Manifest(options.split, len(entries), tuple(images.classes), tuple(files), source, (), entries)
 
 
