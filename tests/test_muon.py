@@ -123,3 +123,13 @@ def test_muon_gets_localvits_feed_forward():
     names = set(block_matrices(model))
     assert {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight", "blocks.0.mlp.se.reduce.weight"} <= names
     assert "blocks.0.mlp.conv.weight" not in names  # depth-wise: no matrix
+
+
+def test_a_checkpoint_whose_muon_had_other_matrices_is_refused(monkeypatch):
+    options = dict(embed_dim=16, depth=1, num_heads=2, img_size=16, patch_size=8)
+    model, _ = build_model("vitlocal_localvit_tiny_patch8_64", options, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("vitlocal.train.optim._is_matrix", lambda module: isinstance(module, nn.Linear))
+        state = build_optimizer(model, "muon").state_dict()
+    with pytest.raises(ConfigError, match="another version of vitlocal"):
+        build_optimizer(model, "muon").load_state_dict(state)

@@ -108,8 +108,15 @@ class CombinedOptimizer:
         return {str(number): member.state_dict() for number, member in enumerate(self.members)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`. Raises ConfigError if its members had other parameters."""
         for number, member in enumerate(self.members):
-            member.load_state_dict(state[str(number)])
+            try:
+                member.load_state_dict(state[str(number)])
+            except ValueError as error:
+                raise ConfigError(
+                    "run.folder: the checkpoint is of another version of vitlocal, whose train.optimizer=muon used "
+                    f"Muon for other weights ({error}); continue with that version, or use another --run.folder"
+                ) from error
 
 
 def build_optimizer(
