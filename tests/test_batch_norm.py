@@ -217,3 +217,9 @@ def test_frozen_blocks_and_blocks_that_do_not_run_keep_their_statistics(configur
             assert trainer.evaluator.accuracy(trainer.plan()) is not None
             moved = {name for name, value in statistics(average).items() if not torch.equal(value, before[name])}
             assert moved == {name for name in before if name.startswith("blocks.0.")}
+
+
+def test_an_evaluation_by_single_images_estimates_with_pairs(configure, decoder):
+    """At 32 px, the last BatchNorm of a ResNet sees one pixel of each image."""
+    with open_trainer(configure(*MODELS["resnet"], *AVERAGE, "--evaluate.batch_size=1")) as trainer:
+        assert trainer.evaluator.recalibrate(trainer.plan())

@@ -100,7 +100,8 @@ class Evaluator:
         same. Processes take turns with the batches. False if ``stop``, called before each turn, returned true.
         """
         model, ranks, images = self.model, self._step.ranks, self._sources.train.count
-        size = min(RECALIBRATION_BATCH, self._feed.batch_size, images)
+        # In training, some BatchNorms see only one pixel of each image, and refuse a single value.
+        size = min(RECALIBRATION_BATCH, max(2, self._feed.batch_size), images)
         count, training = max(1, min(RECALIBRATION_IMAGES, images) // size), model.training
         share = WholeBatches(ranks.rank, ranks.world, count)
         opened = self._sources.train.open(replace(self._feed, batch_size=size), Position(EPOCH), share)
