@@ -163,7 +163,11 @@ def test_intermediate_outputs_are_those_of_timms_deit(pool):
 
 def test_a_script_knows_our_models(tmp_path, monkeypatch, capsys):
     """As python -m vitlocal.models SCRIPT.py OPTIONS."""
-    (tmp_path / "script.py").write_text("import sys, timm\nprint(timm.is_model(sys.argv[1]), sys.argv[0], __name__)\n")
+    (tmp_path / "beside_it.py").touch()
+    (tmp_path / "script.py").write_text(
+        "import sys, timm, beside_it\nprint(timm.is_model(sys.argv[1]), sys.argv[0], __name__)\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["-m", f"{tmp_path}/script.py", OURS])
     runpy.run_module("vitlocal.models", run_name="__main__")
     assert capsys.readouterr().out.split() == ["True", f"{tmp_path}/script.py", "__main__"]
