@@ -129,7 +129,7 @@ class EvaluateConfig:
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
     crop_pct: float = option(
-        0.875, Number(0.01, 1), "centre crop: its side as a fraction of the short edge (224 / 256)"
+        0.875, Number(0.01, 1), "centre crop: its size as a fraction of the resized short edge (224 / 256)"
     )
 
 

@@ -26,7 +26,7 @@ def open_sources(
         on_error: "stop" or "skip" at a damaged image (native loader).
         side_ratio: a file serves random crops of a size if its side is at least ``side_ratio`` x size.
         seed, crop_scale, crop_ratio, flip, repeats: random crops for training, see CropPolicy.
-        centre_crop: side of the centre crop for validation, as a fraction of the short edge.
+        centre_crop: size of the centre crop for validation, as a fraction of the resized short edge.
         share: the part of each batch that this process reads.
         local_world_size: the number of processes that share the cores.
 

@@ -29,9 +29,9 @@ from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, buffers_kept, has_batch_norm
 
 ESTIMATED_BATCHES = 5
-# Training images for an estimate of BatchNorm's statistics, in batches of at most RECALIBRATION_BATCH. The logits of a
-# LocalViT then differed by 2 % (root mean square) from those with 6000 images; with 256 by 5 %, with 4096 by 1.3 %.
-RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 2048, 256
+# Training images for an estimate of BatchNorm's statistics. The logits of a LocalViT then differed by 2 % (root mean
+# square) from those with 6000 images; with 256 by 5 %, with 4096 by 1.3 %.
+RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 2048, 128
 SAME_NETWORK = {"shape.trainable_blocks", "shape.head_only"}  # fields that do not change what a network computes
 REMAINDERS = {"all": (0, 1), "even": (0,), "odd": (1,)}  # of the rows that are counted, divided by two
 
@@ -92,17 +92,19 @@ class Evaluator:
         return Accuracy(100 * top1 / max(images, 1), 100 * top5 / max(images, 1), counts[[0, 2]].T)
 
     @torch.no_grad()
-    def recalibrate(self, plan: Plan, stop: Callable[[], bool] = lambda: False) -> bool:
+    def recalibrate(
+        self, plan: Plan, stop: Callable[[], bool] = lambda: False, limit: int = RECALIBRATION_IMAGES
+    ) -> bool:
         """Estimates BatchNorm's statistics on training images, in the shape and at the size of the evaluation.
 
         As in :func:`torch.optim.swa_utils.update_bn`, they become the mean over batches of the batches' statistics. All
         other layers run as in an evaluation. The images, random crops without further augmentation, are always the
-        same. Processes take turns with the batches. False if ``stop``, called before each turn, returned true.
+        same, ``limit`` at most. Processes take turns with the batches. False if ``stop``, called before each turn,
+        returned true.
         """
         model, ranks, images = self.model, self._step.ranks, self._sources.train.count
-        # In training, some BatchNorms see only one pixel of each image, and refuse a single value.
-        size = min(RECALIBRATION_BATCH, max(2, self._feed.batch_size), images)
-        count, training = max(1, min(RECALIBRATION_IMAGES, images) // size), model.training
+        size = min(RECALIBRATION_BATCH, images)  # not that of evaluations, which must not change results
+        count, training = max(1, min(limit, images) // size), model.training
         share = WholeBatches(ranks.rank, ranks.world, count)
         opened = self._sources.train.open(replace(self._feed, batch_size=size), Position(EPOCH), share)
         with temporary_shape(model, self.shape(plan), self._step.shape), opened as batches:
@@ -146,15 +148,20 @@ class Evaluator:
             times.append(perf_counter())
             return False
 
-        began = perf_counter()
+        recalibration = 0.0
         if self.recalibrates:
+            few, images = RECALIBRATION_BATCH * self._step.ranks.world, self._sources.train.count
+            began = perf_counter()
             with buffers_kept(self.model):
-                self.recalibrate(plan)
+                self.recalibrate(plan, limit=few)
+            synchronize(self._step.device)
+            recalibration = (perf_counter() - began) * max(1.0, min(RECALIBRATION_IMAGES, images) / few)
+        began = perf_counter()
         self.accuracy(plan, note_time, limit=ESTIMATED_BATCHES)
         times.append(perf_counter())
         # Of the other batches. The median, so that a batch that was delayed does not count several times.
         each = statistics.median(after - before for before, after in pairwise(times))
-        return times[-1] - began + max(0, batches - ESTIMATED_BATCHES) * each
+        return recalibration + times[-1] - began + max(0, batches - ESTIMATED_BATCHES) * each
 
 
 def _average_statistics(layers: Sequence[Any], ranks: Ranks) -> None:

@@ -160,7 +160,7 @@ def block_matrices(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether the module multiplies its input by one matrix, which is its weight."""
+    """Whether the module multiplies its input by one matrix, made from its weight."""
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)

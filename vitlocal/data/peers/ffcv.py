@@ -82,7 +82,7 @@ class FileLoader:
         if crops.random:
             self.decoder = RandomResizedCropRGBImageDecoder((1, 1), crops.scale, crops.ratio)
         else:
-            self.decoder = CenterCropRGBImageDecoder((1, 1), crops.centre)
+            self.decoder = CenterCropRGBImageDecoder((1, 1), crops.centre)  # FFCV rounds in the stored image
         image = [self.decoder, *([RandomHorizontalFlip(crops.flip)] if crops.random else []), ToTensor()]
         label = [IntDecoder(), ToTensor()]
         if device.type == "cuda":
