@@ -375,3 +375,10 @@ def test_resolve_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve_source("sample") == "sample"
     with pytest.raises(ConfigError, match=r"'/elsewhere' does not exist"):
         open_images(None, "train")
+
+
+def test_a_missing_validation_split_is_mentioned(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    assert any("no split 'val'" in note for note in open_images(str(tmp_path), "train").notes)
+    make_folder(tmp_path, "val")
+    assert not open_images(str(tmp_path), "train").notes

@@ -116,3 +116,12 @@ def test_a_list_of_other_images(tmp_path: Path) -> None:
     for split in ("train", "val"):
         with pytest.raises(ConfigError, match=r"LOC_val_solution.csv has none of the 6 images in .*val'"):
             open_images(str(tmp_path), split)
+
+
+def test_photos_in_one_folder_of_val_without_a_list(tmp_path: Path) -> None:
+    """Tiny ImageNet without its val_annotations.txt: `images` is not a class."""
+    make_folder(tmp_path)
+    make_folder(tmp_path, "val", classes=("images",))
+    for split in ("train", "val"):
+        with pytest.raises(ConfigError, match=r"3 images without a class folder, and no list of their classes"):
+            open_images(str(tmp_path), split)

@@ -186,7 +186,7 @@ def test_chosen_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     write_from_options(options)
     assert "(already finished)" in capsys.readouterr().out
     chosen.write_text(f"{WNIDS[2]}\nunicorn\n")
-    with pytest.raises(ConfigError, match=r"--classes names 1 classes without images.*'unicorn'"):
+    with pytest.raises(ConfigError, match=r"--classes names classes without images.*1.*'unicorn'"):
         write_from_options(options)
     chosen.write_text(f"{WNIDS[2]}\n{WNIDS[2]}\n")
     with pytest.raises(ConfigError, match=r"each class once.*twice"):

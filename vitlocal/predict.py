@@ -61,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
     for photo in options.photos:
         if not Path(photo).is_file():
             found = "is a folder; name the photos in it" if Path(photo).is_dir() else "does not exist"
-            raise ConfigError(f"{photo} {found}: python -m vitlocal.predict --run {options.run} photos/*.jpg")
+            raise ConfigError(
+                f"{photo} {found}; expected image files, as in python -m vitlocal.predict --run {options.run} *.jpg"
+            )
     predictor = Predictor(options.run)
     for photo in options.photos:
         print(photo)

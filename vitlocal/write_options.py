@@ -59,7 +59,9 @@ class WriteOptions:
     image: str | None = option(None, TEXT, "column of the images in parquet shards; none: by its name or type")
     label: str | None = option(None, TEXT, "column of the labels in parquet shards; none: by its name or type")
     subset: str | None = option(
-        None, TEXT, "configuration of parquet shards (its folder), or variant of a torchvision set; none: the only one"
+        None,
+        TEXT,
+        "configuration (folder) of parquet shards, or variant of a torchvision set; none: the usual or only one",
     )
     classes: str | None = option(
         None, TEXT, "file of class names, one per line: the classes to read, in the order of their labels; none: all"

@@ -6,6 +6,7 @@ If ``{split}.costs.json`` is removed, the next ``write_dataset.py`` of the split
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ def ensure_costs(folder: str | Path, manifest: Manifest) -> None:
     """
     if len(manifest.files) == 1 or len(DecodingCosts.load(folder, manifest).microseconds) == len(manifest.files):
         return
+    print(f"{manifest.split}: complete; measuring which file is the fastest for each crop size ...", file=sys.stderr)
     threads, crops = DecoderThreads(1), CropPolicy(random=True)
     records = []
     for stored in manifest.files:

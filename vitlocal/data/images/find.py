@@ -83,6 +83,8 @@ def open_images(spec: str | None, split: str, choice: SourceChoice = NO_CHOICE) 
         others = format_of(root, other).classes(root, other, choice)
     if unused := [f"--{name}" for name in ("image", "label", "subset") if getattr(choice, name) and name not in used]:
         raise ConfigError(f"source '{spec}' has no columns or subsets to choose from; remove {' and '.join(unused)}")
+        if split == "train" and others is None:
+            images.notes += ("this source has no split 'val'; a run needs one",)
     if not len(images):
         raise ConfigError(f"source '{spec}' has no images in the split '{split}'; name another source")
     return _with_known_classes(images, split, others, choice)
@@ -97,7 +99,7 @@ def _with_known_classes(images: ImageSet, split: str, others: tuple[str, ...] | 
     absent = [name for name, count in zip(classes, counts, strict=True) if not count]
     if split == "train" and (unknown := [name for name in absent if normalized(name) not in known]):
         raise ConfigError(
-            f"--classes names {len(unknown)} classes without images in {images.spec}: {listed(unknown, 3)}"
+            f"--classes names classes without images in {images.spec} ({len(unknown)}): {listed(unknown, 3)}"
         )
     if split == "train" and others and not choice.classes:
         require_known_classes(others, classes, f"source '{images.spec}', split 'val'")

@@ -26,7 +26,7 @@ class FolderImages(ImageSet):
         names, loose = scan_split(self.folder, self._left_out)
         photos = [name for name in loose if name.lower().endswith(photo_suffixes())]
         self._paths: list[str] = []  # in the folder
-        is_tiny = TINY in loose and set(names) <= {"images"}
+        is_tiny = split != "train" and set(names) <= {"images"} and (TINY in loose or bool(names))
         if split == "train" or not is_tiny:
             self._read_class_folders(names, split)
         self._entries = self._paths
@@ -109,7 +109,7 @@ def class_folders(names: list[str]) -> dict[str, list[str]]:
 
 
 def order_notes(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """What to say if timm orders the class folders differently: by value of the numbers in them."""
+    """What to say if timm orders the class folders differently: by the numbers in them, and without case."""
 
     def natural_key(name: str) -> list[str | int]:  # as timm.utils.misc.natural_key
         return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name.lower()))]
@@ -117,8 +117,8 @@ def order_notes(classes: tuple[str, ...]) -> tuple[str, ...]:
     for label, (ours, natural) in enumerate(zip(classes, sorted(classes, key=natural_key), strict=True)):
         if ours != natural:
             return (
-                f"labels follow the text order of the class names, as in torchvision: label {label} is '{ours}'. timm "
-                f"orders by number: there it is '{natural}'. Choose an order with --classes FILE, or give timm this "
-                "one: --class-map with the data folder's classes.txt",
+                f"label {label} is '{ours}', because class names are sorted as text, as in torchvision. timm sorts "
+                f"by the numbers in them and without case: there it is '{natural}'. Give timm our order (--class-map "
+                "with the data folder's classes.txt), or write both splits in another one (--classes FILE)",
             )
     return ()

@@ -13,6 +13,8 @@ from vitlocal.data.manifest import Manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
 
+MOVED = "If the images were moved, set --data.source, or run write_dataset.py again with their new place"
+
 
 class OriginalsSource(Source):
     """A split read from its original images. If the data folder ``root`` has a manifest, its rows are the rows.
@@ -38,7 +40,10 @@ class OriginalsSource(Source):
         if manifest is not None:
             written = manifest.source
             choice = SourceChoice(written.image, written.label, written.subset, manifest.classes)
-        self.images, self.workers = open_images(spec, split, choice), workers
+        try:
+            self.images, self.workers = open_images(spec, split, choice), workers
+        except ConfigError as error:
+            raise ConfigError(f"data.source: {error}. {MOVED}") from error
         self.numbers = np.arange(len(self.images))
         if manifest is not None:
             index_of = {self.images.entry(index): index for index in range(len(self.images))}

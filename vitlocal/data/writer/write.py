@@ -94,7 +94,8 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
         decodes = partial(_decodes, images, job)
         replaces = manifest_path.exists()
         unfinished = (work / "journal").exists()  # also of a split that is written again
-        manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes)
+        newest = "none" if state.stamps is None else planned.entries[int(state.stamps[:, 1].argmax())]
+        manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes, newest)
         if manifest is None:
             identity = _identity(planned)
             with SplitFiles(work, planned.files, planned.count, identity, state, decodes, replaces) as files:
@@ -156,7 +157,8 @@ def _require_same_classes(out: Path, planned: Manifest) -> None:
         raise ConfigError(
             f"{path} and this split must have the same classes in the same order, got {len(classes)} ("
             f"{listed(classes, 3)}) and {len(planned.classes)} ({listed(planned.classes, 3)}). Write both from one "
-            f"source with the same options, perhaps --classes {out / CLASSES_NAME}, or use another --out"
+            f"source with the same --label, --subset and --classes (such as {out / CLASSES_NAME}). If the source has "
+            f"other classes now, remove {path} and its files, or use another --out"
         )
 
 
@@ -284,10 +286,13 @@ def _identity(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _finished_manifest(manifest_path: Path, planned: Manifest, decodes: Callable[[int], bool]) -> Manifest | None:
+def _finished_manifest(
+    manifest_path: Path, planned: Manifest, decodes: Callable[[int], bool], newest: str
+) -> Manifest | None:
     """The manifest of a finished split of the same configuration.
 
-    None if it must be written again: a skipped image ``decodes`` now, or a file of the source changed.
+    None if it must be written again: a skipped image ``decodes`` now, or a file of the source changed, perhaps the
+    ``newest``.
     """
     if not manifest_path.exists():
         return None
@@ -318,7 +323,10 @@ def _finished_manifest(manifest_path: Path, planned: Manifest, decodes: Callable
         )
         return None
     if not moved and was.sizes and (was.sizes, was.times) != (now.sizes, now.times):
-        print(f"files of {now.spec} changed since {manifest_path} was written: the split is written again")
+        print(
+            f"files of {now.spec} changed since {manifest_path} was written (the newest: {newest}): "
+            "the split is written again"
+        )
         return None
     if moved:  # the source is the same, but elsewhere
         manifest = replace(manifest, source=now)
