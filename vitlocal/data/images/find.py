@@ -81,10 +81,10 @@ def open_images(spec: str | None, split: str, choice: SourceChoice = NO_CHOICE) 
         images = format.open(root, split, choice)
         # Both splits are looked at before hours are spent on the first.
         others = format_of(root, other).classes(root, other, choice)
-    if unused := [f"--{name}" for name in ("image", "label", "subset") if getattr(choice, name) and name not in used]:
-        raise ConfigError(f"source '{spec}' has no columns or subsets to choose from; remove {' and '.join(unused)}")
         if split == "train" and others is None:
             images.notes += ("this source has no split 'val'; a run needs one",)
+    if unused := [f"--{name}" for name in ("image", "label", "subset") if getattr(choice, name) and name not in used]:
+        raise ConfigError(f"source '{spec}' has no columns or subsets to choose from; remove {' and '.join(unused)}")
     if not len(images):
         raise ConfigError(f"source '{spec}' has no images in the split '{split}'; name another source")
     return _with_known_classes(images, split, others, choice)
