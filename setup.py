@@ -24,7 +24,7 @@ setup(
     ext_modules=[
         Extension(
             "vitlocal.data.native._native",
-            [f"{NATIVE}/{name}.c" for name in ("crops", "resize", "jpeg", "batch", "encode")],
+            [f"{NATIVE}/{name}.c" for name in ("crops", "resize", "exact", "jpeg", "batch", "encode")],
             depends=[f"{NATIVE}/native.h", f"{NATIVE}/passes.h"],
             libraries=["jpeg", "m"],
             # No fused multiply-adds: a box is the same on every machine.

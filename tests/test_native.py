@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference_boxes import random_box
+from timm.data import create_transform
 
 from vitlocal.data.beton import ALLOCATION
 from vitlocal.data.crops import Box, CropPolicy, cut
@@ -163,6 +164,18 @@ def test_every_number_of_threads_gives_the_same_bytes(photos):
         results.append(stored.decode(48, threads)[0])
         threads.close()
     assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [(48, 0.75), (64, 0.875), (32, 1.0), (224, 0.9), (7, 0.5)])
+@pytest.mark.parametrize("store", [raw, as_jpeg], ids=["raw", "jpeg"])
+def test_centre_crops_have_timms_bytes(photos, threads, store, size: int, crop_pct: float):
+    stored = store(photos)
+    policy = CropPolicy(random=False, centre=crop_pct)
+    crops, _ = stored.decode(size, threads, policy, draws=range(len(photos)), most=EIGHTH)
+    transform = create_transform(size, crop_pct=crop_pct, interpolation="bilinear", normalize=False)
+    for crop, image in zip(crops, stored.images, strict=True):
+        different = np.abs(crop.astype(int) - transform(image).numpy().transpose(1, 2, 0)).max()
+        assert different <= (image.height > 2 * image.width)  # for tall images, older Pillows have another order
 
 
 def test_the_centre(photos, threads):

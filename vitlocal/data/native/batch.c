@@ -52,9 +52,13 @@ static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const stru
     struct region region = {data, (size_t)width * 3, 0, 0, height, width, 1};
     struct box box;
     vitlocal_box(b->policy, draw, height, width, b->size, &box);
+    const int exact = b->policy->kind == CENTRE;
+    /* By how much the whole image would shrink: Pillow chooses its first pass by that. */
+    const double shorter = height - rint(b->size * height / box.height), narrower = width - rint(b->size * width / box.width);
+    const int columns_first = shorter > 0 && shorter > 2 * narrower;
     if (!row->raw) {
-        const enum status status = jpeg_decode(jpeg, data, row->bytes, height, width, &box, b->size, b->most_reduction,
-                                               &region);
+        const int reduction = exact ? 1 : b->most_reduction;
+        const enum status status = jpeg_decode(jpeg, data, row->bytes, height, width, &box, b->size, reduction, &region);
         if (status != OK) return status;
         box.top = box.top / region.reduction - region.top;
         box.left = box.left / region.reduction - region.left;
@@ -62,7 +66,9 @@ static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const stru
         box.width /= region.reduction;
         box.reach /= region.reduction;
     }
-    return resize(resizer, &region, &box, TRIANGLE, b->size, b->size, b->crops + (size_t)place * crop_bytes(b));
+    uint8_t *crop = b->crops + (size_t)place * crop_bytes(b);
+    return exact ? resize_exactly(resizer, &region, &box, columns_first, b->size, crop)
+                 : resize(resizer, &region, &box, TRIANGLE, b->size, b->size, crop);
 }
 
 static void *serve(void *argument) {

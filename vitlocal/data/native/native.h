@@ -91,7 +91,9 @@ struct resizer { /* scratch memory of one thread, which grows as needed; starts 
     uint16_t *wide;   /* (ROWS, taps, ROWS): the vertical weights of a block, each repeated to a vector */
     uint16_t *turned; /* (columns, ROWS): a transposed block of rows after the first pass, values x 256 */
     double *shares;   /* (taps,): weights of the pixels in one output pixel */
-    size_t wide_bytes, turned_bytes, shares_bytes;
+    int32_t *exact;   /* (taps,): the same as integers, and */
+    uint8_t *middle;  /* (rows, columns, 3): the image after the first pass, for exact.c */
+    size_t wide_bytes, turned_bytes, shares_bytes, exact_bytes, middle_bytes;
 };
 void resizer_free(struct resizer *resizer);
 /* Makes *pointer hold at least `bytes`, aligned to 64; its content is lost. Returns 0 if there is no memory. */
@@ -103,6 +105,9 @@ enum filter { TRIANGLE, AREA };
  * Returns OK or NO_MEMORY. */
 enum status resize(struct resizer *resizer, const struct region *region, const struct box *box, enum filter filter,
                    int rows, int columns, uint8_t *out);
+/* exact.c: as resize() with TRIANGLE to (size, size, 3), with the bytes of Pillow, which shrinks rows or columns first. */
+enum status resize_exactly(struct resizer *resizer, const struct region *region, const struct box *box,
+                           int columns_first, int size, uint8_t *out);
 EXPORT int vitlocal_instructions(int wanted); /* 0 plain, 1 SSE2, 2 AVX2; < 0: the best here. Returns the choice. */
 
 /* jpeg.c */

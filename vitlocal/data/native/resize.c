@@ -213,6 +213,8 @@ void resizer_free(struct resizer *r) {
     free(r->wide);
     free(r->turned);
     free(r->shares);
+    free(r->exact);
+    free(r->middle);
 }
 
 int hold(void *pointer, size_t *capacity, size_t bytes) {
