@@ -1,4 +1,4 @@
-"""Sources of files: class folders, a flat folder with a list of classes, and what is left out."""
+"""Sources of files: class folders, a flat folder with a list of classes, and files that are not read."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_file_that_vanishes(tmp_path: Path) -> None:
         source.read(2)
 
 
-# What is left out
+# Files that are not read
 
 
 def test_files_that_are_left_out_are_counted_by_reason(tmp_path: Path) -> None:

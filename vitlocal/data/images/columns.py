@@ -59,10 +59,8 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
             schema = file.schema_arrow
             features = _features(schema)
             if number == 0:
-                image, label = (
-                    _image_column(schema, features, choice, path),
-                    _label_column(schema, features, choice, path),
-                )
+                image = _image_column(schema, features, choice, path)
+                label = _label_column(schema, features, choice, path)
                 place = _place_of_bytes(schema.field(image).type)
             elif {image, label} - set(schema.names) or _place_of_bytes(schema.field(image).type) != place:
                 raise ConfigError(

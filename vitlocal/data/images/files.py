@@ -99,9 +99,9 @@ def _find_tars(root: Path, split: str, folder: Path | None) -> list[Path]:
     tars = [folder / name for name in loose if name.lower().endswith(".tar") and not name.startswith("ILSVRC2012_img_")]
     if folder == root and names:
         return []  # beside class folders in the source, a tar is something else
-    return [
-        path for path in tars if not names or class_rows(ClassTar(path, path.name), "")[0]
-    ]  # labels.tar is no class
+    if not names:
+        return tars
+    return [path for path in tars if class_rows(ClassTar(path, path.name), "")[0]]  # without photos, it is no class
 
 
 def _no_split(root: Path, split: str) -> ConfigError:

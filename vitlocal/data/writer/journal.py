@@ -71,7 +71,7 @@ class SplitFiles:
     Opening it resumes an earlier write in the folder ``work``. The files are published in the folder above, where they
     may replace others only if it ``replaces`` a split. ``length`` is the number of rows of the source. Writes with
     equal ``identity`` give the same files. A block with a skipped row that ``decodes`` now is written again, and so are
-    all blocks behind it. The same holds for a block of which a file changed, by ``state``.
+    all blocks behind it. ``state`` says which files of the source changed: their blocks are written again too.
     """
 
     def __init__(

@@ -94,8 +94,7 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
         decodes = partial(_decodes, images, job)
         replaces = manifest_path.exists()
         unfinished = (work / "journal").exists()  # also of a split that is written again
-        newest = "none" if state.stamps is None else planned.entries[int(state.stamps[:, 1].argmax())]
-        manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes, newest)
+        manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes, state)
         if manifest is None:
             identity = _identity(planned)
             with SplitFiles(work, planned.files, planned.count, identity, state, decodes, replaces) as files:
@@ -287,12 +286,11 @@ def _identity(manifest: Manifest) -> dict[str, str]:
 
 
 def _finished_manifest(
-    manifest_path: Path, planned: Manifest, decodes: Callable[[int], bool], newest: str
+    manifest_path: Path, planned: Manifest, decodes: Callable[[int], bool], state: SourceState
 ) -> Manifest | None:
     """The manifest of a finished split of the same configuration.
 
-    None if it must be written again: a skipped image ``decodes`` now, or a file of the source changed, perhaps the
-    ``newest``.
+    None if it must be written again: a skipped image ``decodes`` now, or a file of the source changed.
     """
     if not manifest_path.exists():
         return None
@@ -323,6 +321,7 @@ def _finished_manifest(
         )
         return None
     if not moved and was.sizes and (was.sizes, was.times) != (now.sizes, now.times):
+        newest = "none" if state.stamps is None else planned.entries[int(state.stamps[:, 1].argmax())]
         print(
             f"files of {now.spec} changed since {manifest_path} was written (the newest: {newest}): "
             "the split is written again"
