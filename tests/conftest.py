@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared():
     """One decoder for all tests of this process."""
-    from vitlocal.data.loader import LoaderResources
+    from vitlocal.data.reader import LoaderResources
 
     return LoaderResources(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
 
@@ -51,7 +51,7 @@ def shared():
 @pytest.fixture
 def decoder(shared, monkeypatch: pytest.MonkeyPatch):
     """Sources opened in this test use the shared decoder, whatever number of workers they ask for."""
-    monkeypatch.setattr("vitlocal.data.loader.LoaderResources", lambda workers=0: shared)
+    monkeypatch.setattr("vitlocal.data.reader.LoaderResources", lambda workers=0: shared)
     return shared
 
 

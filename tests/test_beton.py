@@ -86,14 +86,14 @@ def test_files_that_ffcv_wrote_pass(tmp_path: Path) -> None:
 def test_a_million_rows_are_checked(tmp_path: Path) -> None:
     count = 1_280_000
     rng, start = np.random.default_rng(0), beton.data_start(count)
-    metadata, table = np.zeros(count, beton.METADATA), np.zeros(count, beton.ALLOCATION)
+    metadata, table = np.zeros(count, beton.metadata_type()), np.zeros(count, beton.ALLOCATION)
     metadata["f0"]["mode"], metadata["f0"]["width"], metadata["f0"]["height"] = beton.RAW, 2, 1
     metadata["f0"]["data_ptr"] = start + 8 * np.arange(count)
     order = rng.permutation(count)
     table["sample_id"], table["ptr"], table["size"] = order, metadata["f0"]["data_ptr"][order], 6
     path = tmp_path / "many.beton"
     with open(path, "wb") as file:
-        file.write(beton.head_bytes(metadata, 1 << 21, start + 8 * count))
+        file.write(beton.head_bytes(metadata, beton.NO_FIELDS, 1 << 21, start + 8 * count))
         file.seek(start + 8 * count)
         file.write(table.tobytes())
     assert len(MappedFile(path).rows) == count

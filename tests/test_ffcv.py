@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from native_loader import native
 
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.loader import NativeSource
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import DataError
@@ -47,9 +47,9 @@ def read(source, feed: Feed, at: Position = Position()) -> list[tuple[torch.Tens
 
 
 def test_order_and_labels_are_those_of_the_native_loader(folder: Path, shared, train):
-    native = NativeSource(folder, train.manifest, TRAIN, CPU, shared)
+    ours_of = native(folder, "train", TRAIN, shared)
     for feed, at in ((Feed(32, 50), Position()), (Feed(48, 50), Position(1)), (Feed(16, 30), Position(2, 40))):
-        ours, theirs = read(native, feed, at), read(train, feed, at)
+        ours, theirs = read(ours_of, feed, at), read(train, feed, at)
         for (images, labels, ids), (others, other_labels, other_ids) in zip(ours, theirs, strict=True):
             assert torch.equal(ids, other_ids) and torch.equal(labels, other_labels)
             assert others.shape == images.shape and others.dtype == torch.uint8
@@ -97,8 +97,8 @@ def test_errors_of_ffcvs_thread_are_raised_in_the_consumer(train, monkeypatch: p
 def test_validation_is_in_order_and_central(folder: Path, shared):
     crops = CropPolicy(random=False, centre=1.0)
     source = ffcv_source(folder, "val", crops)
-    native = NativeSource(folder, load_manifest(str(folder), "val"), crops, CPU, shared)
-    ours, theirs = read(native, Feed(64, 64)), read(source, Feed(64, 64))
+    ours_of = native(folder, "val", crops, shared)
+    ours, theirs = read(ours_of, Feed(64, 64)), read(source, Feed(64, 64))
     for (images, labels, ids), (others, other_labels, other_ids) in zip(ours, theirs, strict=True):
         assert torch.equal(ids, other_ids) and torch.equal(labels, other_labels)
         assert (images.float() - others.float()).abs().mean() < 8  # FFCV resizes with another filter

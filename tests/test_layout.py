@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import write_dataset
+from vitlocal.data.beton_source import choose_file
 from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
-from vitlocal.data.loader import choose_file
 from vitlocal.data.manifest import BetonFile, Manifest
 from vitlocal.data.writer.layout import (
     TIME_STEP,

@@ -240,7 +240,7 @@ def test_crop_decoder_in_an_ffcv_loader(folder: Path):
             second = [images.copy() for images, _ in loader]
         assert [len(images) for images in first] == [50, 50, 20]
         assert difference(first[0], second[0]).mean() > 5  # each pass is an epoch with its own boxes
-        from vitlocal.data.loader import MappedFile
+        from vitlocal.data.beton import MappedFile
 
         file, draws = MappedFile(folder / name, 20), np.arange(50)
         threads, crops = DecoderThreads(1), np.empty((50, 32, 32, 3), np.uint8)
@@ -257,7 +257,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_file_cut_at_any_page_is_named(copied: Path):
-    from vitlocal.data.loader import MappedFile
+    from vitlocal.data.beton import MappedFile
 
     MappedFile(copied, 20)
     whole = copied.read_bytes()
@@ -268,7 +268,7 @@ def test_a_file_cut_at_any_page_is_named(copied: Path):
 
 
 def test_flipped_bytes_in_header_and_tables_are_found_or_harmless(copied: Path, threads):
-    from vitlocal.data.loader import MappedFile
+    from vitlocal.data.beton import MappedFile
 
     whole = copied.read_bytes()
     generator = np.random.default_rng(0)

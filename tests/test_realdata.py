@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from native_loader import native
 
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.loader import NativeSource
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer.write import write
@@ -57,7 +57,7 @@ def test_the_default_files(photos: Path):
 @pytest.mark.parametrize("size", [32, 96, 160, 224])
 def test_both_sources_cut_the_same_crops(photos: Path, shared, size: int):
     cpu, policy = torch.device("cpu"), CropPolicy(random=True, seed=1)
-    mine = NativeSource(photos, load_manifest(str(photos), "train"), policy, cpu, shared)
+    mine = native(photos, "train", policy, shared)
     theirs = TorchvisionSource(str(photos), None, "train", policy, cpu, workers=1)
     try:
         with mine.open(Feed(size, COUNT), Position()) as a, theirs.open(Feed(size, COUNT), Position()) as b:

@@ -12,7 +12,7 @@ import timm
 import torch
 from trainers import open_trainer
 
-from vitlocal.data.loader import NativeSource
+from vitlocal.data.loader import Loader
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.method import MethodContext, StepResult
@@ -287,7 +287,7 @@ def test_a_frozen_position_table_stays(configure, decoder):
 
 def test_sources_are_the_ones_configured(configure, decoder):
     with open_trainer(configure()) as trainer:
-        assert isinstance(trainer.sources.train, NativeSource)
+        assert isinstance(trainer.sources.train, Loader)
 
 
 def test_an_export_has_the_permissions_of_the_other_files(configure, decoder, no_report, tmp_path: Path):

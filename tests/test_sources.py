@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from native_loader import native
 from PIL import Image
 
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy, cut
-from vitlocal.data.loader import Loader, LoaderResources, NativeSource
+from vitlocal.data.loader import Loader
 from vitlocal.data.manifest import Manifest, load_manifest
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.torchvision import TorchvisionSource
+from vitlocal.data.reader import LoaderResources
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.writer.verify import verify
 from vitlocal.data.writer.write import write
@@ -36,10 +38,9 @@ VAL = CropPolicy(random=False)
 
 def source(
     folder: Path, resources: LoaderResources, split: str = "train", crops: CropPolicy = TRAIN, ratio: float = 1.5,
-    on_error: str = "stop",
-) -> NativeSource:  # fmt: skip
-    manifest = load_manifest(str(folder), split)
-    return NativeSource(folder, manifest, crops, CPU, resources, side_ratio=ratio, on_error=on_error)
+    on_error: str = "raise",
+) -> Loader:  # fmt: skip
+    return native(folder, split, crops, resources, side_ratio=ratio, on_error=on_error)
 
 
 def read(source, feed: Feed, at: Position = Position()) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # noqa: B008
@@ -245,7 +246,7 @@ def test_a_file_of_another_write_is_rejected(folder: Path, tmp_path: Path, share
 
 
 def test_errors_in_the_thread_do_not_hang(folder: Path, shared, monkeypatch: pytest.MonkeyPatch):
-    from vitlocal.data.loader import EpochReader
+    from vitlocal.data.reader import EpochReader
 
     def fail(*arguments):
         raise MemoryError("no memory for the batch")
@@ -265,18 +266,6 @@ def test_importing_the_loader_loads_torch_and_numpy_only():
     code = f"import sys, vitlocal.data.loader; print([name for name in {modules} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_loader_for_other_training_loops(folder: Path, shared):
-    loader = Loader(folder, "train", size=32, batch_size=50, seed=3, workers=1)
-    assert len(loader) == 3
-    expected = read(source(folder, shared), Feed(32, 50))
-    for (images, labels), (same_images, same_labels, _) in zip(loader, expected, strict=True):
-        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
-    loader.size = 48  # for the next epoch
-    images, labels = next(iter(loader))
-    assert images.shape == (50, 3, 48, 48)
-    assert torch.equal(labels, read(source(folder, shared), Feed(48, 50), Position(1))[0][1])
 
 
 def test_the_number_of_pytorch_threads_stays(folder: Path, shared):

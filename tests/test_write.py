@@ -33,7 +33,7 @@ def test_the_format_equals_ffcvs() -> None:
     assert beton.HEADER == types.HeaderType
     assert beton.FIELD == types.FieldDescType
     assert beton.ALLOCATION == types.ALLOC_TABLE_TYPE
-    assert beton.METADATA == types.get_metadata_type([RGBImageField(), IntField()])
+    assert beton.metadata_type() == types.get_metadata_type([RGBImageField(), IntField()])
     assert beton.VERSION == types.CURRENT_VERSION
     assert (beton.JPG, beton.RAW) == (IMAGE_MODES["jpg"], IMAGE_MODES["raw"])
     assert types.TYPE_ID_HANDLER[beton.IMAGE_FIELD] is RGBImageField
@@ -305,8 +305,8 @@ def test_crops_of_unchanged_jpegs_match_pillow(tmp_path: Path) -> None:
     from reference_boxes import random_box
 
     from vitlocal.data.crops import CropPolicy, cut
-    from vitlocal.data.loader import LoaderResources
     from vitlocal.data.native import FULL, native_policy
+    from vitlocal.data.reader import LoaderResources
 
     images = FileImages({name: data for name, (data, kept) in KINDS_OF_FILES.items() if kept})
     write(write_config(tmp_path, sides="160:jpg"), images, progress=False)

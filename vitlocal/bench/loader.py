@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from vitlocal.bench.contestants import Turn, started, take_turns
 from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, names, numbers, plot_file
 from vitlocal.data.batch import Source
+from vitlocal.data.beton_source import choose_file
 from vitlocal.data.costs import DecodingCosts, ensure_costs
 from vitlocal.data.crops import ROW_MASK, CropPolicy
-from vitlocal.data.loader import LoaderResources, NativeSource, choose_file
+from vitlocal.data.loader import Loader
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer.write import write
@@ -56,9 +56,7 @@ def reader(name: str, data: str, source: str | None, stored: str, workers: int, 
     elif name == "torchvision":
         opened = TorchvisionSource(data, source, "train", crops, device, workers)
     elif name == "ours":
-        manifest = load_manifest(data, "train")
-        manifest = replace(manifest, files=tuple(file for file in manifest.files if file.file == stored))
-        opened = NativeSource(data, manifest, crops, device, LoaderResources(workers))
+        opened = Loader(data, "train", BATCH, file=stored, num_workers=workers, drop_last=False, copy=False)
     else:  # FFCV's own iterator: our source around it would make it 5 % slower
         from vitlocal.data.peers.ffcv import FileLoader
 

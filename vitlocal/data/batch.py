@@ -86,19 +86,26 @@ class Source:
         self.rows = RowSubsets(count)
 
     @contextmanager
-    def open(self, feed: Feed, at: Position, share: Share | None = None) -> Iterator[Iterator[Batch]]:
+    def open(
+        self, feed: Feed, at: Position, share: Share | None = None, drop_last: bool = False
+    ) -> Iterator[Iterator[Batch]]:
         """One pass: from ``at`` to the end of its epoch, in the epoch's order, over the rows of ``feed.subset``.
 
-        ``share`` replaces the source's own. Leaving the context early discards what was read ahead. Errors of the
-        readers are raised in the consumer.
+        ``share`` replaces the source's own. ``drop_last`` leaves out a last batch that is not full. Leaving the context
+        early discards what was read ahead. Errors of the readers are raised in the consumer.
         """
-        draws = self.crops.draws(self.count, at.epoch, at.images, self.rows.get(feed.subset))
+        subset = self.rows.get(feed.subset)
+        draws = self.crops.draws(self.count, at.epoch, at.images, subset)
+        if drop_last:
+            draws = draws[: len(draws) // feed.batch_size * feed.batch_size]
         slices = (share or self.share).slices(draws, feed.batch_size)
-        with closing(self._read(slices, at.epoch, feed.size)) as batches:
+        with closing(self._read(slices, at.epoch, feed.size, subset)) as batches:
             yield batches
 
-    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
-        """The batches of a pass. Closing them ends it early."""
+    def _read(
+        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
+    ) -> Generator[Batch, None, None]:
+        """The batches of a pass over the rows ``subset`` (m,) int64; None: all. Closing them ends it early."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -6,32 +6,36 @@ a multiple of the page size, counted from the start of the file.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from vitlocal.data.fields import ARGUMENT_BYTES, NAME_BYTES, TENSOR, FieldType
+from vitlocal.data.fields import IMAGE as IMAGE_FIELD
+from vitlocal.data.fields import INT as INT_FIELD
 from vitlocal.data.native import ROW
 from vitlocal.errors import DataError
 
 VERSION = 2
 JPG, RAW = 0, 1  # `mode` of an image
 MODES = {"jpg": JPG, "raw": RAW}
-FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2  # `type_id` of a field
 
 _HEADER = {"version": "<u2", "num_fields": "<u2", "page_size": "<u4", "num_samples": "<u8", "alloc_table_ptr": "<u8"}
 HEADER = np.dtype(list(_HEADER.items()), align=True)
-FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
+FIELD = np.dtype(
+    [("type_id", "<u1"), ("name", ("<u1", NAME_BYTES)), ("arguments", ("<u1", (ARGUMENT_BYTES,)))], align=True
+)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL = np.dtype("<i8")
-METADATA = np.dtype([("", IMAGE), ("", LABEL)], align=True)  # f0 is the image, f1 the label
 
 MIN_PAGE = 1 << 21
 MAX_EDGE = 65500  # of JPEG; width and height are stored in 16 bits
 
-_FIELDS = (("image", IMAGE_FIELD), ("label", INT_FIELD))
-_METADATA_START = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
+Fields = Mapping[str, FieldType]  # those beside image and label
+NO_FIELDS: Fields = {}
 
 
 def page_size_for(largest: int, default: int = 1 << 23) -> int:
@@ -39,24 +43,31 @@ def page_size_for(largest: int, default: int = 1 << 23) -> int:
     return max(default, 1 << (largest - 1).bit_length())
 
 
-def data_start(rows: int) -> int:
+def metadata_type(fields: Fields = NO_FIELDS) -> np.dtype:
+    """A row of metadata in our files: f0 is the image, f1 the label, and the further ``fields`` follow."""
+    return np.dtype([("", IMAGE), ("", LABEL), *(("", field.column) for field in fields.values())], align=True)
+
+
+def data_start(rows: int, fields: Fields = NO_FIELDS) -> int:
     """The offset of the first image in a file with ``rows`` rows of metadata.
 
     FFCV starts the images on a new page. Here they share the first page with the metadata, which saves 8 MiB.
     """
-    return -(-(_METADATA_START + rows * METADATA.itemsize) // 4096) * 4096
+    head = HEADER.itemsize + (2 + len(fields)) * FIELD.itemsize
+    return -(-(head + rows * metadata_type(fields).itemsize) // 4096) * 4096
 
 
-def head_bytes(metadata: np.ndarray, page_size: int, allocations_at: int) -> bytes:
-    """The start of a file: header, field descriptors and ``metadata`` (n,) of METADATA."""
+def head_bytes(metadata: np.ndarray, fields: Fields, page_size: int, allocations_at: int) -> bytes:
+    """The start of a file: header, field descriptors and ``metadata`` (n,) of :func:`metadata_type`."""
+    named = {"image": FieldType(IMAGE_FIELD), "label": FieldType(INT_FIELD), **fields}
     header = np.zeros(1, HEADER)
-    header["version"], header["num_fields"], header["page_size"] = VERSION, len(_FIELDS), page_size
+    header["version"], header["num_fields"], header["page_size"] = VERSION, len(named), page_size
     header["num_samples"], header["alloc_table_ptr"] = len(metadata), allocations_at
-    fields = np.zeros(len(_FIELDS), FIELD)
-    for field, (name, type_id) in zip(fields, _FIELDS, strict=True):
-        field["type_id"] = type_id
-        field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
-    return header.tobytes() + fields.tobytes() + metadata.tobytes()
+    described = np.zeros(len(named), FIELD)
+    for row, (name, field) in zip(described, named.items(), strict=True):
+        row["type_id"], row["arguments"] = field.type_id, field.arguments
+        row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+    return header.tobytes() + described.tobytes() + metadata.tobytes()
 
 
 _REMEDY = "Remove the .beton files and the .json file of its split, and write the split again with the same command"
@@ -66,20 +77,42 @@ class MappedFile:
     """A .beton file of ours or of FFCV in memory, checked except for its pixels.
 
     ``bytes`` (uint8) is the file, ``rows`` (n,) of native.ROW are its images, and ``labels`` (n,) int64 are less than
-    ``classes``, if given. Raises DataError with the file, the problem and the remedy. The check detects a file that is
-    cut off anywhere, because the table of allocations ends it.
+    ``classes``, if given. The images are its first field of images. The labels are its integers named "label", else its
+    first ones. ``fields`` are the others, which :meth:`values` reads.
+
+    Raises DataError with the file, the problem and the remedy. The check detects a file that is cut off anywhere,
+    because the table of allocations ends it.
     """
 
     def __init__(self, path: Path, classes: int | None = None):
         self.path = path
         self._require(path.exists(), "does not exist")
+        self.fields: dict[str, FieldType] = {}
+        self._columns: dict[str, np.ndarray] = {}
         with open(path, "rb") as file:
             self.page_size, self.rows, self.labels = self._read(file, classes)
         self.bytes = np.memmap(path, np.uint8, mode="r")
 
+    def values(self, name: str, rows: np.ndarray) -> Any:
+        """The values of a further field for ``rows`` (B,) int64; see :meth:`FieldType.read`."""
+        return self.fields[name].read(self.bytes, self._columns[name][rows])
+
     def _require(self, holds: bool | np.bool_, what: str) -> None:
         if not holds:
             raise DataError(f"{self.path}: {what}. {_REMEDY}")
+
+    def _described(self, descriptors: np.ndarray) -> dict[str, FieldType]:
+        """The type of each field, by name."""
+        fields = {}
+        for type_id, name, arguments in zip(*(descriptors[part] for part in FIELD.names or ()), strict=True):
+            text = name.tobytes().split(b"\0")[0].decode("latin-1")
+            self._require(type_id <= TENSOR, f"has a field {text!r} of an unknown type {type_id}")
+            self._require(text not in fields, f"has two fields named {text!r}")
+            try:
+                fields[text] = FieldType.stored(int(type_id), arguments)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{self.path}: damaged: the type of the field {text!r}: {error}. {_REMEDY}") from error
+        return fields
 
     def _read(self, file: BinaryIO, classes: int | None) -> tuple[int, np.ndarray, np.ndarray]:
         """The page size, the images and the labels."""
@@ -96,41 +129,51 @@ class MappedFile:
         require(version == VERSION, f"not a .beton file of FFCV: format version {version}, expected {VERSION}")
         valid_page = page >= MIN_PAGE and not page & (page - 1)
         require(valid_page, f"not a .beton file of FFCV: page size {page}, expected a power of two from {MIN_PAGE}")
-        number = int(header["num_fields"])
-        require(number == len(_FIELDS), f"has {number} fields, expected two, image and label")
-        fields = read(FIELD, number, "field descriptors")
-        names = [field["name"].tobytes().split(b"\0")[0].decode("latin-1") for field in fields]
-        found, wanted = dict(zip(names, fields["type_id"].tolist(), strict=True)), dict(_FIELDS)
-        require(
-            found == wanted, f"has fields (name: type) {found}, expected an RGBImageField and an IntField: {wanted}"
-        )
+        fields = self._described(read(FIELD, int(header["num_fields"]), "field descriptors"))
+        images = [name for name, field in fields.items() if field.type_id == IMAGE_FIELD]
+        integers = [name for name, field in fields.items() if field.type_id == INT_FIELD]
+        found = {name: field.type_id for name, field in fields.items()}
+        both = bool(images and integers)
+        require(both, f"has fields (name: type) {found}, expected an RGBImageField and an IntField")
         require(count > 0, "holds no images")
         require(table_at > 0, "was never finished: it has no table of allocations")
 
-        columns = np.dtype([("", {"image": IMAGE, "label": LABEL}[name]) for name in names], align=True)
-        metadata = read(columns, count, f"metadata of {count} rows")
-        image, label = metadata[f"f{names.index('image')}"], metadata[f"f{names.index('label')}"]
-        start, end = file.tell(), table_at + count * ALLOCATION.itemsize
+        types = [IMAGE if field.type_id == IMAGE_FIELD else field.column for field in fields.values()]
+        metadata = read(np.dtype([("", kind) for kind in types], align=True), count, f"metadata of {count} rows")
+        columns = {name: metadata[f"f{place}"] for place, name in enumerate(fields)}
+        image, label = columns.pop(images[0]), columns.pop("label" if "label" in integers else integers[0])
+        self.fields, self._columns = {name: fields[name] for name in columns if name not in images}, columns
+        # Each image and each value that is not a number has an allocation. FFCV may have allocated some twice.
+        stored = {name: field for name, field in self.fields.items() if not field.is_number}
+        least = count * (len(images) + len(stored))
+        start, end = file.tell(), table_at + least * ALLOCATION.itemsize
         require(length >= end, f"cut off: {length} bytes, expected {end}")
-        whole = length == end and table_at >= start
-        require(whole, f"damaged: {length} bytes, but its table of {count} allocations at {table_at} ends at {end}")
+        allocations, rest = divmod(length - table_at, ALLOCATION.itemsize)
+        whole = table_at >= start and not rest and (allocations == least or len(stored) + len(images) > 1)
+        require(whole, f"damaged: {length} bytes, but its table of {least} allocations at {table_at} ends at {end}")
         file.seek(table_at)
-        table = read(ALLOCATION, count, "table of allocations")
+        table = read(ALLOCATION, allocations, "table of allocations")
 
         ptr, size, places = table["ptr"], table["size"], image["data_ptr"]
-        inside = (ptr >= start) & (ptr <= table_at) & (size > 0) & (size <= table_at - np.minimum(ptr, table_at))
-        require(inside.all(), f"damaged: an image lies outside of the bytes {start}..{table_at}")
+
+        def require_inside(ptr: np.ndarray, size: np.ndarray, what: str) -> None:
+            inside = (ptr >= start) & (ptr <= table_at) & (size <= table_at - np.minimum(ptr, table_at))
+            require(inside.all(), f"damaged: {what} lies outside of the bytes {start}..{table_at}")
+
+        require_inside(ptr, size, "an image")
+        for name, field in stored.items():
+            require_inside(*field.spans(columns[name]), f"a value of {name!r}")
         in_page = (ptr & np.uint64(page - 1)) + size <= page
         require(in_page.all(), f"damaged: an image crosses the border of a page of {page} bytes")
         if not np.array_equal(ptr, places):  # FFCV's writer with several processes leaves the table unordered
             order = np.argsort(ptr, kind="stable")
-            order = order[np.minimum(np.searchsorted(ptr, places, sorter=order), count - 1)]
+            order = order[np.minimum(np.searchsorted(ptr, places, sorter=order), len(ptr) - 1)]
             require(np.array_equal(ptr[order], places), "damaged: an image is not in the table of allocations")
             size = size[order]
 
         raw, width, height = image["mode"] == RAW, image["width"], image["height"]
-        known = (image["mode"] <= RAW) & (width > 0) & (height > 0)
-        require(known.all(), "damaged: an image has an unknown mode or no area")
+        valid = (image["mode"] <= RAW) & (width > 0) & (height > 0) & (size > 0)
+        require(valid.all(), "damaged: an image has an unknown mode, no area or no bytes")
         whole_pixels = size[raw] == 3 * width[raw].astype(np.uint64) * height[raw]
         require(whole_pixels.all(), "damaged: a raw image is not of width x height x 3 bytes")
         low, high = int(label.min()), int(label.max())

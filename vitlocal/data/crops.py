@@ -23,7 +23,10 @@ ROW_MASK = (1 << REPEAT_SHIFT) - 1
 
 @dataclass(frozen=True)
 class CropPolicy:
-    """Random resized crops in random order, for training, or centre crops in order, for evaluation."""
+    """Random resized crops, for training, or centre crops, for evaluation.
+
+    Their order is random if ``shuffle`` says so; None: that of random crops is, that of centre crops is not.
+    """
 
     random: bool
     seed: int = 0
@@ -32,20 +35,26 @@ class CropPolicy:
     flip: float = 0.5  # probability
     repeats: int = 1  # how often a row follows itself in an epoch
     centre: float = 0.875  # timm's crop_pct: size of the centre crop, as a fraction of the resized short edge
+    shuffle: bool | None = None
+
+    @property
+    def shuffles(self) -> bool:
+        return self.random if self.shuffle is None else self.shuffle
 
     def draws(self, count: int, epoch: int, start: int = 0, rows: np.ndarray | None = None) -> np.ndarray:
         """The draws of an epoch over ``count`` rows, in order, from place ``start``: (n,) int64.
 
-        The random order is a permutation with the key (seed, epoch). With ``repeats`` = r, each row comes r times in a
+        A random order is a permutation with the key (seed, epoch). With ``repeats`` = r, each row comes r times in a
         row and the epoch still has ``count`` draws, so it shows about count / r different images (repeated
         augmentation, Hoffer et al. 2020). With ``rows`` (m,) int64, the epoch has these rows only.
         """
         if rows is not None:
             places = self.draws(len(rows), epoch, start)
             return rows[places & ROW_MASK] | (places & ~ROW_MASK)
-        if not self.random:
-            return np.arange(start, count, dtype=np.int64)
-        order = generator((self.seed, epoch, 0x0DE2)).permutation(count)
+        if self.shuffles:
+            order = generator((self.seed, epoch, 0x0DE2)).permutation(count)
+        else:
+            order = np.arange(count, dtype=np.int64)
         if self.repeats > 1:
             repeats = np.arange(self.repeats, dtype=np.int64) << REPEAT_SHIFT
             order = (order[: -(-count // self.repeats), None] | repeats).reshape(-1)[:count]

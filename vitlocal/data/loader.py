@@ -1,136 +1,322 @@
-"""The native loader: ``.beton`` files to batches of crops, which a thread of each pass decodes ahead.
+"""The native loader: ``.beton`` files to batches of crops, for the trainer and for any other loop.
 
-The thread calls the fused decoder once for each batch. Nothing is compiled, and passes may overlap.
-
-Shape letters: B batch, S size, n rows of a file.
+Shape letters: B batch, S size.
 """
 
+import os
 import sys
-import threading
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
-from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
 
-from vitlocal.data.batch import Batch, Source
+from vitlocal.data.batch import Batch
 from vitlocal.data.beton import MappedFile
+from vitlocal.data.beton_source import BetonSource, open_manifest
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
-from vitlocal.data.manifest import BetonFile, Manifest, load_manifest
-from vitlocal.data.native import DecoderThreads, native_policy
-from vitlocal.data.random_keys import integers
-from vitlocal.data.shares import WHOLE, BatchSlice, Share
-from vitlocal.errors import DataError
+from vitlocal.data.fields import require_fields
+from vitlocal.data.reader import PREFETCH, ChooseBoxes, EpochReader, LoaderResources
+from vitlocal.data.shares import BatchSlice, Share
+from vitlocal.errors import ConfigError
+from vitlocal.machine import cores
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
-SLOTS = 5  # batches in memory: the thread decodes one, three wait, the consumer has one
+STATE_VERSION = 1
+INDICES = 1  # the number of the subset that ``indices`` selects
 MAX_REPORTED = 5  # damaged images that are named at the end of a pass
-MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
 
 
-@dataclass
-class Slot:
-    """Host memory for a batch, which grows as needed."""
+class EpochSampler:
+    """What other libraries expect of ``loader.sampler``: the rows of the next epoch, and ``set_epoch``."""
 
-    memory: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    copied: torch.cuda.Event | None = None  # the end of the copy to a GPU
+    def __init__(self, loader: "Loader"):
+        self._loader = weakref.proxy(loader)
 
-    def crops(self, count: int, size: int, pinned: bool) -> torch.Tensor:
-        """(count, size, size, 3) uint8, from which nothing is copied any more."""
-        if self.copied is not None:
-            self.copied.synchronize()  # device sync: with a copy that began several batches ago
-        if len(self.memory) < (needed := count * size * size * 3):
-            self.memory = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
-        return self.memory[:needed].view(count, size, size, 3)
+    def set_epoch(self, epoch: int) -> None:
+        """See :meth:`Loader.set_epoch`."""
+        self._loader.set_epoch(epoch)
 
+    def __len__(self) -> int:
+        return self._loader.rows.count(self._loader.feed.subset)
 
-class LoaderResources:
-    """What the native sources of a process share. ``workers`` is the number of decoder threads; 0: one a core."""
-
-    def __init__(self, workers: int = 0):
-        self.threads = DecoderThreads(workers)
-        self.files: dict[Path, MappedFile] = {}
-        self.slots: list[Slot] = []  # those that no pass uses
-        self.copy_stream: torch.cuda.Stream | None = None  # one for all passes: PyTorch pools memory by stream
-
-    def file(self, path: Path, num_classes: int) -> MappedFile:
-        """Opens and checks a file, once."""
-        if path not in self.files:
-            self.files[path] = MappedFile(path, num_classes)
-        return self.files[path]
-
-    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        """The stream for host-to-device copies; None on a CPU."""
-        if device.type == "cuda" and self.copy_stream is None:
-            self.copy_stream = torch.cuda.Stream(device)
-        return self.copy_stream if device.type == "cuda" else None
+    def __iter__(self) -> Iterator[int]:
+        loader = self._loader
+        draws = loader.crops.draws(loader.count, loader.next_position.epoch, 0, loader.rows.get(loader.feed.subset))
+        return iter((draws & ROW_MASK).tolist())
 
 
-def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
-    """The file for crops of ``size`` px: the cheapest to decode among the files that are large enough.
+class Loader(BetonSource):
+    """Batches of crops from a written data folder, or from one .beton file of ours or of FFCV.
 
-    For random crops a side of ``side_ratio`` x size is large enough; for centre crops, a side that covers the crop. If
-    no file is, the largest side serves. Without measured costs the smallest side wins, and raw before JPEG.
-    """
-    need = size * side_ratio if crops.random else size / crops.centre
-    files = sorted(manifest.files, key=lambda file: (file.side, file.format != "raw"))
-    enough = [file for file in files if file.side >= need - 1e-6]
-    enough = enough or [file for file in files if file.side == files[-1].side]
-    measured = [cost for file in enough if (cost := costs.microseconds_for(file, size)) is not None]
-    return enough[int(np.argmin(measured))] if len(measured) == len(enough) else enough[0]
+        loader = vitlocal.Loader("data/imagenet", "train", batch_size=256, size=224, seed=0)
+        for images, labels in loader: ...
 
+    Images are (B, 3, S, S), RGB, in channels-last memory. Labels are (B,) int64. Both are on ``device``. Each
+    ``iter()`` is one epoch, and the next ``iter()`` is the next epoch. Order and crops depend on the seed, the epoch
+    and the image alone. So they repeat bit for bit with any number of workers and processes, and after a restart.
 
-class BetonSource(Source):
-    """A split of the data folder ``root``, read from the file that :func:`choose_file` picks for each size.
+    Args:
+        root: a folder that the writer filled, or a .beton file.
+        split: the split in the folder. "train" has random order, random crops and ``drop_last``, unless other arguments
+            say otherwise. Other splits have none of them.
+        batch_size: images in a batch of this process, as in PyTorch's DataLoader.
+        size: side S of the crops, px. It may change: see :meth:`set_size`.
+        shuffle: a new random order in each epoch.
+        seed: of the order, the crops and the flips.
+        indices: the rows to read, in this order unless they are shuffled; None: all.
+        drop_last: leave the last batch of an epoch out if it is not full.
+        repeats: how often each image comes in a row, with different crops (Hoffer et al. 2020). An epoch has the same
+            number of crops, so fewer images.
+        scale, ratio, flip: random resized crops: bounds of the area as a fraction of the image, bounds of width /
+            height, and the probability of a horizontal flip.
+        crop: "random" resized crops, "centre" crops by timm's rule, or a function of the rows (B,) int64 and the epoch.
+            It returns boxes as fractions of each image, (B, 4): top, left, height and width, or (B, 5) with a
+            flip (0 or 1). It is called in a thread.
+        crop_pct: the size of a centre crop, as a fraction of the resized short edge.
+        num_workers: threads that decode; 0: one for each core of this process. It is never the calling thread.
+        prefetch: batches that wait, decoded.
+        device: where batches are. On a GPU, copies overlap the training step.
+        dtype: torch.uint8 (0 to 255), or a floating-point type.
+        mean, std: of each channel, in the range 0 to 1. Floating-point images are (x / 255 - mean) / std; without them,
+            x / 255.
+        rank, world_size: this process, and their number; None: those of torch.distributed if it is initialized, else
+            one process. Each reads its own part of the global batch of ``batch_size`` x ``world_size`` images. All
+            processes have the same number of batches; without ``drop_last``, the last may be smaller, or empty.
+        on_error: at a damaged image: "raise", or "skip". "skip" replaces it by another image if the order is random,
+            and else leaves it out.
+        file: the name of the file to read; "auto": the fastest that is large enough for the size.
+        side_ratio: a file is large enough for random crops if its longest edge has ``side_ratio`` x ``size`` px.
+        return_ids: the last item of each batch is the rows, (B,) int64, on the CPU.
+        fields: further fields of the file to return, by name, after the labels. Numbers and arrays are tensors on the
+            CPU. Bytes and JSON are lists.
+        copy: batches belong to the caller. False: on a CPU, a batch is valid until the next.
+        resources: the decoder threads of another loader, to share them.
 
-    DataError if a file has another length than the manifest says.
+    Raises ConfigError (a ValueError) for a wrong argument, DataError (a RuntimeError) for damaged data.
     """
 
     def __init__(
-        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, costs: DecodingCosts,
-        side_ratio: float, share: Share,
+        self, root: str | Path, split: str = "train", batch_size: int = 256, size: int = 224, *,
+        shuffle: bool | None = None, seed: int = 0, indices: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        drop_last: bool | None = None, repeats: int = 1, scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5, crop: str | ChooseBoxes | None = None,
+        crop_pct: float = 0.875, num_workers: int = 0, prefetch: int = PREFETCH, device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.uint8, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        rank: int | None = None, world_size: int | None = None, on_error: str = "raise", file: str = "auto",
+        side_ratio: float = 1.5, return_ids: bool = False, fields: Sequence[str] = (), copy: bool = True,
+        resources: LoaderResources | None = None,
     ):  # fmt: skip
-        side = max(file.side for file in manifest.files)
-        super().__init__(manifest.classes, manifest.count, side, crops, device, share)
-        self.root, self.manifest, self.costs, self.side_ratio = Path(root), manifest, costs, side_ratio
-        for file in manifest.files:  # before a run starts, because a curriculum may need a file hours later
-            path = self.root / file.file
-            if path.exists() and path.stat().st_size != file.bytes:
-                raise DataError(
-                    f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: it is cut off, or "
-                    f"another file. Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write "
-                    f"them again with the same command: python write_dataset.py --split {manifest.split} --out {root} …"
+        train = split == "train"
+        crop = crop or ("random" if train else "centre")
+        _check(
+            seed=(seed, seed >= 0, "a whole number from 0"),
+            repeats=(repeats, repeats >= 1, "at least 1"),
+            scale=(scale, 0 < scale[0] <= scale[1] <= 1, "two fractions of the area, such as (0.08, 1)"),
+            ratio=(ratio, 0 < ratio[0] <= ratio[1], "two ratios of width and height, such as (3/4, 4/3)"),
+            flip=(flip, 0 <= flip <= 1, "a probability"),
+            crop=(crop, callable(crop) or crop in ("random", "centre"), "random, centre or a function"),
+            crop_pct=(crop_pct, 0 < crop_pct <= 1, "a fraction above 0"),
+            num_workers=(num_workers, num_workers >= 0, "a number of threads, or 0 for one per core"),
+            prefetch=(prefetch, prefetch >= 1, "at least 1"),
+            on_error=(on_error, on_error in ("raise", "skip"), "raise or skip"),
+            dtype=(dtype, dtype == torch.uint8 or dtype.is_floating_point, "torch.uint8 or a floating-point type"),
+        )
+        folder, manifest = open_manifest(root, split, file)
+        (low, high), (narrow, wide) = scale, ratio
+        crops = CropPolicy(
+            random=crop != "centre", seed=seed, scale=(low, high), ratio=(narrow, wide), flip=flip, repeats=repeats,
+            centre=crop_pct, shuffle=train if shuffle is None else shuffle,
+        )  # fmt: skip
+        costs = DecodingCosts.load(folder, manifest)
+        super().__init__(folder, manifest, crops, torch.device(device), costs, side_ratio, _share(rank, world_size))
+        self.resources = resources or LoaderResources(
+            num_workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
+        self._owns_resources, self._closed = resources is None, False
+        self._choose_boxes = crop if callable(crop) else None
+        self._skip_damaged, self._prefetch, self._copy = on_error == "skip", prefetch, copy
+        self._drop_last = train if drop_last is None else drop_last
+        self._return_ids, self._fields = return_ids, tuple(fields)
+        self._normalize = _normalization(dtype, mean, std, self.device)
+        self._dtype = dtype
+        if indices is not None:
+            self.rows.set(INDICES, _rows(indices, self.count))
+        self._subset = INDICES if indices is not None else 0
+        self.set_size(size, batch_size)
+        for stored in self.manifest.files if self._fields else ():
+            require_fields(self._fields, self._open_file(stored.file).fields, self.root / stored.file)
+        self.sampler = EpochSampler(self)
+        self._position, self._next_epoch = Position(), 0
+        self._resume: Position | None = None  # where the next iter() starts, if it is not the start of the next epoch
+        self._epochs: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+    # --- the loop ---
+
+    @property
+    def num_samples(self) -> int:
+        """The number of rows of an epoch, over all processes."""
+        return self.rows.count(self._subset)
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        full, rest = divmod(self.num_samples, self.feed.batch_size)
+        return full + (rest > 0 and not self._drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        if self._closed:
+            raise ValueError("the loader is closed; make a new one")
+        start = self.next_position
+        self._position, self._resume, self._next_epoch = start, None, start.epoch + 1
+        epoch = self._batches(start)
+        self._epochs.add(epoch)
+        return epoch
+
+    def _batches(self, start: Position) -> Generator[tuple[Any, ...], None, None]:
+        """The rest of an epoch. The position moves before each batch is given to the caller."""
+        feed, end = self.feed, self.num_samples
+        with self.open(feed, start, drop_last=self._drop_last) as batches:
+            images = start.images
+            for batch in batches:
+                images += batch.total
+                ended = end - images < (feed.batch_size if self._drop_last else 1)
+                self._position = Position(start.epoch + 1) if ended else Position(start.epoch, images)
+                item = self._item(batch, feed.size)
+                del batch
+                yield item
+                del item
+        self._position = Position(start.epoch + 1)
+
+    def _item(self, batch: Batch, size: int) -> tuple[Any, ...]:
+        images = batch.images
+        if self._normalize is not None:
+            scale, shift = self._normalize
+            images = torch.addcmul(shift, images, scale).to(self._dtype)
+        further: list[Any] = []
+        if self._fields:
+            file, ids = self._open_file(self.choose(size).file), batch.ids.numpy()
+            further = [file.values(name, ids) for name in self._fields]
+        return (images, batch.labels, *further, *([batch.ids] if self._return_ids else []))
+
+    def set_size(self, size: int, batch_size: int | None = None) -> None:
+        """From the next ``iter()`` on, crops have ``size`` px, and batches ``batch_size`` images (None: as before).
+
+        To change them inside an epoch, leave the loop and continue from its position. No image is lost or repeated:
+
+            loader.set_size(160, batch_size=512)
+            loader.position = loader.position
+        """
+        images = self.batch_size if batch_size is None else batch_size
+        _check(size=(size, 1 <= size <= 4096, "a side of 1 to 4096 px"), batch_size=(images, images >= 1, "at least 1"))
+        if self._drop_last and images * self.share.world > self.num_samples:
+            raise ConfigError(
+                f"batch_size: {images} in {self.share.world} processes is more than the {self.num_samples} images, "
+                "and drop_last leaves out batches that are not full; use a smaller one, or drop_last=False"
+            )
+        self.feed = Feed(size, images * self.share.world, self._subset)
+
+    @property
+    def size(self) -> int:
+        """The side of the crops from the next ``iter()`` on, px."""
+        return self.feed.size
+
+    @property
+    def batch_size(self) -> int:
+        """The images in a batch of this process."""
+        return self.feed.batch_size // self.share.world
+
+    # --- positions ---
+
+    @property
+    def position(self) -> Position:
+        """The start of the next batch: its epoch, and the images of all processes before it in the epoch.
+
+        If it is set, the next ``iter()`` starts there.
+        """
+        return self._position if self._resume is None else self._resume
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        at = Position(*position) if isinstance(position, tuple) else position
+        inside = at.epoch >= 0 and 0 <= at.images < max(1, self.num_samples)
+        _check(position=(at, inside, f"an epoch from 0 and images below {self.num_samples}"))
+        self._resume = at
+
+    @property
+    def next_position(self) -> Position:
+        """Where the next ``iter()`` starts."""
+        return Position(self._next_epoch) if self._resume is None else self._resume
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next ``iter()`` is the epoch ``epoch``. A position in that epoch, just set or loaded, stays."""
+        if self._resume is None or self._resume.epoch != epoch:
+            self.position = Position(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it depends on: plain values, for a checkpoint of any process.
+
+        Inside a loop, it is the position after the current batch.
+        """
+        order = (self.crops.shuffles, self.crops.repeats, self.rows.get(self._subset))
+        digest = sha256(repr(order[:2]).encode() + (b"" if order[2] is None else order[2].tobytes())).hexdigest()[:16]
+        position = self.position
+        return {
+            "version": STATE_VERSION, "epoch": position.epoch, "images": position.images, "seed": self.crops.seed,
+            "samples": self.num_samples, "order": digest, "data": self._fingerprint(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next ``iter()`` continues at a saved position. It may have another size and number of processes.
+
+        Raises ConfigError if the state is of another version, other data, or another order.
+        """
+        mine = self.state_dict()
+        for name, meaning in {
+            "version": "version of the state", "data": "data (the names and labels of its images)", "seed": "seed",
+            "samples": "number of images", "order": "order (shuffle, repeats or indices)",
+        }.items():  # fmt: skip
+            if state.get(name) != mine[name]:
+                raise ConfigError(
+                    f"the state of a loader has another {meaning}: {state.get(name)!r}, here {mine[name]!r}; "
+                    "open the loader as it was opened before"
                 )
+        self.position = Position(state["epoch"], state["images"])
 
-    def choose(self, size: int) -> BetonFile:
-        """The file for crops of ``size`` px."""
-        return choose_file(self.manifest, self.costs, self.crops, self.side_ratio, size)
+    def _fingerprint(self) -> str:
+        """A digest of the images' names and labels."""
+        source = self.manifest.source
+        if source.fingerprint:
+            skipped = "\n".join(image.entry for image in self.manifest.skipped)
+            return sha256((source.fingerprint + skipped).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        file = self._open_file(self.manifest.files[0].file)  # of FFCV, without a manifest
+        return sha256(np.ascontiguousarray(file.labels).tobytes()).hexdigest()[:16]
 
-    def check_count(self, path: Path, count: int) -> None:
-        if count != self.count:
-            raise DataError(f"{path} has {count} rows, its manifest says {self.count}; write both again")
+    # --- reading ---
 
-
-class NativeSource(BetonSource):
-    """A split of a data folder, read by the native loader. ``on_error`` "skip": see :class:`EpochReader`."""
-
-    def __init__(
-        self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, resources: LoaderResources,
-        *, side_ratio: float = 1.5, on_error: str = "stop", share: Share = WHOLE,
-    ):  # fmt: skip
-        super().__init__(root, manifest, crops, device, DecodingCosts.load(root, manifest), side_ratio, share)
-        self.resources, self.skip_damaged = resources, on_error == "skip"
-
-    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
-        file = self.resources.file(self.root / self.choose(size).file, len(self.classes))
+    def _open_file(self, name: str) -> MappedFile:
+        file = self.resources.file(self.root / name, len(self.classes))
         self.check_count(file.path, len(file.rows))
-        return EpochReader(self, file, epoch, size).batches(slices)
+        return file
 
-    def report(self, file: MappedFile, damaged: dict[int, str]) -> None:
+    def _read(
+        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
+    ) -> Generator[Batch, None, None]:
+        file = self._open_file(self.choose(size).file)
+        reader = EpochReader(
+            self.resources, file, self.crops, epoch, size, self.device, subset=subset, owned=self._copy,
+            skip_damaged=self._skip_damaged, choose_boxes=self._choose_boxes, prefetch=self._prefetch,
+        )  # fmt: skip
+        try:
+            yield from reader.batches(slices)
+        finally:
+            self._report(file, reader.damaged)
+
+    def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
         """Prints the rows of ``file`` that a pass has skipped, with what is wrong with them. Each row is named once."""
         new = sorted(set(damaged).difference(self.damaged))
         self.damaged = {*self.damaged, *new}
@@ -139,124 +325,61 @@ class NativeSource(BetonSource):
         if len(new) > MAX_REPORTED:
             print(f"{file.path}: skipped {len(new) - MAX_REPORTED} more damaged images", file=sys.stderr)
 
+    def close(self) -> None:
+        """Ends all threads. Epochs that are not finished end."""
+        for epoch in list(self._epochs):
+            epoch.close()
+        self._closed = True
+        if self._owns_resources:
+            self.resources.threads.close()
 
-class EpochReader:
-    """One pass over ``file``, in crops of ``size`` px, which a thread of its own decodes.
+    def __enter__(self) -> "Loader":
+        return self
 
-    A damaged image raises DataError. With ``skip_damaged`` another image replaces it in training, and evaluation leaves
-    it out. The source reports such rows at the end of the pass.
-    """
-
-    def __init__(self, source: NativeSource, file: MappedFile, epoch: int, size: int):
-        self._source, self._file, self._epoch, self._size = source, file, epoch, size
-        self._policy = native_policy(source.crops, epoch)
-        self._stream = source.resources.stream(source.device)
-        self._damaged: dict[int, str] = {}
-        self._free: SimpleQueue[Slot] = SimpleQueue()
-        self._ready: SimpleQueue[tuple[Batch, Slot] | BaseException | None] = SimpleQueue()
-        self._closed = False
-
-    def batches(self, slices: Iterator[BatchSlice]) -> Generator[Batch, None, None]:
-        """The batches of ``slices``, decoded ahead. Errors of the thread are raised here."""
-        spare = self._source.resources.slots
-        slots = [spare.pop() if spare else Slot() for _ in range(SLOTS)]
-        for slot in slots:
-            self._free.put(slot)
-        thread = threading.Thread(target=self._run, args=(slices,), name="vitlocal-loader", daemon=True)
-        thread.start()
-        try:
-            while isinstance(item := self._ready.get(), tuple):
-                batch, slot = item
-                if slot.copied is not None:
-                    stream = torch.cuda.current_stream(self._source.device)
-                    stream.wait_event(slot.copied)
-                    batch.images.record_stream(stream)
-                    batch.labels.record_stream(stream)
-                yield batch
-                self._free.put(slot)
-            if item is not None:
-                raise item
-        finally:
-            self._closed = True
-            self._free.put(slots[0])  # the thread may wait for it
-            thread.join()
-            spare += slots
-            self._source.report(self._file, self._damaged)
-
-    # --- in the thread ---
-
-    def _run(self, slices: Iterator[BatchSlice]) -> None:
-        try:
-            if self._stream is not None:
-                torch.cuda.set_device(self._stream.device)
-            for part in slices:
-                slot = self._free.get()
-                if self._closed:
-                    return
-                self._ready.put((self._read(part, slot), slot))
-            self._ready.put(None)
-        except BaseException as error:  # the consumer raises it, whatever it is
-            self._ready.put(error)
-
-    def _read(self, part: BatchSlice, slot: Slot) -> Batch:
-        """Decodes a batch, and starts its copy to the device."""
-        crops, rows = self._decode(part.draws, slot.crops(len(part.draws), self._size, self._stream is not None))
-        images = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
-        if self._stream is not None:
-            with torch.cuda.stream(self._stream):  # host-to-device copies, which overlap the training step
-                images = images.to(self._source.device, non_blocking=True)
-                labels = labels.pin_memory().to(self._source.device, non_blocking=True)
-                slot.copied = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to the decoders
-                slot.copied.record(self._stream)
-        return Batch(images, labels, torch.from_numpy(rows), part.places, part.total)
-
-    def _decode(self, draws: np.ndarray, crops: torch.Tensor, attempt: int = 0) -> tuple[torch.Tensor, np.ndarray]:
-        """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
-        source, file, rows = self._source, self._file, draws & ROW_MASK
-        problems = source.resources.threads.decode(file.bytes, file.rows, draws, self._policy, crops.numpy())
-        if not problems:
-            return crops, rows
-        places = np.array(sorted(problems))
-        if not source.skip_damaged:
-            raise DataError(
-                f"{file.path}: row {rows[places[0]]} {problems[places[0]]}. Write the file again, or train without "
-                "damaged images: --data.on_error=skip"
-            )
-        self._damaged |= {int(rows[place]): problem for place, problem in problems.items()}
-        if not source.crops.random:  # evaluation must not count an image twice
-            whole = np.delete(np.arange(len(draws)), places)
-            return crops[torch.from_numpy(whole)], rows[whole]
-        if attempt == MAX_REPLACEMENTS:
-            raise DataError(f"{file.path}: {attempt} images in a row do not decode; write the file again")
-        others = integers((source.crops.seed, self._epoch), draws[places], attempt, len(file.rows))
-        replaced = torch.empty((len(places), *crops.shape[1:]), dtype=torch.uint8)
-        crops[torch.from_numpy(places)], rows[places] = self._decode(others, replaced, attempt + 1)
-        return crops, rows
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class Loader:
-    """The native loader for a training loop of your own: ``for images, labels in loader``.
+def _check(**values: tuple[Any, Any, str]) -> None:
+    """Raises ConfigError for the first of ``name=(value, whether it is valid, what is expected)`` that is not valid."""
+    for name, (value, valid, expected) in values.items():
+        if not valid:
+            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
 
-    Batches are (B, 3, S, S) uint8, channels-last, and (B,) int64, on ``device``. Each iteration is the next epoch,
-    ``epoch``. ``size`` (px) and ``batch_size`` may be set between epochs. On a CPU, a batch is valid until the next.
-    ``train`` (default: of the split "train") selects shuffled random resized crops with flips, else centre crops.
-    """
 
-    def __init__(
-        self, root: str | Path, split: str, *, size: int, batch_size: int, train: bool | None = None, seed: int = 0,
-        workers: int = 0, device: str | torch.device = "cpu",
-    ):  # fmt: skip
-        crops = CropPolicy(random=split == "train" if train is None else train, seed=seed)
-        manifest = load_manifest(str(root), split)
-        self.source = NativeSource(root, manifest, crops, torch.device(device), LoaderResources(workers))
-        self.size, self.batch_size, self.epoch = size, batch_size, 0
+def _share(rank: int | None, world_size: int | None) -> Share:
+    """The part of each batch that this process reads."""
+    distributed = torch.distributed
+    if rank is None and world_size is None and distributed.is_available() and distributed.is_initialized():
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = rank or 0, world_size or 1
+    _check(rank=(rank, 0 <= rank < world_size, f"0 to {world_size - 1}, below world_size"))
+    return Share(rank, world_size)
 
-    def __len__(self) -> int:
-        return -(-self.source.count // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        with self.source.open(Feed(self.size, self.batch_size), Position(epoch)) as batches:
-            for batch in batches:
-                yield batch.images, batch.labels
+def _rows(indices: Any, count: int) -> np.ndarray:
+    """The rows that a user selects, (m,) int64."""
+    rows = np.asarray(indices)
+    kinds = rows.dtype.kind in "iu" and rows.ndim == 1 and len(rows) > 0
+    _check(indices=(indices if len(rows) < 10 else f"{len(rows)} of {rows.dtype}", kinds, "a list of row numbers"))
+    low, high = int(rows.min()), int(rows.max())
+    _check(indices=(f"{low} to {high}", low >= 0 and high < count, f"rows from 0 to {count - 1}"))
+    return rows.astype(np.int64)
+
+
+def _normalization(
+    dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The factor and the summand (1, 3, 1, 1) that turn pixels into floating-point images; None for uint8."""
+    if dtype == torch.uint8:
+        _check(mean=(mean, mean is None, "None for torch.uint8"), std=(std, std is None, "None for torch.uint8"))
+        return None
+    centre, spread = (
+        torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+        for values in ((0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std)
+    )
+    _check(
+        mean=(mean, centre.numel() == 3 and (centre.abs() <= 1).all(), "three numbers from 0 to 1"),
+        std=(std, spread.numel() == 3 and (spread > 0).all() and (spread <= 1).all(), "three numbers from 0 to 1"),
+    )
+    return 1 / (255 * spread), -centre / spread

@@ -185,13 +185,26 @@ def manifest_of_ffcv_files(folder: Path, split: str) -> Manifest | None:
             f"{folder}: the files of split {split!r} have different numbers of rows ({counts}); write them from one "
             "data set"
         )
-    files = []
-    for name, file in mine:
-        form = "raw" if file.rows["raw"].all() else "jpg"
-        files.append(BetonFile(name[0], int(name["side"]), form, None, None, None, file.page_size, len(file.bytes)))
-    count = len(mine[0][1].rows)
+    files = tuple(_described(file, name[0], int(name["side"])) for name, file in mine)
+    return _bare_manifest(split, len(mine[0][1].rows), classes, files)
+
+
+def manifest_of_file(path: Path, split: str) -> Manifest:
+    """A manifest for one file that no manifest describes. Class names are label numbers."""
+    file = MappedFile(path)
+    side = int(max(file.rows["width"].max(), file.rows["height"].max()))
+    classes = tuple(str(label) for label in range(int(file.labels.max()) + 1))
+    return _bare_manifest(split, len(file.rows), classes, (_described(file, path.name, side),))
+
+
+def _described(file: MappedFile, name: str, side: int) -> BetonFile:
+    form = "raw" if file.rows["raw"].all() else "jpg"
+    return BetonFile(name, side, form, None, None, None, file.page_size, len(file.bytes))
+
+
+def _bare_manifest(split: str, count: int, classes: tuple[str, ...], files: tuple[BetonFile, ...]) -> Manifest:
     entries = tuple(f"row {row}" for row in range(count))
-    return Manifest(split, count, classes, tuple(files), SourceInfo("", count, ""), (), entries)
+    return Manifest(split, count, classes, files, SourceInfo("", count, ""), (), entries)
 
 
 def checksum(path: Path) -> str:

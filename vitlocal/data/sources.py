@@ -37,15 +37,18 @@ def open_sources(
         raise ConfigError(f"data.loader: got {loader!r}, expected one of {', '.join(LOADERS)}")
     workers = workers or max(1, cores() // local_world_size)
     if loader == "native":
-        from vitlocal.data.loader import LoaderResources, NativeSource
+        from vitlocal.data.loader import Loader
+        from vitlocal.data.reader import LoaderResources
 
         resources = LoaderResources(workers)
 
     def open_split(split: str, crops: CropPolicy) -> Source:
         if loader == "native":
-            return NativeSource(
-                root, load_manifest(root, split), crops, device, resources, side_ratio=side_ratio, on_error=on_error,
-                share=share,
+            return Loader(
+                root, split, seed=crops.seed, scale=crops.scale, ratio=crops.ratio, flip=crops.flip,
+                repeats=crops.repeats, crop_pct=crops.centre, drop_last=False, device=device, rank=share.rank,
+                world_size=share.world, side_ratio=side_ratio, on_error="skip" if on_error == "skip" else "raise",
+                copy=False, resources=resources,
             )  # fmt: skip
         if loader == "ffcv":
             from vitlocal.data.peers.ffcv import FFCVSource  # importing ffcv takes seconds

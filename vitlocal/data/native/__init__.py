@@ -28,9 +28,7 @@ POLICY = np.dtype(
     [("kind", "i8"), ("seed", "i8"), ("epoch", "i8"), ("scale", "f8", 2), ("ratio", "f8", 2), ("flip", "f8"),
      ("centre", "f8")]
 )  # fmt: skip
-_BOX = np.dtype(
-    [*((name, "f8") for name in ("top", "left", "height", "width", "reach")), ("flipped", "i4")], align=True
-)
+BOX = np.dtype([*((name, "f8") for name in ("top", "left", "height", "width", "reach")), ("flipped", "i4")], align=True)
 PHOTO = np.dtype([("width", "u4"), ("height", "u4"), ("upright", "u4"), ("plain", "u4"), ("keepable", "u4")])
 FORM = np.dtype(
     [("width", "u4"), ("height", "u4"), ("kind", "u4"), ("quality", "u4"), ("sampling", "u4"), ("padding", "u4"),
@@ -45,6 +43,7 @@ _PROBLEMS = {
     _NO_MEMORY: "needs more memory to decode than there is",
     4: "lies outside of the file",
     _REFUSED: "would take too long to decode ({message})",
+    6: "has a box that is not inside of the image, or has no area",
 }
 
 
@@ -52,7 +51,7 @@ _NUMBER, _ADDRESS, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n number, a address, b bytes, i int
     "pool_new": (_ADDRESS, "n"),
     "pool_free": (None, "a"),
-    "decode": (_NUMBER, "aanananannaaaa"),
+    "decode": (_NUMBER, "aanananaannaaaa"),
     "encoder_new": (_ADDRESS, ""),
     "encoder_free": (None, "a"),
     "inspect": (_INT, "abna"),
@@ -84,7 +83,7 @@ def native_policy(crops: CropPolicy, epoch: int, kind: int | None = None) -> np.
 
 def native_box(policy: np.ndarray, draw: int, height: int, width: int, size: int) -> Box:
     """The box that is cut from an image of ``height`` x ``width`` px for a crop of ``size`` px."""
-    box = np.zeros(1, _BOX)
+    box = np.zeros(1, BOX)
     library().vitlocal_box(policy.ctypes.data, draw, height, width, size, box.ctypes.data)
     top, left, height_, width_, reach, flipped = box[0].item()
     return Box(top, left, height_, width_, bool(flipped), reach)
@@ -106,12 +105,13 @@ class DecoderThreads:
 
     def decode(
         self, file: np.ndarray, rows: np.ndarray, draws: np.ndarray, policy: np.ndarray, crops: np.ndarray,
-        most_reduction: int = EIGHTH,
+        most_reduction: int = EIGHTH, boxes: np.ndarray | None = None,
     ) -> dict[int, str]:  # fmt: skip
         """Fills ``crops`` (B, S, S, 3) uint8 with the boxes of ``draws`` (B,) int64.
 
         ``file`` (bytes,) uint8 holds the images at the offsets in ``rows`` (n,) of ROW. ``policy`` is
-        :func:`native_policy`'s. Returns what is wrong with images that do not decode, by their place in the batch.
+        :func:`native_policy`'s; ``boxes`` (B,) of BOX replaces its boxes. Returns what is wrong with images that do not
+        decode, by their place in the batch.
         """
         assert self.close.alive, "closed"
         assert crops.dtype == np.uint8 and crops.flags.c_contiguous
@@ -119,11 +119,14 @@ class DecoderThreads:
         assert file.dtype == np.uint8 and file.flags.c_contiguous and policy.dtype == POLICY
         assert draws.dtype == np.int64 and draws.flags.c_contiguous and len(draws) == len(crops)
         assert rows.dtype == ROW and rows.flags.c_contiguous and len(rows)
+        if boxes is not None:
+            assert boxes.dtype == BOX and boxes.flags.c_contiguous and len(boxes) == len(draws)
         statuses = np.zeros(len(draws), np.int32)
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         first = library().vitlocal_decode(
             self.pool, file.ctypes.data, file.size, rows.ctypes.data, len(rows), draws.ctypes.data, len(draws),
-            policy.ctypes.data, crops.shape[1], most_reduction, crops.ctypes.data, statuses.ctypes.data, message, None,
+            policy.ctypes.data, None if boxes is None else boxes.ctypes.data, crops.shape[1], most_reduction,
+            crops.ctypes.data, statuses.ctypes.data, message, None,
         )  # fmt: skip
         if first < 0:
             return {}

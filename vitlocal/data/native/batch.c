@@ -14,6 +14,7 @@ struct batch {
     const int64_t *draws;
     int64_t count;
     const struct policy *policy;
+    const struct box *boxes; /* (count,), instead of the policy's, unless it is NULL */
     int size, most_reduction;
     uint8_t *crops;
     int32_t *statuses;
@@ -35,6 +36,13 @@ struct pool {
 /* Images that a thread takes at once, because small images decode faster than a thread can fetch them. */
 enum { TAKEN = 4, REPEAT_SHIFT = 40 /* of crops.py */, LARGEST_EDGE = 65535 /* 16 bits in a .beton file's table */ };
 
+/* Whether a box has an area within the image. False for numbers that are not finite. */
+static int is_inside(const struct box *box, int height, int width) {
+    const double rounding = 1e-6 * (height + width);
+    return box->height > 0 && box->width > 0 && box->top >= -rounding && box->left >= -rounding
+           && box->top + box->height <= height + rounding && box->left + box->width <= width + rounding;
+}
+
 static size_t crop_bytes(const struct batch *b) { return (size_t)b->size * (size_t)b->size * 3; }
 
 /* Makes the crop (S, S, 3) at `place` of a batch. */
@@ -51,8 +59,13 @@ static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const stru
     const uint8_t *data = b->file + row->offset;
     struct region region = {data, (size_t)width * 3, 0, 0, height, width, 1};
     struct box box;
-    vitlocal_box(b->policy, draw, height, width, b->size, &box);
-    const int exact = b->policy->kind == CENTRE;
+    if (b->boxes) {
+        box = b->boxes[place];
+        if (!is_inside(&box, height, width)) return BAD_BOX;
+    } else {
+        vitlocal_box(b->policy, draw, height, width, b->size, &box);
+    }
+    const int exact = !b->boxes && b->policy->kind == CENTRE;
     /* By how much the whole image would shrink: Pillow chooses its first pass by that. */
     const double shorter = height - rint(b->size * height / box.height), narrower = width - rint(b->size * width / box.width);
     const int columns_first = shorter > 0 && shorter > 2 * narrower;
@@ -139,20 +152,21 @@ EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
 }
 
 /* Decodes `draws` (count,) of the `rows` (row_count,) of a file to `crops` (count, S, S, 3) and fills `statuses`
- * (count,). If row_count is 0, `rows` (count,) has one row for each draw.
+ * (count,). If row_count is 0, `rows` (count,) has one row for each draw. `boxes` (count,) replaces the policy's boxes
+ * unless it is NULL.
  *
  * Returns the place of the first image that could not be decoded, with a `message` (MESSAGE_BYTES), or -1. Such crops
  * are black and are added to *damaged unless that is NULL. Several threads may call it at once. The caller must not
  * hold the interpreter's lock. */
 EXPORT int64_t vitlocal_decode(struct pool *pool, const uint8_t *file, int64_t file_bytes, const struct row *rows,
                                int64_t row_count, const int64_t *draws, int64_t count, const struct policy *policy,
-                               int64_t size, int64_t most_reduction, uint8_t *crops, int32_t *statuses,
-                               char *message, int64_t *damaged) {
+                               const struct box *boxes, int64_t size, int64_t most_reduction, uint8_t *crops,
+                               int32_t *statuses, char *message, int64_t *damaged) {
     if (count <= 0) return -1;
     struct batch batch = {
         .file = file, .file_bytes = (uint64_t)file_bytes, .rows = rows, .row_count = row_count, .draws = draws,
-        .count = count, .policy = policy, .size = (int)size, .most_reduction = (int)most_reduction, .crops = crops,
-        .statuses = statuses, .message = message, .damaged = damaged, .worst = -1,
+        .count = count, .policy = policy, .boxes = boxes, .size = (int)size, .most_reduction = (int)most_reduction,
+        .crops = crops, .statuses = statuses, .message = message, .damaged = damaged, .worst = -1,
     };
     pthread_mutex_lock(&pool->lock);
     struct batch **end = &pool->first;

@@ -23,6 +23,7 @@ enum status {
     NO_MEMORY = 3,
     OUTSIDE = 4,     /* its bytes are outside of the file, or it has no area */
     REFUSED = 5,     /* it would take too long; see the message */
+    BAD_BOX = 6,     /* the box that was given for it is not inside of it, or has no area */
 };
 
 enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, the whole image */

@@ -76,7 +76,7 @@ class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images 
             statuses = np.zeros(count, np.int32)
             message = np.zeros(MESSAGE_BYTES, np.uint8)
             native(
-                pool, 0, 0x7FFFFFFFFFFFFFFF, rows.ctypes.data, 0, draws.ctypes.data, count, policy, crops.shape[1],
+                pool, 0, 0x7FFFFFFFFFFFFFFF, rows.ctypes.data, 0, draws.ctypes.data, count, policy, 0, crops.shape[1],
                 EIGHTH, crops.ctypes.data, statuses.ctypes.data, message.ctypes.data, damaged,
             )  # fmt: skip
             return crops[:count]

@@ -106,7 +106,9 @@ class DALISource(OriginalsSource):
                 columns = zip(*(future.result() for future in reading.popleft()), strict=True)
                 yield [list(column) for column in columns]
 
-    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+    def _read(
+        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
+    ) -> Generator[Batch, None, None]:
         parts = list(slices)
         self.inputs = self._batches_of_inputs([part for part in parts if len(part.draws)], epoch, size)
         largest = max((len(part.draws) for part in parts), default=1)

@@ -17,9 +17,9 @@ import torch
 
 from vitlocal.data.batch import Batch
 from vitlocal.data.beton import MappedFile
+from vitlocal.data.beton_source import BetonSource
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
-from vitlocal.data.loader import BetonSource
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.peers.crop_decoder import keep_torch_threads
 from vitlocal.data.shares import WHOLE, BatchSlice, Share
@@ -112,7 +112,9 @@ class FFCVSource(BetonSource):
         super().__init__(root, manifest, crops, device, DecodingCosts({}), side_ratio, share)
         self.workers, self.loaders = workers, dict[Path, FileLoader]()
 
-    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+    def _read(
+        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
+    ) -> Generator[Batch, None, None]:
         path = self.root / self.choose(size).file
         if path not in self.loaders:
             self.check_count(path, len(MappedFile(path, len(self.classes)).rows))

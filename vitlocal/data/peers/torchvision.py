@@ -86,7 +86,9 @@ class TorchvisionSource(OriginalsSource):
             pin_memory=self.device.type == "cuda",
         )
 
-    def _read(self, slices: Iterator[BatchSlice], epoch: int, size: int) -> Generator[Batch, None, None]:
+    def _read(
+        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
+    ) -> Generator[Batch, None, None]:
         asked, slices = tee(slices)
         self.requests.batches = (
             [(draw, epoch, size) for draw in part.draws.tolist()] for part in asked if len(part.draws)

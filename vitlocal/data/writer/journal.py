@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vitlocal.data.beton import ALLOCATION, METADATA, data_start, head_bytes
+from vitlocal.data.beton import ALLOCATION, NO_FIELDS, data_start, head_bytes, metadata_type
 from vitlocal.data.manifest import BetonFile, Manifest, flush_folder, joined_crc32
 from vitlocal.data.writer.encode import STORED_ROW, Chunk
 from vitlocal.errors import ConfigError, DataError
@@ -326,12 +326,12 @@ class SplitFiles:
     def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:
         file, descriptor, last = self.files[index], self._descriptors[index], self._blocks[-1]
         end = last.ends[index]
-        metadata, table = np.zeros(len(rows), METADATA), np.zeros(len(rows), ALLOCATION)
+        metadata, table = np.zeros(len(rows), metadata_type()), np.zeros(len(rows), ALLOCATION)
         metadata["f0"], metadata["f1"] = rows[["mode", "width", "height", "ptr"]], labels
         table["sample_id"], table["ptr"], table["size"] = np.arange(len(rows)), rows["ptr"], rows["size"]
         tail = bytes(-end % 8) + table.tobytes()
         length = end + len(tail)
-        head = head_bytes(metadata, file.page_size, length - table.nbytes).ljust(self.start, b"\0")
+        head = head_bytes(metadata, NO_FIELDS, file.page_size, length - table.nbytes).ljust(self.start, b"\0")
         with self._guarded(self.work / file.file):
             _write_all(descriptor, tail, end)
             _write_all(descriptor, head, 0)

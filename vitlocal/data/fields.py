@@ -1,0 +1,133 @@
+"""The further fields of a .beton file, as FFCV stores them: numbers, arrays, bytes and JSON beside image and label."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitlocal.errors import ConfigError
+
+FLOAT, INT, IMAGE, BYTES, ARRAY, JSON, TENSOR = range(7)  # FFCV's `type_id`
+_KINDS = {"float": FLOAT, "int": INT, "bytes": BYTES, "array": ARRAY, "json": JSON}
+_SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+_COLUMNS = {FLOAT: np.dtype("<f8"), INT: np.dtype("<i8"), BYTES: _SPAN, ARRAY: np.dtype("<u8"), JSON: _SPAN}
+ARGUMENT_BYTES = 1024  # of a field's description
+_ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+NAME_BYTES = 16
+
+EXPECTED = "expected int, float, bytes, json, or an array's (dtype, shape)"
+
+
+@dataclass(frozen=True)
+class FieldType:
+    """The type of a further field. Arrays have a ``dtype`` and a ``shape`` that all samples share."""
+
+    type_id: int
+    dtype: np.dtype = np.dtype(np.uint8)
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, given: Any) -> "FieldType":
+        """The type that a user gives: "int", "float", "bytes", "json", or the (dtype, shape) of an array."""
+        if isinstance(given, str) and given in _KINDS and given != "array":
+            return cls(_KINDS[given])
+        try:
+            dtype, shape = given
+            found = cls(ARRAY, np.dtype(dtype), tuple(int(side) for side in shape))
+        except (TypeError, ValueError):
+            raise ConfigError(f"fields: {name!r} has the type {given!r}, {EXPECTED}") from None
+        if not found.shape or min(found.shape) < 1 or found.dtype.hasobject or found.dtype.fields is not None:
+            raise ConfigError(f"fields: {name!r} has {given!r}, expected a plain dtype and a shape without zeros")
+        return found
+
+    @classmethod
+    def stored(cls, type_id: int, arguments: np.ndarray) -> "FieldType":
+        """The type that the descriptor of a file says. ``arguments`` is (1024,) uint8."""
+        if type_id not in (ARRAY, TENSOR):
+            return cls(type_id)
+        head = arguments[: _ARRAY_ARGUMENTS.itemsize].view(_ARRAY_ARGUMENTS)[0]
+        text = arguments[_ARRAY_ARGUMENTS.itemsize :][: int(head["type_length"])].tobytes()
+        ((_, name),) = json.loads(text)
+        return cls(ARRAY, np.dtype(name), tuple(int(side) for side in head["shape"] if side))
+
+    @property
+    def column(self) -> np.dtype:
+        """The field's part of a metadata row."""
+        return _COLUMNS[self.type_id]
+
+    @property
+    def is_number(self) -> bool:
+        return self.type_id in (FLOAT, INT)
+
+    @property
+    def arguments(self) -> np.ndarray:
+        """The description of an array for the file, (1024,) uint8; zeros for other types."""
+        found = np.zeros(ARGUMENT_BYTES, np.uint8)
+        if self.type_id == ARRAY:
+            head = np.zeros(1, _ARRAY_ARGUMENTS)
+            head["shape"][0, : len(self.shape)] = self.shape
+            text = json.dumps(self.dtype.descr).encode("ascii")
+            head["type_length"] = len(text)
+            described = head.tobytes() + text
+            found[: len(described)] = np.frombuffer(described, np.uint8)
+        return found
+
+    def encode(self, value: Any) -> bytes:
+        """The bytes of a value. Raises ValueError or TypeError if it has another type."""
+        if self.type_id == INT:
+            if int(value) != value:
+                raise ValueError(f"expected a whole number, got {value!r}")
+            return np.array(int(value), "<i8").tobytes()
+        if self.type_id == FLOAT:
+            return np.array(float(value), "<f8").tobytes()
+        if self.type_id == JSON:
+            return json.dumps(value).encode() + b"\0"  # FFCV's mark of the end
+        if self.type_id == BYTES:
+            return np.ascontiguousarray(value, np.uint8).tobytes() if isinstance(value, np.ndarray) else bytes(value)
+        array = np.asarray(value)
+        if array.shape != self.shape or not np.can_cast(array.dtype, self.dtype, "same_kind"):
+            raise ValueError(f"expected {self.dtype} of shape {self.shape}, got {array.dtype} of shape {array.shape}")
+        return np.ascontiguousarray(array, self.dtype).tobytes()
+
+    def spans(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the values of a metadata ``column`` (n,) are in the file: offsets and sizes, (n,) uint64."""
+        if self.type_id == ARRAY:
+            size = self.dtype.itemsize * int(np.prod(self.shape))
+            return column, np.full(len(column), size, np.uint64)
+        return column["ptr"], column["size"]
+
+    def read(self, file: np.ndarray, column: np.ndarray) -> Any:
+        """The values of a metadata ``column`` (B,) of a file (bytes,) uint8.
+
+        Numbers are a tensor (B,), arrays a tensor (B, *shape), bytes and JSON a list.
+        """
+        if self.is_number:
+            return torch.from_numpy(column.copy())
+        offsets, sizes = self.spans(column)
+        found = [file[at : at + size] for at, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+        if self.type_id == ARRAY:
+            values = np.array(found, np.uint8).view(self.dtype).reshape(-1, *self.shape)
+            return torch.from_numpy(values.astype(self.dtype.newbyteorder("="), copy=False))
+        if self.type_id == BYTES:
+            return [part.tobytes() for part in found]
+        return [json.loads(part.tobytes().split(b"\0")[0]) for part in found]
+
+
+def field_types(given: Mapping[str, Any] | None) -> dict[str, FieldType]:
+    """The types of the fields that a user gives by name. ConfigError for a wrong name or type."""
+    for name in given or {}:
+        if not name.isascii() or not 0 < len(name) <= NAME_BYTES or name in ("image", "label"):
+            raise ConfigError(
+                f"fields: got the name {name!r}, expected 1 to {NAME_BYTES} ASCII letters, not image or label"
+            )
+    return {name: FieldType.of(name, kind) for name, kind in (given or {}).items()}
+
+
+def require_fields(wanted: Sequence[str], present: Mapping[str, FieldType], path: object) -> None:
+    """Raises ConfigError unless a file has all ``wanted`` fields."""
+    if missing := [name for name in wanted if name not in present]:
+        has = ", ".join(present) or "none"
+        raise ConfigError(f"fields: {path} has no field {missing[0]!r}; its fields beside image and label: {has}")
