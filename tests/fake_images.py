@@ -111,6 +111,17 @@ def rows_of(path: Path) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     return images, reader.metadata["f1"], [data[p : p + sizes[p]] for p in images["data_ptr"].tolist()]
 
 
+def make_photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(width * height).integers(0, 256, (9, 9, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode_jpeg(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 95, **options})
+    return buffer.getvalue()
+
+
 def encode_colour(
     colour: object = (200, 30, 60), mode: str = "RGB", format: str = "PNG", size=(12, 8), **options
 ) -> bytes:

@@ -32,7 +32,7 @@ def test_the_package_loads_nothing_until_a_name_is_used():
 def test_an_unknown_name_is_an_attribute_error():
     import vitlocal
 
-    with pytest.raises(AttributeError, match="'Loadr'; it has Clock, "):
+    with pytest.raises(AttributeError, match="'Loadr'; it has BetonDataset, "):
         _ = vitlocal.Loadr
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from fake_images import FakeImages, contents, rgb, rows_of, write_config
+from fake_images import FakeImages, contents, encode_jpeg, make_photo, rgb, rows_of, write_config
 from PIL import Image
 
 from vitlocal.data import beton, native
@@ -224,17 +224,6 @@ class FileImages(ImageSet):
 
     def load(self, index: int) -> Image.Image:
         return decode_rgb(self.read(index), self.entry(index))
-
-
-def make_photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    noise = np.random.default_rng(width * height).integers(0, 256, (9, 9, 3), np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def encode_jpeg(image: Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **{"quality": 95, **options})
-    return buffer.getvalue()
 
 
 def exif_turn(orientation: int) -> Image.Exif:

@@ -10,12 +10,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BetonDataset": "vitlocal.data.dataset",
     "Clock": "vitlocal.train.budget",
     "CropDecoder": "vitlocal.data.peers.crop_decoder",
     "Length": "vitlocal.progress",
     "Loader": "vitlocal.data.loader",
     "LRSchedule": "vitlocal.schedule",
+    "as_dataloader": "vitlocal.data.dataset",
     "create_model": "vitlocal.models",
+    "decode_crops": "vitlocal.data.dataset",
+    "write": "vitlocal.data.writer.indexed",
 }
 __all__ = list(_PUBLIC)
 

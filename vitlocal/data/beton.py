@@ -154,6 +154,7 @@ class MappedFile:
         file.seek(table_at)
         table = read(ALLOCATION, allocations, "table of allocations")
 
+        table = table[table["size"] > 0]  # an empty value begins where the next image does
         ptr, size, places = table["ptr"], table["size"], image["data_ptr"]
 
         def require_inside(ptr: np.ndarray, size: np.ndarray, what: str) -> None:
@@ -172,8 +173,8 @@ class MappedFile:
             size = size[order]
 
         raw, width, height = image["mode"] == RAW, image["width"], image["height"]
-        valid = (image["mode"] <= RAW) & (width > 0) & (height > 0) & (size > 0)
-        require(valid.all(), "damaged: an image has an unknown mode, no area or no bytes")
+        valid = (image["mode"] <= RAW) & (width > 0) & (height > 0)
+        require(valid.all(), "damaged: an image has an unknown mode or no area")
         whole_pixels = size[raw] == 3 * width[raw].astype(np.uint64) * height[raw]
         require(whole_pixels.all(), "damaged: a raw image is not of width x height x 3 bytes")
         low, high = int(label.min()), int(label.max())

@@ -53,6 +53,10 @@ class FieldType:
         ((_, name),) = json.loads(text)
         return cls(ARRAY, np.dtype(name), tuple(int(side) for side in head["shape"] if side))
 
+    def __str__(self) -> str:
+        kinds = {number: name for name, number in _KINDS.items()}
+        return f"{self.dtype} {list(self.shape)}" if self.type_id == ARRAY else kinds[self.type_id]
+
     @property
     def column(self) -> np.dtype:
         """The field's part of a metadata row."""

@@ -55,6 +55,7 @@ class SourceInfo:
     classes_chosen: bool = False  # by a file: the classes are not those of the source
     reads: tuple[str, ...] = ()  # what was read, if there was a choice
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that were not read, by reason
+    fields: Mapping[str, str] = field(default_factory=dict)  # types of the further fields, by name
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from vitlocal.data.fields import FieldType
 from vitlocal.data.images.pixels import REMEDY, decode_rgb
 from vitlocal.errors import DataError, UndecodableImage
 
@@ -46,6 +47,7 @@ class ImageSet(Protocol):
     reads: tuple[str, ...] = ()  # what it reads, if there was a choice: "labels: column 'fine_label'"
     left_out: Mapping[str, int] = {}  # files that are not read, by reason: {".heic": 3, "hidden": 1}
     notes: tuple[str, ...] = ()  # sentences about what a user may not expect
+    fields: Mapping[str, FieldType] = {}  # further fields to store
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +66,10 @@ class ImageSet(Protocol):
     def read(self, index: int) -> bytes:
         """The encoded image; PNG if the set holds arrays."""
         ...
+
+    def values(self, index: int) -> list[bytes]:
+        """The row's values of the further fields, encoded."""
+        return []
 
     def release(self, index: int) -> None:
         """Frees memory for the rows before ``index``, which need not be read again soon."""

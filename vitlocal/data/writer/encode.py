@@ -13,6 +13,7 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Queue
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,13 +23,20 @@ from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
-from vitlocal.errors import DataError, UndecodableImage
+from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
 CHUNK_BYTES = 4 << 20  # approximate bytes of a chunk
 CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
 EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
+
+
+def stored_row(fields: int) -> np.dtype:
+    """STORED_ROW with the ``values`` of further fields: the 8 bytes of a number, or the size of another value."""
+    return np.dtype([*STORED_ROW.descr, ("values", "<u8", (fields,))]) if fields else STORED_ROW
+
+
 Form = tuple[int, int, int, int, int]  # width, height, kind, JPEG's quality and sampling
 StoredImage = tuple[tuple[int, int, int], bytes]  # (mode, width, height) and the encoded bytes
 
@@ -48,10 +56,10 @@ class Chunk:
 
     start: int
     next: int
-    rows: np.ndarray  # (F, K) of STORED_ROW; ptr is set when the images are placed in the files
-    images: list[list[bytes]]  # F lists of K encoded images
+    rows: np.ndarray  # (F, K) of stored_row(); ptr is set when the images are placed in the files
+    images: list[list[bytes]]  # F lists of K encoded images, each with the values of further fields behind it
     skipped: dict[int, str]  # source rows that do not decode, and why
-    failure: RuntimeError | None  # the error at source row `next`
+    failure: Exception | None  # the error at source row `next`
 
 
 class RowsRead(ImageSet):
@@ -59,11 +67,13 @@ class RowsRead(ImageSet):
 
     def __init__(self, images: ImageSet, span: range) -> None:
         self._images, self.size = images, 0  # bytes
-        self.spec, self.classes, self.labels = images.spec, images.classes, images.labels
+        self.spec, self.classes, self.labels, self.fields = images.spec, images.classes, images.labels, images.fields
         self._files: dict[int, bytes | Exception] = {}
+        self._values: dict[int, list[bytes]] = {}
         for index in span:
             try:
                 self._files[index] = data = images.read(index)
+                self._values[index] = images.values(index)
                 self.size += len(data)
             except Exception as error:
                 self._files[index] = error
@@ -83,12 +93,16 @@ class RowsRead(ImageSet):
             raise data
         return data
 
+    def values(self, index: int) -> list[bytes]:
+        return self._values[index]
+
 
 def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) -> Generator[Chunk, None, None]:
     """The chunks of the source's rows from ``start``, in order. Closing the iterator stops the threads.
 
     A row that fails ends its chunk. The chunk with the rows before it comes first, then the error is raised: DataError
-    for a file that cannot be read, or an image that does not decode (unless ``job.skip``), else RuntimeError.
+    for a file that cannot be read, or an image that does not decode (unless ``job.skip``); ConfigError for a row that
+    is not as expected; else RuntimeError.
     """
     images.release(start)
     # An estimate of the bytes of a row: photos are 3:4, and a JPEG takes a quarter of their bytes.
@@ -161,10 +175,10 @@ def stored_size(width: int, height: int, side: int, short_edge: int = 0) -> tupl
 
 
 def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder, stopping: threading.Event) -> Chunk:
-    rows: list[list[tuple[int, ...]]] = [[] for _ in job.files]
+    rows: list[list[tuple[Any, ...]]] = [[] for _ in job.files]
     parts: list[list[bytes]] = [[] for _ in job.files]
     skipped: dict[int, str] = {}
-    failure: RuntimeError | None = None  # DataError is a RuntimeError
+    failure: Exception | None = None
     end = span.stop
     for index in span:
         if stopping.is_set():
@@ -187,6 +201,8 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
                 f"cannot read the image {images.entry(index)!r} of {images.spec}: {reason}. {remedy}The same command "
                 "continues where this one stopped" + (", with or without that option." if undecodable else ".")
             )
+        except ConfigError as error:
+            failure = error
         except MemoryError:
             failure = DataError(
                 f"memory ran out at {images.entry(index)!r} of {images.spec}; use fewer --workers. The same command "
@@ -198,45 +214,62 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
         if failure is not None:
             end = index
             break
+        behind, numbers = _behind(images, index), list[list[int]]()
+        if images.fields:
+            values = zip(images.fields.values(), images.values(index), strict=True)
+            numbers = [[int.from_bytes(value, "little") if field.is_number else len(value) for field, value in values]]
         for row, part, (shape, data) in zip(rows, parts, stored, strict=True):
-            row.append((*shape, len(data), 0))
-            part.append(data)
-    return Chunk(span.start, end, np.array(rows, STORED_ROW), parts, skipped, failure)
+            row.append((*shape, len(data), 0, *numbers))
+            part.append(data + behind if behind else data)
+    return Chunk(span.start, end, np.array(rows, stored_row(len(images.fields))), parts, skipped, failure)
 
 
 def encode_image(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     """The image as each file stores it. UndecodableImage if it does not decode, else the error of reading it."""
     try:
         return _encode(images, index, job, encoder)
+    except ConfigError:
+        raise  # a wrong row, not a damaged image
     except (ValueError, SyntaxError, Image.DecompressionBombError, OSError) as error:  # what decoders raise
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system failed, not a decoder
         raise UndecodableImage(str(error) or type(error).__name__) from error
 
 
+def _behind(images: ImageSet, index: int) -> bytes:
+    """The values of further fields that are stored behind the image: all but numbers."""
+    values = zip(images.fields.values(), images.values(index), strict=True)
+    return b"".join(value for field, value in values if not field.is_number)
+
+
 def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     if images.holds_files:
         data = images.read(index)
+        behind = len(_behind(images, index))
         photo = encoder.inspect(data)
         if photo is not None and photo["plain"] and photo["upright"]:
             width, height = int(photo["width"]), int(photo["height"])
             if width * height <= (Image.MAX_IMAGE_PIXELS or np.inf):  # else Pillow decides
-                stored = _stored(data, width, height, bool(photo["keepable"]), job, encoder)
+                stored = _stored(data, width, height, bool(photo["keepable"]), job, encoder, behind)
                 if stored is not None:
                     return stored
         image = decode_rgb(data, images.entry(index))
     else:
         image = images.load(index)
+        behind = len(_behind(images, index))
     pixels = np.ascontiguousarray(image)
-    stored = _stored(pixels, pixels.shape[1], pixels.shape[0], False, job, encoder)
+    stored = _stored(pixels, pixels.shape[1], pixels.shape[0], False, job, encoder, behind)
     if stored is None:
         raise RuntimeError(f"libjpeg cannot encode pixels of shape {pixels.shape}")
     return stored
 
 
 def _stored(
-    photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder
+    photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder, behind: int
 ) -> list[StoredImage] | None:
+    """The forms of a photo. A page has room for the image and ``behind`` bytes."""
+    if behind > (room := min(file.page_size for file in job.files) // 2):
+        raise DataError(f"the values of its further fields have {behind} bytes, expected at most {room}")
     forms = [_form(file, width, height, keepable, job) for file in job.files]
     while True:
         different = list(dict.fromkeys(forms))  # a small image may be equal in several files
@@ -245,7 +278,7 @@ def _stored(
             return None
         data_of = dict(zip(different, made, strict=True))
         sizes = [len(data_of[form]) for form in forms]
-        fits = [size <= file.page_size for size, file in zip(sizes, job.files, strict=True)]
+        fits = [size + behind <= file.page_size for size, file in zip(sizes, job.files, strict=True)]
         if all(fits):
             modes = [MODES[file.format] for file in job.files]
             return [((mode, *form[:2]), data_of[form]) for mode, form in zip(modes, forms, strict=True)]

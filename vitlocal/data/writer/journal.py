@@ -1,7 +1,7 @@
 """The hidden folder of an unfinished write: the growing files, and the journal of what they safely hold.
 
 The journal starts with a line of JSON that identifies the write. Each commit adds a block: a line of JSON, and the
-rows, (F, K) of STORED_ROW. A block is written after its images have reached the disk. After a crash, the rest behind
+rows, (F, K) of stored_row(). A block is written after its images have reached the disk. After a crash, the rest behind
 the last complete block is cut off. If the source was moved, a line has its new path and the new digests of all blocks
 before. The last line says that the files are complete.
 
@@ -28,12 +28,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vitlocal.data.beton import ALLOCATION, NO_FIELDS, data_start, head_bytes, metadata_type
+from vitlocal.data.beton import ALLOCATION, Fields, data_start, head_bytes, metadata_type
 from vitlocal.data.manifest import BetonFile, Manifest, flush_folder, joined_crc32
-from vitlocal.data.writer.encode import STORED_ROW, Chunk
+from vitlocal.data.writer.encode import Chunk, stored_row
 from vitlocal.errors import ConfigError, DataError
 
 VERSION = "4"
+FIELDS, NO_FIELDS = "further fields", "none"  # a part of a write's identity; journals of older versions lack it
 COMMIT_SECONDS = 5.0  # the work that a kill -9 or a power cut can lose
 
 
@@ -45,7 +46,7 @@ class _Block:
     next: int
     ends: tuple[int, ...]  # (F,) length of each file
     checksums: tuple[int, ...]  # (F,) CRC-32 of each file from data_start on
-    rows: np.ndarray  # (F, K) of STORED_ROW
+    rows: np.ndarray  # (F, K) of stored_row()
     skipped: dict[int, str]  # source rows, and why
     digests: tuple[str, ...] = ("", "")  # of the sizes and times of the rows' files
 
@@ -76,16 +77,16 @@ class SplitFiles:
 
     def __init__(
         self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str], state: SourceState,
-        decodes: Callable[[int], bool] = lambda row: False, replaces: bool = False,
+        decodes: Callable[[int], bool] = lambda row: False, replaces: bool = False, fields: Fields | None = None,
     ) -> None:  # fmt: skip
         self.work, self.files, self.length, self.state = work, files, length, state
-        self._decodes, self._replaces = decodes, replaces
+        self._decodes, self._replaces, self.fields = decodes, replaces, fields or {}
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
-        self.start = data_start(length)
+        self.start, self._row = data_start(length, self.fields), stored_row(len(self.fields))
         self.sealed: tuple[BetonFile, ...] = ()
         self.digests: tuple[str, ...] = ("", "")  # of the state in which the sealed files were written
-        nothing = np.empty((len(files), 0), STORED_ROW)
+        nothing = np.empty((len(files), 0), self._row)
         # An append ends with its block, so that an interruption at any point leaves a valid state.
         self._blocks = [_Block(0, 0, (self.start,) * len(files), (0,) * len(files), nothing, {})]
         self._journaled = 1  # blocks
@@ -181,7 +182,7 @@ class SplitFiles:
         with open(self.journal, "rb") as file:
             head = _line(file)
             if head is not None:
-                if what := difference(head.get("identity", {}), self.identity):
+                if what := difference({FIELDS: NO_FIELDS, **head.get("identity", {})}, self.identity):
                     raise ConfigError(
                         f"{self.work} is an interrupted write of another configuration ({what}). "
                         "Repeat that command, remove the folder to start over, or use another --out."
@@ -238,11 +239,11 @@ class SplitFiles:
             self.digests = tuple(line["digests"])
             return True
         count = line["next"] - line["start"] - len(line["skipped"])
-        payload = file.read(len(self.files) * count * STORED_ROW.itemsize)
+        payload = file.read(len(self.files) * count * self._row.itemsize)
         # A failed write may omit a block; later blocks are then useless.
         if line["start"] != self.next or zlib.crc32(payload) != line["crc32"]:
             return False
-        rows = np.frombuffer(payload, STORED_ROW).reshape(len(self.files), count)
+        rows = np.frombuffer(payload, self._row).reshape(len(self.files), count)
         ends, checksums = tuple(line["ends"]), tuple(line["checksums"])
         digests = tuple(line["digests"])
         self._blocks.append(_Block(line["start"], line["next"], ends, checksums, rows, dict(line["skipped"]), digests))
@@ -326,12 +327,25 @@ class SplitFiles:
     def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:
         file, descriptor, last = self.files[index], self._descriptors[index], self._blocks[-1]
         end = last.ends[index]
-        metadata, table = np.zeros(len(rows), metadata_type()), np.zeros(len(rows), ALLOCATION)
+        metadata = np.zeros(len(rows), metadata_type(self.fields))
         metadata["f0"], metadata["f1"] = rows[["mode", "width", "height", "ptr"]], labels
-        table["sample_id"], table["ptr"], table["size"] = np.arange(len(rows)), rows["ptr"], rows["size"]
+        spans = [(rows["ptr"], rows["size"].astype(np.uint64))]  # of images and of further values, which follow them
+        for place, field in enumerate(self.fields.values()):
+            values, column = np.ascontiguousarray(rows["values"][:, place]), metadata[f"f{place + 2}"]
+            if field.is_number:
+                column[:] = values.view(field.column)
+                continue
+            spans.append((spans[-1][0] + spans[-1][1], values))
+            if column.dtype.names:
+                column["ptr"], column["size"] = spans[-1]
+            else:
+                column[:] = spans[-1][0]
+        table = np.zeros((len(rows), len(spans)), ALLOCATION)
+        table["sample_id"] = np.arange(len(rows))[:, None]
+        table["ptr"], table["size"] = np.stack([span[0] for span in spans], 1), np.stack([span[1] for span in spans], 1)
         tail = bytes(-end % 8) + table.tobytes()
         length = end + len(tail)
-        head = head_bytes(metadata, NO_FIELDS, file.page_size, length - table.nbytes).ljust(self.start, b"\0")
+        head = head_bytes(metadata, self.fields, file.page_size, length - table.nbytes).ljust(self.start, b"\0")
         with self._guarded(self.work / file.file):
             _write_all(descriptor, tail, end)
             _write_all(descriptor, head, 0)

@@ -28,7 +28,7 @@ from vitlocal.data.images.image_set import listed
 from vitlocal.data.manifest import CLASSES_NAME, BetonFile, Manifest, Skipped, SourceInfo, work_name
 from vitlocal.data.native import Encoder
 from vitlocal.data.writer.encode import EncodeJob, encode_chunks, encode_image
-from vitlocal.data.writer.journal import SourceState, SplitFiles, byte_words, difference
+from vitlocal.data.writer.journal import FIELDS, NO_FIELDS, SourceState, SplitFiles, byte_words, difference
 from vitlocal.errors import ConfigError, DataError, Interrupted, UndecodableImage
 from vitlocal.jsonl import replacing
 from vitlocal.machine import cores
@@ -97,7 +97,9 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
         manifest = finished = None if unfinished else _finished_manifest(manifest_path, planned, decodes, state)
         if manifest is None:
             identity = _identity(planned)
-            with SplitFiles(work, planned.files, planned.count, identity, state, decodes, replaces) as files:
+            with SplitFiles(
+                work, planned.files, planned.count, identity, state, decodes, replaces, images.fields
+            ) as files:
                 if not files.sealed:
                     _fill(files, job, planned, images, options.workers or cores(), progress)
                     files.seal(np.asarray(images.labels, np.int64))
@@ -260,6 +262,7 @@ def _planned_manifest(
         classes_chosen=options.classes is not None,
         reads=images.reads,
         left_out=dict(images.left_out),
+        fields={name: str(kind) for name, kind in images.fields.items()},
     )
     return Manifest(options.split, len(entries), tuple(images.classes), tuple(files), source, (), entries)
 
@@ -282,6 +285,7 @@ def _identity(manifest: Manifest) -> dict[str, str]:
         "images in the source": str(manifest.source.length),
         "classes": f"{len(manifest.classes)} (digest {_digest(manifest.classes, 8)})",
         "names and labels of the source's images (digest)": manifest.source.fingerprint,
+        FIELDS: ", ".join(f"{name} ({kind})" for name, kind in manifest.source.fields.items()) or NO_FIELDS,
     }
 
 

@@ -1,0 +1,139 @@
+"""Any indexable object of images and labels as an image set."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitlocal.data.fields import FieldType
+from vitlocal.data.images.image_set import ImageSet, read_file
+from vitlocal.data.images.pixels import to_rgb
+from vitlocal.errors import ConfigError, UndecodableImage
+
+SPEC = "a dataset in Python"
+EXPECTED = "expected a file's bytes or path, a PIL image, or uint8 pixels: an array (H, W, 3) or a tensor (3, H, W)"
+
+
+class IndexedImages(ImageSet):
+    """The rows of ``dataset``: tuples (image, label, values of ``fields`` …), or mappings with those names.
+
+    An image is the bytes or the path of a file, a PIL image, an array (H, W, 3) or (H, W) uint8, or a tensor (3, H, W)
+    uint8. Files of Hugging Face's ``Image(decode=False)`` are taken too. Labels are whole numbers, or names.
+
+    ``labels`` has a label for each row; None: those of ``dataset.targets``, of a column, or of each row in turn.
+    """
+
+    in_order = True  # one thread reads the dataset, which may not allow more
+
+    def __init__(
+        self, dataset: Any, split: str, *, image: str = "image", label: str = "label",
+        labels: Sequence[Any] | np.ndarray | None = None, classes: Sequence[str] | None = None,
+        fields: Mapping[str, FieldType] | None = None,
+    ):  # fmt: skip
+        self.spec, self.split = SPEC, split
+        self._dataset, self._image, self._label, self.fields = dataset, image, label, dict(fields or {})
+        self._last: tuple[int, Any] | None = None
+        found = self._labels() if labels is None else labels
+        if len(found) != len(dataset):
+            raise ConfigError(f"labels: got {len(found)}, expected one for each of the {len(dataset)} rows")
+        self.labels, self.classes = _numbered(list(found), classes or _class_names(dataset, label))
+
+    def _labels(self) -> Sequence[Any]:
+        """The labels, without decoding images if the dataset has them apart."""
+        if self._label in (getattr(self._dataset, "column_names", None) or ()):  # of Hugging Face
+            return self._dataset[self._label][:]
+        targets = getattr(self._dataset, "targets", None)  # of torchvision
+        if targets is not None and len(targets) == len(self._dataset):
+            return targets
+        return [self._part(index, self._label, 1) for index in range(len(self._dataset))]
+
+    def _row(self, index: int) -> Any:
+        """The row, read once for its image and its further values."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._dataset[range(len(self._dataset))[index]]
+        return self._last[1]
+
+    def _part(self, index: int, name: str, place: int) -> Any:
+        row = self._row(index)
+        try:
+            return row[name] if isinstance(row, Mapping) else row[place]
+        except (KeyError, IndexError, TypeError) as error:
+            has = f"a mapping with {', '.join(map(repr, row))}" if isinstance(row, Mapping) else f"{type(row).__name__}"
+            raise ConfigError(
+                f"row {index} of the dataset is {has}; expected {name!r} in it, or as item {place} of a tuple"
+            ) from error
+
+    def entry(self, index: int) -> str:
+        return f"{self.split}/{range(len(self))[index]}"
+
+    def read(self, index: int) -> bytes:
+        value = self._part(index, self._image, 0)
+        if isinstance(value, Mapping) and (value.get("bytes") or value.get("path")):  # of Hugging Face
+            value = value["bytes"] or value["path"]
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return bytes(value)
+        if isinstance(value, (str, os.PathLike)):
+            return read_file(os.fspath(Path(value).expanduser()))
+        image = _pixels(value, self.entry(index))
+        return b"P6 %d %d 255\n" % image.size + image.tobytes()  # PPM: as fast as a copy
+
+    def values(self, index: int) -> list[bytes]:
+        found = []
+        for place, (name, field) in enumerate(self.fields.items(), 2):
+            value = self._part(index, name, place)
+            try:
+                found.append(field.encode(value))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ConfigError(f"fields: {name!r} of row {index}: {error}") from error
+        return found
+
+
+def _pixels(value: Any, name: str) -> Image.Image:
+    """An image in memory, in RGB."""
+    if hasattr(value, "permute"):  # a tensor
+        value = (value.permute(1, 2, 0) if value.ndim == 3 else value).cpu().numpy()
+    if isinstance(value, np.ndarray):
+        channels = value.shape[2] if value.ndim == 3 else 1
+        if value.dtype != np.uint8 or value.ndim not in (2, 3) or channels not in (1, 3, 4) or not value.size:
+            raise UndecodableImage(f"{name}: got {value.dtype} of shape {value.shape}, {EXPECTED}")
+        value = Image.fromarray(value[:, :, 0] if value.ndim == 3 and channels == 1 else value)
+    if not isinstance(value, Image.Image):
+        raise UndecodableImage(f"{name}: got {type(value).__name__}, {EXPECTED}")
+    try:
+        value.load()  # it may be a file that is only open
+        return to_rgb(value)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UndecodableImage(f"{name}: its image does not decode ({error})") from error
+
+
+def _numbered(labels: list[Any], classes: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The labels as numbers (n,) int64, and the names of the classes."""
+    if labels and all(isinstance(label, str) for label in labels):
+        names = tuple(classes or sorted(set(labels)))
+        number = {name: place for place, name in enumerate(names)}
+        if unknown := sorted(set(labels) - set(names)):
+            raise ConfigError(f"classes: the label {unknown[0]!r} is not among the {len(names)} classes")
+        return np.array([number[label] for label in labels], np.int64), names
+    try:
+        numbers = np.array([int(label) for label in labels], np.int64)
+        wrong = next((label for label, number in zip(labels, numbers, strict=True) if label != number), None)
+    except (TypeError, ValueError):
+        numbers, wrong = np.zeros(0, np.int64), labels[0]
+    if wrong is not None or numbers.min(initial=0) < 0:
+        got = int(numbers.min()) if wrong is None else wrong
+        raise ConfigError(f"labels: got {got!r}, expected whole numbers from 0, or names")
+    count = int(numbers.max(initial=-1)) + 1
+    names = tuple(classes) if classes else tuple(map(str, range(count)))
+    if count > len(names):
+        raise ConfigError(f"classes: got {len(names)} names, but labels up to {count - 1}")
+    return numbers, names
+
+
+def _class_names(dataset: Any, label: str) -> Sequence[str] | None:
+    """The names of the classes, if the dataset has them as torchvision or Hugging Face do."""
+    feature = (getattr(dataset, "features", None) or {}).get(label) if hasattr(dataset, "column_names") else None
+    names = getattr(feature, "names", None) or getattr(dataset, "classes", None)
+    return tuple(map(str, names)) if names else None
