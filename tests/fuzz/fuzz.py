@@ -24,7 +24,7 @@ FORMS = [
 def main(count: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "fuzz"
-        sources = [NATIVE / f"{name}.c" for name in ("crops", "resize", "jpeg")]  # fuzz.c includes the others
+        sources = [NATIVE / f"{name}.c" for name in ("crops", "resize", "exact", "jpeg")]  # fuzz.c includes the others
         subprocess.run(
             [os.environ.get("CC", "cc"), "-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
              "-fno-sanitize-recover=all", f"-I{NATIVE}", Path(__file__).with_name("fuzz.c"), *sources, "-o", program,
