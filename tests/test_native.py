@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -164,6 +165,13 @@ def test_every_number_of_threads_gives_the_same_bytes(photos):
         results.append(stored.decode(48, threads)[0])
         threads.close()
     assert (results[0] == results[1]).all() and (results[0] == results[2]).all()
+
+
+def test_one_thread_for_each_processor_if_the_system_has_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    threads = DecoderThreads()
+    threads.close()
+    assert threads.count == os.cpu_count()
 
 
 @pytest.mark.parametrize(("size", "crop_pct"), [(48, 0.75), (64, 0.875), (32, 1.0), (224, 0.9), (7, 0.5)])

@@ -17,7 +17,9 @@ LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-p
 
 def cores() -> int:
     """The number of processors that this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def memory() -> int:
@@ -44,7 +46,9 @@ def keep_freed_memory() -> None:
 
     On a CPU every step frees and allocates the same activations; the page faults took a fifth of its time.
     """
-    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    mallopt, trim_threshold, mmap_threshold = getattr(ctypes.CDLL(None), "mallopt", None), -1, -3
+    if mallopt is None:  # not glibc
+        return
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_threshold, 2**30)
 
@@ -73,7 +77,8 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, memory and GPU."""
     import torch  # takes seconds, and not every caller of this file needs it
 
-    name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    processors = Path("/proc/cpuinfo")  # of Linux
+    name = re.search(r"^model name\s*: (.*)$", processors.read_text() if processors.exists() else "", re.MULTILINE)
     libc = " ".join(platform.libc_ver())
     return {
         "cpu": name[1] if name else platform.processor(),
