@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import struct
 from pathlib import Path
 
@@ -100,9 +101,12 @@ def threads():
     made.close()
 
 
-@pytest.fixture(params=["plain", "SSE2", "AVX2"])
+INSTRUCTIONS = ["plain", "NEON"] if platform.machine() in ("aarch64", "arm64") else ["plain", "SSE2", "AVX2"]
+
+
+@pytest.fixture(params=INSTRUCTIONS)
 def instructions(request: pytest.FixtureRequest):
-    number = ["plain", "SSE2", "AVX2"].index(request.param)
+    number = INSTRUCTIONS.index(request.param)
     if library().vitlocal_instructions(number) != number:
         library().vitlocal_instructions(-1)
         pytest.skip(f"this processor has no {request.param}")

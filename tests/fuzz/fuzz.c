@@ -4,22 +4,13 @@
  */
 #include "batch.c"
 #include "encode.c"
+#include "numbers.h"
 
 struct seed_image {
     uint8_t *data;
     size_t bytes;
     uint32_t width, height;
 };
-
-static uint64_t state;
-
-static uint64_t random_number(uint64_t below) {
-    state += 0x9E3779B97F4A7C15u;
-    uint64_t word = state;
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
-    return (word ^ (word >> 31)) % below;
-}
 
 static struct seed_image load(const char *path) {
     struct seed_image image = {0};

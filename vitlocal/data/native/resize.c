@@ -12,6 +12,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define HAVE_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define HAVE_NEON 1
 #endif
 
 enum {
@@ -74,22 +77,48 @@ static void second_plain(const uint16_t *turned, const struct weights *weights, 
     }
 }
 
+#if defined(HAVE_X86) || defined(HAVE_NEON)
+
+typedef uint8_t BYTES __attribute__((vector_size(16), may_alias)); /* also as eight words */
+
+/* ZIP_1 and ZIP_2 interleave the lower and the upper halves of two vectors. LEVELS, and then PACKED, take the upper
+ * bytes of words. */
 #ifdef HAVE_X86
+#define ZIP_1_BYTES(a, b) ((BYTES)_mm_unpacklo_epi8((__m128i)(a), (__m128i)(b)))
+#define ZIP_2_BYTES(a, b) ((BYTES)_mm_unpackhi_epi8((__m128i)(a), (__m128i)(b)))
+#define ZIP_1_WORDS(a, b) ((BYTES)_mm_unpacklo_epi16((__m128i)(a), (__m128i)(b)))
+#define ZIP_2_WORDS(a, b) ((BYTES)_mm_unpackhi_epi16((__m128i)(a), (__m128i)(b)))
+#define LEVELS(sums) ((sums) >> 8)
+#define PACKED(a, b) ((BYTES)_mm_packus_epi16((__m128i)(a), (__m128i)(b)))
+#else
+#define ZIP_1_BYTES(a, b) ((BYTES)vzip1q_u8((uint8x16_t)(a), (uint8x16_t)(b)))
+#define ZIP_2_BYTES(a, b) ((BYTES)vzip2q_u8((uint8x16_t)(a), (uint8x16_t)(b)))
+#define ZIP_1_WORDS(a, b) ((BYTES)vzip1q_u16((uint16x8_t)(a), (uint16x8_t)(b)))
+#define ZIP_2_WORDS(a, b) ((BYTES)vzip2q_u16((uint16x8_t)(a), (uint16x8_t)(b)))
+#define LEVELS(sums) (sums)
+#define PACKED(a, b) ((BYTES)vuzp2q_u8((uint8x16_t)(a), (uint8x16_t)(b))) /* takes the upper bytes itself */
+
+/* NEON has this instruction only for signed numbers. */
+static inline uint16x8_t high_of_products(uint16x8_t a, uint16x8_t b) {
+    const uint32x4_t lower = vmull_u16(vget_low_u16(a), vget_low_u16(b)), upper = vmull_high_u16(a, b);
+    return vuzp2q_u16((uint16x8_t)lower, (uint16x8_t)upper);
+}
+#endif
 
 /* Transposes a square of count x count numbers. Each stage doubles the length of the runs in place. */
 #define TURN(v, count, stages, type)                                                                          \
     do {                                                                                                      \
-        __m128i t[count];                                                                                     \
+        BYTES t[count];                                                                                       \
         for (int stage = 0; stage < stages; stage++) {                                                        \
             for (int i = 0; i < count / 2; i++) {                                                             \
-                t[2 * i] = _mm_unpacklo_##type(v[i], v[i + count / 2]);                                       \
-                t[2 * i + 1] = _mm_unpackhi_##type(v[i], v[i + count / 2]);                                   \
+                t[2 * i] = ZIP_1_##type(v[i], v[i + count / 2]);                                              \
+                t[2 * i + 1] = ZIP_2_##type(v[i], v[i + count / 2]);                                          \
             }                                                                                                 \
             for (int i = 0; i < count; i++) v[i] = t[i];                                                      \
         }                                                                                                     \
     } while (0)
-#define TURN_BYTES(v) TURN(v, 16, 4, epi8)
-#define TURN_WORDS(v) TURN(v, 8, 3, epi16)
+#define TURN_BYTES(v) TURN(v, 16, 4, BYTES)
+#define TURN_WORDS(v) TURN(v, 8, 3, WORDS)
 
 /* Constants unroll the loop over the taps. */
 #define FOR_TAPS(taps, pass, ...)                                                                             \
@@ -102,9 +131,11 @@ static void second_plain(const uint16_t *turned, const struct weights *weights, 
     }
 
 /* The two passes, for each instruction set. */
+#ifdef HAVE_X86
 #define AVX2 1
 #include "passes.h"
 #define AVX2 0
+#endif
 #include "passes.h"
 
 #endif
@@ -116,6 +147,8 @@ static const struct passes PASSES[] = {
 #ifdef HAVE_X86
     {first_sse2, second_sse2},
     {first_avx2, second_avx2},
+#elif defined(HAVE_NEON)
+    {first_neon, second_neon},
 #endif
 };
 
@@ -125,7 +158,7 @@ int vitlocal_instructions(int wanted) {
 #ifdef HAVE_X86
     const int most = __builtin_cpu_supports("avx2") ? 2 : 1;
 #else
-    const int most = 0;
+    const int most = (int)(sizeof PASSES / sizeof *PASSES) - 1; /* every aarch64 processor has NEON */
 #endif
     const int used = wanted < 0 || wanted > most ? most : wanted;
     __atomic_store_n(&instructions, used, __ATOMIC_RELAXED);
