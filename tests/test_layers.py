@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the bottom up: a file imports only from its own room and from rooms in lower lines.
 ROOMS = (
     ("errors", "machine", "jsonl", "progress"),
-    ("plan",),
+    ("plan", "curriculum"),
     ("options", "schedule"),
     ("config_reader",),
     ("methods",),

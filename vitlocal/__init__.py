@@ -11,8 +11,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "BetonDataset": "vitlocal.data.dataset",
+    "Budget": "vitlocal.train.budget",
     "Clock": "vitlocal.train.budget",
     "CropDecoder": "vitlocal.data.peers.crop_decoder",
+    "Curriculum": "vitlocal.curriculum",
     "Length": "vitlocal.progress",
     "Loader": "vitlocal.data.loader",
     "LRSchedule": "vitlocal.schedule",

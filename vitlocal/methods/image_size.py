@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
+from vitlocal.curriculum import Curriculum, stage_problem
 from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import COUNT, STAGE, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Plan
@@ -54,13 +54,13 @@ class ImageSize(Method):
     writes = frozenset({"feed.size"})
 
     def __init__(self, context: MethodContext):
-        self._stages = context.recipe.section(ImageSizeConfig).curriculum
+        self._curriculum = Curriculum(context.recipe.section(ImageSizeConfig).curriculum)
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
         config = recipe.section(ImageSizeConfig)
-        if config.stages is not None and (found := _stage_problems(config.stages)):
-            return found
+        if config.stages is not None and (found := stage_problem(config.stages)):
+            return [f"image_size.stages: {found}"]
         sizes, switches, model_size = config.sizes, list(config.switch_epochs), recipe.model_size
         exponential = config.stages is None and config.growth == "exponential"
         return messages({
@@ -79,27 +79,7 @@ class ImageSize(Method):
         return recipe.section(ImageSizeConfig).curriculum
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
-        # The epoch is a float. A tolerance of 1e-9 epochs is less than one image.
-        progress = replace(progress, epoch=progress.epoch + 1e-9)
-        left = (stage for stage in self._stages if stage.until is None or stage.until.fraction_done(progress) < 1)
-        return replace(plan, feed=replace(plan.feed, size=next(left).size))
+        return replace(plan, feed=replace(plan.feed, size=self._curriculum.size(progress)))
 
     def changes(self) -> Sequence[Length]:
-        return [stage.until for stage in self._stages if stage.until is not None]
-
-
-def _stage_problems(stages: Sequence[Stage]) -> list[str]:
-    """Errors in the ends of a curriculum's stages."""
-    ends = [stage.until for stage in stages[:-1] if stage.until is not None]
-    if not stages or len(ends) < len(stages) - 1 or stages[-1].until is not None:
-        return [
-            f"image_size.stages: got {', '.join(map(str, stages)) or 'none'}; expected an end for each stage except "
-            "the last, as in 32px until 10%, 64px until 30%, 224px"
-        ]
-    if ends and not ends[0].value:
-        return [f"image_size.stages: the stage {stages[0]} is empty; remove it"]
-    return [
-        f"image_size.stages: {after} does not come after {before}; expected increasing ends"
-        for before, after in pairwise(ends)
-        if after.kind == before.kind and after.value <= before.value
-    ]
+        return self._curriculum.changes

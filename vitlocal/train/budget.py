@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replacing
 from vitlocal.progress import Length, Position, Progress
 
@@ -255,6 +256,100 @@ class Clock:
         self.flops, self._step_flops = state["flops"], state["step_flops"]
         self._batch, self._reached = state["batch"], state["reached"]
         self.reserve_seconds, self._schedule_began = state["reserve_seconds"], state["schedule_began"]
+
+
+class Budget:
+    """A budget for a training loop of your own.
+
+        budget = Budget("24h")
+        while not budget.over:
+            train_step(lr=schedule(budget.fraction))
+            budget.step(len(images))
+            if time_to_evaluate:
+                with budget.pause():
+                    evaluate()
+
+    The length is a time (``24h``, ``30m``, ``45s``), or ``90ep``, ``5000steps`` or ``3PF``. A time runs from the
+    construction, or from a state that was loaded, except in :meth:`pause`. It is over when less than half a step is
+    left, so that it ends at the step whose end is nearest to the deadline.
+
+    ``counts="cpu"`` counts processor time. With several processes of torch.distributed, all have the time of rank 0.
+    Raises ConfigError for a wrong length, and for epochs without ``images_per_epoch``.
+    """
+
+    def __init__(
+        self, length: Length | str, *, images_per_epoch: int | None = None, counts: str = "train",
+        now: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        try:
+            found = Length.parse(length) if isinstance(length, str) else length
+        except ValueError as error:
+            raise ConfigError(f"budget: got {length!r}, expected {error}") from None
+        if found.kind == "fraction" or not found.value:
+            raise ConfigError(f"budget: got {found}, expected a length above 0: 24h, 90ep, 5000steps or 3PF")
+        if found.kind == "epochs" and not images_per_epoch:
+            raise ConfigError(f"budget: {found} needs images_per_epoch, such as loader.num_samples")
+        if counts not in ("train", "cpu"):
+            raise ConfigError(f"counts: got {counts!r}, expected train or cpu")
+        self._clock = Clock(found, counts, images_per_epoch or sys.maxsize, now)
+        self._clock.start()
+        self._share_time()
+
+    @property
+    def length(self) -> Length:
+        return self._clock.length
+
+    @property
+    def progress(self) -> Progress:
+        """The progress in every unit: for a :class:`vitlocal.Curriculum` and a :class:`vitlocal.LRSchedule`."""
+        return self._clock.progress
+
+    @property
+    def spent(self) -> float:
+        """How much is spent, in the unit of the length: seconds, epochs, steps or FLOPs."""
+        return self.length.elapsed(self.progress)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction that is spent, from 0 to 1."""
+        return min(1.0, self.progress.fraction)
+
+    @property
+    def over(self) -> bool:
+        return self._clock.spent
+
+    def step(self, images: int, flops: float = 0.0) -> None:
+        """Counts a training step over ``images`` images of all processes. ``flops`` are those of the step."""
+        self._clock.record_step(images, flops)
+        self._share_time()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context that does not count, such as an evaluation. Steps are not counted in it."""
+        with self._clock.timer.paused():
+            yield
+        self._clock.start()  # the next step is timed from here
+        self._share_time()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"length": str(self.length), **self._clock.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues a budget. It may have another length in the same unit; the fraction never decreases."""
+        if (was := Length.parse(state["length"])).kind != self.length.kind:
+            raise ConfigError(f"budget: the state counts {was.kind} ({was}), this budget {self.length.kind}")
+        self._clock.load_state_dict(state)
+        self._share_time()
+
+    def _share_time(self) -> None:
+        """All processes get rank 0's time, so that none of them stops alone. One small message for each step."""
+        distributed = getattr(sys.modules.get("torch"), "distributed", None)  # if the program uses it
+        if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+            return
+        if self.length.kind == "seconds" and distributed.get_world_size() > 1:
+            box = [self._clock.local_time]
+            distributed.broadcast_object_list(box, 0)
+            self._clock.synced = box[0]
 
 
 # --- the journal ------------------------------------------------------------------------------------------------------
