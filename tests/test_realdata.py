@@ -1,18 +1,14 @@
-"""Real photos, if available: VITLOCAL_REALDATA names a folder that holds imagenet-photos-500.tar.
-
-The archive has photos of ImageNet in a folder for each class (CLASS/NAME.JPEG, perhaps within others); some are enough.
-"""
+"""Crops of real photos from stored files and from the originals."""
 
 from __future__ import annotations
 
-import os
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from native_loader import native
+from photos import PHOTOS, unpack_photos
 
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import load_manifest
@@ -22,7 +18,6 @@ from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.write_options import WriteOptions
 
-PHOTOS = Path(os.environ.get("VITLOCAL_REALDATA", "")) / "imagenet-photos-500.tar"
 COUNT = 24
 
 pytestmark = [
@@ -35,15 +30,9 @@ pytestmark = [
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the default files of some photos, one for each class, in both splits."""
     root = tmp_path_factory.mktemp("photos")
-    with tarfile.open(PHOTOS) as archive:
-        members = [member for member in archive if member.isfile() and member.name.lower().endswith((".jpeg", ".jpg"))]
-        for member in members[:: max(1, len(members) // COUNT)][:COUNT]:
-            for split in ("train", "val"):
-                path = root / "source" / split / Path(member.name).parent.name / Path(member.name).name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(archive.extractfile(member).read())
+    source = unpack_photos(root / "source", COUNT)
     for split in ("train", "val"):
-        write(WriteOptions(split, str(root / "source"), str(root / "data"), workers=1), progress=False)
+        write(WriteOptions(split, str(source), str(root / "data"), workers=1), progress=False)
     return root / "data"
 
 
