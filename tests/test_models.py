@@ -16,6 +16,8 @@ from vitlocal.models.lffn import LocalFFNViT
 
 FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
 
+RATES = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "drop_path_rate")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -152,7 +154,9 @@ def test_initial_weights():
     [
         (dict(global_pool="map"), ("global_pool='map'", "'token', 'avg'")),
         (dict(pool="avg", global_pool="token"), ("global_pool='token'", "has no class token")),
-        (dict(drop_rate=1.0), ("drop_rate=1.0", "< 1")),
+        *((dict.fromkeys([rate], 1.0), (f"{rate}=1.0", "< 1")) for rate in RATES),
+        (dict(init_values=0.0), ("init_values=0.0", "a positive number, or None")),
+        (dict(class_token="no"), ("class_token='no'", "true, false or None")),
         (dict(patch_sise=8), ("patch_sise", "Did you mean patch_size?")),
         (dict(pool="max"), ("pool='max'", "token, avg")),
         (dict(activation="relu"), ("activation='relu'", "h_swish, gelu")),
@@ -162,7 +166,6 @@ def test_initial_weights():
         (dict(qkv_bias=1), ("qkv_bias=1", "true or false")),
         (dict(depth=0), ("depth=0", "at least 1")),
         (dict(embed_dim=33), ("embed_dim=33", "num_heads=2", "multiple of 2")),
-        (dict(drop_path_rate=1.0), ("drop_path_rate=1.0", "< 1")),
         (dict(mlp_ratio=0), ("mlp_ratio=0", "positive")),
         (dict(img_size=100), ("100x100", "16x16", "use 96x96")),
         (dict(img_size=(32, 32, 32)), ("img_size=(32, 32, 32)", "height and width")),

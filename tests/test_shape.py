@@ -263,8 +263,9 @@ def test_sources_of_new_blocks():
     assert deepen((0, 7, 2), 3, 8) == ((0, 7, 2), ())
 
 
-def test_inactive_blocks_and_copies_of_blocks():
-    model, images = small_model().train(), some_images()
+@pytest.mark.parametrize("options", [{}, dict(init_values=0.5)])
+def test_inactive_blocks_and_copies_of_blocks(options: dict):
+    model, images = small_model(**options).train(), some_images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     order, pairs = deepen((0, 1), 4, 4)
     start = Shape(block_order=(0, 1))
@@ -289,12 +290,16 @@ def test_inactive_blocks_and_copies_of_blocks():
     assert torch.equal(model(images), two)
 
 
-def test_exported_state_dict_is_that_of_a_smaller_model():
+@pytest.mark.parametrize("options", [{}, dict(init_values=0.5)])
+def test_exported_state_dict_is_that_of_a_smaller_model(options: dict):
     """A model with only the active blocks, renumbered, gives the same logits."""
-    model, images = small_model(), some_images()
+    model, images = small_model(**options), some_images()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gamma"):
+            nn.init.normal_(parameter)
     for order in ((0, 2, 1), (3,), (1, 3, 2, 0)):
         set_shape(model, Shape(block_order=order))
-        plain = small_model(depth=len(order))
+        plain = small_model(depth=len(order), **options)
         plain.load_state_dict(exported_state_dict(model))
         torch.testing.assert_close(plain(images), model(images))
 

@@ -129,6 +129,34 @@ def test_gradient_checkpointing_changes_only_memory(configure, name: str):
     assert held(again) < 0.7 * held(kept)
 
 
+@pytest.mark.parametrize("drop_path", [0, 0.3])
+def test_dropout_has_keys(configure, drop_path: float):
+    """A step after a restart draws what it drew before, and a recomputed block what it drew at first."""
+    step = a_step(configure, f"--model.drop_path={drop_path}")
+    rates = dict(drop_rate=0.2, proj_drop_rate=0.2, attn_drop_rate=0.2, patch_drop_rate=0.2)
+    model = step.model
+    dropping = type(model)(
+        img_size=24, patch_size=model.patch_embed.patch_size[0], embed_dim=model.embed_dim, depth=len(model.blocks),
+        num_heads=model.blocks[0].attn.num_heads, num_classes=CLASSES, drop_path_rate=float(drop_path), **rates,
+    )  # fmt: skip
+    dropping.load_state_dict(model.state_dict())
+    step.model = step._objective.model = dropping
+
+    def gradients(number: int) -> list[torch.Tensor]:
+        dropping.zero_grad()
+        step._gradients(a_batch(12), number, EAGER)
+        return [parameter.grad for parameter in dropping.parameters()]
+
+    first, other = gradients(1), gradients(2)
+    torch.rand(3)  # a restarted process has drawn other numbers
+    again = gradients(1)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first[3:4], other[3:4]))
+    dropping.set_grad_checkpointing()
+    for one, recomputed in zip(first, gradients(1), strict=True):
+        torch.testing.assert_close(one, recomputed, rtol=0, atol=1e-8)
+
+
 def test_warm_up_leaves_no_trace(configure):
     step = a_step(configure, "--model.name=vitlocal_localvit_tiny_patch8_64", "--model.heads=2", "--train.compile=yes")
     step._compiler._objectives[False] = step._ddp  # the compiler's part is tested above

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from narrow_models import NARROW
+from narrow_models import NARROW, narrow
 from timm.models import save_for_hf
 
 from vitlocal.models.factory import build_model, export_model
 from vitlocal.models.positions import _cached_matrix
+from vitlocal.models.shape import set_shape
+from vitlocal.models.token_selection import drop_patches
+from vitlocal.plan import Shape
 
 OURS, DEIT, LOCALVIT = (f"vitlocal_{family}tiny_patch16_224" for family in ("", "deit_", "localvit_"))
 PRUNED = dict(token_keep_rate=0.5, attention_keep_rate=0.5, pruned_blocks=(0, 1))
@@ -132,33 +135,207 @@ def test_models_take_the_arguments_of_timms_scripts(name, script):
     assert torch.equal(model.eval()(images), model(images))
 
 
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_intermediate_outputs_are_those_of_timms_deit(pool):
-    options = dict(embed_dim=32, depth=3, num_heads=2, img_size=64)
+def deits(pool: str, **options) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Builds our DeiT and timm's, narrow and with the same random weights."""
+    options = dict(embed_dim=32, depth=3, num_heads=2) | options
     theirs = timm.create_model(
         "deit_tiny_patch16_224", class_token=pool == "token", global_pool=pool, fc_norm=False, **options
     )
     ours = timm.create_model(DEIT, pool=pool, **options)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
     ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_intermediate_outputs_are_those_of_timms_deit(pool):
+    ours, theirs = deits(pool, img_size=64)
     theirs.eval(), ours.eval()
     images = torch.randn(2, 3, 64, 64)
     for arguments in (
         dict(), dict(indices=2, norm=True), dict(indices=[0, -1], output_fmt="NLC", return_prefix_tokens=True),
         dict(indices=[1], stop_early=True), dict(indices=[1], intermediates_only=True),
+        dict(output_dict=True), dict(output_dict=True, return_prefix_tokens=True, intermediates_only=True),
     ):  # fmt: skip
         mine, expected = (model.forward_intermediates(images, **arguments) for model in (ours, theirs))
         torch.testing.assert_close(mine, expected)
     torch.testing.assert_close(
         ours.get_intermediate_layers(images, 2, reshape=True), theirs.get_intermediate_layers(images, 2, reshape=True)
     )
-    layers = timm.create_model(OURS, pool=pool, features_only=True, out_indices=(0, -1), **options)
-    assert layers.feature_info.channels() == [32, 32] and layers.feature_info.reduction() == [16, 16]
-    assert [tuple(layer.shape) for layer in layers(images)] == [(2, 32, 4, 4)] * 2
-    pruned = timm.create_model(OURS, **(options | PRUNED))
     with pytest.raises(ValueError, match="drops tokens"):
-        pruned.forward_intermediates(images)
-    with pytest.raises(ValueError, match=r"patch_size=8: expected \(16, 16\)"):
-        ours.set_input_size(patch_size=8)
+        narrow(OURS, **PRUNED).forward_intermediates(images)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("sizes", [dict(img_size=(96, 64)), dict(patch_size=8), dict(img_size=60, patch_size=(12, 12))])
+def test_sizes_are_set_as_in_timms_deit(pool, sizes):
+    ours, theirs = deits(pool, img_size=64)
+    for model in (ours, theirs):
+        model.set_input_size(**sizes)
+    assert ours.patch_embed.grid_size == theirs.patch_embed.grid_size
+    assert ours.patch_embed.patch_size == theirs.patch_embed.patch_size
+    images = torch.randn(2, 3, *(side * ours.patch_embed.patch_size[0] for side in ours.patch_embed.grid_size))
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+    assert {info["reduction"] for info in ours.feature_info} == {ours.patch_embed.patch_size[0]}
+
+
+def test_sizes_that_do_not_fit_change_nothing():
+    model = narrow(img_size=64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"patch_size=\(8, 16\): expected a square patch"):
+        model.set_input_size(patch_size=(8, 16))
+    with pytest.raises(ValueError, match=r"64x64: the patch of 12x12 pixels must divide it; use 60x60"):
+        model.set_input_size(patch_size=12)
+    assert model.patch_embed.grid_size == (4, 4) and model.patch_embed.patch_size == (16, 16)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(drop_rate=0.5), dict(proj_drop_rate=0.3), dict(attn_drop_rate=0.3), dict(patch_drop_rate=0.4),
+        dict(init_values=0.5), dict(drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, patch_drop_rate=0.1),
+    ],
+)  # fmt: skip
+def test_rates_and_layer_scale_are_those_of_timms_deit(options, pool):
+    """Training drops the same units as timm's model, because both draw the same numbers in the same order."""
+    ours, theirs = deits(pool, **options)
+    plain, _ = deits(pool)
+    plain.load_state_dict(ours.state_dict(), strict=False)
+    images = torch.randn(2, 3, 224, 224)
+    found = []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        found.append(model.train()(images))
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], plain.train()(images), rtol=1e-3)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("name", [OURS, LOCALVIT])
+@pytest.mark.parametrize("rate", ["drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate"])
+def test_rates_of_other_families(name, rate):
+    if (name, rate) == (LOCALVIT, "patch_drop_rate"):
+        with pytest.raises(ValueError, match=r"patch_drop_rate=0\.5: expected none, because LocalViT's convolutions"):
+            narrow(name, **{rate: 0.5})
+        return
+    model, images = narrow(name, **{rate: 0.5}), torch.randn(2, 3, 64, 64)
+    outputs, counts = [], []
+    model.blocks[0].mlp.drop.register_forward_hook(lambda _, inputs, output: counts.append(inputs[0].numel()))
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(model(images))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2])
+    tokens = 2 * (8 if rate == "patch_drop_rate" else 16)
+    assert counts == [tokens * 128, tokens * 32] * 3  # hidden units, then the part's outputs
+    plain = narrow(name).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images), plain(images))
+
+
+@pytest.mark.parametrize("name", [OURS, LOCALVIT])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_layer_scale_multiplies_both_branches(name, pool):
+    """As the weights that write the branches do: a factor in either place gives the same outputs."""
+    model, images = narrow(name, pool=pool, init_values=0.5).eval(), torch.randn(2, 3, 64, 64)
+    plain = narrow(name, pool=pool).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        for block, other in zip(model.blocks, plain.blocks, strict=True):
+            for scale, layers in (
+                (block.ls1.gamma, [other.attn.proj]),
+                (block.ls2.gamma, [other.mlp.bn3 if name == LOCALVIT else other.mlp.fc2]),
+            ):
+                assert torch.equal(scale, torch.full((32,), 0.5))
+                scale.normal_()
+                for parameter in layers[0].parameters():
+                    parameter.mul_(scale.view(-1, *[1] * (parameter.ndim - 1)))
+    torch.testing.assert_close(model(images), plain(images))
+
+
+def test_patch_dropout_keeps_places_in_the_grid():
+    tokens = torch.randn(2, 17, 32)
+    torch.manual_seed(1)
+    kept, remaining = drop_patches(tokens, 0.4, 1)
+    torch.manual_seed(1)
+    expected, indices = timm.layers.PatchDropoutWithIndices(0.4, 1)(tokens)
+    assert torch.equal(kept, expected) and torch.equal(remaining.indices, indices) and kept.shape[1] == 1 + 9
+    block = narrow(OURS).blocks[0].eval()  # its convolution reads dropped patches as 0, whatever the order
+    order = torch.randperm(9)
+    shuffled = torch.cat([kept[:, :1], kept[:, 1:][:, order]], dim=1)
+    first, second = (
+        block.feed_forward(some, (4, 4), None, places)
+        for some, places in ((kept, indices), (shuffled, indices[:, order]))
+    )
+    torch.testing.assert_close(first[:, 1:][:, order], second[:, 1:])
+    model, images = narrow(OURS, patch_drop_rate=0.4), torch.randn(2, 3, 64, 64)
+    assert model.forward_features(images).shape == (2, 10, 32)
+    with pytest.raises(ValueError, match=r"patch_drop_rate=0\.4 drops tokens in training.* call model\.eval\(\)"):
+        model.forward_intermediates(images)
+    assert model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)[0].shape == (2, 9, 32)
+    assert model.eval().forward_features(images).shape == (2, 17, 32)
+
+
+def test_class_token():
+    torch.manual_seed(0)
+    without = narrow(class_token=False)
+    torch.manual_seed(0)
+    average = narrow(pool="avg")
+    assert without.num_prefix_tokens == 0 and without.global_pool == "avg"
+    assert all(map(torch.equal, without.state_dict().values(), average.state_dict().values()))
+    assert narrow(class_token=True).num_prefix_tokens == narrow(class_token=True, global_pool="avg").num_prefix_tokens
+    for options, expected in ((dict(pool="avg"), False), (dict(pool="token"), True)):
+        with pytest.raises(ValueError, match=rf"class_token={not expected}: expected {expected} with pool="):
+            narrow(class_token=not expected, **options)
+    with pytest.raises(ValueError, match="global_pool='token'.*has no class token"):
+        narrow(class_token=False, global_pool="token")
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize(
+    "arguments", [dict(indices=[0, -2]), dict(indices=2), dict(indices=[0], prune_norm=True, prune_head=False)]
+)
+def test_blocks_are_pruned_as_in_timms_deit(arguments, pool, tmp_path):
+    ours, theirs = deits(pool, img_size=64, drop_path_rate=0.2)
+    kept, expected = (model.eval().prune_intermediate_layers(**arguments) for model in (ours, theirs))
+    assert kept == expected and len(ours.blocks) == len(theirs.blocks)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert ours.drop_path_rates.tolist() == pytest.approx([0, 0.1, 0.2][: len(ours.blocks)])
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images))
+    torch.testing.assert_close(ours.forward_intermediates(images, kept), theirs.forward_intermediates(images, kept))
+    if hasattr(timm.models, "get_model_args") and not arguments.get("prune_norm"):
+        ours.reset_classifier(7, "avg")
+        save_for_hf(ours, tmp_path, safe_serialization=True)
+        torch.testing.assert_close(load(tmp_path)(images), ours(images))
+
+
+def test_blocks_that_cannot_be_pruned_or_read_are_refused():
+    model = narrow(depth=3)
+    set_shape(model, Shape(block_order=(0, 2)))
+    with pytest.raises(ValueError, match=r"runs the blocks \(0, 2\) of 3; export it"):
+        model.prune_intermediate_layers()
+    with pytest.raises(AssertionError, match="feature index 9 is out of range"):
+        narrow(features_only=True, num_classes=None, out_indices=(0, 9))
+    with pytest.raises(ValueError, match="feature_cls='fx': expected getter or hook"):
+        narrow(features_only=True, num_classes=None, feature_cls="fx")
+
+
+@pytest.mark.parametrize("name", [OURS, DEIT, LOCALVIT])
+def test_features_only(name):
+    images = torch.randn(2, 3, 64, 64)
+    for out_indices, kept in ((1, 3), ((0, -2), 2), ([0], 1)):
+        layers = timm.create_model(name, features_only=True, out_indices=out_indices, **(NARROW | dict(depth=3)))
+        assert len(layers.model.blocks) == kept and layers.model.num_classes == 0
+        count = out_indices if isinstance(out_indices, int) else len(out_indices)
+        assert layers.feature_info.channels() == [32] * count and layers.feature_info.reduction() == [16] * count
+        assert [tuple(layer.shape) for layer in layers(images)] == [(2, 32, 4, 4)] * count
+    hooked = timm.create_model(name, features_only=True, feature_cls="hook", out_indices=(0, 1), **NARROW)
+    assert [tuple(layer.shape) for layer in hooked(images)] == [(2, 17, 32)] * 2
+    assert narrow(name).default_cfg["license"] == "mit"
 
 
 def test_a_script_knows_our_models(tmp_path, monkeypatch, capsys):

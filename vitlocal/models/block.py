@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
@@ -34,13 +35,19 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The sizes and options of a block: width D, heads, hidden width of the feed-forward part."""
+    """The sizes and options of a block: width D, heads, hidden width of the feed-forward part.
+
+    ``proj_drop``, ``attn_drop``: dropout rates. ``init_values``: initial factors of LayerScale; None: no LayerScale.
+    """
 
     dim: int
     num_heads: int
     hidden: int
     qkv_bias: bool
     activation: str
+    proj_drop: float = 0.0
+    attn_drop: float = 0.0
+    init_values: float | None = None
 
 
 def linear_slice(layer: nn.Linear, inputs: Tensor, rows: int | None = None) -> Tensor:
@@ -65,11 +72,14 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, T, D). The first ``active_heads`` heads run."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.num_heads = self.active_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        dim = shape.dim
+        self.num_heads = self.active_heads = shape.num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=shape.qkv_bias)
+        self.attn_drop = nn.Dropout(shape.attn_drop)
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(shape.proj_drop)
 
     def project_qkv(self, tokens: Tensor, parts: slice = slice(3)) -> tuple[Tensor, ...]:
         """Returns queries, keys and values (or the ``parts`` of these) of the active heads, (B, M, T, d) each."""
@@ -87,15 +97,16 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""
         query, key, value = self.project_qkv(tokens)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, M, T, d)
-        return linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))
+        rate = self.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)  # (B, M, T, d)
+        return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2)))
 
     def forward_with_weights(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns :meth:`forward`'s result and the attention of each head, (B, M, T, T). Slower than forward."""
+        """Returns :meth:`forward`'s result and each head's attention before dropout, (B, M, T, T). Slower."""
         query, key, value = self.project_qkv(tokens)
         attention = attention_weights(query, key, mask)
-        mixed = attention.to(value.dtype) @ value
-        return linear_slice(self.proj, mixed.transpose(1, 2).flatten(2)), attention
+        mixed = self.attn_drop(attention.to(value.dtype)) @ value
+        return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))), attention
 
     def patch_attention(self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> Tensor:
         """Returns the class token's attention to each patch, averaged over heads: (B, N).
@@ -113,16 +124,22 @@ def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
 
 
+def layer_scale(shape: BlockShape) -> nn.Module:
+    """Returns LayerScale, learned factors of a branch (Touvron et al. 2021, arXiv 2103.17239), or the identity."""
+    return nn.Identity() if shape.init_values is None else LayerScale(shape.dim, shape.init_values)
+
+
 class Block(nn.Module):
     """Attention with its norm and residual. Each family adds its feed-forward part."""
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(shape.dim, eps=1e-6)
-        self.attn = Attention(shape.dim, shape.num_heads, shape.qkv_bias)
+        self.attn = Attention(shape)
+        self.ls1, self.ls2 = layer_scale(shape), layer_scale(shape)
 
     def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        """Applies the feed-forward part with its norm and residual: (B, T, D) -> (B, T, D).
+        """Applies the feed-forward part with its norm, ``ls2`` and residual: (B, T, D) -> (B, T, D).
 
         ``kept`` (B, n): the indices in the grid of the patch tokens; None: all are there.
         """
@@ -133,7 +150,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps the branch."""
         attention_scale, feed_forward_scale = scales
-        tokens = add_branch(tokens, self.attn(self.norm1(tokens), remaining.mask), attention_scale)
+        tokens = add_branch(tokens, self.ls1(self.attn(self.norm1(tokens), remaining.mask)), attention_scale)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
 
     def forward_pruned(
@@ -143,6 +160,6 @@ class Block(nn.Module):
         attention_scale, feed_forward_scale = scales
         num_prefix_tokens = count_prefix_tokens(tokens, grid, remaining.indices)
         branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask)
-        tokens = add_branch(tokens, branch, attention_scale)
+        tokens = add_branch(tokens, self.ls1(branch), attention_scale)
         tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining

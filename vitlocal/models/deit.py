@@ -25,13 +25,14 @@ class FeedForward(nn.Module):
         self.activation = shape.activation
         self.fc1 = nn.Linear(shape.dim, shape.hidden)
         self.fc2 = nn.Linear(shape.hidden, shape.dim)
+        self.drop = nn.Dropout(shape.proj_drop)
 
     def hidden_units(self, tokens: Tensor) -> Tensor:
         """Returns the active hidden units after the activation: (B, T, D) -> (B, T, C)."""
         return ACTIVATIONS[self.activation](linear_slice(self.fc1, tokens, rows=self.active_hidden))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return linear_slice(self.fc2, self.hidden_units(tokens))
+        return self.drop(linear_slice(self.fc2, self.drop(self.hidden_units(tokens))))
 
 
 class PlainBlock(Block):
@@ -43,7 +44,7 @@ class PlainBlock(Block):
         self.mlp = FeedForward(shape)
 
     def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        return add_branch(tokens, self.mlp(self.norm2(tokens)), scale)
+        return add_branch(tokens, self.ls2(self.mlp(self.norm2(tokens))), scale)
 
 
 class DeiT(VisionTransformer):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.models.block import Block, BlockShape, check_count
+from vitlocal.models.block import Block, BlockShape, check_count, check_option
 from vitlocal.models.local_mix import ACTIVATIONS, image_as_tokens, tokens_as_image
 from vitlocal.models.positions import Grid
 from vitlocal.models.timm_model import family_sizes, register_family
@@ -46,13 +46,14 @@ class ConvFeedForward(nn.Module):
         self.se = SqueezeExcitation(hidden, squeezed)
         self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(dim)
+        self.drop = nn.Dropout(shape.proj_drop)
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         act = ACTIVATIONS[self.activation]
         image = tokens_as_image(patches.contiguous(), grid)  # with a class token, this copies
         image = act(self.bn1(self.fc1(image)))  # (B, C, h, w)
-        image = self.se(act(self.bn2(self.conv(image))))
-        return image_as_tokens(self.bn3(self.fc2(image)))
+        image = self.drop(self.se(act(self.bn2(self.conv(image)))))
+        return self.drop(image_as_tokens(self.bn3(self.fc2(image))))
 
 
 class ConvBlock(Block):
@@ -67,7 +68,7 @@ class ConvBlock(Block):
 
     def feed_forward(self, tokens: Tensor, grid: Grid, scale: Tensor | None, kept: Tensor | None = None) -> Tensor:
         prefix, patches = tokens.tensor_split([tokens.shape[1] - grid[0] * grid[1]], dim=1)
-        return torch.cat([prefix, patches + self.mlp(patches, grid)], dim=1)
+        return torch.cat([prefix, patches + self.ls2(self.mlp(patches, grid))], dim=1)
 
 
 class LocalViT(VisionTransformer):
@@ -80,6 +81,9 @@ class LocalViT(VisionTransformer):
     def __init__(self, *, se_ratio: int | None = None, **options: Any) -> None:
         if se_ratio is not None:
             check_count("se_ratio", se_ratio)
+        whole = "none, because LocalViT's convolutions need the whole grid; or use a DeiT or local-FFN model"
+        for name in ("patch_drop_rate", "pruned_blocks"):
+            check_option(name, options.get(name), not options.get(name), whole)
         super().__init__(lambda shape: ConvBlock(shape, max(1, shape.hidden // (se_ratio or shape.dim))), **options)
 
 

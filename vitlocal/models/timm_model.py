@@ -7,9 +7,9 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import global_pool_nlc, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import check_count, check_option
+from vitlocal.models.block import check_choice, check_count, check_option
 from vitlocal.models.positions import center_window, resample_positions
 
 # timm passes these besides the model's options.
@@ -26,31 +26,110 @@ _TIMM_OPTIONS = {"pretrained_cfg", "pretrained_model_args", "cache_dir", "featur
 _ADAPTED = dict(first_conv="patch_embed.proj", classifier="head")  # timm fits their weights to in_chans and num_classes
 
 
-class TimmModel(nn.Module):
+def record_options(model: Any, **options: Any) -> None:
+    """Records ``options`` of a model that a method has changed, for timm's ``save_for_hf``."""
+    model._model_args = getattr(model, "_model_args", {}) | options
+
+
+class BlockOutputs(nn.Module):
+    """timm's methods that return the outputs of blocks, which ``features_only`` uses."""
+
+    norm: nn.Module  # after the blocks
+
+    def forward_intermediates(
+        self: Any, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
+        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:  # fmt: skip
+        """Returns the final tokens and a list of blocks' outputs, (B, D, h, w) or with "NLC" (B, N, D), as timm does.
+
+        ``indices``: of the blocks, or how many of the last; None: all. ``output_dict``: under timm's names instead.
+        """
+        check_option("output_fmt", output_fmt, output_fmt in ("NCHW", "NLC"), "NCHW or NLC")
+        if self.active.pruned_blocks:
+            raise ConfigError("forward_intermediates: this model drops tokens; create it with pruned_blocks=()")
+        if output_fmt == "NCHW" and self.training and self._patch_drop_rate:
+            raise ConfigError(
+                f"forward_intermediates: patch_drop_rate={self._patch_drop_rate} drops tokens in training, so no image "
+                "remains; call model.eval(), or use output_fmt=NLC"
+            )
+        taken, last = feature_take_indices(len(self.active.block_order), indices)
+        outputs: list[Tensor] = []
+        final = self._features(x, None, outputs=outputs, stop=last + 1 if stop_early or intermediates_only else None)[0]
+        found = [self.norm(outputs[index]) if norm else outputs[index] for index in taken]
+        layers: list[Any] = [tokens[:, self.num_prefix_tokens :] for tokens in found]
+        prefixes = [tokens[:, :1] for tokens in found] if return_prefix_tokens and self.num_prefix_tokens else []
+        if output_fmt == "NCHW":
+            window = center_window(self.patch_embed.grid_of(*x.shape[2:]), self.active.grid)
+            grid = [side.stop - side.start for side in window]
+            layers = [patches.mT.unflatten(2, grid).contiguous() for patches in layers]
+        if output_dict:
+            named = dict(image_intermediates=layers, image_intermediates_prefix=prefixes, image_features=final)
+            wanted = dict(image_intermediates_prefix=prefixes, image_features=not intermediates_only)
+            return {name: value for name, value in named.items() if wanted.get(name, True)}
+        if prefixes:
+            layers = list(zip(layers, prefixes, strict=True))
+        return layers if intermediates_only else (final, layers)
+
+    def get_intermediate_layers(self, x: Tensor, n: int | list[int] = 1, reshape: bool = False, **options: Any) -> Any:
+        """Returns the outputs of the blocks ``n``, or of the last ``n``: (B, N, D), or (B, D, h, w) to ``reshape``."""
+        output_fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, output_fmt=output_fmt, intermediates_only=True, **options)
+
+    def prune_intermediate_layers(
+        self: Any, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the blocks after the last of ``indices``; returns these, counted from 0.
+
+        ``prune_norm`` and ``prune_head`` remove the last norm, and the head with its pool.
+        """
+        if self.active.block_order != tuple(range(len(self.blocks))):
+            raise ConfigError(
+                f"prune_intermediate_layers: this model runs the blocks {self.active.block_order} of "
+                f"{len(self.blocks)}; export it, and prune the model that timm loads from there"
+            )
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        count = last + 1
+        self.blocks, self.drop_path_rates = self.blocks[:count], self.drop_path_rates[:count].clone()
+        pruned = tuple(place for place in self.active.pruned_blocks if place < count)
+        self.active = replace(self.active, block_order=tuple(range(count)), pruned_blocks=pruned)
+        record_options(self, depth=count)
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+
+class TimmModel(BlockOutputs):
     """A classifier whose ``forward`` is ``forward_head(forward_features(images))``. Subclasses set ``head``."""
 
     head: nn.Module
 
     def __init__(
-        self, num_classes: int, num_features: int, in_chans: int, pool: str, global_pool: str | None, drop_rate: float,
-        init: str,
+        self, num_classes: int, num_features: int, in_chans: int, pool: str | None, class_token: bool | None,
+        global_pool: str | None, drop_rate: float, init: str,
     ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = num_features
+        check_option("class_token", class_token, class_token in (None, True, False), "true, false or None")
+        if pool is None:
+            pool = "avg" if class_token is False else "token"
+        check_choice("pool", pool, ("token", "avg"))
+        agrees = class_token in (None, pool == "token")
+        check_option("class_token", class_token, agrees, f"{pool == 'token'} with pool={pool!r}; leave out one of both")
         self.num_prefix_tokens = int(pool == "token")
         self._set_pool(pool if global_pool is None else global_pool)
-        check_option("drop_rate", drop_rate, 0 <= drop_rate < 1, "0 <= rate < 1")
-        self._drop_rate = drop_rate
+        self._head_drop = nn.Dropout(drop_rate)
         self.grad_checkpointing = False
         self._init = init
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Returns logits (B, num_classes) for :meth:`forward_features`' tokens; with ``pre_logits`` their pool."""
         pooled = global_pool_nlc(tokens, self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
-        if self._drop_rate:
-            pooled = F.dropout(pooled, self._drop_rate, self.training)
+        pooled = self._head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self: Any, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -90,46 +169,21 @@ class TimmModel(nn.Module):
             self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
             init_linear(self.head, self._init)
 
-    def forward_intermediates(
-        self: Any, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False,
-        norm: bool = False, stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False,
-    ) -> Any:  # fmt: skip
-        """Returns the final tokens and a list of blocks' outputs, (B, D, h, w) or with "NLC" (B, N, D), as timm does.
-
-        ``indices``: of the blocks, or how many of the last; None: all.
-        """
-        check_option("output_fmt", output_fmt, output_fmt in ("NCHW", "NLC"), "NCHW or NLC")
-        if self.active.pruned_blocks:
-            raise ConfigError("forward_intermediates: this model drops tokens; create it with pruned_blocks=()")
-        taken, last = feature_take_indices(len(self.active.block_order), indices)
-        outputs: list[Tensor] = []
-        final = self._features(x, None, outputs=outputs, stop=last + 1 if stop_early or intermediates_only else None)[0]
-        found = [self.norm(outputs[index]) if norm else outputs[index] for index in taken]
-        layers: list[Any] = [tokens[:, self.num_prefix_tokens :] for tokens in found]
-        if output_fmt == "NCHW":
-            window = center_window(self.patch_embed.grid_of(*x.shape[2:]), self.active.grid)
-            grid = [side.stop - side.start for side in window]
-            layers = [patches.mT.unflatten(2, grid).contiguous() for patches in layers]
-        if return_prefix_tokens and self.num_prefix_tokens:
-            layers = [(patches, tokens[:, :1]) for patches, tokens in zip(layers, found, strict=True)]
-        return layers if intermediates_only else (final, layers)
-
-    def get_intermediate_layers(self, x: Tensor, n: int | list[int] = 1, reshape: bool = False, **options: Any) -> Any:
-        """Returns the outputs of the blocks ``n``, or of the last ``n``: (B, N, D), or (B, D, h, w) to ``reshape``."""
-        output_fmt = "NCHW" if reshape else "NLC"
-        return self.forward_intermediates(x, n, output_fmt=output_fmt, intermediates_only=True, **options)
-
     def set_input_size(self: Any, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
-        """Resamples the position table to the grid of ``img_size`` (px). The patches keep their size."""
-        embed = self.patch_embed
-        same = patch_size is None or to_2tuple(patch_size) == embed.patch_size
-        check_option("patch_size", patch_size, same, f"{embed.patch_size}, as it is; or create another model")
-        if img_size is not None:
-            grid = embed.grid_of(*to_2tuple(img_size))
-            table = resample_positions(self.pos_embed, embed.grid_size, grid).detach().clone()
-            self.pos_embed, embed.grid_size = nn.Parameter(table, self.pos_embed.requires_grad), grid
-            for record in ("_traits", "_model_args"):  # save_for_hf() reads these
-                setattr(self, record, getattr(self, record, {}) | {"img_size": to_2tuple(img_size)})
+        """Resamples the position table to the grid of ``img_size`` (px), and the first layer to ``patch_size``."""
+        embed, table = self.patch_embed, self.pos_embed
+        before, side = embed.grid_size, embed.patch_size[0]
+        patch = to_2tuple(side if patch_size is None else patch_size)
+        check_option("patch_size", patch_size, patch[0] == patch[1], "a square patch, such as 16")
+        size = [count * side for count in before] if img_size is None else to_2tuple(img_size)
+        embed.set_input_size(*size, patch[0])
+        if embed.grid_size != before:
+            resampled = resample_positions(table, before, embed.grid_size).detach()
+            self.pos_embed = nn.Parameter(resampled, table.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = patch[0]
+        self._traits = getattr(self, "_traits", {}) | {"img_size": tuple(size)}  # save_for_hf() reads this
+        record_options(self, img_size=tuple(size), patch_size=patch[0])
 
     def _set_pool(self, global_pool: str) -> None:
         choices = ("token",) * self.num_prefix_tokens + ("avg", "max", "avgmax", "")
@@ -166,7 +220,7 @@ def register_family(family: type[TimmModel], prefix: str, sizes: Mapping[str, Ma
         name: dict(
             input_size=(3, defaults.get("img_size", 224), defaults.get("img_size", 224)), num_classes=1000,
             crop_pct=0.875, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-            **_ADAPTED,
+            license="mit", **_ADAPTED,
         )
         for name, defaults in models.items()
     }  # fmt: skip
@@ -185,6 +239,9 @@ def _entry_point(family: type[TimmModel], name: str, defaults: Mapping[str, Any]
         overlay = _ADAPTED | (options.pop("pretrained_cfg_overlay", None) or {})  # older runs do not name these parts
         features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
         options.pop("dynamic_img_size", None)  # all our models take images of any size
+        feature_cls = options.get("feature_cls", "getter")
+        chain = "getter or hook, because the blocks of our models are not a chain that other classes can cut or trace"
+        check_option("feature_cls", feature_cls, feature_cls in ("getter", "hook"), chain)
         unknown = [option for option in options if option not in known and option not in _TIMM_OPTIONS]
         if unknown:
             similar = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)

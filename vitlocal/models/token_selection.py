@@ -1,5 +1,7 @@
 """Fewer tokens and fewer connections, chosen by attention (Kong et al. 2023, arXiv 2211.10801; code Tri-Level-ViT).
 
+Patch dropout keeps random tokens instead.
+
 Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (0 or 1), n kept patch tokens, G masks.
 """
 
@@ -44,6 +46,18 @@ def scatter_tokens(tokens: Tensor, indices: Tensor, count: int) -> Tensor:
     """Puts patch tokens (B, n, C) at their ``indices`` among ``count``, and zeros elsewhere: (B, count, C)."""
     whole = tokens.new_zeros(tokens.shape[0], count, tokens.shape[2])
     return whole.scatter(1, indices[..., None].expand(-1, -1, tokens.shape[2]), tokens)
+
+
+def drop_patches(tokens: Tensor, rate: float, num_prefix_tokens: int) -> tuple[Tensor, RemainingTokens]:
+    """Drops the fraction ``rate`` of each image's patch tokens, at random (Li et al. 2022, arXiv 2212.00794).
+
+    As timm's ``PatchDropout``, with the same random numbers: those of PyTorch. The tokens that remain lose their order.
+    """
+    count = tokens.shape[1] - num_prefix_tokens
+    keep = max(1, int(count * (1 - rate)))
+    indices = torch.randn(tokens.shape[0], count, device=tokens.device).argsort(dim=1)[:, :keep]  # (B, keep)
+    patches = gather_tokens(tokens[:, num_prefix_tokens:], indices)
+    return torch.cat([tokens[:, :num_prefix_tokens], patches], dim=1), RemainingTokens(indices)
 
 
 def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,7 @@ from vitlocal.models.block import Block, BlockShape, check_choice, check_count, 
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.timm_model import TimmModel, init_linear
-from vitlocal.models.token_selection import ALL_TOKENS
+from vitlocal.models.token_selection import ALL_TOKENS, drop_patches
 from vitlocal.plan import Shape, StageEmbedding
 
 
@@ -37,15 +38,24 @@ class PatchEmbed(nn.Module):
         self.grid_size = self.grid_of(*img_size)  # (H, W)
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)  # only its weights are used
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the token grid of images of this size; :class:`ConfigError` unless the patch divides it."""
-        patch = self.patch_size[0]
+    def grid_of(self, height: int, width: int, patch: int | None = None) -> tuple[int, int]:
+        """Returns the token grid of images of this size; :class:`ConfigError` unless the ``patch`` divides it."""
+        patch = patch or self.patch_size[0]
         if height % patch or width % patch or not height or not width:
             nearest = "x".join(str(max(patch, round(side / patch) * patch)) for side in (height, width))
             text = f"the patch of {patch}x{patch} pixels must divide it; use {nearest}, or another patch_size"
             raise ConfigError(f"image size {height}x{width}: {text}")
         # While compiling, sizes may be symbols. index() makes them constants, as the matrix of each grid is.
         return operator.index(height // patch), operator.index(width // patch)
+
+    @torch.no_grad()
+    def set_input_size(self, height: int, width: int, patch: int) -> None:
+        """Sets the sizes of images and patches, px. The weights are resampled as in timm (arXiv 2212.08013)."""
+        self.grid_size = self.grid_of(height, width, patch)  # raises before anything changes
+        if patch != self.patch_size[0]:
+            weight = self.proj.weight
+            self.proj.weight = nn.Parameter(resample_patch_embed(weight, [patch, patch]), weight.requires_grad)
+            self.patch_size = self.proj.kernel_size = self.proj.stride = (patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
@@ -69,10 +79,16 @@ class VisionTransformer(TimmModel):
       resample the table inside the forward pass, so that all entries keep their gradient and optimizer state.
     - ``mlp_ratio``: hidden width of the feed-forward part, in widths.
     - ``activation``: "h_swish", x·relu6(x + 3)/6, or "gelu".
-    - ``pool``: "token" reads the class token. "avg" has no class token, and reads the mean of the patch tokens.
+    - ``pool``: "token" reads the class token. "avg" has no class token, and reads the mean of the patch tokens. None:
+      "token", unless ``class_token`` is False.
+    - ``class_token``: timm's name for whether there is a class token. None: as ``pool``.
     - ``global_pool``: timm's name for what the head reads: "token", "avg", "max", "avgmax", or "" for all tokens. None:
       as ``pool``. It leaves the class token as it is.
     - ``drop_rate``: dropout before the head.
+    - ``proj_drop_rate``: dropout of the feed-forward part's hidden units, and of the outputs of both parts of a block.
+    - ``attn_drop_rate``: dropout of attention weights.
+    - ``patch_drop_rate``: fraction of the patch tokens that training drops at random, before the blocks.
+    - ``init_values``: initial factors of LayerScale, on both branches of each block. None: no LayerScale.
     - ``drop_path_rate``: drop path of the last block. It rises linearly from 0 at the first.
     - ``train_pos_embed``: False freezes the position table, which is the effect of the released code.
     - ``pos_embed_init``: the table starts "random", see ``init``, or "sincos", see :func:`sincos_table`.
@@ -102,9 +118,14 @@ class VisionTransformer(TimmModel):
         mlp_ratio: float = 4,
         qkv_bias: bool = True,
         activation: str = "h_swish",
-        pool: str = "token",
+        pool: str | None = None,
+        class_token: bool | None = None,
         global_pool: str | None = None,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        init_values: float | None = None,
         drop_path_rate: float = 0.0,
         train_pos_embed: bool = True,
         init: str = "trunc_normal",
@@ -122,11 +143,17 @@ class VisionTransformer(TimmModel):
         for name, flag in dict(qkv_bias=qkv_bias, train_pos_embed=train_pos_embed).items():
             check_option(name, flag, isinstance(flag, bool), "true or false")  # the string "false" would count as true
         check_choice("activation", activation, tuple(ACTIVATIONS))
-        check_choice("pool", pool, ("token", "avg"))
-        super().__init__(num_classes, embed_dim, in_chans, pool, global_pool, drop_rate, init)
+        rates = dict(
+            drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate,
+            patch_drop_rate=patch_drop_rate, drop_path_rate=drop_path_rate,
+        )  # fmt: skip
+        for name, rate in rates.items():
+            check_option(name, rate, 0 <= rate < 1, "0 <= rate < 1")
+        scales = init_values is None or init_values > 0
+        check_option("init_values", init_values, scales, "a positive number, or None for no LayerScale")
+        super().__init__(num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init)
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
-        check_option("drop_path_rate", drop_path_rate, 0 <= drop_path_rate < 1, "0 <= rate < 1")
         hidden = int(embed_dim * mlp_ratio)
         check_option("mlp_ratio", mlp_ratio, hidden >= 1, "a positive number")
         sides: Any = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -137,13 +164,15 @@ class VisionTransformer(TimmModel):
         check_option("embed_dim", embed_dim, embed_dim % num_heads == 0, of_heads)
 
         self.drop_path_rate = drop_path_rate
-        self._pos_embed_init = pos_embed_init
+        self._pos_embed_init, self._patch_drop_rate = pos_embed_init, patch_drop_rate
+        self._drops_in_blocks = proj_drop_rate > 0 or attn_drop_rate > 0
         self.patch_embed = PatchEmbed(sides, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if pool == "token" else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.num_prefix_tokens else None
         grid = self.patch_embed.grid_size
         rows = grid[0] * grid[1] + self.num_prefix_tokens
         self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim), requires_grad=train_pos_embed)
-        shape = BlockShape(embed_dim, num_heads, hidden, qkv_bias, activation)
+        sizes = embed_dim, num_heads, hidden
+        shape = BlockShape(*sizes, qkv_bias, activation, proj_drop_rate, attn_drop_rate, init_values)
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
@@ -253,6 +282,8 @@ class VisionTransformer(TimmModel):
             scales = [(factor[0], factor[1]) for factor in factors[: len(order)].unbind(0)]
         tokens = self._add_stage(tokens, noise)
         remaining, attention = ALL_TOKENS, None
+        if self.training and self._patch_drop_rate:
+            tokens, remaining = drop_patches(tokens, self._patch_drop_rate, self.num_prefix_tokens)
         for place, (index, scale) in enumerate(zip(order, scales, strict=True)):
             block: Any = self.blocks[index]
             if with_attention and place == len(order) - 1:
@@ -261,8 +292,8 @@ class VisionTransformer(TimmModel):
             operands = tokens, grid, scale, remaining
             if place in self.active.pruned_blocks:
                 tokens, remaining = block.forward_pruned(*operands, self.active)
-            elif self.grad_checkpointing and torch.is_grad_enabled():  # blocks draw no random numbers
-                tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=False)
+            elif self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=self._drops_in_blocks)
             else:
                 tokens = block(*operands)
             if outputs is not None:

@@ -228,8 +228,8 @@ class TrainStep:
     def _gradients(self, batch: Batch, number: int, mode: Mode) -> StepOutput:
         """Runs forward and backward; the gradients are those of the global batch's mean loss."""
         augment, dials = self._objective.augment, self.dials
-        if not self._draws_paths:  # other models draw drop path themselves, from PyTorch's generators
-            torch.manual_seed(step_seed(self.seed, number, self.ranks.rank))
+        # Dropout draws from PyTorch's generators, and so does drop path in models that are not ours.
+        torch.manual_seed(step_seed(self.seed, number, self.ranks.rank))
         fraction, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
         if not has_images:  # one black image with no weight: every process takes part in the reduction of gradients
             batch = self._blank(np.zeros(1, np.int64), batch.total, batch.images.shape[-1], 1)
