@@ -69,7 +69,7 @@ def test_a_dataloader_has_the_batches_and_the_state_of_the_loader(folder: Path, 
         return Loader(folder, "train", 40, 24, seed=3, resources=shared)
 
     loader = as_dataloader(opened())
-    assert isinstance(loader, DataLoader) and len(loader) == 3
+    assert isinstance(loader, DataLoader) and len(loader) == 3 and len(loader.dataset) == 120
     other = opened()
     for _ in range(2):
         for (images, labels), (same, same_labels) in zip(loader, other, strict=True):

@@ -268,6 +268,8 @@ def test_one_file_with_and_without_its_manifest(folder: Path, tmp_path: Path, op
     expected = list(opened(file="train_96_raw.beton"))
     with Loader(folder / "train_96_raw.beton", "train", 32, 24, seed=3, return_ids=True, num_workers=1) as loader:
         assert same(list(loader), expected) and "arrow" in loader.classes
+    with Loader(folder / "val_96_raw.beton", batch_size=32, size=24, num_workers=1) as loader:  # its name says val
+        assert same(list(loader), [batch[:2] for batch in opened("val")])
     alone = tmp_path / "any name.beton"
     alone.write_bytes((folder / "train_96_raw.beton").read_bytes())
     with Loader(alone, batch_size=32, size=24, seed=3, return_ids=True, num_workers=1) as loader:

@@ -9,7 +9,7 @@ import torch
 from vitlocal.data.batch import Source
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.manifest import BetonFile, Manifest, load_manifest, manifest_of_file
+from vitlocal.data.manifest import FILE_NAME, BetonFile, Manifest, load_manifest, manifest_of_file
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError, DataError
 
@@ -26,6 +26,12 @@ def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, sid
     enough = enough or [file for file in files if file.side == files[-1].side]
     measured = [cost for file in enough if (cost := costs.microseconds_for(file, size)) is not None]
     return enough[int(np.argmin(measured))] if len(measured) == len(enough) else enough[0]
+
+
+def split_of(root: str | Path) -> str:
+    """The split that the name of a file begins with; "train" if there is none."""
+    name = FILE_NAME.fullmatch(Path(root).name)
+    return name["split"] if name else "train"
 
 
 def open_manifest(root: str | Path, split: str, file: str = "auto") -> tuple[Path, Manifest]:

@@ -46,7 +46,7 @@ class BetonDataset(Dataset):
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train", size: int = 224, *, crop: str | None = None, seed: int = 0,
+        self, root: str | Path, split: str | None = None, size: int = 224, *, crop: str | None = None, seed: int = 0,
         scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5,
         crop_pct: float = 0.875, file: str = "auto", side_ratio: float = 1.5, num_threads: int = 1,
         transform: Callable[[torch.Tensor], Any] | None = None,
@@ -113,7 +113,7 @@ class _Epochs(IterableDataset):
         return iter(self.loader)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.loader.num_samples  # some libraries count examples by it
 
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)
@@ -128,6 +128,9 @@ class LoaderAsDataLoader(DataLoader):
     def __init__(self, loader: Loader):
         super().__init__(_Epochs(loader), batch_size=None, num_workers=0)
         self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)

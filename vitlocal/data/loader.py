@@ -16,7 +16,7 @@ import torch
 
 from vitlocal.data.batch import Batch
 from vitlocal.data.beton import MappedFile
-from vitlocal.data.beton_source import BetonSource, open_manifest
+from vitlocal.data.beton_source import BetonSource, open_manifest, split_of
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.fields import require_fields
@@ -63,8 +63,9 @@ class Loader(BetonSource):
 
     Args:
         root: a folder that the writer filled, or a .beton file.
-        split: the split in the folder. "train" has random order, random crops and ``drop_last``, unless other arguments
-            say otherwise. Other splits have none of them.
+        split: the split in the folder; None: the split that the name of the file begins with, else "train". "train" has
+            random order, random crops and ``drop_last``, unless other arguments say otherwise. Other splits have none
+            of them.
         batch_size: images in a batch of this process, as in PyTorch's DataLoader.
         size: side S of the crops, px. It may change: see :meth:`set_size`.
         shuffle: a new random order in each epoch.
@@ -102,7 +103,7 @@ class Loader(BetonSource):
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train", batch_size: int = 256, size: int = 224, *,
+        self, root: str | Path, split: str | None = None, batch_size: int = 256, size: int = 224, *,
         shuffle: bool | None = None, seed: int = 0, indices: Sequence[int] | np.ndarray | torch.Tensor | None = None,
         drop_last: bool | None = None, repeats: int = 1, scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5, crop: str | ChooseBoxes | None = None,
@@ -112,6 +113,7 @@ class Loader(BetonSource):
         side_ratio: float = 1.5, return_ids: bool = False, fields: Sequence[str] = (), copy: bool = True,
         resources: LoaderResources | None = None,
     ):  # fmt: skip
+        split = split or split_of(root)
         train = split == "train"
         crop = crop or ("random" if train else "centre")
         _check(
