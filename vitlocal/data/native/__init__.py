@@ -10,7 +10,7 @@ Shape letters: B batch, S size, n rows of a file, F forms of a photo.
 import ctypes
 import functools
 import weakref
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,10 @@ _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The native functions with declared arguments. Calls release Python's lock."""
-    found = find_spec("vitlocal.data.native._native")
-    if found is None:
-        raise ImportError("vitlocal's native code is not compiled; run pip install -e . in its folder")
-    functions = ctypes.CDLL(found.origin)
+    path = Path(__file__).with_name("_native.so")
+    if not path.exists():
+        raise ImportError(f"{path}, vitlocal's native code, is not compiled; run pip install -e . in its folder")
+    functions = ctypes.CDLL(str(path))
     types: dict[str, Any] = {"n": _NUMBER, "a": _ADDRESS, "b": ctypes.c_char_p, "i": _INT}
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(functions, f"vitlocal_{name}")
