@@ -84,7 +84,7 @@ def jpeg_flags(scratch: Path) -> list[str]:
         pip = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), f"{JPEG}=={JPEG_VERSION}"]
         if subprocess.run(pip).returncode:
             raise CompileError(
-                f"libjpeg-turbo could not be downloaded: pip found no {JPEG} {JPEG_VERSION} for this machine. Check the "
+                f"libjpeg-turbo could not be downloaded: pip got no {JPEG} {JPEG_VERSION} for this machine. Check the "
                 "network, name a folder that has its wheel (PIP_FIND_LINKS=FOLDER), or use the system's library: "
                 "VITLOCAL_JPEG=system, which needs a C compiler and the headers (libjpeg-dev on Debian)"
             )
@@ -113,8 +113,8 @@ class BuildCore(build_ext):
             compiler = [*ZIG_COMMAND, *ZIG_TARGET]
         if compiler is None:
             raise CompileError(
-                "the C core needs a C compiler, and neither cc, gcc nor clang makes a library here. Install one (gcc and "
-                f"libc6-dev on Debian), name one (CC=COMMAND), or run: {sys.executable} -m pip install {ZIG}"
+                "the C core needs a C compiler, and neither cc, gcc nor clang makes a library here. Install one (gcc "
+                f"and libc6-dev on Debian), name one (CC=COMMAND), or run: {sys.executable} -m pip install {ZIG}"
             )
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +128,10 @@ class BuildCore(build_ext):
             try:
                 subprocess.run([*command, "-o", str(library)], env={**os.environ, **caches}, check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                needs = " VITLOCAL_JPEG=system needs libjpeg's headers (libjpeg-dev on Debian)." if "-ljpeg" in jpeg else ""
-                raise CompileError(f"{shlex.join(compiler)} does not compile the C core: {error}.{needs}") from error
+                message = f"{shlex.join(compiler)} does not compile the C core: {error}."
+                if uses_system_jpeg():
+                    message += " VITLOCAL_JPEG=system needs the headers of libjpeg-turbo (libjpeg-dev on Debian)."
+                raise CompileError(message) from error
             beside = target.with_suffix(".new")  # a process may use the old one
             shutil.copy(library, beside)
             beside.replace(target)
@@ -180,6 +182,14 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildCore, "build_py": BuildPackage, "bdist_wheel": PlatformWheel},
+    entry_points={
+        "console_scripts": [
+            "vitlocal-write = vitlocal.write_dataset:run",
+            "vitlocal-train = vitlocal.train.__main__:run",
+            "vitlocal-predict = vitlocal.predict:run",
+            "vitlocal-bench = vitlocal.bench.__main__:run",
+        ]
+    },
     # Build backends read it. `python setup.py build_ext` would install eggs, and finds what it needs itself.
     setup_requires=build_requirements() if "setuptools.build_meta" in sys.modules else [],
     python_requires=">=3.10,<3.15",

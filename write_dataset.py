@@ -4,32 +4,9 @@
 killed, start it again: it continues.
 """
 
-import os
 import sys
-from collections.abc import Sequence
 
-# PyTorch's threads share the cores with others, and must not spin while they wait. Read when PyTorch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from vitlocal.errors import run_command
-from vitlocal.write_options import read_write_options
-
-
-def main(argv: Sequence[str]) -> None:
-    options = read_write_options(argv)
-    if options.plan:
-        from vitlocal.storage import plan_files  # it imports PyTorch, which takes seconds
-
-        plan_files(options)
-    elif options.verify:
-        from vitlocal.data.writer.verify import verify
-
-        verify(options.out, options.split, options.workers)
-    else:
-        from vitlocal.data.writer.write import write_from_options
-
-        write_from_options(options)
-
+from vitlocal.write_dataset import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run())

@@ -41,10 +41,9 @@ def test_an_unknown_name_is_an_attribute_error():
     [("['--help']", "--train.batch_size"), ("['--train.batch_sise=3']", "did you mean train.batch_size?")],
 )
 def test_help_and_wrong_options_need_no_torch(arguments: str, text: str):
-    code = f"import runpy, sys\nsys.argv = ['train_imagenet.py', *{arguments}]\n"
-    code += (
-        "try: import train_imagenet; sys.exit(train_imagenet.run_command(train_imagenet.main))\nexcept SystemExit: pass"
-    )
+    code = f"import sys\nsys.argv = ['train_imagenet.py', *{arguments}]\n"
+    code += "from vitlocal.train.__main__ import main, run_command\n"
+    code += "try: sys.exit(run_command(main))\nexcept SystemExit: pass"
     loaded, done = loaded_by(code)
     assert loaded == set() and text in done.stdout + done.stderr
 

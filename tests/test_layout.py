@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import write_dataset
+from vitlocal import write_dataset
 from vitlocal.data.beton_source import choose_file
 from vitlocal.data.costs import DecodingCosts, costs_path, ensure_costs
 from vitlocal.data.crops import CropPolicy

@@ -19,6 +19,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, method_problems
 from vitlocal.methods.method import Recipe
 from vitlocal.options import COUNT, FLAG, FRACTION, TEXT, Choice, Duration, Number, Section, Series, messages, option
+from vitlocal.paths import TRAIN
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 
@@ -341,4 +342,4 @@ def check_same_run(folder: Path, config: Config, option: str = "run.folder") -> 
 def recipe_text(config: Config) -> str:
     """The content of a run's ``config.yaml``: a recipe that repeats the run, and the command that started it."""
     command = shlex.join(sys.argv)
-    return f"# Repeats this run: python train_imagenet.py --config-file THIS\n# It was: {command}\n{config.yaml()}"
+    return f"# Repeats this run: {TRAIN} --config-file THIS\n# It was: {command}\n{config.yaml()}"

@@ -18,6 +18,7 @@ from fastargs.exceptions import ValidationError
 
 from vitlocal.errors import ConfigError
 from vitlocal.options import FLAG
+from vitlocal.paths import RECIPES, find_recipe
 
 
 def by_dotted_name(sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,14 +154,15 @@ class OptionReader:
     def _recipe(self, file: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
         """The options that a yaml file states, on top of those of its ``base``."""
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(find_recipe(file).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            there = [path.name for path in Path(file).parent.glob("*.yaml")]
+            ours = {path.name: Path("rcfg") / path.name for path in RECIPES.glob("*.yaml")}
+            there = ours | {path.name: path for path in Path(file).parent.glob("*.yaml")}
             near = difflib.get_close_matches(Path(file).name, there, n=1)
             self.problems.append(
                 f"{file}: cannot be read as a recipe ({error.strerror})"
                 + (f", which is the base of {within[-1]}" if within else "")
-                + (f"; did you mean {Path(file).with_name(near[0])}?" if near else "; rcfg/ holds vitlocal's recipes")
+                + (f"; did you mean {there[near[0]]}?" if near else f"; {RECIPES} holds vitlocal's recipes")
             )
             return {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -171,7 +173,7 @@ class OptionReader:
             return {}
         flat: dict[str, Any] = {}
         if (base := content.pop("base", None)) is not None:  # another recipe, in the same folder, that this one changes
-            path = str(Path(file).parent / str(base))
+            path = str(find_recipe(str(base), find_recipe(file).parent))
             if not isinstance(base, str) or path in (*within, file):
                 self.problems.append(f"{file}: base is {base!r}, expected the name of one other recipe, without a loop")
             else:

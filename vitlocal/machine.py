@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vitlocal.paths import IN_CHECKOUT
+
 LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-python", "pillow", "nvidia-dali-cuda120")
 
 
@@ -104,6 +106,8 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of this code, with ``-dirty`` if files differ from it; None outside a checkout."""
+    if not IN_CHECKOUT:  # another project's checkout may hold the installed package
+        return None
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

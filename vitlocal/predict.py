@@ -71,5 +71,10 @@ def main(argv: Sequence[str]) -> None:
             print(f"  {100 * probability:5.1f} %  {name}")
 
 
+def run() -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run())

@@ -20,6 +20,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
 from vitlocal.models.counts import count_macs
+from vitlocal.paths import WRITE
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS, Stage
 from vitlocal.train.build import build_step, device_of, make_model
@@ -60,7 +61,7 @@ def plan_files(options: WriteOptions) -> None:
     source = source_flags(
         options.source, image=options.image, label=options.label, subset=options.subset, classes=options.classes
     )
-    command = f"python write_dataset.py --split train{source} --out {shlex.quote(options.out)}"
+    command = f"{WRITE} --split train{source} --out {shlex.quote(options.out)}"
     path = layout.save_layout(options.out, choice, lines, f"--plan, for {recipe}")
     print(f"{path} stores this choice. Write the files with: {command}")
 

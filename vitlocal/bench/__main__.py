@@ -29,5 +29,10 @@ def main(argv: Sequence[str]) -> None:
     import_module(f"vitlocal.bench.{argv[0]}").main(argv[1:])
 
 
+def run() -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run())

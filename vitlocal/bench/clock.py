@@ -20,7 +20,7 @@ from typing import Any
 
 from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import bench_parser, times
-from vitlocal.bench.runner import RECIPES, option_names, start_trainer
+from vitlocal.bench.runner import option_names, start_trainer
 from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import DataError
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     options, trainer = parser.parse_known_args(argv)
     option_names(trainer, SET_HERE)
     named = any(word.startswith(("--config-file", "-C")) for word in trainer)
-    recipe = [] if named else [f"--config-file={RECIPES / 'demo.yaml'}"]
+    recipe = [] if named else ["--config-file=rcfg/demo.yaml"]
     trainer = [*recipe, "--run.save_every=10s", "--evaluate.every=0", *trainer]
     config, rows = read_config(trainer), []
     for split in ("train", "val"):

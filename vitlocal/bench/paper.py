@@ -18,10 +18,11 @@ import yaml
 
 from vitlocal.bench.arms import RunResult, arms_parser, compete, publish
 from vitlocal.bench.parsing import budget, names
-from vitlocal.bench.runner import RECIPES, Arm, read_arms
+from vitlocal.bench.runner import Arm, read_arms
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
+from vitlocal.paths import RECIPES
 from vitlocal.progress import Length, Stage
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import make_model

@@ -23,12 +23,11 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.machine import memory_stalls
 from vitlocal.options import as_argument
+from vitlocal.paths import find_recipe
 from vitlocal.storage import methods_writing
 from vitlocal.train.build import check_data
 from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
 
-ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "rcfg"
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
@@ -127,13 +126,13 @@ def option_names(words: Sequence[str], bench_options: Mapping[str, str]) -> set[
 
 def read_arms(path: str) -> list[Arm]:
     """The arms of a yaml file, with what the table shows about them. ConfigError if it is not such a file."""
-    folder = Path(path).parent
+    file = find_recipe(path)
 
     def files(named: str | Sequence[str]) -> tuple[Path, ...]:
-        return tuple(folder / name for name in ([named] if isinstance(named, str) else named))
+        return tuple(find_recipe(name, file.parent) for name in ([named] if isinstance(named, str) else named))
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
         shared, common, arms = files(content.get("recipes", ())), content.get("options") or {}, []
         for name, options in content["arms"].items():
             if "," in str(name):
@@ -250,7 +249,7 @@ def start_trainer(options: Sequence[str], output: Path, on: Sequence[int] = (), 
             os.sched_setaffinity(0, on)
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    command = [sys.executable, str(ROOT / "train_imagenet.py"), *options]
+    command = [sys.executable, "-m", "vitlocal.train", *options]
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=prepare, **more)

@@ -16,6 +16,7 @@ from typing import Any
 from vitlocal.data.beton import MappedFile
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.jsonl import replacing
+from vitlocal.paths import WRITE
 
 VERSION = 1
 CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, as timm's --class-map
@@ -92,7 +93,7 @@ class Manifest:
 
         Raises ConfigError if it does not exist, DataError if it is damaged or from a newer version.
         """
-        command = f"python write_dataset.py --split {path.stem} --out {path.parent}"
+        command = f"{WRITE} --split {path.stem} --out {path.parent}"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] > VERSION:
@@ -135,7 +136,7 @@ def load_manifest(root: str, split: str) -> Manifest:
     ours = (folder / work_name(split)).exists() or any("." not in file.stem for file in folder.glob("*.json"))
     manifest = None if ours else manifest_of_ffcv_files(folder, split)
     if manifest is None:
-        command = f"python write_dataset.py --split {split} --out {root}{_options_of_other_split(folder)}"
+        command = f"{WRITE} --split {split} --out {root}{_options_of_other_split(folder)}"
         both = "" if any(folder.glob("*.json")) else " --source PHOTOS, and the same for the other split"
         raise ConfigError(f"data.root: {path} does not exist. Write it: {command}{both}")
     return manifest
