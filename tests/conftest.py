@@ -18,6 +18,7 @@ from fake_images import FakeImages, commit_often, contents, write_config
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Sources
+from vitlocal.data.peers import has_extra
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.sources import open_sources
 from vitlocal.data.writer.write import write
@@ -29,6 +30,11 @@ torch.set_num_threads(1)  # equal results do not need it; two cores shared with 
 
 TRAIN_PER_CLASS = 6
 CPU = torch.device("cpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("ffcv") and not has_extra("ffcv"):
+        pytest.skip('needs the extra: pip install "vitlocal[ffcv]"')
 
 
 @pytest.fixture(scope="session")

@@ -100,15 +100,24 @@ def rgb(data: bytes) -> np.ndarray:
 
 
 def rows_of(path: Path) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-    """The metadata of the images, the labels and the encoded images, by FFCV's own reader."""
-    from ffcv.reader import Reader
-
-    reader = Reader(str(path))
-    assert reader.field_names == ["image", "label"]
+    """The metadata of the images, the labels and the encoded images of a file whose fields are image and label."""
     data = path.read_bytes()
-    sizes = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
-    images = reader.metadata["f0"]
-    return images, reader.metadata["f1"], [data[p : p + sizes[p]] for p in images["data_ptr"].tolist()]
+    header = np.frombuffer(data, beton.HEADER, 1)[0]
+    count, start = int(header["num_samples"]), beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
+    metadata = np.frombuffer(data, beton.metadata_type(), count, start)
+    table = np.frombuffer(data, beton.ALLOCATION, count, int(header["alloc_table_ptr"]))
+    sizes = dict(zip(table["ptr"].tolist(), table["size"].tolist(), strict=True))
+    return metadata["f0"], metadata["f1"], [data[p : p + sizes[p]] for p in metadata["f0"]["data_ptr"].tolist()]
+
+
+def area_mean(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """``pixels`` (rows, columns, 3) shrunk to ``size`` (width, height): the mean of the area under each pixel, int."""
+    for axis, length in ((0, size[1]), (1, size[0])):
+        count, edges = pixels.shape[axis], np.linspace(0, pixels.shape[axis], length + 1)
+        ends = np.minimum(edges[1:, None], np.arange(count) + 1)
+        covered = np.clip(ends - np.maximum(edges[:-1, None], np.arange(count)), 0, None) * (length / count)
+        pixels = np.moveaxis(np.tensordot(covered, pixels, (1, axis)), 0, axis)
+    return np.rint(pixels).astype(int)
 
 
 def make_photo(width: int, height: int, mode: str = "RGB") -> Image.Image:

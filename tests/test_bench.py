@@ -40,6 +40,7 @@ def test_the_loader_bench(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "plots" / "loader.png").stat().st_size > 5000
 
 
+@pytest.mark.ffcv
 def test_the_writer_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vitlocal.data.images import open_images
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_images import FakeImages, rows_of, write_config
+from fake_images import FakeImages, write_config
 
 from vitlocal.data import beton
 from vitlocal.data.beton import MappedFile
@@ -63,24 +63,6 @@ def test_damaged_and_foreign_files(tmp_path: Path, reference: dict[str, bytes]) 
         MappedFile(path)
     with pytest.raises(DataError, match=r"does not exist"):
         MappedFile(tmp_path / "none.beton")
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_files_that_ffcv_wrote_pass(tmp_path: Path) -> None:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    images = FakeImages(30)
-    samples = [(np.asarray(images.load(index)), index % 3) for index in range(30)]
-    fields = {"image": RGBImageField("raw", max_resolution=64), "label": IntField()}
-    DatasetWriter(str(tmp_path / "stock.beton"), fields, num_workers=2).from_indexed_dataset(samples, chunksize=4)
-    mapped = MappedFile(tmp_path / "stock.beton", classes=3)
-    assert len(mapped.rows) == 30 and mapped.rows["raw"].all() and mapped.labels.max() == 2
-    write(write_config(tmp_path, sides="64:raw"), images, progress=False)
-    theirs, ours = rows_of(tmp_path / "stock.beton"), rows_of(tmp_path / "train_64_raw.beton")
-    assert theirs[1].tolist() == ours[1].tolist()
-    for stock, mine in zip(theirs[2], ours[2], strict=True):
-        assert np.abs(np.frombuffer(stock, np.uint8).astype(int) - np.frombuffer(mine, np.uint8)).max() <= 1
 
 
 def test_a_million_rows_are_checked(tmp_path: Path) -> None:

@@ -236,3 +236,17 @@ def test_commands_exit_with_status_2(command: list[str], part: str, tmp_path: Pa
     assert done.stderr.startswith("error: ") and part in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_vitlocals_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    ours = read_config(["-C", str(ROOT / "rcfg" / "deit_s.yaml")], {})
+    for name in ("deit_s.yaml", "rcfg/deit_s.yaml"):
+        assert read_config(["-C", name], {}).flat() == ours.flat()
+    (tmp_path / "mine.yaml").write_text("base: deit_s.yaml\ntrain: {lr: 0.5}\n")
+    mine = read_config(["-C", str(tmp_path / "mine.yaml")], {})
+    assert mine.model == ours.model and mine.train.lr == 0.5
+    (tmp_path / "deit_s.yaml").write_text("model: {depth: 3}\n")  # a file of the user has precedence
+    assert read_config(["-C", "deit_s.yaml"], {}).model.depth == 3
+    with pytest.raises(ConfigError, match=r"did you mean rcfg/ours\.yaml"):
+        read_config(["-C", "ourz.yaml"], {})

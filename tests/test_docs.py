@@ -46,6 +46,7 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1300
 
 
+@pytest.mark.ffcv
 def test_loader_example_of_the_readme_runs(folder: Path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     code = code.replace("data/mine/train_64_raw.beton", str(folder / "train_96_raw.beton"))

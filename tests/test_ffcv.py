@@ -22,6 +22,7 @@ from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
+pytestmark = pytest.mark.ffcv
 CPU = torch.device("cpu")
 TRAIN = CropPolicy(random=True, seed=3)
 

@@ -8,9 +8,9 @@ import platform
 import struct
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from fake_images import area_mean
 from PIL import Image
 from reference_boxes import random_box
 from timm.data import create_transform
@@ -237,30 +237,6 @@ def test_threads_survive_damaged_images(photos, threads):
     assert not problems and (again == expected).all()
 
 
-def test_crop_decoder_in_an_ffcv_loader(folder: Path):
-    from vitlocal.data.peers.crop_decoder import CropDecoder, keep_torch_threads
-
-    from ffcv.loader import Loader, OrderOption  # isort: skip  (after crop_decoder, which imports ffcv without warnings)
-
-    for name in ("train_128_jpg.beton", "train_48_raw.beton"):
-        with keep_torch_threads():
-            loader = Loader(
-                str(folder / name), batch_size=50, num_workers=1, os_cache=True, order=OrderOption.SEQUENTIAL,
-                pipelines={"image": [CropDecoder(32, TRAIN)]}, drop_last=False,
-            )  # fmt: skip
-            first = [images.copy() for images, _ in loader]
-            second = [images.copy() for images, _ in loader]
-        assert [len(images) for images in first] == [50, 50, 20]
-        assert difference(first[0], second[0]).mean() > 5  # each pass is an epoch with its own boxes
-        from vitlocal.data.beton import MappedFile
-
-        file, draws = MappedFile(folder / name, 20), np.arange(50)
-        threads, crops = DecoderThreads(1), np.empty((50, 32, 32, 3), np.uint8)
-        threads.decode(file.bytes, file.rows, draws, native_policy(TRAIN, 1), crops)
-        threads.close()
-        assert (first[0] == crops).all()
-
-
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "train_128_jpg.beton"
@@ -378,7 +354,10 @@ def test_a_file_with_too_many_scans_is_rejected() -> None:
         encoder.encode(many, side, side, raw_form(8, 8))
 
 
+@pytest.mark.ffcv  # OpenCV writes such files, Pillow does not
 def test_unusual_sampling_is_decoded_by_whole_rows(photos) -> None:
+    import cv2
+
     photo = photos[4]
     options = [cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411]
     data = cv2.imencode(".jpg", np.asarray(photo)[..., ::-1], options)[1].tobytes()
@@ -399,5 +378,5 @@ def test_shrinking_a_thousandfold_keeps_the_brightness() -> None:
         assert set(raw) == {255}
     ramp = np.repeat(np.linspace(0, 255, 40000).astype(np.uint8)[None, :, None], 3, axis=2)
     (raw,) = Encoder().encode(ramp, 1, 40000, raw_form(50, 1))
-    expected = cv2.resize(ramp, (50, 1), interpolation=cv2.INTER_AREA).reshape(-1).astype(int)
+    expected = area_mean(ramp, (50, 1)).reshape(-1)
     assert np.abs(np.frombuffer(raw, np.uint8) - expected).max() <= 1

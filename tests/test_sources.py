@@ -319,29 +319,6 @@ def test_a_missing_split_says_how_to_write_it(folder: Path, tmp_path: Path, conf
         open_configured(configure(f"--data.root={tmp_path}/data"))
 
 
-def test_files_that_ffcv_wrote_need_no_manifest(tmp_path: Path, shared):
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 60, 3), dtype=np.uint8)
-    rows = [(image, number % 5) for number, image in enumerate(pixels)]
-    for name, mode in (("train_60_raw", "raw"), ("train_60_jpg", "jpg"), ("val_60_raw", "raw")):
-        fields = {"image": RGBImageField(write_mode=mode, jpeg_quality=95), "label": IntField()}
-        DatasetWriter(str(tmp_path / f"{name}.beton"), fields, num_workers=1).from_indexed_dataset(rows)
-    it = source(tmp_path, shared, ratio=1)
-    assert it.classes == ("0", "1", "2", "3", "4") and it.count == 30
-    assert it.choose(60).file == "train_60_raw.beton"
-    ((images, labels, ids),) = read(it, Feed(16, 30))
-    assert sorted(ids.tolist()) == list(range(30)) and (labels == ids % 5).all()
-    it.manifest = dataclasses.replace(it.manifest, files=it.manifest.files[:1])
-    assert it.choose(60).file == "train_60_jpg.beton"
-    ((others, _, _),) = read(it, Feed(16, 30))
-    assert (images.float() - others.float()).abs().mean() < 25  # noise through JPEG
-    (tmp_path / "train_30_raw.beton").write_bytes((tmp_path / "val_60_raw.beton").read_bytes()[:-5])
-    with pytest.raises(DataError, match="train_30_raw.beton"):
-        load_manifest(str(tmp_path), "train")
-
-
 def test_splits_with_different_classes_are_rejected(folder: Path, tmp_path: Path, configure, open_configured, decoder):
     shutil.copytree(folder, tmp_path / "data")
     path = tmp_path / "data" / "val.json"

@@ -169,8 +169,8 @@ def test_an_interrupted_write_with_fields_continues(tmp_path: Path, monkeypatch:
         write(rows(40), tmp_path / "out")
 
 
+@pytest.mark.ffcv
 def test_ffcv_reads_our_fields(tmp_path: Path):
-    pytest.importorskip("ffcv")
     from ffcv.fields import JSONField
     from ffcv.loader import Loader, OrderOption
 
@@ -190,8 +190,8 @@ def test_ffcv_reads_our_fields(tmp_path: Path):
     check_fields(found, list(range(12)))
 
 
+@pytest.mark.ffcv
 def test_we_read_fields_of_ffcv(tmp_path: Path):
-    pytest.importorskip("ffcv")
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
     from ffcv.writer import DatasetWriter
 

@@ -10,7 +10,6 @@ other work on the machine affects all of them equally. All make random resized c
 """
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -28,6 +27,7 @@ from vitlocal.data.costs import DecodingCosts, ensure_costs
 from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.loader import Loader
 from vitlocal.data.manifest import load_manifest
+from vitlocal.data.peers import EXTRAS, has_extra
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer.write import write
 from vitlocal.plan import Feed
@@ -140,8 +140,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-    installed = ",".join(NAMES if has_dali else NAMES[:3])
+    installed = ",".join(name for name in NAMES if name not in EXTRAS or has_extra(name))
     parser = bench_parser("loader", __doc__)
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of .beton files (default: the built-in sample)")

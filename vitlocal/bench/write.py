@@ -27,6 +27,7 @@ from vitlocal.bench.measurement import progress_bar, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, names, numbers
 from vitlocal.data.images import ImageSet, open_images
 from vitlocal.data.images.classes import SelectedImages
+from vitlocal.data.peers import has_extra, missing_extra
 from vitlocal.data.writer.write import parse_files, write
 from vitlocal.write_options import WriteOptions
 
@@ -57,8 +58,11 @@ def ours(images: ImageSubset, sides: str, workers: int, out: str) -> None:
 def ffcv(images: ImageSubset, sides: str, workers: int, out: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from ffcv import writer as ffcv_writer
-        from ffcv.fields import IntField, RGBImageField
+        try:
+            from ffcv import writer as ffcv_writer
+            from ffcv.fields import IntField, RGBImageField
+        except ImportError as error:
+            raise missing_extra("ffcv", error) from error
 
         ffcv_writer.tqdm = functools.partial(tqdm, disable=True)  # its bars would hide ours
 
@@ -127,7 +131,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default="data/bench", help="folder for the files, which are removed again")
     parser.add_argument("--sides", default="auto", help="files, in the form of write_dataset.py --sides")
     parser.add_argument("--workers", type=numbers, default="1", help="numbers of workers, such as 1,2 (default: 1)")
-    parser.add_argument("--only", default=",".join(WRITERS), help="contestants to run (default: %(default)s)")
+    installed = ",".join(name for name in WRITERS if name == "ours" or has_extra(name))
+    parser.add_argument("--only", default=installed, help="contestants to run (default: %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
     parser.add_argument("--images", type=at_least(1), default=2000, help="maximal images of the source (default: 2000)")
     options = parser.parse_args(argv)

@@ -1,6 +1,8 @@
 """The fused decoder as an operation for any FFCV pipeline, instead of FFCV's own image decoders.
 
 Loader("train_256_jpg.beton", pipelines={"image": [CropDecoder(224), ToTensor()], …})
+
+It needs FFCV, which ``pip install "vitlocal[ffcv]"`` installs.
 """
 
 import warnings
@@ -13,6 +15,7 @@ import torch
 
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.native import EIGHTH, MESSAGE_BYTES, ROW, DecoderThreads, library, native_policy
+from vitlocal.data.peers import missing_extra
 
 
 @contextmanager
@@ -25,12 +28,15 @@ def keep_torch_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with keep_torch_threads(), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # distutils and invalid escapes, inside ffcv
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.state import State
+try:
+    with keep_torch_threads(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # distutils and invalid escapes, inside ffcv
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.pipeline.allocation_query import AllocationQuery
+        from ffcv.pipeline.compiler import Compiler
+        from ffcv.pipeline.state import State
+except ImportError as error:
+    raise missing_extra("ffcv", error) from error
 
 
 class CropDecoder(SimpleRGBImageDecoder):  # FFCV recognizes decoders of images by this base class

@@ -1,7 +1,7 @@
 """The DALI source: original images, decoded by NVIDIA DALI on the GPU if there is one, else on the CPU.
 
 Order and boxes are those of the native loader. DALI decodes the part of the image that a box needs, resizes and flips.
-It is installed by ``pip install -e ".[dali]"``.
+It is installed by ``pip install "vitlocal[dali]"``.
 
 Shape letters: B batch, S size (px).
 """
@@ -25,16 +25,15 @@ from vitlocal.data.crops import ROW_MASK
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import decode_rgb, is_upright
 from vitlocal.data.native import native_box, native_policy
+from vitlocal.data.peers import missing_extra
 from vitlocal.data.peers.originals import OriginalsSource
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import DataError
 
 try:
     from nvidia.dali import fn, pipeline_def, types
 except ImportError as error:
-    raise ConfigError(
-        f"data.loader: dali needs NVIDIA DALI ({error}); pip install -e '.[dali]', or use data.loader=native"
-    ) from error
+    raise missing_extra("dali", error) from error
 
 # Formats and modes that DALI decodes itself. The others go through Pillow.
 DALI_FORMATS = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}

@@ -2,7 +2,8 @@
 
 FFCV's decoders are compiled once for each file; ``output_size`` follows the size of each pass. Differences from the
 native loader: the boxes are FFCV's own and come from numba's random state, so a run does not repeat exactly. A damaged
-JPEG is not detected: FFCV returns the pixels of another image. Files are chosen by their side alone.
+JPEG is not detected: FFCV returns the pixels of another image. Files are chosen by their side alone. FFCV is installed
+by ``pip install "vitlocal[ffcv]"``.
 
 Shape letters: B batch, S size.
 """
