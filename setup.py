@@ -128,7 +128,8 @@ class BuildCore(build_ext):
             try:
                 subprocess.run([*command, "-o", str(library)], env={**os.environ, **caches}, check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                message = f"{shlex.join(compiler)} does not compile the C core: {error}."
+                why = f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
+                message = f"{shlex.join(compiler)} does not compile the C core ({why}; see above)."
                 if uses_system_jpeg():
                     message += " VITLOCAL_JPEG=system needs the headers of libjpeg-turbo (libjpeg-dev on Debian)."
                 raise CompileError(message) from error
@@ -165,66 +166,67 @@ class BuildPackage(build_py):
         return [*super().get_source_files(), *self.recipes()]  # of a source archive
 
 
-setup(
-    name="vitlocal",
-    version=VERSION,
-    description="Train a Vision Transformer from scratch on a small budget, fed by FFCV's files",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    packages=find_packages(include=["vitlocal", "vitlocal.*"]),
-    package_data={"vitlocal": ["py.typed"]},
-    ext_modules=[
-        Extension(
-            "vitlocal.data.native._native",
-            [f"{NATIVE}/{name}.c" for name in ("crops", "resize", "exact", "jpeg", "batch", "encode")],
-            depends=[f"{NATIVE}/native.h", f"{NATIVE}/passes.h"],
-        )
-    ],
-    cmdclass={"build_ext": BuildCore, "build_py": BuildPackage, "bdist_wheel": PlatformWheel},
-    entry_points={
-        "console_scripts": [
-            "vitlocal-write = vitlocal.write_dataset:run",
-            "vitlocal-train = vitlocal.train.__main__:run",
-            "vitlocal-predict = vitlocal.predict:run",
-            "vitlocal-bench = vitlocal.bench.__main__:run",
-        ]
-    },
-    # Build backends read it. `python setup.py build_ext` would install eggs, and finds what it needs itself.
-    setup_requires=build_requirements() if "setuptools.build_meta" in sys.modules else [],
-    python_requires=">=3.10,<3.15",
-    # The tests have passed with both ends of every range: the lower ends on Python 3.10, the upper on 3.11 and 3.12.
-    install_requires=[
-        "torch>=2.11,<2.16",
-        "torchvision>=0.26,<0.30",
-        "timm>=1.0.26,<1.1",  # older ones read a local folder's safetensors as a pickle
-        "fastargs>=1.2.0,<1.3",
-        "terminaltables>=3.1,<4",  # fastargs imports them and does not declare them
-        "pyyaml>=6.0,<7",
-        "numpy>=1.26,<2.6",
-        "pillow>=10.4,<14",
-        "pyarrow>=17,<27",
-        "scipy>=1.11,<2",
-        "safetensors>=0.4.5,<1",
-        "tensorboard>=2.18,<3",
-        "matplotlib>=3.9,<4",
-        "tqdm>=4.66,<5",
-    ],
-    extras_require={
-        "dev": [
-            "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
-            "ruff>=0.12,<0.18",
-            "mypy>=1.17,<3",
-            "types-PyYAML",
-            "types-tqdm",
+if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
+    setup(
+        name="vitlocal",
+        version=VERSION,
+        description="Train a Vision Transformer from scratch on a small budget, fed from FFCV files",
+        long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        license="MIT",
+        packages=find_packages(include=["vitlocal", "vitlocal.*"]),
+        package_data={"vitlocal": ["py.typed"]},
+        ext_modules=[
+            Extension(
+                "vitlocal.data.native._native",
+                [f"{NATIVE}/{name}.c" for name in ("crops", "resize", "exact", "jpeg", "batch", "encode")],
+                depends=[f"{NATIVE}/native.h", f"{NATIVE}/passes.h"],
+            )
         ],
-        "ffcv": [  # FFCV's own loader and writer; compiled by a C++ compiler, with OpenCV and libjpeg-turbo
-            "ffcv>=1.0.2,<1.1",
-            "numba>=0.61,<0.69",
-            "opencv-python>=4.8,<6",
-            "setuptools>=70.1,<85",  # ffcv imports distutils, which left the standard library in 3.12
+        cmdclass={"build_ext": BuildCore, "build_py": BuildPackage, "bdist_wheel": PlatformWheel},
+        entry_points={
+            "console_scripts": [
+                "vitlocal-write = vitlocal.write_dataset:run",
+                "vitlocal-train = vitlocal.train.__main__:run",
+                "vitlocal-predict = vitlocal.predict:run",
+                "vitlocal-bench = vitlocal.bench.__main__:run",
+            ]
+        },
+        # Build backends read it. `python setup.py build_ext` would install eggs, and finds what it needs itself.
+        setup_requires=build_requirements() if "setuptools.build_meta" in sys.modules else [],
+        python_requires=">=3.10,<3.15",
+        # The tests passed with both ends of each range: the lower ends on Python 3.10, the upper on 3.11 and 3.12.
+        install_requires=[
+            "torch>=2.11,<2.16",
+            "torchvision>=0.26,<0.30",
+            "timm>=1.0.26,<1.1",  # older ones read a local folder's safetensors as a pickle
+            "fastargs>=1.2.0,<1.3",
+            "terminaltables>=3.1,<4",  # fastargs imports them and does not declare them
+            "pyyaml>=6.0,<7",
+            "numpy>=1.26,<2.6",
+            "pillow>=10.4,<14",
+            "pyarrow>=17,<27",
+            "scipy>=1.11,<2",
+            "safetensors>=0.4.5,<1",
+            "tensorboard>=2.18,<3",
+            "matplotlib>=3.9,<4",
+            "tqdm>=4.66,<5",
         ],
-        "dali": ["nvidia-dali-cuda120>=1.50,<3"],  # works without a GPU, too
-    },
-)
+        extras_require={
+            "dev": [
+                "pytest>=8,<10",
+                "pytest-xdist>=3.6,<4",
+                "ruff>=0.12,<0.18",
+                "mypy>=1.17,<3",
+                "types-PyYAML",
+                "types-tqdm",
+            ],
+            "ffcv": [  # FFCV's own loader and writer; compiled by a C++ compiler, with OpenCV and libjpeg-turbo
+                "ffcv>=1.0.2,<1.1",
+                "numba>=0.61,<0.69",
+                "opencv-python>=4.8,<6",
+                "setuptools>=70.1,<85",  # ffcv imports distutils, which left the standard library in 3.12
+            ],
+            "dali": ["nvidia-dali-cuda120>=1.50,<3"],  # works without a GPU, too
+        },
+    )

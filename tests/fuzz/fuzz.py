@@ -6,6 +6,7 @@ Any read or write out of bounds, leak or undefined behaviour stops it with a tra
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,14 @@ FORMS = [
 
 
 def main(count: int, seed: int) -> int:
+    jpeg_flags = runpy.run_path(str(ROOT / "setup.py"))["jpeg_flags"]  # the libjpeg-turbo of a build
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "fuzz"
         sources = [NATIVE / f"{name}.c" for name in ("crops", "resize", "exact", "jpeg")]  # fuzz.c includes the others
         subprocess.run(
             [os.environ.get("CC", "cc"), "-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
              "-fno-sanitize-recover=all", f"-I{NATIVE}", Path(__file__).with_name("fuzz.c"), *sources, "-o", program,
-             "-ljpeg", "-lm", "-pthread"],
+             *jpeg_flags(Path(folder)), "-lm", "-pthread"],
             check=True,
         )  # fmt: skip
         paths = []
