@@ -175,6 +175,9 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
         long_description_content_type="text/markdown",
         license="MIT",
         packages=find_packages(include=["vitlocal", "vitlocal.*"]),
+        # An editable package is then a path. By default it is a finder, which loses to a folder named vitlocal, such as
+        # the checkout itself for a script beside it.
+        package_dir={"": "."},
         package_data={"vitlocal": ["py.typed"]},
         ext_modules=[
             Extension(

@@ -27,6 +27,7 @@ def test_it_writes_trains_and_predicts(tmp_path: Path) -> None:
                f"--data.root={tmp_path}/data", f"--run.folder={tmp_path}/run"]  # fmt: skip
     trained = run("from vitlocal.train.__main__ import run; run()", *options)
     assert trained.returncode == 0 and "done: top-1" in trained.stdout, trained.stderr
+    assert "Warning" not in trained.stderr
     photo = ROOT / "docs" / "example.jpg"
     predicted = run("from vitlocal.predict import run; sys.exit(run())", f"--run={tmp_path}/run", photo)
     assert predicted.returncode == 0 and predicted.stdout.count("%") == 5, predicted.stderr
