@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,8 @@ class RunOutput:
         self._silence, self._printed = FIRST_SILENCE, time.monotonic()
         self._next = 0.0
         form = "{percentage:5.1f} % of " + str(length) + " {bar} {elapsed}<{remaining} {postfix}"
+        # Instead of tqdm's lock between processes: machine.leave frees no semaphore, and Python 3.14 would warn of it.
+        tqdm.set_lock(threading.RLock())
         self._bar = tqdm(total=100.0, disable=not drawn, leave=False, dynamic_ncols=True, bar_format=form)
         self._tensorboard: Any = None
 
