@@ -12,6 +12,7 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import FILE_NAME, BetonFile, Manifest, load_manifest, manifest_of_file
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.paths import WRITE
 
 
 def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
@@ -76,7 +77,7 @@ class BetonSource(Source):
                 raise DataError(
                     f"{path} has {path.stat().st_size} bytes, its manifest says {file.bytes}: it is cut off, or "
                     f"another file. Remove {manifest.split}.json and {manifest.split}_*.beton from {root}, and write "
-                    f"them again with the same command: python write_dataset.py --split {manifest.split} --out {root} …"
+                    f"them again with the same command: {WRITE} --split {manifest.split} --out {root} …"
                 )
 
     def choose(self, size: int) -> BetonFile:
