@@ -41,7 +41,8 @@ JPEG, JPEG_VERSION = "comma-deps-libjpeg", "3.1.0.post92"  # a static libjpeg-tu
 ZIG = "ziglang==0.17.1"
 ZIG_COMMAND = [sys.executable, "-m", "ziglang", "cc"]
 # The target keeps zig from using instructions that only this machine has. glibc 2.28 is that of manylinux_2_28.
-ZIG_TARGET = ["-target", f"{platform.machine()}-linux-gnu.2.28"]
+MACOS = sys.platform == "darwin"
+ZIG_TARGET = [] if MACOS else ["-target", f"{platform.machine()}-linux-gnu.2.28"]
 PROBE = "#include <pthread.h>\n#include <stdlib.h>\nvoid *probe(void) { return malloc(1); }\n"
 
 
@@ -121,8 +122,9 @@ class BuildCore(build_ext):
         with tempfile.TemporaryDirectory() as folder:
             exports, library = Path(folder) / "exports", Path(folder) / "library.so"
             exports.write_text(EXPORTS)
-            jpeg = jpeg_flags(Path(folder))
-            command = [*compiler, *FLAGS, *extension.sources, *jpeg, f"-Wl,--version-script={exports}", "-lm"]
+            # On macOS each library finds its symbols in the one that it was linked with, and nothing needs hiding.
+            hide = [] if MACOS else [f"-Wl,--version-script={exports}"]
+            command = [*compiler, *FLAGS, *extension.sources, *jpeg_flags(Path(folder)), *hide, "-lm"]
             # zig would leave a cache of 100 MB in the home folder.
             caches = {f"ZIG_{kind}_CACHE_DIR": f"{folder}/{kind}" for kind in ("GLOBAL", "LOCAL")}
             try:
