@@ -2,11 +2,14 @@
 
 import ctypes
 import gc
+import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +25,14 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS
+
+
+def can_compile_kernels() -> bool:
+    """Whether Triton, and so PyTorch's compiler, can compile for a GPU: it calls a C compiler with Python's headers."""
+    compiler = os.environ.get("CC") or "gcc"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    found = shutil.which(compiler) or shutil.which("clang")
+    return importlib.util.find_spec("triton") is not None and found is not None and headers.exists()
 
 
 def memory() -> int:

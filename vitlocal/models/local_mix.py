@@ -6,7 +6,6 @@ operator that ``torch.compile`` does not split.
 Shapes: B batch, N = h·w patch tokens of the grid (h, w), C hidden width.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlocal.errors import ConfigError
+from vitlocal.machine import can_compile_kernels
 from vitlocal.models.positions import Grid
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish, "gelu": F.gelu}
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, because torch.compile cannot trace find_spec
+CAN_COMPILE = can_compile_kernels()  # here, because torch.compile cannot trace how it finds out
 MAX_WIDTH = 16  # grid columns that the fused kernel can hold in registers: 256 px in patches of 16
 
 
@@ -81,8 +81,8 @@ fused_local_mix.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def can_fuse(device: torch.device, grid: Grid) -> bool:
-    """Returns whether the fused kernel can run: on a CUDA device, for a grid of at most MAX_WIDTH columns."""
-    return device.type == "cuda" and grid[1] <= MAX_WIDTH and HAS_TRITON
+    """Returns whether the fused kernel can run: on a CUDA device, for a grid of at most MAX_WIDTH columns, with a C compiler."""
+    return device.type == "cuda" and grid[1] <= MAX_WIDTH and CAN_COMPILE
 
 
 def local_mix(tokens: Tensor, weight: Tensor, grid: Grid, activation: str = "h_swish", kernel: str = "auto") -> Tensor:

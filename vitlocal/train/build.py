@@ -17,7 +17,7 @@ from vitlocal.data.augment import Augment
 from vitlocal.data.batch import Sources
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.machine import keep_freed_memory
+from vitlocal.machine import can_compile_kernels, keep_freed_memory
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import Method, MethodContext
 from vitlocal.models.counts import activation_bytes, count_macs
@@ -93,7 +93,8 @@ def assemble_step(
         seed=config.run.seed,
         clip_norm=train.clip_norm,
         grad_accum_steps=train.grad_accum_steps,
-        compile_step=train.compile == "yes" or (train.compile == "auto" and device.type == "cuda"),
+        compile_step=train.compile == "yes"
+        or (train.compile == "auto" and device.type == "cuda" and can_compile_kernels()),
         cuda_graphs=train.cuda_graphs,
         ranks=ranks,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitlocal.config import Config
+from vitlocal.machine import can_compile_kernels
 from vitlocal.methods import METHODS
 from vitlocal.models.factory import export_model, patch_side
 from vitlocal.models.shape import temporary_shape
@@ -93,6 +94,11 @@ def start_warnings(run: BuiltRun) -> list[str]:
         found += young_average(config.train.ema_decay**steps, f"the {steps:.0f} steps of this budget")
     if config.budget.counts == "wall" and length.kind != "seconds":
         found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
+    if run.trainer.step.device.type == "cuda" and not can_compile_kernels():
+        found.append(
+            "Triton finds no C compiler with Python's headers (gcc libc6-dev python3-dev on Debian), so the step is not "
+            "compiled and the local FFN has no fused kernel: training is slower"
+        )
     if batch > source.count:
         found.append(f"train.batch_size is {batch}, and there are {source.count} images: each epoch is one step")
     largest = max(plan.feed.size for plan in run.trainer.upcoming_plans())
