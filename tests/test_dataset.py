@@ -39,6 +39,8 @@ def test_items_are_the_crops_of_the_loader(folder: Path, expected):
             assert torch.equal(image, expected[epoch][row % 120]) and label == dataset.targets[row]
     with pytest.raises(IndexError):
         dataset[120]
+    with pytest.raises(ConfigError, match="crop: a function is for"):
+        BetonDataset(folder, "train", 24, crop=lambda ids, epoch: None)
 
 
 def test_it_pickles_into_workers_and_they_follow_the_epoch(folder: Path, expected):
@@ -54,6 +56,7 @@ def test_it_pickles_into_workers_and_they_follow_the_epoch(folder: Path, expecte
         images = torch.cat([images for images, _ in loader])
         crops = {tuple(image.flatten().tolist()) for image in expected[epoch].values()}
         assert len(images) == 120 and {tuple(image.flatten().tolist()) for image in images} == crops
+    loader._iterator = None  # the workers end with it; the garbage collector might end them in the middle of an import
 
 
 def test_a_transform_sees_each_image(folder: Path):
@@ -124,6 +127,8 @@ def test_wrong_images_are_named():
         decode_crops([good, b"GIF89a"], size=16)
     with pytest.raises(DataError, match="image 1 is a damaged JPEG"):
         decode_crops([good, good[: len(good) // 2]], size=16)
+    with pytest.raises(ConfigError, match="threads of the decoder: got -1"):
+        decode_crops([good], size=16, num_threads=-1)
     for wrong in ({"boxes": [(0, 0, 1, 1)] * 2}, {"flips": [True, False]}, {"size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             decode_crops([good], **{"size": 16, **wrong})

@@ -1,9 +1,10 @@
 """The loader in a loop of one's own."""
 
-import gc
 import json
+import os
 import random
 import threading
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ def same(first: Batches, second: Batches) -> bool:
 
 @pytest.fixture
 def opened(folder: Path, shared) -> Iterator:
-    """``opened(batch_size=50, …)``: a loader of the sample with ids; the decoder is shared."""
+    """``opened(batch_size=32, …)``: a loader of the sample with ids; the decoder is shared."""
 
     def build(split: str = "train", **options) -> Loader:
         options = {"batch_size": 32, "size": 24, "seed": 3, "return_ids": True, "resources": shared, **options}
@@ -93,13 +94,13 @@ def test_batches_do_not_depend_on_workers(folder: Path, opened, workers: int):
         assert same(list(loader), expected)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_read_every_image_once(opened, world: int):
-    whole = opened(batch_size=8 * world)
-    parts = [opened(batch_size=8, rank=rank, world_size=world) for rank in range(world)]
+@pytest.mark.parametrize(("world", "each"), [(2, 8), (4, 8), (2, 1), (3, 5), (4, 7)])
+def test_processes_read_every_image_once(opened, world: int, each: int):
+    whole = opened(batch_size=each * world)
+    parts = [opened(batch_size=each, rank=rank, world_size=world) for rank in range(world)]
     assert {len(part) for part in parts} == {len(whole)}
     for batch, *others in zip(whole, *parts, strict=True):
-        assert [len(labels) for _, labels, _ in others] == [8] * world
+        assert [len(labels) for _, labels, _ in others] == [each] * world
         by_id = dict(zip(batch[2].tolist(), batch[0], strict=True))
         together = torch.cat([ids for _, _, ids in others]).tolist()
         assert sorted(together) == sorted(by_id)
@@ -189,7 +190,6 @@ def test_no_thread_is_left(folder: Path, opened):
     before = threading.active_count()
     for _ in loader:
         break
-    gc.collect()
     assert threading.active_count() == before
     epoch = iter(loader)
     next(epoch)
@@ -199,6 +199,61 @@ def test_no_thread_is_left(folder: Path, opened):
     assert list(epoch) == []
     with pytest.raises(ValueError, match="closed"):
         iter(loader)
+
+
+def test_shared_resources_outlive_the_loader_that_made_them(folder: Path):
+    first = Loader(folder, "train", 8, 24, num_workers=1)
+    second = Loader(folder, "train", 8, 24, resources=first.resources)
+    batches = iter(second)
+    next(batches)
+    first.close()
+    assert len(list(batches)) == 14 and len(list(second)) == 15
+    second.close()
+
+
+def test_a_loader_of_another_process_is_an_error(folder: Path):
+    loader = Loader(folder, "train", 8, 24, num_workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            next(iter(loader))
+        except ConfigError as error:
+            os._exit(0 if "before a fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loader.close()
+
+
+def test_a_new_iterator_is_the_one_that_moves_the_position(opened):
+    loader = opened()
+    old = iter(loader)
+    next(old)
+    loader.set_epoch(3)
+    new = iter(loader)
+    next(new)
+    next(old)
+    assert loader.position == Position(3, 32)
+    new.close()
+    old.close()
+    late = iter(loader)
+    loader.set_size(16)
+    assert next(late)[0].shape[2] == 24  # as at iter()
+    late.close()
+
+
+def test_images_per_epoch(opened):
+    assert opened(batch_size=50).images_per_epoch == 100
+    assert opened(batch_size=50, drop_last=False).images_per_epoch == 120
+
+
+def test_states_are_plain_values(opened):
+    loader = opened(seed=np.int64(3))
+    loader.set_epoch(np.int64(2))
+    assert json.loads(json.dumps(loader.state_dict())) == loader.state_dict()
+    with pytest.raises(ConfigError, match="no epoch or images"):
+        loader.load_state_dict({k: v for k, v in loader.state_dict().items() if k != "images"})
 
 
 def test_selected_rows(opened):
@@ -248,6 +303,12 @@ def test_boxes_of_a_function(folder: Path, opened):
     half = torch.from_numpy(stored[:, : width // 2].copy()).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(half, (48, 48), mode="bilinear", antialias=True).flip(3)
     assert (images[0] - expected[0]).abs().max() < 3
+
+    def change(ids: np.ndarray, epoch: int) -> np.ndarray:
+        ids[:] = 0
+        return np.tile([0, 0, 1, 1], (len(ids), 1))
+
+    assert ids_of(list(opened(crop=change))) == ids_of(list(opened()))
     for boxes in (np.zeros((32, 3)), np.tile([0.5, 0, 0.6, 1], (32, 1)), np.full((32, 4), np.nan)):
         with pytest.raises(ConfigError, match="crop: got"):
             next(iter(opened(crop=lambda ids, epoch, boxes=boxes: boxes)))
@@ -270,6 +331,10 @@ def test_one_file_with_and_without_its_manifest(folder: Path, tmp_path: Path, op
         assert same(list(loader), expected) and "arrow" in loader.classes
     with Loader(folder / "val_96_raw.beton", batch_size=32, size=24, num_workers=1) as loader:  # its name says val
         assert same(list(loader), [batch[:2] for batch in opened("val")])
+    named = tmp_path / "photos-test.beton"
+    named.write_bytes((folder / "val_96_raw.beton").read_bytes())
+    with Loader(named, batch_size=32, size=24, num_workers=1) as loader:
+        assert same(list(loader), [batch[:2] for batch in opened("val")])
     alone = tmp_path / "any name.beton"
     alone.write_bytes((folder / "train_96_raw.beton").read_bytes())
     with Loader(alone, batch_size=32, size=24, seed=3, return_ids=True, num_workers=1) as loader:
@@ -290,6 +355,15 @@ def test_one_file_with_and_without_its_manifest(folder: Path, tmp_path: Path, op
         ({"flip": 2}, "flip: got 2"),
         ({"crop": "center"}, "crop: got 'center', expected random, centre or a function"),
         ({"rank": 2, "world_size": 2}, "rank: got 2"),
+        ({"world_size": 2}, "rank and world_size: got None and 2; give both or neither"),
+        ({"world_size": 0, "rank": 0}, "world_size: got 0"),
+        ({"device": "meta"}, "device: got 'meta'"),
+        ({"device": "cuda:99"}, "device: got 'cuda:99'"),
+        ({"size": 24.5}, "size: got 24.5, expected a whole number"),
+        ({"scale": 0.5}, "scale: got 0.5, expected two numbers"),
+        ({"dtype": "float32"}, "dtype: got 'float32'"),
+        ({"indices": 500}, "indices: got '500 to 500'"),
+        ({"resources": None, "num_workers": -1}, "num_workers: got -1"),
         ({"indices": [0, 120]}, "indices: got '0 to 120', expected rows from 0 to 119"),
         ({"indices": [0.5]}, "indices: got"),
         ({"dtype": torch.int32}, "dtype: got torch.int32"),

@@ -63,8 +63,12 @@ def test_a_time_budget_counts_steps_and_leaves_pauses_out():
         budget.step(32)
     assert budget.spent == 40 and budget.fraction == pytest.approx(0.4)
     with budget.pause():
-        clock.seconds += 1000
+        with budget.pause():
+            clock.seconds += 500
+        clock.seconds += 500
         assert budget.spent == 40
+    with pytest.raises(ConfigError, match="expected at least 1 image"):
+        budget.step(0)
     clock.seconds += 54
     budget.step(32)
     assert budget.spent == 94 and not budget.over and budget.progress.step == 5
@@ -85,6 +89,7 @@ def test_a_budget_continues_from_its_state():
     assert again.fraction == pytest.approx(1 / 6)  # schedules do not go back
     clock.seconds += 3000
     assert again.spent == 3600 and again.fraction == pytest.approx(1 / 2)
+    assert again.after_step(32).seconds == 3600 + 600  # the last step took 600 s
     with pytest.raises(ConfigError, match="the state counts seconds"):
         Budget("90ep", images_per_epoch=10).load_state_dict(state)
 

@@ -18,8 +18,8 @@ def stage_problem(stages: Sequence[Stage]) -> str | None:
     if not stages or len(ends) < len(stages) - 1 or stages[-1].until is not None:
         found = ", ".join(map(str, stages)) or "none"
         return f"got {found}; expected an end for each stage except the last, as in {EXAMPLE}"
-    if ends and not ends[0].value:
-        return f"the stage {stages[0]} is empty; remove it"
+    if empty := [stage for stage in stages[:-1] if stage.until is not None and not stage.until.value]:
+        return f"the stage {empty[0]} is empty; remove it"
     for before, after in pairwise(ends):
         if after.kind == before.kind and after.value <= before.value:
             return f"{after} does not come after {before}; expected increasing ends"

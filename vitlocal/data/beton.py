@@ -155,6 +155,7 @@ class MappedFile:
         table = read(ALLOCATION, allocations, "table of allocations")
 
         table = table[table["size"] > 0]  # an empty value begins where the next image does
+        require(len(table) > 0, "damaged: its table of allocations is empty")
         ptr, size, places = table["ptr"], table["size"], image["data_ptr"]
 
         def require_inside(ptr: np.ndarray, size: np.ndarray, what: str) -> None:

@@ -1,5 +1,6 @@
 """The files of a split as a source: which one serves a crop size, and whether they are those of the manifest."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +31,12 @@ def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, sid
 
 
 def split_of(root: str | Path) -> str:
-    """The split that the name of a file begins with; "train" if there is none."""
-    name = FILE_NAME.fullmatch(Path(root).name)
-    return name["split"] if name else "train"
+    """The split that the name of a file tells: val for ``val_256_jpg.beton`` and ``cifar-test.beton``, else train."""
+    name = Path(root).name
+    ours, words = FILE_NAME.fullmatch(name), set(re.split(r"[\W_\d]+", name.lower()))
+    if ours and ours["split"] in ("train", "val"):
+        return ours["split"]
+    return "val" if words & {"val", "valid", "validation", "test"} else "train"
 
 
 def open_manifest(root: str | Path, split: str, file: str = "auto") -> tuple[Path, Manifest]:

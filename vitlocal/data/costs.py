@@ -73,14 +73,16 @@ def crop_seconds(
     return sorted(took[1:])[(len(took) - 1) // 4] / batch
 
 
-def ensure_costs(folder: str | Path, manifest: Manifest) -> None:
+def ensure_costs(folder: str | Path, manifest: Manifest, progress: bool = True) -> None:
     """Measures and saves the costs of a split with several files, unless they are known, on one core.
 
     Raises DataError for a damaged file.
     """
     if len(manifest.files) == 1 or len(DecodingCosts.load(folder, manifest).microseconds) == len(manifest.files):
         return
-    print(f"{manifest.split}: complete; measuring which file is the fastest for each crop size ...", file=sys.stderr)
+    if progress:
+        text = f"{manifest.split}: complete; measuring which file is the fastest for each crop size ..."
+        print(text, file=sys.stderr)
     threads, crops = DecoderThreads(1), CropPolicy(random=True)
     records = []
     for stored in manifest.files:

@@ -51,6 +51,8 @@ class BetonDataset(Dataset):
         crop_pct: float = 0.875, file: str = "auto", side_ratio: float = 1.5, num_threads: int = 1,
         transform: Callable[[torch.Tensor], Any] | None = None,
     ):  # fmt: skip
+        if callable(crop):
+            raise ConfigError("crop: a function is for vitlocal.Loader; expected random or centre")
         # It checks the arguments, and is not kept: it holds threads, which a worker process would not have.
         loader = Loader(
             root, split, 1, size, crop=crop, seed=seed, scale=scale, ratio=ratio, flip=flip, crop_pct=crop_pct,
@@ -115,9 +117,6 @@ class _Epochs(IterableDataset):
     def __len__(self) -> int:
         return self.loader.num_samples  # some libraries count examples by it
 
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
-
 
 class LoaderAsDataLoader(DataLoader):
     """A DataLoader whose batches are those of a :class:`vitlocal.Loader`; see :func:`as_dataloader`."""
@@ -126,7 +125,7 @@ class LoaderAsDataLoader(DataLoader):
     _is_accelerate_prepared = True
 
     def __init__(self, loader: Loader):
-        super().__init__(_Epochs(loader), batch_size=None, num_workers=0)
+        super().__init__(_Epochs(loader), batch_size=None, num_workers=0, collate_fn=tuple)
         self.loader = loader
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """The further fields of a .beton file, as FFCV stores them: numbers, arrays, bytes and JSON beside image and label."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,15 @@ class FieldType:
         if isinstance(given, str) and given in _KINDS and given != "array":
             return cls(_KINDS[given])
         try:
+            if isinstance(given, str):
+                raise TypeError
             dtype, shape = given
             found = cls(ARRAY, np.dtype(dtype), tuple(int(side) for side in shape))
+            torch.from_numpy(np.zeros(1, found.dtype))  # else it could be stored, but not read
         except (TypeError, ValueError):
             raise ConfigError(f"fields: {name!r} has the type {given!r}, {EXPECTED}") from None
-        if not found.shape or min(found.shape) < 1 or found.dtype.hasobject or found.dtype.fields is not None:
-            raise ConfigError(f"fields: {name!r} has {given!r}, expected a plain dtype and a shape without zeros")
+        if not found.shape or min(found.shape) < 1:
+            raise ConfigError(f"fields: {name!r} has the shape {found.shape}, expected one without zeros")
         return found
 
     @classmethod
@@ -90,16 +94,20 @@ class FieldType:
         if self.type_id == JSON:
             return json.dumps(value).encode() + b"\0"  # FFCV's mark of the end
         if self.type_id == BYTES:
-            return np.ascontiguousarray(value, np.uint8).tobytes() if isinstance(value, np.ndarray) else bytes(value)
+            if isinstance(value, np.ndarray) and value.dtype != np.uint8:
+                raise TypeError(f"expected bytes, got an array of {value.dtype}")
+            return value.tobytes() if isinstance(value, np.ndarray) else bytes(memoryview(value))
         array = np.asarray(value)
-        if array.shape != self.shape or not np.can_cast(array.dtype, self.dtype, "same_kind"):
+        stored = array.astype(self.dtype)
+        exact = array.dtype.kind in "fc" or np.array_equal(stored, array)  # fractions may be rounded
+        if array.shape != self.shape or not exact or (array.dtype.kind in "fc" and self.dtype.kind not in "fc"):
             raise ValueError(f"expected {self.dtype} of shape {self.shape}, got {array.dtype} of shape {array.shape}")
-        return np.ascontiguousarray(array, self.dtype).tobytes()
+        return stored.tobytes()
 
     def spans(self, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the values of a metadata ``column`` (n,) are in the file: offsets and sizes, (n,) uint64."""
         if self.type_id == ARRAY:
-            size = self.dtype.itemsize * int(np.prod(self.shape))
+            size = self.dtype.itemsize * math.prod(self.shape)
             return column, np.full(len(column), size, np.uint64)
         return column["ptr"], column["size"]
 
@@ -122,10 +130,18 @@ class FieldType:
 
 def field_types(given: Mapping[str, Any] | None) -> dict[str, FieldType]:
     """The types of the fields that a user gives by name. ConfigError for a wrong name or type."""
+    if not isinstance(given or {}, Mapping):
+        raise ConfigError(f"fields: got {given!r}, expected a mapping from names to types")
     for name in given or {}:
-        if not name.isascii() or not 0 < len(name) <= NAME_BYTES or name in ("image", "label"):
+        if (
+            not isinstance(name, str)
+            or "\0" in name
+            or not name.isascii()
+            or not 0 < len(name) <= NAME_BYTES
+            or name in ("image", "label")
+        ):
             raise ConfigError(
-                f"fields: got the name {name!r}, expected 1 to {NAME_BYTES} ASCII letters, not image or label"
+                f"fields: got the name {name!r}, expected 1 to {NAME_BYTES} ASCII characters, not image or label"
             )
     return {name: FieldType.of(name, kind) for name, kind in (given or {}).items()}
 

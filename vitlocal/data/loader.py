@@ -3,6 +3,7 @@
 Shape letters: B batch, S size.
 """
 
+import operator
 import os
 import sys
 import weakref
@@ -21,7 +22,7 @@ from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.fields import require_fields
 from vitlocal.data.reader import PREFETCH, ChooseBoxes, EpochReader, LoaderResources
-from vitlocal.data.shares import BatchSlice, Share
+from vitlocal.data.shares import BatchSlice, EqualShare, Share
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 from vitlocal.plan import Feed
@@ -33,7 +34,7 @@ MAX_REPORTED = 5  # damaged images that are named at the end of a pass
 
 
 class EpochSampler:
-    """What other libraries expect of ``loader.sampler``: the rows of the next epoch, and ``set_epoch``."""
+    """``loader.sampler``, as training scripts use it: ``set_epoch``, and the rows of the next epoch."""
 
     def __init__(self, loader: "Loader"):
         self._loader = weakref.proxy(loader)
@@ -63,14 +64,15 @@ class Loader(BetonSource):
 
     Args:
         root: a folder that the writer filled, or a .beton file.
-        split: the split in the folder; None: the split that the name of the file begins with, else "train". "train" has
+        split: the split in the folder; None: "val" if the name of the file says val or test, else "train". "train" has
             random order, random crops and ``drop_last``, unless other arguments say otherwise. Other splits have none
             of them.
         batch_size: images in a batch of this process, as in PyTorch's DataLoader.
         size: side S of the crops, px. It may change: see :meth:`set_size`.
         shuffle: a new random order in each epoch.
         seed: of the order, the crops and the flips.
-        indices: the rows to read, in this order unless they are shuffled; None: all.
+        indices: the rows to read, in this order unless they are shuffled; None: all. A row that comes twice has the
+            same crop twice.
         drop_last: leave the last batch of an epoch out if it is not full.
         repeats: how often each image comes in a row, with different crops (Hoffer et al. 2020). An epoch has the same
             number of crops, so fewer images.
@@ -82,13 +84,14 @@ class Loader(BetonSource):
         crop_pct: the size of a centre crop, as a fraction of the resized short edge.
         num_workers: threads that decode; 0: one for each core of this process. It is never the calling thread.
         prefetch: batches that wait, decoded.
-        device: where batches are. On a GPU, copies overlap the training step.
+        device: "cpu" or a CUDA device, where batches are. Copies to a GPU overlap the training step.
         dtype: torch.uint8 (0 to 255), or a floating-point type.
         mean, std: of each channel, in the range 0 to 1. Floating-point images are (x / 255 - mean) / std; without them,
             x / 255.
         rank, world_size: this process, and their number; None: those of torch.distributed if it is initialized, else
             one process. Each reads its own part of the global batch of ``batch_size`` x ``world_size`` images. All
             processes have the same number of batches; without ``drop_last``, the last may be smaller, or empty.
+        share: other parts of the global batches than consecutive equal ones; it replaces rank and world_size.
         on_error: at a damaged image: "raise", or "skip". "skip" replaces it by another image if the order is random,
             and else leaves it out.
         file: the name of the file to read; "auto": the fastest that is large enough for the size.
@@ -96,8 +99,8 @@ class Loader(BetonSource):
         return_ids: the last item of each batch is the rows, (B,) int64, on the CPU.
         fields: further fields of the file to return, by name, after the labels. Numbers and arrays are tensors on the
             CPU. Bytes and JSON are lists.
-        copy: batches belong to the caller. False: on a CPU, a batch is valid until the next.
-        resources: the decoder threads of another loader, to share them.
+        copy: batches belong to the caller. False: on a CPU, a batch is valid until the next, and memory is bounded.
+        resources: ``other.resources``, to share the decoder threads and open files of another loader.
 
     Raises ConfigError (a ValueError) for a wrong argument, DataError (a RuntimeError) for damaged data.
     """
@@ -109,38 +112,45 @@ class Loader(BetonSource):
         ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5, crop: str | ChooseBoxes | None = None,
         crop_pct: float = 0.875, num_workers: int = 0, prefetch: int = PREFETCH, device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.uint8, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-        rank: int | None = None, world_size: int | None = None, on_error: str = "raise", file: str = "auto",
-        side_ratio: float = 1.5, return_ids: bool = False, fields: Sequence[str] = (), copy: bool = True,
-        resources: LoaderResources | None = None,
+        rank: int | None = None, world_size: int | None = None, share: Share | None = None, on_error: str = "raise",
+        file: str = "auto", side_ratio: float = 1.5, return_ids: bool = False, fields: Sequence[str] = (),
+        copy: bool = True, resources: LoaderResources | None = None,
     ):  # fmt: skip
         split = split or split_of(root)
         train = split == "train"
         crop = crop or ("random" if train else "centre")
+        seed, repeats, (low, high), (narrow, wide) = (
+            whole("seed", seed), whole("repeats", repeats), _pair("scale", scale), _pair("ratio", ratio),
+        )  # fmt: skip
+        device = usable_device(device)
         _check(
-            seed=(seed, seed >= 0, "a whole number from 0"),
+            seed=(seed, 0 <= seed < 2**63, "a whole number from 0"),
             repeats=(repeats, repeats >= 1, "at least 1"),
-            scale=(scale, 0 < scale[0] <= scale[1] <= 1, "two fractions of the area, such as (0.08, 1)"),
-            ratio=(ratio, 0 < ratio[0] <= ratio[1], "two ratios of width and height, such as (3/4, 4/3)"),
+            scale=(scale, 0 < low <= high <= 1, "two fractions of the area, such as (0.08, 1)"),
+            ratio=(ratio, 0 < narrow <= wide, "two ratios of width and height, such as (3/4, 4/3)"),
             flip=(flip, 0 <= flip <= 1, "a probability"),
             crop=(crop, callable(crop) or crop in ("random", "centre"), "random, centre or a function"),
             crop_pct=(crop_pct, 0 < crop_pct <= 1, "a fraction above 0"),
             num_workers=(num_workers, num_workers >= 0, "a number of threads, or 0 for one per core"),
             prefetch=(prefetch, prefetch >= 1, "at least 1"),
             on_error=(on_error, on_error in ("raise", "skip"), "raise or skip"),
-            dtype=(dtype, dtype == torch.uint8 or dtype.is_floating_point, "torch.uint8 or a floating-point type"),
+            dtype=(
+                dtype,
+                isinstance(dtype, torch.dtype) and (dtype == torch.uint8 or dtype.is_floating_point),
+                "torch.uint8 or a floating-point type",
+            ),
         )
         folder, manifest = open_manifest(root, split, file)
-        (low, high), (narrow, wide) = scale, ratio
         crops = CropPolicy(
             random=crop != "centre", seed=seed, scale=(low, high), ratio=(narrow, wide), flip=flip, repeats=repeats,
             centre=crop_pct, shuffle=train if shuffle is None else shuffle,
         )  # fmt: skip
         costs = DecodingCosts.load(folder, manifest)
-        super().__init__(folder, manifest, crops, torch.device(device), costs, side_ratio, _share(rank, world_size))
+        super().__init__(folder, manifest, crops, device, costs, side_ratio, share or _share(rank, world_size))
         self.resources = resources or LoaderResources(
             num_workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
-        self._owns_resources, self._closed = resources is None, False
+        self._closed = False
         self._choose_boxes = crop if callable(crop) else None
         self._skip_damaged, self._prefetch, self._copy = on_error == "skip", prefetch, copy
         self._drop_last = train if drop_last is None else drop_last
@@ -154,7 +164,7 @@ class Loader(BetonSource):
         for stored in self.manifest.files if self._fields else ():
             require_fields(self._fields, self._open_file(stored.file).fields, self.root / stored.file)
         self.sampler = EpochSampler(self)
-        self._position, self._next_epoch = Position(), 0
+        self._position, self._next_epoch, self._iteration = Position(), 0, 0
         self._resume: Position | None = None  # where the next iter() starts, if it is not the start of the next epoch
         self._epochs: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
@@ -162,8 +172,13 @@ class Loader(BetonSource):
 
     @property
     def num_samples(self) -> int:
-        """The number of rows of an epoch, over all processes."""
+        """The number of rows to read, over all processes."""
         return self.rows.count(self._subset)
+
+    @property
+    def images_per_epoch(self) -> int:
+        """The images of an epoch's batches, over all processes; fewer than the rows if the last batch is dropped."""
+        return len(self) * self.feed.batch_size if self._drop_last else self.num_samples
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""
@@ -175,24 +190,27 @@ class Loader(BetonSource):
             raise ValueError("the loader is closed; make a new one")
         start = self.next_position
         self._position, self._resume, self._next_epoch = start, None, start.epoch + 1
-        epoch = self._batches(start)
+        self._iteration += 1
+        epoch = self._batches(start, self.feed, self._iteration)
         self._epochs.add(epoch)
         return epoch
 
-    def _batches(self, start: Position) -> Generator[tuple[Any, ...], None, None]:
+    def _batches(self, start: Position, feed: Feed, iteration: int) -> Generator[tuple[Any, ...], None, None]:
         """The rest of an epoch. The position moves before each batch is given to the caller."""
-        feed, end = self.feed, self.num_samples
+        end = self.num_samples
         with self.open(feed, start, drop_last=self._drop_last) as batches:
             images = start.images
             for batch in batches:
                 images += batch.total
                 ended = end - images < (feed.batch_size if self._drop_last else 1)
-                self._position = Position(start.epoch + 1) if ended else Position(start.epoch, images)
+                if iteration == self._iteration:  # an older iterator may still be in use
+                    self._position = Position(start.epoch + 1) if ended else Position(start.epoch, images)
                 item = self._item(batch, feed.size)
                 del batch
                 yield item
                 del item
-        self._position = Position(start.epoch + 1)
+        if iteration == self._iteration:
+            self._position = Position(start.epoch + 1)
 
     def _item(self, batch: Batch, size: int) -> tuple[Any, ...]:
         images = batch.images
@@ -208,12 +226,13 @@ class Loader(BetonSource):
     def set_size(self, size: int, batch_size: int | None = None) -> None:
         """From the next ``iter()`` on, crops have ``size`` px, and batches ``batch_size`` images (None: as before).
 
-        To change them inside an epoch, leave the loop and continue from its position. No image is lost or repeated:
+        To change them inside an epoch, leave the loop and continue from its position. No image is lost or repeated,
+        unless ``drop_last`` leaves some out at the end of the epoch:
 
             loader.set_size(160, batch_size=512)
             loader.position = loader.position
         """
-        images = self.batch_size if batch_size is None else batch_size
+        size, images = whole("size", size), whole("batch_size", self.batch_size if batch_size is None else batch_size)
         _check(size=(size, 1 <= size <= 4096, "a side of 1 to 4096 px"), batch_size=(images, images >= 1, "at least 1"))
         if self._drop_last and images * self.share.world > self.num_samples:
             raise ConfigError(
@@ -244,7 +263,7 @@ class Loader(BetonSource):
 
     @position.setter
     def position(self, position: Position) -> None:
-        at = Position(*position) if isinstance(position, tuple) else position
+        at = Position(whole("epoch", position.epoch), whole("images", position.images))
         inside = at.epoch >= 0 and 0 <= at.images < max(1, self.num_samples)
         _check(position=(at, inside, f"an epoch from 0 and images below {self.num_samples}"))
         self._resume = at
@@ -262,7 +281,8 @@ class Loader(BetonSource):
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it depends on: plain values, for a checkpoint of any process.
 
-        Inside a loop, it is the position after the current batch.
+        Inside a loop, it is the position after the current batch. A restart goes on there, also after a ``break``; the
+        same process would go on with the next epoch. The size and the files are not part of it.
         """
         order = (self.crops.shuffles, self.crops.repeats, self.rows.get(self._subset))
         digest = sha256(repr(order[:2]).encode() + (b"" if order[2] is None else order[2].tobytes())).hexdigest()[:16]
@@ -287,6 +307,8 @@ class Loader(BetonSource):
                     f"the state of a loader has another {meaning}: {state.get(name)!r}, here {mine[name]!r}; "
                     "open the loader as it was opened before"
                 )
+        if not {"epoch", "images"} <= state.keys():
+            raise ConfigError(f"the state of a loader has no epoch or images: {state}")
         self.position = Position(state["epoch"], state["images"])
 
     def _fingerprint(self) -> str:
@@ -328,12 +350,12 @@ class Loader(BetonSource):
             print(f"{file.path}: skipped {len(new) - MAX_REPORTED} more damaged images", file=sys.stderr)
 
     def close(self) -> None:
-        """Ends all threads. Epochs that are not finished end."""
+        """Ends all threads. Epochs that are not finished end. Resources that others share stay open."""
         for epoch in list(self._epochs):
             epoch.close()
-        self._closed = True
-        if self._owns_resources:
-            self.resources.threads.close()
+        if not self._closed:
+            self._closed = True
+            del self.resources  # the last owner ends the decoder's threads
 
     def __enter__(self) -> "Loader":
         return self
@@ -349,19 +371,50 @@ def _check(**values: tuple[Any, Any, str]) -> None:
             raise ConfigError(f"{name}: got {value!r}, expected {expected}")
 
 
+def whole(name: str, value: Any) -> int:
+    """``value`` as an ``int``. ConfigError unless it is a whole number, of Python or NumPy."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name}: got {value!r}, expected a whole number") from None
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    try:
+        low, high = value
+        return float(low), float(high)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}: got {value!r}, expected two numbers") from None
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device. ConfigError unless it is the CPU or a CUDA device of this machine."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: got {name!r}, expected cpu, cuda or cuda:1 ({error})") from None
+    there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+    if not there:
+        raise ConfigError(f"device: got {name!r}, expected cpu, or one of the {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def _share(rank: int | None, world_size: int | None) -> Share:
     """The part of each batch that this process reads."""
     distributed = torch.distributed
-    if rank is None and world_size is None and distributed.is_available() and distributed.is_initialized():
+    if (rank is None) != (world_size is None):
+        raise ConfigError(f"rank and world_size: got {rank} and {world_size}; give both or neither")
+    if rank is None and distributed.is_available() and distributed.is_initialized():
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    rank, world_size = rank or 0, world_size or 1
+    rank, world_size = (0, 1) if rank is None or world_size is None else (rank, world_size)
+    _check(world_size=(world_size, world_size >= 1, "at least 1"))
     _check(rank=(rank, 0 <= rank < world_size, f"0 to {world_size - 1}, below world_size"))
-    return Share(rank, world_size)
+    return EqualShare(rank, world_size)
 
 
 def _rows(indices: Any, count: int) -> np.ndarray:
     """The rows that a user selects, (m,) int64."""
-    rows = np.asarray(indices)
+    rows = np.atleast_1d(np.asarray(indices))
     kinds = rows.dtype.kind in "iu" and rows.ndim == 1 and len(rows) > 0
     _check(indices=(indices if len(rows) < 10 else f"{len(rows)} of {rows.dtype}", kinds, "a list of row numbers"))
     low, high = int(rows.min()), int(rows.max())

@@ -19,6 +19,7 @@ from vitlocal.jsonl import replacing
 from vitlocal.paths import WRITE
 
 VERSION = 1
+PYTHON_SOURCE = "a dataset in Python"  # the spec of images that vitlocal.write stored
 CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, as timm's --class-map
 # Our names, and those of ffcv-imagenet: the largest side, the fraction of JPEGs and their quality.
 FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_((raw|jpg)\.beton|[0-9]+(\.[0-9]+)?_[0-9]+\.(ffcv|beton))")
@@ -150,6 +151,8 @@ def _options_of_other_split(folder: Path) -> str:
             # A split with several files has ImageNet's default files, and the other split has its own defaults.
             sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
             source = other.source
+            if source.spec == PYTHON_SOURCE:
+                return " --source PHOTOS, or vitlocal.write, which wrote the other split"
             classes = str(folder / CLASSES_NAME) if source.classes_chosen else None
             return (
                 source_flags(source.spec, image=source.image, label=source.label, subset=source.subset, classes=classes)

@@ -38,12 +38,13 @@ class Slot:
         self._lent: weakref.ref[np.ndarray] | None = None
 
     def crops(self, count: int, size: int, pinned: bool, owned: bool) -> torch.Tensor:
-        """(count, size, size, 3) uint8, from which nothing is copied any more.
+        """(count, size, size, 3) uint8. A copy of an earlier batch to a GPU has ended.
 
         With ``owned``, the caller keeps the memory as long as a tensor uses it; later batches then have other memory.
         """
         if self.copied is not None:
             self.copied.synchronize()  # device sync: with a copy that began several batches ago
+            self.copied = None
         needed = count * size * size * 3
         in_use = self._lent is not None and self._lent() is not None
         if len(self.memory) < needed or in_use:
@@ -141,7 +142,7 @@ class EpochReader:
             while isinstance(item := self._ready.get(), tuple):
                 batch, slot = item
                 del item
-                if slot.copied is not None:
+                if self._stream is not None and slot.copied is not None:
                     stream = torch.cuda.current_stream(self._device)
                     stream.wait_event(slot.copied)
                     batch.images.record_stream(stream)
@@ -155,8 +156,9 @@ class EpochReader:
         finally:
             self._closed = True
             self._free.put(slots[0])  # the thread may wait for it
-            thread.join()
-            spare += slots
+            if thread is not threading.current_thread():  # where the garbage collector may close this generator
+                thread.join()
+                spare += slots
 
     # --- in the thread ---
 
@@ -191,8 +193,8 @@ class EpochReader:
         """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
         file, rows = self._file, draws & ROW_MASK
         boxes = None
-        if self._choose_boxes is not None:
-            boxes = pixel_boxes(self._choose_boxes(rows, self._epoch), file.rows[rows])
+        if self._choose_boxes is not None and len(rows):
+            boxes = pixel_boxes(self._choose_boxes(rows.copy(), self._epoch), file.rows[rows])
         problems = self._resources.threads.decode(
             file.bytes, file.rows, draws, self._policy, crops.numpy(), boxes=boxes
         )
@@ -209,7 +211,8 @@ class EpochReader:
             whole = np.delete(np.arange(len(draws)), places)
             return crops[torch.from_numpy(whole)], rows[whole]
         if attempt == MAX_REPLACEMENTS:
-            raise DataError(f"{file.path}: {attempt} images in a row do not decode; write the file again")
+            which = "" if self._subset is None else f" of the {len(self._subset)} selected"
+            raise DataError(f"{file.path}: {attempt} images in a row{which} do not decode; write the file again")
         count = len(file.rows) if self._subset is None else len(self._subset)
         others = integers((self._crops.seed, self._epoch), draws[places], attempt, count)
         others = others if self._subset is None else self._subset[others]

@@ -47,6 +47,13 @@ class Share:
             yield BatchSlice(batch[places], places, len(batch))
 
 
+class EqualShare(Share):
+    """Part ``rank`` of ``world`` consecutive parts of every global batch. Those of a full batch are equal."""
+
+    def places(self, total: int) -> np.ndarray:
+        return np.arange(total * self.rank // self.world, total * (self.rank + 1) // self.world)
+
+
 @dataclass(frozen=True)
 class WholeBatches(Share):
     """The first ``count`` batches of a pass. The processes take turns with them, and divide none."""

@@ -46,8 +46,8 @@ def open_sources(
         if loader == "native":
             return Loader(
                 root, split, seed=crops.seed, scale=crops.scale, ratio=crops.ratio, flip=crops.flip,
-                repeats=crops.repeats, crop_pct=crops.centre, drop_last=False, device=device, rank=share.rank,
-                world_size=share.world, side_ratio=side_ratio, on_error="skip" if on_error == "skip" else "raise",
+                repeats=crops.repeats, crop_pct=crops.centre, drop_last=False, device=device, share=share,
+                side_ratio=side_ratio, on_error="skip" if on_error == "skip" else "raise",
                 copy=False, resources=resources,
             )  # fmt: skip
         if loader == "ffcv":

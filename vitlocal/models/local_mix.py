@@ -81,7 +81,7 @@ fused_local_mix.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def can_fuse(device: torch.device, grid: Grid) -> bool:
-    """Returns whether the fused kernel can run: on a CUDA device, for a grid of at most MAX_WIDTH columns, with a C compiler."""
+    """Returns whether the fused kernel can run: on a CUDA device, with a C compiler, for at most MAX_WIDTH columns."""
     return device.type == "cuda" and grid[1] <= MAX_WIDTH and CAN_COMPILE
 
 

@@ -273,8 +273,9 @@ class Budget:
     construction, or from a state that was loaded, except in :meth:`pause`. It is over when less than half a step is
     left, so that it ends at the step whose end is nearest to the deadline.
 
-    ``counts="cpu"`` counts processor time. With several processes of torch.distributed, all have the time of rank 0.
-    Raises ConfigError for a wrong length, and for epochs without ``images_per_epoch``.
+    ``counts="cpu"`` counts processor time. With several processes of torch.distributed, all have the time of rank 0:
+    the construction, :meth:`step` and :meth:`load_state_dict` send it, so every process must call them. Epochs need
+    ``images_per_epoch``, those of :attr:`vitlocal.Loader.images_per_epoch`. Raises ConfigError for a wrong length.
     """
 
     def __init__(
@@ -282,16 +283,17 @@ class Budget:
         now: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         try:
-            found = Length.parse(length) if isinstance(length, str) else length
+            found = length if isinstance(length, Length) else Length.parse(str(length))
         except ValueError as error:
             raise ConfigError(f"budget: got {length!r}, expected {error}") from None
         if found.kind == "fraction" or not found.value:
             raise ConfigError(f"budget: got {found}, expected a length above 0: 24h, 90ep, 5000steps or 3PF")
         if found.kind == "epochs" and not images_per_epoch:
-            raise ConfigError(f"budget: {found} needs images_per_epoch, such as loader.num_samples")
+            raise ConfigError(f"budget: {found} needs images_per_epoch, such as loader.images_per_epoch")
         if counts not in ("train", "cpu"):
             raise ConfigError(f"counts: got {counts!r}, expected train or cpu")
         self._clock = Clock(found, counts, images_per_epoch or sys.maxsize, now)
+        self._paused = False
         self._clock.start()
         self._share_time()
 
@@ -318,27 +320,40 @@ class Budget:
     def over(self) -> bool:
         return self._clock.spent
 
+    def after_step(self, images: int) -> Progress:
+        """The expected progress after a step over ``images`` images: a learning rate is that of the end of its step."""
+        return self._clock.after_step(images)
+
     def step(self, images: int, flops: float = 0.0) -> None:
-        """Counts a training step over ``images`` images of all processes. ``flops`` are those of the step."""
+        """Counts a training step over ``images`` images of all processes together. ``flops`` are those of the step."""
+        if images < 1 or flops < 0:
+            raise ConfigError(f"budget: got a step over {images} images and {flops} FLOPs, expected at least 1 image")
         self._clock.record_step(images, flops)
         self._share_time()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """A context that does not count, such as an evaluation. Steps are not counted in it."""
-        with self._clock.timer.paused():
+        if self._paused:  # within another pause
             yield
-        self._clock.start()  # the next step is timed from here
-        self._share_time()
+            return
+        self._paused = True
+        try:
+            with self._clock.timer.paused():
+                yield
+        finally:
+            self._paused = False
+            self._clock.start()  # the next step is timed from here
 
     def state_dict(self) -> dict[str, Any]:
         return {"length": str(self.length), **self._clock.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues a budget. It may have another length in the same unit; the fraction never decreases."""
+        """Continues a budget. It may have another length in the same unit. The fraction of a time never decreases."""
         if (was := Length.parse(state["length"])).kind != self.length.kind:
             raise ConfigError(f"budget: the state counts {was.kind} ({was}), this budget {self.length.kind}")
         self._clock.load_state_dict(state)
+        self._clock.start()  # the next step is timed from here
         self._share_time()
 
     def _share_time(self) -> None:
@@ -348,7 +363,7 @@ class Budget:
             return
         if self.length.kind == "seconds" and distributed.get_world_size() > 1:
             box = [self._clock.local_time]
-            distributed.broadcast_object_list(box, 0)
+            distributed.broadcast_object_list(box, 0)  # device sync with NCCL, once per step
             self._clock.synced = box[0]
 
 

@@ -96,8 +96,8 @@ def start_warnings(run: BuiltRun) -> list[str]:
         found.append(f"budget.counts=wall is for budgets in time, and has no effect on {length}")
     if run.trainer.step.device.type == "cuda" and not can_compile_kernels():
         found.append(
-            "Triton finds no C compiler with Python's headers (gcc libc6-dev python3-dev on Debian), so the step is not "
-            "compiled and the local FFN has no fused kernel: training is slower"
+            "Triton finds no C compiler with Python's headers (gcc libc6-dev python3-dev on Debian), so the step is "
+            "not compiled and the local FFN has no fused kernel: training is slower"
         )
     if batch > source.count:
         found.append(f"train.batch_size is {batch}, and there are {source.count} images: each epoch is one step")

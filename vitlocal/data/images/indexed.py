@@ -11,9 +11,10 @@ from PIL import Image
 from vitlocal.data.fields import FieldType
 from vitlocal.data.images.image_set import ImageSet, read_file
 from vitlocal.data.images.pixels import to_rgb
-from vitlocal.errors import ConfigError, UndecodableImage
+from vitlocal.data.manifest import PYTHON_SOURCE
+from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
-SPEC = "a dataset in Python"
+MOST_UNNAMED = 100_000  # classes that labels may have without names
 EXPECTED = "expected a file's bytes or path, a PIL image, or uint8 pixels: an array (H, W, 3) or a tensor (3, H, W)"
 
 
@@ -33,7 +34,7 @@ class IndexedImages(ImageSet):
         labels: Sequence[Any] | np.ndarray | None = None, classes: Sequence[str] | None = None,
         fields: Mapping[str, FieldType] | None = None,
     ):  # fmt: skip
-        self.spec, self.split = SPEC, split
+        self.spec, self.split = PYTHON_SOURCE, split
         self._dataset, self._image, self._label, self.fields = dataset, image, label, dict(fields or {})
         self._last: tuple[int, Any] | None = None
         found = self._labels() if labels is None else labels
@@ -46,14 +47,27 @@ class IndexedImages(ImageSet):
         if self._label in (getattr(self._dataset, "column_names", None) or ()):  # of Hugging Face
             return self._dataset[self._label][:]
         targets = getattr(self._dataset, "targets", None)  # of torchvision
-        if targets is not None and len(targets) == len(self._dataset):
+        changed = getattr(self._dataset, "target_transform", None) is not None
+        if targets is not None and not changed and len(targets) == len(self._dataset):
             return targets
-        return [self._part(index, self._label, 1) for index in range(len(self._dataset))]
+        try:
+            return [self._part(index, self._label, 1) for index in range(len(self._dataset))]
+        except OSError as error:
+            raise DataError(
+                f"the rows of the dataset are read for their labels, and one fails: {error}. Pass labels=, so that "
+                "only its image counts as damaged"
+            ) from error
 
     def _row(self, index: int) -> Any:
         """The row, read once for its image and its further values."""
         if self._last is None or self._last[0] != index:
-            self._last = index, self._dataset[range(len(self._dataset))[index]]
+            try:
+                self._last = index, self._dataset[range(len(self._dataset))[index]]
+            except LookupError as error:
+                raise ConfigError(
+                    f"row {index} of the dataset does not exist ({error!r}), although its length is "
+                    f"{len(self._dataset)}; expected rows from 0 to its length"
+                ) from error
         return self._last[1]
 
     def _part(self, index: int, name: str, place: int) -> Any:
@@ -117,19 +131,24 @@ def _numbered(labels: list[Any], classes: Sequence[str] | None) -> tuple[np.ndar
         if unknown := sorted(set(labels) - set(names)):
             raise ConfigError(f"classes: the label {unknown[0]!r} is not among the {len(names)} classes")
         return np.array([number[label] for label in labels], np.int64), names
-    try:
-        numbers = np.array([int(label) for label in labels], np.int64)
-        wrong = next((label for label, number in zip(labels, numbers, strict=True) if label != number), None)
-    except (TypeError, ValueError):
-        numbers, wrong = np.zeros(0, np.int64), labels[0]
-    if wrong is not None or numbers.min(initial=0) < 0:
-        got = int(numbers.min()) if wrong is None else wrong
-        raise ConfigError(f"labels: got {got!r}, expected whole numbers from 0, or names")
+    numbers = np.array([_number(label, row) for row, label in enumerate(labels)], np.int64)
     count = int(numbers.max(initial=-1)) + 1
+    if classes is None and count > MOST_UNNAMED:
+        raise ConfigError(f"labels: got {count - 1}, which would be {count} classes; name them with classes=")
     names = tuple(classes) if classes else tuple(map(str, range(count)))
     if count > len(names):
         raise ConfigError(f"classes: got {len(names)} names, but labels up to {count - 1}")
     return numbers, names
+
+
+def _number(label: Any, row: int) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if number < 0 or number != label or number >= 2**63:
+        raise ConfigError(f"labels: got {label!r} in row {row}, expected whole numbers from 0, or names in all rows")
+    return number
 
 
 def _class_names(dataset: Any, label: str) -> Sequence[str] | None:

@@ -9,6 +9,7 @@ Shape letters: B batch, S size, n rows of a file, F forms of a photo.
 
 import ctypes
 import functools
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,13 @@ def native_box(policy: np.ndarray, draw: int, height: int, width: int, size: int
 class DecoderThreads:
     """The threads of the decoder, ``count`` (0: one for each core), until ``close``. Passes may share them.
 
-    ConfigError if the system cannot start so many.
+    They belong to the process that makes them. ConfigError if the system cannot start so many.
     """
 
     def __init__(self, count: int = 0):
-        self.count = count or cores()
+        if count < 0:
+            raise ConfigError(f"threads of the decoder: got {count}, expected a number from 1, or 0 for one per core")
+        self.count, self._process = count or cores(), os.getpid()
         self.pool = library().vitlocal_pool_new(self.count)
         if not self.pool:
             raise ConfigError(f"data.workers: the system cannot start {self.count} threads; set fewer")
@@ -113,6 +116,8 @@ class DecoderThreads:
         :func:`native_policy`'s; ``boxes`` (B,) of BOX replaces its boxes. Returns what is wrong with images that do not
         decode, by their place in the batch.
         """
+        if os.getpid() != self._process:  # the threads do not exist here, and waiting for them would never end
+            raise ConfigError("the decoder was made in another process, before a fork; open the loader after it")
         assert self.close.alive, "closed"
         assert crops.dtype == np.uint8 and crops.flags.c_contiguous
         assert crops.ndim == 4 and crops.shape[1] == crops.shape[2] and crops.shape[3] == 3

@@ -91,7 +91,7 @@ static void *serve(void *argument) {
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (!pool->first && !pool->closing) pthread_cond_wait(&pool->work, &pool->lock);
-        if (pool->closing) break;
+        if (!pool->first) break; /* batches of other callers are finished first */
         struct batch *b = pool->first;
         const int64_t start = b->next, end = start + TAKEN < b->count ? start + TAKEN : b->count;
         b->next = end;
@@ -134,8 +134,9 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
     free(pool);
 }
 
-/* NULL if the system has no memory or cannot start the threads. */
+/* NULL if the system has no memory or cannot start the threads, of which there is at least one. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
+    if (threads < 1) return NULL;
     struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->ids[0]);
     if (!pool) return NULL;
     pthread_mutex_init(&pool->lock, NULL);

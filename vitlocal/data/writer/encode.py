@@ -73,8 +73,8 @@ class RowsRead(ImageSet):
         for index in span:
             try:
                 self._files[index] = data = images.read(index)
-                self._values[index] = images.values(index)
-                self.size += len(data)
+                self._values[index] = values = images.values(index)
+                self.size += len(data) + sum(map(len, values))
             except Exception as error:
                 self._files[index] = error
                 if not isinstance(error, UndecodableImage):
@@ -268,8 +268,6 @@ def _stored(
     photo: bytes | np.ndarray, width: int, height: int, keepable: bool, job: EncodeJob, encoder: Encoder, behind: int
 ) -> list[StoredImage] | None:
     """The forms of a photo. A page has room for the image and ``behind`` bytes."""
-    if behind > (room := min(file.page_size for file in job.files) // 2):
-        raise DataError(f"the values of its further fields have {behind} bytes, expected at most {room}")
     forms = [_form(file, width, height, keepable, job) for file in job.files]
     while True:
         different = list(dict.fromkeys(forms))  # a small image may be equal in several files
@@ -282,6 +280,11 @@ def _stored(
         if all(fits):
             modes = [MODES[file.format] for file in job.files]
             return [((mode, *form[:2]), data_of[form]) for mode, form in zip(modes, forms, strict=True)]
+        if behind and all(size <= file.page_size for size, file in zip(sizes, job.files, strict=True)):
+            raise ConfigError(
+                f"the values of a row's further fields have {behind} bytes, which a page has no room for beside an "
+                f"image of {max(sizes)} bytes; use smaller values or sides"
+            )
         # A JPEG that a page cannot hold is encoded again, and smaller from the second time on.
         forms = [form if fit else _smaller(form) for form, fit in zip(forms, fits, strict=True)]
 

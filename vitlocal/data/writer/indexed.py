@@ -24,8 +24,9 @@ def write(
 ) -> Manifest:  # fmt: skip
     """Writes the .beton files and the manifest of a split, as ``write_dataset.py`` does, from a dataset in Python.
 
-    If it is interrupted, the same call continues. A split that is finished stays as it is: remove it to write other
-    images. The dataset is read in order by one thread; others encode.
+    If it is interrupted, the same call continues. A split that is finished, and rows that are written, stay as they
+    are, because changed images of a dataset in Python are not found: remove them to write other images. The dataset
+    is read in order by one thread. Others encode.
 
     Args:
         dataset: anything with ``len()`` and ``[]``. A row is a tuple (image, label, values of the ``fields`` …) or a
@@ -51,6 +52,11 @@ def write(
         raise ConfigError(f"split: got {split!r}, expected train or val")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
         raise ConfigError(f"dataset: got {type(dataset).__name__}, expected rows with len() and [], at least one")
+    if workers < 0 or (quality is not None and not 1 <= quality <= 100):
+        raise ConfigError(f"workers: got {workers}, expected 0 or more; quality: got {quality}, expected 1 to 100")
+    names = classes if classes is None else list(classes)
+    if isinstance(classes, str) or (names and (len(set(names)) < len(names) or any("\n" in name for name in names))):
+        raise ConfigError("classes: expected a list of different names, each on one line")
     edges = sides if isinstance(sides, str) else ",".join(map(str, np.atleast_1d(np.asarray(sides)).tolist()))
     images = IndexedImages(
         dataset, split, image=image, label=label, labels=labels, classes=classes, fields=field_types(fields)
@@ -60,5 +66,5 @@ def write(
         workers, "skip" if on_error == "skip" else "stop",
     )  # fmt: skip
     manifest = write_images(options, images, progress)
-    ensure_costs(out, manifest)
+    ensure_costs(out, manifest, progress)
     return manifest
