@@ -1,0 +1,210 @@
+"""docs/python.md and docs/examples: the code runs, and it learns or does what it says."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from queue import Queue
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import vitlocal
+from vitlocal.data.images.sample import SampleImages
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+CLASSES = {"checker", "dots", "rays", "stripes"}
+SMALL = dict(embed_dim=64, depth=2, num_heads=2, pool="avg")
+LEARNED = 0.5  # top-1 of four classes, by models that see 32 photos for some seconds
+
+
+def example(name: str) -> ModuleType:
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "docs" / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """32 photos of the built-in sample in four classes, as both splits: seconds suffice to learn photos by heart."""
+    sample = SampleImages("train", 8)
+    names = [sample.classes[label] for label in sample.labels]
+    rows = [(sample.read(row), name) for row, name in enumerate(names) if name in CLASSES]
+    folder = tmp_path_factory.mktemp("photos")
+    for split in ("train", "val"):
+        vitlocal.write(rows, folder, split, sides="64:raw", progress=False)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int) -> Callable[..., None]:
+    """Budget.step, which ends the run instead of its step number ``step``, once."""
+    original, killed = vitlocal.Budget.step, []
+
+    def counted(self: vitlocal.Budget, *arguments: Any) -> None:
+        if self.progress.step + 1 == step and not killed:
+            killed.append(step)
+            raise Killed
+        original(self, *arguments)
+
+    return counted
+
+
+# --- one process ---
+
+
+def test_plain_pytorch_learns(photos: str, tmp_path: Path):
+    assert example("plain_pytorch").train(photos, "80steps", str(tmp_path / "run.pt"), 32, **SMALL) > LEARNED
+
+
+def test_plain_pytorch_continues_bit_for_bit(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = example("plain_pytorch")
+    for name in ("whole", "killed"):
+        torch.manual_seed(0)
+        arguments = photos, "15steps", str(tmp_path / name), 16
+        if name == "killed":
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(vitlocal.Budget, "step", kill_at(6))  # in the middle of the third epoch
+                plain.train(*arguments, **SMALL)
+            assert torch.load(tmp_path / name)["loader"]["epoch"] == 2
+            torch.manual_seed(1)  # other initial weights: those of the checkpoint replace them
+        plain.train(*arguments, **SMALL)
+    whole, killed = (torch.load(tmp_path / name) for name in ("whole", "killed"))
+    assert whole["budget"]["step"] == killed["budget"]["step"] == 15
+    assert whole["loader"] == killed["loader"]
+    assert all(torch.equal(tensor, killed["model"][name]) for name, tensor in whole["model"].items())
+
+
+def test_timm_learns(photos: str):
+    assert example("timm_train").train(photos, "100steps", 32, **SMALL) > LEARNED
+
+
+def test_ffcv_learns(photos: str):
+    pytest.importorskip("ffcv")
+    first, last = example("ffcv_loader").train(photos, "60steps", 16, **SMALL)
+    assert last < 0.8 * first
+
+
+def test_a_hugging_face_dataset_keeps_its_images_and_labels(tmp_path: Path):
+    pytest.importorskip("datasets")
+    hugging_face = example("hugging_face_dataset")
+    with hugging_face.convert(hugging_face.colours(24), str(tmp_path)) as loader:
+        assert loader.classes == ("red", "green", "blue")
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert images.shape == (24, 3, 32, 32) and labels.bincount().tolist() == [8, 8, 8]
+    assert torch.equal(images.mean((2, 3)).argmax(1), labels)  # channel 0 is red, and so on
+
+
+# --- two processes ---
+
+
+def digests(images: torch.Tensor) -> list[bytes]:
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+
+
+def _train(rank: int, port: int, name: str, arguments: tuple[Any, ...], results: Queue[Any]) -> None:
+    """A process as torchrun, ``fabric run`` and ``accelerate launch`` start it. It is killed once, and continues."""
+    from vitlocal.models.vit import VisionTransformer
+
+    os.environ |= dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+        LT_DEVICES="2", LT_ACCELERATOR="cpu", LT_STRATEGY="ddp", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    module, seen = example(name), []
+    torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda model, inputs: (
+            seen.append(digests(inputs[0])) if isinstance(model, VisionTransformer) and model.training else None
+        )
+    )
+    warnings.simplefilter("error")
+    original = vitlocal.Budget.step
+    vitlocal.Budget.step = kill_at(KILLED_STEP)  # type: ignore[method-assign]
+    try:
+        module.train(*arguments, **SMALL)
+    except Killed:
+        vitlocal.Budget.step = original  # type: ignore[method-assign]
+    top1 = module.train(*arguments, **SMALL)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    results.put((rank, seen, top1))
+
+
+def _report(results: Queue[Any], *arguments: Any) -> None:
+    try:
+        _train(*arguments, results)
+    except BaseException:
+        results.put(traceback.format_exc())
+        raise
+
+
+KILLED_STEP, STEPS = 40, 120  # two steps are an epoch
+
+
+@pytest.mark.parametrize(("name", "library"), [("fabric", "lightning_fabric"), ("accelerate_train", "accelerate")])
+def test_two_processes_read_every_image_once_and_learn(name: str, library: str, photos: str, tmp_path: Path):
+    pytest.importorskip(library)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = photos, f"{STEPS}steps", str(tmp_path / "checkpoint"), 8
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_report, args=(results, rank, port, name, arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = []
+    try:
+        while len(found) < 2 and not isinstance(result := results.get(timeout=120), str):
+            found.append(result)
+        assert len(found) == 2, result
+    finally:
+        for process in processes:
+            process.join(60 if len(found) == 2 else 0)
+            process.kill()  # if the other process failed, this one waits for it
+    (_, first, top1), (_, second, same) = sorted(found)
+    assert top1 == same > LEARNED
+    batches = [a + b for a, b in zip(first, second, strict=True)]
+    epochs = (KILLED_STEP - 1) // 2
+    assert len(batches) == STEPS + KILLED_STEP - 2 * epochs  # the steps after the last checkpoint are repeated
+    del batches[2 * epochs : KILLED_STEP]
+    pixels = dict(dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    with vitlocal.Loader(photos, "train", 32, 48, scale=(0.35, 1), num_workers=1, **pixels) as loader:
+        for number in range(STEPS // 2):
+            ((images, _),) = loader
+            assert sorted(batches[2 * number] + batches[2 * number + 1]) == sorted(digests(images)), number
+
+
+# --- the page ---
+
+
+def test_the_page_prints_the_example():
+    assert (ROOT / "docs" / "examples" / "plain_pytorch.py").read_text(encoding="utf-8") in PAGE
+
+
+def test_the_page_links_to_every_example():
+    names = {path.name for path in (ROOT / "docs" / "examples").glob("*.py")}
+    assert names == set(re.findall(r"\(examples/(\w+\.py)\)", PAGE))
