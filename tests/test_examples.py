@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 CLASSES = {"checker", "dots", "rays", "stripes"}
 SMALL = dict(embed_dim=64, depth=2, num_heads=2, pool="avg")
-LEARNED = 0.5  # top-1 of four classes, by models that see 32 photos for some seconds
+LEARNED = 0.4  # top-1 of four classes; 32 photos and some seconds reach 0.5 to 0.8
 
 
 def example(name: str) -> ModuleType:
@@ -125,13 +125,13 @@ def digests(images: torch.Tensor) -> list[bytes]:
 
 
 def _train(rank: int, port: int, name: str, arguments: tuple[Any, ...], results: Queue[Any]) -> None:
-    """A process as torchrun, ``fabric run`` and ``accelerate launch`` start it. It is killed once, and continues."""
+    """A process as torchrun starts it. It is killed once, and continues."""
     from vitlocal.models.vit import VisionTransformer
 
     os.environ |= dict(
         RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
-        LT_DEVICES="2", LT_ACCELERATOR="cpu", LT_STRATEGY="ddp", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     torch.set_num_threads(1)
     module, seen = example(name), []
@@ -161,16 +161,20 @@ def _report(results: Queue[Any], *arguments: Any) -> None:
         raise
 
 
-KILLED_STEP, STEPS = 40, 120  # two steps are an epoch
+KILLED_STEP, STEPS = 30, 80  # two steps are an epoch
 
 
-@pytest.mark.parametrize(("name", "library"), [("fabric", "lightning_fabric"), ("accelerate_train", "accelerate")])
-def test_two_processes_read_every_image_once_and_learn(name: str, library: str, photos: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "library", "further"), [("fabric", "lightning_fabric", ["2"]), ("accelerate_train", "accelerate", [])]
+)
+def test_two_processes_read_every_image_once_and_learn(
+    name: str, library: str, further: list[str], photos: str, tmp_path: Path
+):
     pytest.importorskip(library)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = photos, f"{STEPS}steps", str(tmp_path / "checkpoint"), 8
+    arguments = photos, f"{STEPS}steps", str(tmp_path / "checkpoint"), *further, 8
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_report, args=(results, rank, port, name, arguments)) for rank in range(2)]
@@ -178,7 +182,7 @@ def test_two_processes_read_every_image_once_and_learn(name: str, library: str, 
         process.start()
     found = []
     try:
-        while len(found) < 2 and not isinstance(result := results.get(timeout=120), str):
+        while len(found) < 2 and not isinstance(result := results.get(timeout=300), str):
             found.append(result)
         assert len(found) == 2, result
     finally:
@@ -192,7 +196,7 @@ def test_two_processes_read_every_image_once_and_learn(name: str, library: str, 
     assert len(batches) == STEPS + KILLED_STEP - 2 * epochs  # the steps after the last checkpoint are repeated
     del batches[2 * epochs : KILLED_STEP]
     pixels = dict(dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    with vitlocal.Loader(photos, "train", 32, 48, scale=(0.35, 1), num_workers=1, **pixels) as loader:
+    with vitlocal.Loader(photos, "train", 32, 32, scale=(0.35, 1), num_workers=1, **pixels) as loader:
         for number in range(STEPS // 2):
             ((images, _),) = loader
             assert sorted(batches[2 * number] + batches[2 * number + 1]) == sorted(digests(images)), number
@@ -208,3 +212,24 @@ def test_the_page_prints_the_example():
 def test_the_page_links_to_every_example():
     names = {path.name for path in (ROOT / "docs" / "examples").glob("*.py")}
     assert names == set(re.findall(r"\(examples/(\w+\.py)\)", PAGE))
+
+
+def test_the_code_of_the_page_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sample").symlink_to(folder)
+    (tmp_path / "example.jpg").symlink_to(ROOT / "docs" / "example.jpg")
+    monkeypatch.chdir(tmp_path)
+    page: dict[str, Any] = {"__name__": "page"}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    shown = []
+    for block in blocks:
+        exec(block, page)
+        shown.append(page["loader"].feed.size if "loader" in page else None)
+    grey = vitlocal.Loader("data/grey", "val", 6, 32)
+    assert grey.classes == ("a", "b", "c") and [labels.tolist() for _, labels in grey] == [[0, 1, 2, 0, 1, 2]]
+    assert sorted(page["seen"]) == list(range(120))  # each image once, though the size and the batches changed
+    assert page["again"].position == vitlocal.Loader("data/sample").position.__class__(1, 0)
+    assert page["sizes"] == [32] * 4 + [64] * 6 and page["rates"][1] == max(page["rates"]) > page["rates"][-1]
+    assert page["ids"].sort().values.tolist() != [] and page["score"].tolist() == (page["ids"] / 2).tolist()
+    assert len(page["every_photo"]) == 4 and page["crops"].shape == (2, 3, 64, 64)
+    assert next(iter(page["halves"]))[0].shape == (32, 3, 64, 64) and len(page["parts"][1]) == 5

@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate.  accelerate launch --num_processes=2 accelerate_train.py data/sample 2m checkpoints"""
+"""Hugging Face Accelerate.  torchrun --nproc-per-node=2 accelerate_train.py data/sample 2m checkpoints"""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ def train(folder: str, length: str, checkpoint: str, batch_size: int = 64, **mod
     set_seed(0)
     # The loader reads the part of this process, because Accelerator() came before. prepare() does not divide it again.
     pixels = dict(
-        size=48, device=accelerator.device, dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        size=32, device=accelerator.device, dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
     loader = vitlocal.Loader(folder, "train", batch_size, scale=(0.35, 1), **pixels)
     budget = vitlocal.Budget(length, images_per_epoch=loader.num_samples)

@@ -1,4 +1,4 @@
-"""Lightning Fabric, any number of processes.  fabric run --devices=2 fabric.py data/sample 2m run.ckpt"""
+"""Lightning Fabric, here with two processes.  python fabric.py data/sample 2m run.ckpt 2"""
 
 import sys
 from pathlib import Path
@@ -10,13 +10,15 @@ from torch.nn.functional import cross_entropy
 import vitlocal
 
 
-def train(folder: str, length: str, checkpoint: str, batch_size: int = 64, **model_options) -> float:
-    fabric = Fabric()  # devices, strategy and precision are those of the command
+def train(
+    folder: str, length: str, checkpoint: str, devices: str = "1", batch_size: int = 64, **model_options
+) -> float:
+    fabric = Fabric(devices=int(devices))
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
     # The loader reads the part of this process, because launch() came before. Fabric need not divide it again.
     pixels = dict(
-        size=48, device=fabric.device, dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        size=32, device=fabric.device, dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
     loader = vitlocal.Loader(folder, "train", batch_size, scale=(0.35, 1), **pixels)
     budget = vitlocal.Budget(length, images_per_epoch=loader.num_samples)
