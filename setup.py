@@ -225,6 +225,10 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
                 "mypy>=1.17,<3",
                 "types-PyYAML",
                 "types-tqdm",
+                # Of docs/examples.
+                "accelerate>=1.12,<2",
+                "datasets>=4.4,<6",
+                "lightning-fabric>=2.6,<3",
             ],
             "ffcv": [  # FFCV's own loader and writer; compiled by a C++ compiler, with OpenCV and libjpeg-turbo
                 "ffcv>=1.0.2,<1.1",
