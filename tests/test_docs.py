@@ -47,7 +47,6 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1300
 
 
-@pytest.mark.ffcv
 def test_loader_example_of_the_readme_runs(folder: Path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}

@@ -102,8 +102,8 @@ def test_timm_learns(photos: str):
     assert example("timm_train").train(photos, "100steps", 32, **SMALL) > LEARNED
 
 
+@pytest.mark.ffcv
 def test_ffcv_learns(photos: str):
-    pytest.importorskip("ffcv")
     first, last = example("ffcv_loader").train(photos, "80steps", 16, **SMALL)
     assert last < 0.8 * first
 
