@@ -19,7 +19,7 @@ def train(folder: str, length: str, checkpoint: str, batch_size: int = 64, **mod
         size=32, device=accelerator.device, dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
     loader = vitlocal.Loader(folder, "train", batch_size, scale=(0.35, 1), **pixels)
-    budget = vitlocal.Budget(length, images_per_epoch=loader.num_samples)
+    budget = vitlocal.Budget(length, images_per_epoch=loader.images_per_epoch)
     model = vitlocal.create_model("vitlocal_tiny_patch8_64", num_classes=len(loader.classes), **model_options)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     model, optimizer, batches = accelerator.prepare(model, optimizer, vitlocal.as_dataloader(loader))

@@ -21,7 +21,7 @@ def train(
         size=32, device=fabric.device, dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
     loader = vitlocal.Loader(folder, "train", batch_size, scale=(0.35, 1), **pixels)
-    budget = vitlocal.Budget(length, images_per_epoch=loader.num_samples)
+    budget = vitlocal.Budget(length, images_per_epoch=loader.images_per_epoch)
     model = vitlocal.create_model("vitlocal_tiny_patch8_64", num_classes=len(loader.classes), **model_options)
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), weight_decay=0.05))
     schedule = vitlocal.LRSchedule("cosine", peak=2e-3, warmup=vitlocal.Length.parse("5%"))

@@ -12,7 +12,7 @@ def train(folder: str, length: str, checkpoint: str, batch_size: int = 64, **mod
     pixels = dict(dtype=torch.float32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     curriculum = vitlocal.Curriculum.parse("32px until 50%, 48px until 80%, 64px")
     loader = vitlocal.Loader(folder, "train", batch_size, scale=(0.35, 1), **pixels)
-    budget = vitlocal.Budget(length, images_per_epoch=loader.num_samples)
+    budget = vitlocal.Budget(length, images_per_epoch=loader.images_per_epoch)
     model = vitlocal.create_model("vitlocal_tiny_patch8_64", num_classes=len(loader.classes), **model_options)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     parts = dict(model=model, optimizer=optimizer, loader=loader, budget=budget)

@@ -19,7 +19,7 @@ UPDATES = 1000  # of the schedule: timm counts updates, and a budget may be a ti
 def train(folder: str, length: str, batch_size: int = 64, **model_options) -> float:
     pixels = dict(size=48, dtype=torch.float32, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     loader = vitlocal.Loader(folder, "train", batch_size, scale=(0.35, 1), **pixels)
-    budget = vitlocal.Budget(length, images_per_epoch=loader.num_samples)
+    budget = vitlocal.Budget(length, images_per_epoch=loader.images_per_epoch)
     classes = len(loader.classes)
     model = create_model("vitlocal_tiny_patch8_64", num_classes=classes, **model_options)
     average = ModelEmaV3(model, decay=0.99, use_warmup=True)
