@@ -33,7 +33,7 @@ VERSION = next(
 # --- the C core ------------------------------------------------------------------------------------------------------
 
 NATIVE = "vitlocal/data/native"
-# No fused multiply-adds: a box is the same on every machine.
+# No fused multiply-adds: a box is the same on every machine, up to the last bits of the C library's exp and log.
 FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-fPIC", "-shared"]
 # The library exports our functions only: its libjpeg never mixes with another one of the process.
 EXPORTS = "{ global: vitlocal_*; local: *; };\n"

@@ -80,6 +80,8 @@ def test_a_dataloader_has_the_batches_and_the_state_of_the_loader(folder: Path, 
             assert images.is_contiguous(memory_format=torch.channels_last)
     for _ in loader:
         break
+    with pytest.raises(ConfigError, match=r"expected a vitlocal.Loader"):
+        as_dataloader(BetonDataset(folder, "train", 24))
     again = as_dataloader(opened())
     again.load_state_dict(loader.state_dict())
     assert len(list(again)) == 2
@@ -129,6 +131,8 @@ def test_wrong_images_are_named():
         decode_crops([good, good[: len(good) // 2]], size=16)
     with pytest.raises(ConfigError, match="threads of the decoder: got -1"):
         decode_crops([good], size=16, num_threads=-1)
+    with pytest.raises(ConfigError, match="jpegs: got str, expected the bytes"):
+        decode_crops(["photo.jpg"], size=16)
     for wrong in ({"boxes": [(0, 0, 1, 1)] * 2}, {"flips": [True, False]}, {"size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             decode_crops([good], **{"size": 16, **wrong})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from compilers import needs_cxx
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
@@ -123,10 +123,7 @@ def test_opcheck() -> None:
     )
 
 
-@pytest.mark.skipif(
-    DEVICE == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="PyTorch compiles with a C++ compiler",
-)
+@needs_cxx
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_inductor_gives_the_same_gradients() -> None:
     """Inductor relies on the strides that register_fake returns."""
@@ -208,8 +205,10 @@ def test_gpu_kernels_use_registers_only() -> None:
         assert int(registers) <= 255 and (stack, local) == ("0", "0"), (name, width)
 
 
-def test_torch_compile_can_trace_can_fuse() -> None:
+def test_torch_compile_can_trace_can_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph break here would split every local FFN of a compiled model."""
+
+    monkeypatch.setattr("vitlocal.models.local_mix.CAN_COMPILE", True)
 
     def chosen(tokens: torch.Tensor) -> torch.Tensor:
         return tokens + 1 if can_fuse(torch.device("cuda"), (4, 4)) else tokens - 1

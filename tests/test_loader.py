@@ -1,8 +1,11 @@
 """The loader in a loop of one's own."""
 
+import copy
 import json
 import os
 import random
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -197,8 +200,10 @@ def test_no_thread_is_left(folder: Path, opened):
     loader.close()
     assert threading.active_count() == before
     assert list(epoch) == []
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(ConfigError, match="closed"):
         iter(loader)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(loader)
 
 
 def test_shared_resources_outlive_the_loader_that_made_them(folder: Path):
@@ -224,6 +229,22 @@ def test_a_loader_of_another_process_is_an_error(folder: Path):
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     loader.close()
+
+
+def test_a_loader_opened_before_the_processes_know_each_other_is_an_error(opened, monkeypatch: pytest.MonkeyPatch):
+    early, stated = opened(), opened(rank=0, world_size=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=r"before torch.distributed was initialized"):
+        iter(early)
+    assert len(list(stated)) == 3 and opened().share.world == 2
+
+
+def test_an_epoch_that_is_open_when_python_ends_prints_nothing(folder: Path):
+    code = f"import vitlocal; it = iter(vitlocal.Loader({str(folder)!r}, 'train', 8, 24, num_workers=1)); next(it)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_new_iterator_is_the_one_that_moves_the_position(opened):
@@ -372,7 +393,8 @@ def test_one_file_with_and_without_its_manifest(folder: Path, tmp_path: Path, op
         ({"on_error": "stop"}, "on_error: got 'stop'"),
         ({"file": "train_64_raw.beton"}, "has no 'train_64_raw.beton'; expected auto, .*train_48_raw.beton"),
         ({"fields": ["weight"]}, "no field 'weight'"),
-        ({"split": "test"}, "test.json does not exist"),
+        ({"split": "test"}, "split: got 'test', expected a split of .*: train, val"),
+        ({"num_workers": "2"}, "num_workers: got '2', expected a whole number"),
     ],
 )
 def test_wrong_arguments_are_named(opened, options: dict, message: str):

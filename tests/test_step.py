@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from compilers import needs_cxx
 
 from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
@@ -44,6 +45,7 @@ def close(first, second, tolerance: float = 2e-6) -> None:
         torch.testing.assert_close(value, second[1][name], atol=tolerance, rtol=1e-4, msg=name)
 
 
+@needs_cxx
 def test_the_compiled_step_is_the_eager_one(configure):
     eager, compiled = a_step(configure, "--model.depth=1"), a_step(configure, "--model.depth=1", "--train.compile=yes")
     assert compiled.mode(Feed(24, 12)) == Mode(compiled=True) and eager.mode(Feed(24, 12)) == EAGER

@@ -1,6 +1,7 @@
 """Writing any dataset in Python, with further fields, and reading them again."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fake_images import commit_often, encode_jpeg, make_photo
 from PIL import Image
+from torch.utils.data import Subset
 
 import vitlocal
 from vitlocal.data.beton import MappedFile
@@ -63,6 +65,16 @@ def test_every_kind_of_image_is_stored_with_its_pixels(tmp_path: Path):
         assert np.array_equal(stored_pixels(tmp_path / "out" / "train_64_raw.beton", row), pixels)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, list])
+def test_rows_may_be_images_alone_if_labels_are_given(tmp_path: Path, kind: Callable):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 16, 3), np.uint8)
+    images = [Image.fromarray(each) for each in pixels] if kind is list else kind(pixels)
+    images = images.permute(0, 3, 1, 2) if kind is torch.from_numpy else images
+    write(images, tmp_path, labels=[0, 1])
+    for row in range(2):
+        assert np.array_equal(stored_pixels(tmp_path / "train_64_raw.beton", row), pixels[row])
+
+
 def test_jpegs_are_kept(tmp_path: Path):
     jpeg = encode_jpeg(make_photo(50, 40))
     write([{"image": jpeg, "label": 0}], tmp_path, sides=[64], format="jpg")
@@ -91,6 +103,8 @@ def test_labels_and_classes_come_from_the_dataset(tmp_path: Path):
     assert IndexedImages(dataset, "train").labels.tolist() == [2, 0]
     column = IndexedImages(Column([{"image": 0}, {"image": 1}]), "train", label="fine_label")
     assert column.labels.tolist() == [1, 0] and column.classes == ("cat", "dog")
+    subset = Subset(Targets(), [])
+    assert IndexedImages(subset, "train").classes == ("a", "b", "c")
     given = IndexedImages([(0, 5)], "train", labels=np.array([1]), classes=["x", "y"])
     assert given.labels.tolist() == [1] and given.classes == ("x", "y")
 
@@ -116,6 +130,7 @@ def test_labels_and_classes_come_from_the_dataset(tmp_path: Path):
         ([(make_photo(4, 4), 3)], {"classes": ["a"]}, "got 1 names, but labels up to 3"),
         ([(make_photo(4, 4), 0)], {"labels": [0, 1]}, "labels: got 2, expected one for each of the 1 rows"),
         ([{"picture": 0, "label": 0}], {}, "'picture', 'label'; expected 'image'"),
+        (np.zeros((2, 8, 8, 3), np.uint8), {}, r"row 0 of the dataset is an image \(ndarray\).*labels="),
         ([(make_photo(4, 4), 0)], {"fields": {"a": "float"}}, "row 0 of the dataset is tuple; expected 'a'"),
         ([(make_photo(4, 4), 0, "x")], {"fields": {"a": "float"}}, "fields: 'a' of row 0: could not convert"),
         ([(make_photo(4, 4), 0, [1, 2])], {"fields": {"a": ("f4", (3,))}}, "expected float32 of shape"),

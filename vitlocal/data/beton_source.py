@@ -51,6 +51,9 @@ def open_manifest(root: str | Path, split: str, file: str = "auto") -> tuple[Pat
             raise ConfigError(f"root: {root / file} does not exist; name a data folder, or a .beton file in it")
         if not (root / f"{split}.json").exists():
             return root, manifest_of_file(root / file, split)
+    written = [name for name in ("train", "val") if (root / f"{name}.json").exists()]
+    if written and split not in ("train", "val") and not (root / f"{split}.json").exists():
+        raise ConfigError(f"split: got {split!r}, expected a split of {root}: {', '.join(written)}")
     manifest = load_manifest(str(root), split)
     if file == "auto":
         return root, manifest

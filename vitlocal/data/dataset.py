@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from vitlocal.data.arguments import whole
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import Loader
@@ -147,6 +148,8 @@ def as_dataloader(loader: Loader) -> LoaderAsDataLoader:
     It adds no process and no copy. Each ``iter()`` is the loader's next epoch. Lightning and Accelerate do not divide
     its batches: with several processes, open the loader after they have started, so that it reads its own part.
     """
+    if not isinstance(loader, Loader):
+        raise ConfigError(f"as_dataloader: got {type(loader).__name__}, expected a vitlocal.Loader")
     return LoaderAsDataLoader(loader)
 
 
@@ -168,8 +171,11 @@ def decode_crops(
 
     Raises ConfigError for wrong arguments, DataError for bytes that are not a whole JPEG and boxes outside of it.
     """
-    if not 1 <= size <= 4096:
+    if not 1 <= whole("size", size) <= 4096:
         raise ConfigError(f"size: got {size}, expected a side of 1 to 4096 px")
+    for jpeg in jpegs:
+        if not isinstance(jpeg, (bytes, bytearray, memoryview)):
+            raise ConfigError(f"jpegs: got {type(jpeg).__name__}, expected the bytes of each file")
     jpegs = [bytes(jpeg) for jpeg in jpegs]
     crops = _batch(len(jpegs), size)
     images = torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last

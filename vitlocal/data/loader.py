@@ -3,7 +3,6 @@
 Shape letters: B batch, S size.
 """
 
-import operator
 import os
 import sys
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitlocal.data.arguments import check, pair, usable_device, whole
 from vitlocal.data.batch import Batch
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.beton_source import BetonSource, open_manifest, split_of
@@ -119,11 +119,12 @@ class Loader(BetonSource):
         split = split or split_of(root)
         train = split == "train"
         crop = crop or ("random" if train else "centre")
+        num_workers, prefetch = whole("num_workers", num_workers), whole("prefetch", prefetch)
         seed, repeats, (low, high), (narrow, wide) = (
-            whole("seed", seed), whole("repeats", repeats), _pair("scale", scale), _pair("ratio", ratio),
+            whole("seed", seed), whole("repeats", repeats), pair("scale", scale), pair("ratio", ratio),
         )  # fmt: skip
         device = usable_device(device)
-        _check(
+        check(
             seed=(seed, 0 <= seed < 2**63, "a whole number from 0"),
             repeats=(repeats, repeats >= 1, "at least 1"),
             scale=(scale, 0 < low <= high <= 1, "two fractions of the area, such as (0.08, 1)"),
@@ -150,11 +151,11 @@ class Loader(BetonSource):
         self.resources = resources or LoaderResources(
             num_workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
-        self._closed = False
+        self._closed, self._finds_share = False, share is None and rank is None
         self._choose_boxes = crop if callable(crop) else None
         self._skip_damaged, self._prefetch, self._copy = on_error == "skip", prefetch, copy
         self._drop_last = train if drop_last is None else drop_last
-        self._return_ids, self._fields = return_ids, tuple(fields)
+        self._return_ids, self._fields = return_ids, (fields,) if isinstance(fields, str) else tuple(fields)
         self._normalize = _normalization(dtype, mean, std, self.device)
         self._dtype = dtype
         if indices is not None:
@@ -187,7 +188,12 @@ class Loader(BetonSource):
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self._closed:
-            raise ValueError("the loader is closed; make a new one")
+            raise ConfigError("the loader is closed; make a new one")
+        if self._finds_share and _share(None, None).world > self.share.world:
+            raise ConfigError(
+                "the loader was opened before torch.distributed was initialized, so it reads all images of "
+                "each batch; open it afterwards, or pass rank and world_size"
+            )
         start = self.next_position
         self._position, self._resume, self._next_epoch = start, None, start.epoch + 1
         self._iteration += 1
@@ -233,7 +239,7 @@ class Loader(BetonSource):
             loader.position = loader.position
         """
         size, images = whole("size", size), whole("batch_size", self.batch_size if batch_size is None else batch_size)
-        _check(size=(size, 1 <= size <= 4096, "a side of 1 to 4096 px"), batch_size=(images, images >= 1, "at least 1"))
+        check(size=(size, 1 <= size <= 4096, "a side of 1 to 4096 px"), batch_size=(images, images >= 1, "at least 1"))
         if self._drop_last and images * self.share.world > self.num_samples:
             raise ConfigError(
                 f"batch_size: {images} in {self.share.world} processes is more than the {self.num_samples} images, "
@@ -263,9 +269,11 @@ class Loader(BetonSource):
 
     @position.setter
     def position(self, position: Position) -> None:
+        if not isinstance(position, Position):
+            raise ConfigError(f"position: got {position!r}, expected Position(epoch, images), such as loader.position")
         at = Position(whole("epoch", position.epoch), whole("images", position.images))
         inside = at.epoch >= 0 and 0 <= at.images < max(1, self.num_samples)
-        _check(position=(at, inside, f"an epoch from 0 and images below {self.num_samples}"))
+        check(position=(at, inside, f"an epoch from 0 and images below {self.num_samples}"))
         self._resume = at
 
     @property
@@ -342,6 +350,8 @@ class Loader(BetonSource):
 
     def _report(self, file: MappedFile, damaged: dict[int, str]) -> None:
         """Prints the rows of ``file`` that a pass has skipped, with what is wrong with them. Each row is named once."""
+        if not damaged:  # nothing to do, perhaps while Python ends
+            return
         new = sorted(set(damaged).difference(self.damaged))
         self.damaged = {*self.damaged, *new}
         for row in new[:MAX_REPORTED]:
@@ -357,46 +367,14 @@ class Loader(BetonSource):
             self._closed = True
             del self.resources  # the last owner ends the decoder's threads
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a Loader has threads and cannot be copied or pickled; open one there, or use BetonDataset")
+
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _check(**values: tuple[Any, Any, str]) -> None:
-    """Raises ConfigError for the first of ``name=(value, whether it is valid, what is expected)`` that is not valid."""
-    for name, (value, valid, expected) in values.items():
-        if not valid:
-            raise ConfigError(f"{name}: got {value!r}, expected {expected}")
-
-
-def whole(name: str, value: Any) -> int:
-    """``value`` as an ``int``. ConfigError unless it is a whole number, of Python or NumPy."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{name}: got {value!r}, expected a whole number") from None
-
-
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    try:
-        low, high = value
-        return float(low), float(high)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name}: got {value!r}, expected two numbers") from None
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device. ConfigError unless it is the CPU or a CUDA device of this machine."""
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device: got {name!r}, expected cpu, cuda or cuda:1 ({error})") from None
-    there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
-    if not there:
-        raise ConfigError(f"device: got {name!r}, expected cpu, or one of the {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _share(rank: int | None, world_size: int | None) -> Share:
@@ -407,8 +385,8 @@ def _share(rank: int | None, world_size: int | None) -> Share:
     if rank is None and distributed.is_available() and distributed.is_initialized():
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
     rank, world_size = (0, 1) if rank is None or world_size is None else (rank, world_size)
-    _check(world_size=(world_size, world_size >= 1, "at least 1"))
-    _check(rank=(rank, 0 <= rank < world_size, f"0 to {world_size - 1}, below world_size"))
+    check(world_size=(world_size, world_size >= 1, "at least 1"))
+    check(rank=(rank, 0 <= rank < world_size, f"0 to {world_size - 1}, below world_size"))
     return EqualShare(rank, world_size)
 
 
@@ -416,9 +394,9 @@ def _rows(indices: Any, count: int) -> np.ndarray:
     """The rows that a user selects, (m,) int64."""
     rows = np.atleast_1d(np.asarray(indices))
     kinds = rows.dtype.kind in "iu" and rows.ndim == 1 and len(rows) > 0
-    _check(indices=(indices if len(rows) < 10 else f"{len(rows)} of {rows.dtype}", kinds, "a list of row numbers"))
+    check(indices=(indices if len(rows) < 10 else f"{len(rows)} of {rows.dtype}", kinds, "a list of row numbers"))
     low, high = int(rows.min()), int(rows.max())
-    _check(indices=(f"{low} to {high}", low >= 0 and high < count, f"rows from 0 to {count - 1}"))
+    check(indices=(f"{low} to {high}", low >= 0 and high < count, f"rows from 0 to {count - 1}"))
     return rows.astype(np.int64)
 
 
@@ -427,13 +405,13 @@ def _normalization(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The factor and the summand (1, 3, 1, 1) that turn pixels into floating-point images; None for uint8."""
     if dtype == torch.uint8:
-        _check(mean=(mean, mean is None, "None for torch.uint8"), std=(std, std is None, "None for torch.uint8"))
+        check(mean=(mean, mean is None, "None for torch.uint8"), std=(std, std is None, "None for torch.uint8"))
         return None
     centre, spread = (
         torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         for values in ((0.0,) * 3 if mean is None else mean, (1.0,) * 3 if std is None else std)
     )
-    _check(
+    check(
         mean=(mean, centre.numel() == 3 and (centre.abs() <= 1).all(), "three numbers from 0 to 1"),
         std=(std, spread.numel() == 3 and (spread > 0).all() and (spread <= 1).all(), "three numbers from 0 to 1"),
     )

@@ -156,8 +156,11 @@ class EpochReader:
         finally:
             self._closed = True
             self._free.put(slots[0])  # the thread may wait for it
-            if thread is not threading.current_thread():  # where the garbage collector may close this generator
+            try:
                 thread.join()
+            except RuntimeError:  # the garbage collector closes this generator in the thread itself
+                pass
+            else:
                 spare += slots
 
     # --- in the thread ---

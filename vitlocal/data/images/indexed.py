@@ -15,7 +15,10 @@ from vitlocal.data.manifest import PYTHON_SOURCE
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
 MOST_UNNAMED = 100_000  # classes that labels may have without names
-EXPECTED = "expected a file's bytes or path, a PIL image, or uint8 pixels: an array (H, W, 3) or a tensor (3, H, W)"
+EXPECTED = (
+    "expected a file's bytes or path, a PIL image, or uint8 pixels (no ToTensor): an array (H, W, 3) or a tensor "
+    "(3, H, W)"
+)
 
 
 class IndexedImages(ImageSet):
@@ -24,7 +27,8 @@ class IndexedImages(ImageSet):
     An image is the bytes or the path of a file, a PIL image, an array (H, W, 3) or (H, W) uint8, or a tensor (3, H, W)
     uint8. Files of Hugging Face's ``Image(decode=False)`` are taken too. Labels are whole numbers, or names.
 
-    ``labels`` has a label for each row; None: those of ``dataset.targets``, of a column, or of each row in turn.
+    ``labels`` has a label for each row, and rows may then be images alone. None: the labels are those of
+    ``dataset.targets``, of a column, or of each row in turn.
     """
 
     in_order = True  # one thread reads the dataset, which may not allow more
@@ -37,6 +41,7 @@ class IndexedImages(ImageSet):
         self.spec, self.split = PYTHON_SOURCE, split
         self._dataset, self._image, self._label, self.fields = dataset, image, label, dict(fields or {})
         self._last: tuple[int, Any] | None = None
+        self._has_labels = labels is not None
         found = self._labels() if labels is None else labels
         if len(found) != len(dataset):
             raise ConfigError(f"labels: got {len(found)}, expected one for each of the {len(dataset)} rows")
@@ -72,6 +77,13 @@ class IndexedImages(ImageSet):
 
     def _part(self, index: int, name: str, place: int) -> Any:
         row = self._row(index)
+        if isinstance(row, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)) or _is_tensor(
+            row
+        ):
+            if self._has_labels and place == 0:
+                return row
+            what = f"an image ({type(row).__name__}), not a tuple (image, label)"
+            raise ConfigError(f"row {index} of the dataset is {what}; pass the labels of all rows as labels=")
         try:
             return row[name] if isinstance(row, Mapping) else row[place]
         except (KeyError, IndexError, TypeError) as error:
@@ -105,14 +117,19 @@ class IndexedImages(ImageSet):
         return found
 
 
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "permute")
+
+
 def _pixels(value: Any, name: str) -> Image.Image:
     """An image in memory, in RGB."""
-    if hasattr(value, "permute"):  # a tensor
+    shape = tuple(getattr(value, "shape", ()))
+    if _is_tensor(value):
         value = (value.permute(1, 2, 0) if value.ndim == 3 else value).cpu().numpy()
     if isinstance(value, np.ndarray):
         channels = value.shape[2] if value.ndim == 3 else 1
         if value.dtype != np.uint8 or value.ndim not in (2, 3) or channels not in (1, 3, 4) or not value.size:
-            raise UndecodableImage(f"{name}: got {value.dtype} of shape {value.shape}, {EXPECTED}")
+            raise UndecodableImage(f"{name}: got {value.dtype} of shape {shape}, {EXPECTED}")
         value = Image.fromarray(value[:, :, 0] if value.ndim == 3 and channels == 1 else value)
     if not isinstance(value, Image.Image):
         raise UndecodableImage(f"{name}: got {type(value).__name__}, {EXPECTED}")
@@ -155,4 +172,6 @@ def _class_names(dataset: Any, label: str) -> Sequence[str] | None:
     """The names of the classes, if the dataset has them as torchvision or Hugging Face do."""
     feature = (getattr(dataset, "features", None) or {}).get(label) if hasattr(dataset, "column_names") else None
     names = getattr(feature, "names", None) or getattr(dataset, "classes", None)
+    if not names and hasattr(dataset, "dataset"):  # torch.utils.data.Subset
+        return _class_names(dataset.dataset, label)
     return tuple(map(str, names)) if names else None

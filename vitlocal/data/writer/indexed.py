@@ -37,7 +37,8 @@ def write(
         sides: long edges of the files, px: 64, [64, 256] or "64:raw,256:jpg"; "auto": the defaults for ImageNet.
         format, quality, sampling, keep_jpegs, workers: as the options of ``write_dataset.py``.
         image, label: the names of the image and the label in a mapping.
-        labels: a label for each row. None: those of ``dataset.targets``, of a column of Hugging Face, or of the rows.
+        labels: a label for each row, which may then be an image alone. None: those of ``dataset.targets``, of a column
+            of Hugging Face, or of the rows, each of which is then read twice.
         classes: the names of the classes. None: the dataset's, or the numbers.
         fields: further fields to store, with their types: "int", "float", "bytes", "json", or an array's
             (dtype, shape).
@@ -52,8 +53,10 @@ def write(
         raise ConfigError(f"split: got {split!r}, expected train or val")
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
         raise ConfigError(f"dataset: got {type(dataset).__name__}, expected rows with len() and [], at least one")
-    if workers < 0 or (quality is not None and not 1 <= quality <= 100):
-        raise ConfigError(f"workers: got {workers}, expected 0 or more; quality: got {quality}, expected 1 to 100")
+    if workers < 0:
+        raise ConfigError(f"workers: got {workers}, expected a number of threads, or 0 for one per core")
+    if quality is not None and not 1 <= quality <= 100:
+        raise ConfigError(f"quality: got {quality}, expected 1 to 100")
     names = classes if classes is None else list(classes)
     if isinstance(classes, str) or (names and (len(set(names)) < len(names) or any("\n" in name for name in names))):
         raise ConfigError("classes: expected a list of different names, each on one line")
