@@ -5,6 +5,7 @@ The thread calls the fused decoder once for each batch. Nothing is compiled, and
 Shape letters: B batch, S size, n rows of a file.
 """
 
+import atexit
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +25,8 @@ from vitlocal.errors import ConfigError, DataError
 
 PREFETCH = 3  # batches that wait for the consumer
 MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
+
+_running: "weakref.WeakKeyDictionary[EpochReader, threading.Thread]" = weakref.WeakKeyDictionary()
 
 # Chooses the boxes of a batch: (ids (B,) int64, epoch) -> (B, 4) or (B, 5). See Loader.
 ChooseBoxes = Callable[[np.ndarray, int], np.ndarray]
@@ -102,6 +105,14 @@ def pixel_boxes(boxes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return found
 
 
+@atexit.register
+def _stop_all() -> None:
+    """Ends the threads of passes that are still open: joining a thread later, while Python ends, can take for ever."""
+    for reader, thread in list(_running.items()):
+        reader.stop()
+        thread.join()
+
+
 class EpochReader:
     """One pass over ``file``, in crops of ``size`` px, which a thread of its own decodes.
 
@@ -138,6 +149,7 @@ class EpochReader:
             self._free.put(slot)
         thread = threading.Thread(target=self._run, args=(slices,), name="vitlocal-loader", daemon=True)
         thread.start()
+        _running[self] = thread
         try:
             while isinstance(item := self._ready.get(), tuple):
                 batch, slot = item
@@ -154,14 +166,18 @@ class EpochReader:
             if item is not None:
                 raise item
         finally:
-            self._closed = True
-            self._free.put(slots[0])  # the thread may wait for it
+            self.stop()
             try:
                 thread.join()
             except RuntimeError:  # the garbage collector closes this generator in the thread itself
                 pass
             else:
                 spare += slots
+
+    def stop(self) -> None:
+        """Lets the thread end after the batch that it decodes."""
+        self._closed = True
+        self._free.put(Slot())  # the thread may wait for a slot
 
     # --- in the thread ---
 
