@@ -166,7 +166,8 @@ class EpochReader:
             if item is not None:
                 raise item
         finally:
-            self.stop()
+            if not self._closed:
+                self.stop()
             try:
                 thread.join()
             except RuntimeError:  # the garbage collector closes this generator in the thread itself
