@@ -19,7 +19,7 @@ struct image {
     int height, width;
 };
 
-static uint8_t *memory; /* (PAGE + LARGEST + PAGE,), of which the first and last page cannot be read */
+static uint8_t *memory; /* (PAGE + LARGEST + PAGE,); reading the first or the last page is a fault */
 
 static int between(int low, int high) { return low + (int)random_number((uint64_t)(high - low + 1)); }
 static double fraction(void) { return (double)random_number(1 << 20) / (1 << 20); }

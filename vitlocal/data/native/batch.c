@@ -134,7 +134,7 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
     free(pool);
 }
 
-/* NULL if the system has no memory or cannot start the threads, of which there is at least one. */
+/* NULL if `threads` is less than one, and if the system has no memory or cannot start them. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
     if (threads < 1) return NULL;
     struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->ids[0]);

@@ -214,7 +214,7 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
         if failure is not None:
             end = index
             break
-        behind, numbers = _behind(images, index), list[list[int]]()
+        behind, numbers = b"".join(_behind(images, index)), list[list[int]]()
         if images.fields:
             values = zip(images.fields.values(), images.values(index), strict=True)
             numbers = [[int.from_bytes(value, "little") if field.is_number else len(value) for field, value in values]]
@@ -236,16 +236,16 @@ def encode_image(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder)
         raise UndecodableImage(str(error) or type(error).__name__) from error
 
 
-def _behind(images: ImageSet, index: int) -> bytes:
+def _behind(images: ImageSet, index: int) -> list[bytes]:
     """The values of further fields that are stored behind the image: all but numbers."""
     values = zip(images.fields.values(), images.values(index), strict=True)
-    return b"".join(value for field, value in values if not field.is_number)
+    return [value for field, value in values if not field.is_number]
 
 
 def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     if images.holds_files:
         data = images.read(index)
-        behind = len(_behind(images, index))
+        behind = sum(map(len, _behind(images, index)))
         photo = encoder.inspect(data)
         if photo is not None and photo["plain"] and photo["upright"]:
             width, height = int(photo["width"]), int(photo["height"])
@@ -256,7 +256,7 @@ def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> l
         image = decode_rgb(data, images.entry(index))
     else:
         image = images.load(index)
-        behind = len(_behind(images, index))
+        behind = sum(map(len, _behind(images, index)))
     pixels = np.ascontiguousarray(image)
     stored = _stored(pixels, pixels.shape[1], pixels.shape[0], False, job, encoder, behind)
     if stored is None:

@@ -37,8 +37,8 @@ def write(
         sides: long edges of the files, px: 64, [64, 256] or "64:raw,256:jpg"; "auto": the defaults for ImageNet.
         format, quality, sampling, keep_jpegs, workers: as the options of ``write_dataset.py``.
         image, label: the names of the image and the label in a mapping.
-        labels: a label for each row, which may then be an image alone. None: those of ``dataset.targets``, of a column
-            of Hugging Face, or of the rows, each of which is then read twice.
+        labels: a label for each row. A row may then be an image alone. None: the labels are those of
+            ``dataset.targets``, of a column of Hugging Face, or of the rows. Each row is read twice in the last case.
         classes: the names of the classes. None: the dataset's, or the numbers.
         fields: further fields to store, with their types: "int", "float", "bytes", "json", or an array's
             (dtype, shape).
