@@ -360,5 +360,5 @@ def test_a_damaged_original_is_named_without_a_traceback(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         read(slow, Feed(16, 2))
     assert str(caught.value).startswith("ant/5.jpg: expected a whole image") and "\n" not in str(caught.value)
-    assert "write_dataset.py --on-error skip" in str(caught.value)
+    assert "--on-error skip" in str(caught.value)
     slow.close()

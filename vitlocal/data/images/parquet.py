@@ -10,6 +10,7 @@ import numpy as np
 
 from vitlocal.data.images.columns import RowGroup, Table, open_shard, read_table
 from vitlocal.data.images.image_set import LARGEST_FILE, NO_CHOICE, ImageSet, SourceChoice
+from vitlocal.data.images.pixels import SKIP
 from vitlocal.data.images.shards import find_shards, missing_split
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
@@ -65,7 +66,7 @@ class ParquetImages(ImageSet):
         if data is None:
             raise UndecodableImage(
                 f"{self.entry(index)}: its row has only the path of an image; download shards that embed the "
-                "images, or skip such rows with --on-error skip"
+                f"images, or skip such rows: {SKIP}"
             )
         raise UndecodableImage(f"{self.entry(index)}: has {data} bytes, expected at most {LARGEST_FILE}")
 

@@ -15,7 +15,8 @@ SUFFIXES = (
 )
 HEIF_SUFFIXES = (".heic", ".heif")
 
-REMEDY = "restore the file, or write the data folder without such images: write_dataset.py --on-error skip"
+SKIP = '--on-error skip, or on_error="skip" of vitlocal.write'
+REMEDY = f"restore the file, or write the data folder without such images: {SKIP}"
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vitlocal.data.beton import MAX_EDGE, MODES
 from vitlocal.data.images import ImageSet
-from vitlocal.data.images.pixels import decode_rgb
+from vitlocal.data.images.pixels import SKIP, decode_rgb
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
@@ -196,7 +196,7 @@ def _encode_rows(images: ImageSet, span: range, job: EncodeJob, encoder: Encoder
             if not undecodable:
                 remedy = "Make the source readable. "  # a fault of a disk is not a fault of the photo
             else:  # the message may name the remedy already
-                remedy = "" if "--on-error skip" in reason else "Repair it, or skip such images with --on-error skip. "
+                remedy = "" if "--on-error skip" in reason else f"Repair it, or skip such images: {SKIP}. "
             failure = DataError(
                 f"cannot read the image {images.entry(index)!r} of {images.spec}: {reason}. {remedy}The same command "
                 "continues where this one stopped" + (", with or without that option." if undecodable else ".")
