@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared():
     """One decoder for all tests of this process."""
-    from vitlocal.data.reader import LoaderResources
+    from vitlocal.data.loader import LoaderResources  # imports it before a test replaces it
 
     return LoaderResources(workers=2 if len(os.sched_getaffinity(0)) > 1 else 1)
 
@@ -114,7 +114,7 @@ def killed_after():
             count[0] += 1
             if count[0] > steps:
                 raise Killed
-            original(self, batch, plan)
+            return original(self, batch, plan)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Trainer, "train_step", train_step)

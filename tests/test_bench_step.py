@@ -121,7 +121,7 @@ def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (
         "aten::mm" in shown
         and "backward" in shown
-        and len(shown.splitlines()) == 1 + 4 + 1 + 1 + profile.SHOWN_OPERATORS
+        and len(shown.splitlines()) == 2 + 1 + 4 + 1 + 1 + profile.SHOWN_OPERATORS  # two notes: few data
     )
     assert sorted(path.name for path in trace.parent.iterdir()) == ["step_16px_40.json", "step_32px_40.json"]
     assert "traceEvents" in json.loads((trace.parent / "step_16px_40.json").read_text())
@@ -131,8 +131,13 @@ def test_the_profile(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_smaller_last_batch_of_an_epoch_is_not_counted(folder: Path, configure, decoder) -> None:
     rows, _ = profile.profiled(configure("--train.batch_size=50"), [16], 3, None)  # of 120: 50, 50 and 20
     assert rows[0]["steps"] == 3 and rows[0]["batch_size"] == 50
-    rows, _ = profile.profiled(configure("--train.batch_size=200"), [16], 1, None)  # there is none of 200
-    assert rows[0]["images_per_second"] == pytest.approx(120e3 / rows[0]["step_ms"], rel=0.01)
+
+
+def test_a_profile_of_few_data(folder: Path, configure, decoder, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 200 at 16 px is more than the 120 images"):
+        profile.profiled(configure("--train.batch_size=200"), [16], 1, None)
+    profile.profiled(configure("--train.batch_size=50"), [16], 1, None)
+    assert "note: at 16 px an epoch has 2 batches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Machine:
         self.rate = self.schedule(self.clock.after_step(BATCH))
         self.time += seconds
         self.clock.record_step(BATCH)
+        self.clock.advance()
 
     def killed(self, state: dict, lost: float) -> None:
         """The process dies, and another one continues from ``state``, which is ``lost`` seconds old, an hour later."""

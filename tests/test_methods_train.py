@@ -111,7 +111,7 @@ def test_methods_plan_purely_train_and_resume(configure, decoder, killed_after, 
     assert train(whole) == 0
     for steps in (5, 4):
         with killed_after(steps) as patch:
-            patch.setattr(Trainer, "save_due", lambda trainer: trainer.state.clock.step % 4 == 3)
+            patch.setattr(Trainer, "save_due", lambda trainer, now: now.step % 4 == 3)
             train(killed)
     with open_trainer(killed) as trainer:
         state = str([method.state_dict() for method in trainer.state.methods])
@@ -160,7 +160,7 @@ def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.Monk
             seen.append(set())
         assert not seen[-1] & set(batch.ids.tolist())
         seen[-1] |= set(batch.ids.tolist())
-        original(self, batch, plan)
+        return original(self, batch, plan)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     with open_trainer(configure(*COMMON, *METHODS["trilevel examples"])) as trainer:

@@ -35,7 +35,7 @@ def test_the_average_follows():
     with torch.no_grad():
         model[0].weight.add_(1)
     model[1].running_mean.fill_(3)
-    average.update(model, 0.9)
+    average.update(0.9)
     torch.testing.assert_close(average.model[0].weight, before + 0.1)
     assert (average.model[1].running_mean == 3).all()
 

@@ -124,10 +124,11 @@ def test_a_signal_saves_and_the_run_continues(configure, decoder, tmp_path: Path
     original, count = Trainer.train_step, [0]
 
     def train_step(self, batch, plan):
-        original(self, batch, plan)
+        now = original(self, batch, plan)
         count[0] += 1
         if count[0] == step:
             os.kill(os.getpid(), signal.SIGTERM)
+        return now
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     assert train(configure()) == 143
@@ -164,7 +165,7 @@ def test_every_image_is_trained_on_once_an_epoch(configure, decoder, monkeypatch
 
     def train_step(self, batch, plan):
         seen.extend(batch.ids.tolist())
-        original(self, batch, plan)
+        return original(self, batch, plan)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     train(configure("--image_size.step_epochs=0.4", "--budget.length=2ep"))  # sizes change in mid-epoch
@@ -242,7 +243,7 @@ def test_the_torchvision_source_trains_the_same_loop(configure, tmp_path: Path):
 
 
 def test_compiling_is_not_training_time(configure, decoder, tmp_path: Path, monkeypatch):
-    def warm_up(step: TrainStep, feed: Feed, num_classes: int) -> float:
+    def warm_up(step: TrainStep, feed: Feed, num_classes: int, rest: int) -> float:
         time.sleep(0.5)
         return 0.5
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +16,11 @@ from compilers import needs_cxx
 
 from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
-from vitlocal.plan import Feed
-from vitlocal.train.build import build_step
-from vitlocal.train.devices import EAGER, Mode, choose_precision, fast_attention
+from vitlocal.models.local_mix import can_fuse
+from vitlocal.plan import WHOLE_MODEL, Feed
+from vitlocal.train.build import build_step, compiles
+from vitlocal.train.devices import EAGER, Mode, StepCompiler, choose_device, choose_precision, fast_attention
+from vitlocal.train.distributed import Ranks
 from vitlocal.train.step import TrainStep, micro_batches
 
 CLASSES = 10
@@ -169,6 +176,111 @@ def test_warm_up_leaves_no_trace(configure):
     assert a_step(configure).warm_up(Feed(24, 8), CLASSES) == 0  # nothing to compile
 
 
+def test_warm_up_rehearses_the_real_last_batch(configure, monkeypatch):
+    step = a_step(configure, "--train.compile=yes")
+    seen = []
+    monkeypatch.setattr(step, "forward_backward", lambda batch, mode: seen.append((len(batch), mode)))
+    step.warm_up(Feed(24, 8), CLASSES, rest=7)
+    step.warm_up(Feed(24, 8), CLASSES)  # epochs of full batches only
+    assert seen == [(8, Mode(compiled=True)), (7, EAGER), (8, Mode(compiled=True))]
+
+
+def capturing(cuda_graphs: str = "auto") -> StepCompiler:
+    """A compiler that captures sizes below 64 px."""
+    return StepCompiler(True, cuda_graphs, True, lambda size, shape: int(1e9 if size < 64 else 1e12))
+
+
+def test_small_steps_are_captured_and_their_memory_is_released():
+    compiler, small, large = capturing(), Feed(32, 256), Feed(64, 256)
+    assert compiler.mode(small, WHOLE_MODEL) == Mode(True, True) and compiler.mode(large, WHOLE_MODEL) == Mode(True)
+    held = weakref.WeakSet()
+
+    class Graph:  # as a compiled graph holds its memory
+        def __call__(self, *operands: torch.Tensor) -> list[torch.Tensor]:
+            return self.run(*operands)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Graph:
+        made = Graph()
+        made.run = graph.forward
+        held.add(made)
+        return made
+
+    double = lambda images: 2 * images  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        compile_ = torch.compile
+        patch.setattr(torch, "compile", lambda call, dynamic, **how: compile_(call, dynamic=dynamic, backend=backend))
+        for size in (32, 64):
+            run = compiler.objective(double, compiler.mode(Feed(size, 256), WHOLE_MODEL))
+            assert float(run(torch.ones(1))) == 2
+        assert len(held) == 2
+        del run
+        compiler.release_graphs()
+        compiler.release_graphs()  # there is nothing left to do
+        gc.collect()
+        assert len(held) == 1  # the large size's
+        again = compiler.objective(double, Mode(True, True))
+        assert float(again(torch.ones(1))) == 2 and len(held) == 2
+
+
+def test_a_skipped_cuda_graph_is_reported_as_compiled():
+    counters = torch._dynamo.utils.counters["inductor"]
+    for choice in ("auto", "yes"):
+        compiler = capturing(choice)
+        with compiler.watched(Feed(32, 8), WHOLE_MODEL):
+            pass
+        assert compiler.mode(Feed(32, 8), WHOLE_MODEL).graphs
+        refusal = pytest.raises(ConfigError, match=r"cuda_graphs: PyTorch does not capture the step at 32 px, batch 8")
+        with refusal if choice == "yes" else nullcontext(), compiler.watched(Feed(32, 8), WHOLE_MODEL):
+            counters["cudagraph_skips"] += 1
+        assert compiler.mode(Feed(32, 8), WHOLE_MODEL) == Mode(compiled=True)
+        counters["cudagraph_skips"] -= 1
+
+
+@pytest.mark.parametrize("family", ["", "deit_", "localvit_"])
+def test_processes_share_gradients_without_a_copy(configure, tmp_path: Path, family: str):
+    """PyTorch warns if a gradient's strides are not its weight's, and copies it at each step."""
+    store = torch.distributed.FileStore(f"{tmp_path}/store", 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        step = a_step(configure, f"--model.name=vitlocal_{family}tiny_patch8_64")
+        ranks = Ranks()
+        ranks.world = 2  # so that the module is wrapped
+        wrapped = ranks.wrap(step.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            for _ in range(2):
+                wrapped(torch.randn(4, 3, 24, 24).contiguous(memory_format=torch.channels_last)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Accelerator:
+    """torch.accelerator of a machine with a device of another kind."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def current_accelerator(self, check_available: bool = False) -> torch.device:
+        return torch.device(self.kind)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_other_accelerators_train_eagerly(configure, monkeypatch, kind: str):
+    device = torch.device(kind)
+    monkeypatch.setattr(torch, "accelerator", Accelerator(kind))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device=None: empty(*sizes))
+    assert choose_device("auto") == device == choose_device(kind)
+    assert choose_precision("auto", device) is torch.float32
+    assert not compiles("auto", device) and not can_fuse(device, (2, 2))
+    with pytest.raises(ConfigError, match=rf"train\.compile: yes is for CUDA devices and CPUs, this run is on {kind}"):
+        compiles("yes", device)
+    with pytest.raises(ConfigError, match=rf"2 processes train together on CUDA devices or on CPUs, not on {kind}"):
+        choose_device("auto", Ranks(0, 2, 0, 2))
+    with pytest.raises(ConfigError, match=r"train\.precision: fp16 needs a CUDA device"):
+        choose_precision("fp16", device)
+
+
 def test_a_process_without_images_has_zero_gradients(configure):
     step = a_step(configure)
     assert float(step._gradients(Batch.empty(24, CPU, 1), 0, EAGER).loss) == 0
@@ -184,7 +296,7 @@ def test_what_a_device_cannot_do_is_an_error(configure):
         a_step(configure, "--train.kernel=plain", "--model.name=vitlocal_deit_tiny_patch8_64")
     with pytest.raises(ConfigError, match="BatchNorm would count each batch twice"):
         a_step(configure, "--train.grad_checkpointing=yes", "--model.norm=batch")
-    with pytest.raises(ConfigError, match="yes needs a GPU"):
+    with pytest.raises(ConfigError, match="yes needs a CUDA device"):
         a_step(configure, "--train.cuda_graphs=yes")
     with fast_attention(CPU):
         assert torch.backends.cuda.math_sdp_enabled()  # a CPU may use what it has

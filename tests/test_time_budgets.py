@@ -140,7 +140,7 @@ def test_one_delayed_batch_counts_once_in_the_estimate_of_an_evaluation(configur
 
 def test_objects_that_compiling_made_are_not_collected_while_a_run_trains(configure, decoder, monkeypatch):
     with open_trainer(configure("--budget.length=1h")) as trainer:
-        monkeypatch.setattr(trainer.step, "warm_up", lambda feed, num_classes: 1.0)  # seconds of compiling
+        monkeypatch.setattr(trainer.step, "warm_up", lambda feed, num_classes, rest: 1.0)  # seconds of compiling
         trainer.prepare()
         assert gc.get_freeze_count() > 100_000
     assert gc.get_freeze_count() == 0
@@ -181,11 +181,12 @@ def test_a_run_that_had_spent_its_time_when_it_was_killed_is_evaluated(configure
     count = [0]
     original = Trainer.train_step
 
-    def train_step(self: Trainer, batch, plan) -> None:
-        original(self, batch, plan)
+    def train_step(self: Trainer, batch, plan):
+        now = original(self, batch, plan)
         count[0] += 1
         if count[0] == 6:
             os.kill(os.getpid(), signal.SIGTERM)
+        return now
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     options = ("--budget.length=1h", "--evaluate.every=0", "--image_size.step_epochs=100")

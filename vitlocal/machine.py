@@ -27,6 +27,15 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS
 
 
+def decoder_threads(on_accelerator: bool, processes: int = 1) -> int:
+    """The decoder threads of each of ``processes`` processes on this machine: one for each of its cores.
+
+    With an accelerator, two cores are left to the threads that launch its work.
+    """
+    share = cores() // processes
+    return max(1, share - 2 if on_accelerator else share)
+
+
 def can_compile_kernels() -> bool:
     """Whether Triton, and so PyTorch's compiler, can compile for a GPU: it calls a C compiler with Python's headers."""
     compiler = os.environ.get("CC") or "gcc"

@@ -41,7 +41,7 @@ from vitlocal.train.build import build_run, device_of, make_model, sources_of
 from vitlocal.train.devices import EAGER
 from vitlocal.train.probes import batch_size_at
 from vitlocal.train.simulate import Speed, StageForecast, spend
-from vitlocal.train.timing import LR, Timing, noise_batch, peak_memory, reset_peak
+from vitlocal.train.timing import LR, Timing, WaitMeter, noise_batch, peak_memory, reset_peak
 from vitlocal.train.trainer import Trainer
 
 SECONDS = 80.0  # for all measurements; the sizes share it
@@ -101,7 +101,7 @@ class SizeMeter:
         self.classes = len(trainer.sources.train.classes)
         self.has_data = not isinstance(trainer.sources.train, NoData)
         self.timings = {name: Timing() for name in SHARES}
-        self.waited = 0.0  # seconds of "together" in which the step waited for data
+        self.waits, self.waited = WaitMeter(self.device, time.perf_counter), 0.0  # seconds of "together"
         self.step_numbers = count()
         reset_peak(self.device)
         self.compile_seconds = trainer.step.warm_up(plan.feed, self.classes)
@@ -135,14 +135,15 @@ class SizeMeter:
         source = self.trainer.sources.train
 
         def read_and_train() -> None:
-            start = time.perf_counter()
+            asked = self.waits.begin()
             batch = next(batches)
-            self.waited += time.perf_counter() - start
+            self.waits.end(asked)
             self._train(batch)
 
         with closing(full_batches(source, self.feed)) as batches:
             self._train(next(batches))  # the loader reads ahead during this step, as it does in training
             self._measure("together", seconds, read_and_train)
+            self.waited += self.waits.take()
         with closing(full_batches(source, self.feed)) as batches:
             next(batches)
             self._measure("loader", seconds, lambda: next(batches))

@@ -15,7 +15,6 @@ On a GPU, a phase is the time between two CUDA events. It includes launches that
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, numb
 from vitlocal.bench.step import PHASES
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, full_batches
+from vitlocal.errors import ConfigError
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed, Plan
 from vitlocal.train.build import build_run, device_of, sources_of
@@ -39,6 +39,7 @@ Rows = list[dict[str, Any]]
 WARM_UP_STEPS = 2  # uncounted steps at each size
 TRACED_STEPS = 3  # traced steps at each size
 SHOWN_OPERATORS = 10
+FEW_BATCHES = 20  # in fewer batches, the start of an epoch is a notable part of its time
 PARTS = ("data", *PHASES, "other")  # of a step, one after the other
 COLUMNS = {
     "px": ("size", "d"), "batch": ("batch_size", "d"), "images/s": ("images_per_second", ",.1f"), "": ("unit", ""),
@@ -84,8 +85,8 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
             check_multiples(sizes, patch_side(trainer.step.model), config.model.name)
             batch_sizes = {feed.size: feed.batch_size for feed in feeds}
             feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sorted(sizes)]
-        # A small data set is one batch.
-        feeds = [replace(feed, batch_size=min(feed.batch_size, sources.train.count)) for feed in feeds]
+        for feed in feeds:
+            check_batches(feed, sources.train.rows.count(feed.subset))
         with progress_bar(len(feeds)) as bar:
             for feed in feeds:
                 bar.set_description_str(f"{feed.size} px, {trainer.step.mode(feed)}")
@@ -94,6 +95,20 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
                 operators += found
                 bar.update()
     return rows, operators
+
+
+def check_batches(feed: Feed, images: int) -> None:
+    """ConfigError if the data are less than a batch. Prints a note if an epoch has few batches."""
+    if images < feed.batch_size:
+        raise ConfigError(
+            f"train.batch_size: {feed.batch_size} at {feed.size} px is more than the {images} images of data.root; use "
+            "smaller batches or more data"
+        )
+    if images < FEW_BATCHES * feed.batch_size:
+        print(
+            f"note: at {feed.size} px an epoch has {images // feed.batch_size} batches, and each epoch starts the "
+            f"loader again; with {FEW_BATCHES * feed.batch_size:,} images or more, steps wait less for data"
+        )
 
 
 def profile_size(trainer: Trainer, feed: Feed, steps: int, trace: str | None) -> tuple[dict[str, Any], Rows]:

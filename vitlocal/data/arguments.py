@@ -33,12 +33,14 @@ def pair(name: str, value: Any) -> tuple[float, float]:
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device. ConfigError unless it is the CPU or a CUDA device of this machine."""
+    """The device. ConfigError unless it is the CPU or an accelerator of this machine."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device: got {name!r}, expected cpu, cuda or cuda:1 ({error})") from None
-    there = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
-    if not there:
-        raise ConfigError(f"device: got {name!r}, expected cpu, or one of the {torch.cuda.device_count()} CUDA devices")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    usable = found is not None and device.type == found.type and (device.index or 0) < torch.accelerator.device_count()
+    if device.type != "cpu" and not usable:
+        here = "cpu" if found is None else f"cpu, or one of the {torch.accelerator.device_count()} {found.type} devices"
+        raise ConfigError(f"device: got {name!r}, expected {here}")
     return device

@@ -24,7 +24,7 @@ from vitlocal.data.fields import require_fields
 from vitlocal.data.reader import PREFETCH, ChooseBoxes, EpochReader, LoaderResources
 from vitlocal.data.shares import BatchSlice, EqualShare, Share
 from vitlocal.errors import ConfigError
-from vitlocal.machine import cores
+from vitlocal.machine import decoder_threads
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
@@ -82,9 +82,10 @@ class Loader(BetonSource):
             It returns boxes as fractions of each image, (B, 4): top, left, height and width, or (B, 5) with a
             flip (0 or 1). It is called in a thread.
         crop_pct: the size of a centre crop, as a fraction of the resized short edge.
-        num_workers: threads that decode; 0: one for each core of this process. It is never the calling thread.
+        num_workers: threads that decode; 0: one for each core of this process, and two fewer if the device is not the
+            CPU. It is never the calling thread.
         prefetch: batches that wait, decoded.
-        device: "cpu" or a CUDA device, where batches are. Copies to a GPU overlap the training step.
+        device: "cpu" or an accelerator, where batches are. Copies to a CUDA device overlap the training step.
         dtype: torch.uint8 (0 to 255), or a floating-point type.
         mean, std: of each channel, in the range 0 to 1. Floating-point images are (x / 255 - mean) / std; without them,
             x / 255.
@@ -149,7 +150,7 @@ class Loader(BetonSource):
         costs = DecodingCosts.load(folder, manifest)
         super().__init__(folder, manifest, crops, device, costs, side_ratio, share or _share(rank, world_size))
         self.resources = resources or LoaderResources(
-            num_workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            num_workers or decoder_threads(device.type != "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
         self._closed, self._finds_share = False, share is None and rank is None
         self._choose_boxes = crop if callable(crop) else None

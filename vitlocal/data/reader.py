@@ -207,6 +207,8 @@ class EpochReader:
                 labels = labels.pin_memory().to(self._device, non_blocking=True)
                 slot.copied = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to the decoders
                 slot.copied.record(self._stream)
+        elif self._device.type != "cpu":
+            images, labels = images.to(self._device), labels.to(self._device)
         return Batch(images, labels, torch.from_numpy(rows), part.places, part.total)
 
     def _decode(self, draws: np.ndarray, crops: torch.Tensor, attempt: int = 0) -> tuple[torch.Tensor, np.ndarray]:

@@ -7,7 +7,7 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
-from vitlocal.machine import cores
+from vitlocal.machine import decoder_threads
 
 LOADERS = ("native", "ffcv", "torchvision", "dali")
 
@@ -22,7 +22,7 @@ def open_sources(
 
     Args:
         source: the original images for torchvision and dali; None: the ones that the manifest names.
-        workers: decoder threads (processes for torchvision); 0: one for each core of this process's share.
+        workers: decoder threads (processes for torchvision); 0: see :func:`vitlocal.machine.decoder_threads`.
         on_error: "stop" or "skip" at a damaged image (native loader).
         side_ratio: a file serves random crops of a size if its side is at least ``side_ratio`` x size.
         seed, crop_scale, crop_ratio, flip, repeats: random crops for training, see CropPolicy.
@@ -35,7 +35,7 @@ def open_sources(
     """
     if loader not in LOADERS:
         raise ConfigError(f"data.loader: got {loader!r}, expected one of {', '.join(LOADERS)}")
-    workers = workers or max(1, cores() // local_world_size)
+    workers = workers or decoder_threads(device.type != "cpu", local_world_size)
     if loader == "native":
         from vitlocal.data.loader import Loader
         from vitlocal.data.reader import LoaderResources

@@ -145,19 +145,17 @@ class Block(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(
-        self, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None], remaining: RemainingTokens
-    ) -> Tensor:
-        """``scales``: drop path's factors (B, 1, 1) for attention and feed-forward; None keeps the branch."""
-        attention_scale, feed_forward_scale = scales
+    def forward(self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens) -> Tensor:
+        """``scales`` (2, B, 1, 1): drop path's factors for attention and feed-forward; None keeps the branches."""
+        attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
         tokens = add_branch(tokens, self.ls1(self.attn(self.norm1(tokens), remaining.mask)), attention_scale)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
 
     def forward_pruned(
-        self, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None], remaining: RemainingTokens, shape: Shape
+        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, shape: Shape
     ) -> tuple[Tensor, RemainingTokens]:
         """As :meth:`forward`, but drops tokens and connections after the attention, which chooses them."""
-        attention_scale, feed_forward_scale = scales
+        attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
         num_prefix_tokens = count_prefix_tokens(tokens, grid, remaining.indices)
         branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask)
         tokens = add_branch(tokens, self.ls1(branch), attention_scale)

@@ -276,10 +276,9 @@ class VisionTransformer(TimmModel):
         """
         tokens, grid = self.embed(images)
         order = self.active.block_order[:stop]
-        scales: Any = [(None, None)] * len(order)
+        scales: Sequence[Tensor | None] = [None] * len(order)
         if self.training and self.drop_path_rate > 0:
-            factors = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)
-            scales = [(factor[0], factor[1]) for factor in factors[: len(order)].unbind(0)]
+            scales = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype)[: len(order)].unbind(0)
         tokens = self._add_stage(tokens, noise)
         remaining, attention = ALL_TOKENS, None
         if self.training and self._patch_drop_rate:

@@ -175,7 +175,12 @@ class Clock:
     def spent(self) -> bool:
         return self.progress.fraction >= 1.0
 
-    def ends_within(self, steps: int) -> bool:
+    @property
+    def time_is_up(self) -> bool:
+        """Whether a budget in time is spent. Waiting changes nothing else, and this costs less than :attr:`spent`."""
+        return self.ends_within(STOP)
+
+    def ends_within(self, steps: float) -> bool:
         """Whether the budget is a time that ends within ``steps`` steps."""
         seconds, pace = self.synced or self.local_time
         left = self.length.value - self.reserve_seconds - seconds
@@ -198,7 +203,7 @@ class Clock:
             self._schedule_began = (self.synced or self.local_time)[0]
 
     def record_step(self, images: int, flops: float = 0.0) -> None:
-        """Counts a step over ``images`` images."""
+        """Counts a step over ``images`` images. :meth:`advance` follows it."""
         self.step += 1
         self.flops += flops
         self._step_flops = flops
@@ -207,7 +212,12 @@ class Clock:
         before, self._last_step = self._last_step, self.timer.train_seconds
         self._image_seconds.append((self._last_step - before) / images)
         self._batch = images
-        self._reached = self.progress.fraction
+
+    def advance(self) -> Progress:
+        """The progress now. From here on, no fraction is less than this one."""
+        now = self.progress
+        self._reached = now.fraction
+        return now
 
     def _fraction(self, at: Progress, seconds: float, flops: float) -> float:
         """The budget's fraction at ``at``. It counts as spent if at most ``seconds``, or ``flops``, are left."""
@@ -330,6 +340,7 @@ class Budget:
             raise ConfigError(f"budget: got a step over {images} images and {flops} FLOPs, expected at least 1 image")
         self._clock.record_step(images, flops)
         self._share_time()
+        self._clock.advance()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

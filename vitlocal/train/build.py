@@ -47,7 +47,7 @@ def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:
-        torch.cuda.set_device(device)  # streams and events are made on the current device
+        torch.accelerator.set_device_index(device.index)  # streams and events are made on the current device
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     return device
@@ -68,12 +68,26 @@ def make_model(config: Config, num_classes: int, device: torch.device) -> tuple[
     torch.manual_seed(config.run.seed)
     model, arguments = build_model(config.model.name, config.model.arguments(), num_classes)
     check_image_sizes(config, model)
-    return model.to(device).to(memory_format=torch.channels_last).train(), arguments
+    model = model.to(device).to(memory_format=torch.channels_last)
+    for module in model.modules():
+        # A depth-wise weight (C, 1, 3, 3) has the same order in both memory formats, but other strides. The gradients
+        # of local_mix are contiguous. With several processes, PyTorch would copy them if the weight were not.
+        if isinstance(module, LocalFeedForward) and module.conv is not None:
+            module.conv.weight.data = module.conv.weight.data.clone(memory_format=torch.contiguous_format)
+    return model.train(), arguments
+
+
+def compiles(choice: str, device: torch.device) -> bool:
+    """Whether the step is compiled, by ``train.compile``."""
+    if choice == "yes" and device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.compile: yes is for CUDA devices and CPUs, this run is on {device.type}; use auto")
+    return choice == "yes" or (choice == "auto" and device.type == "cuda" and can_compile_kernels())
 
 
 def assemble_step(
-    config: Config, model: nn.Module, device: torch.device, methods: Sequence[Method] = (), ranks: Ranks = ALONE
-) -> tuple[TrainStep, list[ModelEma]]:
+    config: Config, model: nn.Module, device: torch.device, macs: MacCount, methods: Sequence[Method] = (),
+    ranks: Ranks = ALONE,
+) -> tuple[TrainStep, list[ModelEma]]:  # fmt: skip
     """The step for ``model``, with its optimizer and weight average, and the averages that the methods need."""
     train = config.train
     precision = choose_precision(train.precision, device)
@@ -93,9 +107,9 @@ def assemble_step(
         seed=config.run.seed,
         clip_norm=train.clip_norm,
         grad_accum_steps=train.grad_accum_steps,
-        compile_step=train.compile == "yes"
-        or (train.compile == "auto" and device.type == "cuda" and can_compile_kernels()),
+        compile_step=compiles(train.compile, device),
         cuda_graphs=train.cuda_graphs,
+        macs=macs,
         ranks=ranks,
     )
     return step, method_emas
@@ -104,7 +118,7 @@ def assemble_step(
 def build_step(config: Config, num_classes: int, device: torch.device) -> TrainStep:
     """The recipe's model, optimizer, weight average and step."""
     model, _ = make_model(config, num_classes, device)
-    return assemble_step(config, model, device)[0]
+    return assemble_step(config, model, device, mac_counter(model))[0]
 
 
 def mac_counter(model: nn.Module) -> MacCount:
@@ -184,7 +198,7 @@ def build_run(
             add_stage_table(model, method.needs.stage_embedding)
         if method.needs.budget_length is not None:
             config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
-    step, method_emas = assemble_step(config, model, device, methods, ranks)
+    step, method_emas = assemble_step(config, model, device, macs, methods, ranks)
     clock = clock or Clock(config.budget.length, config.budget.counts)
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)

@@ -30,7 +30,7 @@ def train(config: Config, began: float | None = None) -> int:
         say(describe(run))
         for warning in start_warnings(run):
             say(f"note: {warning}")
-        if state.clock.step and state.update_phase(trainer.plan()) is Phase.DONE:
+        if state.clock.step and state.update_phase(trainer.plan(), state.clock.progress) is Phase.DONE:
             say("this run is finished; its results are written again")
         elif state.clock.step:
             now = state.clock.progress
@@ -38,7 +38,10 @@ def train(config: Config, began: float | None = None) -> int:
         if not (state.clock.spent and state.clock.step):
             trainer.prepare()
         fit(trainer)
-        if trainer.stop_signal is not None and state.update_phase(trainer.plan()) is not Phase.DONE:
+        if (
+            trainer.stop_signal is not None
+            and state.update_phase(trainer.plan(), state.clock.progress) is not Phase.DONE
+        ):
             name, step = trainer.stop_signal.name, state.clock.step
             say(f"stopped by {name} at step {step}, everything is saved; the same command continues")
             return 130 if trainer.stop_signal is signal.SIGINT else 143

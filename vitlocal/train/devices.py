@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.counts import count_macs
 from vitlocal.plan import Feed, Shape
 from vitlocal.train.distributed import ALONE, Ranks
 
@@ -21,9 +19,17 @@ RECOMPILE_LIMIT = 256  # PyTorch's limit of compilations per function: each size
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of ``run.device``. Each of several processes on a machine gets a GPU of its own."""
+    """The device of ``run.device``; "auto": this machine's accelerator, else the CPU.
+
+    Each of several processes on a machine gets a GPU of its own. ROCm's GPUs are "cuda" too.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = "cpu" if found is None else found.type
+    if name.partition(":")[0] not in ("cpu", "cuda") and ranks.world > 1:
+        raise ConfigError(
+            f"run.device: {ranks.world} processes train together on CUDA devices or on CPUs, not on {name}"
+        )
     if name.startswith("cuda:") and ranks.local_world_size > 1:
         count = ranks.local_world_size
         raise ConfigError(f"run.device: {count} processes cannot share {name}; use cuda, a GPU for each")
@@ -42,8 +48,20 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all its work. Costs nothing on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def new_event(device: torch.device) -> Any:
+    """An event for the current stream of an accelerator, which keeps its time."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return torch.cuda.Event(enable_timing=True, blocking=True)  # who waits for it leaves its core to the decoders
+    return torch.Event(device, enable_timing=True)
+
+
+def sum_type(device: torch.device) -> torch.dtype:
+    """The type for sums over many values: float64 if the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -64,7 +82,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 @contextmanager
 def fast_attention(device: torch.device) -> Iterator[None]:
-    """A context in which a GPU must use a fused attention kernel. ConfigError if there is none for the case.
+    """A context in which a CUDA device must use a fused attention kernel. ConfigError if there is none for the case.
 
     Without it PyTorch would silently write the whole attention matrix to memory.
     """
@@ -120,28 +138,31 @@ class StepCompiler:
     """Chooses the mode for each feed and shape, and keeps the compiled objectives.
 
     ``cuda_graphs``: "auto" (for small steps), "yes" or "no". ``can_capture``: whether a CUDA graph is possible at all.
+    ``macs``: the multiply-adds of a forward pass of one image, by image size and shape.
     """
 
-    def __init__(self, model: nn.Module, enabled: bool, cuda_graphs: str, can_capture: bool):
-        self._model, self.enabled = model, enabled
+    def __init__(self, enabled: bool, cuda_graphs: str, can_capture: bool, macs: Callable[[int, Shape], int]):
+        self.enabled, self._macs = enabled, macs
         self._cuda_graphs, self._can_capture = cuda_graphs, enabled and can_capture
         self._objectives: dict[bool, Callable[..., Any]] = {}  # by whether it runs as a CUDA graph
+        self._captured: Callable[..., Any] | None = None  # the function that is compiled for CUDA graphs
         self._modes: dict[tuple[int, int, Shape], Mode] = {}
         if cuda_graphs == "yes" and not self._can_capture:
             raise ConfigError(
-                "train.cuda_graphs: yes needs a GPU, train.compile, one process and train.grad_accum_steps=1; use auto"
+                "train.cuda_graphs: yes needs a CUDA device, train.compile, one process and train.grad_accum_steps=1; "
+                "use auto"
             )
         if enabled:
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
             torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
 
     def mode(self, feed: Feed, shape: Shape) -> Mode:
-        """How full batches of ``feed`` run in ``shape``, which must be the model's current shape."""
+        """How full batches of ``feed`` run in ``shape``."""
         key = (feed.size, feed.batch_size, shape)
         if key not in self._modes:
             graphs = self._cuda_graphs == "yes"
             if self._can_capture and self._cuda_graphs == "auto":
-                graphs = 3 * feed.batch_size * count_macs(self._model, shape.input_size or feed.size) < GRAPH_MACS
+                graphs = 3 * feed.batch_size * self._macs(feed.size, shape) < GRAPH_MACS
             self._modes[key] = Mode(self.enabled, graphs)
         return self._modes[key]
 
@@ -150,11 +171,51 @@ class StepCompiler:
         if not mode.compiled:
             return eager
         if mode.graphs not in self._objectives:
-            # dynamic=False: one compilation for each size and batch, so that the compiler knows all shapes.
             how: dict[str, Any] = {"mode": "reduce-overhead"} if mode.graphs else {}
+            if mode.graphs:
+                eager = self._captured = _function_of(eager)
+            # dynamic=False: one compilation for each size and batch, so that the compiler knows all shapes.
             self._objectives[mode.graphs] = torch.compile(eager, dynamic=False, **how)
         return self._objectives[mode.graphs]
+
+    @contextmanager
+    def watched(self, feed: Feed, shape: Shape) -> Iterator[None]:
+        """A context for the first runs of ``feed``. PyTorch skips CUDA graphs silently: then the mode is "compiled".
+
+        Raises ConfigError if train.cuda_graphs=yes is skipped.
+        """
+        skips = torch._dynamo.utils.counters["inductor"]
+        before = skips["cudagraph_skips"]
+        yield
+        if self.mode(feed, shape).graphs and skips["cudagraph_skips"] > before:
+            self._modes[feed.size, feed.batch_size, shape] = Mode(compiled=True)
+            if self._cuda_graphs == "yes":
+                raise ConfigError(
+                    f"train.cuda_graphs: PyTorch does not capture the step at {feed.size} px, batch {feed.batch_size} "
+                    "(TORCH_LOGS=cudagraphs shows why); use auto"
+                )
+
+    def release_graphs(self) -> None:
+        """Frees the memory of all CUDA graphs, which later sizes need. A step that needs them again compiles again."""
+        if self._objectives.pop(True, None) is None:
+            return
+        from torch._dynamo.eval_frame import remove_from_cache
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees  # slow to import
+
+        remove_from_cache(self._captured)
+        self._captured = None
+        reset_cudagraph_trees()
+        torch.cuda.empty_cache()
 
     def reset(self) -> None:
         """Forgets the compiled objectives: they belong to an objective that is wrapped again."""
         self._objectives.clear()
+
+
+def _function_of(objective: Callable[..., Any]) -> Callable[..., Any]:
+    """``objective`` as a function of its own: PyTorch can forget what it compiled for one function."""
+
+    def run(*operands: Any) -> Any:
+        return objective(*operands)
+
+    return run

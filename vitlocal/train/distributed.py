@@ -56,11 +56,10 @@ class Ranks:
         """
         if self.world == 1:
             return module
-        ids = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers
             return DistributedDataParallel(
-                module, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=not uses_all,
+                module, gradient_as_bucket_view=True, find_unused_parameters=not uses_all,
                 # Each process has its own BatchNorm statistics while it trains; share_buffers makes them equal.
                 broadcast_buffers=False,
             )  # fmt: skip

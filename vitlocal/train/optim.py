@@ -95,10 +95,10 @@ class CombinedOptimizer:
 
     def __init__(self, *members: torch.optim.Optimizer):
         self.members = members
+        self._collect_groups()
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for member in self.members for group in member.param_groups]
+    def _collect_groups(self) -> None:
+        self.param_groups: list[dict[str, Any]] = [group for member in self.members for group in member.param_groups]
 
     def step(self) -> None:
         for member in self.members:
@@ -117,6 +117,7 @@ class CombinedOptimizer:
                     "run.folder: the checkpoint is of another version of vitlocal, whose train.optimizer=muon used "
                     f"Muon for other weights ({error}); continue with that version, or use another --run.folder"
                 ) from error
+        self._collect_groups()  # loading replaces them
 
 
 def build_optimizer(
@@ -183,6 +184,9 @@ class ModelEma:
     def __init__(self, trained: nn.Module, decay: float = 0.0, length: Length | None = None):
         self.decay, self._length = decay, length
         self.model = copy.deepcopy(trained).eval().requires_grad_(False)
+        # Lists, made once: a step would take a notable part of a millisecond to make them.
+        self._averages, self._weights = list[Tensor](self.model.parameters()), list[Tensor](trained.parameters())
+        self._buffers = list(zip(self.model.buffers(), trained.buffers(), strict=True))
 
     def decay_between(self, before: Progress, after: Progress) -> float:
         """The decay of a step that leads from ``before`` to ``after``."""
@@ -196,10 +200,8 @@ class ModelEma:
         return self.decay**now.step if self._length is None else self.decay_between(Progress(), now)
 
     @torch.no_grad()
-    def update(self, trained: nn.Module, decay: float) -> None:
-        """Moves the average towards ``trained``; buffers are copied."""
-        averages: list[Tensor] = list(self.model.parameters())
-        weights = [p.detach() for p in trained.parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        for mine, buffer in zip(self.model.buffers(), trained.buffers(), strict=True):
+    def update(self, decay: float) -> None:
+        """Moves the average towards the trained model; buffers are copied."""
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        for mine, buffer in self._buffers:
             mine.copy_(buffer)

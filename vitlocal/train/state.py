@@ -14,9 +14,11 @@ from vitlocal.methods.method import Method
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape
 from vitlocal.progress import Progress
 from vitlocal.train.budget import Clock, FinalReserve
+from vitlocal.train.devices import sum_type
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 from vitlocal.train.search_log import SearchLog
+from vitlocal.train.timing import WaitMeter
 
 
 class Phase(Enum):
@@ -38,7 +40,7 @@ class PassTotals:
     loss: float = 0.0  # summed over images
     images: int = 0
     seconds: float = 0.0
-    wait_seconds: float = 0.0  # for the loader
+    wait_seconds: float = 0.0  # of the device, for the loader
     macs: int = 0  # multiply-adds of forward passes
 
 
@@ -65,18 +67,18 @@ class TrainState:
     growth_number: int = 0  # of the last growth
     initialized_shape: Shape = WHOLE_MODEL  # the shape of the first step, or after the last growth
 
-    def update_phase(self, plan: Plan) -> Phase:
-        """Decides what the loop does next, where ``plan`` is the plan for the current progress.
+    def update_phase(self, plan: Plan, now: Progress) -> Phase:
+        """Decides what the loop does next. ``now`` is the current progress, and ``plan`` the plan for it.
 
         A pass ends when the budget is spent, at the end of an epoch, and when feed or shape change.
         """
-        clock = self.clock
+        spent = now.fraction >= 1.0
         if self.current_plan is None:
-            evaluated = self.last_evaluation is not None and self.last_evaluation.step == clock.step
-            self.phase = Phase.TRAIN if not clock.spent else Phase.DONE if evaluated else Phase.EVALUATE
+            evaluated = self.last_evaluation is not None and self.last_evaluation.step == now.step
+            self.phase = Phase.TRAIN if not spent else Phase.DONE if evaluated else Phase.EVALUATE
         else:
             changed = plan.pass_key != self.current_plan.pass_key
-            ended = clock.position.images == 0 or changed or clock.spent
+            ended = self.clock.position.images == 0 or changed or spent
             self.phase = Phase.EVALUATE if ended else Phase.TRAIN
         return self.phase
 
@@ -135,7 +137,8 @@ class PassMeter:
 
     def __init__(self, state: TrainState, device: torch.device, ranks: Ranks):
         self._state, self._timer, self._ranks = state, state.clock.timer, ranks
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._loss_sum = torch.zeros((), dtype=sum_type(device), device=device)
+        self._waits = WaitMeter(device, self._timer.train_now)
         self._since: float | None = None  # training seconds when the pass was opened
 
     def load(self) -> None:
@@ -152,18 +155,18 @@ class PassMeter:
         self._since = None
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yields the batches, and adds up the time spent waiting for them."""
+        """Yields the batches, and measures the time for which the device waits for them."""
         while True:
-            before = self._timer.train_now()
+            asked = self._waits.begin()
             batch = next(batches, None)
-            self._state.totals.wait_seconds += self._timer.train_now() - before
+            self._waits.end(asked)
             if batch is None:
                 return
             yield batch
 
     def add(self, loss: Tensor, images: int, macs: int) -> None:
         """Adds a step: its mean loss (0-D, on the device), images of the global batch, and their multiply-adds."""
-        self._loss_sum += loss.double() * images
+        self._loss_sum += loss.to(self._loss_sum.dtype) * images
         self._state.totals.images += images
         self._state.totals.macs += macs
 
@@ -175,6 +178,7 @@ class PassMeter:
         """Brings the totals up to date. Waits for the device. DataError if the loss is not finite."""
         totals = self._state.totals
         totals.loss, totals.seconds = check_loss(float(self._ranks.total(self._loss_sum)), step), self._seconds()
+        totals.wait_seconds += self._waits.take()
         self.load()
         if self._since is not None:
             self.begin()

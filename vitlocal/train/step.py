@@ -22,12 +22,21 @@ from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
 from vitlocal.tasks.classification import ClassificationLoss
-from vitlocal.train.devices import EAGER, Mode, StepCompiler, autocast, denormals_flushed, fast_attention, synchronize
+from vitlocal.train.devices import (
+    EAGER,
+    Mode,
+    StepCompiler,
+    autocast,
+    denormals_flushed,
+    fast_attention,
+    new_event,
+    synchronize,
+)  # fmt: skip
 from vitlocal.train.distributed import ALONE, Ranks
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 
 NO_DIALS = Dials()  # everything at its full strength
-RUN_AHEAD = 2  # steps by which the host may be ahead of a GPU: with more, the budget's clock would be wrong
+RUN_AHEAD = 2  # steps by which the host may be ahead of the device: with more, the budget's clock would be wrong
 
 
 @contextmanager
@@ -59,7 +68,7 @@ class TrainStep:
     - ``ema``: the run's weight average. ``method_emas``: further averages, which warm up faster.
     - ``precision``: the type of matrix products. ``clip_norm``: largest norm of the gradients; None: no limit.
     - ``grad_accum_steps``: parts of the batch that run one after the other, to save memory.
-    - ``compile_step``, ``cuda_graphs``: see :class:`~vitlocal.train.devices.StepCompiler`.
+    - ``compile_step``, ``cuda_graphs``, ``macs``: see :class:`~vitlocal.train.devices.StepCompiler`.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class TrainStep:
         grad_accum_steps: int = 1,
         compile_step: bool = False,
         cuda_graphs: str = "auto",
+        macs: Callable[[int, Shape], int] = lambda size, shape: 0,
         ranks: Ranks = ALONE,
     ):
         self.model: Any = objective.model  # Any: for type checkers, a module's attributes are tensors or modules
@@ -87,6 +97,7 @@ class TrainStep:
         self.ddp_version = 0  # how often the objective was wrapped again, which discards what was compiled
         self.phase_hook: Callable[[str], None] = lambda phase: None  # called after each phase; for benchmarks
         self.ranks, self.seed, self._objective = ranks, seed, objective
+        self._parameters = list(self.model.parameters())
         self._clip_norm, self._grad_accum_steps = clip_norm, grad_accum_steps
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
@@ -95,8 +106,8 @@ class TrainStep:
         self._ddp: Any = ranks.wrap(objective)
         # Several processes reduce gradients during the backward pass, and micro-batches add theirs up: no CUDA graphs.
         can_capture = device.type == "cuda" and ranks.world == 1 and grad_accum_steps == 1
-        self._compiler = StepCompiler(self.model, compile_step, cuda_graphs, can_capture)
-        self._events: deque[torch.cuda.Event] = deque()  # of the steps that the host is ahead
+        self._compiler = StepCompiler(compile_step, cuda_graphs, can_capture, macs)
+        self._events: deque[Any] = deque()  # of the steps that the host is ahead
 
     # --- how it runs ---
 
@@ -124,26 +135,37 @@ class TrainStep:
             self.dials = dials
             self._set_drop_path()
 
-    def mode(self, feed: Feed) -> Mode:
-        """How full batches of ``feed`` run in the current shape. The last, smaller batch of an epoch runs eagerly."""
-        return self._compiler.mode(feed, self.shape)
+    def mode(self, feed: Feed, shape: Shape | None = None) -> Mode:
+        """How full batches of ``feed`` run in ``shape`` (default: the current one).
 
-    def warm_up(self, feed: Feed, num_classes: int) -> float:
-        """Compiles the step for full batches of ``feed`` and returns the seconds that it took. Leaves no trace."""
+        The last, smaller batch of an epoch runs eagerly.
+        """
+        return self._compiler.mode(feed, self.shape if shape is None else shape)
+
+    def warm_up(self, feed: Feed, num_classes: int, rest: int = 0) -> float:
+        """Compiles the step for full batches of ``feed``, and returns the seconds that it took. Leaves no trace.
+
+        ``rest``: images of an epoch's last batch, if it is not full. It has kernels of its own and perhaps the largest
+        need of memory, so it is rehearsed too.
+        """
         mode = self.mode(feed)
         if not mode.compiled:
             return 0.0
         began = time.perf_counter()
-        places, half = self.ranks.share.places, feed.batch_size // 2
+        places = self.ranks.share.places
         batch = self._blank(places(feed.batch_size), feed.batch_size, feed.size, num_classes)
-        with buffers_kept(self.model):
+        with buffers_kept(self.model), self._compiler.watched(feed, self.shape):
             # A graph is captured in the second run, and replayed from the third one on.
             for _ in range(3 if mode.graphs else 1):
                 self.forward_backward(batch, mode)
-            if feed.batch_size > 2 * self.ranks.world:  # an epoch's last batch is smaller and has its own kernels
-                self.forward_backward(self._blank(places(half), half, feed.size, num_classes), EAGER)
+            if rest:
+                self.forward_backward(self._blank(places(rest), rest, feed.size, num_classes), EAGER)
         synchronize(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
+
+    def release_graphs(self) -> None:
+        """Frees the memory of all CUDA graphs, if no later step needs them."""
+        self._compiler.release_graphs()
 
     def _blank(self, places: np.ndarray, total: int, size: int, num_classes: int) -> Batch:
         """The part at ``places`` of a batch of ``total`` black images."""
@@ -177,7 +199,7 @@ class TrainStep:
         images = augment.prepare(batch.images, self.seed, number, places, self.dials.randaugment)
         pixels = self._objective.resize(augment.normalize(images))
         operands = (pixels, self._noise(number, places)) if self._draws_paths else (pixels,)
-        with autocast(self.device, precision):
+        with autocast(self.device, precision), fast_attention(self.device):
             return model(*operands)
 
     def predict_fn(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
@@ -214,16 +236,17 @@ class TrainStep:
             group["lr"] = lr
         if self._clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.model.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
         self.phase_hook("optimizer")
         if self.ema is not None:
-            self.ema.update(self.model, ema_decay)
+            self.ema.update(ema_decay)
             self.phase_hook("average")
         for ema in self._method_emas:  # a young average follows faster, or a short run would keep its random start
-            ema.update(self.model, min(ema.decay, (1 + number) / (10 + number)))
+            ema.update(min(ema.decay, (1 + number) / (10 + number)))
 
     def _gradients(self, batch: Batch, number: int, mode: Mode) -> StepOutput:
         """Runs forward and backward; the gradients are those of the global batch's mean loss."""
@@ -280,10 +303,10 @@ class TrainStep:
         return send(torch.from_numpy(below_one.astype(np.float32)), self.device)
 
     def _limit_run_ahead(self) -> None:
-        """Waits for an earlier step if the host is too many steps ahead of the GPU."""
-        if self.device.type != "cuda":
+        """Waits for an earlier step if the host is too many steps ahead of the device."""
+        if self.device.type == "cpu":
             return
-        event = torch.cuda.Event(blocking=True)
+        event = new_event(self.device)
         event.record()
         self._events.append(event)
         if len(self._events) > RUN_AHEAD:

@@ -1,6 +1,7 @@
 """The timing harness: seconds of repeated work, the phases of a step, and the peak memory of a device."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, pairwise
@@ -11,7 +12,7 @@ import torch
 
 from vitlocal.data.batch import Batch
 from vitlocal.plan import Feed
-from vitlocal.train.devices import synchronize
+from vitlocal.train.devices import new_event, synchronize
 
 LR = 1e-6  # so small that the weights stay almost the same: each timed step does the same work
 
@@ -37,8 +38,56 @@ class Timing:
         return spent / done
 
 
+class WaitMeter:
+    """Adds up the seconds in which a device has no work, because the host waits for the next batch.
+
+    On a CPU this is the time between :meth:`begin` and :meth:`end`, by ``now``. An accelerator may still be busy with
+    earlier steps then. So two events mark when it comes to both places, and it had no work between them.
+    """
+
+    def __init__(
+        self, device: torch.device, now: Callable[[], float],
+        make_event: Callable[[torch.device], Any] = new_event,
+    ):  # fmt: skip
+        self._device, self._now, self._make_event = device, now, make_event
+        self._seconds = 0.0
+        self._waits: deque[tuple[Any, Any]] = deque()  # events that the device may not have reached yet
+
+    def _mark(self) -> Any:
+        if self._device.type == "cpu":
+            return self._now()
+        event = self._make_event(self._device)
+        event.record()
+        return event
+
+    def begin(self) -> Any:
+        """The host asks for a batch. Returns what :meth:`end` needs."""
+        return self._mark()
+
+    def end(self, begun: Any) -> None:
+        """The host has the batch."""
+        if self._device.type == "cpu":
+            self._seconds += self._now() - begun
+            return
+        self._waits.append((begun, self._mark()))
+        while self._waits and self._waits[0][1].query():  # without waiting for the device
+            self._take_one()
+
+    def _take_one(self) -> None:
+        begun, ended = self._waits.popleft()
+        self._seconds += 1e-3 * begun.elapsed_time(ended)
+
+    def take(self) -> float:
+        """The seconds since the last call. Waits for the device."""
+        synchronize(self._device)  # device sync
+        while self._waits:
+            self._take_one()
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+
 class PhaseTimer:
-    """Measures the phases of steps. On a GPU it uses CUDA events, on a CPU the host's clock."""
+    """Measures the phases of steps. On a CUDA device it uses events, else the host's clock."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.device = device.type == "cuda", device
@@ -51,9 +100,12 @@ class PhaseTimer:
 
     def mark(self, phase: str) -> None:
         """Assigns the work that was issued since the last mark to ``phase``. A phase may occur several times."""
-        now: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
+        else:
+            synchronize(self.device)  # device sync; a CPU has done its work
+            now = time.perf_counter()
         self.steps[-1].append((phase, now))
 
     def milliseconds(self) -> list[dict[str, float]]:

@@ -67,6 +67,7 @@ class Trainer:
         self._shown: tuple[Progress, torch.Tensor, float, int, float] | None = None
         self._set_epoch_rows(self.plan())
         state.initialized_shape = self.plan().shape
+        self._now = self.state.clock.progress  # at the end of the last step, or the start of the pass
         self._saved: Progress | None = None  # at the last checkpoint
         self._changed = False  # whether the state has changed since then
 
@@ -159,7 +160,8 @@ class Trainer:
         if key in self._compiled:
             return
         self._compiled.add(key)
-        if seconds := self.step.warm_up(feed, len(self.sources.train.classes)):
+        rest = self.sources.train.rows.count(feed.subset) % feed.batch_size
+        if seconds := self.step.warm_up(feed, len(self.sources.train.classes), rest):
             freeze_objects()  # compiling makes many
             self._print(f"{feed.size} px, batch {feed.batch_size}: {self.step.mode(feed)} in {seconds:.1f} s")
 
@@ -184,21 +186,24 @@ class Trainer:
                 for variant in method.variants(plan, clock.progress):
                     self.compile_for(variant)
             self.compile_for(plan)
+            if not any(self.step.mode(later.feed, later.shape).graphs for later in self.upcoming_plans()):
+                self.step.release_graphs()  # their memory is for larger sizes now
         self.sync_ranks()
         clock.start()
-        if clock.spent or self.stopped:  # compiling counts if all time counts
+        self._now = clock.progress
+        if self._now.fraction >= 1.0 or self.stopped:  # compiling counts if all time counts
             yield iter(())
             return
         self._meter.begin()
         try:
             with self.sources.train.open(plan.feed, clock.position) as batches:
-                yield takewhile(lambda _: not clock.spent, self._meter.timed(batches))
+                yield takewhile(lambda _: not clock.time_is_up, self._meter.timed(batches))
         finally:
             synchronize(self.step.device)  # device sync, once per pass
             self._meter.end()
 
-    def train_step(self, batch: Batch, plan: Plan) -> None:
-        """Takes one step and shows it to clock, meter and methods."""
+    def train_step(self, batch: Batch, plan: Plan) -> Progress:
+        """Takes one step in an open pass, and shows it to clock, meter and methods. Returns the progress after it."""
         state, clock, feed = self.state, self.state.clock, plan.feed
         self._grow(plan)
         self.step.set_shape(plan.shape)
@@ -207,7 +212,7 @@ class Trainer:
                 self.compile_for(plan)
         state.current_plan, self._changed = plan, True
         macs = batch.total * self._macs(feed.size, plan.shape)
-        now, end = clock.progress, clock.after_step(batch.total, TRAINING_FLOPS * macs)
+        now, end = self._now, clock.after_step(batch.total, TRAINING_FLOPS * macs)
         lr = self._schedule(end) * plan.dials.lr_scale
         decay = 1.0 if state.ema is None else state.ema.decay_between(now, end)
         mode = self.step.mode(feed) if batch.total == feed.batch_size else EAGER
@@ -220,8 +225,10 @@ class Trainer:
         if clock.ends_within(RUN_AHEAD + 2):
             synchronize(self.step.device)  # device sync, at the last steps: none may still run when the time is up
         self.sync_ranks(plan)
+        self._now = clock.advance()
         if self._output is not None:
             self._show(self._output, output.loss, lr, feed.size)
+        return self._now
 
     def _grow(self, plan: Plan) -> None:
         """Grows the weights if the plan asks for a growth that was not made yet."""
@@ -234,21 +241,21 @@ class Trainer:
 
     def _show(self, output: RunOutput, loss: torch.Tensor, lr: float, size: int) -> None:
         """Shows the loss about once a second. It is copied without waiting, and read when a GPU has computed it."""
-        clock, delay = self.state.clock, RUN_AHEAD if self.step.device.type == "cuda" else 0
+        on_gpu = self.step.device.type == "cuda"
+        delay = RUN_AHEAD if on_gpu else 0
         if self._shown is None and output.due():
             # Rank 0's part of the loss stands for all of them.
-            copied = (loss * self._ranks.world).to("cpu", non_blocking=True)
-            self._shown = clock.progress, copied, lr, size, self._meter.images_per_second
-        elif self._shown is not None and clock.step > self._shown[0].step + delay:
+            copied = (loss * self._ranks.world).to("cpu", non_blocking=on_gpu)
+            self._shown = self._now, copied, lr, size, self._meter.images_per_second
+        elif self._shown is not None and self._now.step > self._shown[0].step + delay:
             at, copied, lr, size, rate = self._shown
             output.show(at, check_loss(float(copied), at.step), lr, size, rate)
             self._shown = None
 
     # --- probes ---
 
-    def has_pending_probes(self) -> bool:
+    def has_pending_probes(self, now: Progress) -> bool:
         """Whether a method needs a measurement before it can plan further."""
-        now = self.state.clock.progress
         return any(method.probes(now) for method in self.state.methods)
 
     def run_probes(self) -> None:
@@ -273,7 +280,7 @@ class Trainer:
         log.seconds += clock.timer.train_seconds - began
         self._set_epoch_rows(self.plan())  # the result may have made a new subset
         self.sync_ranks()
-        if self.save_due():
+        if self.save_due(clock.progress):
             self.save()
 
     # --- evaluating, logging, saving ---
@@ -373,12 +380,12 @@ class Trainer:
             **plan.changed(state.logged_plan),
         }
 
-    def save_due(self) -> bool:
+    def save_due(self, now: Progress) -> bool:
         """Whether it is time for a checkpoint, and the budget has time for a step after it."""
         state, clock = self.state, self.state.clock
         if clock.reserves and clock.step and not state.reserve.checkpoints:
             return True  # measures the first checkpoint that has the optimizer's moments
-        now, before = clock.progress, self._saved or Progress()
+        before = self._saved or Progress()
         due = any(every.elapsed(now) - every.elapsed(before) >= every.value - 1e-9 for every in self._save_every)
         return due and clock.has_time_for(state.reserve.checkpoint_seconds, self.plan().feed.batch_size)
 
@@ -387,7 +394,7 @@ class Trainer:
         state, clock = self.state, self.state.clock
         if only_if_changed and not self._changed:
             return
-        state.update_phase(self.plan())
+        state.update_phase(self.plan(), clock.progress)
         if state.totals.images:
             self._meter.read(clock.step)
         content = state.state_dict(lambda value: self._ranks.total(value.to(self.step.device, copy=True)).cpu())
