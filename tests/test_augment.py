@@ -7,19 +7,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.config import LARGEST_ERASED
-from vitlocal.data.augment import (
-    COLOURS,
-    MOVES,
-    NOISE,
-    THREE,
-    Augment,
-    AugmentParams,
-    Normalize,
-    move,
-    randaugment,
-    three_augment,
-)
-from vitlocal.data.random_keys import generator, uniform
+from vitlocal.data.augment import NOISE, Augment, AugmentParams, Normalize
+from vitlocal.data.augment_groups import COLOURS, MOVES, move, randaugment, three_augment
+from vitlocal.data.random_keys import THREE, generator, uniform
 from vitlocal.data.shares import Share
 
 
@@ -48,7 +38,7 @@ def augmented(augment: Augment, step: int, x: torch.Tensor) -> torch.Tensor:
 
 def test_without_options_images_are_only_normalised():
     augment = Augment()
-    assert drawn(augment, 0) == (None, None, None)
+    assert drawn(augment, 0) == AugmentParams()
     assert torch.equal(augmented(augment, 0, images()), Normalize()(images()))
 
 

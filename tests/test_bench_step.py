@@ -140,6 +140,18 @@ def test_a_profile_of_few_data(folder: Path, configure, decoder, capsys: pytest.
     assert "note: at 16 px an epoch has 2 batches" in capsys.readouterr().out
 
 
+def test_the_augment_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "augment.json"
+    main(["augment", "--only", "groups,graph-eager", "--batch", "4", "--rounds", "2", "--json", str(out)])
+    measured = json.loads(out.read_text())
+    assert measured.keys() >= FORM | {"threads", "drawn"}
+    rows = {(row["recipe"], row["version"]): row for row in measured["rows"]}
+    assert len(rows) == 4 and all(row["draw_ms"] > 0 and row["issue_ms"] > 0 for row in rows.values())
+    # Of a batch of 1024, whatever was timed: almost each operation of RandAugment with either sign, in both turns.
+    assert rows["randaugment", "groups"]["operations"] > 350 > 300 > rows["randaugment", "graph-eager"]["operations"]
+    assert "graph-eager" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,6 +165,7 @@ def test_a_profile_of_few_data(folder: Path, configure, decoder, capsys: pytest.
         (["step", "--train.compile=yes"], "use --train.compile=auto and --arms"),
         (["step", "--train.bath_size=4"], "did you mean train.batch_size"),
         (["profile", "--steps", "0"], "expected at least 1"),
+        (["augment", "--size", "2"], "expected at least 3"),
         (["profile", "--sizes", "20"], "expected multiples of 8"),
         (["profile", "--step=3"], "there is no option 'step'"),
     ],

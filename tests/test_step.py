@@ -14,10 +14,11 @@ import pytest
 import torch
 from compilers import needs_cxx
 
+from vitlocal.data.augment import Augment
 from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.local_mix import can_fuse
-from vitlocal.plan import WHOLE_MODEL, Feed
+from vitlocal.plan import WHOLE_MODEL, Dials, Feed
 from vitlocal.train.build import build_step, compiles
 from vitlocal.train.devices import EAGER, Mode, StepCompiler, choose_device, choose_precision, fast_attention
 from vitlocal.train.distributed import Ranks
@@ -52,8 +53,14 @@ def close(first, second, tolerance: float = 2e-6) -> None:
         torch.testing.assert_close(value, second[1][name], atol=tolerance, rtol=1e-4, msg=name)
 
 
+@pytest.fixture
+def in_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps augment on whole batches, as compiled steps and steps on a GPU do."""
+    monkeypatch.setattr(Augment, "in_forward", lambda self, compiled: True)
+
+
 @needs_cxx
-def test_the_compiled_step_is_the_eager_one(configure):
+def test_the_compiled_step_is_the_eager_one(configure, in_graph):
     eager, compiled = a_step(configure, "--model.depth=1"), a_step(configure, "--model.depth=1", "--train.compile=yes")
     assert compiled.mode(Feed(24, 12)) == Mode(compiled=True) and eager.mode(Feed(24, 12)) == EAGER
     close(trained(eager), trained(compiled, Mode(compiled=True)))
@@ -96,7 +103,10 @@ def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
 
 
 @pytest.mark.parametrize("count", [12, 11, 2])
-def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int):
+@pytest.mark.parametrize("version", ["by groups", "in_graph"])
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(configure, count: int, version: str, request):
+    if version == "in_graph":
+        request.getfixturevalue("in_graph")
     # The weights are not compared: AdamW makes a full step of a rounded gradient near zero.
     steps = a_step(configure), a_step(configure, "--train.grad_accum_steps=3")
     for step in steps:
@@ -164,6 +174,25 @@ def test_dropout_has_keys(configure, drop_path: float):
     dropping.set_grad_checkpointing()
     for one, recomputed in zip(first, gradients(1), strict=True):
         torch.testing.assert_close(one, recomputed, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("recipe", ["--augment.randaugment=9", "--augment.three_augment=yes"])
+def test_on_whole_batches_a_step_sees_the_same_images(configure, monkeypatch: pytest.MonkeyPatch, recipe: str):
+    """The logits of an augmented batch, and the loss with erasing and mixing, at full and at half strength."""
+    others = [option for option in AUGMENTED if "randaugment" not in option]
+    step = a_step(configure, "--augment.randaugment=0", *others, recipe)
+    batch = a_batch(12)
+    for dials in (Dials(), Dials(strength=0.5), Dials(strength=0.0)):
+        step.set_dials(dials)
+        found = []
+        for in_graph in (False, True):
+            monkeypatch.setattr(Augment, "in_forward", lambda self, compiled, answer=in_graph: answer)
+            logits = step.logits(step.model, batch, 3, torch.float32)
+            found.append((logits.detach(), float(step._gradients(batch, 3, EAGER).loss)))
+            step.model.zero_grad()
+        (logits, loss), (again, same) = found
+        assert same == pytest.approx(loss, rel=2e-3)
+        assert (logits - again).abs().mean() < 0.05 * logits.std()
 
 
 def test_warm_up_leaves_no_trace(configure):

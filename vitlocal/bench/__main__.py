@@ -12,7 +12,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vitlocal.errors import ConfigError, run_command
 
-BENCHES = ("arms", "clock", "forecast", "loader", "paper", "profile", "redundancy", "report", "runs", "step", "write")
+BENCHES = (
+    "arms", "augment", "clock", "forecast", "loader", "paper", "profile", "redundancy", "report", "runs", "step",
+    "write",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:

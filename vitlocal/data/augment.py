@@ -7,24 +7,18 @@ Shape letters: B batch, S size.
 """
 
 import math
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as ops
 
-from vitlocal.data.random_keys import generator, uniform
+from vitlocal.data import augment_graph, augment_groups
+from vitlocal.data.augment_groups import send
+from vitlocal.data.random_keys import ERASE, MIX, generator, uniform
 
-OPERATIONS = 2  # RandAugment: operations for each image
-MAGNITUDE_STD = 0.5  # of timm's rand-m9-mstd0.5-inc1, which DeiT uses
 NOISE = 1 << 21  # normal numbers for erased pixels, 8 MB on the device
-
-# The purpose of a random number, a part of its key.
-ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE = range(6)
 
 
 class AugmentParams(NamedTuple):
@@ -33,6 +27,14 @@ class AugmentParams(NamedTuple):
     boxes: Tensor | None = None  # (B, 4) int64: first and last + 1 row and column to erase; empty if none
     noise: Tensor | None = None  # (B,) int64: the start of a sample's pixels in the table of noise
     mix: Tensor | None = None  # (6,) float32: share of the pixels, share of the labels, and the pasted box as in boxes
+    operations: Tensor | None = None  # (B, V) float32: RandAugment or three-augment, see augment_graph.py
+
+    def part(self, chosen: Tensor) -> "AugmentParams":
+        """The values of the samples ``chosen`` (n,) int64."""
+        boxes, noise, operations = (
+            None if values is None else values[chosen] for values in (self.boxes, self.noise, self.operations)
+        )
+        return AugmentParams(boxes, noise, self.mix, operations)
 
 
 class Normalize(torch.nn.Module):
@@ -78,12 +80,22 @@ class Augment(torch.nn.Module):
         table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if random_erasing else torch.empty(0)
         self.register_buffer("table", table, persistent=False)
 
+    def in_forward(self, compiled: bool) -> bool:
+        """Whether :meth:`forward` does RandAugment and three-augment too. Otherwise :meth:`prepare` has done them.
+
+        Compiled steps and steps on a GPU have a constant number of operations (``augment_graph.py``). Eager steps on a
+        CPU go by groups of images (``augment_groups.py``), which is less work.
+        """
+        return compiled or self.normalize.scale.device.type != "cpu"
+
     def draw(
-        self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0
-    ) -> AugmentParams:
+        self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0,
+        operations: float | None = None,
+    ) -> AugmentParams:  # fmt: skip
         """The random values for :meth:`forward`, on this module's device, for ``places`` of a batch of ``total``.
 
-        ``strength`` scales the probabilities of erasing and mixing.
+        ``strength`` scales the probabilities of erasing and mixing. ``operations`` is the ``strength`` of
+        :meth:`prepare` if :meth:`forward` is to do its work, see :meth:`in_forward`.
         """
         boxes, noise, mix, device = None, None, None, self.normalize.scale.device
         if self.random_erasing:
@@ -91,7 +103,22 @@ class Augment(torch.nn.Module):
             boxes, noise = send(box, device), send((part * (NOISE - 3 * size * size + 1)).astype(np.int64), device)
         if self.mixes:
             mix = send(self.mixture(generator((seed, step, MIX)), total, size, strength), device)
-        return AugmentParams(boxes, noise, mix)
+        values = None if operations is None else self._operations(seed, step, places, size, operations)
+        return AugmentParams(boxes, noise, mix, values)
+
+    def _operations(self, seed: int, step: int, places: np.ndarray, size: int, strength: float) -> Tensor | None:
+        """The values of RandAugment or three-augment, also at strength 0: compiled steps stay the same."""
+        if self.three_augment:
+            values = augment_graph.draw_three_augment(strength, seed, step, places, size)
+        elif self.randaugment:
+            values = augment_graph.draw_randaugment(self.randaugment, seed, step, places, size, strength)
+        else:
+            return None
+        return send(values, self.normalize.scale.device)
+
+    def _operate(self, images: Tensor, values: Tensor) -> Tensor:
+        function = augment_graph.three_augment if self.three_augment else augment_graph.randaugment
+        return function(images, values)
 
     def mixture(self, draw: np.random.Generator, total: int, size: int, strength: float = 1.0) -> np.ndarray:
         """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch: (6,) float32, see AugmentParams.mix.
@@ -117,24 +144,21 @@ class Augment(torch.nn.Module):
 
         ``strength`` scales the magnitude of RandAugment, or the probability and the jitter of three-augment.
         """
+        if self.in_forward(compiled=False):
+            values = self._operations(seed, step, places, images.shape[-1], strength)
+            return images if values is None else self._operate(images, values)
         if self.three_augment:
-            return three_augment(images, strength, seed, step, places)
+            return augment_groups.three_augment(images, strength, seed, step, places)
         if self.randaugment and strength:
-            return randaugment(images, self.randaugment, seed, step, places, strength)
+            return augment_groups.randaugment(images, self.randaugment, seed, step, places, strength)
         return images
 
     def forward(self, images: Tensor, drawn: AugmentParams) -> Tensor:
         """(B, 3, S, S) uint8 to float32, normalised, erased and mixed, channels-last."""
-        pixels = self.normalize(images)
+        pixels = self.normalize(images if drawn.operations is None else self._operate(images, drawn.operations))
         if drawn.boxes is not None and drawn.noise is not None:
             pixels = erase(pixels, drawn.boxes, drawn.noise, self.table)
         return pixels if drawn.mix is None else paste(pixels, drawn.mix)
-
-
-def send(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Starts a host-to-device copy; neither side waits. PyTorch reuses the pinned memory only after the copy."""
-    values = torch.as_tensor(values)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _inside(boxes: Tensor, size: int) -> Tensor:
@@ -176,156 +200,3 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor, table: Tensor) -> Tensor
     rows = table.as_strided((len(table) - length + 1, length), (1, 1))  # every run of the table, as a view
     filling = rows[noise].view(count, size, size, 3).permute(0, 3, 1, 2)  # channels-last, as pixels
     return torch.where(_inside(boxes, size)[:, None], filling, pixels)
-
-
-# --- RandAugment ------------------------------------------------------------------------------------------------------
-
-# The "increasing" operations of RandAugment (Cubuk et al. 2020) with timm's ranges: a larger level in [0, 1] means a
-# larger change.
-
-
-def _solarize_add(x: Tensor, level: float) -> Tensor:
-    return torch.where(x < 128, (x.int() + int(110 * level)).clamp(0, 255).to(x.dtype), x)
-
-
-def _sharpness(x: Tensor, factor: float) -> Tensor:
-    # Pillow's: a 3×3 blur with weight 5 in the middle; borders stay. (torchvision's version waits for the device.)
-    blurred = x.float()
-    inner = blurred[..., 1:-1, 1:-1]
-    inner.copy_((9 * F.avg_pool2d(x.float(), 3, 1) + 4 * inner) / 13)
-    return torch.lerp(blurred, x.float(), factor).round().clamp(0, 255).to(x.dtype)
-
-
-# Name → (images (n, 3, S, S) uint8, level, factor of an enhancement) → images.
-COLOURS = {
-    "autocontrast": lambda x, level, factor: ops.autocontrast(x),
-    "equalize": lambda x, level, factor: ops.equalize(x),
-    "invert": lambda x, level, factor: ops.invert(x),
-    "posterize": lambda x, level, factor: ops.posterize(x, 4 - int(4 * level)),
-    "solarize": lambda x, level, factor: ops.solarize(x, 255 - int(255 * level)),
-    "solarize_add": lambda x, level, factor: _solarize_add(x, level),
-    "saturation": lambda x, level, factor: ops.adjust_saturation(x, factor),
-    "contrast": lambda x, level, factor: ops.adjust_contrast(x, factor),
-    "brightness": lambda x, level, factor: ops.adjust_brightness(x, factor),
-    "sharpness": lambda x, level, factor: _sharpness(x, factor),
-}
-LEVELLESS = ("autocontrast", "equalize", "invert")  # operations without a magnitude
-
-
-def _rotation(level: float) -> list[list[float]]:
-    angle = math.radians(30 * level)
-    return [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
-
-
-# Name → signed level → rows of the 2×3 matrix from output to input coordinates, which run from -1 to 1. Shears keep the
-# first row or column in place, as in Pillow.
-MOVES = {
-    "rotate": _rotation,
-    "shear_x": lambda level: [[1, 0.3 * level, 0.3 * level], [0, 1, 0]],
-    "shear_y": lambda level: [[1, 0, 0], [0.3 * level, 1, 0.3 * level]],
-    "translate_x": lambda level: [[1, 0, 0.9 * level], [0, 1, 0]],  # 0.45 of the width, which is 2
-    "translate_y": lambda level: [[1, 0, 0], [0, 1, 0.9 * level]],
-}
-
-
-def move(images: Tensor, matrices: np.ndarray) -> Tensor:
-    """Images (n, 3, S, S) uint8 moved by ``matrices`` (n, 2, 3), bilinear, padded with ImageNet's mean."""
-    theta = send(matrices.astype(np.float32), images.device)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    fill = torch.stack([torch.full((), 255 * mean, device=images.device) for mean in IMAGENET_DEFAULT_MEAN])
-    fill = fill.view(1, 3, 1, 1)
-    moved = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill  # zeros outside: the fill
-    return moved.round().clamp(0, 255).to(images.dtype)
-
-
-def randaugment(
-    images: Tensor, magnitude: float, seed: int, step: int, places: np.ndarray, strength: float = 1.0
-) -> Tensor:
-    """Applies two random operations to each image, each with probability 0.5, as timm's ``rand-m9-mstd0.5-inc1``.
-
-    ``images`` (B, 3, S, S) uint8 are the ``places`` of the global batch; returns a new tensor. ``strength`` scales the
-    magnitude, or the probability of operations without one. Departures from timm: images with the same colour operation
-    and sign share one magnitude and one call; geometric operations share one call, bilinear, on the crop.
-    """
-    names, moving = [*COLOURS, *MOVES], 2 * len(COLOURS)
-    chances = np.array([0.5 * strength if name in LEVELLESS else 0.5 for name in names])
-    magnitude *= strength
-    images = images.clone(memory_format=torch.channels_last)
-    draws = uniform((seed, step, OPERATION), places, 3 * OPERATIONS)
-    strengths = generator((seed, step, MAGNITUDE))
-    for turn in range(OPERATIONS):
-        choice, sign, applied = draws[:, 3 * turn : 3 * turn + 3].T
-        variants = 2 * (choice * len(names)).astype(int) + (sign >= 0.5)  # odd ones have a positive sign
-        levels = np.clip(strengths.normal(magnitude, MAGNITUDE_STD, 2 * len(names)), 0, 10) / 10
-        signed = levels * np.tile([-1, 1], len(names))
-        # Sorted by variant, so that a group is a slice: one copy to the device, one gather, one scatter.
-        group = np.where(applied < chances[variants // 2], np.minimum(variants, moving), -1)
-        order = np.argsort(group, kind="stable")
-        ends = np.searchsorted(group[order], np.arange(-1, moving + 1), side="right")
-        rows = send(order, images.device)
-        ordered = images[rows]
-        for variant, (first, last) in enumerate(pairwise(ends[:-1])):
-            if first < last:
-                operation, factor = COLOURS[names[variant // 2]], max(0.1, 1 + 0.9 * float(signed[variant]))
-                ordered[first:last] = operation(ordered[first:last], float(levels[variant]), factor)
-        if (first := ends[-2]) < len(order):
-            matrices = [MOVES[names[variant // 2]](float(signed[variant])) for variant in variants[order[first:]]]
-            ordered[first:] = move(ordered[first:], np.array(matrices))
-        images[rows] = ordered
-    return images
-
-
-# --- three-augment ----------------------------------------------------------------------------------------------------
-
-JITTER = 0.3  # of brightness, contrast and saturation: factors from 1 - 0.3 to 1 + 0.3
-BLUR = (0.1, 2.0)  # standard deviations, px of an image of 224 px
-TAPS = 6  # pixels of the blur to either side: three of the largest standard deviations
-GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's
-
-
-def three_augment(images: Tensor, strength: float, seed: int, step: int, places: np.ndarray) -> Tensor:
-    """Makes each image grey, solarised or blurred, then jitters brightness, contrast and saturation.
-
-    As in DeiT III (Touvron et al. 2022, arXiv 2204.07118). ``images`` (B, 3, S, S) uint8 are the ``places`` of the
-    global batch; returns a new tensor. ``strength`` is the probability of the first operation and scales the jitter.
-    """
-    draws = uniform((seed, step, THREE), places, 6)
-    chosen = np.where(draws[:, 0] < strength, (draws[:, 1] * 3).astype(int), -1)
-    factors = 1 + strength * JITTER * (2 * draws[:, 3:] - 1)  # (B, 3)
-    # Sorted by operation, so that a group is a slice.
-    order = np.argsort(chosen, kind="stable")
-    ends = np.searchsorted(chosen[order], np.arange(-1, 3), side="right")
-    deviations = (BLUR[0] + (BLUR[1] - BLUR[0]) * draws[order[ends[-2] :], 2]) * images.shape[-1] / 224
-    rows = send(order, images.device)
-    x = images[rows].float()
-    grey, solarised, blurred = (x[first:last] for first, last in pairwise(ends))
-    grey.copy_(_grey(grey))
-    solarised.copy_(torch.minimum(solarised, 255 - solarised))  # integers above 127 are inverted
-    if len(blurred):
-        blurred.copy_(_blurred(deviations, blurred))
-    sent = send(factors[order].astype(np.float32), x.device)
-    brightness, contrast, saturation = sent[..., None, None, None].unbind(1)  # (B, 1, 1, 1) each
-    x.mul_(brightness).clamp_(0, 255)
-    torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast, out=x).clamp_(0, 255)
-    torch.lerp(_grey(x), x, saturation, out=x)
-    done = torch.empty_like(images, memory_format=torch.channels_last)
-    done[rows] = x.round_().clamp_(0, 255).to(images.dtype)
-    return done
-
-
-def _grey(x: Tensor) -> Tensor:
-    """(n, 1, S, S) of (n, 3, S, S)."""
-    red, green, blue = x.split(1, dim=1)  # weights are numbers, so nothing is copied to the device
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
-
-
-def _blurred(deviations: np.ndarray, x: Tensor) -> Tensor:
-    """(n, 3, S, S) float, each image blurred by a Gaussian of its own deviation (n,), px; edges are repeated."""
-    count, channels, size, _ = x.shape
-    reach = min(TAPS, size - 1)
-    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviations[:, None]) ** 2)
-    taps = (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32).repeat(channels, axis=0)
-    kernels = send(taps, x.device)[:, None]  # (3n, 1, taps)
-    planes = F.pad(x.reshape(1, count * channels, size, size), (reach,) * 4, mode="replicate")
-    planes = F.conv2d(planes, kernels[..., None, :], groups=count * channels)
-    return F.conv2d(planes, kernels[..., None], groups=count * channels).view_as(x)

@@ -5,6 +5,9 @@ SplitMix64 (Steele et al. 2014) over arrays. ``native/crops.c`` has the same gen
 
 import numpy as np
 
+# The purpose of a random number of a step, a part of its key.
+ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE = range(6)
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitlocal.data.augment import DROP_PATH, AugmentParams, send
+from vitlocal.data.augment import AugmentParams, send
 from vitlocal.data.batch import Batch
-from vitlocal.data.random_keys import generator, uniform
+from vitlocal.data.random_keys import DROP_PATH, generator, uniform
 from vitlocal.data.shares import Share
 from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.models.vit import VisionTransformer
@@ -256,11 +256,15 @@ class TrainStep:
         fraction, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
         if not has_images:  # one black image with no weight: every process takes part in the reduction of gradients
             batch = self._blank(np.zeros(1, np.int64), batch.total, batch.images.shape[-1], 1)
-        images = augment.prepare(batch.images, self.seed, number, batch.places, dials.randaugment)
-        params = augment.draw(self.seed, number, batch.places, batch.total, images.shape[-1], dials.strength)
+        images, key, operations = batch.images, (self.seed, number, batch.places), None
+        if augment.in_forward(mode.compiled):
+            operations = dials.randaugment
+        else:
+            images = augment.prepare(images, *key, dials.randaugment)
+        params = augment.draw(*key, batch.total, images.shape[-1], dials.strength, operations)
         noise = self._noise(number, batch.places) if self._draws_paths else None
         weight = send(torch.tensor(fraction), self.device)
-        self.phase_hook("augment")  # what the compiled graph does not do: draws, their copies, RandAugment
+        self.phase_hook("augment")  # what forward does not do: draws, their copies, and on a CPU RandAugment
         objective = self._compiler.objective(self._ddp, mode)
         if mode.graphs:
             torch.compiler.cudagraph_mark_step_begin()
@@ -341,7 +345,4 @@ def _select(images: Tensor, labels: Tensor, params: AugmentParams, noise: Tensor
     """The samples ``part`` of a batch and of its random parameters."""
     chosen = send(torch.from_numpy(part), images.device)
     pixels = images[chosen].contiguous(memory_format=torch.channels_last)
-    boxes, pixel_noise, path_noise = (
-        None if values is None else values[chosen] for values in (params.boxes, params.noise, noise)
-    )
-    return pixels, labels[chosen], AugmentParams(boxes, pixel_noise, params.mix), path_noise
+    return pixels, labels[chosen], params.part(chosen), None if noise is None else noise[chosen]
