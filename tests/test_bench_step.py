@@ -144,7 +144,7 @@ def test_the_augment_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = tmp_path / "augment.json"
     main(["augment", "--only", "groups,graph-eager", "--batch", "4", "--rounds", "2", "--json", str(out)])
     measured = json.loads(out.read_text())
-    assert measured.keys() >= FORM | {"threads", "drawn"}
+    assert measured.keys() >= FORM | {"drawn"}
     rows = {(row["recipe"], row["version"]): row for row in measured["rows"]}
     assert len(rows) == 4 and all(row["draw_ms"] > 0 and row["issue_ms"] > 0 for row in rows.values())
     # Of a batch of 1024, whatever was timed: almost each operation of RandAugment with either sign, in both turns.

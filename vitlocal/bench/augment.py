@@ -9,13 +9,15 @@ Counts the operations that the host issues to augment and normalise a batch, and
 Operations are calls of PyTorch's operators that are not views, for a batch of 1024 images. In compiled code they are
 kernels, and operators that are called from it. "draw ms" is the time of the draws for 1024 images. "issue ms" is the
 rest, and for groups also their draws. It is for small images in a small batch: on a CPU, most of an operation's time is
-then the time to issue it. Compiled kernels are the exception, their time is that of their work.
+then the time to issue it. Compiled kernels are the exception, their time is that of their work. Both are processor time
+of one thread, so that other load on the machine counts little.
 """
 
 import re
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from itertools import count, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from vitlocal.bench.parsing import at_least, bench_parser, names
 from vitlocal.data import augment_groups
 from vitlocal.data.augment import Augment, AugmentParams
 from vitlocal.plan import Feed
-from vitlocal.train.timing import Timing, noise_batch
+from vitlocal.train.timing import noise_batch
 
 CPU = torch.device("cpu")
 RECIPES: dict[str, dict[str, Any]] = {"randaugment": {"randaugment": 9}, "three-augment": {"three_augment": True}}
@@ -66,9 +68,13 @@ def compiled_calls(function: Callable[..., object], *operands: Any) -> int:
 
 def milliseconds(work: Callable[[int], object], rounds: int) -> list[float]:
     """The milliseconds per call of ``work``, which gets the number of the call, in each of ``rounds`` turns."""
-    numbers = count()
-    turns = [Timing().measure(lambda: work(next(numbers)), CPU, CALLS) for _ in range(rounds + 1)]
-    return [1e3 * seconds for seconds in turns[1:]]  # the first one warms up
+    taken = []
+    for turn in range(rounds + 1):
+        began = time.thread_time()
+        for number in range(CALLS):
+            work(turn * CALLS + number)
+        taken.append(1e3 * (time.thread_time() - began) / CALLS)
+    return taken[1:]  # the first one warms up
 
 
 def measured(recipe: str, version: str, size: int, batch_size: int, rounds: int) -> dict[str, Any]:
@@ -115,6 +121,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     versions = names(options.only, VERSIONS) if options.only else VERSIONS
     rows = []
+    torch.set_num_threads(1)
     with progress_bar(len(RECIPES) * len(versions)) as bar, torch.no_grad():
         for recipe, version in product(RECIPES, versions):
             bar.set_description_str(f"{recipe}, {version}")
@@ -122,4 +129,4 @@ def main(argv: Sequence[str]) -> None:
             bar.update()
     print(text_table(rows, COLUMNS))
     what = "the host's part of RandAugment and three-augment, for one batch"
-    write_json(options.json, what, rows, threads=torch.get_num_threads(), drawn=DRAWN)
+    write_json(options.json, what, rows, drawn=DRAWN)
