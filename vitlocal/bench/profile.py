@@ -6,7 +6,7 @@ rcfg/demo.yaml on a CPU and rcfg/ours.yaml on a GPU.
 
     data       the step waits for its batch
     copy       host-to-device copies; they overlap with other phases and are not part of the sum (on a CPU: none)
-    augment    random draws and RandAugment; normalisation, erasing and mixing belong to the forward pass
+    augment    random draws and, in eager steps on a CPU, RandAugment; the rest belongs to the forward pass
     other      the loop around the step: methods and clock
 
 On a GPU, a phase is the time between two CUDA events. It includes launches that the device waits for.

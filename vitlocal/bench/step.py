@@ -11,8 +11,8 @@ other load on the machine affects all of them. Compiling is not counted. Options
     timm         timm's DeiT of that shape in a plain loop: autocast, cross-entropy and fused AdamW, on normalised
                  pixels and without augmentation
 
-Each arm exists as NAME-eager and NAME-compiled. The phase "augment" is the random draws and RandAugment. Normalisation,
-erasing and mixing belong to the forward pass, and gradient clipping belongs to the optimizer.
+Each arm exists as NAME-eager and NAME-compiled. The phase "augment" is the random draws and, in eager steps on a CPU,
+RandAugment. Other augmentation belongs to the forward pass, and gradient clipping belongs to the optimizer.
 """
 
 import gc
