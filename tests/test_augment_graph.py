@@ -158,8 +158,7 @@ def test_parts_of_a_batch_are_augmented_as_the_whole(recipe: str):
 
 def test_one_rule_says_which_version_runs():
     on_cpu, elsewhere = Augment(randaugment=9), Augment(randaugment=9).to("meta")
-    assert not on_cpu.in_forward(compiled=False)
-    assert on_cpu.in_forward(compiled=True) and elsewhere.in_forward(False) and elsewhere.in_forward(True)
+    assert elsewhere.in_forward and not on_cpu.in_forward
     assert Augment().draw(0, 0, np.arange(4), 4, 24, operations=1.0) == AugmentParams()
     # At strength 0, a compiled step gets operands of the same form.
     assert on_cpu.draw(0, 0, np.arange(4), 4, 24, operations=0.0).operations.shape == (4, 28)
@@ -172,7 +171,7 @@ def test_prepare_on_another_device_runs_the_graph(monkeypatch: pytest.MonkeyPatc
         augment = Augment(**options)
         expected = by_graph(augment, x, 3)
         with monkeypatch.context() as patch:
-            patch.setattr(Augment, "in_forward", lambda self, compiled: True)
+            patch.setattr(Augment, "in_forward", True)
             assert torch.equal(augment.prepare(x, 1, 3, np.arange(16)), expected)
             assert not torch.equal(augment.prepare(x, 1, 3, np.arange(16), 0.5), expected)
 

@@ -55,12 +55,12 @@ def close(first, second, tolerance: float = 2e-6) -> None:
 
 @pytest.fixture
 def in_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager steps augment on whole batches, as compiled steps and steps on a GPU do."""
-    monkeypatch.setattr(Augment, "in_forward", lambda self, compiled: True)
+    """Steps augment whole batches, as on an accelerator."""
+    monkeypatch.setattr(Augment, "in_forward", True)
 
 
 @needs_cxx
-def test_the_compiled_step_is_the_eager_one(configure, in_graph):
+def test_the_compiled_step_is_the_eager_one(configure):
     eager, compiled = a_step(configure, "--model.depth=1"), a_step(configure, "--model.depth=1", "--train.compile=yes")
     assert compiled.mode(Feed(24, 12)) == Mode(compiled=True) and eager.mode(Feed(24, 12)) == EAGER
     close(trained(eager), trained(compiled, Mode(compiled=True)))
@@ -186,7 +186,7 @@ def test_on_whole_batches_a_step_sees_the_same_images(configure, monkeypatch: py
         step.set_dials(dials)
         found = []
         for in_graph in (False, True):
-            monkeypatch.setattr(Augment, "in_forward", lambda self, compiled, answer=in_graph: answer)
+            monkeypatch.setattr(Augment, "in_forward", in_graph)
             logits = step.logits(step.model, batch, 3, torch.float32)
             found.append((logits.detach(), float(step._gradients(batch, 3, EAGER).loss)))
             step.model.zero_grad()

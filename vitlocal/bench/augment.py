@@ -2,9 +2,9 @@
 
 Counts the operations that the host issues to augment and normalise a batch, and times the host.
 
-    groups          by groups of images, as eager steps on a CPU do it
+    groups          by groups of images, as steps on a CPU do it
     graph-eager     on whole batches, as eager steps on a GPU do it
-    graph-compiled  the same with torch.compile, as a part of compiled steps
+    graph-compiled  the same with torch.compile, as a part of compiled steps on a GPU
 
 Operations are calls of PyTorch's operators that are not views, for a batch of 1024 images. In compiled code they are
 kernels, and operators that are called from it. "draw ms" is the time of the draws for 1024 images. "issue ms" is the

@@ -80,13 +80,14 @@ class Augment(torch.nn.Module):
         table = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) if random_erasing else torch.empty(0)
         self.register_buffer("table", table, persistent=False)
 
-    def in_forward(self, compiled: bool) -> bool:
+    @property
+    def in_forward(self) -> bool:
         """Whether :meth:`forward` does RandAugment and three-augment too. Otherwise :meth:`prepare` has done them.
 
-        Compiled steps and steps on a GPU have a constant number of operations (``augment_graph.py``). Eager steps on a
-        CPU go by groups of images (``augment_groups.py``), which is less work.
+        Steps on an accelerator have a constant number of operations (``augment_graph.py``). Steps on a CPU go by groups
+        of images (``augment_groups.py``), which is less work.
         """
-        return compiled or self.normalize.scale.device.type != "cpu"
+        return self.normalize.scale.device.type != "cpu"
 
     def draw(
         self, seed: int, step: int, places: np.ndarray, total: int, size: int, strength: float = 1.0,
@@ -95,7 +96,7 @@ class Augment(torch.nn.Module):
         """The random values for :meth:`forward`, on this module's device, for ``places`` of a batch of ``total``.
 
         ``strength`` scales the probabilities of erasing and mixing. ``operations`` is the ``strength`` of
-        :meth:`prepare` if :meth:`forward` is to do its work, see :meth:`in_forward`.
+        :meth:`prepare` if :meth:`forward` is to do its work, see :attr:`in_forward`.
         """
         boxes, noise, mix, device = None, None, None, self.normalize.scale.device
         if self.random_erasing:
@@ -144,7 +145,7 @@ class Augment(torch.nn.Module):
 
         ``strength`` scales the magnitude of RandAugment, or the probability and the jitter of three-augment.
         """
-        if self.in_forward(compiled=False):
+        if self.in_forward:
             values = self._operations(seed, step, places, images.shape[-1], strength)
             return images if values is None else self._operate(images, values)
         if self.three_augment:

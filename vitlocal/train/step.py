@@ -257,7 +257,7 @@ class TrainStep:
         if not has_images:  # one black image with no weight: every process takes part in the reduction of gradients
             batch = self._blank(np.zeros(1, np.int64), batch.total, batch.images.shape[-1], 1)
         images, key, operations = batch.images, (self.seed, number, batch.places), None
-        if augment.in_forward(mode.compiled):
+        if augment.in_forward:
             operations = dials.randaugment
         else:
             images = augment.prepare(images, *key, dials.randaugment)
