@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,7 +13,10 @@ from safetensors.torch import save_file
 
 import vitlocal.models
 from vitlocal.errors import ConfigError
+from vitlocal.models.block import LayerScale
 from vitlocal.models.lffn import LocalFFNViT
+from vitlocal.models.shape import add_stage_table, set_shape
+from vitlocal.plan import StageEmbedding
 
 FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitlocal_localvit_tiny_patch16_224")
 
@@ -111,6 +115,50 @@ def test_bfloat16_autocast_and_a_bfloat16_model(name):
         assert model.positions((4, 4)).dtype == torch.float32
     assert model.pos_embed.grad.dtype == torch.float32
     assert model.to(torch.bfloat16).eval()(images.bfloat16()).dtype == torch.bfloat16
+
+
+def block_outputs(model, images, dtype):
+    """The types of the residual stream after the embedding and after each block, and the logits in float32."""
+    found = []
+    hooks = [block.register_forward_hook(lambda _, inputs, output: found.extend((inputs[0], output)))
+             for block in model.blocks]  # fmt: skip
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        logits = model(images, torch.full((len(images), len(model.blocks), 2), 0.5))  # a noise that drops no branch
+    for hook in hooks:
+        hook.remove()
+    return {tokens.dtype for tokens in found}, logits.float()
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "avg"}, {"init_values": 0.5}, {"patch_drop_rate": 0.5},
+                                     {"pruned_blocks": (0,), "token_keep_rate": 0.5}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_residual_stream_has_the_type_of_autocast(name, options):
+    if name == FAMILIES[2] and options.keys() & {"patch_drop_rate", "pruned_blocks"}:
+        pytest.skip("LocalViT needs the whole grid")
+    model = narrow(name, depth=4, drop_path_rate=0.2, **options)
+    images, chosen = torch.randn(8, 3, 64, 64), "patch_drop_rate" in options or "pruned_blocks" in options
+    add_stage_table(model, StageEmbedding(rows=2, std=0.02))
+    set_shape(model, replace(model.active, stage=0))
+    outputs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        types, outputs[dtype] = block_outputs(model, images, dtype)
+        assert types == {dtype}
+    if not chosen:  # rounded attention may choose other tokens
+        largest = outputs[torch.float32].abs().max()
+        assert (outputs[torch.bfloat16] - outputs[torch.float32]).abs().max() < 0.05 * largest
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_float32_is_embedded_and_scaled_without_another_rounding(pool):
+    model, images = narrow(pool=pool), torch.randn(2, 3, 64, 64)
+    positions = model.positions((4, 4))
+    parts = [model.patch_embed(images) + positions[:, -16:]]
+    if pool == "token":
+        parts.insert(0, (model.cls_token + positions[:, :1]).expand(2, -1, -1))
+    assert torch.equal(model.embed(images)[0], torch.cat(parts, dim=1))
+    theirs, ours, tokens = timm.layers.LayerScale(32, 0.3), LayerScale(32, 0.3), torch.randn(2, 5, 32)
+    assert torch.equal(ours(tokens), theirs(tokens))
 
 
 def test_deit_equals_timms_deit():

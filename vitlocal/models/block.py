@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
+from timm import layers
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
@@ -122,6 +122,13 @@ class Attention(nn.Module):
 def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     """Returns ``tokens + branch``, with the branch multiplied by drop path's ``scale`` (B, 1, 1) unless it is None."""
     return tokens + branch if scale is None else torch.addcmul(tokens, branch, scale)
+
+
+class LayerScale(layers.LayerScale):
+    """As timm's, but its result has the type of its input: float32 factors do not make a bfloat16 branch float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.to(x.dtype)
 
 
 def layer_scale(shape: BlockShape) -> nn.Module:

@@ -221,7 +221,11 @@ class VisionTransformer(TimmModel):
         return resample_positions(self.pos_embed, self.patch_embed.grid_size, grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Returns tokens (B, T, D) with their positions added, and their grid (h, w)."""
+        """Returns tokens (B, T, D) with their positions added, and their grid (h, w).
+
+        Tokens keep the type of the matrix product over patches, so under bfloat16 autocast the residual stream is
+        bfloat16. It stays float32 under float16 autocast: float16 has a smaller range, which its sums might exceed.
+        """
         channels, prefix = self.patch_embed.proj.in_channels, self.num_prefix_tokens
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (batch, {channels}, height, width)")
@@ -234,7 +238,8 @@ class VisionTransformer(TimmModel):
             tokens = self.patch_embed(images)  # (B, N, D)
         else:
             tokens = crop_tokens(self.patch_embed(images), grid, rows, columns)
-        tokens = tokens + crop_tokens(positions[:, prefix:], grid, rows, columns)
+        stream = positions.dtype if tokens.dtype == torch.float16 else tokens.dtype
+        tokens = tokens + crop_tokens(positions[:, prefix:].to(stream), grid, rows, columns)
         if self.cls_token is not None:
             token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([token.to(tokens.dtype), tokens], dim=1)
