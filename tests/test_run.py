@@ -13,13 +13,14 @@ import torch
 from trainers import open_trainer
 
 from vitlocal.data.loader import Loader
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError, run_command
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.method import MethodContext, StepResult
 from vitlocal.plan import Feed
 from vitlocal.predict import Predictor
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.command import train
+from vitlocal.train.devices import Mode
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.loop import fit
 from vitlocal.train.output import load_checkpoint
@@ -296,3 +297,66 @@ def test_an_export_has_the_permissions_of_the_other_files(configure, decoder, no
     run = tmp_path / "run"
     (kept,) = (run / "checkpoints" / "kept").iterdir()
     assert {path.stat().st_mode for path in (kept, run / "model.safetensors")} == {(run / "config.json").stat().st_mode}
+
+
+# --- too little memory ------------------------------------------------------------------------------------------------
+
+NO_MEMORY = {
+    "a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore advice"),
+    "without a message": torch.OutOfMemoryError(),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)"),
+    "a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 12"),
+}
+
+
+def fail_at(number: int, error: Exception):
+    """A method of TrainStep that raises ``error`` in the step ``number``."""
+    original = TrainStep._gradients
+
+    def gradients(self, batch, at, mode):
+        if at == number:
+            raise error
+        return original(self, batch, at, mode)
+
+    return gradients
+
+
+@pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY.keys())
+def test_a_step_without_memory_names_the_option_to_change(
+    configure, tmp_path: Path, error: Exception, capsys, decoder, no_report
+):
+    options = ["--run.save_every=2steps"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "_gradients", fail_at(5, error))
+        assert run_command(lambda argv: train(configure(*options)), []) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: no memory for a training step of 32 images of 32 px: train.grad_accum_steps=2 ")
+    assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["clock"]["step"] == 4
+    assert train(configure(*options, "--train.grad_accum_steps=2")) == 0  # as the message says
+
+
+def test_a_warm_up_without_memory_names_the_option_to_change(configure, decoder):
+    with open_trainer(configure("--train.grad_accum_steps=2")) as trainer, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "_gradients", fail_at(0, NO_MEMORY["a GPU"]))
+        patch.setattr(TrainStep, "mode", lambda self, feed: Mode(compiled=True))
+        with pytest.raises(DeviceMemoryError, match=r"of 32 images of 16 px: train.grad_accum_steps=4 .*20.00 GiB"):
+            trainer.compile_for(trainer.plan())
+
+
+def test_an_evaluation_without_memory_names_the_option_to_change(configure, capsys, decoder, no_report):
+    def found(self, batch):
+        raise NO_MEMORY["a GPU"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "_found", found)
+        assert run_command(lambda argv: train(configure()), []) == 1
+    message = "no memory for a batch of an evaluation of 256 images of 48 px: use evaluate.batch_size=128"
+    assert message in capsys.readouterr().err
+    assert train(configure("--evaluate.batch_size=128")) == 0
+
+
+def test_other_errors_of_a_step_stay_as_they_are(configure, decoder):
+    with open_trainer(configure()) as trainer, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "_gradients", fail_at(0, RuntimeError("a fault of ours")))
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            fit(trainer)

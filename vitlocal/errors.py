@@ -16,6 +16,10 @@ class DataError(RuntimeError):
     """Data that cannot be read or written. The commands print it and exit with status 1."""
 
 
+class DeviceMemoryError(RuntimeError):
+    """Work that the device's memory does not hold. The commands print it and exit with status 1."""
+
+
 class UndecodableImage(DataError):
     """Bytes that are not a complete image, or an image that no file can hold. It is not the fault of a disk."""
 
@@ -56,14 +60,15 @@ class StopSignals:
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs ``main(argv)``, and turns errors that a user can fix into one message and an exit status.
 
-    Returns 0 on success, 130 after Ctrl-C and 143 after SIGTERM. A :class:`ConfigError` gives 2. A :class:`DataError`
-    or an ``OSError`` (such as a full disk) gives 1. Any other error is ours and keeps its traceback.
+    Returns 0 on success, 130 after Ctrl-C and 143 after SIGTERM. A :class:`ConfigError` gives 2. A :class:`DataError`,
+    a :class:`DeviceMemoryError` or an ``OSError`` (such as a full disk) gives 1. Any other error is ours and keeps its
+    traceback.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file need not be Unicode
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
-    except (ConfigError, DataError, OSError) as error:
+    except (ConfigError, DataError, DeviceMemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as error:

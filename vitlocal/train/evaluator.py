@@ -6,6 +6,7 @@ shape are evaluated, they are estimated again on training images.
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice, pairwise
 from time import perf_counter
@@ -24,6 +25,7 @@ from vitlocal.progress import Position
 from vitlocal.tasks.classification import Accuracy
 from vitlocal.train.devices import synchronize
 from vitlocal.train.distributed import Ranks
+from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.probes import EPOCH
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, buffers_kept, has_batch_norm
@@ -84,7 +86,8 @@ class Evaluator:
                     if stop():
                         return None
                     if len(batch):
-                        sums.index_add_(1, batch.labels, self._found(batch))
+                        with self._memory_errors():
+                            sums.index_add_(1, batch.labels, self._found(batch))
             finally:
                 model.train(training)
         counts = step.ranks.total(sums).cpu().numpy()  # device sync, once per pass
@@ -127,6 +130,12 @@ class Evaluator:
                 model.train(training)
             _average_statistics(layers, ranks)
         return True
+
+    def _memory_errors(self) -> AbstractContextManager[None]:
+        """A context in which an error for lack of memory names the option to change."""
+        size, count = self._feed.size, self._feed.batch_size
+        remedy = f"use evaluate.batch_size={max(1, count // 2)}; the same command continues with it"
+        return explained_memory_errors("a batch of an evaluation", size, count, remedy)
 
     def _found(self, batch: Batch) -> Tensor:
         """1 or 0 for each image: whether it is right (top-1, top-5), and whether it is counted: (3, B) int64."""

@@ -6,7 +6,7 @@ Shape letters: B batch, C classes, L blocks, S image size.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from vitlocal.train.devices import (
     synchronize,
 )  # fmt: skip
 from vitlocal.train.distributed import ALONE, Ranks
+from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 
 NO_DIALS = Dials()  # everything at its full strength
@@ -177,7 +178,7 @@ class TrainStep:
 
     def forward_backward(self, batch: Batch, mode: Mode = EAGER) -> None:
         """Runs forward and backward, and discards the gradients."""
-        with denormals_flushed(self.device):
+        with denormals_flushed(self.device), self._memory_errors(batch):
             self._gradients(batch, 0, mode)
         self.model.zero_grad()
 
@@ -224,7 +225,7 @@ class TrainStep:
     ) -> StepOutput:
         """Trains on this process's part of a batch, as step ``number``. ``ema_decay`` is that of the weight average."""
         self.set_dials(dials)
-        with denormals_flushed(self.device):
+        with denormals_flushed(self.device), self._memory_errors(batch):
             output = self._gradients(batch, number, mode)
             self._update(lr, ema_decay, number)
         self._limit_run_ahead()
@@ -287,6 +288,12 @@ class TrainStep:
                 if value is not None:
                     values.append(value.clone())
         return StepOutput(total, *(_join(values, parts) for values in outputs)) if has_images else StepOutput(total)
+
+    def _memory_errors(self, batch: Batch) -> AbstractContextManager[None]:
+        """A context in which an error for lack of memory names the option to change."""
+        parts = f"train.grad_accum_steps={2 * self._grad_accum_steps} runs the batch in smaller parts"
+        remedy = f"{parts}, and the same command continues with it; or start again with a smaller train.batch_size"
+        return explained_memory_errors("a training step", batch.images.shape[-1], batch.total, remedy)
 
     def _set_drop_path(self) -> None:
         if self._draws_paths:  # in place, because compiled steps read the rates there
