@@ -14,7 +14,7 @@ from vitlocal.errors import ConfigError, run_command
 
 BENCHES = (
     "arms", "augment", "clock", "forecast", "loader", "paper", "profile", "redundancy", "report", "runs", "step",
-    "write",
+    "traffic", "write",
 )  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlocal.models.lffn import LocalFeedForward
@@ -49,6 +52,15 @@ def activation_bytes(model: nn.Module, size: int, precision: torch.dtype = torch
             _forward(model, batch, size)
         found.append(sum(storages.values()))
     return (found[1] - found[0]) // 2  # without what does not depend on the batch size
+
+
+class GpuAutocast(TorchFunctionMode):
+    """A context in which autocast on a CPU runs layer norms in float32, as on a GPU. There, eager steps keep a copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.layer_norm:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
