@@ -5,6 +5,8 @@ training. This takes less than two minutes, plus the time for compiling. The ben
 For other budgets (--budgets), each size gets the same fraction. Without a data folder, only the step is measured, with
 random pixels, and an epoch has --images images (default: as many as ImageNet). With --rates (images/s, such as
 32:60000,224:5000; other sizes follow by FLOPs) nothing is measured, and the forecast is for another machine.
+
+The memory that the recipe needs on a GPU is counted from shapes. --memory 16GB says whether it fits there.
 """
 
 import math
@@ -24,7 +26,8 @@ import torch
 
 from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import text_table, write_json
-from vitlocal.bench.parsing import bench_parser, times
+from vitlocal.bench.memory import count_memory, show_memory
+from vitlocal.bench.parsing import bench_parser, byte_count, times
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, Source, Sources, full_batches
 from vitlocal.data.crops import CropPolicy
@@ -370,6 +373,7 @@ def main(argv: Sequence[str]) -> None:
         "--budgets", type=times, default="1h,6h,24h", metavar="LIST", help="other budgets, or none (default: 1h,6h,24h)"
     )
     add("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
+    add("--memory", type=byte_count, metavar="SIZE", help="a GPU's memory, such as 16GB: does the recipe fit?")
     add("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
     options, trainer = parser.parse_known_args(argv)
     config, images = read_config(trainer), options.images
@@ -385,12 +389,15 @@ def main(argv: Sequence[str]) -> None:
     else:
         found = forecast(config, images)
     show(found, options.budgets)
+    memory = count_memory(config, found.images)
+    show_memory(config, found.images, memory, options.memory)
     what = "what a budget is forecast to buy: measured images/s by size, and the simulated budget"
     last = found.stages[-1].end
     write_json(
         options.json, what, found.rows(), budget=str(config.budget.length), counts=config.budget.counts,
         images=found.images, epochs=last.epoch, flops=last.flops, first_point_seconds=found.first_point,
         **{name: getattr(found, name) for name in MEASURED},
+        memory=[size.row() for size in memory],
         curriculum=[str(stage) for stage in found.fractions], budgets=found.within(options.budgets),
         recipe=config.flat(),
     )  # fmt: skip

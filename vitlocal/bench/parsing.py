@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vitlocal.errors import ConfigError
+from vitlocal.options import BYTES
 from vitlocal.progress import Length
 
 
@@ -61,6 +62,13 @@ def times(text: str) -> list[Length]:
     if any(length.kind != "seconds" for length in found):
         raise argparse.ArgumentTypeError(f"got '{text}', expected lengths of time, separated by commas: 45s,1h")
     return found
+
+
+def byte_count(text: str) -> int:
+    """An argparse type: bytes with a unit."""
+    with suppress(ValueError, KeyError):
+        return int(BYTES.check(text))
+    raise argparse.ArgumentTypeError(f"got '{text}', expected {BYTES.help()}")
 
 
 def plot_file(text: str) -> Path:

@@ -30,7 +30,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import vitlocal.models  # noqa: F401 (registers the models)
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser
-from vitlocal.models.counts import GpuAutocast
+from vitlocal.models.counts import gpu_norms
 from vitlocal.models.lffn import LocalFeedForward
 
 SM_90 = SimpleNamespace(name="sm_90", major=9, multi_processor_count=132, warp_size=32, total_memory=80 * 2**30)
@@ -41,13 +41,9 @@ COLUMNS = {name: (name, "") for name in ("model", "precision", "pass")} | {
 }
 
 
-class GpuOperators(GpuAutocast):
-    """A context with the operators of a GPU under autocast: also FlashAttention."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return super().__torch_function__(func, types, args, kwargs)
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """The operator of a GPU, as ``F.scaled_dot_product_attention`` is called; there is neither mask nor dropout."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
 @contextmanager
@@ -109,7 +105,8 @@ def count_step(name: str, depth: int, size: int, batch: int, precision: torch.dt
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
 
     def loss(images: Tensor, *weights: Tensor) -> tuple[Tensor]:
-        with torch.autocast("cpu", precision), GpuOperators():
+        replaced = patch.object(F, "scaled_dot_product_attention", flash_attention)
+        with torch.autocast("cpu", precision), gpu_norms(), replaced:
             logits = torch.func.functional_call(model, dict(zip(tensors, weights, strict=True)), (images,))
         return (logits.float().square().sum(),)
 

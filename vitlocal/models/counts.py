@@ -1,7 +1,9 @@
 """Counts a model's multiply-accumulates and the activations that a training step keeps, from shapes alone."""
 
+import copy
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -10,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlocal.models.lffn import LocalFeedForward
+
+STEP_BATCHES = 256, 512  # so large that activations, and not gradients, make the peak
 
 
 def count_macs(model: nn.Module, size: int) -> int:
@@ -54,13 +59,64 @@ def activation_bytes(model: nn.Module, size: int, precision: torch.dtype = torch
     return (found[1] - found[0]) // 2  # without what does not depend on the batch size
 
 
-class GpuAutocast(TorchFunctionMode):
-    """A context in which autocast on a CPU runs layer norms in float32, as on a GPU. There, eager steps keep a copy."""
+def step_bytes(model: nn.Module, size: int, precision: torch.dtype, fused: bool, compiled: bool) -> tuple[int, int]:
+    """Returns the most bytes that the forward and backward pass of a GPU hold at once: a constant, and per image.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.layer_norm:
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+    That is beside weights and gradients: what :func:`activation_bytes` counts, temporary results, images in float32,
+    logits, and weights in half precision. Runs on shapes without data, and does not change the model. A compiled step
+    is counted as an eager one that keeps no float32 copy of the residual stream; a real one keeps slightly less.
+    """
+    twin, peaks = copy.deepcopy(model), []
+    for batch in STEP_BATCHES:
+        with _shapes_only(twin, "fused" if fused else "plain", training=True):
+            for module in twin.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+            images = torch.empty(batch, 3, size, size)
+            labels = torch.empty(batch, dtype=torch.int64)
+            with LiveBytes() as live, nullcontext() if compiled else gpu_norms():
+                with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+                    logits = twin(images)
+                F.cross_entropy(logits.float(), labels).backward()
+        peaks.append(live.peak)
+    per_image = (peaks[1] - peaks[0]) // (STEP_BATCHES[1] - STEP_BATCHES[0])
+    return max(0, peaks[0] - STEP_BATCHES[0] * per_image), per_image
+
+
+class LiveBytes(TorchDispatchMode):
+    """A context that counts the bytes of tensors that operators make: ``now`` those in use, ``peak`` the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, count: int) -> None:
+        self._known.discard(key)
+        self.now -= count
+
+
+@contextmanager
+def gpu_norms() -> Iterator[None]:
+    """A context in which layer norms run in float32 under autocast, as on a GPU. An eager step keeps such inputs."""
+    plain = F.layer_norm
+    try:
+        F.layer_norm = lambda tokens, *arguments, **options: plain(tokens.float(), *arguments, **options)
+        yield
+    finally:
+        F.layer_norm = plain
 
 
 @contextmanager
