@@ -61,7 +61,7 @@ def in_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cxx
 def test_the_compiled_step_is_the_eager_one(configure):
-    eager, compiled = a_step(configure, "--model.depth=1"), a_step(configure, "--model.depth=1", "--train.compile=yes")
+    eager, compiled = a_step(configure, "--model.depth=2"), a_step(configure, "--model.depth=2", "--train.compile=yes")
     assert compiled.mode(Feed(24, 12)) == Mode(compiled=True) and eager.mode(Feed(24, 12)) == EAGER
     close(trained(eager), trained(compiled, Mode(compiled=True)))
     images = a_batch(8).images

@@ -44,7 +44,7 @@ class SizeMemory:
     - ``state``: weights, gradients, moments of the optimizer, weight averages, and the noise for random erasing.
     - ``step``: forward and backward pass of the images that run at once, see :func:`step_bytes`.
     - ``inputs``: batches of uint8 pixels that the loader has sent, and the augmented one.
-    - ``graphs``: what the CUDA graphs of other sizes hold beyond the step's own part. It is never released.
+    - ``graphs``: what the CUDA graphs of other sizes hold beyond the step's own part, until the last of them has run.
     """
 
     size: int
@@ -122,8 +122,11 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
         batches = PREFETCH + 2 + RUN_AHEAD + bool(augment.randaugment or augment.three_augment)
         mode = "eager" if not compiled else "CUDA graph" if graphs else "compiled"
         found.append(SizeMemory(size, batch, at_once, mode, state, step, batches * batch * 3 * size**2))
-    pool = max((memory.step for memory in found if memory.mode == "CUDA graph"), default=0)
-    return [replace(memory, graphs=pool - memory.step if memory.mode == "CUDA graph" else pool) for memory in found]
+    captured = [place for place, memory in enumerate(found) if memory.mode == "CUDA graph"]
+    pool = max((found[place].step for place in captured), default=0)
+    for place, memory in enumerate(found[: captured[-1] + 1] if captured else ()):
+        found[place] = replace(memory, graphs=pool - memory.step if place in captured else pool)
+    return found
 
 
 def fitting_parts(config: Config, images: int, limit: int) -> int | None:

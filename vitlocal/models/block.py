@@ -5,6 +5,7 @@ Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,18 @@ class LayerScale(layers.LayerScale):
         return x * self.gamma.to(x.dtype)
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> Tensor:
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
 def layer_scale(shape: BlockShape) -> nn.Module:
     """Returns LayerScale, learned factors of a branch (Touvron et al. 2021, arXiv 2103.17239), or the identity."""
     return nn.Identity() if shape.init_values is None else LayerScale(shape.dim, shape.init_values)
@@ -157,6 +170,13 @@ class Block(nn.Module):
         attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
         tokens = add_branch(tokens, self.ls1(self.attn(self.norm1(tokens), remaining.mask)), attention_scale)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
+
+    @torch.compiler.nested_compile_region
+    def forward_once_compiled(
+        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens
+    ) -> Tensor:
+        """As :meth:`forward`. ``torch.compile`` compiles it once for all blocks that differ only in their weights."""
+        return self.forward(tokens, grid, scales, remaining)
 
     def forward_pruned(
         self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, shape: Shape

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import Block, BlockShape, check_choice, check_count, check_option
+from vitlocal.models.block import (
+    Block, BlockShape, ContiguousGradient, check_choice, check_count, check_option,
+)  # fmt: skip
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.timm_model import TimmModel, init_linear
@@ -174,6 +176,9 @@ class VisionTransformer(TimmModel):
         sizes = embed_dim, num_heads, hidden
         shape = BlockShape(*sizes, qkv_bias, activation, proj_drop_rate, attn_drop_rate, init_values)
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
+        # A region that is compiled once may neither update statistics nor draw random numbers.
+        has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.blocks.modules())
+        self._nests = not has_statistics and not self._drops_in_blocks
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -288,6 +293,7 @@ class VisionTransformer(TimmModel):
         remaining, attention = ALL_TOKENS, None
         if self.training and self._patch_drop_rate:
             tokens, remaining = drop_patches(tokens, self._patch_drop_rate, self.num_prefix_tokens)
+        nests = self._nests and torch.compiler.is_dynamo_compiling()
         for place, (index, scale) in enumerate(zip(order, scales, strict=True)):
             block: Any = self.blocks[index]
             if with_attention and place == len(order) - 1:
@@ -298,10 +304,14 @@ class VisionTransformer(TimmModel):
                 tokens, remaining = block.forward_pruned(*operands, self.active)
             elif self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=self._drops_in_blocks)
+            elif nests:
+                tokens = block.forward_once_compiled(*operands)
             else:
                 tokens = block(*operands)
             if outputs is not None:
                 outputs.append(tokens)
+        if nests:
+            tokens = ContiguousGradient.apply(tokens)
         return self.norm(tokens), attention
 
     def _add_stage(self, tokens: Tensor, noise: Tensor | None) -> Tensor:

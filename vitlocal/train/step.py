@@ -153,6 +153,8 @@ class TrainStep:
         if not mode.compiled:
             return 0.0
         began = time.perf_counter()
+        if mode.graphs:
+            torch.cuda.empty_cache()  # the memory of a CUDA graph is apart from all other
         places = self.ranks.share.places
         batch = self._blank(places(feed.batch_size), feed.batch_size, feed.size, num_classes)
         with buffers_kept(self.model), self._compiler.watched(feed, self.shape):

@@ -132,7 +132,9 @@ class Trainer:
         clock, feed = self.state.clock, self.plan().feed
         with self.sources.train.open(Feed(feed.size, min(feed.batch_size, START_IMAGES)), Position()) as batches:
             next(iter(batches))
-        for plan in self.upcoming_plans() if self._compile_early else ():
+        # CUDA graphs come last: they keep their memory, and the others only need theirs now.
+        plans = sorted(self.upcoming_plans(), key=lambda plan: self.step.mode(plan.feed, plan.shape).graphs)
+        for plan in plans if self._compile_early else ():
             self.compile_for(plan)
         if clock.reserves:
             last = self.upcoming_plans()[-1]
