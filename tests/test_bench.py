@@ -120,7 +120,7 @@ def test_a_contestant_that_fails_is_named() -> None:
         (["write", "--sides", "64:png"], "got '64:png'"),
         (
             ["nothing"],
-            "expected the name of a bench (arms, augment, clock, forecast, loader, paper, profile, redundancy, report",
+            "expected the name of a bench (arms, augment, card, clock, compiled, forecast, gpu, kernel, loader, paper",
         ),
     ],
 )

@@ -95,7 +95,7 @@ class TrainConfig:
     compile: str = option("auto", Choice("auto", "yes", "no"), "use torch.compile for each image size; auto: on a GPU")
     compile_at: str = option("start", Choice("start", "stage"), "compile all sizes at the start, or at their stages")
     cuda_graphs: str = option("auto", Choice("auto", "yes", "no"), "use CUDA graphs; auto: for steps of small kernels")
-    kernel: str = option("auto", Choice("auto", "fused", "plain"), "kernel of the local FFN; auto: fused on a GPU")
+    kernel: str = option("auto", Choice("auto", "fused", "plain"), "kernel of the local FFN; auto: the faster one")
 
     @property
     def lr_schedule(self) -> LRSchedule:

@@ -13,23 +13,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from vitlocal.errors import ConfigError, run_command
 
 BENCHES = (
-    "arms", "augment", "clock", "forecast", "loader", "paper", "profile", "redundancy", "report", "runs", "step",
-    "traffic", "write",
+    "arms", "augment", "card", "clock", "compiled", "forecast", "gpu", "kernel", "loader", "paper", "profile",
+    "redundancy", "report", "runs", "step", "traffic", "write",
 )  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int | None:
     if argv and argv[0] in ("-h", "--help"):
         print("python -m vitlocal.bench NAME [--help]")
         for name in BENCHES:  # the first line of a bench's docstring, read without importing the bench
             lines = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8").splitlines()
             print(f"  {name:10}", lines[0].strip('"'))
-        return
+        return None
     if not argv or argv[0] not in BENCHES:
         hint = "".join(f"; did you mean {name}?" for name in get_close_matches(" ".join(argv[:1]), BENCHES, n=1))
         found = argv[0] if argv else "none"
         raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {found}{hint}")
-    import_module(f"vitlocal.bench.{argv[0]}").main(argv[1:])
+    status: int | None = import_module(f"vitlocal.bench.{argv[0]}").main(argv[1:])
+    return status
 
 
 def run() -> int:

@@ -35,7 +35,7 @@ from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, name
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
-from vitlocal.models.local_mix import can_fuse
+from vitlocal.models.local_mix import choose_kernel
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.build import build_step, device_of
@@ -169,9 +169,11 @@ class StepEntry:
         self.peak = peak_memory(device) - before
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
         grid = feed.size // model_shape(config)[1]
-        fused = kernel == "auto" and can_fuse(device, (grid, grid))
+        if kernel == "auto":
+            precision = choose_precision(config.train.precision, device)
+            kernel = choose_kernel(device, (grid, grid), precision, self.compiled)
         has_kernel = self.model == "local" and config.model.convolution is not False
-        self.kernel = ("fused" if fused else "plain") if has_kernel else None
+        self.kernel = kernel if has_kernel else None
 
     def _measure(self, steps: int) -> float:
         return Timing().measure(self.run, self.device, steps)

@@ -1,12 +1,17 @@
 """The middle of the local FFN on tokens: activation → 3×3 depth-wise convolution → activation.
 
 A CPU runs the plain version, with oneDNN's convolution. A CUDA device runs the kernels of ``kernels.py``, as one
-operator that ``torch.compile`` does not split.
+operator that ``torch.compile`` does not split. In a compiled step, PyTorch's compiler may be faster than they are: a
+table of measured times says so, grid by grid, if there is one for this GPU.
 
 Shapes: B batch, N = h·w patch tokens of the grid (h, w), C hidden width.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +26,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish,
 
 CAN_COMPILE = can_compile_kernels()  # here, because torch.compile cannot trace how it finds out
 MAX_WIDTH = 16  # grid columns that the fused kernel can hold in registers: 256 px in patches of 16
+# The file of `bench kernel --json`, whose rows are the table. The variable names another one, of your own GPU.
+TIMES, TIMES_VARIABLE = Path(__file__).with_name("local_mix_times.json"), "VITLOCAL_LOCAL_MIX_TIMES"
 
 
 def tokens_as_image(tokens: Tensor, grid: Grid) -> Tensor:
@@ -85,14 +92,57 @@ def can_fuse(device: torch.device, grid: Grid) -> bool:
     return device.type == "cuda" and grid[1] <= MAX_WIDTH and CAN_COMPILE
 
 
+@functools.cache
+def measured_times() -> list[dict[str, Any]]:
+    """The rows of the table of measured times; none if nothing was measured yet.
+
+    Raises ConfigError if the variable VITLOCAL_LOCAL_MIX_TIMES does not name such a table.
+    """
+    stated = os.environ.get(TIMES_VARIABLE)
+    if not stated and not TIMES.exists():
+        return []
+    try:
+        rows = json.loads(Path(stated or TIMES).read_text(encoding="utf-8"))["rows"]
+        return [{name: row[name] for name in ("gpu", "dtype", "side", "fused_ms", "plain_ms")} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{TIMES_VARIABLE}: {stated or TIMES} is not a table of kernel times ({error!r}); write one with "
+            f"python -m vitlocal.bench kernel --json FILE, or unset the variable"
+        ) from error
+
+
+def plain_columns(rows: Sequence[Mapping[str, Any]], gpu: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """The numbers of grid columns for which the plain version is faster: that of the measured grid nearest to each.
+
+    ``rows`` are those of :func:`measured_times`. Without one for this GPU and type, there are none.
+    """
+    same = [row for row in rows if (row["gpu"], row["dtype"]) == (gpu, str(dtype).removeprefix("torch."))]
+    nearest = {n: min(same, key=lambda row: abs(row["side"] - n)) for n in range(1, MAX_WIDTH + 1) if same}
+    return tuple(columns for columns, row in nearest.items() if row["plain_ms"] < row["fused_ms"])
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it; the grid is no argument, as it may vary
+def _plain_columns_of(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
+    return plain_columns(measured_times(), torch.cuda.get_device_name(device), dtype)
+
+
+def choose_kernel(device: torch.device, grid: Grid, dtype: torch.dtype, compiled: bool) -> str:
+    """What ``kernel="auto"`` is: "fused" if :func:`can_fuse`, unless the plain version is faster in a compiled step."""
+    if not can_fuse(device, grid) or (compiled and grid[1] in _plain_columns_of(device, dtype)):
+        return "plain"
+    return "fused"
+
+
 def local_mix(tokens: Tensor, weight: Tensor, grid: Grid, activation: str = "h_swish", kernel: str = "auto") -> Tensor:
     """Applies activation, zero-padded 3×3 depth-wise convolution, activation: (B, N, C) → (B, N, C).
 
-    ``weight`` is (C, 1, 3, 3). ``kernel``: "fused", "plain", or "auto", which is fused if :func:`can_fuse`. No copy
-    changes the layout before or after the convolution.
+    ``weight`` is (C, 1, 3, 3). ``kernel``: "fused", "plain", or "auto", see :func:`choose_kernel`. No copy changes the
+    layout before or after the convolution.
     """
     if kernel == "fused" and grid[1] > MAX_WIDTH:
         raise ConfigError(f"train.kernel: fused is for grids of up to {MAX_WIDTH} columns, not {grid[1]}; use auto")
-    if kernel == "fused" or (kernel == "auto" and can_fuse(tokens.device, grid)):
+    if kernel == "auto":
+        kernel = choose_kernel(tokens.device, grid, tokens.dtype, torch.compiler.is_compiling())
+    if kernel == "fused":
         return fused_local_mix(tokens, weight, *grid, activation)
     return plain_local_mix(tokens, weight, grid, activation)

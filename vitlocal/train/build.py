@@ -23,7 +23,7 @@ from vitlocal.methods.method import Method, MethodContext
 from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.local_mix import can_fuse
+from vitlocal.models.local_mix import can_fuse, measured_times
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
 from vitlocal.plan import Feed, Shape
 from vitlocal.tasks.classification import ClassificationLoss
@@ -140,6 +140,7 @@ def configure_model(model: Any, kernel: str, grad_checkpointing: bool, device: t
         raise ConfigError(f"train.kernel: fused needs a CUDA device, this run is on {device}; use auto")
     if kernel != "auto" and not local:
         raise ConfigError(f"train.kernel: {kernel} is for local FFNs, and {type(model).__name__} has none; use auto")
+    measured_times()  # a wrong table is an error now, and not while the step is compiled
     for module in local:
         module.kernel = kernel
     if not grad_checkpointing:
