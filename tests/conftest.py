@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # The threads of numba, which FFCV uses. Its other layer, TBB, may hang at the end of a process with one core.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+# The device of every run that a test starts, also in other processes. Tests marked gpu state another one.
+os.environ["run.device"] = "cpu"
 
 import pytest
 import torch
@@ -35,6 +38,8 @@ CPU = torch.device("cpu")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("ffcv") and not has_extra("ffcv"):
         pytest.skip('needs the extra: pip install "vitlocal[ffcv]"')
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +62,7 @@ def shared():
 @pytest.fixture
 def decoder(shared, monkeypatch: pytest.MonkeyPatch):
     """Sources opened in this test use the shared decoder, whatever number of workers they ask for."""
+    importlib.import_module("vitlocal.data.loader")  # now, because its annotations need the class
     monkeypatch.setattr("vitlocal.data.reader.LoaderResources", lambda workers=0: shared)
     return shared
 

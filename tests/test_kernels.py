@@ -12,6 +12,7 @@ import torch
 from compilers import needs_cxx
 from torch import Tensor, nn
 
+from vitlocal.bench.kernel import mend_interpreter
 from vitlocal.errors import ConfigError
 from vitlocal.models import local_mix as module
 from vitlocal.models.block import BlockShape
@@ -19,9 +20,11 @@ from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import _fused_backward, can_fuse, fused_local_mix, local_mix, plain_local_mix
 
 triton = pytest.importorskip("triton")
-# Triton 3.6's interpreter warns with numpy 1.26.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton 3.6's interpreter warns with numpy 1.26.
+pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")]
+if DEVICE == "cuda":  # elsewhere, the same tests run under the interpreter
+    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +33,7 @@ def kernels():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")  # Triton reads it when it decorates the kernels
+            mend_interpreter()
         yield importlib.import_module("vitlocal.models.kernels")
 
 
