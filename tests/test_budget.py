@@ -52,7 +52,7 @@ class Machine:
 @pytest.mark.parametrize("slow", [1.0, 3.7], ids=["even", "slower in the middle"])
 def test_time_ends_within_half_a_step_at_the_final_rate(slow: float):
     machine = Machine("45s")
-    while not machine.clock.spent:
+    while not machine.clock.progress.is_end:
         middle = 15 < machine.clock.timer.train_seconds < 25
         machine.step(0.7 * (slow if middle else 1.0) + 0.01 * (machine.clock.step % 3))
     assert abs(machine.clock.timer.train_seconds - 45) <= 0.36
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_twice_ends_in_time():
         for _ in range(round(lost / 0.7)):
             machine.step(0.7)
         machine.killed(state, lost)
-    while not machine.clock.spent:
+    while not machine.clock.progress.is_end:
         machine.step(0.7)
     assert abs(machine.clock.timer.train_seconds - 45) <= 0.36
     assert machine.clock.step == round(45 / 0.7) - 4  # repeated steps count as time, and once as steps
@@ -77,25 +77,25 @@ def test_a_run_that_is_killed_twice_ends_in_time():
 
 def test_a_spent_clock_stays_spent():
     machine = Machine("10s")
-    while not machine.clock.spent:
+    while not machine.clock.progress.is_end:
         machine.step(0.7)
     assert machine.clock.timer.train_seconds < 10
     machine.killed(machine.clock.state_dict(), 0)
-    assert machine.clock.spent
+    assert machine.clock.progress.is_end
 
 
 def test_one_slow_step_does_not_end_a_run_early():
     machine = Machine("20s")
     for seconds in (0.5, 0.5, 0.5, 12.0, 0.5):
         machine.step(seconds)
-        assert not machine.clock.spent
+        assert not machine.clock.progress.is_end
 
 
 @pytest.mark.parametrize(("length", "steps"), [("2ep", 40), ("17steps", 17)])
 def test_the_last_of_counted_steps_is_at_the_final_rate(length: str, steps: int):
     machine = Machine(length)
     rates = []
-    while not machine.clock.spent:
+    while not machine.clock.progress.is_end:
         machine.step(0.1)
         rates.append(machine.rate)
     assert len(rates) == steps and rates[-1] == 0.001
@@ -105,7 +105,7 @@ def test_the_last_of_counted_steps_is_at_the_final_rate(length: str, steps: int)
 def test_a_wall_clock_budget_keeps_its_reserve():
     machine = Machine("60s", "wall")
     machine.clock.reserve_seconds = 8.0
-    while not machine.clock.spent:
+    while not machine.clock.progress.is_end:
         machine.step(0.5)
         if machine.clock.step == 20:
             with machine.clock.timer.paused():
@@ -207,9 +207,9 @@ def test_training_time_stops_in_pauses():
     now.time += 30
     with clock.timer.paused():
         now.time += 1000
-    assert clock.progress.fraction == 0.5 and not clock.spent
+    assert clock.progress.fraction == 0.5 and not clock.progress.is_end
     now.time += 30
-    assert clock.spent and clock.timer.train_seconds == 60 and clock.timer.wall_seconds == 1065
+    assert clock.progress.is_end and clock.timer.train_seconds == 60 and clock.timer.wall_seconds == 1065
 
 
 def test_wall_time_counts_everything():

@@ -101,10 +101,13 @@ def recipe(*options: str, batch: int = 64):
     return read_config([*words, "--methods=image_size", "--image_size.stages=32px until 50%,64px", *options], {})
 
 
-def test_small_sizes_run_as_graphs_that_larger_sizes_keep_beside_them():
+def test_small_sizes_run_as_graphs_whose_memory_is_released_after_them():
     small, large = count_memory(recipe(batch=16384), 5000)
     assert (small.mode, large.mode) == ("CUDA graph", "compiled")
-    assert small.graphs == 0 and large.graphs == small.step
+    assert small.graphs == 0 == large.graphs
+    stages = "--image_size.stages=32px until 20%,64px until 50%,32px"  # the graph of 32 px is needed again
+    first, middle = count_memory(recipe(stages, batch=16384), 5000)
+    assert first.graphs == 0 and middle.graphs == first.step
     assert {memory.graphs for memory in count_memory(recipe("--train.cuda_graphs=no"), 5000)} == {0}
     assert [memory.mode for memory in count_memory(recipe("--train.compile=no"), 5000)] == ["eager", "eager"]
 

@@ -209,10 +209,42 @@ def test_warm_up_leaves_no_trace(configure):
 def test_warm_up_rehearses_the_real_last_batch(configure, monkeypatch):
     step = a_step(configure, "--train.compile=yes")
     seen = []
-    monkeypatch.setattr(step, "forward_backward", lambda batch, mode: seen.append((len(batch), mode)))
+    gradients = step.gradients
+
+    def record(batch: Batch, mode: Mode = EAGER) -> dict:
+        seen.append((len(batch), mode))
+        return gradients(batch)
+
+    monkeypatch.setattr(step, "gradients", record)
+    full = [(8, Mode(compiled=True)), (8, EAGER)]  # both, to compare them
     step.warm_up(Feed(24, 8), CLASSES, rest=7)
     step.warm_up(Feed(24, 8), CLASSES)  # epochs of full batches only
-    assert seen == [(8, Mode(compiled=True)), (7, EAGER), (8, Mode(compiled=True))]
+    assert seen == [*full, (7, EAGER), *full]
+
+
+def test_a_step_that_is_compiled_wrongly_does_not_train(configure):
+    step = a_step(configure, "--train.compile=yes")
+
+    def wrong(*operands):
+        loss, *others = step._ddp(*operands)
+        return 2 * loss, *others
+
+    step._compiler._objectives[False] = wrong
+    with pytest.raises(
+        ConfigError, match=r"train\.compile: at 24 px, PyTorch .* differ .* by 100%\. Use train\.compile=no"
+    ):
+        step.warm_up(Feed(24, 8), CLASSES)
+
+
+@needs_cxx
+@pytest.mark.parametrize("name", ["", "deit_"])
+def test_blocks_that_are_compiled_once_have_the_gradients_of_the_eager_step(configure, name: str):
+    """Two blocks, with a class token: PyTorch 2.14 computes wrong gradients if it may reuse buffers."""
+    step = a_step(configure, f"--model.name=vitlocal_{name}tiny_patch8_64", "--train.compile=yes")
+    batch = a_batch(12)
+    compiled, eager = step.gradients(batch, Mode(compiled=True)), step.gradients(batch)
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, atol=1e-5, rtol=1e-3, msg=key)
 
 
 def capturing(cuda_graphs: str = "auto") -> StepCompiler:

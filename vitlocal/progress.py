@@ -95,6 +95,11 @@ class Progress:
     fraction: float = 0.0  # of the budget that is spent
     flops: float = 0.0  # of training steps, TRAINING_FLOPS for each multiply-add, also if blocks are frozen
 
+    @property
+    def is_end(self) -> bool:
+        """Whether the budget is spent."""
+        return self.fraction >= 1.0
+
 
 def upcoming_changes(changes: Sequence[Length], now: Progress) -> list[Progress]:
     """The progress at which each of ``changes`` is reached, in order. Changes that ``now`` has passed are left out.

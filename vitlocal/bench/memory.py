@@ -122,11 +122,13 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
         batches = PREFETCH + 2 + RUN_AHEAD + bool(augment.randaugment or augment.three_augment)
         mode = "eager" if not compiled else "CUDA graph" if graphs else "compiled"
         found.append(SizeMemory(size, batch, at_once, mode, state, step, batches * batch * 3 * size**2))
-    captured = [place for place, memory in enumerate(found) if memory.mode == "CUDA graph"]
-    pool = max((found[place].step for place in captured), default=0)
-    for place, memory in enumerate(found[: captured[-1] + 1] if captured else ()):
-        found[place] = replace(memory, graphs=pool - memory.step if place in captured else pool)
-    return found
+    captured = {memory.size: memory.step for memory in found if memory.mode == "CUDA graph"}
+    order, pool = [stage.size for stage in recipe_stages(config)], max(captured.values(), default=0)
+    last = max((place for place, size in enumerate(order) if size in captured), default=-1)
+    return [
+        replace(memory, graphs=pool - captured.get(memory.size, 0)) if order.index(memory.size) <= last else memory
+        for memory in found
+    ]
 
 
 def fitting_parts(config: Config, images: int, limit: int) -> int | None:

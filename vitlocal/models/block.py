@@ -5,7 +5,6 @@ Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,18 +129,6 @@ class LayerScale(layers.LayerScale):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma.to(x.dtype)
-
-
-class ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor) -> Tensor:
-        return tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
 
 
 def layer_scale(shape: BlockShape) -> nn.Module:

@@ -108,9 +108,11 @@ class TimmModel(BlockOutputs):
 
     def __init__(
         self, num_classes: int, num_features: int, in_chans: int, pool: str | None, class_token: bool | None,
-        global_pool: str | None, drop_rate: float, init: str,
+        global_pool: str | None, drop_rate: float, init: str, drops_out: bool,
     ) -> None:  # fmt: skip
         super().__init__()
+        # Whether training draws from PyTorch's generators. Drop path can take its numbers from the trainer instead.
+        self.drops_out = drops_out or drop_rate > 0
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = num_features

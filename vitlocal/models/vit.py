@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import (
-    Block, BlockShape, ContiguousGradient, check_choice, check_count, check_option,
-)  # fmt: skip
+from vitlocal.models.block import Block, BlockShape, check_choice, check_count, check_option
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.timm_model import TimmModel, init_linear
@@ -153,7 +151,8 @@ class VisionTransformer(TimmModel):
             check_option(name, rate, 0 <= rate < 1, "0 <= rate < 1")
         scales = init_values is None or init_values > 0
         check_option("init_values", init_values, scales, "a positive number, or None for no LayerScale")
-        super().__init__(num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init)
+        drops_out = max(proj_drop_rate, attn_drop_rate, patch_drop_rate) > 0
+        super().__init__(num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init, drops_out)
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         hidden = int(embed_dim * mlp_ratio)
@@ -310,8 +309,6 @@ class VisionTransformer(TimmModel):
                 tokens = block(*operands)
             if outputs is not None:
                 outputs.append(tokens)
-        if nests:
-            tokens = ContiguousGradient.apply(tokens)
         return self.norm(tokens), attention
 
     def _add_stage(self, tokens: Tensor, noise: Tensor | None) -> Tensor:

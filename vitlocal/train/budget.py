@@ -171,15 +171,6 @@ class Clock:
         end = Progress(epoch, self.step + 1, seen, seconds, flops=self.flops + flops)
         return replace(end, fraction=self._fraction(end, (STOP + SLACK) * pace * images, STOP * flops))
 
-    @property
-    def spent(self) -> bool:
-        return self.progress.fraction >= 1.0
-
-    @property
-    def time_is_up(self) -> bool:
-        """Whether a budget in time is spent. Waiting changes nothing else, and this costs less than :attr:`spent`."""
-        return self.ends_within(STOP)
-
     def ends_within(self, steps: float) -> bool:
         """Whether the budget is a time that ends within ``steps`` steps."""
         seconds, pace = self.synced or self.local_time
@@ -328,7 +319,7 @@ class Budget:
 
     @property
     def over(self) -> bool:
-        return self._clock.spent
+        return self._clock.progress.is_end
 
     def after_step(self, images: int) -> Progress:
         """The expected progress after a step over ``images`` images: a learning rate is that of the end of its step."""

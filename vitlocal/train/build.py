@@ -341,7 +341,7 @@ def begin_folder(output: RunOutput, state: TrainState, recipe: str | None) -> No
     """Writes the ``recipe`` of a new run and the run's origin, and drops log lines that will be written again."""
     if recipe is not None:
         (output.folder / "config.yaml").write_text(recipe, encoding="utf-8")
-    if not state.clock.spent:
+    if not state.clock.progress.is_end:
         record_origin(output.folder, state.data)
     reopened = state.current_plan is not None and state.totals.images > 0
     output.begin(state.clock.step - reopened)

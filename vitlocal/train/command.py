@@ -35,7 +35,7 @@ def train(config: Config, began: float | None = None) -> int:
         elif state.clock.step:
             now = state.clock.progress
             say(f"continuing at epoch {now.epoch:.2f}, step {now.step}: {100 * now.fraction:.1f} % is spent")
-        if not (state.clock.spent and state.clock.step):
+        if not (state.clock.progress.is_end and state.clock.step):
             trainer.prepare()
         fit(trainer)
         if (

@@ -171,11 +171,14 @@ class StepCompiler:
         if not mode.compiled:
             return eager
         if mode.graphs not in self._objectives:
-            how: dict[str, Any] = {"mode": "reduce-overhead"} if mode.graphs else {}
+            # Blocks are compiled once (Block.forward_once_compiled). PyTorch 2.14 then may use a buffer again that is
+            # still needed, so that gradients are wrong.
+            how: dict[str, Any] = {"allow_buffer_reuse": False}
             if mode.graphs:
+                how["triton.cudagraphs"] = True
                 eager = self._captured = _function_of(eager)
             # dynamic=False: one compilation for each size and batch, so that the compiler knows all shapes.
-            self._objectives[mode.graphs] = torch.compile(eager, dynamic=False, **how)
+            self._objectives[mode.graphs] = torch.compile(eager, dynamic=False, options=how)
         return self._objectives[mode.graphs]
 
     @contextmanager

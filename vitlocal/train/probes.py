@@ -95,7 +95,7 @@ class Prober:
             for number, batch in enumerate(batches):
                 synchronize(self._step.device)  # device sync, here and below: this is a measurement
                 began = timer.train_now()
-                self._step.forward_backward(batch, self._step.mode(feed))
+                self._step.gradients(batch, self._step.mode(feed))
                 synchronize(self._step.device)
                 if number:
                     spent += timer.train_now() - began
@@ -143,7 +143,7 @@ class Prober:
                     logits = step.logits(step.model, batch, number, torch.float32)
                     numbers.append(condition_number(tangent_kernel(step.model, logits)))
                 else:
-                    gradients.append(step.layer_gradients(batch))
+                    gradients.append(layer_gradients(step, batch))
         # Each image's gradient is a backward pass of its own through the whole batch.
         backward = TRAINING_FLOPS - FORWARD_FLOPS
         kernels = len(numbers) * probe.samples * (FORWARD_FLOPS + backward * probe.samples)
@@ -165,6 +165,12 @@ class Prober:
             feed = replace(feed, subset=number)
         with closing(full_batches(source, feed, EPOCH)) as batches:
             yield islice(batches, count)
+
+
+def layer_gradients(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
+    """The training loss's gradients of the weights of trained linear and convolutional layers, by name."""
+    layers = {f"{n}.weight" for n, module in step.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    return {name: gradient for name, gradient in step.gradients(batch).items() if name in layers}
 
 
 def tangent_kernel(model: nn.Module, outputs: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class TrainState:
 
         A pass ends when the budget is spent, at the end of an epoch, and when feed or shape change.
         """
-        spent = now.fraction >= 1.0
+        spent = now.is_end
         if self.current_plan is None:
             evaluated = self.last_evaluation is not None and self.last_evaluation.step == now.step
             self.phase = Phase.TRAIN if not spent else Phase.DONE if evaluated else Phase.EVALUATE

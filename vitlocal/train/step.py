@@ -5,7 +5,7 @@ Shape letters: B batch, C classes, L blocks, S image size.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from vitlocal.data.augment import AugmentParams, send
 from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import DROP_PATH, generator, uniform
 from vitlocal.data.shares import Share
+from vitlocal.errors import ConfigError
 from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
@@ -37,6 +38,7 @@ from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 
 NO_DIALS = Dials()  # everything at its full strength
+LARGEST_ERROR = 0.25  # of the norm of a compiled step's gradients; rounding to bfloat16 makes about a hundredth
 RUN_AHEAD = 2  # steps by which the host may be ahead of the device: with more, the budget's clock would be wrong
 
 
@@ -103,6 +105,8 @@ class TrainStep:
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
         self._mixes_samples = has_batch_norm(self.model)
+        # Whether a step on the same batch has the same gradients, compiled or not: not with PyTorch's random numbers.
+        self._repeats = isinstance(self.model, VisionTransformer) and not self.model.drops_out
         self._uses_all = True  # whether every trained parameter takes part in every step
         self._ddp: Any = ranks.wrap(objective)
         # Several processes reduce gradients during the backward pass, and micro-batches add theirs up: no CUDA graphs.
@@ -157,12 +161,16 @@ class TrainStep:
             torch.cuda.empty_cache()  # the memory of a CUDA graph is apart from all other
         places = self.ranks.share.places
         batch = self._blank(places(feed.batch_size), feed.batch_size, feed.size, num_classes)
+        batch.images.random_(0, 256)
         with buffers_kept(self.model), self._compiler.watched(feed, self.shape):
             # A graph is captured in the second run, and replayed from the third one on.
-            for _ in range(3 if mode.graphs else 1):
-                self.forward_backward(batch, mode)
+            for _ in range(2 if mode.graphs else 0):
+                self.gradients(batch, mode)
+            compiled = self.gradients(batch, mode)
+            if self._repeats:
+                check_compiled(compiled, self.gradients(batch), feed)
             if rest:
-                self.forward_backward(self._blank(places(rest), rest, feed.size, num_classes), EAGER)
+                self.gradients(self._blank(places(rest), rest, feed.size, num_classes))
         synchronize(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
 
@@ -178,20 +186,11 @@ class TrainStep:
 
     # --- without an update: measurements and evaluation ---
 
-    def forward_backward(self, batch: Batch, mode: Mode = EAGER) -> None:
-        """Runs forward and backward, and discards the gradients."""
+    def gradients(self, batch: Batch, mode: Mode = EAGER) -> dict[str, Tensor]:
+        """Runs forward and backward. Returns the training loss's gradients by name, until the next call."""
         with denormals_flushed(self.device), self._memory_errors(batch):
             self._gradients(batch, 0, mode)
-        self.model.zero_grad()
-
-    def layer_gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """The training loss's gradients of the weights of trained linear and convolutional layers, by name."""
-        self._gradients(batch, 0, EAGER)
-        found = {
-            name: module.weight.grad.detach().clone()
-            for name, module in self.model.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.grad is not None
-        }
+        found = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
         self.model.zero_grad()
         return found
 
@@ -324,6 +323,20 @@ class TrainStep:
         self._events.append(event)
         if len(self._events) > RUN_AHEAD:
             self._events.popleft().synchronize()  # device sync, with the step before the last one only
+
+
+def check_compiled(compiled: dict[str, Tensor], eager: dict[str, Tensor], feed: Feed) -> None:
+    """ConfigError if a compiled step's gradients are not those of the eager step, apart from rounding."""
+
+    def norm(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([tensor.norm() for tensor in tensors]).norm()
+
+    error = float(norm(compiled[name] - value for name, value in eager.items()) / norm(eager.values()))
+    if error > LARGEST_ERROR:
+        raise ConfigError(
+            f"train.compile: at {feed.size} px, PyTorch {torch.__version__} compiles the step wrongly: its gradients "
+            f"differ from those of the eager step by {error:.0%}. Use train.compile=no, or another version of PyTorch"
+        )
 
 
 def _join(values: list[Tensor], parts: list[np.ndarray]) -> Tensor | None:

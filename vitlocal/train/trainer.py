@@ -19,6 +19,7 @@ from vitlocal.plan import Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcoming_changes
 from vitlocal.schedule import LRSchedule
 from vitlocal.tasks.classification import Accuracy
+from vitlocal.train.budget import STOP
 from vitlocal.train.devices import EAGER, synchronize
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import optimizer_state
@@ -193,13 +194,13 @@ class Trainer:
         self.sync_ranks()
         clock.start()
         self._now = clock.progress
-        if self._now.fraction >= 1.0 or self.stopped:  # compiling counts if all time counts
+        if self._now.is_end or self.stopped:  # compiling counts if all time counts
             yield iter(())
             return
         self._meter.begin()
         try:
             with self.sources.train.open(plan.feed, clock.position) as batches:
-                yield takewhile(lambda _: not clock.time_is_up, self._meter.timed(batches))
+                yield takewhile(lambda _: not clock.ends_within(STOP), self._meter.timed(batches))
         finally:
             synchronize(self.step.device)  # device sync, once per pass
             self._meter.end()
@@ -266,8 +267,8 @@ class Trainer:
         self.save(only_if_changed=True)  # a search may be long
         clock.start()
         for method in self.state.methods:
-            while not (clock.spent or self.stopped) and (probes := method.probes(clock.progress)):
-                for probe in takewhile(lambda _: not (clock.spent or self.stopped), probes):
+            while not (clock.progress.is_end or self.stopped) and (probes := method.probes(clock.progress)):
+                for probe in takewhile(lambda _: not (clock.progress.is_end or self.stopped), probes):
                     self._run_probe(method, probe)
 
     def _run_probe(self, method: Method, probe: Probe) -> None:
@@ -302,7 +303,7 @@ class Trainer:
         plan = state.current_plan = trained_plan(state)
         self._changed = True
         self._meter.read(clock.step)
-        last = clock.spent
+        last = clock.progress.is_end
         for model in dict.fromkeys((state.model, self.evaluator.model)):  # often the same
             self._ranks.share_buffers(model.buffers())
         with clock.timer.paused():
@@ -319,7 +320,12 @@ class Trainer:
             state.logged_plan, state.current_plan, state.totals = plan, None, PassTotals()
             self._meter.load()
             checkpoint = state.reserve.checkpoint_seconds
-            if last or clock.spent or self._saved is None or clock.has_time_for(checkpoint, plan.feed.batch_size):
+            if (
+                last
+                or clock.progress.is_end
+                or self._saved is None
+                or clock.has_time_for(checkpoint, plan.feed.batch_size)
+            ):
                 self.save()
         self.sync_ranks()
 
@@ -405,7 +411,7 @@ class Trainer:
             if self._output is not None:
                 self._output.save_checkpoint(content)
             state.reserve.checkpoints.append(self._of_rank_0(clock.timer.wall_seconds - began))
-            if not clock.spent:  # a spent budget stays spent, however long this checkpoint took
+            if not clock.progress.is_end:  # a spent budget stays spent, however long this checkpoint took
                 self._update_reserve()
         self.sync_ranks()
         self._saved, self._changed = clock.progress, False
