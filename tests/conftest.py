@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 # The device of every run that a test starts, also in other processes. Tests marked gpu state another one.
 os.environ["run.device"] = "cpu"
+# Compiled code, which is otherwise kept in the home folder.
+for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+    os.environ.setdefault(variable, f"{tempfile.gettempdir()}/vitlocal-tests-{os.getuid()}/{name}")
 
 import pytest
 import torch

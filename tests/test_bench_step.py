@@ -94,7 +94,7 @@ def test_ratios_compare_eager_with_eager() -> None:
 def test_arms_by_device() -> None:
     assert step.choose_arms(None, CPU) == ["local-eager", "deit-eager", "localvit-eager", "timm-eager"]
     on_gpu = step.choose_arms(None, torch.device("cuda"))
-    assert len(on_gpu) == 10 and {"local-plain-eager", "local-compiled", "timm-compiled"} <= {*on_gpu}
+    assert len(on_gpu) == 6 and {"local-eager", "local-plain-compiled", "timm-compiled"} <= {*on_gpu}
     config, _ = step.configured(["--model.name=vitlocal_base_patch16_224", "--model.convolution=false"])
     assert step.arm_config("localvit-compiled", config).model.name == "vitlocal_localvit_base_patch16_224"
     assert step.arm_config("deit-compiled", config).model.convolution is None

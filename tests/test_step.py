@@ -21,7 +21,16 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.local_mix import can_fuse
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed
 from vitlocal.train.build import build_step, compiles
-from vitlocal.train.devices import EAGER, Mode, StepCompiler, choose_device, choose_precision, fast_attention
+from vitlocal.train.devices import (
+    CACHE_VARIABLES,
+    EAGER,
+    Mode,
+    StepCompiler,
+    choose_device,
+    choose_precision,
+    compile_cache,
+    fast_attention,
+)  # fmt: skip
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.step import TrainStep, micro_batches
 
@@ -58,6 +67,16 @@ def close(first, second, tolerance: float = 2e-6) -> None:
 def in_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps augment whole batches, as on an accelerator."""
     monkeypatch.setattr(Augment, "in_forward", True)
+
+
+def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for variable in CACHE_VARIABLES:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile_cache() == tmp_path / "vitlocal" / "inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert compile_cache() == tmp_path / "mine"
 
 
 @needs_cxx

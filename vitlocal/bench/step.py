@@ -49,7 +49,7 @@ PHASES = ("augment", "forward", "backward", "optimizer", "average")  # of the tr
 PHASE_STEPS = {"cpu": (0, 1), "cuda": (2, 2)}
 FAMILIES = {"local": "", "deit": "deit_", "localvit": "localvit_"}
 OUR_MODELS = re.compile(r"vitlocal_(?:deit_|localvit_)?(tiny|small|base)_patch(\d+)_\d+")
-SIZES = {"cpu": [32, 64], "cuda": list(range(32, 225, 32))}
+SIZES = {"cpu": [32, 64], "cuda": [32, 224]}  # each compiled arm compiles at each size, for about a minute
 # Defaults below recipes and the command line; they replace the environment.
 DEFAULTS = {
     "cpu": {"model.name": "vitlocal_tiny_patch8_64", "model.size": "64", "train.batch_size": "16"},
@@ -66,13 +66,14 @@ COLUMNS = {
 
 
 def choose_arms(text: str | None, device: torch.device) -> list[str]:
-    """The arms of ``--arms``. Without it: all arms on a GPU, the eager ones on a CPU."""
+    """The arms of ``--arms``. Without it: on a GPU the compiled arms and ``local-eager``, on a CPU the eager ones."""
     on_gpu = device.type == "cuda"
     models = ["local", *(["local-plain"] if on_gpu else []), "deit", "localvit", "timm"]
     known = [f"{model}-{how}" for model in models for how in ("eager", "compiled")]
     if text is not None:
         return names(text, known, "--arms")
-    return known if on_gpu else [arm for arm in known if arm.endswith("-eager")]
+    usual = "-compiled" if on_gpu else "-eager"
+    return [arm for arm in known if arm.endswith(usual) or arm == "local-eager"]
 
 
 def parts(arm: str) -> tuple[str, str, bool]:

@@ -1,8 +1,10 @@
 """The device of a process, and how a step runs there: number formats, kernels, eagerly, compiled or as a CUDA graph."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from vitlocal.train.distributed import ALONE, Ranks
 # A step of fewer multiply-adds runs as a CUDA graph. At half of an H200's peak it takes under 10 ms, about as long as
 # launching its several hundred kernels one by one. (An estimate; not measured yet.)
 GRAPH_MACS = 2e12
+CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 RECOMPILE_LIMIT = 256  # PyTorch's limit of compilations per function: each size, batch and mode needs one
 
 
@@ -134,6 +137,21 @@ class Mode:
 EAGER = Mode()
 
 
+def compile_cache() -> Path:
+    """The folder with what PyTorch has compiled, also in earlier runs. Environment variables of PyTorch may name it.
+
+    PyTorch's own choice is in ``/tmp``, which does not last.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitlocal"
+    with suppress(OSError):  # the home folder may be read-only; then PyTorch chooses
+        folder.mkdir(parents=True, exist_ok=True)
+        for variable, name in CACHE_VARIABLES.items():
+            os.environ.setdefault(variable, str(folder / name))
+    return Path(cache_dir())
+
+
 class StepCompiler:
     """Chooses the mode for each feed and shape, and keeps the compiled objectives.
 
@@ -153,6 +171,7 @@ class StepCompiler:
                 "use auto"
             )
         if enabled:
+            compile_cache()
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
             torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
 

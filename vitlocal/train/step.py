@@ -38,7 +38,7 @@ from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 
 NO_DIALS = Dials()  # everything at its full strength
-LARGEST_ERROR = 0.25  # of the norm of a compiled step's gradients; rounding to bfloat16 makes about a hundredth
+LARGEST_ERROR = 0.25  # of the norm of a compiled step's gradients; rounding to bfloat16 makes less than a hundredth
 RUN_AHEAD = 2  # steps by which the host may be ahead of the device: with more, the budget's clock would be wrong
 
 

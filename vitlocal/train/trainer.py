@@ -20,7 +20,7 @@ from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcomi
 from vitlocal.schedule import LRSchedule
 from vitlocal.tasks.classification import Accuracy
 from vitlocal.train.budget import STOP
-from vitlocal.train.devices import EAGER, synchronize
+from vitlocal.train.devices import EAGER, compile_cache, synchronize
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import optimizer_state
 from vitlocal.train.output import RunOutput
@@ -78,7 +78,7 @@ class Trainer:
         self._set_epoch_rows(self.plan())
         self._meter.load()
         self.sync_ranks()
-        self._saved = self.state.clock.progress
+        self._now = self._saved = self.state.clock.progress
 
     # --- plans ---
 
@@ -162,6 +162,8 @@ class Trainer:
         key = (feed, plan.shape, self.step.ddp_version)
         if key in self._compiled:
             return
+        if not self._compiled and self.step.mode(feed).compiled:
+            self._print(f"compiling; the compiled code is kept in {compile_cache()}")
         self._compiled.add(key)
         rest = self.sources.train.rows.count(feed.subset) % feed.batch_size
         if seconds := self.step.warm_up(feed, len(self.sources.train.classes), rest):
