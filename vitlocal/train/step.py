@@ -105,7 +105,8 @@ class TrainStep:
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
         self._mixes_samples = has_batch_norm(self.model)
-        # Whether a step on the same batch has the same gradients, compiled or not: not with PyTorch's random numbers.
+        # Whether a step draws nothing from PyTorch's generators, so that it repeats, compiled or not. Dropout draws from
+        # them, and so does drop path in models that are not ours.
         self._repeats = isinstance(self.model, VisionTransformer) and not self.model.drops_out
         self._uses_all = True  # whether every trained parameter takes part in every step
         self._ddp: Any = ranks.wrap(objective)
@@ -253,8 +254,8 @@ class TrainStep:
     def _gradients(self, batch: Batch, number: int, mode: Mode) -> StepOutput:
         """Runs forward and backward; the gradients are those of the global batch's mean loss."""
         augment, dials = self._objective.augment, self.dials
-        # Dropout draws from PyTorch's generators, and so does drop path in models that are not ours.
-        torch.manual_seed(step_seed(self.seed, number, self.ranks.rank))
+        if not self._repeats:  # a tenth of a millisecond
+            torch.manual_seed(step_seed(self.seed, number, self.ranks.rank))
         fraction, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
         if not has_images:  # one black image with no weight: every process takes part in the reduction of gradients
             batch = self._blank(np.zeros(1, np.int64), batch.total, batch.images.shape[-1], 1)
