@@ -16,8 +16,8 @@ os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 # The device of every run that a test starts, also in other processes. Tests marked gpu state another one.
 os.environ["run.device"] = "cpu"
 # Compiled code, which is otherwise kept in the home folder.
-for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-    os.environ.setdefault(variable, f"{tempfile.gettempdir()}/vitlocal-tests-{os.getuid()}/{name}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/vitlocal-tests-{os.getuid()}/inductor")
+os.environ.setdefault("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/vitlocal-tests-{os.getuid()}/triton")
 
 import pytest
 import torch

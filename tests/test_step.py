@@ -180,6 +180,7 @@ def test_dropout_has_keys(configure, drop_path: float):
     )  # fmt: skip
     dropping.load_state_dict(model.state_dict())
     step.model = step._objective.model = dropping
+    step._repeats = not dropping.drops_out
 
     def gradients(number: int) -> list[torch.Tensor]:
         dropping.zero_grad()

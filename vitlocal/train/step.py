@@ -105,8 +105,8 @@ class TrainStep:
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
         self._mixes_samples = has_batch_norm(self.model)
-        # Whether a step draws nothing from PyTorch's generators, so that it repeats, compiled or not. Dropout draws from
-        # them, and so does drop path in models that are not ours.
+        # Whether a step draws nothing from PyTorch's generators, so that it repeats, compiled or not. Dropout does, and
+        # so does drop path in models that are not ours.
         self._repeats = isinstance(self.model, VisionTransformer) and not self.model.drops_out
         self._uses_all = True  # whether every trained parameter takes part in every step
         self._ddp: Any = ranks.wrap(objective)
