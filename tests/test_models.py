@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from compilers import needs_cxx
 from narrow_models import narrow
 from safetensors.torch import save_file
 
@@ -159,6 +160,18 @@ def test_float32_is_embedded_and_scaled_without_another_rounding(pool):
     assert torch.equal(model.embed(images)[0], torch.cat(parts, dim=1))
     theirs, ours, tokens = timm.layers.LayerScale(32, 0.3), LayerScale(32, 0.3), torch.randn(2, 5, 32)
     assert torch.equal(ours(tokens), theirs(tokens))
+
+
+@needs_cxx
+def test_torch_compile_in_other_programs_has_the_gradients_of_the_eager_model():
+    """It does not compile the blocks once: with PyTorch's own options, gradients of PyTorch 2.14 would be wrong."""
+    model = narrow("vitlocal_tiny_patch8_64", depth=2).train()
+    images, found = torch.randn(4, 3, 64, 64), []
+    for call in (model, torch.compile(model)):
+        model.zero_grad()
+        call(images).square().sum().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
 
 
 def test_deit_equals_timms_deit():

@@ -113,6 +113,9 @@ class TimmModel(BlockOutputs):
         super().__init__()
         # Whether training draws from PyTorch's generators. Drop path can take its numbers from the trainer instead.
         self.drops_out = drops_out or drop_rate > 0
+        # Whether torch.compile compiles the blocks once. Only for callers that compile with devices.COMPILE_OPTIONS:
+        # with PyTorch's own, gradients are wrong.
+        self.compiles_blocks_once = False
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = num_features

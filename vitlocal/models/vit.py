@@ -177,7 +177,7 @@ class VisionTransformer(TimmModel):
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
         # A region that is compiled once may neither update statistics nor draw random numbers.
         has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.blocks.modules())
-        self._nests = not has_statistics and not self._drops_in_blocks
+        self._can_nest = not has_statistics and not self._drops_in_blocks
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=patch_size) for i in range(depth)]
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -292,7 +292,7 @@ class VisionTransformer(TimmModel):
         remaining, attention = ALL_TOKENS, None
         if self.training and self._patch_drop_rate:
             tokens, remaining = drop_patches(tokens, self._patch_drop_rate, self.num_prefix_tokens)
-        nests = self._nests and torch.compiler.is_dynamo_compiling()
+        nests = self.compiles_blocks_once and self._can_nest and torch.compiler.is_dynamo_compiling()
         for place, (index, scale) in enumerate(zip(order, scales, strict=True)):
             block: Any = self.blocks[index]
             if with_attention and place == len(order) - 1:

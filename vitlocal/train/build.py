@@ -25,6 +25,7 @@ from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse, measured_times
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
+from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.tasks.classification import ClassificationLoss
 from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
@@ -92,6 +93,9 @@ def assemble_step(
     train = config.train
     precision = choose_precision(train.precision, device)
     configure_model(model, train.kernel, train.grad_checkpointing, device)
+    compile_step = compiles(train.compile, device)
+    if isinstance(model, VisionTransformer):
+        model.compiles_blocks_once = compile_step  # before the averages are copied from it
     settings = {name: getattr(train, name) for name in ("weight_decay", "betas", "eps", "muon_momentum")}
     has_ema = train.ema_decay is not None or train.ema_length is not None
     ema = ModelEma(model, train.ema_decay or 0.0, train.ema_length) if has_ema else None
@@ -107,7 +111,7 @@ def assemble_step(
         seed=config.run.seed,
         clip_norm=train.clip_norm,
         grad_accum_steps=train.grad_accum_steps,
-        compile_step=compiles(train.compile, device),
+        compile_step=compile_step,
         cuda_graphs=train.cuda_graphs,
         macs=macs,
         ranks=ranks,

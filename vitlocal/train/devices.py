@@ -18,6 +18,9 @@ from vitlocal.train.distributed import ALONE, Ranks
 # launching its several hundred kernels one by one. (An estimate; not measured yet.)
 GRAPH_MACS = 2e12
 CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+# Blocks are compiled once (Block.forward_once_compiled). PyTorch 2.14 then may use a buffer again that is still needed,
+# so that gradients are wrong.
+COMPILE_OPTIONS: dict[str, Any] = {"allow_buffer_reuse": False}
 RECOMPILE_LIMIT = 256  # PyTorch's limit of compilations per function: each size, batch and mode needs one
 
 
@@ -190,11 +193,9 @@ class StepCompiler:
         if not mode.compiled:
             return eager
         if mode.graphs not in self._objectives:
-            # Blocks are compiled once (Block.forward_once_compiled). PyTorch 2.14 then may use a buffer again that is
-            # still needed, so that gradients are wrong.
-            how: dict[str, Any] = {"allow_buffer_reuse": False}
+            how = COMPILE_OPTIONS
             if mode.graphs:
-                how["triton.cudagraphs"] = True
+                how = how | {"triton.cudagraphs": True}
                 eager = self._captured = _function_of(eager)
             # dynamic=False: one compilation for each size and batch, so that the compiler knows all shapes.
             self._objectives[mode.graphs] = torch.compile(eager, dynamic=False, options=how)

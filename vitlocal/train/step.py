@@ -24,6 +24,7 @@ from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
 from vitlocal.tasks.classification import ClassificationLoss
 from vitlocal.train.devices import (
+    COMPILE_OPTIONS,
     EAGER,
     Mode,
     StepCompiler,
@@ -212,7 +213,7 @@ class TrainStep:
             with autocast(self.device, self.precision):
                 return model(self._objective.augment.normalize(images))
 
-        compiled = torch.compile(forward, dynamic=False) if self._compiler.enabled else forward
+        compiled = torch.compile(forward, dynamic=False, options=COMPILE_OPTIONS) if self._compiler.enabled else forward
 
         def predict(images: Tensor, is_whole: bool) -> Tensor:
             with fast_attention(self.device):
