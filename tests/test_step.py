@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from vitlocal.train.devices import (
     fast_attention,
 )  # fmt: skip
 from vitlocal.train.distributed import Ranks
+from vitlocal.train.probes import layer_gradients
 from vitlocal.train.step import TrainStep, micro_batches
 
 CLASSES = 10
@@ -242,18 +244,48 @@ def test_warm_up_rehearses_the_real_last_batch(configure, monkeypatch):
     assert seen == [*full, (7, EAGER), *full]
 
 
-def test_a_step_that_is_compiled_wrongly_does_not_train(configure):
+@pytest.fixture
+def several(tmp_path: Path) -> Iterator[Ranks]:
+    """Ranks that wrap modules as for several processes, though there is one."""
+    store = torch.distributed.FileStore(f"{tmp_path}/store", 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    ranks = Ranks()
+    ranks.world = 2
+    try:
+        yield ranks
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("factor", "percent"), [(2.0, "100%"), (float("nan"), "nan%")])
+@pytest.mark.parametrize("processes", ["one", "several"])
+def test_a_step_that_is_compiled_wrongly_does_not_train(
+    configure, processes: str, factor: float, percent: str, request
+):
     step = a_step(configure, "--train.compile=yes")
+    if processes == "several":  # they keep gradients in buffers that every backward pass writes
+        step._ddp = request.getfixturevalue("several").wrap(step._objective)
+        step.gradients(a_batch(8))  # makes the buffers
 
     def wrong(*operands):
         loss, *others = step._ddp(*operands)
-        return 2 * loss, *others
+        return factor * loss, *others
 
     step._compiler._objectives[False] = wrong
     with pytest.raises(
-        ConfigError, match=r"train\.compile: at 24 px, PyTorch .* differ .* by 100%\. Use train\.compile=no"
+        ConfigError, match=rf"train\.compile: at 24 px, PyTorch .* differ .* by {percent}\. Use train\.compile=no"
     ):
         step.warm_up(Feed(24, 8), CLASSES)
+
+
+def test_gradients_of_layers_stay_in_several_processes(configure, several: Ranks):
+    step = a_step(configure)
+    step._ddp = several.wrap(step._objective)
+    step.gradients(a_batch(8))  # makes the buffers
+    first = layer_gradients(step, a_batch(12))
+    kept = {name: gradient.clone() for name, gradient in first.items()}
+    assert any(not torch.equal(kept[name], value) for name, value in layer_gradients(step, a_batch(8)).items())
+    assert all(torch.equal(kept[name], value) for name, value in first.items())
 
 
 @needs_cxx
@@ -319,21 +351,14 @@ def test_a_skipped_cuda_graph_is_reported_as_compiled():
 
 
 @pytest.mark.parametrize("family", ["", "deit_", "localvit_"])
-def test_processes_share_gradients_without_a_copy(configure, tmp_path: Path, family: str):
+def test_processes_share_gradients_without_a_copy(configure, several: Ranks, family: str):
     """PyTorch warns if a gradient's strides are not its weight's, and copies it at each step."""
-    store = torch.distributed.FileStore(f"{tmp_path}/store", 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        step = a_step(configure, f"--model.name=vitlocal_{family}tiny_patch8_64")
-        ranks = Ranks()
-        ranks.world = 2  # so that the module is wrapped
-        wrapped = ranks.wrap(step.model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            for _ in range(2):
-                wrapped(torch.randn(4, 3, 24, 24).contiguous(memory_format=torch.channels_last)).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    step = a_step(configure, f"--model.name=vitlocal_{family}tiny_patch8_64")
+    wrapped = several.wrap(step.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):
+            wrapped(torch.randn(4, 3, 24, 24).contiguous(memory_format=torch.channels_last)).sum().backward()
 
 
 class Accelerator:

@@ -170,7 +170,8 @@ class Prober:
 def layer_gradients(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
     """The training loss's gradients of the weights of trained linear and convolutional layers, by name."""
     layers = {f"{n}.weight" for n, module in step.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    return {name: gradient for name, gradient in step.gradients(batch).items() if name in layers}
+    # Copies, because several processes keep all gradients in buffers that the next backward pass writes.
+    return {name: gradient.clone() for name, gradient in step.gradients(batch).items() if name in layers}
 
 
 def tangent_kernel(model: nn.Module, outputs: Tensor) -> Tensor:

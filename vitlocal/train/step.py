@@ -3,6 +3,7 @@
 Shape letters: B batch, C classes, L blocks, S image size.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -168,7 +169,8 @@ class TrainStep:
             # A graph is captured in the second run, and replayed from the third one on.
             for _ in range(2 if mode.graphs else 0):
                 self.gradients(batch, mode)
-            compiled = self.gradients(batch, mode)
+            # Copies, because several processes keep all gradients in buffers that the eager step writes too.
+            compiled = {name: gradient.clone() for name, gradient in self.gradients(batch, mode).items()}
             if self._repeats:
                 check_compiled(compiled, self.gradients(batch), feed)
             if rest:
@@ -330,14 +332,16 @@ class TrainStep:
 def check_compiled(compiled: dict[str, Tensor], eager: dict[str, Tensor], feed: Feed) -> None:
     """ConfigError if a compiled step's gradients are not those of the eager step, apart from rounding."""
 
-    def norm(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.stack([tensor.norm() for tensor in tensors]).norm()
+    def norm(tensors: Iterable[Tensor]) -> float:
+        return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
 
-    error = float(norm(compiled[name] - value for name, value in eager.items()) / norm(eager.values()))
-    if error > LARGEST_ERROR:
+    difference, size = norm(compiled[name] - value for name, value in eager.items()), norm(eager.values())
+    # A compiled gradient that is not a number is wrong too, unless the eager one overflows (fp16).
+    if 0 < size < math.inf and not difference <= LARGEST_ERROR * size:
         raise ConfigError(
             f"train.compile: at {feed.size} px, PyTorch {torch.__version__} compiles the step wrongly: its gradients "
-            f"differ from those of the eager step by {error:.0%}. Use train.compile=no, or another version of PyTorch"
+            f"differ from those of the eager step by {difference / size:.0%}. Use train.compile=no, or another version "
+            "of PyTorch"
         )
 
 
