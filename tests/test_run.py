@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,21 @@ def test_compiling_is_not_training_time(configure, decoder, tmp_path: Path, monk
         assert [record["image_size"] for record in log] == [16, 32, 48]
         assert log[-1]["wall_seconds"] - log[-1]["train_seconds"] > 1.5
         assert log[0]["wall_seconds"] > before  # sizes that are ready before the first
+
+
+def test_released_graphs_are_compiled_again_before_a_pass_that_needs_them(configure, decoder, monkeypatch):
+    found = []
+    monkeypatch.setattr(TrainStep, "mode", lambda self, feed, shape=None: Mode(True, graphs=feed.size < 48))
+    monkeypatch.setattr(TrainStep, "warm_up", lambda self, feed, classes, rest: found.append(feed.size) or 0.1)
+    monkeypatch.setattr(TrainStep, "release_graphs", lambda self: found.append("released"))
+    with open_trainer(configure()) as trainer:
+        small = trainer.plan()
+        large = replace(small, feed=replace(small.feed, size=48))
+        monkeypatch.setattr(trainer, "upcoming_plans", lambda: [large])
+        for plan in (small, large, small):  # the clock may be ahead of a pass: its own plan counts too
+            with trainer.open_pass(plan):
+                pass
+    assert found == [16, 48, "released", 16]
 
 
 def test_growing_batches_survive_a_restart(configure, decoder, tmp_path: Path):

@@ -244,6 +244,20 @@ def test_warm_up_rehearses_the_real_last_batch(configure, monkeypatch):
     assert seen == [*full, (7, EAGER), *full]
 
 
+def test_a_step_that_is_not_captured_is_compiled_before_it_trains(configure, monkeypatch):
+    step = a_step(configure, "--train.compile=yes")
+    step._compiler, gradients, seen = capturing(), step.gradients, []
+
+    def skip(batch: Batch, mode: Mode = EAGER) -> dict:
+        torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] += mode.graphs
+        seen.append(mode)
+        return gradients(batch)
+
+    monkeypatch.setattr(step, "gradients", skip)
+    step.warm_up(Feed(24, 8), CLASSES)
+    assert seen[0] == Mode(True, True) and seen[-2:] == [Mode(True), EAGER] and step.mode(Feed(24, 8)) == Mode(True)
+
+
 @pytest.fixture
 def several(tmp_path: Path) -> Iterator[Ranks]:
     """Ranks that wrap modules as for several processes, though there is one."""

@@ -175,6 +175,8 @@ class TrainStep:
                 check_compiled(compiled, self.gradients(batch), feed)
             if rest:
                 self.gradients(self._blank(places(rest), rest, feed.size, num_classes))
+        if mode != self.mode(feed):  # PyTorch has not captured it, so another function is compiled
+            self.warm_up(feed, num_classes)
         synchronize(self.device)  # device sync, before the clock runs
         return time.perf_counter() - began
 

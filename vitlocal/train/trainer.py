@@ -187,12 +187,13 @@ class Trainer:
         clock = self.state.clock
         self._set_epoch_rows(plan)
         with clock.timer.paused():  # compiling is not training time
-            for method in self.state.methods:
-                for variant in method.variants(plan, clock.progress):
-                    self.compile_for(variant)
-            self.compile_for(plan)
-            if not any(self.step.mode(later.feed, later.shape).graphs for later in self.upcoming_plans()):
+            coming = [each for method in self.state.methods for each in method.variants(plan, clock.progress)] + [plan]
+            for each in coming:
+                self.compile_for(each)
+            coming += self.upcoming_plans()
+            if not any(self.step.mode(each.feed, each.shape).graphs for each in coming):
                 self.step.release_graphs()  # their memory is for larger sizes now
+                self._compiled = {key for key in self._compiled if not self.step.mode(*key[:2]).graphs}
         self.sync_ranks()
         clock.start()
         self._now = clock.progress
