@@ -105,10 +105,11 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count = [0]
 
     def train_step(self, batch, plan):
-        original(self, batch, plan)
+        now = original(self, batch, plan)
         count[0] += 1
         if count[0] == steps:
             os.kill(os.getpid(), signal.SIGTERM)
+        return now
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
 
