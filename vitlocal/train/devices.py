@@ -34,7 +34,8 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         name = "cpu" if found is None else found.type
     if name.partition(":")[0] not in ("cpu", "cuda") and ranks.world > 1:
         raise ConfigError(
-            f"run.device: {ranks.world} processes train together on CUDA devices or on CPUs, not on {name}"
+            f"run.device: {ranks.world} processes train together on CUDA devices or on CPUs, not on {name}; use "
+            "cpu, or one process"
         )
     if name.startswith("cuda:") and ranks.local_world_size > 1:
         count = ranks.local_world_size
@@ -147,8 +148,8 @@ def compile_cache() -> Path:
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitlocal"
-    with suppress(OSError):  # the home folder may be read-only; then PyTorch chooses
+    with suppress(OSError, RuntimeError):  # there may be no home folder, or a read-only one; then PyTorch chooses
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitlocal"
         folder.mkdir(parents=True, exist_ok=True)
         for variable, name in CACHE_VARIABLES.items():
             os.environ.setdefault(variable, str(folder / name))
