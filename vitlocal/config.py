@@ -35,7 +35,7 @@ class DataConfig:
         "native", Choice(*LOADERS), "native and ffcv read the data folder; torchvision and dali decode original images"
     )
     source: str | None = option(None, TEXT, "original images, for torchvision and dali; none: see the manifest")
-    workers: int = option(0, Number(0, 1024, whole=True), "decoding threads (torchvision: processes); 0: one per core")
+    workers: int = option(0, Number(0, 1024, whole=True), "decoding threads; 0: one per core, two fewer on a GPU")
     on_error: str = option("stop", Choice("stop", "skip"), "at a damaged image; skip: use another image (native only)")
     side_ratio: float = option(1.5, Number(0.1, 16), "prefer files with side >= this ratio x the image size")
 
