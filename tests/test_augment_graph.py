@@ -159,6 +159,8 @@ def test_parts_of_a_batch_are_augmented_as_the_whole(recipe: str):
 def test_one_rule_says_which_version_runs():
     on_cpu, elsewhere = Augment(randaugment=9), Augment(randaugment=9).to("meta")
     assert elsewhere.in_forward and not on_cpu.in_forward
+    drawn = elsewhere.draw(0, 0, np.arange(4), 4, 24, operations=1.0).operations
+    assert drawn.device.type == "meta"  # on any accelerator, not only CUDA
     assert Augment().draw(0, 0, np.arange(4), 4, 24, operations=1.0) == AugmentParams()
     # At strength 0, a compiled step gets operands of the same form.
     assert on_cpu.draw(0, 0, np.arange(4), 4, 24, operations=0.0).operations.shape == (4, 28)

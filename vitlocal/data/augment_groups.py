@@ -24,9 +24,9 @@ MAGNITUDE_STD = 0.5  # of timm's rand-m9-mstd0.5-inc1, which DeiT uses
 
 
 def send(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Starts a host-to-device copy; neither side waits. PyTorch reuses the pinned memory only after the copy."""
+    """Copies to a device. With CUDA neither side waits, and PyTorch reuses the pinned memory only after the copy."""
     values = torch.as_tensor(values)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 # --- RandAugment ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from vitlocal.models.shape import check_shape, temporary_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.progress import TRAINING_FLOPS
-from vitlocal.train.devices import synchronize
+from vitlocal.train.devices import sum_type, synchronize
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, buffers_kept, step_seed
 
@@ -115,7 +115,7 @@ class Prober:
         step.set_shape(probe.shape)
         model = trained if probe.average is None else self._state.method_emas[probe.average].model
         shape, training = probe.shape, model.training
-        total = torch.zeros(2, dtype=torch.float64, device=step.device)
+        total = torch.zeros(2, dtype=sum_type(step.device), device=step.device)
         with temporary_shape(model, shape, shape), buffers_kept(model), self._batches(probe, plan) as batches:
             try:
                 model.train()
