@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlocal.bench import profile, step
 from vitlocal.bench.__main__ import main
-from vitlocal.errors import ConfigError, run_command
+from vitlocal.errors import ConfigError, DeviceMemoryError, run_command
 from vitlocal.models.counts import count_macs
 from vitlocal.train.build import make_model
 
@@ -89,6 +89,16 @@ def test_ratios_compare_eager_with_eager() -> None:
             ("local", False): (1.2, 1.25), ("deit", False): (None, 1.5), ("timm", False): (None, None),
             ("local", True): (1.5, None), ("deit", True): (None, None),
         }[row["model"], row["compiled"]]  # fmt: skip
+
+
+def test_an_arm_without_memory_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_memory(arm: str, *others: object) -> None:
+        raise DeviceMemoryError("no memory for a training step")
+
+    monkeypatch.setattr(step, "StepEntry", no_memory)
+    with pytest.raises(ConfigError, match="nothing fits on cpu"):
+        step.compare(step.configured([])[0], ["local-eager"], [32], 1, 0.0, CPU, 1.0)
+    assert "local-eager: 16 images of 32 px do not fit; it is skipped" in capsys.readouterr().err
 
 
 def test_arms_by_device() -> None:

@@ -33,7 +33,7 @@ from torch import nn
 from vitlocal.bench.measurement import progress_bar, spread, text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, names, numbers
 from vitlocal.config import Config, read_config
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DeviceMemoryError
 from vitlocal.models.counts import count_macs
 from vitlocal.models.local_mix import choose_kernel
 from vitlocal.plan import Feed
@@ -235,7 +235,7 @@ def compare(
                 bar.set_description_str(f"{size} px, building {arm}")
                 try:
                     entries.append(StepEntry(arm, config, feed, device))
-                except torch.OutOfMemoryError:
+                except (torch.OutOfMemoryError, DeviceMemoryError):
                     print(f"{arm}: {feed.batch_size} images of {size} px do not fit; it is skipped", file=sys.stderr)
                 bar.update()
             for _, place in product(range(rounds + 1), range(len(entries))):
