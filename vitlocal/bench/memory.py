@@ -42,7 +42,8 @@ class SizeMemory:
     """The bytes at one image size.
 
     - ``state``: weights, gradients, moments of the optimizer, weight averages, and the noise for random erasing.
-    - ``step``: forward and backward pass of the images that run at once, see :func:`step_bytes`.
+    - ``step``: forward and backward pass of the images that run at once, see :func:`step_bytes`. Beside a CUDA graph,
+      an epoch's last batch needs memory of its own.
     - ``inputs``: batches of uint8 pixels that the loader has sent, and the augmented one.
     - ``graphs``: what the CUDA graphs of other sizes hold beyond the step's own part, until the last of them has run.
     """
@@ -107,7 +108,7 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
     methods = build_methods(context)
     averages = sum(len(method.needs.ema_decays) for method in methods)
     averages += train.ema_decay is not None or train.ema_length is not None
-    state, found = state_bytes(model, config, averages), list[SizeMemory]()
+    state, found, captured = state_bytes(model, config, averages), list[SizeMemory](), dict[int, int]()
     for size in dict.fromkeys(stage.size for stage in recipe_stages(config)):
         batch = batch_size_at(methods, size, train.batch_size)
         at_once = -(-batch // train.grad_accum_steps)
@@ -117,12 +118,14 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
         step = fixed + at_once * each
         if compiled:  # an epoch's last batch runs eagerly, in parts of half the size (TrainStep._parts)
             fixed, each = step_bytes(model, size, precision, fused(size), compiled=False)
-            step = max(step, fixed + (at_once if has_batch_norm(model) else -(-at_once // 2)) * each)
+            eager = fixed + (at_once if has_batch_norm(model) else -(-at_once // 2)) * each
+            if graphs:  # whose memory no other work can use
+                captured[size] = step
+            step = step + eager if graphs else max(step, eager)
         # The loader has sent the next batches, and the last ones are in use until their steps have ended.
         batches = PREFETCH + 2 + RUN_AHEAD + bool(augment.randaugment or augment.three_augment)
         mode = "eager" if not compiled else "CUDA graph" if graphs else "compiled"
         found.append(SizeMemory(size, batch, at_once, mode, state, step, batches * batch * 3 * size**2))
-    captured = {memory.size: memory.step for memory in found if memory.mode == "CUDA graph"}
     order, pool = [stage.size for stage in recipe_stages(config)], max(captured.values(), default=0)
     last = max((place for place, size in enumerate(order) if size in captured), default=-1)
     return [
