@@ -119,7 +119,7 @@ class ExampleRecord:
             row = torch.zeros(1, self._count, dtype=torch.uint8, device=device)
             tensors["records"] = torch.cat([tensors["records"], row]) if self._epochs else row
             self._epochs.append(epoch)
-        ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
+        ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
         tensors["records"][self._epochs.index(epoch)].index_copy_(0, ids, correct.to(torch.uint8) + WRONG)
         if variance is not None:
             if "attention_variance" not in tensors:

@@ -29,7 +29,7 @@ from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.tasks.classification import ClassificationLoss
 from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
-from vitlocal.train.devices import choose_device, choose_precision
+from vitlocal.train.devices import choose_device, choose_precision, sum_type
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import ModelEma, build_optimizer
@@ -199,6 +199,8 @@ def build_run(
     context = MethodContext(config.recipe, sources.train.count, image_bytes, macs, parts, blocks, ranks.world)
     methods = build_methods(context)
     for method in methods:
+        if "attention_variance" in method.needs.step_outputs and sum_type(device) != torch.float64:
+            raise ConfigError(f"methods: {method.name} needs float64, and {device.type} has none; use run.device=cpu")
         if method.needs.stage_embedding is not None:
             add_stage_table(model, method.needs.stage_embedding)
         if method.needs.budget_length is not None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitlocal.data.batch import Batch, Sources, full_batches
+from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Method, Probe
 from vitlocal.models.shape import check_shape, temporary_shape
 from vitlocal.models.vit import VisionTransformer
@@ -71,6 +72,11 @@ class Prober:
         if probe.kind == "seconds" and (replayed := self._state.search_log.replayed_seconds(probe)) is not None:
             self._count_timing(probe)  # as if it were measured, so that a budget in FLOPs is spent as before
             return replayed
+        if probe.kind == "trainability" and sum_type(self._step.device) != torch.float64:
+            raise ConfigError(
+                f"methods: {self._step.device.type} has no float64, which measuring trainability needs; use "
+                "run.device=cpu, or another search"
+            )
         kinds = {"seconds": self._seconds, "loss": self._loss, "trainability": self._trainability}
         step, shape, dials = self._step, self._step.shape, self._step.dials
         step.set_dials(plan.dials)
