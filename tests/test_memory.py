@@ -28,7 +28,7 @@ FAMILIES = ("vitlocal_tiny_patch16_224", "vitlocal_deit_tiny_patch16_224", "vitl
 def allocated(model: torch.nn.Module, batch: int, size: int, precision: torch.dtype) -> int:
     """The most bytes that PyTorch's CPU allocator gave to a forward and backward pass and its images."""
     with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True, with_stack=True
+        activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True, with_stack=True, acc_events=True
     ) as profiled:
         images = torch.zeros(batch, 3, size, size)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
