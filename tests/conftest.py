@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +66,6 @@ def shared():
 @pytest.fixture
 def decoder(shared, monkeypatch: pytest.MonkeyPatch):
     """Sources opened in this test use the shared decoder, whatever number of workers they ask for."""
-    importlib.import_module("vitlocal.data.loader")  # now, because its annotations need the class
     monkeypatch.setattr("vitlocal.data.reader.LoaderResources", lambda workers=0: shared)
     return shared
 
@@ -131,6 +130,25 @@ def killed_after():
             yield patch
 
     return kill
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """``stop_after(6)``: the process gets SIGTERM after its sixth step."""
+
+    def stop(steps: int, patch: pytest.MonkeyPatch = monkeypatch) -> None:
+        original, count = Trainer.train_step, [0]
+
+        def train_step(self, batch, plan):
+            now = original(self, batch, plan)
+            count[0] += 1
+            if count[0] == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return now
+
+        patch.setattr(Trainer, "train_step", train_step)
+
+    return stop
 
 
 @pytest.fixture(scope="module")

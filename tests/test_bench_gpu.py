@@ -140,11 +140,9 @@ def test_without_a_gpu_it_ends(
 
 
 def test_stages_of_a_log() -> None:
-    log = [
-        {"image_size": 32, "train_seconds": 2.0, "images_seen": 100, "data_wait_fraction": 0.1, "step_mode": "graph"},
-        {"image_size": 32, "train_seconds": 3.0, "images_seen": 200, "data_wait_fraction": 0.4, "step_mode": "graph"},
-        {"image_size": 64, "train_seconds": 7.0, "images_seen": 280, "data_wait_fraction": 0.0, "step_mode": "eager"},
-    ]
+    fields = ("epoch", "image_size", "train_seconds", "images_seen", "data_wait_fraction", "step_mode")
+    passes = (1, 32, 2.0, 100, 0.1, "graph"), (2, 32, 3.0, 200, 0.4, "graph"), (3, 64, 7.0, 280, 0.0, "eager")
+    log = [dict(zip(fields, values, strict=True)) for values in passes]
     small, large = gpu.stages(log)
     assert (small["size"], small["images_per_second"], small["data_wait_percent"]) == (32, 66.7, 20.0)
     assert (large["size"], large["images_per_second"], large["mode"]) == (64, 20.0, "eager")

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,6 @@ from vitlocal.train.command import train
 from vitlocal.train.devices import EAGER
 from vitlocal.train.output import load_checkpoint
 from vitlocal.train.run_folder import CHECKPOINT
-from vitlocal.train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -99,23 +95,8 @@ def test_evaluation_is_that_of_a_cpu(configure):
     assert expected.shape == (8, CLASSES)
 
 
-def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process gets SIGTERM after that many steps."""
-    original: Callable = Trainer.train_step
-    count = [0]
-
-    def train_step(self, batch, plan):
-        now = original(self, batch, plan)
-        count[0] += 1
-        if count[0] == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return now
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-
-
 @pytest.mark.usefixtures("no_report")
-def test_a_run_that_is_stopped_continues(configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_is_stopped_continues(configure, stop_after, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     options = [*ON_GPU, "--train.precision=fp32", "--methods=image_size,strength", "--image_size.step_pixels=32",
                "--model.drop_path=0.2", "--augment.randaugment=9", "--augment.mixup=0.8", "--train.ema_decay=0.9",
                "--budget.length=2ep"]  # fmt: skip

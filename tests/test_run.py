@@ -121,18 +121,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
 
 @pytest.mark.parametrize("step", [4, 6], ids=["at the end of a pass", "in the middle of one"])
 @pytest.mark.usefixtures("no_report")
-def test_a_signal_saves_and_the_run_continues(configure, decoder, tmp_path: Path, monkeypatch, step: int):
+def test_a_signal_saves_and_the_run_continues(configure, decoder, stop_after, tmp_path: Path, step: int):
     train(configure(f"--run.folder={tmp_path}/whole"))
-    original, count = Trainer.train_step, [0]
-
-    def train_step(self, batch, plan):
-        now = original(self, batch, plan)
-        count[0] += 1
-        if count[0] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return now
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    stop_after(step)
     assert train(configure()) == 143
     assert load_checkpoint(tmp_path / "run" / CHECKPOINT)["clock"]["step"] == step
     assert train(configure("--run.resume=must")) == 0

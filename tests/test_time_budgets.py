@@ -176,19 +176,9 @@ def test_a_run_killed_in_its_last_evaluation_only_repeats_that(configure, decode
     assert not steps and read_log(tmp_path / "run")[-1]["top1"] is not None
 
 
-def test_a_run_that_had_spent_its_time_when_it_was_killed_is_evaluated(configure, decoder, tmp_path: Path, monkeypatch):
+def test_a_run_that_had_spent_its_time_when_it_was_killed_is_evaluated(configure, decoder, stop_after, tmp_path: Path):
     """Time after the last checkpoint counts although its steps are lost, so that no step may be left."""
-    count = [0]
-    original = Trainer.train_step
-
-    def train_step(self: Trainer, batch, plan):
-        now = original(self, batch, plan)
-        count[0] += 1
-        if count[0] == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return now
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    stop_after(6)
     options = ("--budget.length=1h", "--evaluate.every=0", "--image_size.step_epochs=100")
     assert train(configure(*options)) == 143
     (tmp_path / "run" / "spent.json").write_text('{"train_seconds": 3600.0, "wall_seconds": 3601.0}\n')

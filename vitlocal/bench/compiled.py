@@ -66,13 +66,10 @@ def run_steps(config: Config, feed: Feed, device: torch.device, count: int) -> t
 
 def errors(name: str, found: Results, exact: Results) -> dict[str, float]:
     """The largest relative errors over all steps, of the loss and of the gradients."""
-
-    def norm(parts: Sequence[Tensor]) -> float:
-        return float(torch.stack([part.norm() for part in parts]).norm())
-
+    norm = torch.nn.utils.get_total_norm
     losses = [abs(one[0] - other[0]) / abs(other[0]) for one, other in zip(found, exact, strict=True)]
     gradients = [
-        norm([a.float() - b for a, b in zip(one[1], other[1], strict=True)]) / norm(other[1])
+        float(norm([a.float() - b for a, b in zip(one[1], other[1], strict=True)]) / norm(other[1]))
         for one, other in zip(found, exact, strict=True)
     ]
     values = {f"{name}_loss_error": max(losses), f"{name}_gradient_error": max(gradients)}

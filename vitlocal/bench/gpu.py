@@ -230,20 +230,14 @@ class GpuParts:
 
 def stages(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each image size of a run's log."""
-    found: dict[int, dict[str, Any]] = {}
-    before = {"train_seconds": 0.0, "images_seen": 0}
-    for record in records:
-        row = found.setdefault(record["image_size"], {"seconds": 0.0, "images": 0, "waited": 0.0})
-        seconds = record["train_seconds"] - before["train_seconds"]
-        row["seconds"] += seconds
-        row["images"] += record["images_seen"] - before["images_seen"]
-        row["waited"] += seconds * record["data_wait_fraction"]
-        row["mode"], before = record["step_mode"], record
+    from vitlocal.report.figures import Line, by_size  # needs matplotlib: "card" says if it is missing
+
+    modes = {record["image_size"]: record["step_mode"] for record in records}  # of each size's last pass
     return [
-        {"size": size, "mode": row["mode"], "train_seconds": round(row["seconds"], 3), "images": row["images"],
-         "images_per_second": round(row["images"] / row["seconds"], 1),
-         "data_wait_percent": round(100 * row["waited"] / row["seconds"], 3)}
-        for size, row in found.items()
+        {"size": size, "mode": modes[size], "train_seconds": round(row["seconds"], 3), "images": row["images"],
+         "images_per_second": round(row["images_per_second"], 1),
+         "data_wait_percent": round(100 * row["data_wait_fraction"], 3)}
+        for size, row in by_size(Line("", records)).items()
     ]  # fmt: skip
 
 

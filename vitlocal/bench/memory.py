@@ -21,9 +21,9 @@ from vitlocal.models.factory import patch_side
 from vitlocal.models.local_mix import MAX_WIDTH
 from vitlocal.models.shape import model_parts
 from vitlocal.storage import recipe_stages
-from vitlocal.train.build import mac_counter, make_model
-from vitlocal.train.devices import GRAPH_MACS
-from vitlocal.train.optim import CombinedOptimizer, Muon, build_optimizer
+from vitlocal.train.build import mac_counter, make_model, make_optimizer
+from vitlocal.train.devices import is_small
+from vitlocal.train.optim import CombinedOptimizer, Muon
 from vitlocal.train.probes import batch_size_at
 from vitlocal.train.step import RUN_AHEAD, has_batch_norm
 
@@ -79,11 +79,9 @@ def moment_bytes(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> int:
 
 def state_bytes(model: nn.Module, config: Config, averages: int) -> int:
     """The bytes that stay for the whole run, with ``averages`` weight averages."""
-    train = config.train
     weights = sum(value.nbytes for value in model.parameters())
     copies = (weights + sum(value.nbytes for value in model.buffers())) * (1 + averages)
-    settings = {name: getattr(train, name) for name in ("weight_decay", "betas", "eps", "muon_momentum")}
-    moments = moment_bytes(build_optimizer(model, train.optimizer, **settings))
+    moments = moment_bytes(make_optimizer(config, model, torch.float32))
     return copies + weights + moments + (4 * NOISE if config.augment.random_erasing else 0)
 
 
@@ -112,7 +110,7 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
     for size in dict.fromkeys(stage.size for stage in recipe_stages(config)):
         batch = batch_size_at(methods, size, train.batch_size)
         at_once = -(-batch // train.grad_accum_steps)
-        captures = train.cuda_graphs == "yes" or 3 * batch * count_macs(model, size) < GRAPH_MACS
+        captures = train.cuda_graphs == "yes" or is_small(batch, count_macs(model, size))
         graphs = compiled and captures and train.cuda_graphs != "no" and train.grad_accum_steps == 1
         fixed, each = step_bytes(model, size, precision, fused(size), compiled)
         step = fixed + at_once * each

@@ -32,7 +32,7 @@ from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
 from vitlocal.train.devices import choose_device, choose_precision, sum_type
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.optim import ModelEma, build_optimizer
+from vitlocal.train.optim import CombinedOptimizer, ModelEma, build_optimizer
 from vitlocal.train.output import RunOutput, load_checkpoint
 from vitlocal.train.probes import MacCount
 from vitlocal.train.run_folder import CHECKPOINT, JOURNAL, data_fingerprint, has_run, record_origin, run_folder_lock
@@ -85,6 +85,15 @@ def compiles(choice: str, device: torch.device) -> bool:
     return choice == "yes" or (choice == "auto" and device.type == "cuda" and can_compile_kernels())
 
 
+def make_optimizer(
+    config: Config, model: nn.Module, precision: torch.dtype
+) -> torch.optim.Optimizer | CombinedOptimizer:
+    """The recipe's optimizer of the model's weights. ``precision``: see :func:`build_optimizer`."""
+    names = ("weight_decay", "betas", "eps", "muon_momentum")
+    settings = {name: getattr(config.train, name) for name in names}
+    return build_optimizer(model, config.train.optimizer, precision=precision, **settings)
+
+
 def assemble_step(
     config: Config, model: nn.Module, device: torch.device, macs: MacCount, methods: Sequence[Method] = (),
     ranks: Ranks = ALONE,
@@ -96,7 +105,6 @@ def assemble_step(
     compile_step = compiles(train.compile, device)
     if isinstance(model, VisionTransformer):
         model.compiles_blocks_once = compile_step  # before the averages are copied from it
-    settings = {name: getattr(train, name) for name in ("weight_decay", "betas", "eps", "muon_momentum")}
     has_ema = train.ema_decay is not None or train.ema_length is not None
     ema = ModelEma(model, train.ema_decay or 0.0, train.ema_length) if has_ema else None
     method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
@@ -104,7 +112,7 @@ def assemble_step(
     augment = Augment(**config.augment.arguments()).to(device)
     step = TrainStep(
         ClassificationLoss(model, augment, train.label_smoothing, precision, outputs),
-        build_optimizer(model, train.optimizer, precision=precision, **settings),
+        make_optimizer(config, model, precision),
         device,
         ema=ema,
         method_emas=method_emas,

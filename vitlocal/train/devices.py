@@ -141,6 +141,11 @@ class Mode:
 EAGER = Mode()
 
 
+def is_small(batch_size: int, macs: int) -> bool:
+    """Whether a step runs as a CUDA graph by default. ``macs``: of a forward pass of one image."""
+    return 3 * batch_size * macs < GRAPH_MACS
+
+
 def compile_cache() -> Path:
     """The folder with what PyTorch has compiled, also in earlier runs. Environment variables of PyTorch may name it.
 
@@ -185,7 +190,7 @@ class StepCompiler:
         if key not in self._modes:
             graphs = self._cuda_graphs == "yes"
             if self._can_capture and self._cuda_graphs == "auto":
-                graphs = 3 * feed.batch_size * self._macs(feed.size, shape) < GRAPH_MACS
+                graphs = is_small(feed.batch_size, self._macs(feed.size, shape))
             self._modes[key] = Mode(self.enabled, graphs)
         return self._modes[key]
 

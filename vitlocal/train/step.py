@@ -6,7 +6,7 @@ Shape letters: B batch, C classes, L blocks, S image size.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +102,7 @@ class TrainStep:
         self.ddp_version = 0  # how often the objective was wrapped again, which discards what was compiled
         self.phase_hook: Callable[[str], None] = lambda phase: None  # called after each phase; for benchmarks
         self.ranks, self.seed, self._objective = ranks, seed, objective
-        self._parameters = list(self.model.parameters())
+        self._parameters = dict(self.model.named_parameters())
         self._clip_norm, self._grad_accum_steps = clip_norm, grad_accum_steps
         has_stages = getattr(self.model, "stage_table", None) is not None
         self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
@@ -199,7 +199,7 @@ class TrainStep:
         """Runs forward and backward. Returns the training loss's gradients by name, until the next call."""
         with denormals_flushed(self.device), self._memory_errors(batch):
             self._gradients(batch, 0, mode)
-        found = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        found = {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
         self.model.zero_grad()
         return found
 
@@ -247,10 +247,10 @@ class TrainStep:
             group["lr"] = lr
         if self._clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for parameter in self._parameters:
+        for parameter in self._parameters.values():
             parameter.grad = None
         self.phase_hook("optimizer")
         if self.ema is not None:
@@ -336,11 +336,9 @@ class TrainStep:
 
 def check_compiled(compiled: dict[str, Tensor], eager: dict[str, Tensor], feed: Feed) -> None:
     """ConfigError if a compiled step's gradients are not those of the eager step, apart from rounding."""
-
-    def norm(tensors: Iterable[Tensor]) -> float:
-        return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
-
-    difference, size = norm(compiled[name] - value for name, value in eager.items()), norm(eager.values())
+    norm = nn.utils.get_total_norm
+    difference = float(norm([compiled[name] - value for name, value in eager.items()]))
+    size = float(norm(eager.values()))
     # A compiled gradient that is not a number is wrong too, unless the eager one overflows (fp16).
     if 0 < size < math.inf and not difference <= LARGEST_ERROR * size:
         raise ConfigError(
