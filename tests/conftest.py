@@ -105,7 +105,7 @@ def configure(small, tmp_path: Path):
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without their page and curve, which take as long to draw as such a small run trains."""
-    monkeypatch.setattr("vitlocal.train.command.write_report", lambda folder: read_run(folder).last)
+    monkeypatch.setattr("vitlocal.train.command.write_report", read_run)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ class FakeTime:
         monkeypatch.setattr("vitlocal.train.build.Clock", fake_clock)
         monkeypatch.setattr(Evaluator, "estimate_seconds", lambda evaluator, plan: 3.0)
         taking(Trainer, "train_step", lambda: step)
-        taking(Evaluator, "accuracy", lambda: next(evaluations))
+        taking(Evaluator, "scores", lambda: next(evaluations))
         taking(RunOutput, "save_checkpoint", lambda: next(saves) if saves else 0.0)
 
         def export(run: object, folder: Path) -> None:

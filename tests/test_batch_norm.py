@@ -52,7 +52,7 @@ def test_an_average_is_evaluated_with_its_own_statistics(configure, decoder, tmp
     with open_trainer(config) as trainer:
         average, source, size = trainer.state.ema.model, trainer.sources.train, config.model.size
         assert average.training is False and all(m.momentum == 0.1 for m in average.modules() if hasattr(m, "momentum"))
-        normalize = trainer.step._objective.augment.normalize
+        normalize = trainer.step.task.augment.normalize
         with source.open(Feed(size, 48), Position(EPOCH)) as batches:
             pixels = [normalize(next(batches).images.clone()) for _ in range(2)]
         expected = copy.deepcopy(average)
@@ -205,7 +205,7 @@ def test_only_other_weights_or_shapes_need_an_estimate(configure, decoder, monke
         assert trainer.evaluator.recalibrates == recalibrates
         if not recalibrates:
             monkeypatch.setattr(Evaluator, "recalibrate", None)
-            assert trainer.evaluator.accuracy(trainer.plan()) is not None
+            assert trainer.evaluator.scores(trainer.plan()) is not None
 
 
 def test_frozen_blocks_and_blocks_that_do_not_run_keep_their_statistics(configure, decoder):
@@ -215,7 +215,7 @@ def test_frozen_blocks_and_blocks_that_do_not_run_keep_their_statistics(configur
         with open_trainer(configure(*COMMON, *LOCALVIT, *method)) as trainer:
             average = trainer.state.ema.model
             before = statistics(average)
-            assert trainer.evaluator.accuracy(trainer.plan()) is not None
+            assert trainer.evaluator.scores(trainer.plan()) is not None
             moved = {name for name, value in statistics(average).items() if not torch.equal(value, before[name])}
             assert moved == {name for name in before if name.startswith("blocks.0.")}
 

@@ -85,12 +85,12 @@ def test_evaluation_is_that_of_a_cpu(configure):
     images = a_batch(8).images
     options = ["--model.depth=1", "--train.precision=fp32"]
     on_cpu = a_step(configure, *options)
-    expected = on_cpu.predict_fn(on_cpu.model.eval())(images, False)
+    expected = on_cpu.predict_fn(on_cpu.model.eval())(False, images)
     for how in ("yes", "no"):
         step = a_step(configure, *options, "--run.device=cuda", f"--train.compile={how}", device=GPU)
         with torch.no_grad():
             for whole in (True, False):  # compiled, and as the last batch of a split
-                logits = step.predict_fn(step.model.eval())(images.to(GPU), whole)
+                logits = step.predict_fn(step.model.eval())(whole, images.to(GPU))
                 torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=1e-3)
     assert expected.shape == (8, CLASSES)
 

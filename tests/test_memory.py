@@ -85,7 +85,7 @@ def test_the_state_is_that_of_a_run(configure):
             value for model in (state.model, state.ema.model) for value in (*model.parameters(), *model.buffers())
         ]
         moments = [value for value in tree_leaves(state.optimizer.state_dict()) if isinstance(value, torch.Tensor)]
-        table = step._objective.augment.table
+        table = step.task.augment.table
         gradients = sum(value.nbytes for value in state.model.parameters())
         real = sum(value.nbytes for value in (*models, *moments, table) if value.ndim) + gradients
         assert state_bytes(state.model, config, 1) == real

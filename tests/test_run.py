@@ -20,6 +20,7 @@ from vitlocal.methods.method import MethodContext, StepResult
 from vitlocal.plan import Feed
 from vitlocal.predict import Predictor
 from vitlocal.report.run_folder import read_log
+from vitlocal.tasks.classification import Classification
 from vitlocal.train.command import train
 from vitlocal.train.devices import Mode
 from vitlocal.train.evaluator import Evaluator
@@ -135,7 +136,7 @@ def test_a_signal_saves_and_the_run_continues(configure, decoder, stop_after, tm
 @pytest.mark.usefixtures("no_report")
 def test_a_signal_while_evaluating(configure, decoder, tmp_path: Path, monkeypatch, evaluation: int):
     train(configure(f"--run.folder={tmp_path}/whole"))
-    original, count = Evaluator.accuracy, [0]
+    original, count = Evaluator.scores, [0]
 
     def accuracy(self, *arguments):
         count[0] += 1
@@ -143,7 +144,7 @@ def test_a_signal_while_evaluating(configure, decoder, tmp_path: Path, monkeypat
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Evaluator, "accuracy", accuracy)
+    monkeypatch.setattr(Evaluator, "scores", accuracy)
     assert train(configure()) == 130
     assert len(read_log(tmp_path / "run")) == evaluation - 1
     assert train(configure()) == 0
@@ -351,11 +352,11 @@ def test_a_warm_up_without_memory_names_the_option_to_change(configure, decoder)
 
 
 def test_an_evaluation_without_memory_names_the_option_to_change(configure, capsys, decoder, no_report):
-    def found(self, batch):
+    def add(*_: object):
         raise NO_MEMORY["a GPU"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "_found", found)
+        patch.setattr(Classification, "add", add)
         assert run_command(lambda argv: train(configure()), []) == 1
     message = "no memory for a batch of an evaluation of 256 images of 48 px: use evaluate.batch_size=128"
     assert message in capsys.readouterr().err

@@ -22,6 +22,7 @@ from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
 from vitlocal.progress import Length, Progress
 from vitlocal.report.run_folder import read_log
+from vitlocal.tasks.metrics import METRICS
 from vitlocal.train.budget import read_spent
 from vitlocal.train.build import open_run
 from vitlocal.train.command import start_warnings, train
@@ -327,7 +328,7 @@ def test_progress_lines_without_a_terminal(tmp_path: Path, monkeypatch, capsys, 
     now = 1000.0
     monkeypatch.setattr("vitlocal.train.output.time.monotonic", lambda: now)
     monkeypatch.setattr("vitlocal.train.output.sys.stderr.isatty", lambda: False)
-    output, printed = RunOutput(tmp_path, Length.parse("24h"), progress), []
+    output, printed = RunOutput(tmp_path, Length.parse("24h"), METRICS["classification"], progress), []
     output.begin(0)
     for _ in range(3000):
         now += 1

@@ -91,7 +91,7 @@ def test_the_compiled_step_is_the_eager_one(configure):
         for model in (eager.model, compiled.model):
             model.eval()
         with torch.no_grad():
-            both = [step.predict_fn(step.model)(images, whole) for step in (eager, compiled)]
+            both = [step.predict_fn(step.model)(whole, images) for step in (eager, compiled)]
         torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
 
 
@@ -181,8 +181,8 @@ def test_dropout_has_keys(configure, drop_path: float):
         num_heads=model.blocks[0].attn.num_heads, num_classes=CLASSES, drop_path_rate=float(drop_path), **rates,
     )  # fmt: skip
     dropping.load_state_dict(model.state_dict())
-    step.model = step._objective.model = dropping
-    step._repeats = not dropping.drops_out
+    step.model = step.task.model = step.task.objective.model = dropping
+    step.task.repeats = not dropping.drops_out
 
     def gradients(number: int) -> list[torch.Tensor]:
         dropping.zero_grad()
@@ -210,7 +210,7 @@ def test_on_whole_batches_a_step_sees_the_same_images(configure, monkeypatch: py
         found = []
         for in_graph in (False, True):
             monkeypatch.setattr(Augment, "in_forward", in_graph)
-            logits = step.logits(step.model, batch, 3, torch.float32)
+            logits, _ = step.probe(step.model, batch, 3, torch.float32)
             found.append((logits.detach(), float(step._gradients(batch, 3, EAGER).loss)))
             step.model.zero_grad()
         (logits, loss), (again, same) = found
@@ -278,7 +278,7 @@ def test_a_step_that_is_compiled_wrongly_does_not_train(
 ):
     step = a_step(configure, "--train.compile=yes")
     if processes == "several":  # they keep gradients in buffers that every backward pass writes
-        step._ddp = request.getfixturevalue("several").wrap(step._objective)
+        step._ddp = request.getfixturevalue("several").wrap(step.task.objective)
         step.gradients(a_batch(8))  # makes the buffers
 
     def wrong(*operands):
@@ -294,7 +294,7 @@ def test_a_step_that_is_compiled_wrongly_does_not_train(
 
 def test_gradients_of_layers_stay_in_several_processes(configure, several: Ranks):
     step = a_step(configure)
-    step._ddp = several.wrap(step._objective)
+    step._ddp = several.wrap(step.task.objective)
     step.gradients(a_batch(8))  # makes the buffers
     first = layer_gradients(step, a_batch(12))
     kept = {name: gradient.clone() for name, gradient in first.items()}

@@ -133,7 +133,7 @@ def test_one_delayed_batch_counts_once_in_the_estimate_of_an_evaluation(configur
                 stop()
                 now[0] += 0.1 + next(delays)
 
-        monkeypatch.setattr(trainer.evaluator, "accuracy", accuracy)
+        monkeypatch.setattr(trainer.evaluator, "scores", accuracy)
         monkeypatch.setattr("vitlocal.train.evaluator.perf_counter", lambda: now[0])
         assert trainer.evaluator.estimate_seconds(trainer.plan()) == pytest.approx(0.2 + 8 * 0.1 + 1.0)
 
@@ -167,7 +167,7 @@ def test_a_run_killed_in_its_last_evaluation_only_repeats_that(configure, decode
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "accuracy", accuracy)
+        patch.setattr(Evaluator, "scores", accuracy)
         with pytest.raises(Killed):
             train(configure("--budget.length=2s", "--evaluate.every=0"))
     steps = []

@@ -31,9 +31,10 @@ from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.figures import Line, race, save
 from vitlocal.report.run_folder import read_run
+from vitlocal.tasks.metrics import Metric, metrics_of
 from vitlocal.train.run_folder import read_origin
 
-PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "top1", "lr", "train_seconds", "images_per_second",
+PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "lr", "train_seconds", "images_per_second",
                "macs_per_image", "flops")  # fmt: skip
 Plots = Mapping[Path, Sequence[str]]  # files, and the names of the arms to plot
 
@@ -45,6 +46,16 @@ class RunResult:
     row: dict[str, Any]
     curve: list[dict[str, Any]]
     config: dict[str, Any]
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics of the run's task."""
+        return metrics_of(self.config.get("model.name", ""))
+
+    @property
+    def line(self) -> Line:
+        """The run as a line in a figure."""
+        return Line(self.row["run"], self.curve, metrics=self.metrics)
 
 
 def machine_of(folder: Path) -> dict[str, Any]:
@@ -58,7 +69,8 @@ def result_of(run: PlannedRun) -> RunResult:
     """The result of a finished run in its folder. Passes keep only the fields that are plotted or compared."""
     about = {"arm": run.arm.name, "seed": run.seed, "budget": run.budget, "published_top1": run.arm.published}
     found = read_run(run.folder)
-    passes = [{name: record.get(name) for name in PASS_FIELDS} for record in found.records]
+    names = PASS_FIELDS + tuple(metric.name for metric in found.metrics)
+    passes = [{name: record.get(name) for name in names} for record in found.records]
     return RunResult({**about, **summary(found), **machine_of(run.folder)}, passes, stated_options(run.config()))
 
 
@@ -77,10 +89,10 @@ def read_results(path: str) -> dict[tuple[str, int, str], RunResult]:
         raise ConfigError(f"--add: {path} is not a file that --json of this bench wrote ({error})") from error
 
 
-def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+def mean_and_deviation(values: Sequence[float], sign: str = "", digits: int = 2) -> str:
     """The mean and the standard deviation; of a single value, only the value; of none, nothing."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}" if values else ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}" if values else ""
 
 
 def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
@@ -91,23 +103,30 @@ def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
     """
     by_arm = {arm.name: {r.row["seed"]: r.row for r in results if r.row["arm"] == arm.name} for arm in arms}
     arms = [arm for arm in arms if by_arm[arm.name]]
-    first, lines = arms[0].name, []
+    (metric, *others), first, lines = results[0].metrics, arms[0].name, []
+    others = [other for other in others if other.tabulated]
     for arm in arms:
         rows = by_arm[arm.name]
-        top1 = [row["top1"] for row in rows.values()]
+        scores = [row[metric.name] for row in rows.values()]
         differences = [
-            row["top1"] - other["top1"]
+            row[metric.name] - other[metric.name]
             for seed, row in rows.items()
             if arm.name != first and (other := by_arm[first].get(seed))
             if row["cpu"] and all(row[part] == other[part] for part in ("cpu", "gpu"))
         ]
         about = f"{arm.name}: {arm.about}" if arm.about else arm.name
         paper = "" if arm.published is None else f"{arm.published:g}"
-        seeds = ", ".join(f"{value:.2f}" for value in top1)
+        seeds = ", ".join(f"{value:.{metric.digits}f}" for value in scores)
         epochs, rate = (statistics.mean(row[name] for row in rows.values()) for name in ("epochs", "images_per_second"))
-        accuracies = mean_and_deviation(top1), mean_and_deviation(differences, "+")
-        lines.append([about, paper, *accuracies, seeds, f"{epochs:.1f}", f"{rate:,.0f}"])
-    titles = ["arm", "paper, top-1 %", "top-1 %", f"against {first}", "seeds", "epochs", "images/s"]
+        found = [
+            mean_and_deviation([row[o.name] for row in rows.values() if row.get(o.name) is not None], digits=o.digits)
+            for o in others
+        ]
+        means = (mean_and_deviation(values, sign, metric.digits) for values, sign in ((scores, ""), (differences, "+")))
+        lines.append([about, paper, *means, seeds, *found, f"{epochs:.1f}", f"{rate:,.0f}"])
+    title = metric.title
+    titles = ["arm", f"paper, {title}", title, f"against {first}", "seeds", *(o.title for o in others), "epochs",
+              "images/s"]  # fmt: skip
     filled = [column for column in zip(titles, *lines, strict=True) if any(column[1:])]
     head, *body = zip(*filled, strict=True)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
@@ -117,11 +136,14 @@ def publish(
     results: Sequence[RunResult], arms: Sequence[Arm], budget: str, what: str, file: str | None, plots: Plots
 ) -> str:
     """Writes the file of ``--json`` and plots of some arms (by file name); prints and returns the table."""
-    what = f"{what} with a budget of {budget} each: the accuracy, and the log of passes"
+    what = f"{what} with a budget of {budget} each: the metrics, and the log of passes"
     curves, configs = ({r.row["run"]: getattr(r, name) for r in results} for name in ("curve", "config"))
     write_json(file, what, [result.row for result in results], curves=curves, configs=configs)
     for path, drawn in plots.items():
-        lines = {name: [Line(r.row["run"], r.curve) for r in results if r.row["arm"] == name] for name in drawn}
+        lines = {
+            name: [Line(r.row["run"], r.curve, metrics=r.metrics) for r in results if r.row["arm"] == name]
+            for name in drawn
+        }
         if trained := {name: found for name, found in lines.items() if found}:
             save(race(trained, f"{budget} per run"), path)
     table = results_table(results, arms) if results else ""
@@ -203,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     add("arms", metavar="ARMS.yaml", help="file of arms")
     add("--budget", type=budget, required=True, metavar="LENGTH", help="budget of each run: 4m, 90ep, 24h")
     add("--only", metavar="LIST", help="names of arms to train, separated by commas (default: all)")
-    add("--plot", type=plot_file, metavar="FILE", help="plot top-1 against training time")
+    add("--plot", type=plot_file, metavar="FILE", help="plot the metric against training time")
     options, trainer = parser.parse_known_args(argv)
     arms, length = read_arms(options.arms), options.budget
     if options.only:

@@ -16,6 +16,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.report.figures import by_size
 from vitlocal.report.page import page_of, rows_table
 from vitlocal.report.run_folder import RunRecord, duration, names_of, read_run
+from vitlocal.tasks.metrics import is_evaluated
 
 # Options that change nothing in a forecast.
 RUN_OPTIONS = ("seed", "folder", "resume", "progress", "keep_weights", "save_every")
@@ -35,8 +36,8 @@ def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
     images = sum(row["images"] for row in forecast["rows"])
     pairs += [("epochs", forecast["epochs"], last["epoch"]), ("images", images, last["images_seen"])]
     if forecast["first_point_seconds"] is not None:
-        first = next(record for record in run.records if record["top1"] is not None)
-        pairs.append(("first accuracy, s", forecast["first_point_seconds"], first["train_seconds"]))
+        first = next(record for record in run.records if is_evaluated(record, run.metric))
+        pairs.append(("first evaluation, s", forecast["first_point_seconds"], first["train_seconds"]))
     return [
         {"what": what, "forecast": said, "happened": actual, "off": said / actual - 1 if actual else 0.0}
         for what, said, actual in pairs
@@ -82,5 +83,5 @@ def main(argv: Sequence[str]) -> None:
     out = options.out or (folders[0] if len(runs) == 1 else Path()) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page_of(runs, not options.no_crops, parts), encoding="utf-8")
-    accuracies = ", ".join(f"{run.name} {run.last['top1']:.2f} %" for run in runs)
-    print(f"{out}: {accuracies}, {duration(sum(run.last['train_seconds'] for run in runs))} of training")
+    scores = ", ".join(f"{run.name} {run.metric.number(run.score)}" for run in runs)
+    print(f"{out}: {scores}, {duration(sum(run.last['train_seconds'] for run in runs))} of training")

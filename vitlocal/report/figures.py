@@ -5,13 +5,15 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from vitlocal.tasks.metrics import METRICS, Metric, is_evaluated
 
 BLUE, GREY, ORANGE = "#1f6feb", "#57606a", "#d1600a"
 COLOURS = (BLUE, ORANGE, "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#0e7490", GREY)
@@ -25,11 +27,22 @@ class Line:
 
     name: str
     records: Sequence[Record]  # one for each pass, oldest first
+    metrics: tuple[Metric, ...] = field(default=METRICS["classification"], kw_only=True)  # those of its task
 
     @property
     def last(self) -> Record:
         """The record of the last pass that was evaluated."""
-        return next(record for record in reversed(self.records) if record["top1"] is not None)
+        return next(record for record in reversed(self.records) if is_evaluated(record, self.metric))
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that curves and tables show."""
+        return self.metrics[0]
+
+    @property
+    def score(self) -> float:
+        """The metric at the last evaluation."""
+        return self.last[self.metric.name]
 
     @property
     def starts(self) -> list[float]:
@@ -62,9 +75,13 @@ def _plain(*axes: Axes) -> None:
 
 
 def _plot(axes: Axes, line: Line, y: str, scale: float, x: str = "train_seconds", **style: Any) -> None:
-    """Plots the field ``y`` of the log against ``x`` / ``scale``. Records in which ``y`` is None are left out."""
-    known = [record for record in line.records if record[y] is not None]
+    """Plots the field ``y`` of the log against ``x`` / ``scale``. Records without ``y`` are left out."""
+    known = [record for record in line.records if record.get(y) is not None]
     axes.plot([record[x] / scale for record in known], [record[y] for record in known], **style)
+
+
+def _axis(metric: Metric) -> str:
+    return f"validation {metric.label}" + (f", {metric.unit}" if metric.unit else "")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -74,9 +91,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def curves(lines: Sequence[Line], along: str) -> Figure:
-    """Top-1 and loss of runs against "time", "epochs" or "images"."""
-    field = {"time": "train_seconds", "epochs": "epoch", "images": "images_seen"}[along]
-    most = max(line.records[-1][field] for line in lines)
+    """The metric and the loss of runs of one task against "time", "epochs" or "images"."""
+    x_field = {"time": "train_seconds", "epochs": "epoch", "images": "images_seen"}[along]
+    most = max(line.records[-1][x_field] for line in lines)
     if along == "time":
         unit, scale = time_unit(most)
         label = f"training time, {unit}"
@@ -86,18 +103,18 @@ def curves(lines: Sequence[Line], along: str) -> Figure:
     else:
         scale, label = 1.0, "epochs"
     figure = Figure(figsize=(4.4, 4.6), layout="constrained")  # text is 11 px high on a phone
-    top1, loss = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
+    score, loss = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         dots = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "label": line.name}
-        _plot(top1, line, "top1", scale, field, color=colour, **dots)
-        _plot(loss, line, "loss", scale, field, color=colour, linewidth=1.2)
-    top1.set_ylabel("validation top-1, %")
+        _plot(score, line, line.metric.name, scale, x_field, color=colour, **dots)
+        _plot(loss, line, "loss", scale, x_field, color=colour, linewidth=1.2)
+    score.set_ylabel(_axis(lines[0].metric))
     loss.set_ylabel("training loss")
     loss.set_xlabel(label)
     if len(lines) > 1:
-        top1.legend(frameon=False, fontsize=9)
-    _plain(top1, loss)
+        score.legend(frameon=False, fontsize=9)
+    _plain(score, loss)
     return figure
 
 
@@ -116,9 +133,9 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], fields: Mapping[s
     rows[1].set_ylabel("learning rate")
     rows[1].set_ylim(0)
     names = {"shape.block_order": "blocks", "shape.trainable_blocks": "trained_blocks"}
-    for axes, (field, default) in zip(rows[2:], fields.items(), strict=True):
-        _stairs(axes, line, field, scale, GREY, default=default)
-        axes.set_ylabel(names.get(field, field.rpartition(".")[2]).replace("_", "\n"), fontsize=9)
+    for axes, (name, default) in zip(rows[2:], fields.items(), strict=True):
+        _stairs(axes, line, name, scale, GREY, default=default)
+        axes.set_ylabel(names.get(name, name.rpartition(".")[2]).replace("_", "\n"), fontsize=9)
     rows[-1].set_xlabel(f"training time, {unit}")
     _plain(*rows)
     return figure
@@ -241,15 +258,16 @@ def savings(stages: Sequence[Record]) -> tuple[float, float]:
 
 
 def draw_curve(line: Line, path: Path) -> None:
-    """Draws accuracy, loss, image size and throughput of one run against training time, as a PNG."""
+    """Draws metric, loss, image size and throughput of one run against training time, as a PNG."""
     unit, scale = time_unit(line.records[-1]["train_seconds"])
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1.3, 1.3])
-    _plot(axes[0], line, "top1", scale, color=BLUE, marker="o", markersize=4)
-    end = line.last["train_seconds"] / scale, line.last["top1"]
+    _plot(axes[0], line, line.metric.name, scale, color=BLUE, marker="o", markersize=4)
+    end = line.last["train_seconds"] / scale, line.score
     text: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "color": BLUE, "weight": "bold"}
-    axes[0].annotate(f"{line.last['top1']:.2f} %", end, (-6, -16), **text)
-    axes[0].set_ylabel("validation top-1, %", color=BLUE)
+    place = -6, -16 if line.metric.larger_is_better else 10
+    axes[0].annotate(line.metric.number(line.score), end, place, **text)
+    axes[0].set_ylabel(_axis(line.metric), color=BLUE)
     axes[0].set_title(line.name, loc="left")
     losses = axes[0].twinx()
     _plot(losses, line, "loss", scale, color=ORANGE, linewidth=1.2)
@@ -264,18 +282,19 @@ def draw_curve(line: Line, path: Path) -> None:
 
 
 def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
-    """Top-1 against training time. Each name has a colour and one line per run (for example, per seed)."""
+    """The metric against training time. Each name has a colour and one line per run (for example, per seed)."""
     unit, scale = time_unit(max(line.records[-1]["train_seconds"] for lines in runs.values() for line in lines))
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for number, (name, lines) in enumerate(runs.items()):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3.5}
-        label = f"{name}: {statistics.mean(line.last['top1'] for line in lines):.1f} %"
+        metric = lines[0].metric
+        label = f"{name}: {metric.number(statistics.mean(line.score for line in lines), metric.digits - 1)}"
         for place, line in enumerate(lines):
             style |= {"alpha": 0.45, "label": None} if place else {"alpha": 1, "label": label}
-            _plot(axes, line, "top1", scale, linewidth=1.3, **style)
+            _plot(axes, line, metric.name, scale, linewidth=1.3, **style)
     axes.set_xlabel(f"training time, {unit}")
-    axes.set_ylabel("validation top-1, %")
+    axes.set_ylabel(_axis(metric))
     axes.set_title(title, loc="left")
     axes.legend(frameon=False)
     _plain(axes)

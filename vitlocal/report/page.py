@@ -27,6 +27,7 @@ from vitlocal.plan import Dials, Feed, Plan, fold
 from vitlocal.progress import Position, Progress
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.report.run_folder import RunRecord, duration, read_run
+from vitlocal.tasks.metrics import is_evaluated
 
 WORST_CLASSES = 10
 POINTS_PER_PASS = 40  # of the learning rate's curve
@@ -82,23 +83,29 @@ def _figure(drawing: str, caption: str, kind: str = "") -> str:
 
 
 def summary_part(runs: Sequence[RunRecord]) -> str:
-    """A table with the result of each run."""
-    head = ["run", "top-1 %", "top-5 %", "epochs", "images", "trained", "in all", "images/s"]
+    """A table with the result of each run. Runs of different tasks have different metrics."""
+    metrics = list(dict.fromkeys(metric for run in runs for metric in run.metrics if is_evaluated(run.last, metric)))
+    head = ["run", *(metric.title for metric in metrics), "epochs", "images", "trained", "in all", "images/s"]
     rows = []
     for run in runs:
         last = run.last
         rate = last["images_seen"] / max(last["train_seconds"], 1e-9)
         rows.append([
-            run.name, f"{last['top1']:.2f}", f"{last['top5']:.2f}", f"{last['epoch']:.2f}", f"{last['images_seen']:,}",
+            run.name, *(f"{last[m.name]:.{m.digits}f}" if is_evaluated(last, m) else "" for m in metrics),
+            f"{last['epoch']:.2f}", f"{last['images_seen']:,}",
             duration(last["train_seconds"]), duration(last["wall_seconds"]), f"{rate:,.0f}",
         ])  # fmt: skip
     return rows_table(head, rows)
 
 
 def curves_part(runs: Sequence[RunRecord]) -> str:
-    """Accuracy and loss against time, epochs and images."""
-    figures = {along: curves(runs, along) for along in ("time", "epochs", "images")}
-    drawn = [_figure(svg(figure, f"curves-{a}"), f"Top-1 and loss against {a}") for a, figure in figures.items()]
+    """Metric and loss against time, epochs and images. There are curves for each task."""
+    by_metric = {run.metric: [other for other in runs if other.metric == run.metric] for run in runs}
+    drawn = [
+        _figure(svg(curves(found, along), f"curves-{metric.name}-{along}"), f"{metric.label} and loss against {along}")
+        for metric, found in by_metric.items()
+        for along in ("time", "epochs", "images")
+    ]
     return f'<h2>Curves</h2><div class="grid">{"".join(drawn)}</div>'
 
 
@@ -285,14 +292,15 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
         last = runs[0].last
         title = runs[0].name
         lead = (
-            f"Top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % after {last['epoch']:.1f} epochs: "
+            f"{scores_text(runs[0])} after {last['epoch']:.1f} epochs: "
             f"{last['images_seen']:,} images in {duration(last['train_seconds'])} of training "
             f"({duration(last['wall_seconds'])} with evaluation and saving)."
         )
     else:
-        best = max(runs, key=lambda run: run.last["top1"])
         title = f"{len(runs)} runs"
-        lead = f"The best is {best.name}: {best.last['top1']:.2f} % top-1."
+        of_one_task = [run for run in runs if run.metric == runs[0].metric]
+        best = max(of_one_task, key=lambda run: run.metric.key(run.score))
+        lead = f"The best is {best.name}: {best.metric.text(best.score)}."
     parts = [
         summary_part(runs), *more, curves_part(runs), schedule_part(runs), throughput_part(runs), costs_part(runs),
         crops_part(runs) if crops else "", classes_part(runs), differences_part(runs), configuration_part(runs),
@@ -300,9 +308,14 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
 
 
-def write_report(folder: Path) -> dict[str, Any]:
-    """Writes ``curve.png`` and ``report.html`` into a run's folder. Returns the last evaluated record."""
+def scores_text(run: RunRecord) -> str:
+    """The metrics at the last evaluation: ``top-1 48.20 %, top-5 73.40 %``."""
+    return ", ".join(metric.text(run.last[metric.name]) for metric in run.metrics if is_evaluated(run.last, metric))
+
+
+def write_report(folder: Path) -> RunRecord:
+    """Writes ``curve.png`` and ``report.html`` into a run's folder. Returns the run."""
     run = read_run(folder)
     draw_curve(run, folder / "curve.png")
     (folder / "report.html").write_text(page_of([run], crops=False), encoding="utf-8")
-    return run.last
+    return run

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError
-from vitlocal.jsonl import read_lines
+from vitlocal.jsonl import read_lines, replacing
 from vitlocal.report.figures import Line
+from vitlocal.tasks.metrics import is_evaluated, metrics_of
 
-CLASSES = "classes.json"
+CLASSES, PICTURES = "classes.json", "pictures"
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,15 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         hint = f"; did you mean {folder.with_name(others[0])}?" if others else ""
         raise ConfigError(f"{folder} does not exist; expected a folder that train_imagenet.py made{hint}")
     records = read_log(folder)
-    if not any(record["top1"] is not None for record in records) or not (folder / "config.yaml").exists():
+    config, metrics = None, metrics_of("")
+    if (folder / "config.yaml").exists():
+        config = read_config(["--config-file", str(folder / "config.yaml")], {})
+        metrics = metrics_of(config.model.name)
+    if config is None or not any(is_evaluated(record, metrics[0]) for record in records):
         raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
     classes = folder / CLASSES
     found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
-    config = read_config(["--config-file", str(folder / "config.yaml")], {})
-    return RunRecord(name or folder.name, records, folder, config, found)
+    return RunRecord(name or folder.name, records, folder, config, found, metrics=metrics)
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
@@ -50,6 +55,13 @@ def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) ->
     pairs = zip(classes, by_class.tolist(), strict=True)
     found = [{"class": name, "right": right, "images": count} for name, (right, count) in pairs]
     (folder / CLASSES).write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+
+
+def write_picture(folder: Path, name: str, picture: Image.Image) -> None:
+    """Writes ``pictures/NAME.png``."""
+    (folder / PICTURES).mkdir(exist_ok=True)
+    with replacing(folder / PICTURES / f"{name}.png", "wb", sync=False) as file:
+        picture.save(file, format="PNG")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

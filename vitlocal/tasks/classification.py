@@ -1,10 +1,10 @@
 """Image classification: cross-entropy with augmentation and mixing, and top-1 and top-5 accuracy.
 
-Shape letters: B batch, C classes, S image size.
+Shape letters: B batch, C classes, L blocks, S image size.
 """
 
-from collections.abc import Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.data.augment import Augment, AugmentParams
+from vitlocal.data.augment import Augment, AugmentParams, send
+from vitlocal.data.batch import Batch
+from vitlocal.data.random_keys import DROP_PATH, uniform
+from vitlocal.models.factory import export_model
+from vitlocal.models.vit import VisionTransformer
+from vitlocal.plan import Dials
+from vitlocal.tasks.task import Scores, Task
 
 
 class ClassificationLoss(nn.Module):
@@ -64,10 +70,99 @@ class ClassificationLoss(nn.Module):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 and top-5 accuracy in percent of the counted images."""
+def blank_photos(count: int, size: int, device: torch.device, random: bool) -> Tensor:
+    """Black or random images (count, 3, size, size) uint8, channels-last."""
+    images = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    return images.random_(0, 256) if random else images
 
-    top1: float
-    top5: float
-    by_class: np.ndarray  # (C, 2) int64: correct images and all images of each class
+
+class Classification(Task):
+    """Trains a classifier. ``outputs``: see :class:`ClassificationLoss`. The arguments are on the model's device."""
+
+    name = "classification"
+    step_outputs = frozenset({"correct", "attention_variance"})
+
+    def __init__(
+        self, model: nn.Module, augment: Augment, label_smoothing: float = 0.0,
+        precision: torch.dtype = torch.float32, outputs: Set[str] = frozenset(),
+    ):  # fmt: skip
+        super().__init__(model, precision)
+        self.augment = augment
+        self.objective: ClassificationLoss = ClassificationLoss(model, augment, label_smoothing, precision, outputs)
+        has_stages = getattr(model, "stage_table", None) is not None
+        self._draws_paths = isinstance(model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
+
+    # --- training ---
+
+    def set_shape(self, input_size: int | None) -> None:
+        self.objective.input_size = input_size
+
+    def set_dials(self, dials: Dials) -> None:
+        if self._draws_paths:  # in place, because compiled steps read the rates there
+            self.model.set_drop_path(self.model.drop_path_rate * dials.strength)
+
+    def blank(self, count: int, size: int, random: bool = False) -> Tensor:
+        return blank_photos(count, size, self.augment.normalize.scale.device, random)
+
+    def operands(self, batch: Batch, seed: int, number: int, dials: Dials) -> tuple[Any, ...]:
+        images, key, operations = batch.images, (seed, number, batch.places), None
+        if self.augment.in_forward:
+            operations = dials.randaugment
+        else:
+            images = self.augment.prepare(images, *key, dials.randaugment)
+        params = self.augment.draw(*key, batch.total, images.shape[-1], dials.strength, operations)
+        return images, batch.labels, params, self._noise(seed, number, batch.places)
+
+    def part(self, operands: tuple[Any, ...], chosen: Tensor) -> tuple[Any, ...]:
+        images, labels, params, noise = operands
+        pixels = images[chosen].contiguous(memory_format=torch.channels_last)
+        return pixels, labels[chosen], params.part(chosen), None if noise is None else noise[chosen]
+
+    def _noise(self, seed: int, number: int, places: np.ndarray) -> Tensor | None:
+        """Drop path's random numbers (B, L, 2), and those of the stage embedding."""
+        if not self._draws_paths:
+            return None
+        depth = len(self.model.blocks) + (self.model.stage_table is not None)
+        draws = uniform((seed, number, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
+        below_one = np.minimum(draws, 1 - 2.0**-24)  # so that float32 does not round up to 1
+        return send(torch.from_numpy(below_one.astype(np.float32)), self.augment.normalize.scale.device)
+
+    def probe(
+        self, model: nn.Module, batch: Batch, seed: int, number: int, dials: Dials, precision: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        places = batch.places[: len(batch)]  # some splits leave out damaged images
+        if model is not self.model and isinstance(model, VisionTransformer):
+            model.drop_path_rates.copy_(self.model.drop_path_rates)  # an average has those of an earlier step's shape
+        images = self.augment.prepare(batch.images, seed, number, places, dials.randaugment)
+        pixels, noise = self.objective.resize(self.augment.normalize(images)), self._noise(seed, number, places)
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = model(pixels) if noise is None else model(pixels, noise)
+        return logits, F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+
+    # --- evaluation ---
+
+    def predict(self, model: nn.Module, *operands: Tensor) -> Tensor:
+        """From uint8 images (B, 3, S, S) to logits (B, C)."""
+        (images,) = operands
+        return model(self.augment.normalize(images))
+
+    def new_sums(self, num_classes: int) -> Tensor:
+        """The correct images (top-1, top-5) and all counted images of each class: (3, C) int64."""
+        return torch.zeros(3, num_classes, dtype=torch.int64, device=self.augment.normalize.scale.device)
+
+    def add(self, sums: Tensor, batch: Batch, counted: Tensor, predict: Callable[..., Tensor]) -> None:
+        logits = predict(batch.images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+        right, counts = best == batch.labels[:, None], send(counted.long(), logits.device)
+        sums.index_add_(1, batch.labels, torch.stack([right[:, 0] * counts, right.any(dim=1) * counts, counts]))
+
+    def scores(self, sums: np.ndarray) -> Scores:
+        top1, top5, images = sums.sum(axis=1).tolist()
+        values = {"top1": 100 * top1 / max(images, 1), "top5": 100 * top5 / max(images, 1)}
+        return Scores(values, by_class=sums[[0, 2]].T)
+
+    def export(
+        self, folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
+        size: int, crop_pct: float,
+    ) -> None:  # fmt: skip
+        export_model(folder, model, name, arguments, classes, size=size, crop_pct=crop_pct)

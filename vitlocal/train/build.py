@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,7 +27,8 @@ from vitlocal.models.local_mix import can_fuse, measured_times
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
-from vitlocal.tasks.classification import ClassificationLoss
+from vitlocal.tasks.classification import Classification
+from vitlocal.tasks.task import Task
 from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
 from vitlocal.train.devices import choose_device, choose_precision, sum_type
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
@@ -94,6 +95,14 @@ def make_optimizer(
     return build_optimizer(model, config.train.optimizer, precision=precision, **settings)
 
 
+def make_task(
+    config: Config, model: nn.Module, device: torch.device, precision: torch.dtype, outputs: Set[str]
+) -> Task:
+    """The task that the model is for. ``outputs``: those of steps that methods need."""
+    augment = Augment(**config.augment.arguments()).to(device)
+    return Classification(model, augment, config.train.label_smoothing, precision, outputs)
+
+
 def assemble_step(
     config: Config, model: nn.Module, device: torch.device, macs: MacCount, methods: Sequence[Method] = (),
     ranks: Ranks = ALONE,
@@ -109,9 +118,8 @@ def assemble_step(
     ema = ModelEma(model, train.ema_decay or 0.0, train.ema_length) if has_ema else None
     method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
     outputs: frozenset[str] = frozenset().union(*(method.needs.step_outputs for method in methods))
-    augment = Augment(**config.augment.arguments()).to(device)
     step = TrainStep(
-        ClassificationLoss(model, augment, train.label_smoothing, precision, outputs),
+        make_task(config, model, device, precision, outputs),
         make_optimizer(config, model, precision),
         device,
         ema=ema,
@@ -221,7 +229,10 @@ def build_run(
     state.data = data_fingerprint(sources.train.count, classes)
     output = None
     if folder is not None and ranks.first:
-        output = RunOutput(folder, config.budget.length, config.run.progress, config.run.keep_weights)
+        run_config = config.run
+        output = RunOutput(
+            folder, config.budget.length, step.task.metrics, run_config.progress, run_config.keep_weights
+        )
     evaluate = config.evaluate
     shown = Feed(evaluate.size or config.model.size, evaluate.batch_size)
     trainer = Trainer(

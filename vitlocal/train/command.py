@@ -8,10 +8,10 @@ from pathlib import Path
 from vitlocal.config import Config
 from vitlocal.machine import can_compile_kernels
 from vitlocal.methods import METHODS
-from vitlocal.models.factory import export_model, patch_side
+from vitlocal.models.factory import patch_side
 from vitlocal.models.shape import temporary_shape
 from vitlocal.progress import upcoming_changes
-from vitlocal.report.page import write_report
+from vitlocal.report.page import scores_text, write_report
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import BuiltRun, open_run
 from vitlocal.train.loop import fit
@@ -48,10 +48,10 @@ def train(config: Config, began: float | None = None) -> int:
         if output is None:
             return 0
         export(run, output.folder)
-        best = write_report(output.folder)
+        record = write_report(output.folder)
         for warning in end_warnings(run):
             say(f"note: {warning}")
-        say(f"done: top-1 {best['top1']:.2f} %, top-5 {best['top5']:.2f} %; see {output.folder}/report.html")
+        say(f"done: {scores_text(record)}; see {output.folder}/report.html")
     return 0
 
 
@@ -64,19 +64,21 @@ def describe(run: BuiltRun) -> str:
         f"{model.name}: {parameters:.2f} M parameters, up to {model.size} px"
         + (f" in patches of {patch}" if patch > 1 else "")
         + f", {source.count:,} images of {len(source.classes)} classes, {run.config.budget.length} on {step.device}, "
-        f"{str(step.precision).removeprefix('torch.')}, in {run.config.run.folder}"
+        f"{str(step.task.precision).removeprefix('torch.')}, in {run.config.run.folder}"
         + (f", {processes} processes" if processes > 1 else "")
     )
 
 
 def export(run: BuiltRun, folder: Path) -> None:
-    """Writes the weights that were evaluated, as files that timm loads, to ``folder``."""
+    """Writes the weights that were evaluated to ``folder``."""
     trainer, config = run.trainer, run.config
     model, classes = trainer.evaluator.model, trainer.sources.train.classes
     shape = trainer.evaluator.shape(trained_plan(trainer.state))
     size, crop_pct = config.evaluate.size or config.model.size, config.evaluate.crop_pct
     with temporary_shape(model, shape, trainer.step.shape):
-        export_model(folder, model, config.model.name, run.model_arguments, classes, size=size, crop_pct=crop_pct)
+        trainer.step.task.export(
+            folder, model, config.model.name, run.model_arguments, classes, size=size, crop_pct=crop_pct
+        )
 
 
 def start_warnings(run: BuiltRun) -> list[str]:

@@ -8,21 +8,21 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitlocal.data.augment import send
-from vitlocal.data.batch import Batch, Sources
+from vitlocal.data.batch import Sources
 from vitlocal.data.shares import WholeBatches
 from vitlocal.models.shape import temporary_shape
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.progress import Position
-from vitlocal.tasks.classification import Accuracy
+from vitlocal.tasks.task import Scores
 from vitlocal.train.devices import synchronize
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.memory import explained_memory_errors
@@ -65,34 +65,43 @@ class Evaluator:
             shape = method.evaluation_shape(shape)
         return shape
 
-    def accuracy(
-        self, plan: Plan, stop: Callable[[], bool] = lambda: False, limit: int | None = None
-    ) -> Accuracy | None:
-        """The accuracy of weights that were trained under ``plan``, on ``limit`` batches at most.
+    def scores(self, plan: Plan, stop: Callable[[], bool] = lambda: False, limit: int | None = None) -> Scores | None:
+        """The scores of weights that were trained under ``plan``, on ``limit`` batches at most.
 
         None if ``stop``, called before each batch, returns true. Each process evaluates its share of every batch. A
         ``limit`` is for measurements of time: BatchNorm's statistics stay as they are.
         """
         if limit is None and self.recalibrates and not self.recalibrate(plan, stop):
             return None
-        model, step, source = self.model, self._step, self._source
+        model, task, source = self.model, self._step.task, self._source
         shape, training = self.shape(plan), model.training
-        sums = torch.zeros(3, len(source.classes), dtype=torch.int64, device=step.device)
+        sums = task.new_sums(len(source.classes))
         opened = source.open(self._feed, Position())
-        with temporary_shape(model, shape, step.shape), torch.inference_mode(), opened as batches:
+        with temporary_shape(model, shape, self._step.shape), torch.inference_mode(), opened as batches:
             try:
                 model.eval()
                 for batch in islice(batches, limit):
                     if stop():
                         return None
                     if len(batch):
+                        is_whole = batch.total == self._feed.batch_size and len(batch) == len(batch.places)
+                        counted = torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[self._rows]))
                         with self._memory_errors():
-                            sums.index_add_(1, batch.labels, self._found(batch))
+                            task.add(sums, batch, counted, partial(self._predict, is_whole))
             finally:
                 model.train(training)
-        counts = step.ranks.total(sums).cpu().numpy()  # device sync, once per pass
-        top1, top5, images = counts.sum(axis=1).tolist()
-        return Accuracy(100 * top1 / max(images, 1), 100 * top5 / max(images, 1), counts[[0, 2]].T)
+        return task.scores(self._step.ranks.total(sums).cpu().numpy())  # device sync, once per pass
+
+    def judge(
+        self, scores: Scores, plan: Plan, last: bool, stop: Callable[[], bool], say: Callable[[str], None]
+    ) -> Scores | None:
+        """``scores`` with what the task measures in another way; see :meth:`vitlocal.tasks.task.Task.judge`."""
+        model, training = self.model, self.model.training
+        with temporary_shape(model, self.shape(plan), self._step.shape), torch.inference_mode():
+            try:
+                return self._step.task.judge(scores, model.eval(), last, self._step.ranks, stop, say)
+            finally:
+                model.train(training)
 
     @torch.no_grad()
     def recalibrate(
@@ -123,7 +132,7 @@ class Evaluator:
                     if stop():
                         return False
                     if (batch := next(batches, None)) is not None:
-                        self._predict(batch.images, False)
+                        self._predict(False, batch.images)
             finally:
                 for layer, momentum in zip(layers, momenta, strict=True):
                     layer.momentum = momentum
@@ -137,19 +146,10 @@ class Evaluator:
         remedy = f"use evaluate.batch_size={max(1, count // 2)}; the same command continues with it"
         return explained_memory_errors("a batch of an evaluation", size, count, remedy)
 
-    def _found(self, batch: Batch) -> Tensor:
-        """1 or 0 for each image: whether it is right (top-1, top-5), and whether it is counted: (3, B) int64."""
-        is_whole = batch.total == self._feed.batch_size and len(batch) == len(batch.places)
-        logits = self._predict(batch.images, is_whole).float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        right = best == batch.labels[:, None]
-        counted = send(torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[self._rows])).long(), self._step.device)
-        return torch.stack([right[:, 0] * counted, right.any(dim=1) * counted, counted])
-
     def estimate_seconds(self, plan: Plan) -> float:
         """Estimates the time of an evaluation from its first batches. Also compiles it."""
         batches = -(-self._source.count // self._feed.batch_size)
-        self.accuracy(plan, limit=1)  # the very first batch compiles, or loads kernels
+        self.scores(plan, limit=1)  # the very first batch compiles, or loads kernels
         times: list[float] = []
 
         def note_time() -> bool:  # called before each batch
@@ -166,7 +166,7 @@ class Evaluator:
             synchronize(self._step.device)
             recalibration = (perf_counter() - began) * max(1.0, min(RECALIBRATION_IMAGES, images) / few)
         began = perf_counter()
-        self.accuracy(plan, note_time, limit=ESTIMATED_BATCHES)
+        self.scores(plan, note_time, limit=ESTIMATED_BATCHES)
         times.append(perf_counter())
         # Of the other batches. The median, so that a batch that was delayed does not count several times.
         each = statistics.median(after - before for before, after in pairwise(times))

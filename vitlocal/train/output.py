@@ -21,8 +21,9 @@ from vitlocal.jsonl import append_line, replacing, write_lines
 from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 from vitlocal.progress import Length, Progress
-from vitlocal.report.run_folder import read_log, write_classes
-from vitlocal.tasks.classification import Accuracy
+from vitlocal.report.run_folder import read_log, write_classes, write_picture
+from vitlocal.tasks.metrics import Metric, is_evaluated
+from vitlocal.tasks.task import Scores
 from vitlocal.train.run_folder import CHECKPOINT
 
 KEPT = Path("checkpoints") / "kept"
@@ -37,12 +38,15 @@ class RunOutput:
     Shows the progress about once a second. On a terminal it draws a bar. Elsewhere it prints a line after 10 seconds
     without one, and later less often.
 
-    ``length``: the length of the budget. ``progress=False``: no bar and no such lines. ``keeps_weights``: also keep the
-    weights of each evaluation, for ``bench redundancy``.
+    ``length``: the length of the budget. ``metrics``: those of the task. ``progress=False``: no bar and no such lines.
+    ``keeps_weights``: also keep the weights of each evaluation, for ``bench redundancy``.
     """
 
-    def __init__(self, folder: Path, length: Length | str, progress: bool = True, keeps_weights: bool = False):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, length: Length | str, metrics: Sequence[Metric], progress: bool = True,
+        keeps_weights: bool = False,
+    ):  # fmt: skip
+        self.folder, self._metrics = folder, metrics
         self._length, self._keeps_weights = length, keeps_weights
         drawn = progress and sys.stderr.isatty()
         self._prints_progress = progress and not drawn
@@ -85,15 +89,16 @@ class RunOutput:
     def record(self, values: dict[str, Any]) -> None:
         """Writes the record of a pass, and prints it."""
         append_line(self.folder / "log.jsonl", values)
-        for name in ("top1", "top5"):
-            if values[name] is not None:
-                self._tensorboard.add_scalar(f"val/{name}", values[name], values["step"])
-        accuracy = "" if values["top1"] is None else f"  top-1 {values['top1']:5.2f} %  top-5 {values['top5']:5.2f} %"
+        scores = ""
+        for metric in self._metrics:
+            if is_evaluated(values, metric):
+                self._tensorboard.add_scalar(f"val/{metric.name}", values[metric.name], values["step"])
+                scores += "  " + metric.text(values[metric.name])
         grid = f", tokens {values['grid']}×{values['grid']}" if "grid" in values else ""
         loss = "" if values["loss"] is None else f"loss {values['loss']:.4f}"
         self.print(
             f"epoch {values['epoch']:6.2f}  {values['image_size']:3d} px{grid}  batch {values['batch_size']}  {loss}"
-            f"{accuracy}  {values['images_per_second']:,.0f} images/s  "
+            f"{scores}  {values['images_per_second']:,.0f} images/s  "
             f"waited for data {100 * values['data_wait_fraction']:.1f} %"
         )
 
@@ -102,14 +107,17 @@ class RunOutput:
         save_checkpoint(self.folder / CHECKPOINT, content)
 
     def write_evaluation(
-        self, accuracy: Accuracy, classes: Sequence[str], weights: Mapping[str, Tensor], at: Progress, shape: Shape
+        self, scores: Scores, classes: Sequence[str], weights: Mapping[str, Tensor], at: Progress, shape: Shape
     ) -> None:
-        """Writes ``classes.json`` (the correct and all images of each class) and, if they are kept, the weights."""
+        """Writes ``classes.json`` (right and all images of each class), pictures and, if they are kept, the weights."""
         if self._keeps_weights:
             (self.folder / KEPT).mkdir(parents=True, exist_ok=True)
             about = json.dumps({"step": at.step, "epoch": at.epoch, "shape": asdict(shape)})
             write_weights(self.folder / KEPT / f"{at.step:09d}.safetensors", weights, about=about)
-        write_classes(self.folder, classes, accuracy.by_class)
+        if scores.by_class is not None:
+            write_classes(self.folder, classes, scores.by_class)
+        for name, picture in scores.pictures.items():
+            write_picture(self.folder, f"{at.step:09d}_{name}", picture)
 
     def print(self, text: str) -> None:
         """Prints a line above the progress bar."""

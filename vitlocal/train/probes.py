@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitlocal.data.batch import Batch, Sources, full_batches
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Method, Probe
 from vitlocal.models.shape import check_shape, temporary_shape
-from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.devices import sum_type, synchronize
@@ -116,7 +114,7 @@ class Prober:
 
     @torch.no_grad()
     def _loss(self, probe: Probe, plan: Plan) -> float:
-        """Mean cross-entropy over the probe's batches, augmented as in training."""
+        """The mean loss over the probe's batches, augmented as in training."""
         step, trained = self._step, self._step.model
         step.set_shape(probe.shape)
         model = trained if probe.average is None else self._state.method_emas[probe.average].model
@@ -125,12 +123,9 @@ class Prober:
         with temporary_shape(model, shape, shape), buffers_kept(model), self._batches(probe, plan) as batches:
             try:
                 model.train()
-                if isinstance(model, VisionTransformer):  # an average still has the rates of the last step's shape
-                    model.drop_path_rates.copy_(trained.drop_path_rates)
                 for number, batch in enumerate(batches):
                     if len(batch):
-                        logits = step.logits(model, batch, number, step.precision).float()
-                        total[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
+                        total[0] += step.probe(model, batch, number, step.task.precision)[1]
                         total[1] += len(batch)
             finally:
                 model.train(training)
@@ -146,8 +141,8 @@ class Prober:
         with self._batches(probe, plan, extra=probe.kernel_batches) as batches:
             for number, batch in enumerate(batches):
                 if number < probe.kernel_batches:
-                    logits = step.logits(step.model, batch, number, torch.float32)
-                    numbers.append(condition_number(tangent_kernel(step.model, logits)))
+                    outputs, _ = step.probe(step.model, batch, number, torch.float32)
+                    numbers.append(condition_number(tangent_kernel(step.model, outputs)))
                 else:
                     gradients.append(layer_gradients(step, batch))
         # Each image's gradient is a backward pass of its own through the whole batch.

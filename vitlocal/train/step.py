@@ -1,6 +1,6 @@
-"""One training step, from uint8 images on the device to updated weights, without waiting for the device.
+"""One training step, from a batch on the device to updated weights, without waiting for the device.
 
-Shape letters: B batch, C classes, L blocks, S image size.
+Shape letters: B batch, S image size.
 """
 
 import math
@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitlocal.data.augment import AugmentParams, send
+from vitlocal.data.augment import send
 from vitlocal.data.batch import Batch
-from vitlocal.data.random_keys import DROP_PATH, generator, uniform
+from vitlocal.data.random_keys import generator
 from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError
 from vitlocal.models.shape import check_shape, set_shape, set_trainable
-from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
-from vitlocal.tasks.classification import ClassificationLoss
+from vitlocal.tasks.task import Task
 from vitlocal.train.devices import (
     COMPILE_OPTIONS,
     EAGER,
@@ -78,7 +77,7 @@ class TrainStep:
 
     def __init__(
         self,
-        objective: ClassificationLoss,
+        task: Task,
         optimizer: torch.optim.Optimizer | CombinedOptimizer,
         device: torch.device,
         *,
@@ -92,26 +91,20 @@ class TrainStep:
         macs: Callable[[int, Shape], int] = lambda size, shape: 0,
         ranks: Ranks = ALONE,
     ):
-        self.model: Any = objective.model  # Any: for type checkers, a module's attributes are tensors or modules
+        self.task, self.model = task, task.model
         self.optimizer: Any = optimizer
         self.device = device
         self.ema, self._method_emas = ema, method_emas
-        self.precision = objective.precision
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=task.precision == torch.float16)
         self.shape, self.dials = WHOLE_MODEL, Dials()
         self.ddp_version = 0  # how often the objective was wrapped again, which discards what was compiled
         self.phase_hook: Callable[[str], None] = lambda phase: None  # called after each phase; for benchmarks
-        self.ranks, self.seed, self._objective = ranks, seed, objective
+        self.ranks, self.seed = ranks, seed
         self._parameters = dict(self.model.named_parameters())
         self._clip_norm, self._grad_accum_steps = clip_norm, grad_accum_steps
-        has_stages = getattr(self.model, "stage_table", None) is not None
-        self._draws_paths = isinstance(self.model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
         self._mixes_samples = has_batch_norm(self.model)
-        # Whether a step draws nothing from PyTorch's generators, so that it repeats, compiled or not. Dropout does, and
-        # so does drop path in models that are not ours.
-        self._repeats = isinstance(self.model, VisionTransformer) and not self.model.drops_out
         self._uses_all = True  # whether every trained parameter takes part in every step
-        self._ddp: Any = ranks.wrap(objective)
+        self._ddp: Any = ranks.wrap(task.objective)
         # Several processes reduce gradients during the backward pass, and micro-batches add theirs up: no CUDA graphs.
         can_capture = device.type == "cuda" and ranks.world == 1 and grad_accum_steps == 1
         self._compiler = StepCompiler(compile_step, cuda_graphs, can_capture, macs)
@@ -125,8 +118,9 @@ class TrainStep:
             return
         check_shape(self.model, shape)
         set_shape(self.model, shape)
-        self._objective.input_size, self.shape = shape.input_size, shape
-        self._set_drop_path()
+        self.shape = shape
+        self.task.set_shape(shape.input_size)
+        self.task.set_dials(self.dials)  # the rates of drop path depend on the blocks that run
         changed = set_trainable(self.model, shape)
         # Once steps skip blocks, any block may be skipped, until the set of trained blocks changes.
         uses_all = not shape.skipped_blocks and (changed or self._uses_all)
@@ -135,13 +129,13 @@ class TrainStep:
             if self.ranks.world > 1:
                 self._compiler.reset()
                 self.ddp_version += 1
-                self._ddp = self.ranks.wrap(self._objective, uses_all)
+                self._ddp = self.ranks.wrap(self.task.objective, uses_all)
 
     def set_dials(self, dials: Dials) -> None:
         """Sets the strength of augmentation and drop path."""
         if dials != self.dials:
             self.dials = dials
-            self._set_drop_path()
+            self.task.set_dials(dials)
 
     def mode(self, feed: Feed, shape: Shape | None = None) -> Mode:
         """How full batches of ``feed`` run in ``shape`` (default: the current one).
@@ -163,8 +157,7 @@ class TrainStep:
         if mode.graphs:
             torch.cuda.empty_cache()  # the memory of a CUDA graph is apart from all other
         places = self.ranks.share.places
-        batch = self._blank(places(feed.batch_size), feed.batch_size, feed.size, num_classes)
-        batch.images.random_(0, 256)
+        batch = self._blank(places(feed.batch_size), feed.batch_size, feed.size, num_classes, random=True)
         with buffers_kept(self.model), self._compiler.watched(feed, self.shape):
             # A graph is captured in the second run, and replayed from the third one on.
             for _ in range(2 if mode.graphs else 0):
@@ -174,7 +167,7 @@ class TrainStep:
             # Near ties decide which tokens are pruned, so rounding may change them. With BatchNorm the eager step does
             # not run in parts, and may need more memory than there is.
             prunes = min(self.shape.token_keep_rate, self.shape.attention_keep_rate) < 1
-            if self._repeats and not prunes and not self._mixes_samples:
+            if self.task.repeats and not prunes and not self._mixes_samples:
                 check_compiled(compiled, self.gradients(batch), feed)
             if rest:
                 self.gradients(self._blank(places(rest), rest, feed.size, num_classes))
@@ -187,11 +180,10 @@ class TrainStep:
         """Frees the memory of all CUDA graphs, if no later step needs them."""
         self._compiler.release_graphs()
 
-    def _blank(self, places: np.ndarray, total: int, size: int, num_classes: int) -> Batch:
-        """The part at ``places`` of a batch of ``total`` black images."""
-        images = torch.zeros((len(places), size, size, 3), dtype=torch.uint8, device=self.device)
+    def _blank(self, places: np.ndarray, total: int, size: int, num_classes: int, random: bool = False) -> Batch:
+        """The part at ``places`` of a batch of ``total`` images without content, or with random content."""
         labels = torch.arange(len(places), device=self.device) % num_classes
-        return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(places), places, total)
+        return Batch(self.task.blank(len(places), size, random), labels, torch.from_numpy(places), places, total)
 
     # --- without an update: measurements and evaluation ---
 
@@ -203,28 +195,23 @@ class TrainStep:
         self.model.zero_grad()
         return found
 
-    def logits(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> Tensor:
-        """The logits (B, C) in ``precision`` of a batch, augmented as in step ``number`` without mixing and erasing."""
-        augment = self._objective.augment
-        places = batch.places[: len(batch)]  # some splits leave out damaged images
-        images = augment.prepare(batch.images, self.seed, number, places, self.dials.randaugment)
-        pixels = self._objective.resize(augment.normalize(images))
-        operands = (pixels, self._noise(number, places)) if self._draws_paths else (pixels,)
-        with autocast(self.device, precision), fast_attention(self.device):
-            return model(*operands)
+    def probe(self, model: nn.Module, batch: Batch, number: int, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The outputs (B, ...) and the summed loss of a batch: see :meth:`vitlocal.tasks.task.Task.probe`."""
+        with fast_attention(self.device):
+            return self.task.probe(model, batch, self.seed, number, self.dials, precision)
 
-    def predict_fn(self, model: nn.Module) -> Callable[[Tensor, bool], Tensor]:
-        """The function from uint8 images (B, 3, S, S) to ``model``'s logits; compiled for whole batches."""
+    def predict_fn(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The task's ``predict`` for ``model``, under autocast; compiled if the first argument, "is whole", is true."""
 
-        def forward(images: Tensor) -> Tensor:
-            with autocast(self.device, self.precision):
-                return model(self._objective.augment.normalize(images))
+        def forward(*operands: Tensor) -> Tensor:
+            with autocast(self.device, self.task.precision):
+                return self.task.predict(model, *operands)
 
         compiled = torch.compile(forward, dynamic=False, options=COMPILE_OPTIONS) if self._compiler.enabled else forward
 
-        def predict(images: Tensor, is_whole: bool) -> Tensor:
+        def predict(is_whole: bool, *operands: Tensor) -> Tensor:
             with fast_attention(self.device):
-                return (compiled if is_whole else forward)(images)
+                return (compiled if is_whole else forward)(*operands)
 
         return predict
 
@@ -261,19 +248,12 @@ class TrainStep:
 
     def _gradients(self, batch: Batch, number: int, mode: Mode) -> StepOutput:
         """Runs forward and backward; the gradients are those of the global batch's mean loss."""
-        augment, dials = self._objective.augment, self.dials
-        if not self._repeats:  # a tenth of a millisecond
+        if not self.task.repeats:  # a tenth of a millisecond
             torch.manual_seed(step_seed(self.seed, number, self.ranks.rank))
         fraction, has_images = (1 / batch.total if len(batch) else 0.0), len(batch) > 0
-        if not has_images:  # one black image with no weight: every process takes part in the reduction of gradients
-            batch = self._blank(np.zeros(1, np.int64), batch.total, batch.images.shape[-1], 1)
-        images, key, operations = batch.images, (self.seed, number, batch.places), None
-        if augment.in_forward:
-            operations = dials.randaugment
-        else:
-            images = augment.prepare(images, *key, dials.randaugment)
-        params = augment.draw(*key, batch.total, images.shape[-1], dials.strength, operations)
-        noise = self._noise(number, batch.places) if self._draws_paths else None
+        if not has_images:  # an image with no weight: every process takes part in the reduction of gradients
+            batch = self._blank(np.zeros(1, np.int64), batch.total, self.task.image_size(batch.images), 1)
+        operands = self.task.operands(batch, self.seed, number, self.dials)
         weight = send(torch.tensor(fraction), self.device)
         self.phase_hook("augment")  # what forward does not do: draws, their copies, and on a CPU RandAugment
         objective = self._compiler.objective(self._ddp, mode)
@@ -283,12 +263,12 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         outputs: list[list[Tensor]] = [[], []]  # correct and attention_variance, part by part
         for index, part in enumerate(parts):
-            operands = images, batch.labels, params, noise
+            chosen = operands
             if len(parts) > 1:
-                operands = _select(*operands, part)
+                chosen = self.task.part(operands, send(torch.from_numpy(part), self.device))
             waits = self.ranks.world > 1 and index < len(parts) - 1  # processes exchange gradients with the last part
             with self._ddp.no_sync() if waits else nullcontext(), fast_attention(self.device):
-                loss, *further = objective(*operands, weight)
+                loss, *further = objective(*chosen, weight)
                 self.phase_hook("forward")
                 # DDP averages gradients over the processes; the sum is wanted.
                 self.scaler.scale(loss * self.ranks.world).backward()
@@ -303,11 +283,7 @@ class TrainStep:
         """A context in which an error for lack of memory names the option to change."""
         parts = f"train.grad_accum_steps={2 * self._grad_accum_steps} runs the batch in smaller parts"
         remedy = f"{parts}, and the same command continues with it; or start again with a smaller train.batch_size"
-        return explained_memory_errors("a training step", batch.images.shape[-1], batch.total, remedy)
-
-    def _set_drop_path(self) -> None:
-        if self._draws_paths:  # in place, because compiled steps read the rates there
-            self.model.set_drop_path(self.model.drop_path_rate * self.dials.strength)
+        return explained_memory_errors("a training step", self.task.image_size(batch.images), batch.total, remedy)
 
     def _parts(self, count: int, mode: Mode) -> list[np.ndarray]:
         """The places of the micro-batches."""
@@ -315,13 +291,6 @@ class TrainStep:
         if self._compiler.enabled and not mode.compiled and not self._mixes_samples:
             parts *= 2  # an eager step keeps more activations, and the memory may be just enough for a compiled step
         return micro_batches(count, parts)
-
-    def _noise(self, number: int, places: np.ndarray) -> Tensor:
-        """Drop path's random numbers (B, L, 2), and those of the stage embedding."""
-        depth = len(self.model.blocks) + (self.model.stage_table is not None)
-        draws = uniform((self.seed, number, DROP_PATH), places, 2 * depth).reshape(-1, depth, 2)
-        below_one = np.minimum(draws, 1 - 2.0**-24)  # so that float32 does not round up to 1
-        return send(torch.from_numpy(below_one.astype(np.float32)), self.device)
 
     def _limit_run_ahead(self) -> None:
         """Waits for an earlier step if the host is too many steps ahead of the device."""
@@ -370,10 +339,3 @@ def micro_batches(count: int, parts: int) -> list[np.ndarray]:
     """The places of ``count`` samples in at most ``parts`` parts of mirrored pairs, so that mixup stays within each."""
     parts = max(1, min(parts, (count + 1) // 2))
     return [Share(part, parts).places(count) for part in range(parts)]
-
-
-def _select(images: Tensor, labels: Tensor, params: AugmentParams, noise: Tensor | None, part: np.ndarray) -> tuple:
-    """The samples ``part`` of a batch and of its random parameters."""
-    chosen = send(torch.from_numpy(part), images.device)
-    pixels = images[chosen].contiguous(memory_format=torch.channels_last)
-    return pixels, labels[chosen], params.part(chosen), None if noise is None else noise[chosen]

@@ -18,7 +18,8 @@ from vitlocal.models.shape import grow
 from vitlocal.plan import Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcoming_changes
 from vitlocal.schedule import LRSchedule
-from vitlocal.tasks.classification import Accuracy
+from vitlocal.tasks.metrics import Metric
+from vitlocal.tasks.task import Scores
 from vitlocal.train.budget import STOP
 from vitlocal.train.devices import EAGER, compile_cache, synchronize
 from vitlocal.train.evaluator import Evaluator
@@ -140,7 +141,7 @@ class Trainer:
         if clock.reserves:
             last = self.upcoming_plans()[-1]
             if self.state.reserve.evaluations:  # measured by an earlier process
-                self.evaluator.accuracy(last, limit=1)  # compiles
+                self.evaluator.scores(last, limit=1)  # compiles
             else:
                 self.state.reserve.evaluations.append(self._of_rank_0(self.evaluator.estimate_seconds(last)))
             self._update_reserve()
@@ -310,14 +311,14 @@ class Trainer:
         for model in dict.fromkeys((state.model, self.evaluator.model)):  # often the same
             self._ranks.share_buffers(model.buffers())
         with clock.timer.paused():
-            accuracy = None
+            scores = None
             if last or self._evaluation_due(plan):
                 if last:
                     self.save()  # if the process is killed now, only this evaluation is left to do
-                accuracy = self._evaluate(plan, last)
-                if accuracy is None:
+                scores = self._evaluate(plan, last)
+                if scores is None:
                     return
-            record = self._record(plan, accuracy)
+            record = self._record(plan, scores)
             if self._output is not None:
                 self._output.record(record)
             state.logged_plan, state.current_plan, state.totals = plan, None, PassTotals()
@@ -340,8 +341,8 @@ class Trainer:
         due = bool(every) and state.clock.progress.epoch - before >= every - 1e-9
         return due and state.clock.has_time_for(seconds, plan.feed.batch_size)
 
-    def _evaluate(self, plan: Plan, last: bool) -> Accuracy | None:
-        """The accuracy, also in the run's folder; None if a signal interrupted it."""
+    def _evaluate(self, plan: Plan, last: bool) -> Scores | None:
+        """The scores, also in the run's folder; None if a signal interrupted the evaluation."""
         clock = self.state.clock
         at, began = clock.progress, clock.timer.wall_seconds
 
@@ -349,8 +350,10 @@ class Trainer:
             self.sync_ranks()
             return self.stopped
 
-        accuracy = self.evaluator.accuracy(plan, stop)
-        if accuracy is None:
+        scores = self.evaluator.scores(plan, stop)
+        if scores is not None:
+            scores = self.evaluator.judge(scores, plan, last, stop, self._print)
+        if scores is None:
             return None
         self.state.reserve.evaluations.append(self._of_rank_0(clock.timer.wall_seconds - began))
         if not last:
@@ -358,10 +361,10 @@ class Trainer:
         self.state.last_evaluation = at
         if self._output is not None:
             weights = self.evaluator.model.state_dict()
-            self._output.write_evaluation(accuracy, self.sources.train.classes, weights, at, self.evaluator.shape(plan))
-        return accuracy
+            self._output.write_evaluation(scores, self.sources.train.classes, weights, at, self.evaluator.shape(plan))
+        return scores
 
-    def _record(self, plan: Plan, accuracy: Accuracy | None) -> dict[str, Any]:
+    def _record(self, plan: Plan, scores: Scores | None) -> dict[str, Any]:
         """The pass's line in ``log.jsonl``."""
         state, clock, totals = self.state, self.state.clock, self.state.totals
         now = clock.progress
@@ -375,8 +378,7 @@ class Trainer:
             "batch_size": plan.feed.batch_size,
             "processes": self._ranks.world,
             "loss": totals.loss / totals.images if totals.images else None,  # None: evaluated without a further step
-            "top1": None if accuracy is None else round(accuracy.top1, 4),
-            "top5": None if accuracy is None else round(accuracy.top5, 4),
+            **{metric.name: _rounded(scores, metric) for metric in self.step.task.metrics},
             "fraction": round(now.fraction, 9),
             "flops": now.flops,
             "lr": state.optimizer.param_groups[0]["lr"],
@@ -388,6 +390,7 @@ class Trainer:
             "macs_per_image": round(totals.macs / totals.images) if totals.images else None,
             **({"probe_seconds": round(state.search_log.seconds, 3)} if state.search_log.seconds else {}),
             **({"damaged_images": damaged} if damaged else {}),
+            **({} if scores is None else scores.notes),
             **plan.changed(state.logged_plan),
         }
 
@@ -422,3 +425,9 @@ class Trainer:
     def _print(self, text: str) -> None:
         if self._output is not None:
             self._output.print(text)
+
+
+def _rounded(scores: Scores | None, metric: Metric) -> float | None:
+    """The value of a metric for the log; None if it was not measured."""
+    value = None if scores is None else scores.values.get(metric.name)
+    return None if value is None else round(value, metric.digits + 2)
