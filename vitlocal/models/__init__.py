@@ -3,5 +3,6 @@
 from timm import create_model as create_model
 
 from vitlocal.models import deit as deit
+from vitlocal.models import dit as dit
 from vitlocal.models import lffn as lffn
 from vitlocal.models import localvit as localvit

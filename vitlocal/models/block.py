@@ -3,8 +3,9 @@
 Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D width, M heads, d head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from vitlocal.errors import ConfigError
 from vitlocal.models.positions import Grid
 from vitlocal.models.token_selection import RemainingTokens, count_prefix_tokens, prune_tokens
-from vitlocal.plan import Shape
+from vitlocal.plan import Shape, StageEmbedding
 
 
 def check_option(name: str, value: object, is_right: bool, expected: str) -> None:
@@ -175,3 +176,27 @@ class Block(nn.Module):
         tokens = add_branch(tokens, self.ls1(branch), attention_scale)
         tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining
+
+
+class BlockModel(nn.Module):
+    """A model of ours: its blocks, and what :mod:`vitlocal.models.shape` and the trainer rely on."""
+
+    blocks: Any  # nn.ModuleList
+    patch_embed: Any  # PatchEmbed, whose grid_size is the full grid
+    embed_dim: int  # D
+    stage_table: nn.Parameter | None  # (S + 1, D), its last row for no stage; shape.add_stage_table() sets it
+    stage_embedding: StageEmbedding | None
+    active: Any  # the Shape that runs now, with its block_order; shape.set_shape() sets it, no state dict holds it
+    fixed_fields: Mapping[str, str] = {}  # fields of Shape that it cannot change, and why
+    takes_noise = False  # whether forward() takes the random numbers of drop path and of the stage table
+    drop_path_rate = 0.0
+    # Whether training draws from PyTorch's generators. Drop path can take its numbers from the trainer instead.
+    drops_out = False
+    # Whether torch.compile compiles the blocks once. Only for callers that compile with devices.COMPILE_OPTIONS: with
+    # PyTorch's own, gradients are wrong.
+    compiles_blocks_once = False
+    grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Makes blocks keep only their inputs, and recompute the rest in the backward pass."""
+        self.grad_checkpointing = enable

@@ -22,7 +22,7 @@ STEP_BATCHES = 256, 512  # so large that activations, and not gradients, make th
 
 
 def count_macs(model: nn.Module, size: int) -> int:
-    """Returns the multiply-accumulates of a forward pass of one RGB image of ``size`` px.
+    """Returns the multiply-accumulates of a forward pass of one image of ``size`` px, see :func:`example_inputs`.
 
     Counts linear layers, convolutions and the two products of attention, as published figures do. Skips norms,
     activations and the resampling of positions. Runs on shapes without data, and does not change the model.
@@ -62,8 +62,8 @@ def activation_bytes(model: nn.Module, size: int, precision: torch.dtype = torch
 def step_bytes(model: nn.Module, size: int, precision: torch.dtype, fused: bool, compiled: bool) -> tuple[int, int]:
     """Returns the most bytes that the forward and backward pass of a GPU hold at once: a constant, and per image.
 
-    That is beside weights and gradients: what :func:`activation_bytes` counts, temporary results, images in float32,
-    logits, and weights in half precision. Runs on shapes without data, and does not change the model. A compiled step
+    That is beside weights and gradients: what :func:`activation_bytes` counts, temporary results, inputs in float32,
+    outputs, and weights in half precision. Runs on shapes without data, and does not change the model. A compiled step
     is counted as an eager one that keeps no float32 copy of the residual stream; a real one keeps slightly less.
     """
     twin, peaks = copy.deepcopy(model), []
@@ -74,15 +74,24 @@ def step_bytes(model: nn.Module, size: int, precision: torch.dtype, fused: bool,
                     setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad))
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-            images = torch.empty(batch, 3, size, size)
+            inputs = example_inputs(twin, batch, size)
             labels = torch.empty(batch, dtype=torch.int64)
             with LiveBytes() as live, nullcontext() if compiled else gpu_norms():
                 with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                    logits = twin(images)
-                F.cross_entropy(logits.float(), labels).backward()
+                    outputs = twin(*inputs).float()
+                if outputs.ndim == 2:
+                    F.cross_entropy(outputs, labels).backward()
+                else:  # a prediction of the input's size
+                    F.mse_loss(outputs, torch.empty(outputs.shape)).backward()
         peaks.append(live.peak)
     per_image = (peaks[1] - peaks[0]) // (STEP_BATCHES[1] - STEP_BATCHES[0])
     return max(0, peaks[0] - STEP_BATCHES[0] * per_image), per_image
+
+
+def example_inputs(model: nn.Module, batch: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Returns arguments for a forward pass of ``batch`` images of ``size`` px: the model's own, or RGB images."""
+    make = getattr(model, "example_inputs", None)
+    return make(batch, size, dtype) if make else (torch.empty(batch, 3, size, size, dtype=dtype),)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -142,5 +151,5 @@ def _forward(model: nn.Module, batch: int, size: int) -> None:
         name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad and trains)
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
     }
-    images = torch.empty(batch, 3, size, size, dtype=next(model.parameters()).dtype)
-    torch.func.functional_call(model, shapes, (images,))
+    inputs = example_inputs(model, batch, size, next(model.parameters()).dtype)
+    torch.func.functional_call(model, shapes, inputs)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replacing
+from vitlocal.models.dit import DiT
 from vitlocal.models.positions import resample_positions
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.vit import VisionTransformer
@@ -170,6 +171,8 @@ def _resampled_positions(model: Any, table: Tensor) -> Tensor:
 
 
 def patch_side(model: nn.Module) -> int:
-    """Returns the side of the model's patches, which must divide its image sizes; 1 if it has none."""
+    """Returns the side of the model's patches, which must divide its image sizes, px; 1 if it has none."""
+    if isinstance(model, DiT):
+        return model.patch_side
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     return max(patch) if isinstance(patch, (tuple, list)) else patch

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import Attention
+from vitlocal.models.block import Attention, BlockModel
 from vitlocal.models.deit import FeedForward
+from vitlocal.models.dit import DiT, fold_stage
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, growth_sources
 
 SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts that can run a slice of their hidden units
@@ -36,7 +36,7 @@ def model_blocks(model: nn.Module) -> list[Any]:
 
 def model_parts(model: nn.Module) -> dict[str, int] | None:
     """Returns the numbers of heads, hidden units, patches a side and blocks; None for a model that is not ours."""
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, BlockModel):
         return None
     first, blocks = model_blocks(model)[0], len(model.blocks)
     heads, hidden, grid = first.attn.num_heads, len(first.mlp.fc1.weight), min(model.patch_embed.grid_size)
@@ -47,6 +47,9 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
     """Raises :class:`ConfigError` if the model lacks a part that ``shape`` selects."""
     if shape == WHOLE_MODEL:
         return
+    for field, reason in getattr(model, "fixed_fields", {}).items():
+        if (value := getattr(shape, field)) != getattr(WHOLE_MODEL, field):
+            raise ConfigError(f"{type(model).__name__} cannot change {field} to {value}: {reason}")
     name, blocks, parts = type(model).__name__, model_blocks(model), model_parts(model)
     names = ("heads", "hidden", "grid", "block_order", "stage", "pruned_blocks")
     fields = ", ".join(field for field in names if getattr(shape, field) not in (None, ()))
@@ -65,7 +68,7 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
 
 def set_shape(model: nn.Module, shape: Shape) -> None:
     """Makes ``model`` run in ``shape`` from now on, without a device sync. Models that are not ours stay whole."""
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, BlockModel):
         return
     blocks, trained = model_blocks(model), model.active.trainable_blocks
     order = tuple(index for index in shape.block_order or range(len(blocks)) if index not in shape.skipped_blocks)
@@ -94,12 +97,12 @@ def temporary_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[No
 def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
     """Adds a vector for each stage, and one for no stage. A ``std`` of 0 does not change the model's outputs."""
     name = type(model).__name__
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, BlockModel):
         raise ConfigError(f"{name} cannot have a stage embedding; use a vitlocal_… model, or leave the embedding out")
-    if embedding.tokens == "class" and model.cls_token is None:
+    if embedding.tokens == "class" and getattr(model, "cls_token", None) is None:
         raise ConfigError(f"{name} has no class token for a stage embedding; use tokens=all, or model.pool=token")
     table = torch.randn(embedding.rows, model.embed_dim) * embedding.std
-    model.stage_table = nn.Parameter(table.to(model.pos_embed))
+    model.stage_table = nn.Parameter(table.to(next(model.parameters())))
     model.stage_embedding = embedding
 
 
@@ -237,10 +240,11 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of a model without a shape that computes the same as ``model`` in its current shape.
 
     Blocks are in the order in which they run. The outgoing weights of heads and hidden units that do not run are zero.
-    The current stage's vector is added to the position table. (A crop of the grid is not part of the state dict.)
+    The current stage's vector is added to the position table, or as :func:`fold_stage` does. (A crop of the grid is not
+    part of the state dict.) A DiT's has ``pos_embed``, as published files do, so that the original code loads it.
     """
     state = dict(model.state_dict())
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, BlockModel):
         return state
     names = {parameter: name for name, parameter in model.named_parameters()}
     for part in parameter_slices(model):
@@ -250,10 +254,16 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
             state[name] = state[name].clone()
             part.of(state[name])[:, active:] = 0
     table = state.pop("stage_table", None)
+    if isinstance(model, DiT):
+        state["pos_embed"] = model.position_table()
     if table is not None and model.stage_embedding is not None:
-        first = 1 if model.stage_embedding.tokens == "class" else None  # resampling keeps a constant
-        state["pos_embed"] = state["pos_embed"].clone()
-        state["pos_embed"][:, :first] += table[-1 if model.active.stage is None else model.active.stage]
+        row = table[-1 if model.active.stage is None else model.active.stage]
+        if isinstance(model, DiT):
+            fold_stage(state, row, table[-1])
+        else:
+            first = 1 if model.stage_embedding.tokens == "class" else None  # resampling keeps a constant
+            state["pos_embed"] = state["pos_embed"].clone()
+            state["pos_embed"][:, :first] += row
     found = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for place, index in enumerate(model.active.block_order):
         for name in model.blocks[index].state_dict():

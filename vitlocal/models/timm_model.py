@@ -18,7 +18,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import check_choice, check_count, check_option
+from vitlocal.models.block import BlockModel, check_choice, check_count, check_option
 from vitlocal.models.positions import center_window, resample_positions
 
 # timm passes these besides the model's options.
@@ -31,7 +31,7 @@ def record_options(model: Any, **options: Any) -> None:
     model._model_args = getattr(model, "_model_args", {}) | options
 
 
-class BlockOutputs(nn.Module):
+class BlockOutputs(BlockModel):
     """timm's methods that return the outputs of blocks, which ``features_only`` uses."""
 
     norm: nn.Module  # after the blocks
@@ -111,11 +111,7 @@ class TimmModel(BlockOutputs):
         global_pool: str | None, drop_rate: float, init: str, drops_out: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        # Whether training draws from PyTorch's generators. Drop path can take its numbers from the trainer instead.
         self.drops_out = drops_out or drop_rate > 0
-        # Whether torch.compile compiles the blocks once. Only for callers that compile with devices.COMPILE_OPTIONS:
-        # with PyTorch's own, gradients are wrong.
-        self.compiles_blocks_once = False
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = num_features
@@ -128,7 +124,6 @@ class TimmModel(BlockOutputs):
         self.num_prefix_tokens = int(pool == "token")
         self._set_pool(pool if global_pool is None else global_pool)
         self._head_drop = nn.Dropout(drop_rate)
-        self.grad_checkpointing = False
         self._init = init
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -154,10 +149,6 @@ class TimmModel(BlockOutputs):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns patterns that group parameters by depth."""
         return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Makes blocks keep only their inputs, and recompute the rest in the backward pass."""
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """Returns the head."""
@@ -217,31 +208,39 @@ def family_sizes(head_width: int, heads: tuple[int, int, int]) -> dict[str, dict
 DEIT_SIZES = family_sizes(64, (3, 6, 12))  # the local-FFN models share them
 
 
-def register_family(family: type[TimmModel], prefix: str, sizes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Registers the family's models with timm. ``sizes``: default options by the ends of their names."""
+def register_family(
+    family: type[BlockModel], prefix: str, sizes: Mapping[str, Mapping[str, Any]], *, is_classifier: bool = True,
+    filter_fn: Callable[..., Any] = checkpoint_filter_fn,
+) -> None:  # fmt: skip
+    """Registers the family's models with timm. ``sizes``: default options by the ends of their names.
+
+    ``filter_fn`` changes a state dict that timm loads. A family that is no classifier has no head for timm to adapt.
+    """
     module = sys.modules[family.__module__]
     models = {prefix + size: defaults for size, defaults in sizes.items()}
-    configs: dict[str, Any] = {
-        name: dict(
-            input_size=(3, defaults.get("img_size", 224), defaults.get("img_size", 224)), num_classes=1000,
-            crop_pct=0.875, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-            license="mit", **_ADAPTED,
-        )
-        for name, defaults in models.items()
-    }  # fmt: skip
-    vars(module)["default_cfgs"] = generate_default_cfgs(configs)  # register_model() looks here
+    of_classifier = dict(crop_pct=0.875, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    configs: dict[str, Any] = {}
     for name, defaults in models.items():
-        vars(module)[name] = register_model(_entry_point(family, name, defaults))
+        side = defaults.get("img_size", 224) // defaults.get("stride", 1)
+        configs[name] = dict(input_size=(defaults.get("in_chans", 3), side, side), num_classes=1000, license="mit")
+        configs[name] |= of_classifier | _ADAPTED if is_classifier else {}
+    vars(module)["default_cfgs"] = generate_default_cfgs(configs)  # register_model() looks here
+    adapted = _ADAPTED if is_classifier else {}
+    for name, defaults in models.items():
+        vars(module)[name] = register_model(_entry_point(family, name, defaults, adapted, filter_fn))
 
 
-def _entry_point(family: type[TimmModel], name: str, defaults: Mapping[str, Any]) -> Callable[..., TimmModel]:
+def _entry_point(
+    family: type[BlockModel], name: str, defaults: Mapping[str, Any], adapted: dict[str, str],
+    filter_fn: Callable[..., Any],
+) -> Callable[..., BlockModel]:  # fmt: skip
     base = family.__mro__[1]  # VisionTransformer, which takes most options
     parameters = [p for cls in (base, family) for p in inspect.signature(cls).parameters.values()]
     known = list(dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY))
 
-    def create(pretrained: bool = False, **options: Any) -> TimmModel:
+    def create(pretrained: bool = False, **options: Any) -> BlockModel:
         placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
-        overlay = _ADAPTED | (options.pop("pretrained_cfg_overlay", None) or {})  # older runs do not name these parts
+        overlay = adapted | (options.pop("pretrained_cfg_overlay", None) or {})  # older runs do not name these parts
         features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
         options.pop("dynamic_img_size", None)  # all our models take images of any size
         feature_cls = options.get("feature_cls", "getter")
@@ -253,7 +252,7 @@ def _entry_point(family: type[TimmModel], name: str, defaults: Mapping[str, Any]
             hint = f" Did you mean {similar[0]}?" if similar else ""
             raise ConfigError(f"{name} has no option {', '.join(unknown)}.{hint} Its options are {', '.join(known)}.")
         model = build_model_with_cfg(
-            family, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=checkpoint_filter_fn,
+            family, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=filter_fn,
             feature_cfg=features, **{**defaults, **options},
         )  # fmt: skip
         return model.to(**placement) if placement else model

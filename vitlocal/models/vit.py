@@ -23,7 +23,7 @@ from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.timm_model import TimmModel, init_linear
 from vitlocal.models.token_selection import ALL_TOKENS, drop_patches
-from vitlocal.plan import Shape, StageEmbedding
+from vitlocal.plan import Shape
 
 
 class PatchEmbed(nn.Module):
@@ -100,9 +100,8 @@ class VisionTransformer(TimmModel):
     """
 
     cls_token: nn.Parameter | None
-    stage_table: nn.Parameter | None  # (S + 1, D), its last row for no stage; shape.add_stage_table() sets it
     drop_path_rates: Tensor
-    active: Any  # the Shape that runs now, with its block_order; shape.set_shape() sets it, no state dict holds it
+    takes_noise = True
 
     def __init__(
         self,
@@ -182,7 +181,7 @@ class VisionTransformer(TimmModel):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.register_parameter("stage_table", None)
-        self.stage_embedding: StageEmbedding | None = None
+        self.stage_embedding = None
         self.active = Shape(
             grid=center_grid, token_keep_rate=token_keep_rate, attention_keep_rate=attention_keep_rate,
             per_head_masks=per_head_masks, pruned_blocks=tuple(pruned_blocks), block_order=tuple(range(depth)),
