@@ -32,9 +32,12 @@ class WriteOptions:
     out: str = option("data/imagenet", TEXT, "data folder to fill")
     sides: str = option(
         "auto", TEXT, "long edges of the files, px: 64,160,256 or 64:raw,256:jpg; auto: the split's default; photos of "
-        "val keep a short edge of 256"
+        "val keep a short edge of 256; of latents: edges of the central squares"
     )  # fmt: skip
-    format: str = option("auto", Choice("auto", "raw", "jpg"), "format of sides without one; auto: raw up to 160 px")
+    format: str = option(
+        "auto", Choice("auto", "raw", "jpg", "latent"), "format of sides without one; auto: raw up to 160 px; latent: "
+        "latents of --vae, plain and mirrored, for latent diffusion"
+    )  # fmt: skip
     quality: int | None = option(None, Number(1, 100, whole=True), "JPEG quality; none: as planned, or 90")
     sampling: str | None = option(
         None, Choice("420", "444"), "JPEG chroma subsampling; none: as planned, or 420"
@@ -66,6 +69,10 @@ class WriteOptions:
     classes: str | None = option(
         None, TEXT, "file of class names, one per line: the classes to read, in the order of their labels; none: all"
     )
+    vae: str | None = option(
+        None, TEXT, "for latents: local folder of diffusers' AutoencoderKL (config.json and weights); with --verify: "
+        "compare a sample of the latents with it"
+    )  # fmt: skip
 
     @property
     def jpeg(self) -> JpegForm:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vitlocal.data.crops import CropPolicy
+from vitlocal.data.fields import LatentForm
 from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
@@ -27,7 +28,7 @@ class Batch:
     With several processes, the last batch of an epoch may leave nothing for some of them.
     """
 
-    images: torch.Tensor  # (B, 3, S, S) uint8, RGB, channels-last
+    images: torch.Tensor  # (B, 3, S, S) uint8, RGB, channels-last; latents: (B, 2C, h, w) float16, mean and std
     labels: torch.Tensor  # (B,) int64
     ids: torch.Tensor  # (B,) int64, rows of the split, on the CPU
     places: np.ndarray  # (B,) int64, in the global batch (longer than B if damaged images are left out)
@@ -73,8 +74,11 @@ class Source:
     """A split of a data set, read one pass at a time. A kind of source adds ``_read``.
 
     ``side`` is the longest edge that images were stored with, px; None for original images. ``damaged`` has the rows
-    that were skipped so far, with data.on_error=skip.
+    that were skipped so far, with data.on_error=skip. ``latents`` describes the latents that it delivers in place of
+    photos; None: photos.
     """
+
+    latents: LatentForm | None = None
 
     def __init__(
         self, classes: tuple[str, ...], count: int, side: int | None, crops: CropPolicy, device: torch.device,
@@ -101,6 +105,9 @@ class Source:
         slices = (share or self.share).slices(draws, feed.batch_size)
         with closing(self._read(slices, at.epoch, feed.size, subset)) as batches:
             yield batches
+
+    def check_size(self, size: int) -> None:
+        """Raises ConfigError if the source cannot deliver images of ``size`` px. Photos are cropped to any size."""
 
     def _read(
         self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None

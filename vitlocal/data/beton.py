@@ -2,17 +2,17 @@
 
 A file holds a header, one descriptor for each field, one metadata row for each sample, the encoded images, and a table
 of allocations, which says which bytes belong to which sample. FFCV's cache reads whole pages, so an image never crosses
-a multiple of the page size, counted from the start of the file.
+a multiple of the page size, counted from the start of the file. Files of latents have arrays in place of the images.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from vitlocal.data.fields import ARGUMENT_BYTES, NAME_BYTES, TENSOR, FieldType
+from vitlocal.data.fields import ARGUMENT_BYTES, ARRAY, NAME_BYTES, TENSOR, FieldType
 from vitlocal.data.fields import IMAGE as IMAGE_FIELD
 from vitlocal.data.fields import INT as INT_FIELD
 from vitlocal.data.native import ROW
@@ -30,6 +30,8 @@ FIELD = np.dtype(
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL = np.dtype("<i8")
+PHOTO = FieldType(IMAGE_FIELD)
+LATENT = "latent"  # the name of the field that files of latents have in place of the image
 
 MIN_PAGE = 1 << 21
 MAX_EDGE = 65500  # of JPEG; width and height are stored in 16 bits
@@ -43,23 +45,29 @@ def page_size_for(largest: int, default: int = 1 << 23) -> int:
     return max(default, 1 << (largest - 1).bit_length())
 
 
-def metadata_type(fields: Fields = NO_FIELDS) -> np.dtype:
-    """A row of metadata in our files: f0 is the image, f1 the label, and the further ``fields`` follow."""
-    return np.dtype([("", IMAGE), ("", LABEL), *(("", field.column) for field in fields.values())], align=True)
+def metadata_type(fields: Fields = NO_FIELDS, first: FieldType = PHOTO) -> np.dtype:
+    """A row of metadata in our files: f0 is ``first``, f1 the label, and the further ``fields`` follow."""
+    return _metadata_type([first, FieldType(INT_FIELD), *fields.values()])
 
 
-def data_start(rows: int, fields: Fields = NO_FIELDS) -> int:
+def _metadata_type(fields: Iterable[FieldType]) -> np.dtype:
+    return np.dtype([("", IMAGE if field.type_id == IMAGE_FIELD else field.column) for field in fields], align=True)
+
+
+def data_start(rows: int, fields: Fields = NO_FIELDS, first: FieldType = PHOTO) -> int:
     """The offset of the first image in a file with ``rows`` rows of metadata.
 
     FFCV starts the images on a new page. Here they share the first page with the metadata, which saves 8 MiB.
     """
     head = HEADER.itemsize + (2 + len(fields)) * FIELD.itemsize
-    return -(-(head + rows * metadata_type(fields).itemsize) // 4096) * 4096
+    return -(-(head + rows * metadata_type(fields, first).itemsize) // 4096) * 4096
 
 
-def head_bytes(metadata: np.ndarray, fields: Fields, page_size: int, allocations_at: int) -> bytes:
+def head_bytes(
+    metadata: np.ndarray, fields: Fields, page_size: int, allocations_at: int, first: FieldType = PHOTO
+) -> bytes:
     """The start of a file: header, field descriptors and ``metadata`` (n,) of :func:`metadata_type`."""
-    named = {"image": FieldType(IMAGE_FIELD), "label": FieldType(INT_FIELD), **fields}
+    named = {"image" if first == PHOTO else LATENT: first, "label": FieldType(INT_FIELD), **fields}
     header = np.zeros(1, HEADER)
     header["version"], header["num_fields"], header["page_size"] = VERSION, len(named), page_size
     header["num_samples"], header["alloc_table_ptr"] = len(metadata), allocations_at
@@ -80,6 +88,9 @@ class MappedFile:
     ``classes``, if given. The images are its first field of images. The labels are its integers named "label", else its
     first ones. ``fields`` are the others, which :meth:`values` reads.
 
+    A file without images has its array "latent" in their place: ``latent`` is its type, and ``rows`` has the offset and
+    the bytes of each array. Their values are not checked.
+
     Raises DataError with the file, the problem and the remedy. The check detects a file that is cut off anywhere,
     because the table of allocations ends it.
     """
@@ -88,6 +99,7 @@ class MappedFile:
         self.path = path
         self._require(path.exists(), "does not exist")
         self.fields: dict[str, FieldType] = {}
+        self.latent: FieldType | None = None
         self._columns: dict[str, np.ndarray] = {}
         with open(path, "rb") as file:
             self.page_size, self.rows, self.labels = self._read(file, classes)
@@ -133,30 +145,33 @@ class MappedFile:
         images = [name for name, field in fields.items() if field.type_id == IMAGE_FIELD]
         integers = [name for name, field in fields.items() if field.type_id == INT_FIELD]
         found = {name: field.type_id for name, field in fields.items()}
-        both = bool(images and integers)
-        require(both, f"has fields (name: type) {found}, expected an RGBImageField and an IntField")
+        latents = [LATENT] * (not images and LATENT in fields and fields[LATENT].type_id == ARRAY)
+        self.latent = fields[LATENT] if latents else None
+        payload = (images + latents)[:1]
+        both = bool(payload and integers)
+        expected = f"an RGBImageField, or an NDArrayField {LATENT!r}, and an IntField"
+        require(both, f"has fields (name: type) {found}, expected {expected}")
         require(count > 0, "holds no images")
         require(table_at > 0, "was never finished: it has no table of allocations")
 
-        types = [IMAGE if field.type_id == IMAGE_FIELD else field.column for field in fields.values()]
-        metadata = read(np.dtype([("", kind) for kind in types], align=True), count, f"metadata of {count} rows")
+        metadata = read(_metadata_type(fields.values()), count, f"metadata of {count} rows")
         columns = {name: metadata[f"f{place}"] for place, name in enumerate(fields)}
-        image, label = columns.pop(images[0]), columns.pop("label" if "label" in integers else integers[0])
+        image, label = columns.pop(payload[0]), columns.pop("label" if "label" in integers else integers[0])
         self.fields, self._columns = {name: fields[name] for name in columns if name not in images}, columns
         # Each image and each value that is not a number has an allocation. FFCV may have allocated some twice.
         stored = {name: field for name, field in self.fields.items() if not field.is_number}
-        least = count * (len(images) + len(stored))
+        least = count * (len(images or latents) + len(stored))
         start, end = file.tell(), table_at + least * ALLOCATION.itemsize
         require(length >= end, f"cut off: {length} bytes, expected {end}")
         allocations, rest = divmod(length - table_at, ALLOCATION.itemsize)
-        whole = table_at >= start and not rest and (allocations == least or len(stored) + len(images) > 1)
+        whole = table_at >= start and not rest and (allocations == least or len(stored) + len(images or latents) > 1)
         require(whole, f"damaged: {length} bytes, but its table of {least} allocations at {table_at} ends at {end}")
         file.seek(table_at)
         table = read(ALLOCATION, allocations, "table of allocations")
 
         table = table[table["size"] > 0]  # an empty value begins where the next image does
         require(len(table) > 0, "damaged: its table of allocations is empty")
-        ptr, size, places = table["ptr"], table["size"], image["data_ptr"]
+        ptr, size, places = table["ptr"], table["size"], image if self.latent else image["data_ptr"]
 
         def require_inside(ptr: np.ndarray, size: np.ndarray, what: str) -> None:
             inside = (ptr >= start) & (ptr <= table_at) & (size <= table_at - np.minimum(ptr, table_at))
@@ -173,15 +188,18 @@ class MappedFile:
             require(np.array_equal(ptr[order], places), "damaged: an image is not in the table of allocations")
             size = size[order]
 
-        raw, width, height = image["mode"] == RAW, image["width"], image["height"]
-        valid = (image["mode"] <= RAW) & (width > 0) & (height > 0)
-        require(valid.all(), "damaged: an image has an unknown mode or no area")
-        whole_pixels = size[raw] == 3 * width[raw].astype(np.uint64) * height[raw]
-        require(whole_pixels.all(), "damaged: a raw image is not of width x height x 3 bytes")
+        rows = np.zeros(count, ROW)
+        rows["offset"], rows["bytes"] = places, size
+        if self.latent is not None:
+            require((size == self.latent.spans(image)[1]).all(), f"damaged: a latent is not of {self.latent}")
+        else:
+            raw, width, height = image["mode"] == RAW, image["width"], image["height"]
+            valid = (image["mode"] <= RAW) & (width > 0) & (height > 0)
+            require(valid.all(), "damaged: an image has an unknown mode or no area")
+            whole_pixels = size[raw] == 3 * width[raw].astype(np.uint64) * height[raw]
+            require(whole_pixels.all(), "damaged: a raw image is not of width x height x 3 bytes")
+            rows["raw"], rows["width"], rows["height"] = raw, width, height
         low, high = int(label.min()), int(label.max())
         fitting = classes is None or (low >= 0 and high < classes)
         require(fitting, f"has labels {low}..{high}, expected 0..{(classes or 0) - 1}")
-        rows = np.zeros(count, ROW)
-        rows["offset"], rows["bytes"], rows["raw"] = places, size, raw
-        rows["width"], rows["height"] = width, height
         return page, rows, label

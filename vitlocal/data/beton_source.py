@@ -10,7 +10,7 @@ import torch
 from vitlocal.data.batch import Source
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.manifest import FILE_NAME, BetonFile, Manifest, load_manifest, manifest_of_file
+from vitlocal.data.manifest import FILE_NAME, LATENT_FLAGS, BetonFile, Manifest, load_manifest, manifest_of_file
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.paths import WRITE
@@ -68,13 +68,23 @@ def open_manifest(root: str | Path, split: str, file: str = "auto") -> tuple[Pat
 class BetonSource(Source):
     """A split of the data folder ``root``, read from the file that :func:`choose_file` picks for each size.
 
-    DataError if a file has another length than the manifest says.
+    DataError if a file has another length than the manifest says. ConfigError if it holds latents and the source reads
+    photos, or the other way round.
     """
+
+    reads_latents = False
 
     def __init__(
         self, root: str | Path, manifest: Manifest, crops: CropPolicy, device: torch.device, costs: DecodingCosts,
         side_ratio: float, share: Share = WHOLE,
     ):  # fmt: skip
+        if (manifest.latents is not None) != self.reads_latents:
+            held, wanted = ("photos", "latents") if self.reads_latents else ("latents", "photos")
+            flags = f" {LATENT_FLAGS}" * self.reads_latents
+            raise ConfigError(
+                f"data.root: the split {manifest.split!r} in {root} holds {held}, and {wanted} are needed. Name another"
+                f" folder, or write one: {WRITE} --split {manifest.split} --source PHOTOS{flags} --out FOLDER"
+            )
         side = max(file.side for file in manifest.files)
         super().__init__(manifest.classes, manifest.count, side, crops, device, share)
         self.root, self.manifest, self.costs, self.side_ratio = Path(root), manifest, costs, side_ratio

@@ -74,11 +74,13 @@ def crop_seconds(
 
 
 def ensure_costs(folder: str | Path, manifest: Manifest, progress: bool = True) -> None:
-    """Measures and saves the costs of a split with several files, unless they are known, on one core.
+    """Measures and saves the costs of a split with several files of photos, unless they are known, on one core.
 
     Raises DataError for a damaged file.
     """
-    if len(manifest.files) == 1 or len(DecodingCosts.load(folder, manifest).microseconds) == len(manifest.files):
+    if manifest.latents is not None or len(manifest.files) == 1:
+        return
+    if len(DecodingCosts.load(folder, manifest).microseconds) == len(manifest.files):
         return
     if progress:
         text = f"{manifest.split}: complete; measuring which file is the fastest for each crop size ..."

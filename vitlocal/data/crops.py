@@ -7,6 +7,7 @@ epoch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,27 @@ class Box:
         top, left = max(math.floor(self.top - self.reach), 0), max(math.floor(self.left - self.reach), 0)
         bottom = max(min(math.ceil(self.top + self.height + self.reach), height), top + 1)
         return top, left, bottom, max(min(math.ceil(self.left + self.width + self.reach), width), left + 1)
+
+
+def centre_squares(image: Image.Image, sides: Sequence[int]) -> list[np.ndarray]:
+    """The central square of an RGB image at each of ``sides`` px: arrays (S, S, 3) uint8.
+
+    The short edge becomes S as in ADM (Dhariwal and Nichol 2021), whose crops DiT was trained on. The image is halved
+    by the mean of 2 x 2 pixels while its short edge is at least 2 S, and the rest is bicubic with antialiasing. Smaller
+    images are enlarged.
+    """
+    from PIL import Image
+
+    squares = {}
+    for side in sorted(sides, reverse=True):  # a smaller side continues from the halved image of a larger one
+        while min(image.size) >= 2 * side:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = side / min(image.size)
+        width, height = round(scale * image.width), round(scale * image.height)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        top, left = (height - side) // 2, (width - side) // 2
+        squares[side] = pixels[top : top + side, left : left + side]
+    return [squares[side] for side in sides]
 
 
 def cut(image: Image.Image, box: Box, size: int) -> Image.Image:

@@ -20,6 +20,7 @@ _ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 NAME_BYTES = 16
 
 EXPECTED = "expected int, float, bytes, json, or an array's (dtype, shape)"
+CENTRE_SQUARE = "centre square"  # the crop of latents: vitlocal.data.crops.centre_squares
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,22 @@ class FieldType:
         if self.type_id == BYTES:
             return [part.tobytes() for part in found]
         return [json.loads(part.tobytes().split(b"\0")[0]) for part in found]
+
+
+@dataclass(frozen=True)
+class LatentForm:
+    """The latents that a split stores instead of photos, and the autoencoder that made them."""
+
+    channels: int  # C
+    stride: int  # px of the image per latent cell, in each direction
+    scaling_factor: float  # the model is fed (mean + std x noise) x scaling_factor
+    autoencoder: str  # its digest; "" if it is unknown
+    crop: str = CENTRE_SQUARE
+
+    def field(self, side: int) -> FieldType:
+        """The stored array of a photo of ``side`` px: [plain, mirrored][mean of C channels, their std]."""
+        cells = side // self.stride
+        return FieldType(ARRAY, np.dtype("<f2"), (2, 2 * self.channels, cells, cells))
 
 
 def field_types(given: Mapping[str, Any] | None) -> dict[str, FieldType]:

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.data.beton import MappedFile
+from vitlocal.data.fields import LatentForm
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.jsonl import replacing
 from vitlocal.paths import WRITE
 
 VERSION = 1
 PYTHON_SOURCE = "a dataset in Python"  # the spec of images that vitlocal.write stored
+LATENT_FLAGS = "--format latent --vae FOLDER"  # in commands that a user can complete
 CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, as timm's --class-map
 # Our names, and those of ffcv-imagenet: the largest side, the fraction of JPEGs and their quality.
-FILE_NAME = re.compile(r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_((raw|jpg)\.beton|[0-9]+(\.[0-9]+)?_[0-9]+\.(ffcv|beton))")
+FILE_NAME = re.compile(
+    r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_((raw|jpg|latent)\.beton|[0-9]+(\.[0-9]+)?_[0-9]+\.(ffcv|beton))"
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,9 @@ class BetonFile:
     """A .beton file of a split. A file that is not written yet has no bytes."""
 
     file: str  # name within the data folder
-    side: int  # long edge of the stored images, px
-    format: str  # "raw" | "jpg"
-    quality: int | None  # of JPEG; None for raw
+    side: int  # long edge of the stored images, px; of latents: edge of the square photo
+    format: str  # "raw" | "jpg" | "latent"
+    quality: int | None  # of JPEG; None for others
     sampling: int | None  # chroma sampling of JPEG, 420 or 444; None for raw, or if it is unknown
     keep: int | None  # 1: small JPEGs are stored unchanged, 0: all are encoded again; None as for sampling
     page_size: int
@@ -79,10 +83,13 @@ class Manifest:
     source: SourceInfo
     skipped: tuple[Skipped, ...]
     entries: tuple[str, ...]
+    latents: LatentForm | None = None  # None: the files hold photos
 
     def save(self, path: Path) -> None:
         """Writes the file as a whole or not at all, and the folder's entry of it to disk."""
         members = {"version": VERSION, **asdict(self)}
+        if self.latents is None:
+            del members["latents"]
         lines = ",\n".join(f"{json.dumps(name)}: {_dump(value)}" for name, value in members.items())
         with replacing(path) as file:
             file.write(f"{{\n{lines}\n}}\n")
@@ -107,7 +114,8 @@ class Manifest:
             source = replace(source, reads=tuple(source.reads))
             skipped = tuple(_record(Skipped, image) for image in content["skipped"])
             classes, entries = tuple(content["classes"]), tuple(content["entries"])
-            manifest = cls(content["split"], content["count"], classes, files, source, skipped, entries)
+            latents = _record(LatentForm, content["latents"]) if "latents" in content else None
+            manifest = cls(content["split"], content["count"], classes, files, source, skipped, entries, latents)
             if not manifest.count == len(entries) == source.length - len(skipped):
                 raise ValueError(
                     f"the count is {manifest.count}, but {len(entries)} entries and {len(skipped)} skipped images of "
@@ -116,6 +124,8 @@ class Manifest:
             names = [f"{manifest.split}_{file.side}_{file.format}.beton" for file in files]
             if not names or names != [file.file for file in files]:
                 raise ValueError(f"its files should be {names}")
+            if any((file.format == "latent") != (latents is not None) for file in files):
+                raise ValueError("its files and its member latents do not agree")
             return manifest
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
@@ -150,6 +160,8 @@ def _options_of_other_split(folder: Path) -> str:
             other = Manifest.load(path)
             # A split with several files has ImageNet's default files, and the other split has its own defaults.
             sides = f" --sides {other.files[0].side}:{other.files[0].format}" if len(other.files) == 1 else ""
+            if other.latents is not None:
+                sides = f" --sides {','.join(str(file.side) for file in other.files)} {LATENT_FLAGS}"
             source = other.source
             if source.spec == PYTHON_SOURCE:
                 return " --source PHOTOS, or vitlocal.write, which wrote the other split"
@@ -191,25 +203,51 @@ def manifest_of_ffcv_files(folder: Path, split: str) -> Manifest | None:
             "data set"
         )
     files = tuple(_described(file, name[0], int(name["side"])) for name, file in mine)
-    return _bare_manifest(split, len(mine[0][1].rows), classes, files)
+    forms = {latent_form(file, int(name["side"])) for name, file in mine}
+    if len(forms) > 1:
+        raise DataError(
+            f"{folder}: the files of split {split!r} hold photos and latents, or different latents: "
+            f"{', '.join(counts)}; keep one kind in each data folder"
+        )
+    return _bare_manifest(split, len(mine[0][1].rows), classes, files, forms.pop())
+
+
+def latent_form(file: MappedFile, side: int) -> LatentForm | None:
+    """The latents of a file that no manifest describes, fed to the model as they are; None if it holds photos.
+
+    Raises DataError if its arrays are no latents of squares of ``side`` px.
+    """
+    if file.latent is None:
+        return None
+    shape = file.latent.shape
+    channels, cells = (shape[1] // 2, shape[3]) if len(shape) == 4 else (1, 1)
+    form = LatentForm(channels, max(1, side // cells), 1.0, "")
+    if file.latent != form.field(side):
+        raise DataError(
+            f"{file.path} has latents of {file.latent}, expected float16 [2, 2 x channels, {side} / stride, "
+            f"{side} / stride]: plain and mirrored, mean and standard deviation. Write it in that form"
+        )
+    return form
 
 
 def manifest_of_file(path: Path, split: str) -> Manifest:
     """A manifest for one file that no manifest describes. Class names are label numbers."""
     file = MappedFile(path)
-    side = int(max(file.rows["width"].max(), file.rows["height"].max()))
+    side = file.latent.shape[-1] if file.latent else int(max(file.rows["width"].max(), file.rows["height"].max()))
     classes = tuple(str(label) for label in range(int(file.labels.max()) + 1))
-    return _bare_manifest(split, len(file.rows), classes, (_described(file, path.name, side),))
+    return _bare_manifest(split, len(file.rows), classes, (_described(file, path.name, side),), latent_form(file, side))
 
 
 def _described(file: MappedFile, name: str, side: int) -> BetonFile:
-    form = "raw" if file.rows["raw"].all() else "jpg"
+    form = "latent" if file.latent else "raw" if file.rows["raw"].all() else "jpg"
     return BetonFile(name, side, form, None, None, None, file.page_size, len(file.bytes))
 
 
-def _bare_manifest(split: str, count: int, classes: tuple[str, ...], files: tuple[BetonFile, ...]) -> Manifest:
+def _bare_manifest(
+    split: str, count: int, classes: tuple[str, ...], files: tuple[BetonFile, ...], latents: LatentForm | None
+) -> Manifest:
     entries = tuple(f"row {row}" for row in range(count))
-    return Manifest(split, count, classes, files, SourceInfo("", count, ""), (), entries)
+    return Manifest(split, count, classes, files, SourceInfo("", count, ""), (), entries, latents)
 
 
 def checksum(path: Path) -> str:

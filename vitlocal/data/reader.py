@@ -1,11 +1,12 @@
-"""A pass over one .beton file: a thread decodes batches of crops ahead, into memory that is used again.
+"""A pass over one .beton file: a thread fills batches ahead, into memory that is used again.
 
-The thread calls the fused decoder once for each batch. Nothing is compiled, and passes may overlap.
+For photos, the thread calls the fused decoder once for each batch. Nothing is compiled, and passes may overlap.
 
 Shape letters: B batch, S size, n rows of a file.
 """
 
 import atexit
+import math
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -26,7 +27,7 @@ from vitlocal.errors import ConfigError, DataError
 PREFETCH = 3  # batches that wait for the consumer
 MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
 
-_running: "weakref.WeakKeyDictionary[EpochReader, threading.Thread]" = weakref.WeakKeyDictionary()
+_running: "weakref.WeakKeyDictionary[PassReader, threading.Thread]" = weakref.WeakKeyDictionary()
 
 # Chooses the boxes of a batch: (ids (B,) int64, epoch) -> (B, 4) or (B, 5). See Loader.
 ChooseBoxes = Callable[[np.ndarray, int], np.ndarray]
@@ -40,15 +41,15 @@ class Slot:
         self.copied: torch.cuda.Event | None = None  # the end of the copy to a GPU
         self._lent: weakref.ref[np.ndarray] | None = None
 
-    def crops(self, count: int, size: int, pinned: bool, owned: bool) -> torch.Tensor:
-        """(count, size, size, 3) uint8. A copy of an earlier batch to a GPU has ended.
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool, owned: bool) -> torch.Tensor:
+        """A tensor of that form. A copy of an earlier batch to a GPU has ended.
 
         With ``owned``, the caller keeps the memory as long as a tensor uses it; later batches then have other memory.
         """
         if self.copied is not None:
             self.copied.synchronize()  # device sync: with a copy that began several batches ago
             self.copied = None
-        needed = count * size * size * 3
+        needed = math.prod(shape) * dtype.itemsize
         in_use = self._lent is not None and self._lent() is not None
         if len(self.memory) < needed or in_use:
             # Fresh memory costs as much time as decoding small crops, so it is used again if nobody has it.
@@ -57,7 +58,7 @@ class Slot:
         if owned and not pinned:  # a copy on a GPU has memory of its own
             lent = memory.numpy()  # lives as long as the last tensor that shares it
             self._lent, memory = weakref.ref(lent), torch.from_numpy(lent)
-        return memory.view(count, size, size, 3)
+        return memory.view(dtype).view(shape)
 
 
 class LoaderResources:
@@ -113,27 +114,18 @@ def _stop_all() -> None:
         thread.join()
 
 
-class EpochReader:
-    """One pass over ``file``, in crops of ``size`` px, which a thread of its own decodes.
+class PassReader:
+    """One pass, whose batches a thread of its own fills ahead. A kind of pass adds ``_fill``.
 
-    ``choose_boxes`` replaces the boxes of ``crops``. At most ``prefetch`` batches wait. With ``owned``, batches belong
-    to the consumer; else a batch on a CPU is valid until the next.
-
-    A damaged image raises DataError. With ``skip_damaged`` another image of ``subset`` (default: all rows) replaces it
-    if the order is random, and else it is left out. ``damaged`` says what is wrong with such rows.
+    At most ``prefetch`` batches wait. With ``owned``, batches belong to the consumer; else a batch on a CPU is valid
+    until the next.
     """
 
     def __init__(
-        self, resources: LoaderResources, file: MappedFile, crops: CropPolicy, epoch: int, size: int,
-        device: torch.device, *, subset: np.ndarray | None = None, skip_damaged: bool = False,
-        choose_boxes: ChooseBoxes | None = None, prefetch: int = PREFETCH, owned: bool = False,
+        self, resources: LoaderResources, device: torch.device, prefetch: int = PREFETCH, owned: bool = False
     ):  # fmt: skip
-        self._resources, self._file, self._crops, self._epoch, self._size = resources, file, crops, epoch, size
-        self._device, self._skip_damaged, self._choose_boxes = device, skip_damaged, choose_boxes
-        self._subset, self._prefetch, self._owned = subset, prefetch, owned
-        self._policy = native_policy(crops, epoch)
+        self._resources, self._device, self._prefetch, self._owned = resources, device, prefetch, owned
         self._stream = resources.stream(device)
-        self.damaged: dict[int, str] = {}
         self._free: SimpleQueue[Slot] = SimpleQueue()
         self._ready: SimpleQueue[tuple[Batch, Slot] | BaseException | None] = SimpleQueue()
         self._closed = False
@@ -196,11 +188,9 @@ class EpochReader:
             self._ready.put(error)
 
     def _read(self, part: BatchSlice, slot: Slot) -> Batch:
-        """Decodes a batch, and starts its copy to the device."""
-        memory = slot.crops(len(part.draws), self._size, self._stream is not None, self._owned)
-        crops, rows = self._decode(part.draws, memory)
-        images = crops.permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last
-        labels = torch.from_numpy(self._file.labels[rows].astype(np.int64))
+        """Fills a batch, and starts its copy to the device."""
+        images, found, rows = self._fill(part.draws, slot)
+        labels = torch.from_numpy(found.astype(np.int64))
         if self._stream is not None:
             with torch.cuda.stream(self._stream):  # host-to-device copies, which overlap the training step
                 images = images.to(self._device, non_blocking=True)
@@ -210,6 +200,41 @@ class EpochReader:
         elif self._device.type != "cpu":
             images, labels = images.to(self._device), labels.to(self._device)
         return Batch(images, labels, torch.from_numpy(rows), part.places, part.total)
+
+    def _fill(self, draws: np.ndarray, slot: Slot) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """The images of ``draws`` (B,) in the memory of ``slot``, their labels (B,), and their rows (B,) int64."""
+        raise NotImplementedError
+
+    def _take(self, slot: Slot, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return slot.take(shape, dtype, self._stream is not None, self._owned)
+
+
+class EpochReader(PassReader):
+    """A pass over the photos of ``file``, in crops of ``size`` px.
+
+    ``choose_boxes`` replaces the boxes of ``crops``.
+
+    A damaged image raises DataError. With ``skip_damaged`` another image of ``subset`` (default: all rows) replaces it
+    if the order is random, and else it is left out. ``damaged`` says what is wrong with such rows.
+    """
+
+    def __init__(
+        self, resources: LoaderResources, file: MappedFile, crops: CropPolicy, epoch: int, size: int,
+        device: torch.device, *, subset: np.ndarray | None = None, skip_damaged: bool = False,
+        choose_boxes: ChooseBoxes | None = None, prefetch: int = PREFETCH, owned: bool = False,
+    ):  # fmt: skip
+        super().__init__(resources, device, prefetch, owned)
+        self._file, self._crops, self._epoch, self._size, self._subset = file, crops, epoch, size, subset
+        self._skip_damaged, self._choose_boxes = skip_damaged, choose_boxes
+        self._policy = native_policy(crops, epoch)
+        self.damaged: dict[int, str] = {}
+
+    # --- in the thread ---
+
+    def _fill(self, draws: np.ndarray, slot: Slot) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        memory = self._take(slot, (len(draws), self._size, self._size, 3), torch.uint8)
+        crops, rows = self._decode(draws, memory)
+        return crops.permute(0, 3, 1, 2), self._file.labels[rows], rows  # (B, 3, S, S), a view: channels-last
 
     def _decode(self, draws: np.ndarray, crops: torch.Tensor, attempt: int = 0) -> tuple[torch.Tensor, np.ndarray]:
         """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""

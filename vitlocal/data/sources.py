@@ -4,6 +4,7 @@ import torch
 
 from vitlocal.data.batch import Source, Sources
 from vitlocal.data.crops import CropPolicy
+from vitlocal.data.latents import LatentSource
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError
@@ -16,7 +17,7 @@ def open_sources(
     loader: str, root: str, *, device: torch.device, source: str | None = None, workers: int = 0,
     on_error: str = "stop", side_ratio: float = 1.5, seed: int = 0, crop_scale: tuple[float, float] = (0.08, 1.0),
     crop_ratio: tuple[float, float] = (0.75, 4 / 3), flip: float = 0.5, repeats: int = 1, centre_crop: float = 0.875,
-    share: Share = WHOLE, local_world_size: int = 1,
+    share: Share = WHOLE, local_world_size: int = 1, latents: bool = False,
 ) -> Sources:  # fmt: skip
     """The sources of the splits train and val in the data folder ``root``; ``loader`` is one of :data:`LOADERS`.
 
@@ -29,20 +30,29 @@ def open_sources(
         centre_crop: size of the centre crop for validation, as a fraction of the resized short edge.
         share: the part of each batch that this process reads.
         local_world_size: the number of processes that share the cores.
+        latents: read latents instead of photos: the whole square of each photo, mirrored with the probability
+            ``flip`` for training. Crops do not apply.
 
-    Raises ConfigError if the data folder or the original images are missing, or if the splits have different classes.
+    Raises ConfigError if the data folder or the original images are missing, or if the splits have different classes or
+    latents.
     Raises DataError if files are damaged.
     """
     if loader not in LOADERS:
         raise ConfigError(f"data.loader: got {loader!r}, expected one of {', '.join(LOADERS)}")
+    if latents and loader != "native":
+        raise ConfigError(
+            f"data.loader: got {loader}, which reads photos; latents are read by the native loader: data.loader=native"
+        )
     workers = workers or decoder_threads(device.type != "cpu", local_world_size)
     if loader == "native":
         from vitlocal.data.loader import Loader
         from vitlocal.data.reader import LoaderResources
 
-        resources = LoaderResources(workers)
+        resources = LoaderResources(1 if latents else workers)  # latents are copied, not decoded
 
     def open_split(split: str, crops: CropPolicy) -> Source:
+        if latents:
+            return LatentSource(root, split, crops, device, resources, share)
         if loader == "native":
             return Loader(
                 root, split, seed=crops.seed, scale=crops.scale, ratio=crops.ratio, flip=crops.flip,
@@ -72,5 +82,10 @@ def open_sources(
         raise ConfigError(
             f"data.root: the classes of train ({len(sources.train.classes)}) and val ({len(sources.val.classes)}) "
             f"in {root} differ: {', '.join(odd[:5]) or 'they have another order'}. Write both splits from one source"
+        )
+    if sources.train.latents != sources.val.latents:
+        raise ConfigError(
+            f"data.root: train and val in {root} have different latents: {sources.train.latents} and "
+            f"{sources.val.latents}. Write both splits with the same --vae"
         )
     return sources

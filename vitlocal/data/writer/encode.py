@@ -1,5 +1,7 @@
 """Encodes the rows of a source for each .beton file, in threads. The native encoder holds no lock.
 
+For files of latents, it makes the crops that ``writer/latents.py`` encodes.
+
 Letters: F files, K readable rows of a chunk.
 """
 
@@ -18,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitlocal.data.beton import MAX_EDGE, MODES
+from vitlocal.data.beton import MAX_EDGE, MODES, RAW
+from vitlocal.data.crops import centre_squares
 from vitlocal.data.images import ImageSet
 from vitlocal.data.images.pixels import SKIP, decode_rgb
 from vitlocal.data.manifest import BetonFile
@@ -106,7 +109,8 @@ def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) ->
     """
     images.release(start)
     # An estimate of the bytes of a row: photos are 3:4, and a JPEG takes a quarter of their bytes.
-    row = sum(max(file.side, job.short_edge) ** 2 * (9 if file.format == "raw" else 2) / 4 for file in job.files)
+    quarters = {"latent": 12, "raw": 9, "jpg": 2}
+    row = sum(max(file.side, job.short_edge) ** 2 * quarters[file.format] / 4 for file in job.files)
     count = max(1, min(32, int(CHUNK_BYTES / row)))
     requests: Queue[tuple[range, RowsRead | None, Future[Chunk]] | None] = Queue()
     stopping = threading.Event()
@@ -243,6 +247,9 @@ def _behind(images: ImageSet, index: int) -> list[bytes]:
 
 
 def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
+    if job.files[0].format == "latent":
+        squares = centre_squares(images.load(index), [file.side for file in job.files])
+        return [((RAW, *square.shape[:2]), square.tobytes()) for square in squares]
     if images.holds_files:
         data = images.read(index)
         behind = sum(map(len, _behind(images, index)))

@@ -28,7 +28,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vitlocal.data.beton import ALLOCATION, Fields, data_start, head_bytes, metadata_type
+from vitlocal.data.beton import ALLOCATION, PHOTO, Fields, data_start, head_bytes, metadata_type
+from vitlocal.data.fields import LatentForm
 from vitlocal.data.manifest import BetonFile, Manifest, flush_folder, joined_crc32
 from vitlocal.data.writer.encode import Chunk, stored_row
 from vitlocal.errors import ConfigError, DataError
@@ -73,17 +74,20 @@ class SplitFiles:
     may replace others only if it ``replaces`` a split. ``length`` is the number of rows of the source. Writes with
     equal ``identity`` give the same files. A block with a skipped row that ``decodes`` now is written again, and so are
     all blocks behind it. ``state`` says which files of the source changed: their blocks are written again too.
+    ``latents`` describes what the files hold in place of photos.
     """
 
     def __init__(
         self, work: Path, files: tuple[BetonFile, ...], length: int, identity: dict[str, str], state: SourceState,
         decodes: Callable[[int], bool] = lambda row: False, replaces: bool = False, fields: Fields | None = None,
+        latents: LatentForm | None = None,
     ) -> None:  # fmt: skip
         self.work, self.files, self.length, self.state = work, files, length, state
         self._decodes, self._replaces, self.fields = decodes, replaces, fields or {}
         self.out, self.journal = work.parent, work / "journal"
         self.identity = {"journal version": VERSION, **identity}
-        self.start, self._row = data_start(length, self.fields), stored_row(len(self.fields))
+        self._first = [PHOTO if latents is None else latents.field(file.side) for file in files]
+        self.start, self._row = data_start(length, self.fields, self._first[0]), stored_row(len(self.fields))
         self.sealed: tuple[BetonFile, ...] = ()
         self.digests: tuple[str, ...] = ("", "")  # of the state in which the sealed files were written
         nothing = np.empty((len(files), 0), self._row)
@@ -327,8 +331,9 @@ class SplitFiles:
     def _seal_file(self, index: int, rows: np.ndarray, labels: np.ndarray) -> BetonFile:
         file, descriptor, last = self.files[index], self._descriptors[index], self._blocks[-1]
         end = last.ends[index]
-        metadata = np.zeros(len(rows), metadata_type(self.fields))
-        metadata["f0"], metadata["f1"] = rows[["mode", "width", "height", "ptr"]], labels
+        first = self._first[index]
+        metadata = np.zeros(len(rows), metadata_type(self.fields, first))
+        metadata["f0"], metadata["f1"] = rows[["mode", "width", "height", "ptr"] if first == PHOTO else "ptr"], labels
         spans = [(rows["ptr"], rows["size"].astype(np.uint64))]  # of images and of further values, which follow them
         for place, field in enumerate(self.fields.values()):
             values, column = np.ascontiguousarray(rows["values"][:, place]), metadata[f"f{place + 2}"]
@@ -345,7 +350,7 @@ class SplitFiles:
         table["ptr"], table["size"] = np.stack([span[0] for span in spans], 1), np.stack([span[1] for span in spans], 1)
         tail = bytes(-end % 8) + table.tobytes()
         length = end + len(tail)
-        head = head_bytes(metadata, self.fields, file.page_size, length - table.nbytes).ljust(self.start, b"\0")
+        head = head_bytes(metadata, self.fields, file.page_size, length - table.nbytes, first).ljust(self.start, b"\0")
         with self._guarded(self.work / file.file):
             _write_all(descriptor, tail, end)
             _write_all(descriptor, head, 0)

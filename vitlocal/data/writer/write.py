@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,21 +20,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vitlocal.data.beton import MappedFile, page_size_for
+from vitlocal.data.autoencoder import Autoencoder
+from vitlocal.data.beton import LATENT, MappedFile, page_size_for
 from vitlocal.data.costs import ensure_costs
+from vitlocal.data.fields import LatentForm
 from vitlocal.data.images import ImageSet, SourceChoice, open_images
 from vitlocal.data.images.classes import read_classes
 from vitlocal.data.images.image_set import listed
 from vitlocal.data.manifest import CLASSES_NAME, BetonFile, Manifest, Skipped, SourceInfo, work_name
 from vitlocal.data.native import Encoder
-from vitlocal.data.writer.encode import EncodeJob, encode_chunks, encode_image
+from vitlocal.data.writer.encode import Chunk, EncodeJob, encode_chunks, encode_image
 from vitlocal.data.writer.journal import FIELDS, NO_FIELDS, SourceState, SplitFiles, byte_words, difference
+from vitlocal.data.writer.latents import encode_latents
 from vitlocal.errors import ConfigError, DataError, Interrupted, UndecodableImage
 from vitlocal.jsonl import replacing
 from vitlocal.machine import cores
 from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
 
 DEFAULT_SIDES = {"train": "64:raw,160:raw,256:jpg,400:jpg", "val": "256:jpg"}
+LATENT_SIDES = "64,128,192,256"  # of both splits
 LARGEST_RAW = 160  # the largest side that `auto` stores raw
 LARGEST_SIDE = 16384
 SHORT_EDGES = {"train": 0, "val": 256}  # px: photos are not shrunk below; val is evaluated at 224 of 256
@@ -48,17 +52,19 @@ def parse_files(split: str, sides: str, format: str = "auto") -> tuple[tuple[int
     """The (side, format) of each file that ``--sides`` ("64,160,256" or "64:raw,256:jpg") and ``--format`` select.
 
     The format of a side without one is ``format``; ``auto`` is raw up to a side of 160, else jpg. If ``sides`` is
-    ``auto``, returns the default files of the split.
+    ``auto``, returns the default files of the split, or those of latents.
     """
+    if (sides, format) == ("auto", "latent"):
+        sides = LATENT_SIDES
     if sides == "auto" and format != "auto":
         raise ConfigError(f"--format {format} needs --sides, because the default files have their own formats")
     files = []
     for item in (DEFAULT_SIDES[split] if sides == "auto" else sides).split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?::\s*(raw|jpg)\s*)?", item)
+        match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?::\s*(raw|jpg|latent)\s*)?", item)
         if match is None or not 1 <= int(match[1]) <= LARGEST_SIDE:
             raise ConfigError(
                 f"--sides {sides!r}: got {item.strip()!r}, expected numbers from 1 to {LARGEST_SIDE} separated by "
-                "commas, with an optional :raw or :jpg: 64:raw,256:jpg"
+                "commas, with an optional :raw, :jpg or :latent: 64:raw,256:jpg"
             )
         usual = "raw" if int(match[1]) <= LARGEST_RAW else "jpg"
         files.append((int(match[1]), match[2] or (usual if format == "auto" else format)))
@@ -68,6 +74,8 @@ def parse_files(split: str, sides: str, format: str = "auto") -> tuple[tuple[int
         )
     if len(set(files)) < len(files):
         raise ConfigError(f"--sides {sides!r} names a file twice; remove one")
+    if len({kind == "latent" for _, kind in files}) > 1:
+        raise ConfigError(f"--sides {sides!r} names photos and latents; write them into two folders, with two --out")
     return tuple(sorted(files))
 
 
@@ -80,6 +88,7 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
     full disk; the same command then continues where it stopped. Skipped images are tried again each time.
     """
     stored = parse_files(options.split, options.sides, options.format)
+    autoencoder = _open_autoencoder(options, stored)
     out = Path(options.out)
     work, manifest_path = out / work_name(options.split), out / f"{options.split}.json"
     with _sigterm_interrupts():
@@ -88,8 +97,8 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
         if progress:
             _describe(images, options.split)
         state = SourceState(images.spec, images.stamps())
-        planned = _planned_manifest(options, stored, images, state)
-        _require_same_classes(out, planned)
+        planned = _planned_manifest(options, stored, images, state, autoencoder)
+        _require_same_kind(out, planned)
         job = EncodeJob(planned.files, SHORT_EDGES[options.split], options.on_error == "skip")
         decodes = partial(_decodes, images, job)
         replaces = manifest_path.exists()
@@ -98,10 +107,13 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
         if manifest is None:
             identity = _identity(planned)
             with SplitFiles(
-                work, planned.files, planned.count, identity, state, decodes, replaces, images.fields
+                work, planned.files, planned.count, identity, state, decodes, replaces, images.fields, planned.latents
             ) as files:
                 if not files.sealed:
-                    _fill(files, job, planned, images, options.workers or cores(), progress)
+                    chunks = encode_chunks(images, job, files.next, options.workers or cores())
+                    if autoencoder is not None:
+                        chunks = encode_latents(chunks, planned.files, autoencoder, planned.entries)
+                    _fill(files, chunks, planned, images, progress)
                     files.seal(np.asarray(images.labels, np.int64))
                 skipped = files.skipped
                 sizes, times = files.digests
@@ -113,7 +125,7 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
                     skipped=tuple(Skipped(planned.entries[row], reason) for row, reason in skipped.items()),
                     entries=tuple(entry for row, entry in enumerate(planned.entries) if row not in skipped),
                 )
-                _require_same_classes(out, planned)  # both splits may be written at the same time
+                _require_same_kind(out, planned)  # both splits may be written at the same time
                 _save_class_names(out, manifest)
                 files.publish(manifest, manifest_path)
         elif not (out / CLASSES_NAME).exists():
@@ -151,16 +163,44 @@ def _describe(images: ImageSet, split: str) -> None:
         print(f"{split}: {note}")
 
 
-def _require_same_classes(out: Path, planned: Manifest) -> None:
-    """Raises ConfigError if the other split in the data folder has other classes. A run could not use both."""
+def _open_autoencoder(options: WriteOptions, stored: Sequence[tuple[int, str]]) -> Autoencoder | None:
+    """The autoencoder if latents are written. ConfigError if --vae is missing or of no use, or for a wrong side."""
+    if stored[0][1] != "latent":
+        if options.vae is not None:
+            raise ConfigError(f"--vae {options.vae} has no effect on photos; remove it, or add --format latent")
+        return None
+    if options.vae is None:
+        raise ConfigError("--format latent needs the folder of an autoencoder: --vae FOLDER")
+    autoencoder = Autoencoder.load(options.vae)
+    if wrong := [side for side, _ in stored if side % autoencoder.stride]:
+        raise ConfigError(
+            f"--sides: latents need multiples of {autoencoder.stride} px, the stride of {options.vae}; got {wrong}"
+        )
+    return autoencoder
+
+
+def _require_same_kind(out: Path, planned: Manifest) -> None:
+    """Raises ConfigError if the other split in the folder has other classes or latents. A run could not use both."""
     path = out / ("val.json" if planned.split == "train" else "train.json")
-    if path.exists() and (classes := Manifest.load(path).classes) != planned.classes:
+    if not path.exists():
+        return
+    other = Manifest.load(path)
+    if other.latents != planned.latents:
+        raise ConfigError(
+            f"a data folder holds either photos or latents of one autoencoder: {path} is of {_kind(other)}, and this "
+            f"split of {_kind(planned)}. Use another --out"
+        )
+    if (classes := other.classes) != planned.classes:
         raise ConfigError(
             f"{path} and this split must have the same classes in the same order, got {len(classes)} ("
             f"{listed(classes, 3)}) and {len(planned.classes)} ({listed(planned.classes, 3)}). Write both from one "
             f"source with the same --label, --subset and --classes (such as {out / CLASSES_NAME}). If the source has "
             f"other classes now, remove {path} and its files, or use another --out"
         )
+
+
+def _kind(manifest: Manifest) -> str:
+    return "photos" if manifest.latents is None else f"latents of the autoencoder {manifest.latents.autoencoder}"
 
 
 def _save_class_names(out: Path, manifest: Manifest) -> None:
@@ -196,8 +236,10 @@ def _decodes(images: ImageSet, job: EncodeJob, row: int) -> bool:
     return True
 
 
-def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet, workers: int, progress: bool) -> None:
-    """Encodes and appends all rows that the files lack."""
+def _fill(
+    files: SplitFiles, encoded: Generator[Chunk, None, None], planned: Manifest, images: ImageSet, progress: bool
+) -> None:
+    """Appends all rows that the files lack, as they are ``encoded``."""
     forecast_at = files.next + FORECAST_IMAGES
     form, seconds = (None, 0.1) if sys.stderr.isatty() else (REPORT, REPORT_SECONDS)
     bar = tqdm(
@@ -205,7 +247,7 @@ def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet
         mininterval=seconds, disable=not progress,
     )  # fmt: skip
     run = 0  # of skipped rows
-    with bar, closing(encode_chunks(images, job, files.next, workers)) as chunks:
+    with bar, closing(encoded) as chunks:
         for chunk in chunks:
             for row in range(chunk.start, chunk.next):
                 run = run + 1 if row in chunk.skipped else 0
@@ -234,14 +276,22 @@ def _fill(files: SplitFiles, job: EncodeJob, planned: Manifest, images: ImageSet
 
 
 def _planned_manifest(
-    options: WriteOptions, stored: Sequence[tuple[int, str]], images: ImageSet, state: SourceState
-) -> Manifest:
+    options: WriteOptions, stored: Sequence[tuple[int, str]], images: ImageSet, state: SourceState,
+    autoencoder: Autoencoder | None,
+) -> Manifest:  # fmt: skip
     """The manifest of a write that skips no image. Its files lack what only their bytes tell."""
     labels = np.asarray(images.labels, np.int64)
     entries = tuple(images.entry(index) for index in range(len(images)))
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(images.classes):
         found = f"{labels.min()} to {labels.max()}"
         raise DataError(f"{images.spec} has labels from {found}, expected 0 to {len(images.classes) - 1}")
+    latents = None
+    if autoencoder is not None:
+        latents = LatentForm(
+            autoencoder.channels, autoencoder.stride, autoencoder.scaling_factor, autoencoder.digest
+        )  # fmt: skip
+        if LATENT in images.fields:
+            raise ConfigError(f"fields: {LATENT!r} is the name of the latents themselves; use another name")
     files = []
     for side, format in stored:
         # A JPEG of noise at full quality can be slightly larger than its pixels, so 64 KiB are added.
@@ -264,7 +314,7 @@ def _planned_manifest(
         left_out=dict(images.left_out),
         fields={name: str(kind) for name, kind in images.fields.items()},
     )
-    return Manifest(options.split, len(entries), tuple(images.classes), tuple(files), source, (), entries)
+    return Manifest(options.split, len(entries), tuple(images.classes), tuple(files), source, (), entries, latents)
 
 
 def _digest(names: Sequence[str], length: int, more: bytes = b"") -> str:
@@ -286,6 +336,7 @@ def _identity(manifest: Manifest) -> dict[str, str]:
         "classes": f"{len(manifest.classes)} (digest {_digest(manifest.classes, 8)})",
         "names and labels of the source's images (digest)": manifest.source.fingerprint,
         FIELDS: ", ".join(f"{name} ({kind})" for name, kind in manifest.source.fields.items()) or NO_FIELDS,
+        **({} if manifest.latents is None else {"autoencoder": manifest.latents.autoencoder}),
     }
 
 
