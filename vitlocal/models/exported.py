@@ -1,0 +1,48 @@
+"""The exported model in the folder of a finished run."""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+import vitlocal.models  # noqa: F401 (registers our models with timm)
+from vitlocal.errors import ConfigError
+
+
+class ExportedRun:
+    """What :func:`vitlocal.models.factory.export_model` wrote.
+
+    ``option`` is the name of the option that names ``folder``. Raises :class:`ConfigError` without a finished run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], option: str = "--run"):
+        self.folder = Path(folder)
+        for name in ("model.safetensors", "config.json"):
+            if not (self.folder / name).is_file():
+                raise ConfigError(
+                    f"{option}: {self.folder / name} does not exist; expected the folder of a finished run of "
+                    "train_imagenet.py"
+                )
+        self.description: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        self.architecture: str = self.description["architecture"]
+        self.class_names: list[str] = self.description["label_names"]
+        self.size: int = self.description["pretrained_cfg"]["input_size"][1]  # of the evaluation, px
+        self.crop_pct: float = self.description["pretrained_cfg"]["crop_pct"]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file of weights, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        with open(self.folder / "model.safetensors", "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def load(self) -> nn.Module:
+        """The model, on the CPU, in evaluation mode."""
+        return timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()
