@@ -25,7 +25,7 @@ ROOMS = (
     ("tasks",),
     ("report",),
     ("train",),
-    ("predict", "storage"),
+    ("predict", "sample", "storage"),
     ("bench", "write_dataset"),
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

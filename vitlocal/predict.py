@@ -1,44 +1,40 @@
 """Classifies photos with a trained run: python -m vitlocal.predict --run runs/x photo.jpg [more.jpg …]"""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.data.augment import Normalize
 from vitlocal.data.crops import CropPolicy, cut
 from vitlocal.data.images import decode_rgb
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.errors import ConfigError, run_command
+from vitlocal.models.exported import ExportedRun
+from vitlocal.tasks.metrics import task_name
 
 
 class Predictor:
     """A run's exported model with its preprocessing, the center crop of the run's evaluation.
 
-    Raises :class:`ConfigError` if ``run`` is not the folder of a finished run.
+    Raises :class:`ConfigError` if ``run`` is not the folder of a classifier's finished run.
     """
 
     def __init__(self, run: str | os.PathLike[str]) -> None:
-        folder = Path(run)
-        for name in ("model.safetensors", "config.json"):
-            if not (folder / name).is_file():
-                raise ConfigError(
-                    f"--run: {folder / name} does not exist; expected the folder of a finished run of train_imagenet.py"
-                )
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.class_names: list[str] = description["label_names"]
-        self.size: int = description["pretrained_cfg"]["input_size"][1]
-        crops = CropPolicy(random=False, centre=description["pretrained_cfg"]["crop_pct"])
-        self._policy = native_policy(crops, epoch=0)
-        self.model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        exported = ExportedRun(run)
+        if task_name(exported.architecture) != "classification":
+            raise ConfigError(
+                f"--run: {run} holds a diffusion model, expected a classifier; python -m vitlocal.sample --run {run} "
+                "draws images with it"
+            )
+        self.class_names, self.size = exported.class_names, exported.size
+        self._policy = native_policy(CropPolicy(random=False, centre=exported.crop_pct), epoch=0)
+        self.model = exported.load()
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, count: int = 5) -> list[tuple[str, float]]:

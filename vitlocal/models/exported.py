@@ -14,6 +14,15 @@ import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.errors import ConfigError
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 class ExportedRun:
     """What :func:`vitlocal.models.factory.export_model` wrote.
 
@@ -36,12 +45,8 @@ class ExportedRun:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file of weights, in hexadecimal digits."""
-        digest = hashlib.sha256()
-        with open(self.folder / "model.safetensors", "rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-        return digest.hexdigest()
+        """:func:`file_digest` of the weights."""
+        return file_digest(self.folder / "model.safetensors")
 
     def load(self) -> nn.Module:
         """The model, on the CPU, in evaluation mode."""
