@@ -11,7 +11,7 @@ from torch import nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.tasks.noise_schedule import NoiseSchedule
-from vitlocal.tasks.sampling import SamplerOptions, sample, sample_batches, to_pixels
+from vitlocal.tasks.sampling import SamplerOptions, sample, sample_batches, sample_keys, to_pixels
 
 CPU = torch.device("cpu")
 CLASSES = 3
@@ -142,6 +142,15 @@ def test_a_sample_depends_on_its_key_alone(sampler):
     torch.testing.assert_close(backwards.flip(0), alone)
     other = draw(Smooth(), [0], options, [14])
     assert (other - alone[:1]).abs().max() > 0.1
+
+
+def test_keys_are_those_of_seed_class_and_number():
+    labels, numbers = torch.arange(4).repeat_interleave(500), torch.arange(500).repeat(4)
+    keys = sample_keys(3, labels, numbers)
+    assert keys.dtype == torch.int64 and 0 <= keys.min() and keys.max() < 1 << 32
+    assert len(keys.unique()) == 2000 and not torch.isin(sample_keys(4, labels, numbers), keys).any()
+    chosen = torch.tensor([1999, 3, 700])
+    assert torch.equal(sample_keys(3, labels[chosen], numbers[chosen]), keys[chosen])
 
 
 def test_batches_report_their_progress():

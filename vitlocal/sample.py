@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,14 +19,13 @@ from tqdm import tqdm
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.data.autoencoder import Autoencoder
-from vitlocal.data.random_keys import integers
 from vitlocal.errors import ConfigError, Interrupted, StopSignals, run_command
 from vitlocal.models.exported import ExportedRun, file_digest
 from vitlocal.options import COUNT, TEXT, Choice, Number, messages, option
 from vitlocal.tasks.metrics import task_name
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sample_grid import draw_grid
-from vitlocal.tasks.sampling import GUIDED_CHANNELS, SAMPLERS, SamplerOptions, sample_batches, to_pixels
+from vitlocal.tasks.sampling import GUIDED_CHANNELS, SAMPLERS, SamplerOptions, sample_batches, sample_keys, to_pixels
 from vitlocal.train.devices import choose_device, choose_precision
 
 GRID_ROWS, GRID_COLUMNS = 50, 10  # the most
@@ -180,11 +178,11 @@ def main(argv: Sequence[str]) -> None:
     how.times(sampler.schedule.steps)  # refuses too many steps
     names, count = sampler.exported.class_names, options.count
     classes, out = chosen_classes(options.classes, names), Path(options.out or sampler.exported.folder / "samples")
-    keys = np.concatenate([integers((options.seed, label), np.arange(count), 0, 1 << 63) for label in classes])
-    labels = np.repeat(classes, count)
+    labels, numbers = torch.tensor(classes).repeat_interleave(count), torch.arange(count).repeat(len(classes))
+    keys = sample_keys(options.seed, labels, numbers)
     samples = [
-        {"file": file_name(label, names[label], place % count), "label": label, "class": names[label], "key": key}
-        for place, (label, key) in enumerate(zip(labels.tolist(), keys.tolist(), strict=True))
+        {"file": file_name(label, names[label], number), "label": label, "class": names[label], "key": key}
+        for label, number, key in zip(labels.tolist(), numbers.tolist(), keys.tolist(), strict=True)
     ]
     total, signals, shown = how.steps * len(samples), StopSignals(prints=False), []
     bar = tqdm(total=total, disable=not sys.stderr.isatty(), leave=False, unit=" steps")
@@ -196,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
 
     with signals.handled(), new_folder(out) as folder, bar:
         rest = enumerate(samples)
-        for images in sampler.draw(torch.from_numpy(labels), torch.from_numpy(keys), how, options.batch_size, progress):
+        for images in sampler.draw(labels, keys, how, options.batch_size, progress):
             for image, (place, sample) in zip(images, rest, strict=False):
                 Image.fromarray(image.movedim(0, -1).numpy()).save(folder / sample["file"])
                 if place // count < GRID_ROWS and place % count < GRID_COLUMNS:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitlocal.data.random_keys import integers
 from vitlocal.errors import ConfigError
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 
@@ -61,6 +62,15 @@ class SamplerOptions:
             return [place * (total // self.steps) for place in range(self.steps)]
         stride = (total - 1) / max(self.steps - 1, 1)
         return np.round(np.cumsum([0.0, *[stride] * (self.steps - 1)])).astype(int).tolist()  # sums, as published
+
+
+def sample_keys(seed: int, labels: Tensor, numbers: Tensor) -> Tensor:
+    """The keys (N,) int64 of image ``numbers`` (N,) of the classes ``labels`` (N,), for :func:`sample`.
+
+    They are below 2^32, because PyTorch's generator on the CPU uses no more bits of its seed.
+    """
+    places = (labels.cpu().numpy().astype(np.uint64) << np.uint64(32)) + numbers.cpu().numpy().astype(np.uint64)
+    return torch.from_numpy(integers((seed,), places, 0, 1 << 32))
 
 
 def sample_batches(
