@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from vitlocal.errors import ConfigError
+from vitlocal.models.factory import build_model
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sampling import SamplerOptions, sample, sample_batches, sample_keys, to_pixels
 
@@ -218,42 +220,39 @@ def test_pixels_are_rounded_and_limited():
     assert to_pixels(values).tolist() == [0, 0, 0, 128, 255, 255]
 
 
-class OfDiffusers(nn.Module):
-    """A transformer of diffusers with our models' signature."""
-
-    num_classes, in_chans, stride = 1000, 4, 8
-
-    def __init__(self, transformer: nn.Module):
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, inputs, times, labels):
-        return self.transformer(inputs, timestep=times, class_labels=labels).sample
-
-
-@pytest.mark.parametrize("guidance", [1, 4])
-def test_ddim_draws_the_images_of_the_pipeline_of_diffusers(guidance):
+@pytest.fixture
+def autoencoder():
+    """A small autoencoder of diffusers with random weights."""
     diffusers = pytest.importorskip("diffusers", reason='needs the extra: pip install "vitlocal[diffusion]"')
     torch.manual_seed(0)
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, out_channels=8, num_layers=2, sample_size=8
-    ).eval()
-    vae = diffusers.AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=(16, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8, layers_per_block=1,
     ).eval()  # fmt: skip
-    for parameter in transformer.parameters():  # weights at which classes and times matter
-        nn.init.normal_(parameter, std=0.1)
-    scheduler = diffusers.DDIMScheduler(clip_sample=False)
-    pipeline = diffusers.DiTPipeline(transformer, vae, scheduler)
+
+
+@pytest.mark.parametrize("guidance", [1, 4])
+def test_ddim_draws_the_images_of_the_pipeline_of_diffusers(autoencoder, guidance, tmp_path: Path):
+    from diffusers import DiTPipeline
+
+    from vitlocal.models.dit_weights import export_diffusers
+
+    model, _ = build_model("vitlocal_dit_small_patch2", dict(img_size=64, embed_dim=32, depth=2, num_heads=2), CLASSES)
+    for parameter in model.parameters():  # weights at which classes and times matter
+        nn.init.normal_(parameter, std=0.2)
+    autoencoder.save_pretrained(tmp_path / "vae")
+    export_diffusers(tmp_path / "pipeline", model, 64, ["crab", "fox", "owl"], autoencoder=tmp_path / "vae")
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    for block in pipeline.transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # DiT's own frequencies
     pipeline.set_progress_bar_config(disable=True)
-    labels, keys = [3, 999], [5, 6]
+    labels, keys = [2, 0], [5, 6]
     generators = [torch.Generator().manual_seed(key) for key in keys]
     arguments = {"guidance_scale": guidance, "num_inference_steps": 10, "output_type": "np"}
     expected = pipeline(labels, generator=generators, **arguments).images  # (B, H, W, 3), 0 to 1
-    latents = draw(OfDiffusers(transformer), labels, SamplerOptions("ddim", 10, guidance), keys, size=64)
+    latents = draw(model, labels, SamplerOptions("ddim", 10, guidance), keys, size=64)
     with torch.no_grad():
-        decoded = vae.decode(latents.clone() / vae.config.scaling_factor).sample
+        decoded = autoencoder.decode(latents.clone() / autoencoder.config.scaling_factor).sample
     images = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert expected.std() > 0.01
     np.testing.assert_allclose(images, expected, atol=1e-4, rtol=0)
