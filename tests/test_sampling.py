@@ -234,7 +234,6 @@ def autoencoder():
 @pytest.mark.parametrize("guidance", [1, 4])
 def test_ddim_draws_the_images_of_the_pipeline_of_diffusers(autoencoder, guidance, tmp_path: Path):
     from diffusers import DiTPipeline
-
     from vitlocal.models.dit_weights import export_diffusers
 
     model, _ = build_model("vitlocal_dit_small_patch2", dict(img_size=64, embed_dim=32, depth=2, num_heads=2), CLASSES)

@@ -54,6 +54,7 @@ class ModelConfig:
     norm: str | None = option(None, Choice("layer", "batch"), "ablation: normalisation of the local FFN")
     convolution: bool | None = option(None, FLAG, "ablation: depth-wise convolution in the local FFN")
     train_pos_embed: bool | None = option(None, FLAG, "train the position embeddings; none: yes")
+    learn_sigma: bool | None = option(None, FLAG, "diffusion transformers: also predict variances; none: yes")
     init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
     pos_embed_init: str | None = option(None, Choice("random", "sincos"), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
@@ -124,6 +125,36 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """Options of diffusion transformers (``model.name=vitlocal_dit_...``). Other models ignore them."""
+
+    steps: int = option(1000, Number(21, whole=True), "time steps of the noise schedule")
+    schedule: str = option("linear", Choice("linear", "cosine"), "noise schedule")
+    label_dropout: float = option(0.1, FRACTION, "probability that an image is trained without its class")
+    labels: str = option(
+        "keep", Choice("keep", "new"), "label table of model.weights: class k keeps row k, or a new one"
+    )
+    stage_drop: str = option(
+        "joint", Choice("joint", "apart"), "unfreeze: images without a class have no stage either, or draws are apart"
+    )  # fmt: skip
+    loss_passes: int = option(
+        2, Number(1, 10, whole=True), "held-out loss: time steps at which each image is evaluated, of ten"
+    )
+    sampler: str = option("ddim", Choice("ddim", "ddpm"), "sampler of evaluations")
+    sample_steps: int = option(50, COUNT, "sampler of evaluations: steps")
+    guidance: float = option(4.0, Number(0), "sampler of evaluations: scale of classifier-free guidance; 1: none")
+    guided_channels: str = option("all", Choice("all", "3"), "sampler of evaluations: guided channels; 3: as published")
+    grid_classes: int = option(8, Number(0, 50, whole=True), "classes in the grid of samples; 0: no grid")
+    samples: int = option(0, Number(0, whole=True), "samples for the Fréchet distance of each evaluation; 0: none")
+    last_samples: int = option(1000, Number(0, whole=True), "samples for the Fréchet distance of the last evaluation")
+    sample_batch: int = option(64, COUNT, "samples that are drawn at a time")
+    features: str | None = option(
+        None, TEXT, "features of the Fréchet distance: a classifier's run folder, or a file of Inception weights (FID)"
+    )
+    vae: str | None = option(None, TEXT, "folder of the autoencoder that decodes samples of latents; none: no samples")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     size: int | None = option(None, COUNT, "size of evaluation crops, px; none: model.size", none_is="model.size")
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
@@ -180,6 +211,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -241,9 +273,9 @@ SECTIONS: dict[str, Any] = {
 
 # Options that do not change the result: they may differ when a run is resumed.
 IMMATERIAL = frozenset(
-    "data.root data.workers data.source evaluate.batch_size train.grad_accum_steps train.grad_checkpointing "
-    "train.compile train.compile_at train.cuda_graphs train.kernel run.folder run.resume run.device run.threads "
-    "run.save_every run.progress run.keep_weights".split()
+    "data.root data.workers data.source evaluate.batch_size diffusion.sample_batch diffusion.vae train.compile "
+    "train.grad_accum_steps train.grad_checkpointing train.compile_at train.cuda_graphs train.kernel run.folder "
+    "run.resume run.device run.threads run.save_every run.progress run.keep_weights".split()
 )
 
 
@@ -300,6 +332,10 @@ def _contradictions(config: Config) -> list[str]:
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
         "train.ema_length: it replaces train.ema_decay; remove one of the two":
             train.ema_decay is not None and train.ema_length is not None,
+        f"diffusion.sample_steps: got {config.diffusion.sample_steps}, expected at most diffusion.steps "
+        f"({config.diffusion.steps})": config.diffusion.sample_steps > config.diffusion.steps,
+        "diffusion.samples: the Fréchet distance needs diffusion.features":
+            config.diffusion.samples and config.diffusion.features is None,
         f"train.ema_length: got {train.ema_length}, expected a length above 0, such as 2%":
             train.ema_length is not None and not train.ema_length.value,
         "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":

@@ -6,7 +6,7 @@ SplitMix64 (Steele et al. 2014) over arrays. ``native/crops.c`` has the same gen
 import numpy as np
 
 # The purpose of a random number of a step, a part of its key.
-ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE = range(6)
+ERASE, MIX, OPERATION, MAGNITUDE, DROP_PATH, THREE, DENOISE, HELD_OUT = range(8)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -33,6 +33,13 @@ def uniform(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarra
     rows = _words(key, places)[:, None]  # (n, 1)
     counters = np.arange(1, columns + 1, dtype=np.uint64) * _GOLDEN
     return (_scramble(rows + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def normal(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarray:
+    """(len(places), columns) float64, standard normal: a row for each place, as :func:`uniform` (Box and Muller)."""
+    draws = uniform(key, places, 2 * -(-columns // 2))
+    radius, angle = np.sqrt(-2 * np.log1p(-draws[:, ::2])), 2 * np.pi * draws[:, 1::2]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(len(places), -1)[:, :columns]
 
 
 def integers(key: tuple[int, ...], places: np.ndarray, number: int, end: int) -> np.ndarray:

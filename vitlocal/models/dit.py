@@ -300,4 +300,10 @@ PIXEL_SIZES = {
     "tiny_patch4_32": PIXELS | dict(embed_dim=96, depth=8, num_heads=3, img_size=32),
     "small_patch4_64": PIXELS | SIZES["small"] | dict(img_size=64),
 }
-register_family(DiT, "vitlocal_dit_", LATENT_SIZES | PIXEL_SIZES, is_classifier=False, filter_fn=drop_positions)
+PREFIX = "vitlocal_dit_"
+register_family(DiT, PREFIX, LATENT_SIZES | PIXEL_SIZES, is_classifier=False, filter_fn=drop_positions)
+
+
+def reads_latents(name: str) -> bool:
+    """Returns whether the model of this name is a DiT that learns latents of an autoencoder, not pixels."""
+    return name.removeprefix(PREFIX) in LATENT_SIZES and name.startswith(PREFIX)

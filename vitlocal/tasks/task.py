@@ -132,6 +132,10 @@ class Task:
         """
         return scores
 
+    def judging_seconds(self, model: nn.Module) -> float:
+        """An estimate of the time of :meth:`judge` at the end of a run. ``model`` has the evaluated shape."""
+        return 0.0
+
     def export(
         self, folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
         size: int, crop_pct: float,

@@ -87,11 +87,13 @@ class RunTimer:
 class FinalReserve:
     """The seconds of a wall-clock budget that are reserved for the end of the run.
 
-    These are one evaluation, two checkpoints (before and after it) and a constant for export, report and exit.
+    These are one evaluation, two checkpoints (before and after it), what the task does only at the end, such as samples
+    that are judged, and a constant for export, report and exit.
     """
 
     evaluations: list[float] = field(default_factory=list)  # seconds of each
     checkpoints: list[float] = field(default_factory=list)
+    judging_seconds: float = 0.0  # see Task.judging_seconds
 
     @property
     def evaluation_seconds(self) -> float:
@@ -105,7 +107,7 @@ class FinalReserve:
 
     @property
     def total_seconds(self) -> float:
-        return self.evaluation_seconds + 2 * self.checkpoint_seconds + FINISH_SECONDS
+        return self.evaluation_seconds + self.judging_seconds + 2 * self.checkpoint_seconds + FINISH_SECONDS
 
 
 class Clock:

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,23 +13,23 @@ import torch
 from torch import nn
 
 from vitlocal.config import IMMATERIAL, Config, check_same_run, recipe_text
-from vitlocal.data.augment import Augment
 from vitlocal.data.batch import Sources
+from vitlocal.data.fields import LatentForm
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.machine import can_compile_kernels, keep_freed_memory
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import Method, MethodContext
+from vitlocal.models.block import BlockModel
 from vitlocal.models.counts import activation_bytes, count_macs
+from vitlocal.models.dit import reads_latents
 from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse, measured_times
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
-from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
-from vitlocal.tasks.classification import Classification
-from vitlocal.tasks.task import Task
 from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
+from vitlocal.train.build_task import check_outputs, make_task
 from vitlocal.train.devices import choose_device, choose_precision, sum_type
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
@@ -56,19 +56,28 @@ def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
 
 
 def sources_of(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Sources:
-    """The training and validation data that the configuration names."""
+    """The training and validation data that the configuration names, as latents if the model learns these."""
     return open_sources(
-        **config.source_arguments(), device=device, share=ranks.share, local_world_size=ranks.local_world_size
-    )
+        **config.source_arguments(), device=device, share=ranks.share, local_world_size=ranks.local_world_size,
+        latents=reads_latents(config.model.name),
+    )  # fmt: skip
 
 
 # --- model, optimizer, averages and step ------------------------------------------------------------------------------
 
 
-def make_model(config: Config, num_classes: int, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The model on the device, with initial weights drawn from ``run.seed``, and the arguments it was made with."""
+def make_model(
+    config: Config, num_classes: int, device: torch.device, latents: LatentForm | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model on the device, with initial weights drawn from ``run.seed``, and the arguments it was made with.
+
+    ``latents``: those in the data.
+    """
     torch.manual_seed(config.run.seed)
-    model, arguments = build_model(config.model.name, config.model.arguments(), num_classes)
+    arguments = config.model.arguments()
+    if latents is not None:
+        arguments |= {"in_chans": latents.channels, "stride": latents.stride}
+    model, arguments = build_model(config.model.name, arguments, num_classes)
     check_image_sizes(config, model)
     model = model.to(device).to(memory_format=torch.channels_last)
     for module in model.modules():
@@ -95,31 +104,23 @@ def make_optimizer(
     return build_optimizer(model, config.train.optimizer, precision=precision, **settings)
 
 
-def make_task(
-    config: Config, model: nn.Module, device: torch.device, precision: torch.dtype, outputs: Set[str]
-) -> Task:
-    """The task that the model is for. ``outputs``: those of steps that methods need."""
-    augment = Augment(**config.augment.arguments()).to(device)
-    return Classification(model, augment, config.train.label_smoothing, precision, outputs)
-
-
 def assemble_step(
     config: Config, model: nn.Module, device: torch.device, macs: MacCount, methods: Sequence[Method] = (),
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ALONE, sources: Sources | None = None,
 ) -> tuple[TrainStep, list[ModelEma]]:  # fmt: skip
     """The step for ``model``, with its optimizer and weight average, and the averages that the methods need."""
     train = config.train
     precision = choose_precision(train.precision, device)
     configure_model(model, train.kernel, train.grad_checkpointing, device)
     compile_step = compiles(train.compile, device)
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, BlockModel):
         model.compiles_blocks_once = compile_step  # before the averages are copied from it
     has_ema = train.ema_decay is not None or train.ema_length is not None
     ema = ModelEma(model, train.ema_decay or 0.0, train.ema_length) if has_ema else None
     method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
     outputs: frozenset[str] = frozenset().union(*(method.needs.step_outputs for method in methods))
     step = TrainStep(
-        make_task(config, model, device, precision, outputs),
+        make_task(config, model, device, precision, outputs, sources),
         make_optimizer(config, model, precision),
         device,
         ema=ema,
@@ -201,7 +202,8 @@ def build_run(
 ) -> BuiltRun:
     """Builds the trainer; without a ``folder`` nothing is written. A run that ``starts`` loads ``model.weights``."""
     train, classes = config.train, sources.train.classes
-    model, arguments = make_model(config, len(classes), device)
+    model, arguments = make_model(config, len(classes), device, sources.train.latents)
+    check_latents(config, sources)
     new_weights = load_weights(model, config.model.weights, classes) if config.model.weights and starts else []
     macs = mac_counter(model)
     precision = choose_precision(train.precision, device)
@@ -215,13 +217,14 @@ def build_run(
     context = MethodContext(config.recipe, sources.train.count, image_bytes, macs, parts, blocks, ranks.world)
     methods = build_methods(context)
     for method in methods:
+        check_outputs(config.model.name, method)
         if "attention_variance" in method.needs.step_outputs and sum_type(device) != torch.float64:
             raise ConfigError(f"methods: {method.name} needs float64, and {device.type} has none; use run.device=cpu")
         if method.needs.stage_embedding is not None:
             add_stage_table(model, method.needs.stage_embedding)
         if method.needs.budget_length is not None:
             config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
-    step, method_emas = assemble_step(config, model, device, macs, methods, ranks)
+    step, method_emas = assemble_step(config, model, device, macs, methods, ranks, sources)
     clock = clock or Clock(config.budget.length, config.budget.counts)
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
@@ -255,16 +258,28 @@ def build_run(
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_image_sizes(config: Config, model: nn.Module) -> None:
-    """Raises ConfigError if the model cannot take a size that the run will come to, perhaps hours later."""
-    patch, largest = patch_side(model), config.model.size
+def stated_sizes(config: Config) -> list[tuple[str, int]]:
+    """The sizes that the run will come to, perhaps hours later, with the option or method that states each."""
     fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config.recipe)]
-    stated = [("model.size", largest), ("evaluate.size", config.evaluate.size)]
-    odd = [f"{name} {size}" for name, size in (*stated, *fed) if size is not None and size % patch]
-    if odd:
+    stated = [("model.size", config.model.size), ("evaluate.size", config.evaluate.size)]
+    return [(name, size) for name, size in (*stated, *fed) if size is not None]
+
+
+def check_image_sizes(config: Config, model: nn.Module) -> None:
+    """Raises ConfigError if the model cannot take a size that the run will come to."""
+    patch, largest, sizes = patch_side(model), config.model.size, stated_sizes(config)
+    if odd := [f"{name} {size}" for name, size in sizes if size % patch]:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch size of {config.model.name}")
-    if above := [f"{name} {size}" for name, size in fed if size > largest]:
+    if above := [f"{name} {size}" for name, size in sizes if size > largest and name in config.methods]:
         raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+
+
+def check_latents(config: Config, sources: Sources) -> None:
+    """Raises ConfigError if there are no latents of a size that the run will come to."""
+    for name, size in stated_sizes(config):
+        source = sources.val if name == "evaluate.size" else sources.train
+        source.check_size(size)
+    sources.val.check_size(config.evaluate.size or config.model.size)
 
 
 def check_plans(trainer: Trainer, world: int) -> None:

@@ -5,8 +5,8 @@ shape are evaluated, they are estimated again on training images.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
@@ -73,33 +73,38 @@ class Evaluator:
         """
         if limit is None and self.recalibrates and not self.recalibrate(plan, stop):
             return None
-        model, task, source = self.model, self._step.task, self._source
-        shape, training = self.shape(plan), model.training
+        task, source = self._step.task, self._source
         sums = task.new_sums(len(source.classes))
-        opened = source.open(self._feed, Position())
-        with temporary_shape(model, shape, self._step.shape), torch.inference_mode(), opened as batches:
-            try:
-                model.eval()
-                for batch in islice(batches, limit):
-                    if stop():
-                        return None
-                    if len(batch):
-                        is_whole = batch.total == self._feed.batch_size and len(batch) == len(batch.places)
-                        counted = torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[self._rows]))
-                        with self._memory_errors():
-                            task.add(sums, batch, counted, partial(self._predict, is_whole))
-            finally:
-                model.train(training)
+        with self._evaluated(plan), source.open(self._feed, Position()) as batches:
+            for batch in islice(batches, limit):
+                if stop():
+                    return None
+                if len(batch):
+                    is_whole = batch.total == self._feed.batch_size and len(batch) == len(batch.places)
+                    counted = torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[self._rows]))
+                    with self._memory_errors():
+                        task.add(sums, batch, counted, partial(self._predict, is_whole))
         return task.scores(self._step.ranks.total(sums).cpu().numpy())  # device sync, once per pass
 
     def judge(
         self, scores: Scores, plan: Plan, last: bool, stop: Callable[[], bool], say: Callable[[str], None]
     ) -> Scores | None:
         """``scores`` with what the task measures in another way; see :meth:`vitlocal.tasks.task.Task.judge`."""
+        with self._evaluated(plan) as model:
+            return self._step.task.judge(scores, model, last, self._step.ranks, stop, say)
+
+    def judging_seconds(self, plan: Plan) -> float:
+        """Estimates the time of :meth:`judge` at the end of the run."""
+        with self._evaluated(plan) as model:
+            return self._step.task.judging_seconds(model)
+
+    @contextmanager
+    def _evaluated(self, plan: Plan) -> Iterator[nn.Module]:
+        """The model in evaluation mode, in the shape in which weights trained under ``plan`` are evaluated."""
         model, training = self.model, self.model.training
         with temporary_shape(model, self.shape(plan), self._step.shape), torch.inference_mode():
             try:
-                return self._step.task.judge(scores, model.eval(), last, self._step.ranks, stop, say)
+                yield model.eval()
             finally:
                 model.train(training)
 

@@ -144,6 +144,7 @@ class Trainer:
                 self.evaluator.scores(last, limit=1)  # compiles
             else:
                 self.state.reserve.evaluations.append(self._of_rank_0(self.evaluator.estimate_seconds(last)))
+                self.state.reserve.judging_seconds = self._of_rank_0(self.evaluator.judging_seconds(last))
             self._update_reserve()
         self.sync_ranks()
         clock.start()  # the schedule begins
@@ -350,12 +351,12 @@ class Trainer:
             self.sync_ranks()
             return self.stopped
 
-        scores = self.evaluator.scores(plan, stop)
+        scores, seconds = self.evaluator.scores(plan, stop), clock.timer.wall_seconds - began
         if scores is not None:
             scores = self.evaluator.judge(scores, plan, last, stop, self._print)
         if scores is None:
             return None
-        self.state.reserve.evaluations.append(self._of_rank_0(clock.timer.wall_seconds - began))
+        self.state.reserve.evaluations.append(self._of_rank_0(seconds))
         if not last:
             self._update_reserve()
         self.state.last_evaluation = at
