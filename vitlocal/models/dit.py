@@ -37,7 +37,8 @@ FIXED_FIELDS = dict.fromkeys(
 def timestep_embedding(times: Tensor) -> Tensor:
     """Returns cosines, then sines, of ``times`` (B,) at frequencies 10000^(-k/128): (B, 256) float32.
 
-    ``diffusers`` has 10000^(-k/127) in its DiT. No other weights of the first linear layer make up for that.
+    ``diffusers`` has 10000^(-k/127) in its DiT. The best other weights of the layer after it halve the difference, no
+    more (least squares over all 1,000 times).
     """
     numbers = torch.arange(FREQUENCIES, dtype=torch.float32, device=times.device)
     angles = times[:, None].float() * torch.exp(-math.log(10_000) / FREQUENCIES * numbers)

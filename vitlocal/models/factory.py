@@ -4,23 +4,22 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
-from safetensors.torch import save
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.jsonl import replacing
 from vitlocal.models.dit import DiT
+from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.vit import VisionTransformer
-from vitlocal.options import as_argument
+from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
 
 PREFIX = "vitlocal_"  # of the names of our models
 
@@ -54,11 +53,12 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
 
 def export_model(
     folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
-    size: int, crop_pct: float,
+    size: int, crop_pct: float, notes: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes ``model.safetensors`` and ``config.json``, which ``timm.create_model("local-dir:FOLDER")`` loads.
 
-    ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's.
+    ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's. A DiT's
+    weights have the published names, and its description has no ``crop_pct``. ``notes`` are added to the description.
     """
     model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
     known: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
@@ -71,13 +71,12 @@ def export_model(
         if shape.pruned_blocks:
             for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"):
                 model_args[option] = getattr(shape, option)
-    description = {
-        "architecture": name,
-        "num_classes": len(classes),
-        "num_features": getattr(model, "num_features", None),
-        "model_args": model_args,
-        "label_names": list(classes),
-        "pretrained_cfg": {
+    if isinstance(model, DiT):
+        model_args |= dit_sizes(model)
+        side = size // model.stride
+        pretrained_cfg: dict[str, Any] = {"input_size": [model.in_chans, side, side], "num_classes": len(classes)}
+    else:
+        pretrained_cfg = {
             "input_size": [3, size, size],
             "fixed_input_size": bool(known.get("fixed_input_size")) and not arguments.get("dynamic_img_size"),
             "interpolation": "bilinear",
@@ -87,46 +86,37 @@ def export_model(
             "num_classes": len(classes),
             "first_conv": known.get("first_conv"),  # timm fits these parts to other in_chans and num_classes
             "classifier": known.get("classifier"),
-        },
+        }
+    description = {
+        "architecture": name,
+        "num_classes": len(classes),
+        "num_features": getattr(model, "num_features", None),
+        "model_args": model_args,
+        "label_names": list(classes),
+        "pretrained_cfg": pretrained_cfg,
+        **(notes or {}),
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     # The weights come last: if they are there, the export is complete.
     write_weights(folder / "model.safetensors", exported_state_dict(model))
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], **metadata: str) -> None:
-    """Writes a model's weights and ``metadata`` as a safetensors file; the whole file or none."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with replacing(path, "wb", sync=False) as file:
-        # save_file() would make a file that only its owner can read.
-        file.write(save(weights, {"format": "pt", **metadata}))
-
-
-def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> list[str]:
+def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), labels: str = "keep") -> list[str]:
     """Loads the weights in ``path`` into ``model``; returns the names of the parameters that keep their initial values.
 
     ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. The
     head keeps its initial values if its classes are others: by number or, if the folder names them, by ``classes``. A
     position table of another grid is resampled. Raises :class:`ConfigError` if the file is missing, cannot be read, or
-    belongs to another model.
+    belongs to another model. ``labels`` is for a DiT, whose weights :func:`load_dit_weights` loads.
     """
+    if isinstance(model, DiT):
+        return load_dit_weights(model, path, classes, labels)
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ConfigError(f"model.weights: {file} is not there; name a run's folder, or a file of a model's weights")
-    try:
-        loaded = load_state_dict(str(file), use_ema=False)
-    except Exception as error:  # pickle, zip and safetensors raise many types
-        raise ConfigError(
-            f"model.weights: {file} cannot be read as weights ({str(error).splitlines()[0]}); name a run's folder, or "
-            "a file that safetensors or PyTorch wrote"
-        ) from error
+    loaded = read_weights(file, partial(load_state_dict, use_ema=False))
     state, kept = model.state_dict(), []
     classifier = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    try:
-        names = json.loads((file.parent / "config.json").read_text(encoding="utf-8")).get("label_names")
-    except (OSError, ValueError):
-        names = None
+    names = read_description(file.parent).get("label_names")
     same_classes = not names or not classes or names == list(classes)
     for name, tensor in state.items():
         other = loaded.get(name)
@@ -137,7 +127,7 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> li
         elif name == "pos_embed" and other is not None and other.shape != tensor.shape:
             if other.shape[2] == tensor.shape[2]:
                 loaded[name] = _resampled_positions(model, other)
-    hint = _options_of_run(file.parent)
+    hint = options_of_run(file.parent)
     if missing := sorted(set(state) - set(loaded)):
         some = ", ".join(missing[:3])
         raise ConfigError(f"model.weights: {file} lacks {some} (of {len(missing)}): it belongs to another model{hint}")
@@ -149,17 +139,6 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = ()) -> li
             )
     model.load_state_dict({name: loaded[name] for name in state})
     return kept
-
-
-def _options_of_run(folder: Path) -> str:
-    """Returns a sentence with the model options of the run in ``folder``; empty if it holds no run."""
-    try:
-        options = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"].items()
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return ""
-    skipped = ("weights", "drop_path")
-    set_options = [(name, value) for name, value in options if value is not None and name not in skipped]
-    return ". That run has " + " ".join(f"--model.{name}={as_argument(value)}" for name, value in set_options)
 
 
 def _resampled_positions(model: Any, table: Tensor) -> Tensor:
