@@ -32,7 +32,7 @@ class Predictor:
                 f"--run: {run} holds a diffusion model, expected a classifier; python -m vitlocal.sample --run {run} "
                 "draws images with it"
             )
-        self.class_names, self.size = exported.class_names, exported.size
+        self.class_names, self.size = exported.class_names, exported.side
         self._policy = native_policy(CropPolicy(random=False, centre=exported.crop_pct), epoch=0)
         self.model = exported.load()
 

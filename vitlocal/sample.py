@@ -107,6 +107,7 @@ class Sampler:
         self.schedule = NoiseSchedule(self._trained.get("steps", 1000), self._trained.get("schedule", "linear"))
         self._device, self._precision = device, precision
         self.model: Any = self.exported.load().to(device)
+        self.size = self.exported.side * self.model.stride  # of images, px
         self._files: list[Path] = []  # the autoencoder's weights
         self.autoencoder = self._open_autoencoder(vae or self._trained.get("vae"))
 
@@ -136,7 +137,7 @@ class Sampler:
         ``keys`` and ``progress``: see :func:`vitlocal.tasks.sampling.sample`.
         """
         for drawn in sample_batches(
-            self.model, self.schedule, labels, keys, self.exported.size, options, batch_size=batch_size,
+            self.model, self.schedule, labels, keys, self.size, options, batch_size=batch_size,
             device=self._device, precision=self._precision, progress=progress,
         ):  # fmt: skip
             yield (to_pixels(drawn) if self.autoencoder is None else self.autoencoder.decode(drawn)).cpu()
@@ -145,7 +146,7 @@ class Sampler:
         """What identifies the model, for ``samples.json``."""
         return {
             "run": str(self.exported.folder.resolve()), "weights": self.exported.digest,
-            "architecture": self.exported.architecture, "size": self.exported.size,
+            "architecture": self.exported.architecture, "size": self.size,
             "schedule": self.schedule.kind, "schedule_steps": self.schedule.steps,
             "autoencoder": {path.name: file_digest(path) for path in self._files},
             "limits_x0": self.autoencoder is None, "device": str(self._device),

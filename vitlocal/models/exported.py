@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
 
 import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.errors import ConfigError
@@ -40,14 +39,14 @@ class ExportedRun:
         self.description: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         self.architecture: str = self.description["architecture"]
         self.class_names: list[str] = self.description["label_names"]
-        self.size: int = self.description["pretrained_cfg"]["input_size"][1]  # of the evaluation, px
-        self.crop_pct: float = self.description["pretrained_cfg"]["crop_pct"]
+        self.side: int = self.description["pretrained_cfg"]["input_size"][1]  # of inputs in the evaluation
+        self.crop_pct: float = self.description["pretrained_cfg"].get("crop_pct", 1.0)
 
     @cached_property
     def digest(self) -> str:
         """:func:`file_digest` of the weights."""
         return file_digest(self.folder / "model.safetensors")
 
-    def load(self) -> nn.Module:
+    def load(self) -> Any:
         """The model, on the CPU, in evaluation mode."""
         return timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()

@@ -103,7 +103,7 @@ class ClassifierFeatures(FeatureSet):
             raise ConfigError(f"{option}: {run} holds a diffusion model, expected a classifier's run")
         self.name = f"Fréchet distance (features of {exported.architecture} {exported.digest[:12]})"
         self.classes = exported.class_names
-        self._size, self._device = exported.size, device
+        self._size, self._device = exported.side, device
         self._model: Any = exported.load().to(device)
         self._normalize = Normalize().to(device)
 
