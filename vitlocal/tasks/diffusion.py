@@ -239,5 +239,5 @@ class Diffusion(Task):
         size: int, crop_pct: float,
     ) -> None:  # fmt: skip
         export_model(
-            folder, model, name, arguments, classes, size=size, crop_pct=crop_pct
+            folder, model, name, arguments, classes, size=size, crop_pct=crop_pct, notes={"diffusion": self._notes}
         )

@@ -204,7 +204,9 @@ def build_run(
     train, classes = config.train, sources.train.classes
     model, arguments = make_model(config, len(classes), device, sources.train.latents)
     check_latents(config, sources)
-    new_weights = load_weights(model, config.model.weights, classes) if config.model.weights and starts else []
+    new_weights = []
+    if config.model.weights and starts:
+        new_weights = load_weights(model, config.model.weights, classes, config.diffusion.labels)
     macs = mac_counter(model)
     precision = choose_precision(train.precision, device)
 
