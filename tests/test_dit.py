@@ -312,6 +312,7 @@ def test_wrong_options_and_inputs():
         (dict(learn_sigma="no"), ("learn_sigma='no'", "true or false")),
         (dict(depth=0), ("depth=0", "at least 1")),
         (dict(pool="avg"), ("no option pool", "learn_sigma")),
+        (dict(features_only=True), ("vitlocal_dit_small_patch2", "without features_only")),
     ):
         with pytest.raises(ConfigError) as error:
             narrow_dit(**options)

@@ -78,11 +78,11 @@ def step_bytes(model: nn.Module, size: int, precision: torch.dtype, fused: bool,
             labels = torch.empty(batch, dtype=torch.int64)
             with LiveBytes() as live, nullcontext() if compiled else gpu_norms():
                 with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                    outputs = twin(*inputs).float()
+                    outputs = twin(*inputs)
                 if outputs.ndim == 2:
-                    F.cross_entropy(outputs, labels).backward()
+                    F.cross_entropy(outputs.float(), labels).backward()
                 else:  # a prediction of the input's size
-                    F.mse_loss(outputs, torch.empty(outputs.shape)).backward()
+                    F.mse_loss(outputs.float(), torch.empty(outputs.shape)).backward()
         peaks.append(live.peak)
     per_image = (peaks[1] - peaks[0]) // (STEP_BATCHES[1] - STEP_BATCHES[0])
     return max(0, peaks[0] - STEP_BATCHES[0] * per_image), per_image

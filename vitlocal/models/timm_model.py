@@ -243,6 +243,8 @@ def _entry_point(
         overlay = adapted | (options.pop("pretrained_cfg_overlay", None) or {})  # older runs do not name these parts
         features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
         options.pop("dynamic_img_size", None)  # all our models take images of any size
+        if options.get("features_only") and not adapted:
+            raise ConfigError(f"{name} predicts noise, and has no features; use it without features_only")
         feature_cls = options.get("feature_cls", "getter")
         chain = "getter or hook, because the blocks of our models are not a chain that other classes can cut or trace"
         check_option("feature_cls", feature_cls, feature_cls in ("getter", "hook"), chain)
