@@ -32,7 +32,7 @@ LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Files that may name training methods: the methods themselves, and what only reads or prints recipes.
 MAY_NAME_METHODS = ("methods/", "bench/")
 COMMON_WORDS = {"batch_size", "image_size", "strength"}  # also names of fields, columns and variables
-MOST_PACKAGE_LINES = 26_000
+MOST_PACKAGE_LINES = 27_500
 MOST_LINES = 450
 MOST_FIT_LINES = 45
 MOST_MEMBERS = 20
@@ -93,10 +93,11 @@ def test_rooms_import_downwards():
 def test_only_builders_and_commands_read_a_configuration():
     """All other parts take plain values, so that a script can use them without a Config."""
     readers = {name for name, tree in modules().items() if "vitlocal.config" in imports(tree)}
-    allowed = {"vitlocal.storage", "vitlocal.train.build", "vitlocal.train.command", "vitlocal.train.__main__"}
+    stems = ("storage", "train.build", "train.build_task", "train.command", "train.__main__")
+    allowed = {f"vitlocal.{stem}" for stem in stems}
     allowed |= {"vitlocal.report.page", "vitlocal.report.run_folder"}  # of finished runs
     assert {name for name in readers - allowed if room(name) != "bench"} == {"vitlocal.write_options"} & readers
-    assert readers >= {"vitlocal.train.build", "vitlocal.train.command"}
+    assert readers >= {"vitlocal.train.build", "vitlocal.train.build_task", "vitlocal.train.command"}
 
 
 def test_a_class_name_has_one_meaning():

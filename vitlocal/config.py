@@ -135,7 +135,7 @@ class DiffusionConfig:
         "keep", Choice("keep", "new"), "label table of model.weights: class k keeps row k, or a new one"
     )
     stage_drop: str = option(
-        "joint", Choice("joint", "apart"), "unfreeze: images without a class have no stage either, or draws are apart"
+        "joint", Choice("joint", "apart"), "stage embedding: images without a class have no stage, or are drawn apart"
     )  # fmt: skip
     loss_passes: int = option(
         2, Number(1, 10, whole=True), "held-out loss: time steps at which each image is evaluated, of ten"

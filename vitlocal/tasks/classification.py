@@ -18,6 +18,7 @@ from vitlocal.data.random_keys import DROP_PATH, uniform
 from vitlocal.models.factory import export_model
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Dials
+from vitlocal.tasks.metrics import METRICS
 from vitlocal.tasks.task import Scores, Task
 
 
@@ -79,7 +80,7 @@ def blank_photos(count: int, size: int, device: torch.device, random: bool) -> T
 class Classification(Task):
     """Trains a classifier. ``outputs``: see :class:`ClassificationLoss`. The arguments are on the model's device."""
 
-    name = "classification"
+    metrics = METRICS["classification"]
     step_outputs = frozenset({"correct", "attention_variance"})
 
     def __init__(

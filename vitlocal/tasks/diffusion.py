@@ -23,6 +23,7 @@ from vitlocal.models.factory import export_model
 from vitlocal.plan import Dials
 from vitlocal.tasks.classification import blank_photos
 from vitlocal.tasks.gallery import Gallery
+from vitlocal.tasks.metrics import METRICS
 from vitlocal.tasks.noise_schedule import NoiseSchedule, denoising_losses
 from vitlocal.tasks.task import Processes, Scores, Task
 
@@ -97,7 +98,7 @@ class Diffusion(Task):
     - ``notes``: what the exported model's ``config.json`` says of its training.
     """
 
-    name = "diffusion"
+    metrics = METRICS["diffusion"]
 
     def __init__(
         self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype = torch.float32, *,

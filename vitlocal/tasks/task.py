@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitlocal.data.batch import Batch
 from vitlocal.plan import Dials
-from vitlocal.tasks.metrics import METRICS, Metric
+from vitlocal.tasks.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
     last two are None, unless methods asked for them; see :class:`~vitlocal.methods.method.StepResult`.
     """
 
-    name: ClassVar[str]
+    metrics: ClassVar[tuple[Metric, ...]]  # of an evaluation; the first one is always measured
     step_outputs: ClassVar[frozenset[str]] = frozenset()  # outputs of steps that methods may ask for
     objective: nn.Module
 
@@ -60,16 +60,11 @@ class Task:
         self.precision = precision
         self.repeats = not getattr(model, "drops_out", True)  # whether a step draws nothing from PyTorch's generators
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The metrics of an evaluation. The first one is always measured."""
-        return METRICS[self.name]
-
     # --- training ---
 
     def set_shape(self, input_size: int | None) -> None:
         """Resizes images to ``input_size`` px from now on; None: no resizing."""
-        assert input_size is None, f"{self.name} cannot resize its images"
+        assert input_size is None, "this task cannot resize its images"
 
     def set_dials(self, dials: Dials) -> None:
         """Sets the strength of what the model itself draws, and adapts it to the model's current shape."""

@@ -21,7 +21,7 @@ from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sampling import SamplerOptions
 from vitlocal.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Diffusion)}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "diffusion": Diffusion}
 
 
 def check_outputs(model_name: str, method: Method) -> None:
