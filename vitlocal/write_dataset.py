@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     elif options.verify:
         from vitlocal.data.writer.verify import verify
 
-        verify(options.out, options.split, options.workers)
+        verify(options.out, options.split, options.workers, vae=options.vae, source=options.source)
     else:
         from vitlocal.data.writer.write import write_from_options
 

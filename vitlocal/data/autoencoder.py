@@ -110,7 +110,7 @@ def _check_folder(folder: Path) -> None:
     """Raises ConfigError unless ``folder`` has the files of an AutoencoderKL."""
     if not (folder / "config.json").is_file():
         inner = folder / "vae"
-        hint = f"; name its folder {inner}" if (inner / "config.json").is_file() else ""
+        hint = f"; name {inner}" if (inner / "config.json").is_file() else ""
         raise ConfigError(
             f"--vae, diffusion.vae: {folder} has no config.json; expected the folder of an {CLASS} of diffusers, which "
             f"has config.json and {WEIGHTS}.safetensors{hint}"

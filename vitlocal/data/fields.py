@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,17 @@ class LatentForm:
     crop: str = CENTRE_SQUARE
 
     def field(self, side: int) -> FieldType:
-        """The stored array of a photo of ``side`` px: [plain, mirrored][mean of C channels, their std]."""
+        """The stored array of a photo of ``side`` px: [plain, mirrored][mean of C channels, their std].
+
+        Its float16 values are stored as int16 of the same bits, because numba, and so FFCV's loader, has no float16.
+        """
         cells = side // self.stride
-        return FieldType(ARRAY, np.dtype("<f2"), (2, 2 * self.channels, cells, cells))
+        return FieldType(ARRAY, np.dtype("<i2"), (2, 2 * self.channels, cells, cells))
+
+    def is_stored_as(self, found: FieldType | None, side: int) -> bool:
+        """Whether a file's array is that of a photo of ``side`` px. Files of FFCV may have float16."""
+        expected = self.field(side)
+        return found is not None and found in (expected, replace(expected, dtype=np.dtype("<f2")))
 
 
 def field_types(given: Mapping[str, Any] | None) -> dict[str, FieldType]:

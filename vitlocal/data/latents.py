@@ -91,8 +91,7 @@ class LatentSource(BetonSource):
         stored = self._files[size]
         file = self._resources.file(self.root / stored.file, len(self.classes))
         self.check_count(file.path, len(file.rows))
-        if file.latent != (expected := self.latents.field(size)):
-            raise DataError(
-                f"{file.path} holds {file.latent or 'photos'}, its manifest says {expected}; write both again"
-            )
+        if not self.latents.is_stored_as(file.latent, size):
+            held, said = file.latent or "photos", self.latents.field(size)
+            raise DataError(f"{file.path} holds {held}, its manifest says {said}; write both again")
         return LatentReader(self._resources, file, self.crops, epoch, self.device).batches(slices)

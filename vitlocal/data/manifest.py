@@ -222,10 +222,10 @@ def latent_form(file: MappedFile, side: int) -> LatentForm | None:
     shape = file.latent.shape
     channels, cells = (shape[1] // 2, shape[3]) if len(shape) == 4 else (1, 1)
     form = LatentForm(channels, max(1, side // cells), 1.0, "")
-    if file.latent != form.field(side):
+    if not form.is_stored_as(file.latent, side):
         raise DataError(
-            f"{file.path} has latents of {file.latent}, expected float16 [2, 2 x channels, {side} / stride, "
-            f"{side} / stride]: plain and mirrored, mean and standard deviation. Write it in that form"
+            f"{file.path} has latents of {file.latent}, expected float16 or its bits as int16, [2, 2 x channels, "
+            f"{side} / stride, {side} / stride]: plain and mirrored, mean and standard deviation. Write it in that form"
         )
     return form
 

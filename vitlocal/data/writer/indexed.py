@@ -20,7 +20,7 @@ def write(
     format: str = "auto", quality: int | None = None, sampling: int | None = None, keep_jpegs: bool | None = None,
     image: str = "image", label: str = "label", labels: Sequence[Any] | np.ndarray | None = None,
     classes: Sequence[str] | None = None, fields: Mapping[str, Any] | None = None, workers: int = 0,
-    on_error: str = "raise", progress: bool = True,
+    on_error: str = "raise", progress: bool = True, vae: str | Path | None = None,
 ) -> Manifest:  # fmt: skip
     """Writes the .beton files and the manifest of a split, as ``write_dataset.py`` does, from a dataset in Python.
 
@@ -44,6 +44,7 @@ def write(
             (dtype, shape).
         on_error: at an image that does not decode: "raise", or "skip" it.
         progress: show it.
+        vae: for ``format="latent"``: the folder of diffusers' AutoencoderKL.
 
     Raises ConfigError for wrong arguments, DataError for an image that cannot be read and for a full disk.
     """
@@ -66,7 +67,7 @@ def write(
     )
     options = WriteOptions(
         split, images.spec, str(out), edges, format, quality, None if sampling is None else str(sampling), keep_jpegs,
-        workers, "skip" if on_error == "skip" else "stop",
+        workers, "skip" if on_error == "skip" else "stop", vae=None if vae is None else str(vae),
     )  # fmt: skip
     manifest = write_images(options, images, progress)
     ensure_costs(out, manifest, progress)

@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
+import torch
 
 from vitlocal.data.autoencoder import Autoencoder, images_per_call
 from vitlocal.data.manifest import BetonFile
@@ -69,7 +70,7 @@ def _latents_of(
         for row in mine:
             pixels[row - first] = np.frombuffer(crops[row], np.uint8, size).reshape(pixels.shape[1:])
         both = np.concatenate([pixels, pixels[:, :, ::-1]])  # plain, mirrored
-        latents = autoencoder.encode(both).cpu().numpy().astype("<f2")
+        latents = autoencoder.encode(both).to("cpu", torch.float16).numpy()
         for row in mine:
             pair = latents[[row - first, count + row - first]]  # (2, 2C, h, h)
             if not np.isfinite(pair).all():

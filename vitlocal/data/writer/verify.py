@@ -10,6 +10,7 @@ from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import Manifest, checksum
 from vitlocal.data.native import FULL, WHOLE, DecoderThreads, native_policy
+from vitlocal.data.writer.verify_latents import SAMPLE, EncodedSample, damaged_latents
 from vitlocal.errors import DataError
 
 BATCH = 256
@@ -17,13 +18,17 @@ SIDE = 8  # px of the decoded images, whose pixels are not used
 MAX_REPORTED = 10
 
 
-def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Manifest:
+def verify(
+    out: str, split: str, workers: int = 0, progress: bool = True, vae: str | None = None, source: str | None = None
+) -> Manifest:
     """Decodes every image of the split in the folder ``out``, and compares the checksums of the files.
 
+    With ``vae``, some latents are compared with those of the photos in ``source``: see EncodedSample.
     Raises ConfigError if there is no manifest, and DataError that lists the problems of all files.
     """
     manifest_path = Path(out) / f"{split}.json"
     manifest = Manifest.load(manifest_path)
+    sample = None if vae is None else EncodedSample(vae, source, manifest, out)
     problems: list[str] = []
     threads = DecoderThreads(workers)
     total = manifest.count * len(manifest.files)
@@ -38,7 +43,13 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
                 continue
             if found != stored.checksum:
                 problems.append(f"{path}: checksum {found}, the manifest says {stored.checksum}")
-            problems += _damaged(path, file, manifest, threads, bar)
+            if manifest.latents is None:
+                problems += _damaged(path, file, manifest, threads, bar)
+                continue
+            damage = damaged_latents(path, file, stored.side, manifest, bar)
+            if sample is not None and not damage:
+                damage = sample.differences(path, file, stored.side)
+            problems += damage
     threads.close()
     if problems:
         more = f"\n  and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""
@@ -48,7 +59,8 @@ def verify(out: str, split: str, workers: int = 0, progress: bool = True) -> Man
         )  # fmt: skip
     if progress:
         files = f"{len(manifest.files)} file{'s' * (len(manifest.files) > 1)}"
-        print(f"{manifest_path}: {total:,} images in {files}, no damage found")
+        again = f"; {SAMPLE} rows of each encoded again" if sample else ""
+        print(f"{manifest_path}: {total:,} images in {files}, no damage found{again}")
     return manifest
 
 
