@@ -1,4 +1,4 @@
-"""Latents in .beton files: writer and reader with a stand-in for the autoencoder, and diffusers' AutoencoderKL."""
+"""Latents in .beton files: the writer with a stand-in for the autoencoder, the check, and the source."""
 
 from __future__ import annotations
 
@@ -7,76 +7,38 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_images import FakeImages, area_mean, commit_often, contents, finished_names, make_photo
+from fake_images import FakeImages, area_mean, contents, finished_names, make_photo
+from latent_files import Pair, StandIn, options, stored, use_stand_in
 from PIL import Image
 
 import vitlocal
-from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.batch import Source
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import centre_squares
-from vitlocal.data.latents import copy_latents
 from vitlocal.data.loader import Loader
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.sources import open_sources
-from vitlocal.data.writer import encode
-from vitlocal.data.writer import latents as writer_latents
 from vitlocal.data.writer.verify import verify
 from vitlocal.data.writer.write import parse_files, write
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.write_dataset import main
-from vitlocal.write_options import WriteOptions
 
 CPU = torch.device("cpu")
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs the extra: vitlocal[diffusion]")
 ROWS, SIDES = 60, (16, 32)
-Pair = tuple[np.ndarray, np.ndarray]  # the stored latents of rows, plain and mirrored: (n, 2C, h, h)
 compiled: list[object] = []  # loaders of FFCV stay alive, because numba fails in a finalizer if it frees their code
-
-
-class StandIn:
-    """Takes one pixel of each cell. As with a network, a result depends a little on the batch and the place in it."""
-
-    channels, stride, scaling_factor = 2, 8, 0.5
-
-    def __init__(self, folder: str | Path, device: torch.device | None = None):
-        self.digest = f"digest of {Path(folder).name}"
-
-    def encode(self, images: np.ndarray) -> torch.Tensor:
-        picked = torch.from_numpy(images[:, 1::8, 2::8].copy()).permute(0, 3, 1, 2) / 255
-        shift = (torch.arange(len(images)) + len(images)) / 2048
-        return torch.cat([picked[:, :2], picked[:, 1:]], 1) + shift[:, None, None, None]
-
-
-def use_stand_in(patch: Callable[..., object] = setattr) -> None:
-    """The stand-in is every autoencoder. Blocks, calls and commits are of a few rows."""
-    commit_often(patch)
-    patch(encode, "CHUNK_BYTES", 10_000)  # a few rows, so that few are decoded ahead
-    patch(writer_latents, "BLOCK_ROWS", 8)
-    patch(writer_latents, "images_per_call", {16: 16, 32: 4, 64: 2}.__getitem__)
-    patch(Autoencoder, "load", StandIn)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     use_stand_in(monkeypatch.setattr)
-
-
-def options(out: Path, split: str = "train", **changes: object) -> WriteOptions:
-    return WriteOptions(
-        **{"split": split, "out": str(out), "sides": "16,32", "format": "latent", "vae": "vae", "workers": 1, **changes}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +50,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(options(out), FakeImages(ROWS), progress=False)
         write(options(out, "val"), FakeImages(20), progress=False)
     return out
-
-
-def stored(path: Path, rows: np.ndarray | None = None) -> Pair:
-    file = MappedFile(path, 20)
-    assert file.latent is not None
-    chosen = np.arange(len(file.rows)) if rows is None else rows
-    found = np.empty((2, len(chosen), *file.latent.shape[1:]), np.float16)
-    for mirrored in (0, 1):
-        copy_latents(file, chosen, np.full(len(chosen), mirrored), found[mirrored])
-    return found[0], found[1]
 
 
 # --- the crop ---
@@ -114,12 +66,17 @@ def adm_square(image: Image.Image, side: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-@pytest.mark.parametrize("size", [(70, 50), (64, 64), (300, 41), (20, 33), (1, 90), (517, 389)])
+@pytest.mark.parametrize("size", [(70, 50), (64, 64), (300, 41), (20, 33), (9, 270), (1, 90), (517, 389)])
 def test_squares_of_several_sides_are_those_of_each_alone(size: tuple[int, int]):
     photo = make_photo(*size)
     for side, square in zip((64, 16, 32, 8), centre_squares(photo, (64, 16, 32, 8)), strict=True):
         assert square.shape == (side, side, 3) and square.dtype == np.uint8
         assert np.array_equal(square, adm_square(photo, side))
+
+
+def test_the_longest_panorama_takes_little_memory():
+    narrow = Image.new("RGB", (60_000, 1), (9, 80, 200))
+    assert (centre_squares(narrow, [256])[0] == (9, 80, 200)).all()
 
 
 def test_halving_is_the_mean_of_pixels():
@@ -407,6 +364,25 @@ def test_a_source_serves_its_own_sides_only(written: Path, folder: Path, shared)
     assert photos.latents is None
 
 
+def test_damaged_files_do_not_open_or_can_be_read(written: Path, tmp_path: Path):
+    whole, path = (written / "train_16_latent.beton").read_bytes(), tmp_path / "train_16_latent.beton"
+    head, rng, opened_anyway = 4096, np.random.default_rng(0), 0
+    for place in [*rng.integers(0, head, 60), *rng.integers(len(whole) - 24 * ROWS, len(whole), 60)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ int(rng.integers(1, 256))]) + whole[place + 1 :])
+        try:
+            plain, _ = stored(path)
+        except DataError as error:
+            assert "train_16_latent.beton" in str(error)
+            continue
+        opened_anyway += 1  # for example, a byte between head and data, or a label, has changed
+        assert plain.shape[0] == ROWS
+    assert 0 < opened_anyway < 100
+    for end in (10, 3000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(DataError, match="cut off|damaged"):
+            stored(path)
+
+
 def test_other_loaders_and_folders_are_refused(written: Path, folder: Path, shared, tmp_path: Path):
     with pytest.raises(ConfigError, match="got torchvision, which reads photos.*data.loader=native"):
         open_sources("torchvision", str(written), device=CPU, latents=True)
@@ -486,103 +462,3 @@ def test_latents_that_ffcv_wrote_need_no_manifest(tmp_path: Path):
         DataError, match=r"latents of float16 \[6, 4, 4\], expected float16 or its bits as int16, \[2, 2 x channels"
     ):
         opened(tmp_path)
-
-
-# --- diffusers ---
-
-
-def save_network(folder: Path, seed: int = 0, **changes: object) -> Path:
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(seed)
-    AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=8, layers_per_block=1, **changes,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_network(tmp_path_factory.mktemp("vae"))
-
-
-@needs_diffusers
-def test_latents_are_those_of_the_network(vae: Path, tmp_path: Path):
-    from diffusers import AutoencoderKL
-
-    write(options(tmp_path, sides="32,64", vae=str(vae)), FakeImages(9), progress=False)
-    network = AutoencoderKL.from_pretrained(vae, local_files_only=True).eval()
-    for side in (32, 64):
-        photos = np.stack([centre_squares(FakeImages(9).load(row), [side])[0] for row in range(9)])
-        images = torch.from_numpy(photos).permute(0, 3, 1, 2) / 127.5 - 1
-        halves = stored(tmp_path / f"train_{side}_latent.beton")
-        for half, inputs in zip(halves, (images, images.flip(3)), strict=True):
-            with torch.no_grad():
-                posterior = network.encode(inputs).latent_dist
-            expected = torch.cat([posterior.mean, posterior.std], 1)
-            torch.testing.assert_close(torch.from_numpy(half).float(), expected, rtol=1e-3, atol=1e-3)
-        plain, mirrored = (half[:, :4].astype(np.float32) for half in halves)
-        assert np.abs(plain[..., ::-1] - mirrored).mean() > 0.2 * plain.std()  # flips and the encoder do not commute
-
-
-@needs_diffusers
-def test_an_autoencoder_and_its_digest(vae: Path, tmp_path: Path):
-    found = Autoencoder.load(vae, CPU)
-    assert (found.channels, found.stride, found.scaling_factor, len(found.digest)) == (4, 8, 0.18215, 64)
-    photos = np.stack([np.asarray(make_photo(32, 32))] * 3)
-    latents = found.encode(photos)
-    assert latents.shape == (3, 8, 4, 4) and latents.dtype == torch.float32 and (latents[:, 4:] > 0).all()
-    assert torch.equal(latents, found.encode(torch.from_numpy(photos).permute(0, 3, 1, 2)))
-    means = latents[:, :4]
-    images = found.decode(means * 0.18215)
-    assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
-    with torch.no_grad():
-        pixels = found._network.decode(means).sample * 127.5 + 127.5
-    assert (images - pixels.clamp(0, 255)).abs().max() <= 0.51
-    shifted = Autoencoder.load(save_network(tmp_path / "shifted", shift_factor=0.5), CPU)
-    torch.testing.assert_close(shifted.encode(photos)[:, :4], means - 0.5)
-    torch.testing.assert_close(shifted.encode(photos)[:, 4:], latents[:, 4:])
-    assert (shifted.decode((means - 0.5) * 0.18215).int() - images.int()).abs().max() <= 1
-    assert len({found.digest, shifted.digest, Autoencoder.load(save_network(tmp_path / "b", 1), CPU).digest}) == 3
-    network = found._network
-    with torch.no_grad():
-        network.decoder.conv_out.bias += 1
-    network.save_pretrained(tmp_path / "decoder")  # as sd-vae-ft-ema and sd-vae-ft-mse differ
-    assert Autoencoder.load(tmp_path / "decoder", CPU).digest == found.digest
-
-
-@needs_diffusers
-def test_damaged_weights_are_refused(vae: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    damaged = Path(shutil.copytree(vae, tmp_path / "vae"))
-    weights = damaged / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    del tensors["encoder.conv_in.bias"]
-    save_file(tensors, weights)
-    with pytest.raises(ConfigError, match="lack 1 tensors .encoder.conv_in.bias"):
-        Autoencoder.load(damaged)
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="cannot be read as its config.json says"):
-        Autoencoder.load(damaged)
-
-
-def test_folders_without_an_autoencoder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    inner = tmp_path / "vae"
-    inner.mkdir()
-    (inner / "config.json").write_text('{"_class_name": "VQModel"}')
-    with pytest.raises(ConfigError, match="has no config.json; expected the folder of an AutoencoderKL.*name .*/vae$"):
-        Autoencoder.load(tmp_path)
-    with pytest.raises(ConfigError, match="holds 'VQModel', expected an AutoencoderKL"):
-        Autoencoder.load(inner)
-    (inner / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(ConfigError, match="has no weights, expected diffusion_pytorch_model.safetensors"):
-        Autoencoder.load(inner)
-    (inner / "diffusion_pytorch_model.safetensors").touch()
-    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"pip install .vitlocal\[diffusion\]., or pip install .\.\[diffusion\]"):
-        Autoencoder.load(inner)
-    (inner / "config.json").write_text("[")
-    with pytest.raises(ConfigError, match="config.json is damaged"):
-        Autoencoder.load(inner)

@@ -92,6 +92,7 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
         "--plan and --verify: they exclude each other; remove one of the two": plan and options.verify,
         "--plan: it chooses sides and formats; remove --sides and --format":
             plan and (options.sides, options.format) != ("auto", "auto"),
+        "--plan: it plans files of photos; remove --vae": plan and options.vae is not None,
         "--plan: it plans the files of the split train; val needs only one file": plan and options.split != "train",
         "--plan: it writes no images; remove --workers and --on-error":
             plan and (options.workers, options.on_error) != (0, "stop"),

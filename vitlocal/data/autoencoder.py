@@ -29,7 +29,7 @@ def images_per_call(side: int) -> int:
 
 
 class Autoencoder:
-    """Images to latents and back, in float32 without TF32 and by deterministic kernels.
+    """Images to latents and back, in float32, by deterministic convolutions without TF32.
 
     ``channels`` C, ``stride``: px of an image per latent cell. ``scaling_factor``: a model sees latents times this.
     ``digest``: SHA-256 of the configuration and the encoder's weights, so of all that latents depend on. Autoencoders

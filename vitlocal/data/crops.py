@@ -85,10 +85,14 @@ def centre_squares(image: Image.Image, sides: Sequence[int]) -> list[np.ndarray]
 
     The short edge becomes S as in ADM (Dhariwal and Nichol 2021), whose crops DiT was trained on. The image is halved
     by the mean of 2 x 2 pixels while its short edge is at least 2 S, and the rest is bicubic with antialiasing. Smaller
-    images are enlarged.
+    images are enlarged. Of panoramas above 32:1, which could take gigabytes, only the middle is resized.
     """
     from PIL import Image
 
+    width, height = (min(edge, 32 * min(image.size)) for edge in image.size)
+    if (width, height) != image.size:
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     squares = {}
     for side in sorted(sides, reverse=True):  # a smaller side continues from the halved image of a larger one
         while min(image.size) >= 2 * side:

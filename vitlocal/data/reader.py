@@ -121,9 +121,7 @@ class PassReader:
     until the next.
     """
 
-    def __init__(
-        self, resources: LoaderResources, device: torch.device, prefetch: int = PREFETCH, owned: bool = False
-    ):  # fmt: skip
+    def __init__(self, resources: LoaderResources, device: torch.device, prefetch: int = PREFETCH, owned: bool = False):
         self._resources, self._device, self._prefetch, self._owned = resources, device, prefetch, owned
         self._stream = resources.stream(device)
         self._free: SimpleQueue[Slot] = SimpleQueue()

@@ -287,9 +287,8 @@ def _planned_manifest(
         raise DataError(f"{images.spec} has labels from {found}, expected 0 to {len(images.classes) - 1}")
     latents = None
     if autoencoder is not None:
-        latents = LatentForm(
-            autoencoder.channels, autoencoder.stride, autoencoder.scaling_factor, autoencoder.digest
-        )  # fmt: skip
+        facts = autoencoder.channels, autoencoder.stride, autoencoder.scaling_factor, autoencoder.digest
+        latents = LatentForm(*facts)
         if LATENT in images.fields:
             raise ConfigError(f"fields: {LATENT!r} is the name of the latents themselves; use another name")
     files = []
