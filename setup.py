@@ -195,6 +195,7 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
                 "vitlocal-train = vitlocal.train.__main__:run",
                 "vitlocal-predict = vitlocal.predict:run",
                 "vitlocal-sample = vitlocal.sample:run",
+                "vitlocal-export = vitlocal.export:run",
                 "vitlocal-bench = vitlocal.bench.__main__:run",
             ]
         },

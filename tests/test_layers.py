@@ -26,6 +26,7 @@ ROOMS = (
     ("report",),
     ("train",),
     ("predict", "sample", "storage"),
+    ("export",),
     ("bench", "write_dataset"),
 )
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -1,0 +1,57 @@
+"""Exports a trained diffusion model: python -m vitlocal.export --run runs/x --export diffusers --vae FOLDER"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitlocal.errors import ConfigError, run_command
+from vitlocal.models.dit import DiT
+from vitlocal.models.dit_weights import export_diffusers
+from vitlocal.models.exported import ExportedRun
+from vitlocal.sample import new_folder
+
+# diffusers' names of the noise schedules.
+BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes a folder that ``diffusers.DiTPipeline.from_pretrained`` loads."""
+    parser = argparse.ArgumentParser(prog="python -m vitlocal.export", description=__doc__)
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="folder of a finished run of latents")
+    add("--export", choices=["diffusers"], default="diffusers", help="form of the export (default: %(default)s)")
+    add("--vae", metavar="DIR", help="autoencoder to include (default: diffusion.vae of the run)")
+    add("--out", type=Path, metavar="DIR", help="new folder (default: diffusers, in the run's folder)")
+    options = parser.parse_args(argv)
+    exported = ExportedRun(options.run)
+    model = exported.load()
+    if not isinstance(model, DiT):
+        raise ConfigError(
+            f"--run: {options.run} holds a classifier, which has no form in diffusers; its model.safetensors and "
+            f'config.json are an export, which timm.create_model("local-dir:{options.run}", pretrained=True) loads'
+        )
+    trained = exported.description.get("diffusion", {})
+    steps, schedule = trained.get("steps", 1000), trained.get("schedule", "linear")
+    scheduler = {"num_train_timesteps": steps, "beta_schedule": BETA_SCHEDULES[schedule]}
+    scheduler |= {"beta_start": 0.1 / steps, "beta_end": 20 / steps}
+    vae, out = options.vae or trained.get("vae"), options.out or exported.folder / "diffusers"
+    with new_folder(out) as folder:
+        export_diffusers(
+            folder, model, exported.side * model.stride, exported.class_names, scheduler=scheduler,
+            autoencoder=None if vae is None else Path(vae),
+        )  # fmt: skip
+    print(
+        f'{out}: load it with pipe = DiTPipeline.from_pretrained("{out}"), and then set the timestep frequencies that '
+        "DiT was trained with:\n"
+        "for block in pipe.transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
+    )
+
+
+def run() -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(main)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
