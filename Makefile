@@ -24,9 +24,9 @@ $(VENV)/.installed: setup.py pyproject.toml $(wildcard .ci/*) $(wildcard vitloca
 	@echo "Installing vitlocal and its requirements (PyTorch is large: this takes some minutes the first time) ..."
 	@# setuptools warns that an editable package lies in the working directory, as intended.
 	@export PYTHONWARNINGS=ignore; install="$(BIN)/python -m pip install --quiet --editable"; \
-	if ! sh .ci/system-packages $(BIN)/python; then $$install ".[dev]"; \
-	elif ! $$install ".[dev,ffcv]"; then \
-		$$install ".[dev]" && echo "note: FFCV, to compare with, is left out: its installation failed, see above"; fi
+	if ! sh .ci/system-packages $(BIN)/python; then $$install ".[dev,diffusion]"; \
+	elif ! $$install ".[dev,diffusion,ffcv]"; then \
+		$$install ".[dev,diffusion]" && echo "note: FFCV, to compare with, is left out: its installation failed, see above"; fi
 	@touch $@
 
 demo: setup

@@ -238,7 +238,7 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
                 "opencv-python>=4.8,<6",
                 "setuptools>=70.1,<85",  # ffcv imports distutils, which left the standard library in 3.12
             ],
-            "diffusion": ["diffusers>=0.36,<1", "torch-fidelity>=0.3,<1"],  # tested: 0.42.1 and 0.4.0
+            "diffusion": ["diffusers>=0.36,<1", "torch-fidelity>=0.3,<1"],  # autoencoders, Inception features
             "dali": ["nvidia-dali-cuda120>=1.50,<3"],  # works without a GPU, too
         },
     )
