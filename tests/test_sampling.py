@@ -166,15 +166,14 @@ def test_batches_report_their_progress():
 
 
 @pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("drops_stage", [False, True])
-def test_guidance_1_has_no_unconditional_branch_and_only_it_drops_the_stage(staged, drops_stage):
+def test_guidance_1_has_no_unconditional_branch_and_only_it_drops_the_stage(staged):
     model = Smooth(staged=staged)
-    draw(model, [0, 1], SamplerOptions("ddim", 2, 1, drops_stage=drops_stage))
+    draw(model, [0, 1], SamplerOptions("ddim", 2, 1))
     assert model.batches == [2, 2] and model.null_stages == [None, None]
-    draw(model, [0, 1], SamplerOptions("ddim", 1, 4, drops_stage=drops_stage))
+    draw(model, [0, 1], SamplerOptions("ddim", 1, 4))
     assert model.batches[2:] == [4]
     dropped = model.null_stages[-1]
-    assert dropped.tolist() == [False, False, True, True] if staged and drops_stage else dropped is None
+    assert dropped.tolist() == [False, False, True, True] if staged else dropped is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -234,6 +233,7 @@ def autoencoder():
 @pytest.mark.parametrize("guidance", [1, 4])
 def test_ddim_draws_the_images_of_the_pipeline_of_diffusers(autoencoder, guidance, tmp_path: Path):
     from diffusers import DiTPipeline
+
     from vitlocal.models.dit_weights import export_diffusers
 
     model, _ = build_model("vitlocal_dit_small_patch2", dict(img_size=64, embed_dim=32, depth=2, num_heads=2), CLASSES)

@@ -31,14 +31,12 @@ class SamplerOptions:
         steps: calls of the model for a sample; with guidance, each has twice the batch.
         guidance: scale; 1: none, and no unconditional branch.
         guided_channels: 3 leaves out the fourth channel of latents, as DiT's published code does.
-        drops_stage: the unconditional branch has no stage, as in training that drops label and stage jointly.
     """
 
     sampler: str = "ddim"
     steps: int = 50
     guidance: float = 4.0
     guided_channels: str = "all"
-    drops_stage: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("sampler", SAMPLERS), ("guided_channels", GUIDED_CHANNELS)):
@@ -131,14 +129,17 @@ def sample(
 def _predict(
     model: nn.Module, xt: Tensor, times: Tensor, labels: Tensor, options: SamplerOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """The guided noise (B, C, s, s), and the variance channels, those of the conditional branch, or None."""
+    """The guided noise (B, C, s, s), and the variance channels, those of the conditional branch, or None.
+
+    The unconditional branch has no class and no stage, as in the released code of arXiv 2410.00350.
+    """
     channels = xt.shape[1]
     guided, stage = options.guidance != 1, {}
     if guided:
         no_class = int(model.num_classes)  # type: ignore[arg-type]
         xt, times = xt.repeat(2, 1, 1, 1), times.repeat(2)
         labels = torch.cat([labels, torch.full_like(labels, no_class)])
-        if options.drops_stage and getattr(model, "stage_table", None) is not None:
+        if getattr(model, "stage_table", None) is not None:
             stage["no_stage"] = labels == no_class
     output = model(xt, times, labels, **stage).float()
     noise, raw = output[:, :channels], output[:, channels:] if output.shape[1] > channels else None

@@ -82,9 +82,7 @@ def make_gallery(config: Config, device: torch.device, sources: Sources) -> Gall
                 f"diffusion.vae: {options.vae} (digest {autoencoder.digest[:12]}) is not the autoencoder that encoded "
                 f"{config.data.root} (digest {latents.autoencoder[:12]}); name the folder of that one"
             )
-    sampler = SamplerOptions(
-        options.sampler, options.sample_steps, options.guidance, options.guided_channels, options.stage_drop == "joint"
-    )
+    sampler = SamplerOptions(options.sampler, options.sample_steps, options.guidance, options.guided_channels)
     drawn = GalleryOptions(
         sampler, options.grid_classes, options.samples, options.last_samples, options.sample_batch, config.run.seed
     )
