@@ -3,6 +3,7 @@
 Shape letters: B batch, C channels of a latent, h w its sides (size / stride).
 """
 
+import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ _MIRROR = 0x3122  # the purpose of the random numbers that choose a mirror
 
 def copy_latents(file: MappedFile, rows: np.ndarray, mirrored: np.ndarray, out: np.ndarray) -> None:
     """Fills ``out`` (B, 2C, h, w) float16 with the plain or ``mirrored`` (B,) bool latents of ``rows`` (B,) int64."""
-    flat = out.reshape(len(out), -1).view(np.uint8)  # (B, bytes of a latent)
+    flat = out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8)  # (B, bytes of a latent)
     starts = file.rows["offset"][rows].astype(np.int64) + mirrored * flat.shape[1]
     for row, start in zip(flat, starts.tolist(), strict=True):
         row[:] = file.bytes[start : start + len(row)]

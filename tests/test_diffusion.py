@@ -1,0 +1,195 @@
+"""Diffusion as a task: its random numbers and number formats, and runs that are shared, killed, frozen and searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_images import FakeImages
+from latent_files import options as write_options
+from latent_files import use_stand_in
+from narrow_dit import narrow_dit
+
+from vitlocal.config import Config
+from vitlocal.data.batch import Batch
+from vitlocal.data.shares import Share
+from vitlocal.data.writer.write import write
+from vitlocal.models.shape import add_stage_table, set_shape
+from vitlocal.plan import Dials, Feed, Shape, StageEmbedding
+from vitlocal.progress import Position
+from vitlocal.tasks.diffusion import Diffusion
+from vitlocal.tasks.noise_schedule import NoiseSchedule
+from vitlocal.train.build import assemble_step, mac_counter, make_model, sources_of
+from vitlocal.train.devices import EAGER
+from vitlocal.train.distributed import Ranks
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+CPU = torch.device("cpu")
+NARROW = ["--model.width=32", "--model.depth=4", "--model.heads=2", "--model.drop_path=0", "--methods=none"]
+PIXELS = ["--model.name=vitlocal_dit_tiny_patch4_32", "--model.size=16", *NARROW]
+LATENTS = ["--model.name=vitlocal_dit_small_patch2", "--model.size=32", *NARROW]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of latents of 16 and 32 px: 60 training rows, 20 held-out ones."""
+    out = tmp_path_factory.mktemp("latents")
+    with pytest.MonkeyPatch.context() as patch:
+        use_stand_in(patch.setattr)
+        write(write_options(out), FakeImages(60), progress=False)
+        write(write_options(out, "val"), FakeImages(20), progress=False)
+    return out
+
+
+@pytest.fixture
+def dit(configure, decoder, latents: Path):
+    """``dit("pixels" or "latents", *options)``: the configuration of a narrow DiT."""
+    known = {"pixels": PIXELS, "latents": [*LATENTS, f"--data.root={latents}"]}
+    return lambda kind, *options: configure(*known[kind], *options)
+
+
+# --- random numbers ---
+
+
+def last_batch(config: Config, ranks: Ranks) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
+    """Of the last, small batch of an epoch: this process's images, and its part of the loss and of the gradients."""
+    sources = sources_of(config, CPU, ranks)
+    model, _ = make_model(config, len(sources.train.classes), CPU, sources.train.latents)
+    for parameter in model.parameters():  # else most gradients are zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    add_stage_table(model, StageEmbedding(3, 0.1, 0.3))
+    step, _ = assemble_step(config, model, CPU, mac_counter(model), (), ranks, sources)
+    step.set_shape(Shape(stage=1))
+    with sources.train.open(Feed(config.model.size, config.train.batch_size), Position()) as batches:
+        for batch in batches:
+            if batch.total < config.train.batch_size:
+                output = step._gradients(batch, 3, EAGER)
+                images = len(batch)
+    grads = {name: p.grad / ranks.world for name, p in model.named_parameters() if p.grad is not None}
+    return images, output.loss, grads
+
+
+@pytest.mark.parametrize(("kind", "batch_size", "parts"), [("pixels", 37, [4, 3, 2]), ("latents", 29, [2, 0, 0, 0])])
+def test_processes_and_micro_batches_add_up_to_the_whole_batch(dit, kind, batch_size, parts, monkeypatch):
+    """The last batch of 120 photos has 9 images, that of 60 latents 2: most of four processes get none."""
+    monkeypatch.setattr(Ranks, "wrap", lambda ranks, module, uses_all=True: module)  # no other process is there
+    options = (f"--train.batch_size={batch_size}", "--model.depth=2")
+    images, loss, grads = last_batch(dit(kind, *options), Ranks())
+    assert images == sum(parts) and all(grads[name].abs().max() > 0 for name in grads)
+    for world, accum in ((1, 3), (2, 1), (4, 1)):
+        config = dit(kind, *options, f"--train.grad_accum_steps={accum}")
+        shares = [last_batch(config, Ranks(rank, world, rank, world)) for rank in range(world)]
+        assert sum(share[0] for share in shares) == images
+        torch.testing.assert_close(sum(share[1] for share in shares), loss)
+        for name, whole in grads.items():
+            total = sum(share[2][name] for share in shares if name in share[2])
+            torch.testing.assert_close(total, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()) + 1e-9)
+
+
+def a_task(scaling_factor: float | None = None, **options) -> Diffusion:
+    """The task of a narrow model with a stage table, whose images of no stage are a tenth."""
+    if scaling_factor is None:
+        model = narrow_dit("vitlocal_dit_tiny_patch4_32", img_size=16, depth=2)
+    else:
+        model = narrow_dit("vitlocal_dit_small_patch2", img_size=32, depth=2)
+    add_stage_table(model, StageEmbedding(4, 0.5, 0.1))
+    set_shape(model, Shape(stage=1))
+    return Diffusion(model, NoiseSchedule(), scaling_factor=scaling_factor, **options)
+
+
+def a_batch(task: Diffusion, count: int, size: int = 16) -> Batch:
+    return Batch.whole(task.blank(count, size, random=True), torch.arange(count) % 10, torch.arange(count))
+
+
+def test_times_and_drops_of_a_place_do_not_depend_on_the_batch():
+    task = a_task()
+    large, small = (task.draw(a_batch(task, count), 5, 7) for count in (64, 24))
+    for name in ("times", "no_label", "no_stage"):
+        assert torch.equal(getattr(large, name)[:24], getattr(small, name)), name
+    batch = a_batch(task, 64)
+    places = Share(1, 4).places(64)
+    mine = Batch(batch.images[places], batch.labels[places], batch.ids[places], places, 64)
+    for whole, part in zip(large, task.draw(mine, 5, 7), strict=True):
+        assert whole is part is None or torch.equal(whole[places], part)  # the noise too
+    for seed, number in ((5, 8), (6, 7)):
+        assert not torch.equal(large.times, task.draw(batch, seed, number).times)
+        assert not torch.equal(large.noise, task.draw(batch, seed, number).noise)
+
+
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "apart"])
+def test_a_tenth_of_the_labels_and_stages_is_dropped(joint: bool):
+    task = a_task(joint_drop=joint)
+    draws = [task.draw(a_batch(task, 2000), 0, step) for step in range(10)]
+    no_label, no_stage = (torch.cat([getattr(each, name) for each in draws]) for name in ("no_label", "no_stage"))
+    assert float(no_label.float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert float(no_stage.float().mean()) == pytest.approx(0.1, abs=0.01)
+    if joint:
+        assert torch.equal(no_label, no_stage)
+    else:
+        assert float((no_label & no_stage).float().mean()) == pytest.approx(0.01, abs=0.003)
+    times = torch.cat([each.times for each in draws])
+    assert (int(times.min()), int(times.max())) == (0, 999)
+    assert float(times.float().mean()) == pytest.approx(499.5, abs=3 * 289 / 20_000**0.5)
+    noise = draws[0].noise
+    assert float(noise.mean()) == pytest.approx(0, abs=0.005) and float(noise.std()) == pytest.approx(1, abs=0.005)
+
+
+def test_dropped_labels_are_the_row_after_the_last_class():
+    """And dropped stages the last one. Labels that are dropped do not matter."""
+    task = a_task()
+    batch, seen = a_batch(task, 64), []
+    images, labels, draws = task.operands(batch, 0, 1, Dials())
+    assert 0 < draws.no_label.sum() < 64
+    handle = task.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    one = torch.ones(())
+    loss = task.objective(images, labels, draws, one)[0]
+    handle.remove()
+    (_, times, told, no_stage), = seen
+    assert torch.equal(told == 10, draws.no_label) and torch.equal(told[~draws.no_label], labels[~draws.no_label])
+    assert torch.equal(no_stage, draws.no_stage) and torch.equal(times, draws.times)
+    other = torch.where(draws.no_label, (labels + 1) % 10, labels)
+    assert torch.equal(task.objective(images, other, draws, one)[0], loss)
+    assert not torch.equal(task.objective(images, (labels + 1) % 10, draws, one)[0], loss)
+
+
+# --- the objective ---
+
+
+def test_latents_are_drawn_around_their_means():
+    task = a_task(scaling_factor=0.5)
+    mean, deviation = torch.randn(2, 3, 4, 4, 4).half().unbind(0)
+    draws = task.draw(Batch.whole(torch.cat([mean, deviation], 1), torch.zeros(3, dtype=torch.int64), torch.arange(3)), 0, 0)
+    x0 = task.objective.clean(torch.cat([mean, deviation], 1), draws.latent_noise)
+    torch.testing.assert_close(x0, 0.5 * (mean.float() + deviation.float() * draws.latent_noise))
+    assert draws.noise.shape == x0.shape and not torch.equal(draws.noise, draws.latent_noise)
+
+
+@pytest.mark.parametrize("scaling_factor", [None, 0.18215], ids=["pixels", "latents"])
+@pytest.mark.parametrize(("precision", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)], ids=str)
+def test_half_precision_is_close_to_float32(scaling_factor, precision, error):
+    exact = a_task(scaling_factor)
+    rounded = Diffusion(exact.model, NoiseSchedule(), precision, scaling_factor=scaling_factor)
+    operands = exact.operands(a_batch(exact, 16, 16), 0, 0, Dials())
+    found = []
+    for task in (exact, rounded):
+        exact.model.zero_grad()
+        loss = task.objective(*operands, torch.tensor(1 / 16))[0]
+        assert loss.dtype == torch.float32
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in exact.model.parameters() if p.grad is not None])
+        found.append((float(loss.detach()), grads))
+    assert np.isfinite(found[1][0]) and found[1][1].isfinite().all()
+    assert found[1][0] == pytest.approx(found[0][0], rel=error)
+    assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 3 * error
+
+
+def test_small_inputs_are_resized_photos():
+    task = a_task()
+    batch = a_batch(task, 4)
+    task.set_shape(8)
+    images, _, draws = task.operands(batch, 0, 0, Dials())
+    assert draws.noise.shape == (4, 3, 8, 8)
+    assert task.objective.clean(images, None).shape == (4, 3, 8, 8)
