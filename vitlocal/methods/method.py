@@ -61,11 +61,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Claims:
-    """The fields of the plan that a method sets (or "budget.length"), and the fields that no other method may set."""
+    """The fields of the plan that a method sets (or "budget.length"), and the fields that no other method may set.
+
+    ``spared_by``: options with which the method does not set a field, for models that cannot change it.
+    """
 
     name: str
     writes: frozenset[str] = frozenset()
     excludes: Mapping[str, str] = field(default_factory=dict)  # field -> reason
+    spared_by: Mapping[str, str] = field(default_factory=dict)  # field -> option=value
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class Strength(Method):
         return messages({
             "methods: strength follows the sizes of image_size; put image_size before it, or set strength.by=budget":
                 recipe.section(StrengthConfig).by == "size" and "image_size" not in before,
-            "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models":
+            "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models, or "
+            "remove it":
                 not varied,
         })  # fmt: skip
 

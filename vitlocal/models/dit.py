@@ -27,7 +27,7 @@ from vitlocal.models.vit import PatchEmbed
 from vitlocal.plan import Shape
 
 FREQUENCIES = 128  # of the timestep embedding, each with a cosine and a sine
-_ONE_SET = "DiT denoises every patch, so all tokens run; leave it out"
+_ONE_SET = "DiT denoises every patch, so all tokens run"
 FIXED_FIELDS = dict.fromkeys(
     ("grid", "crop_before_embedding", "token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"),
     _ONE_SET,
@@ -135,7 +135,9 @@ class DiT(BlockModel):
         for name, value in (counts | dict(depth=depth, num_heads=num_heads)).items():
             check_count(name, value)
         check_option("learn_sigma", learn_sigma, isinstance(learn_sigma, bool), "true or false")
-        check_option("drop_path_rate", drop_path_rate, drop_path_rate == 0, "0, because DiT has no drop path")
+        check_option(
+            "drop_path_rate", drop_path_rate, drop_path_rate == 0, "0, because DiT has no drop path (model.drop_path=0)"
+        )
         fits = embed_dim % num_heads == 0 and embed_dim % 4 == 0
         check_option("embed_dim", embed_dim, fits, f"a multiple of 4, and of num_heads={num_heads}")
         hidden = int(embed_dim * mlp_ratio)
@@ -158,7 +160,7 @@ class DiT(BlockModel):
         self.active = Shape(block_order=tuple(range(depth)))
         self.fixed_fields = FIXED_FIELDS
         if stride > 1:
-            reason = "latents of a resized image are not resized latents; leave it out"
+            reason = "latents of a resized image are not resized latents"
             self.fixed_fields = FIXED_FIELDS | {"input_size": reason}
         # Not in the state dict, because it is a constant.
         self.register_buffer("_positions", self.position_table(), persistent=False)

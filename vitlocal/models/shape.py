@@ -49,7 +49,7 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
         return
     for field, reason in getattr(model, "fixed_fields", {}).items():
         if (value := getattr(shape, field)) != getattr(WHOLE_MODEL, field):
-            raise ConfigError(f"{type(model).__name__} cannot change {field} to {value}: {reason}")
+            raise ConfigError(f"{type(model).__name__} cannot change {field} to {value}: {reason}; leave it out")
     name, blocks, parts = type(model).__name__, model_blocks(model), model_parts(model)
     names = ("heads", "hidden", "grid", "block_order", "stage", "pruned_blocks")
     fields = ", ".join(field for field in names if getattr(shape, field) not in (None, ()))

@@ -19,7 +19,7 @@ from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
 from vitlocal.machine import can_compile_kernels, keep_freed_memory
 from vitlocal.methods import METHODS, build_methods
-from vitlocal.methods.method import Method, MethodContext
+from vitlocal.methods.method import Claims, Method, MethodContext
 from vitlocal.models.block import BlockModel
 from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.models.dit import reads_latents
@@ -220,6 +220,7 @@ def build_run(
     methods = build_methods(context)
     for method in methods:
         check_outputs(config.model.name, method)
+        check_fields(config.model.name, model, method.claims(config.recipe))
         if "attention_variance" in method.needs.step_outputs and sum_type(device) != torch.float64:
             raise ConfigError(f"methods: {method.name} needs float64, and {device.type} has none; use run.device=cpu")
         if method.needs.stage_embedding is not None:
@@ -295,6 +296,17 @@ def check_plans(trainer: Trainer, world: int) -> None:
         )
     for plan in plans:
         check_shape(trainer.state.model, plan.shape)
+
+
+def check_fields(model_name: str, model: nn.Module, claims: Claims) -> None:
+    """Raises ConfigError if a method sets a field of the shape that the model cannot change."""
+    fixed = {f"shape.{name}": reason for name, reason in getattr(model, "fixed_fields", {}).items()}
+    if wrong := sorted(claims.writes & fixed.keys()):
+        remedies = [f"set {claims.spared_by[name]}" for name in wrong if name in claims.spared_by]
+        raise ConfigError(
+            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[wrong[0]]}; "
+            f"{(remedies or [f'remove {claims.name}'])[0]}"
+        )
 
 
 def check_ranks(config: Config, ranks: Ranks) -> None:
