@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.batch import Source, Sources
-from vitlocal.data.shares import WHOLE
+from vitlocal.data.shares import WholeBatches
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.tasks.frechet import FeatureSet, Moments, frechet_distance, measure
@@ -45,6 +46,29 @@ class GalleryOptions:
     seed: int = 0
 
 
+class _Stopped(Exception):
+    """A stop signal came."""
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """One evaluation: the model with its noise schedule and number format, and the processes that share the work."""
+
+    model: nn.Module
+    schedule: NoiseSchedule
+    precision: torch.dtype
+    ranks: Processes
+    stop: Callable[[], bool] = lambda: False
+
+    def turns(self, batches: int) -> Iterator[int]:
+        """The numbers of this process's ``batches``. All processes ask ``stop`` equally often, before each turn."""
+        for first in range(0, batches, self.ranks.world):
+            if self.stop():
+                raise _Stopped
+            if (number := first + self.ranks.rank) < batches:
+                yield number
+
+
 class Gallery:
     """Draws and judges samples of ``size`` px of the classes in ``sources``.
 
@@ -59,130 +83,131 @@ class Gallery:
         self._autoencoder, self._features = autoencoder, features
         self.classes = sources.train.classes
         self._reference: Moments | None = None
-        self._floors: dict[int, float] = {}  # by the number of real images
+        self._floors: dict[int, float] = {}  # by the number of held-out images
 
     def judge(
         self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, last: bool, ranks: Processes,
         stop: Callable[[], bool], say: Callable[[str], None],
     ) -> Scores | None:  # fmt: skip
         """The picture, and the metrics of samples; None if ``stop()`` was true. Processes share the samples."""
-        options, pictures = self.options, {}
-        draw = _Drawing(self, model, schedule, precision, stop)
-        if options.classes:
-            rows = min(options.classes, len(self.classes))
-            shown = torch.arange(rows) * len(self.classes) // rows
-            labels, numbers = shown.repeat_interleave(COLUMNS), torch.arange(COLUMNS).repeat(rows)
-            parts = list(draw.images(labels, numbers))  # in every process, so that all call stop() equally often
-            if draw.stopped:
-                return None
-            names = [self.classes[place] for place in shown.tolist()]
-            pictures = {"samples": draw_grid(torch.cat(parts).unflatten(0, (rows, COLUMNS)), names)}
-        features, count = self._features, options.last_samples if last else options.samples
-        if not count or features is None:
-            return Scores({}, pictures=pictures)
-        say(f"drawing {count:,} samples for the {features.name}")
-        real, floor = self._real(), self._floor(count)
-        mine = torch.arange(ranks.rank, count, ranks.world)
-        labels, numbers = mine % len(self.classes), mine // len(self.classes)
-        moments, right = Moments(np.zeros_like(real.sums)), 0 if features.classes else None
-        drawn = draw.images(labels, numbers, -(-count // (options.batch_size * ranks.world)))
-        for images, asked in zip(drawn, labels.split(options.batch_size), strict=False):
-            part, found = measure(features, [(images, asked)], self.classes)
-            moments, right = moments + part, None if found is None or right is None else right + found
-        if draw.stopped:
+        options, run = self.options, _Evaluation(model, schedule, precision, ranks, stop)
+        count = 0 if self._features is None else options.last_samples if last else options.samples
+        try:
+            pictures = {"samples": self._grid(run)} if options.classes else {}
+            if not count:
+                return Scores({}, pictures=pictures)
+            assert self._features is not None
+            say(f"drawing {count:,} samples for the {self._features.name}")
+            real, floor = self._real(run), self._floor(run, count)
+            moments, right = self._measured(self._samples(run, count), run)
+        except _Stopped:
             return None
-        moments = Moments(ranks.total(torch.from_numpy(moments.sums).to(self._device)).cpu().numpy())
         values = {"frechet_distance": frechet_distance(moments, real)}
-        if right is not None:
-            values["sample_accuracy"] = 100 * float(ranks.total(torch.tensor(right, device=self._device))) / count
-        note = {"name": features.name, "samples": count, "reference_images": real.count, "floor": floor,
-                **asdict(options.sampler), "seed": options.seed}  # fmt: skip
+        if set(self.classes) <= set(self._features.classes):
+            values["sample_accuracy"] = 100 * right / count
+        note = {
+            "name": self._features.name, "samples": count, "reference_images": real.count,
+            "reference": "training images" if self._autoencoder is None else "decoded latents of training images",
+            "floor": floor, "floor_images": min(count, self._sources.val.count), **asdict(options.sampler),
+            "seed": options.seed,
+        }  # fmt: skip
         return Scores(values, pictures=pictures, notes={"frechet": note})
 
-    def last_seconds(self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype) -> float:
-        """An estimate of the time that :meth:`judge` takes at the end of a run. Measures the real images now."""
-        options = self.options
-        count = options.last_samples if self._features is not None else 0
-        if count:
-            self._floor(count)
-        grid = min(options.classes, len(self.classes)) * COLUMNS
-        some = torch.zeros(min(options.batch_size, max(grid, count)), dtype=torch.int64)
-        if not len(some):
-            return 0.0
-        began = time.perf_counter()
-        (images,) = _Drawing(self, model, schedule, precision, lambda: False).images(some, some)
-        if self._features is not None and count:
-            measure(self._features, [(images, some)], self.classes)
-        return (time.perf_counter() - began) * (grid + count) / len(some)
+    def last_seconds(
+        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes
+    ) -> float:
+        """An estimate of the time that :meth:`judge` takes at the end of a run, or in between if that is longer.
 
-    def draw(
-        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, labels: Tensor, keys: Tensor
-    ) -> Tensor:
-        """One batch of samples, (B, 3, H, W) uint8 on the CPU."""
+        Measures the real images now.
+        """
+        options, run = self.options, _Evaluation(model, schedule, precision, ranks)
+        count = 0 if self._features is None else max(options.samples, options.last_samples)
+        grid = min(options.classes, len(self.classes)) * COLUMNS
+        if not grid + count:
+            return 0.0
+        if count:
+            self._floor(run, count)
+        labels = torch.zeros(min(options.batch_size, max(grid, count)), dtype=torch.int64)
+        began = time.perf_counter()
+        images = self._draw(run, labels, labels)
+        if self._features is not None and count:
+            self._features.judge(images)
+        each = (time.perf_counter() - began) / len(labels)
+        began, turns = time.perf_counter(), -(-count // (options.batch_size * ranks.world))
+        if count:
+            frechet_distance(self._real(run), self._real(run))  # of 2,048 features it takes seconds
+        return (grid + min(count, turns * options.batch_size)) * each + time.perf_counter() - began
+
+    def _draw(self, run: _Evaluation, labels: Tensor, numbers: Tensor) -> Tensor:
+        """Samples (B, 3, H, W) uint8, on the CPU: ``numbers`` (B,) of the classes ``labels`` (B,)."""
         drawn = sample(
-            model, schedule, labels, keys, self._size, self.options.sampler, device=self._device, precision=precision
-        )
+            run.model, run.schedule, labels, sample_keys(self.options.seed, labels, numbers), self._size,
+            self.options.sampler, device=self._device, precision=run.precision,
+        )  # fmt: skip
         return (to_pixels(drawn) if self._autoencoder is None else self._autoencoder.decode(drawn)).cpu()
+
+    def _grid(self, run: _Evaluation) -> Image.Image:
+        """Samples of classes from all over the list, a row for each. Every process draws them all."""
+        rows = min(self.options.classes, len(self.classes))
+        shown, parts = torch.arange(rows) * len(self.classes) // rows, []
+        labels, numbers = shown.repeat_interleave(COLUMNS), torch.arange(COLUMNS).repeat(rows)
+        for part in torch.arange(len(labels)).split(self.options.batch_size):
+            if run.stop():
+                raise _Stopped
+            parts.append(self._draw(run, labels[part], numbers[part]))
+        return draw_grid(
+            torch.cat(parts).unflatten(0, (rows, COLUMNS)), [self.classes[each] for each in shown.tolist()]
+        )
+
+    def _samples(self, run: _Evaluation, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of ``count`` samples, equally many of each class, and their labels."""
+        parts = torch.arange(count).split(self.options.batch_size)
+        for number in run.turns(len(parts)):
+            labels, numbers = parts[number] % len(self.classes), parts[number] // len(self.classes)
+            yield self._draw(run, labels, numbers), labels
+
+    def _measured(self, batches: Iterator[tuple[Tensor, Tensor]], run: _Evaluation) -> tuple[Moments, int]:
+        """The moments of all processes' images, and how many images show the class that they should."""
+        assert self._features is not None
+        blank = torch.zeros((1, 3, self._size, self._size), dtype=torch.uint8)
+        sums, right = np.zeros_like(Moments.of(self._features.judge(blank)[0]).sums), 0
+        for batch in batches:
+            part, found = measure(self._features, [batch], self.classes)
+            sums, right = sums + part.sums, right + (found or 0)
+        mine = torch.from_numpy(np.append(sums, right))
+        total = run.ranks.total(mine.to(self._device) if run.ranks.world > 1 else mine).cpu().numpy()  # device sync
+        return Moments(total[:-1].reshape(sums.shape)), round(total[-1])
 
     # --- real images ---
 
-    def _real(self) -> Moments:
+    def _real(self, run: _Evaluation) -> Moments:
         """The moments of training images, as the model learns them."""
         if self._reference is None:
-            self._reference = self._measured(self._sources.train, REFERENCE_IMAGES)
+            train = self._sources.train
+            self._reference = self._measured(self._images_of(train, min(REFERENCE_IMAGES, train.count), run), run)[0]
         return self._reference
 
-    def _floor(self, count: int) -> float | None:
+    def _floor(self, run: _Evaluation, count: int) -> float | None:
         """The distance of ``count`` held-out images, or of all of them; None if there are fewer than two."""
-        held_out = min(count, self._sources.val.count)
-        if count not in self._floors and held_out > 1:
-            self._floors[count] = frechet_distance(self._measured(self._sources.val, held_out), self._real())
-        return self._floors.get(count)
+        val = self._sources.val
+        held_out = min(count, val.count)
+        if held_out not in self._floors and held_out > 1:
+            moments = self._measured(self._images_of(val, held_out, run), run)[0]
+            self._floors[held_out] = frechet_distance(moments, self._real(run))
+        return self._floors.get(held_out)
 
-    def _measured(self, source: Source, count: int) -> Moments:
-        assert self._features is not None
-        return measure(self._features, self._images_of(source, count), self.classes)[0]
-
-    def _images_of(self, source: Source, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first ``count`` images of epoch 0, (B, 3, H, W) uint8, and their labels. Every process reads them all."""
+    def _images_of(self, source: Source, count: int, run: _Evaluation) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's batches of ``count`` images of epoch 0, (B, 3, H, W) uint8, and their labels."""
+        size, subset = self.options.batch_size, 0
         if source is self._sources.val and count < source.count:  # sorted by class, perhaps: rows from all over it
-            rows = (torch.arange(count) * source.count // count).numpy()
-            source.rows.set(count, rows)
-        subset = count if source is self._sources.val and count < source.count else 0
-        seen = 0
-        with source.open(Feed(self._size, self.options.batch_size, subset), Position(), WHOLE) as batches:
-            for batch in batches:
-                if seen >= count:
-                    return
-                images = batch.images[: count - seen]
-                seen += len(images)
+            source.rows.set(subset := count, np.linspace(0, source.count - 1, count).astype(np.int64))  # as probes do
+        batches = -(-count // size)
+        share = WholeBatches(run.ranks.rank, run.ranks.world, batches)
+        with source.open(Feed(self._size, size, subset), Position(), share) as opened:
+            for number in run.turns(batches):
+                batch = next(opened)
+                images, labels = batch.images[: count - number * size], batch.labels[: count - number * size]
                 if self._autoencoder is not None:  # their means: what the model can reach at best
                     mean = images.float().chunk(2, dim=1)[0]
                     images = self._autoencoder.decode(mean * self._autoencoder.scaling_factor)
-                yield images, batch.labels[: len(images)]
-
-
-class _Drawing:
-    """Samples of one model, batch by batch. ``stopped``: whether ``stop()``, called before each batch, was true."""
-
-    def __init__(
-        self, gallery: Gallery, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype,
-        stop: Callable[[], bool],
-    ):  # fmt: skip
-        self._gallery, self._model = gallery, (model, schedule, precision)
-        self._stop, self.stopped = stop, False
-
-    def images(self, labels: Tensor, numbers: Tensor, rounds: int = 0) -> Iterator[Tensor]:
-        """Images (B, 3, H, W) uint8: ``numbers`` (N,) of the classes ``labels`` (N,).
-
-        ``stop`` is called ``rounds`` times, at least: other processes may have more batches.
-        """
-        options = self._gallery.options
-        keys = sample_keys(options.seed, labels, numbers).split(options.batch_size)
-        parts = list(zip(labels.split(options.batch_size), keys, strict=True))
-        for number in range(max(rounds, len(parts))):
-            if self._stop():
-                self.stopped = True
-                return
-            if number < len(parts) and len(parts[number][0]):
-                yield self._gallery.draw(*self._model, *parts[number])
+                yield images, labels

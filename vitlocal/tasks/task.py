@@ -127,8 +127,8 @@ class Task:
         """
         return scores
 
-    def judging_seconds(self, model: nn.Module) -> float:
-        """An estimate of the time of :meth:`judge` at the end of a run. ``model`` has the evaluated shape."""
+    def judging_seconds(self, model: nn.Module, ranks: Processes) -> float:
+        """An estimate of the longest time that :meth:`judge` takes. All processes call it, ``model`` as there."""
         return 0.0
 
     def export(

@@ -94,9 +94,9 @@ class Evaluator:
             return self._step.task.judge(scores, model, last, self._step.ranks, stop, say)
 
     def judging_seconds(self, plan: Plan) -> float:
-        """Estimates the time of :meth:`judge` at the end of the run."""
+        """Estimates the longest time that :meth:`judge` takes."""
         with self._evaluated(plan) as model:
-            return self._step.task.judging_seconds(model)
+            return self._step.task.judging_seconds(model, self._step.ranks)
 
     @contextmanager
     def _evaluated(self, plan: Plan) -> Iterator[nn.Module]:

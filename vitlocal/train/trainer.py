@@ -144,7 +144,8 @@ class Trainer:
                 self.evaluator.scores(last, limit=1)  # compiles
             else:
                 self.state.reserve.evaluations.append(self._of_rank_0(self.evaluator.estimate_seconds(last)))
-                self.state.reserve.judging_seconds = self._of_rank_0(self.evaluator.judging_seconds(last))
+            # Also after a restart, because it does now what would otherwise delay the last evaluation.
+            self.state.reserve.judging_seconds = self._of_rank_0(self.evaluator.judging_seconds(last))
             self._update_reserve()
         self.sync_ranks()
         clock.start()  # the schedule begins
@@ -338,7 +339,8 @@ class Trainer:
         """Whether an evaluation is due. One that would leave no time for a step waits for the end of the run."""
         state, every = self.state, self._evaluate_every
         before = state.last_evaluation.epoch if state.last_evaluation else 0.0
-        seconds = state.reserve.evaluation_seconds + state.reserve.checkpoint_seconds
+        reserve = state.reserve
+        seconds = reserve.evaluation_seconds + reserve.judging_seconds + reserve.checkpoint_seconds
         due = bool(every) and state.clock.progress.epoch - before >= every - 1e-9
         return due and state.clock.has_time_for(seconds, plan.feed.batch_size)
 
