@@ -1,4 +1,4 @@
-"""AutoProg-Zero (Li et al. 2024, arXiv 2410.00350) for fine-tuning a Vision Transformer that classifies.
+"""AutoProg-Zero (Li et al. 2024, arXiv 2410.00350) for fine-tuning a classifier or a diffusion transformer.
 
 docs/methods/unfreeze.md describes the method. A level is the number of groups of blocks that are trained.
 """
@@ -44,7 +44,9 @@ class UnfreezeConfig(Section):
     rank_tolerance: float = option(1e-6, Number(0), "values this close share a rank; times are in seconds per batch")
     stage_embedding: bool = option(True, FLAG, "add a learned vector of the current stage to the tokens")
     stage_init_std: float = option(0.0, Number(0), "standard deviation of the initial stage vectors (published: 0.02)")
-    stage_null_prob: float = option(0.1, FRACTION, "probability that a training image gets the vector of no stage")
+    stage_null_prob: float = option(
+        0.1, FRACTION, "probability that a training image gets the vector of no stage; but see diffusion.stage_drop"
+    )
     stage_tokens: str = option("all", Choice("all", "class"), "tokens to which the stage vector is added")
     evaluate_stage: str = option("present", Choice("present", "last"), "stage whose vector evaluations use")
     renamed = {"outside": "non_blocks", "scale": "min_scale", "multiple": "size_multiple",

@@ -100,7 +100,9 @@ def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
     if not isinstance(model, BlockModel):
         raise ConfigError(f"{name} cannot have a stage embedding; use a vitlocal_… model, or leave the embedding out")
     if embedding.tokens == "class" and getattr(model, "cls_token", None) is None:
-        raise ConfigError(f"{name} has no class token for a stage embedding; use tokens=all, or model.pool=token")
+        raise ConfigError(
+            f"{name} has no class token for a stage embedding; use stage_tokens=all, or a model that has one"
+        )
     table = torch.randn(embedding.rows, model.embed_dim) * embedding.std
     model.stage_table = nn.Parameter(table.to(next(model.parameters())))
     model.stage_embedding = embedding

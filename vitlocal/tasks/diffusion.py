@@ -61,17 +61,17 @@ class DiffusionLoss(nn.Module):
 
         ``images``: see :class:`~vitlocal.data.batch.Batch`; ``labels`` (B,).
         """
-        _, mse, vlb = self.losses(self.model, images, labels, draws)
+        _, mse, vlb = self.losses(self.model, self.precision, images, labels, draws)
         return weight * (mse + vlb).sum(), None, None
 
     def losses(
-        self, model: nn.Module, images: Tensor, labels: Tensor, draws: NoiseDraws
+        self, model: nn.Module, precision: torch.dtype, images: Tensor, labels: Tensor, draws: NoiseDraws
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output of ``model`` (B, C or 2C, s, s), and both terms of the objective, (B,) each."""
+        """The output of ``model`` (B, C or 2C, s, s) in ``precision``, and both terms of the objective, (B,) each."""
         x0 = self.clean(images, draws.latent_noise)
         inputs = self.schedule.add_noise(x0, draws.times, draws.noise)
         labels = torch.where(draws.no_label, self.model.num_classes, labels)
-        with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             output = model(inputs, draws.times, labels, draws.no_stage)
         return output, *denoising_losses(self.schedule, output, x0, draws.times, draws.noise)
 
@@ -91,8 +91,8 @@ class Diffusion(Task):
 
     - ``scaling_factor``: of the latents in the data; None: the model learns pixels.
     - ``label_dropout``: probability that an image is trained without its class, for classifier-free guidance.
-    - ``joint_drop``: whether an image without a class has no stage either, so that guidance leaves the stage alone. If
-      not, both are dropped independently, as in the released code of arXiv 2410.00350.
+    - ``joint_drop``: an image has no stage if it has no class, so that guidance leaves the stage alone. If not, each is
+      dropped by itself, as in the released code of arXiv 2410.00350.
     - ``loss_passes``: how many of the ten time steps each held-out image is evaluated at.
     - ``gallery``: draws and judges samples; None: no samples.
     - ``notes``: what the exported model's ``config.json`` says of its training.
@@ -151,7 +151,7 @@ class Diffusion(Task):
         times = (chances[:, 0] * self.objective.schedule.steps).astype(np.int64)
         no_label, no_stage = chances[:, 1] < self._label_dropout, None
         if (embedding := self.model.stage_embedding) is not None:
-            no_stage = chances[:, 1 if self._joint_drop else 2] < embedding.null_prob
+            no_stage = no_label if self._joint_drop else chances[:, 2] < embedding.null_prob
         random = torch.Generator(self._device)
         random.manual_seed(int(generator((seed, number, DENOISE)).integers(2**62)))
         shape = (batch.total, 1 + self._latents, *self._input_shape(batch.images))
@@ -176,17 +176,8 @@ class Diffusion(Task):
     ) -> tuple[Tensor, Tensor]:
         """The outputs are the predicted noise and the raw variances, as in the released code of arXiv 2410.00350."""
         draws = self.draw(batch, seed, number)
-        output, mse, vlb = self._with(precision).losses(model, batch.images, batch.labels, draws)
+        output, mse, vlb = self.objective.losses(model, precision, batch.images, batch.labels, draws)
         return output, (mse + vlb).sum()
-
-    def _with(self, precision: torch.dtype) -> DiffusionLoss:
-        """The objective in another number format."""
-        objective = self.objective
-        if precision == objective.precision:
-            return objective
-        found = DiffusionLoss(objective.model, objective.schedule, precision, objective.scaling_factor)
-        found.input_size = objective.input_size
-        return found
 
     # --- evaluation ---
 
@@ -194,7 +185,7 @@ class Diffusion(Task):
         """The mean squared error of the noise for each image (B,), with its class and the active stage."""
         images, labels, times, noise, *latent_noise = operands
         draws = NoiseDraws(times, torch.zeros_like(labels, dtype=torch.bool), None, noise, *latent_noise)
-        return self.objective.losses(model, images, labels, draws)[1]
+        return self.objective.losses(model, self.precision, images, labels, draws)[1]
 
     def new_sums(self, num_classes: int) -> Tensor:
         """The sum of the errors and the number of images at each of the ten time steps: (2, 10)."""

@@ -87,8 +87,8 @@ class RunTimer:
 class FinalReserve:
     """The seconds of a wall-clock budget that are reserved for the end of the run.
 
-    These are one evaluation, what the task measures after it (for example on samples), two checkpoints (before and after
-    it), and a constant for export, report and exit.
+    These are one evaluation, what the task measures after it (for example on samples), two checkpoints (before and
+    after it), and a constant for export, report and exit.
     """
 
     evaluations: list[float] = field(default_factory=list)  # seconds of each
