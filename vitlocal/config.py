@@ -135,7 +135,8 @@ class DiffusionConfig:
         "keep", Choice("keep", "new"), "label table of model.weights: class k keeps row k, or a new one"
     )
     stage_drop: str = option(
-        "joint", Choice("joint", "apart"), "stage embedding: images without a class have no stage, or are drawn apart"
+        "joint", Choice("joint", "apart"), "stage embedding: images without a class, and only they, have no stage; "
+        "apart: drawn for itself"
     )  # fmt: skip
     loss_passes: int = option(
         2, Number(1, 10, whole=True), "held-out loss: time steps at which each image is evaluated, of ten"
@@ -336,6 +337,8 @@ def _contradictions(config: Config) -> list[str]:
         f"({config.diffusion.steps})": config.diffusion.sample_steps > config.diffusion.steps,
         "diffusion.samples: the Fréchet distance needs diffusion.features":
             config.diffusion.samples and config.diffusion.features is None,
+        "diffusion.samples, diffusion.last_samples: got 1, but a Fréchet distance needs at least 2 samples (0: none)":
+            1 in (config.diffusion.samples, config.diffusion.last_samples),
         f"train.ema_length: got {train.ema_length}, expected a length above 0, such as 2%":
             train.ema_length is not None and not train.ema_length.value,
         "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":

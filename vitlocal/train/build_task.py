@@ -74,6 +74,11 @@ def make_gallery(config: Config, device: torch.device, sources: Sources) -> Gall
     options, latents = config.diffusion, sources.train.latents
     autoencoder = None
     if latents is not None:
+        if options.vae is None and options.features is not None:
+            raise ConfigError(
+                "diffusion.features: samples of latents are images only after decoding; name the autoencoder's folder "
+                "with diffusion.vae, or remove diffusion.features"
+            )
         if options.vae is None:
             return None
         autoencoder = Autoencoder.load(options.vae, device)
