@@ -26,9 +26,9 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.shape import add_stage_table, set_shape
 from vitlocal.plan import Dials, Feed, Shape, StageEmbedding
 from vitlocal.progress import Position
+from vitlocal.report.run_folder import read_log
 from vitlocal.tasks.diffusion import Diffusion
 from vitlocal.tasks.noise_schedule import NoiseSchedule
-from vitlocal.report.run_folder import read_log
 from vitlocal.train import command
 from vitlocal.train.build import assemble_step, mac_counter, make_model, sources_of
 from vitlocal.train.command import train
@@ -317,15 +317,17 @@ def test_what_a_stage_freezes_stays_bit_for_bit(dit, non_blocks: str):
 # --- the search ---
 
 
+def state_of(trainer: Trainer) -> list:
+    model = trainer.state.model
+    return [weights_of(trainer), list(model.buffers()), [trainer.state.optimizer.state[p] for p in model.parameters()]]
+
+
 def test_scores_of_candidates_leave_no_trace(dit):
     with open_trainer(dit("latents", *SEARCH)) as trainer:
         plan = trainer.plan()
         with trainer.open_pass(plan) as batches:
             trainer.train_step(next(batches), plan)
-        moments = lambda: {
-            name: dict(trainer.state.optimizer.state[p]) for name, p in trainer.state.model.named_parameters()
-        }  # noqa: E731
-        before = plain([weights_of(trainer), moments(), list(trainer.state.model.buffers())])
+        before = plain(state_of(trainer))
         generators = torch.get_rng_state(), np.random.get_state()[1].tolist()
         (probe,) = trainer.state.methods[0].probes(trainer.state.clock.progress)
         complete = trainer._prober.complete(probe, plan)
@@ -334,7 +336,7 @@ def test_scores_of_candidates_leave_no_trace(dit):
         assert first == again and np.isfinite(first).all()
         seconds = trainer._prober.complete(replace(probe, kind="seconds", size=32), plan)
         assert trainer._prober.measure(seconds, plan) > 0
-        assert plain([weights_of(trainer), moments(), list(trainer.state.model.buffers())]) == before
+        assert plain(state_of(trainer)) == before
         assert torch.equal(torch.get_rng_state(), generators[0]) and np.random.get_state()[1].tolist() == generators[1]
 
 

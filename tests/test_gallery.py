@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from fake_time import FakeTime
+from PIL import Image
 from safetensors.torch import load_file
 from test_diffusion import PIXELS
 from trainers import open_trainer
