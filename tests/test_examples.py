@@ -76,6 +76,13 @@ def kill_at(step: int) -> Callable[..., None]:
 # --- one process ---
 
 
+def test_diffusion_learns_and_draws(photos: str):
+    """A model that predicts no noise has an error of 1."""
+    error, samples = example("diffusion").train(photos, "60steps", 32, embed_dim=64, depth=2, num_heads=2)
+    assert error < 0.7
+    assert samples.shape == (len(CLASSES), 3, 32, 32) and samples.abs().max() <= 1
+
+
 def test_plain_pytorch_learns(photos: str, tmp_path: Path):
     assert example("plain_pytorch").train(photos, "80steps", str(tmp_path / "run.pt"), 32, **SMALL) > LEARNED
 

@@ -107,6 +107,7 @@ class Diffusion(Task):
     ):  # fmt: skip
         super().__init__(model, precision)
         self._device = next(model.parameters()).device
+        self._random = torch.Generator(self._device)
         schedule = schedule.to(self._device)
         self.objective: DiffusionLoss = DiffusionLoss(model, schedule, precision, scaling_factor)
         self._label_dropout, self._joint_drop, self._loss_passes = label_dropout, joint_drop, loss_passes
@@ -152,10 +153,9 @@ class Diffusion(Task):
         no_label, no_stage = chances[:, 1] < self._label_dropout, None
         if (embedding := self.model.stage_embedding) is not None:
             no_stage = no_label if self._joint_drop else chances[:, 2] < embedding.null_prob
-        random = torch.Generator(self._device)
-        random.manual_seed(int(generator((seed, number, DENOISE)).integers(2**62)))
+        self._random.manual_seed(int(generator((seed, number, DENOISE)).integers(2**62)))
         shape = (batch.total, 1 + self._latents, *self._input_shape(batch.images))
-        noise = torch.randn(shape, generator=random, device=self._device)  # (total, 1 or 2, C, s, s)
+        noise = torch.randn(shape, generator=self._random, device=self._device)  # (total, 1 or 2, C, s, s)
         if len(places) < batch.total:
             noise = noise[send(torch.from_numpy(places), self._device)]
         return NoiseDraws(
