@@ -95,9 +95,7 @@ REFUSED = {
     "strength": (["--methods=strength", "--strength.by=budget"], "strength has nothing to vary.* or remove it"),
     "drop path": (["--model.drop_path=0.1"], r"drop_path_rate=0.1: expected 0, because DiT has no drop path "
                   r"\(model.drop_path=0\)"),
-    "class token": (
-        ["--methods=unfreeze", "--unfreeze.stage_tokens=class"], "DiT has no class token.*use stage_tokens=all"
-    ),
+    "class token": (["--methods=unfreeze", "--unfreeze.stage_tokens=class"], "no class token.*use stage_tokens=all"),
     "one sample": (["--diffusion.last_samples=1"], "got 1, but a Fréchet distance needs at least 2 samples"),
     "no features": (["--diffusion.samples=50"], "the Fréchet distance needs diffusion.features"),
     "sizes": (["--model.size=18"], "the patch of 4x4 pixels must divide it; use 16x16"),

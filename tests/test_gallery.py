@@ -241,10 +241,12 @@ def test_a_signal_while_samples_are_drawn_leaves_the_pass_to_the_next_process(di
     assert len(list((run / "pictures").iterdir())) == 1
 
 
-@pytest.mark.parametrize("every", [0, 1])
-def test_wall_clock_budgets_reserve_the_time_of_samples(dit, decoder, tmp_path: Path, monkeypatch, every: int):
-    """Drawing takes ten of sixty seconds, at each evaluation. No evaluation begins that would not leave a step."""
-    clock = FakeTime(monkeypatch, repeat(3.0))
+@pytest.mark.parametrize(("every", "length", "dies"), [(0, 60, True), (1, 64, False)])
+def test_wall_clock_budgets_reserve_the_time_of_samples(
+    dit, every: int, length: int, dies: bool, tmp_path: Path, killed_after, monkeypatch
+):
+    """Drawing takes ten seconds at each evaluation. After the third epoch, it would leave no time for a step."""
+    clock = FakeTime(monkeypatch, repeat(3.0), step=2.0)
     judge, estimates = Gallery.judge, []
 
     def slow(*arguments: object) -> object:
@@ -252,9 +254,13 @@ def test_wall_clock_budgets_reserve_the_time_of_samples(dit, decoder, tmp_path: 
         return judge(*arguments)
 
     monkeypatch.setattr(Gallery, "judge", slow)
-    monkeypatch.setattr(Gallery, "last_seconds", lambda *arguments: estimates.append(1) or 10.0)
-    config = dit("--budget.length=60s", "--budget.counts=wall", f"--evaluate.every={every}")
+    monkeypatch.setattr(Gallery, "last_seconds", lambda *arguments: estimates.append(clock.now) or 10.0)
+    config = dit(f"--budget.length={length}s", "--budget.counts=wall", f"--evaluate.every={every}")
+    if dies:
+        with killed_after(4):
+            train(config)
     assert train(config) == 0
-    assert clock.now == pytest.approx(60, abs=0.6) and estimates == [1]
+    assert clock.now == pytest.approx(length, abs=2.1 if dies else 1.1)
+    assert len(estimates) == 1 + dies  # real images are measured before training continues
     evaluated = [record for record in read_log(tmp_path / "run") if record["val_loss"] is not None]
-    assert len(evaluated) == (1 if not every else 4)
+    assert len(evaluated) == (3 if every else 1)
