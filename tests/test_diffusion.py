@@ -337,6 +337,12 @@ def test_scores_of_candidates_leave_no_trace(dit):
         assert probe.kind == "trainability" and complete.size == 16
         first, again = (trainer._prober.measure(complete, plan) for _ in range(2))
         assert first == again and np.isfinite(first).all()
+        drawn, draw = [], Diffusion.draw
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Diffusion, "draw", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+            trainer._prober.measure(complete, plan)
+        times = {tuple(each.times.tolist()) for each in drawn}
+        assert len(times) == len(drawn) == 4  # two batches for each score, none with the times of another
         seconds = trainer._prober.complete(replace(probe, kind="seconds", size=32), plan)
         assert trainer._prober.measure(seconds, plan) > 0
         assert plain(state_of(trainer)) == before

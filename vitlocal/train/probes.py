@@ -29,6 +29,7 @@ from vitlocal.models.shape import check_shape, temporary_shape
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.train.devices import sum_type, synchronize
+from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, buffers_kept, step_seed
 
@@ -138,13 +139,15 @@ class Prober:
         step = self._step
         step.set_shape(probe.shape)
         numbers, gradients = [], []
+        remedy = "use smaller batches for the method's probes, or state its schedule, which needs no search"
         with self._batches(probe, plan, extra=probe.kernel_batches) as batches:
             for number, batch in enumerate(batches):
                 if number < probe.kernel_batches:
-                    outputs, _ = step.probe(step.model, batch, number, torch.float32)
-                    numbers.append(condition_number(tangent_kernel(step.model, outputs)))
+                    with explained_memory_errors("the tangent kernel", probe.size, probe.samples, remedy):
+                        outputs, _ = step.probe(step.model, batch, number, torch.float32)
+                        numbers.append(condition_number(tangent_kernel(step.model, outputs)))
                 else:
-                    gradients.append(layer_gradients(step, batch))
+                    gradients.append(layer_gradients(step, batch, number))
         # Each image's gradient is a backward pass of its own through the whole batch.
         backward = TRAINING_FLOPS - FORWARD_FLOPS
         kernels = len(numbers) * probe.samples * (FORWARD_FLOPS + backward * probe.samples)
@@ -168,11 +171,14 @@ class Prober:
             yield islice(batches, count)
 
 
-def layer_gradients(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
-    """The training loss's gradients of the weights of trained linear and convolutional layers, by name."""
+def layer_gradients(step: TrainStep, batch: Batch, number: int = 0) -> dict[str, Tensor]:
+    """The loss's gradients of the weights of trained linear and convolutional layers, by name, as in step ``number``.
+
+    Batches with other numbers have other random values. For diffusion, these are most of what ZiCo measures.
+    """
     layers = {f"{n}.weight" for n, module in step.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     # Copies, because several processes keep all gradients in buffers that the next backward pass writes.
-    return {name: gradient.clone() for name, gradient in step.gradients(batch).items() if name in layers}
+    return {name: gradient.clone() for name, gradient in step.gradients(batch, number=number).items() if name in layers}
 
 
 def tangent_kernel(model: nn.Module, outputs: Tensor) -> Tensor:

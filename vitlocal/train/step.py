@@ -187,10 +187,10 @@ class TrainStep:
 
     # --- without an update: measurements and evaluation ---
 
-    def gradients(self, batch: Batch, mode: Mode = EAGER) -> dict[str, Tensor]:
-        """Runs forward and backward. Returns the training loss's gradients by name, until the next call."""
+    def gradients(self, batch: Batch, mode: Mode = EAGER, number: int = 0) -> dict[str, Tensor]:
+        """Runs forward and backward as in step ``number``. Returns the gradients by name, until the next call."""
         with denormals_flushed(self.device), self._memory_errors(batch):
-            self._gradients(batch, 0, mode)
+            self._gradients(batch, number, mode)
         found = {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
         self.model.zero_grad()
         return found
