@@ -147,7 +147,11 @@ class DiffusionConfig:
     guided_channels: str = option("all", Choice("all", "3"), "sampler of evaluations: guided channels; 3: as published")
     grid_classes: int = option(8, Number(0, 50, whole=True), "classes in the grid of samples; 0: no grid")
     samples: int = option(0, Number(0, whole=True), "samples for the Fréchet distance of each evaluation; 0: none")
-    last_samples: int = option(1000, Number(0, whole=True), "samples for the Fréchet distance of the last evaluation")
+    last_samples: int = option(
+        1000,
+        Number(0, whole=True),
+        "samples for the Fréchet distance of the last evaluation, if more than diffusion.samples",
+    )
     sample_batch: int = option(64, COUNT, "samples that are drawn at a time")
     features: str | None = option(
         None, TEXT, "features of the Fréchet distance: a classifier's run folder, or a file of Inception weights (FID)"

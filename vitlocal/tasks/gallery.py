@@ -34,7 +34,7 @@ class GalleryOptions:
     """What an evaluation draws.
 
     - ``classes``: rows of the grid, classes from all over the list; 0: no grid.
-    - ``samples``: for the Fréchet distance of each evaluation; 0: none. ``last_samples``: of the last one.
+    - ``samples``: for the Fréchet distance of each evaluation; 0: none. ``last_samples``: of the last one, if more.
     - ``batch_size``: samples at a time.
     """
 
@@ -91,7 +91,8 @@ class Gallery:
     ) -> Scores | None:  # fmt: skip
         """The picture, and the metrics of samples; None if ``stop()`` was true. Processes share the samples."""
         options, run = self.options, _Evaluation(model, schedule, precision, ranks, stop)
-        count = 0 if self._features is None else options.last_samples if last else options.samples
+        count = max(options.samples, options.last_samples) if last else options.samples
+        count = count if self._features is not None else 0
         try:
             pictures = {"samples": self._grid(run)} if options.classes else {}
             if not count:
