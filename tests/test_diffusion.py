@@ -203,6 +203,21 @@ def test_half_precision_is_close_to_float32(scaling_factor, precision, error):
     assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 3 * error
 
 
+def test_a_step_is_one_graph():
+    """As torch.compile captures it. Its loss and gradients are those of the eager step."""
+    task = a_task(scaling_factor=0.5)
+    operands = (*task.operands(a_batch(task, 4), 0, 0, Dials()), torch.tensor(0.25))
+    graph = torch.compile(task.objective, backend="eager", fullgraph=True, dynamic=False)
+    found = []
+    for objective in (task.objective, graph):
+        task.model.zero_grad()
+        loss = objective(*operands)[0]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in task.model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_small_inputs_are_resized_photos():
     task = a_task()
     batch = a_batch(task, 4)
