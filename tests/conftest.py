@@ -22,6 +22,8 @@ os.environ.setdefault("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/vitlocal-tes
 import pytest
 import torch
 from fake_images import FakeImages, commit_often, contents, write_config
+from latent_files import options as latent_options
+from latent_files import use_stand_in
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Sources
@@ -52,6 +54,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data")
     for split, sides in (("train", "48:raw,96:raw,128:jpg"), ("val", "96:raw")):
         write(WriteOptions(split, f"sample:{TRAIN_PER_CLASS}", str(out), sides, workers=1), progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of latents of 16 and 32 px: 60 training rows, 20 held-out ones."""
+    out = tmp_path_factory.mktemp("latents")
+    with pytest.MonkeyPatch.context() as patch:
+        use_stand_in(patch.setattr)
+        write(latent_options(out), FakeImages(60), progress=False)
+        write(latent_options(out, "val"), FakeImages(20), progress=False)
     return out
 
 

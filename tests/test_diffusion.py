@@ -11,17 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_images import FakeImages
 from fake_time import FakeTime
-from latent_files import options as write_options
-from latent_files import use_stand_in
 from narrow_dit import narrow_dit
 from trainers import open_trainer
 
 from vitlocal.config import Config
 from vitlocal.data.batch import Batch
 from vitlocal.data.shares import Share
-from vitlocal.data.writer.write import write
 from vitlocal.errors import ConfigError
 from vitlocal.models.shape import add_stage_table, set_shape
 from vitlocal.plan import Dials, Feed, Shape, StageEmbedding
@@ -46,17 +42,6 @@ CPU = torch.device("cpu")
 NARROW = ["--model.width=32", "--model.depth=4", "--model.heads=2", "--model.drop_path=0", "--methods=none"]
 PIXELS = ["--model.name=vitlocal_dit_tiny_patch4_32", "--model.size=16", *NARROW]
 LATENTS = ["--model.name=vitlocal_dit_small_patch2", "--model.size=32", *NARROW]
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder of latents of 16 and 32 px: 60 training rows, 20 held-out ones."""
-    out = tmp_path_factory.mktemp("latents")
-    with pytest.MonkeyPatch.context() as patch:
-        use_stand_in(patch.setattr)
-        write(write_options(out), FakeImages(60), progress=False)
-        write(write_options(out, "val"), FakeImages(20), progress=False)
-    return out
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from latent_files import StandIn
-from test_diffusion import LATENTS, PIXELS, latents
+from test_diffusion import LATENTS, PIXELS
 from trainers import open_trainer
 
 from vitlocal.data.autoencoder import Autoencoder
@@ -19,7 +19,6 @@ from vitlocal.report.run_folder import read_log
 from vitlocal.train.__main__ import main
 from vitlocal.train.command import train
 
-__all__ = ["latents"]  # a fixture
 pytestmark = pytest.mark.usefixtures("no_report")
 
 QUICK = ["--model.size=32", "--train.batch_size=40", "--budget.length=2ep", "--diffusion.grid_classes=1",

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from fake_time import FakeTime
+from latent_files import StandIn, stored
 from PIL import Image
 from safetensors.torch import load_file
-from test_diffusion import PIXELS
+from test_diffusion import LATENTS, PIXELS
 from trainers import open_trainer
 
 from vitlocal.config import Config
+from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.random_keys import HELD_OUT, normal
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -214,6 +216,40 @@ def test_a_classifier_of_other_classes_gives_no_accuracy(dit, classifier: Path, 
     options = ("--diffusion.last_samples=20", "--diffusion.grid_classes=0")
     scores = evaluate(dit(f"--diffusion.features={other}", *options), judges=True)
     assert {"val_loss", "frechet_distance"} == set(scores[0].values)
+
+
+class Decoder(StandIn):
+    """Pixels from -1 to 1 in cells of 8, from scaled latents."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        cells = torch.cat([latents, latents[:, :1]], 1) / self.scaling_factor
+        return (255 * cells.clamp(0, 1)).byte().repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def test_samples_of_latents_are_compared_with_decoded_latents(configure, decoder, latents, classifier, monkeypatch):
+    monkeypatch.setattr(Autoencoder, "load", Decoder)
+    options = [*LATENTS, f"--data.root={latents}", "--diffusion.vae=vae", f"--diffusion.features={classifier}",
+               "--diffusion.last_samples=20", "--diffusion.sample_steps=2", "--diffusion.sample_batch=16"]  # fmt: skip
+    seen, measured = [], Gallery._measured
+
+    def keep(gallery, batches, run):
+        seen.append(list(batches))
+        return measured(gallery, iter(seen[-1]), run)
+
+    monkeypatch.setattr(Gallery, "_measured", keep)
+    (scores,) = evaluate(configure(*options), judges=True)
+    real, held_out, drawn = ([torch.cat(part) for part in zip(*batches, strict=True)] for batches in seen)
+    assert [images.shape for images, _ in (real, held_out, drawn)] == [
+        (60, 3, 32, 32),
+        (20, 3, 32, 32),
+        (20, 3, 32, 32),
+    ]
+    assert drawn[1].bincount().tolist() == [7, 7, 6] and held_out[1].bincount().tolist() == [7, 7, 6]
+    plain, _ = stored(latents / "val_32_latent.beton")
+    assert torch.equal(held_out[0], Decoder("vae").decode(torch.from_numpy(plain[:, :2]).float() * 0.5))
+    note = scores.notes["frechet"]
+    assert note["reference"] == "decoded latents of training images" and note["reference_images"] == 60
+    assert scores.pictures["samples"].height > 3 * 32 and "sample_accuracy" not in scores.values
 
 
 @pytest.mark.parametrize("calls", [0, 1], ids=["grid", "samples"])
