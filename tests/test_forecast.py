@@ -106,7 +106,7 @@ def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: 
         whole = sum(other["train_seconds"] for other in said["rows"])
         assert part.seconds / 3600 == pytest.approx(row["train_seconds"] / whole, abs=0.006)
     rows = compare(said, read_run(finished))
-    assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first accuracy, s"]
+    assert [row["what"] for row in rows][-3:] == ["epochs", "images", "first evaluation, s"]
     assert {row["what"]: row["off"] for row in rows}["epochs"] == pytest.approx(0)
     main(["report", str(finished), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
           "--json", str(tmp_path / "compared.json")])  # fmt: skip

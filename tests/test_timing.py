@@ -109,7 +109,7 @@ def test_on_a_cpu_a_wait_is_the_hosts() -> None:
 
 def test_a_noise_step_trains_on_the_same_batch_with_new_step_numbers() -> None:
     seen = []
-    train = timing.noise_step(lambda *arguments: seen.append(arguments), Feed(8, 6), 4, CPU, "mode")
+    train = timing.noise_step(lambda *arguments: seen.append(arguments), timing.noise_batch(Feed(8, 6), 4, CPU), "mode")
     train()
     train()
     (first, *numbers), (second, *more) = seen

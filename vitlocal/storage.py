@@ -13,19 +13,20 @@ import torch
 from vitlocal.config import Config, read_config
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.images import open_images
-from vitlocal.data.manifest import source_flags, work_name
+from vitlocal.data.manifest import LATENT_FLAGS, source_flags, work_name
 from vitlocal.data.writer import layout
 from vitlocal.data.writer.write import source_choice
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
 from vitlocal.models.counts import count_macs
+from vitlocal.models.dit import reads_latents
 from vitlocal.paths import WRITE
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS, Stage
-from vitlocal.train.build import build_step, device_of, make_model
+from vitlocal.train.build import build_step, device_of, make_model, stated_sizes
 from vitlocal.train.simulate import Speed, spend
-from vitlocal.train.timing import Timing, noise_step
+from vitlocal.train.timing import Timing, fill_zeros, noise_batch, noise_step
 from vitlocal.write_options import WriteOptions
 
 RECIPE = "rcfg/ours.yaml"
@@ -45,6 +46,7 @@ def plan_files(options: WriteOptions) -> None:
     _check_out(out, nearest)
     recipe = options.recipe or RECIPE
     config, stated = read_config(["--config-file", recipe], {}), parse_rates(options.rates)
+    _check_photos(config, recipe)
     images = open_images(options.source, "train", source_choice(options))
     demands = size_demands(config, len(images), speeds_for(config, stated))
     augment = config.augment
@@ -79,6 +81,16 @@ def _check_out(out: Path, nearest: Path) -> None:
                 f"--out: {existing} exists: the training split is already written, perhaps with other sides. "
                 "Name another folder with --out, or remove the split first"
             )
+
+
+def _check_photos(config: Config, recipe: str) -> None:
+    """Raises ConfigError if the recipe reads latents: each size needs its own file, so there is nothing to choose."""
+    if reads_latents(config.model.name):
+        sides = ",".join(str(size) for size in sorted({size for _, size in stated_sizes(config)}))
+        raise ConfigError(
+            f"--recipe: {recipe} trains {config.model.name} on latents, each of whose sizes has a file of its own, so "
+            f"there is nothing to plan; use {WRITE} --sides {sides} {LATENT_FLAGS}"
+        )
 
 
 # --- the training speed of a recipe ---------------------------------------------------------------------------------
@@ -152,13 +164,14 @@ def measured_rates(config: Config, sizes: Sequence[int]) -> dict[int, float]:
     """Images/s of the recipe's training step on this machine, on random pixels that are on the device."""
     device = device_of(config)
     step = build_step(config, CLASSES, device)
+    fill_zeros(step.model)
     count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
     rates = {}
     for size in sizes:
         print(f"\rmeasuring the trainer: {size} px ", end="", file=sys.stderr, flush=True)
         feed, timing = Feed(size, count), Timing()
         step.warm_up(feed, CLASSES)
-        train = noise_step(step, feed, CLASSES, device, step.mode(feed))
+        train = noise_step(step, noise_batch(feed, CLASSES, device, step.task), step.mode(feed))
         train()  # the first step is slow: it loads kernels and allocates memory
         rates[size] = count / timing.measure(train, device, seconds=MEASURE_SECONDS)
     print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)

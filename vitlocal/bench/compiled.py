@@ -25,7 +25,7 @@ from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.train.build import build_step, device_of
 from vitlocal.train.devices import choose_device, choose_precision
-from vitlocal.train.timing import noise_batch, peak_memory, reset_peak
+from vitlocal.train.timing import fill_zeros, noise_batch, peak_memory, reset_peak
 
 SIZES, BATCH = {"cuda": [32, 224], "cpu": [16]}, {"cuda": 64, "cpu": 4}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-4  # added to twice the eager error, which is 0 in float32
@@ -40,9 +40,11 @@ Results = list[tuple[float, list[Tensor]]]  # of each step: the loss and the gra
 
 def run_steps(config: Config, feed: Feed, device: torch.device, count: int) -> tuple[Results, dict[str, Any]]:
     """The results of ``count`` steps with a learning rate of 0, and how they ran."""
-    step, before = build_step(config, CLASSES, device), reset_peak(device)
+    step = build_step(config, CLASSES, device)
+    fill_zeros(step.model)
+    before = reset_peak(device)
     seconds, mode = step.warm_up(feed, CLASSES), step.mode(feed)
-    batch, gradients, results = noise_batch(feed, CLASSES, device), list[Tensor](), Results()
+    batch, gradients, results = noise_batch(feed, CLASSES, device, step.task), list[Tensor](), Results()
 
     def keep(phase: str) -> None:
         if phase == "backward":
@@ -51,8 +53,8 @@ def run_steps(config: Config, feed: Feed, device: torch.device, count: int) -> t
     step.phase_hook = keep
     with profile(acc_events=True) if device.type == "cuda" else nullcontext() as profiler:
         for number in range(count):
-            # Other images at each step, because a graph must read its inputs. They stay channels-last.
-            images = batch.images.permute(0, 2, 3, 1).roll(number, 0).permute(0, 3, 1, 2)
+            # Other images at each step, because a graph must read its inputs. Their memory format stays.
+            images = torch.empty_like(batch.images).copy_(batch.images.roll(number, 0))
             output = step(replace(batch, images=images), number, 0.0, mode)
             results.append((float(output.loss), [*gradients]))
     how: dict[str, Any] = {"mode": str(mode), "compile_seconds": round(seconds, 1)}

@@ -36,7 +36,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.counts import activation_bytes, count_macs
-from vitlocal.plan import Plan, with_size
+from vitlocal.plan import Feed, Plan, with_size
 from vitlocal.progress import TRAINING_FLOPS, Length, Progress, Stage, upcoming_changes
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
@@ -44,7 +44,7 @@ from vitlocal.train.build import build_run, device_of, make_model, sources_of
 from vitlocal.train.devices import EAGER
 from vitlocal.train.probes import batch_size_at
 from vitlocal.train.simulate import Speed, StageForecast, spend
-from vitlocal.train.timing import LR, Timing, WaitMeter, noise_batch, peak_memory, reset_peak
+from vitlocal.train.timing import LR, Timing, WaitMeter, fill_zeros, noise_batch, peak_memory, reset_peak
 from vitlocal.train.trainer import Trainer
 
 SECONDS = 80.0  # for all measurements; the sizes share it
@@ -106,26 +106,30 @@ class SizeMeter:
         self.timings = {name: Timing() for name in SHARES}
         self.waits, self.waited = WaitMeter(self.device, time.perf_counter), 0.0  # seconds of "together"
         self.step_numbers = count()
+        fill_zeros(trainer.step.model)
         reset_peak(self.device)
         self.compile_seconds = trainer.step.warm_up(plan.feed, self.classes)
         self.feed, self.mode, largest = plan.feed, EAGER, plan.feed.batch_size
         if self.device.type == "cpu" and largest > 8:  # a smaller batch if the step would take too long
-            batch = noise_batch(replace(plan.feed, batch_size=8), self.classes, self.device)
+            batch = self._noise(replace(plan.feed, batch_size=8))
             self._train(batch)
             rate = 8 / Timing().measure(lambda: self._train(batch), self.device, calls=2)
             self.feed = replace(plan.feed, batch_size=max(8, min(largest, int(CPU_STEP_SECONDS * rate))))
         if self.feed == plan.feed:
             self.mode = trainer.step.mode(plan.feed)  # only full batches are compiled
-        self._train(noise_batch(self.feed, self.classes, self.device))
+        self._train(self._noise(self.feed))
         self.turn(seconds)
         self.peak = peak_memory(self.device)  # in later turns, the memory of larger sizes is allocated too
+
+    def _noise(self, feed: Feed) -> Batch:
+        return noise_batch(feed, self.classes, self.device, self.trainer.step.task)
 
     def _train(self, batch: Batch) -> None:
         self.trainer.step(batch, next(self.step_numbers), LR, self.mode, 1.0, self.plan.dials)
 
     def turn(self, seconds: float) -> None:
         """Measures the step and, if there are data, the loader and both together, for about ``seconds``."""
-        batch = noise_batch(self.feed, self.classes, self.device)
+        batch = self._noise(self.feed)
         self._measure("step", seconds, lambda: self._train(batch))
         if self.has_data:
             self._measure_data(seconds)
@@ -303,7 +307,10 @@ def forecast(config: Config, images: int | None) -> Forecast:
         config = replace(config, evaluate=evaluate, budget=replace(config.budget, length=length))
         stored = images is None and config.data.loader not in ("torchvision", "dali")  # they read the original images
         other, mib = OTHER_SECONDS + compiling, resident_mib(os.getpid())
-        evaluation = None if images else trainer.evaluator.estimate_seconds(last)
+        evaluation = None
+        if images is None:
+            usual, final = (trainer.evaluator.judging_seconds(last, ends) for ends in (False, True))
+            evaluation, other = trainer.evaluator.estimate_seconds(last) + usual, other + max(0.0, final - usual)
         manifests = [load_manifest(config.data.root, split) for split in ("train", "val")] if stored else []
         files = sum(file.bytes for manifest in manifests for file in manifest.files) or None
         return Forecast(config, sources.train.count, tuple(speeds), evaluation, other, files, mib, took)
@@ -336,7 +343,7 @@ def show(found: Forecast, budgets: Sequence[Length]) -> None:
         print("measured with smaller batches than the recipe's, which take too long here")
     if found.evaluation_seconds is not None:
         when = "only at the end" if first is None else f"the first after {duration(first)} of training"
-        print(f"accuracy: {when}; an evaluation takes {found.evaluation_seconds:.1f} s")
+        print(f"evaluation: {when}; each takes {found.evaluation_seconds:.1f} s")
     if unreached := [str(stage.size) for stage in found.stages if stage.seconds <= 0]:
         print(f"note: the budget ends before {', '.join(unreached)} px")
     if found.resident_mib is not None:

@@ -7,6 +7,8 @@ other work on the machine affects all of them equally. All make random resized c
     ffcv         the same files through FFCV's own loader, with its random crop and its flip
     torchvision  the original images through PyTorch's DataLoader and Pillow
     dali         the original images through NVIDIA DALI on the CPU, if it is installed
+
+Of a folder of latents, our source is measured, at the sizes that the folder has.
 """
 
 import argparse
@@ -25,11 +27,14 @@ from vitlocal.data.batch import Source
 from vitlocal.data.beton_source import choose_file
 from vitlocal.data.costs import DecodingCosts, ensure_costs
 from vitlocal.data.crops import ROW_MASK, CropPolicy
+from vitlocal.data.latents import LatentSource
 from vitlocal.data.loader import Loader
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers import EXTRAS, has_extra
 from vitlocal.data.peers.torchvision import TorchvisionSource
+from vitlocal.data.reader import LoaderResources
 from vitlocal.data.writer.write import write
+from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.write_options import WriteOptions
@@ -37,6 +42,8 @@ from vitlocal.write_options import WriteOptions
 SAMPLE_FOLDER = "data/bench"
 BATCH = 64
 ORIGINAL = "original"  # the column `stored` of the loaders of original images
+LATENTS = "latents"  # the column `stored` of latents
+SIZES = (32, 64, 96, 128, 160, 192, 224)
 NAMES, OF_ORIGINALS = ("ours", "ffcv", "torchvision", "dali"), ("torchvision", "dali")
 COLUMNS = {
     "px": ("size", "d"), "workers": ("workers", "d"), "source": ("source", ""), "stored": ("stored", ""),
@@ -55,6 +62,8 @@ def reader(name: str, data: str, source: str | None, stored: str, workers: int, 
         opened = DALISource(data, source, "train", crops, device, workers)
     elif name == "torchvision":
         opened = TorchvisionSource(data, source, "train", crops, device, workers)
+    elif stored == LATENTS:
+        opened = LatentSource(data, "train", crops, device, LoaderResources(workers))
     elif name == "ours":
         opened = Loader(data, "train", BATCH, file=stored, num_workers=workers, drop_last=False)
     else:  # FFCV's own iterator: our source around it would make it 5 % slower
@@ -90,10 +99,11 @@ def sample_folder() -> str:
 
 def compare(data: str, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the measurement, one for each contestant and size."""
-    sizes, rounds, rows = options.sizes, options.rounds, []
-    manifest, crops = load_manifest(data, "train"), CropPolicy(random=True)
+    manifest, crops, rounds, rows = load_manifest(data, "train"), CropPolicy(random=True), options.rounds, []
     costs = DecodingCosts.load(data, manifest)
-    files = [file.file for file in manifest.files]
+    files, sizes = [file.file for file in manifest.files], options.sizes or SIZES
+    if manifest.latents is not None:
+        files, sizes = [LATENTS], options.sizes or [file.side for file in manifest.files]
     entries = [(name, stored) for name in names for stored in ([ORIGINAL] if name in OF_ORIGINALS else files)]
     with progress_bar(len(options.workers) * len(sizes) * (rounds + 1)) as bar:
         for threads in options.workers:
@@ -104,7 +114,8 @@ def compare(data: str, names: Sequence[str], options: argparse.Namespace) -> lis
             with started(reader, arguments, threads) as contestants:
                 for size in sizes:
                     bar.set_description_str(f"{size} px, workers: {threads}")
-                    chosen = ("ours", choose_file(manifest, costs, crops, 1.5, size).file)
+                    photos = manifest.latents is None
+                    chosen = "ours", choose_file(manifest, costs, crops, 1.5, size).file if photos else LATENTS
                     turns = take_turns(contestants, threads, rounds, (size, 0), (size, options.seconds), bar)
                     rows += [
                         {"source": entry[0], "stored": entry[1], "size": size, **measured, "chosen": entry == chosen}
@@ -140,22 +151,25 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    installed = ",".join(name for name in NAMES if name not in EXTRAS or has_extra(name))
+    installed = [name for name in NAMES if name not in EXTRAS or has_extra(name)]
     parser = bench_parser("loader", __doc__)
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of .beton files (default: the built-in sample)")
     add("--source", help="original images (default: the source that the manifest names)")
-    add("--sizes", type=numbers, default="32,64,96,128,160,192,224", help="crop sizes in px (default: 32 to 224)")
+    add("--sizes", type=numbers, help="crop sizes in px (default: 32 to 224; those of latents)")
     add("--workers", type=numbers, default="1", help="numbers of workers, such as 1,2 (default: 1)")
-    add("--only", default=installed, help="contestants to run (default: %(default)s)")
+    add("--only", metavar="LIST", help=f"contestants to run (default: {','.join(installed)}; of latents: ours)")
     add("--rounds", type=at_least(1), default=3, help="measured rounds (default: 3)")
     add("--seconds", type=at_least(0, float), default=0.5, help="minimal length of a turn (default: 0.5)")
     # A pass has the same random images each time, so that they come from memory.
     add("--images", type=at_least(1), default=2048, help="maximal images of a pass (default: 2048)")
     add("--plot", type=plot_file, metavar="FILE", help="plot images/s per core against the crop size")
     options = parser.parse_args(argv)
-    chosen = names(options.only, NAMES)
     data = options.data or sample_folder()
+    has_latents = load_manifest(data, "train").latents is not None
+    chosen = names(options.only, NAMES) if options.only else ["ours"] if has_latents else installed
+    if has_latents and chosen != ["ours"]:
+        raise ConfigError(f"--only: got {options.only}, but {data} holds latents, which only ours reads; leave it out")
     rows = compare(data, chosen, options)
     ordered = sorted(rows, key=lambda row: (row["workers"], row["size"], row["stored"], row["source"]))
     print(text_table([r | {"source": ("*" if r["chosen"] else " ") + r["source"]} for r in ordered], COLUMNS))

@@ -17,6 +17,7 @@ from vitlocal.data.reader import PREFETCH
 from vitlocal.methods import build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.counts import activation_bytes, count_macs, step_bytes
+from vitlocal.models.dit import DiT
 from vitlocal.models.factory import patch_side
 from vitlocal.models.local_mix import MAX_WIDTH
 from vitlocal.models.shape import model_parts
@@ -44,7 +45,7 @@ class SizeMemory:
     - ``state``: weights, gradients, moments of the optimizer, weight averages, and the noise for random erasing.
     - ``step``: forward and backward pass of the images that run at once, see :func:`step_bytes`. Beside a CUDA graph,
       an epoch's last batch needs memory of its own.
-    - ``inputs``: batches of uint8 pixels that the loader has sent, and the augmented one.
+    - ``inputs``: batches of uint8 pixels, or latents, that the loader has sent, and the augmented one.
     - ``graphs``: what the CUDA graphs of other sizes hold beyond the step's own part, until the last of them has run.
     """
 
@@ -85,13 +86,21 @@ def state_bytes(model: nn.Module, config: Config, averages: int) -> int:
     return copies + weights + moments + (4 * NOISE if config.augment.random_erasing else 0)
 
 
+def input_bytes(model: nn.Module, size: int) -> int:
+    """The bytes of an image as the loader sends it: uint8 pixels, or means and deviations of latents in float16."""
+    if isinstance(model, DiT) and model.stride > 1:
+        return 2 * 2 * model.in_chans * (size // model.stride) ** 2
+    return 3 * size**2
+
+
 def count_memory(config: Config, images: int) -> list[SizeMemory]:
     """The memory at each image size of the recipe, on one GPU, for an epoch of ``images`` images.
 
     Options that are "auto" are those of a recent GPU: bf16, compiled, with the fused kernel.
     """
     train, augment = config.train, config.augment
-    model, _ = make_model(config, 1000, torch.device("cpu"))
+    with torch.device("meta"):  # only the shapes are needed
+        model, _ = make_model(config, 1000, torch.device("meta"))
     if train.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     precision, compiled, patch = PRECISIONS[train.precision], train.compile != "no", patch_side(model)
@@ -123,7 +132,7 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
         # The loader has sent the next batches, and the last ones are in use until their steps have ended.
         batches = PREFETCH + 2 + RUN_AHEAD + bool(augment.randaugment or augment.three_augment)
         mode = "eager" if not compiled else "CUDA graph" if graphs else "compiled"
-        found.append(SizeMemory(size, batch, at_once, mode, state, step, batches * batch * 3 * size**2))
+        found.append(SizeMemory(size, batch, at_once, mode, state, step, batches * batch * input_bytes(model, size)))
     order, pool = [stage.size for stage in recipe_stages(config)], max(captured.values(), default=0)
     last = max((place for place, size in enumerate(order) if size in captured), default=-1)
     return [

@@ -39,6 +39,7 @@ from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import read_run
+from vitlocal.tasks.metrics import task_name
 from vitlocal.train.build import device_of, sources_of
 from vitlocal.train.output import KEPT, read_weights
 
@@ -119,12 +120,19 @@ def _measuring_hooks(block: Any, row: dict[str, float], num_prefix_tokens: int) 
     return [block.norm1.register_forward_hook(after_norm), block.mlp.register_forward_pre_hook(before_mlp)]
 
 
+def check_measurable(name: str, measurable: bool) -> None:
+    """Raises ConfigError unless the blocks of the model with this ``name`` can be measured."""
+    if not measurable:
+        raise ConfigError(f"{name}: only vitlocal_deit_… and local-FFN models, which classify, can be measured")
+
+
 def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
     """Returns the epoch at which ``file`` was kept, and the model in its shape then, without masks in its heads."""
     state, about = read_weights(file)
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
-    if not isinstance(model, VisionTransformer) or not isinstance(model_blocks(model)[0].mlp, SLICED):
-        raise ConfigError(f"{config.model.name}: only vitlocal_deit_… and local-FFN models can be measured")
+    is_ours = isinstance(model, VisionTransformer)
+    check_measurable(config.model.name, is_ours and isinstance(model_blocks(model)[0].mlp, SLICED))
+    assert isinstance(model, VisionTransformer)
     for method in build_methods(MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))):
         if method.needs.stage_embedding is not None:
             add_stage_table(model, method.needs.stage_embedding)
@@ -166,6 +174,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot the measures against the epoch")
     options = parser.parse_args(argv)
     config = read_run(options.run).config
+    check_measurable(config.model.name, task_name(config.model.name) == "classification")
     if options.data:
         config = replace(config, data=replace(config.data, root=options.data))
     files = sorted((options.run / KEPT).glob("*.safetensors"))  # their names begin with the step

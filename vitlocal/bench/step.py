@@ -10,6 +10,7 @@ other load on the machine affects all of them. Compiling is not counted. Options
     localvit     our LocalViT with the same width, depth and patch size, and the trainer's own step
     timm         timm's DeiT of that shape in a plain loop: autocast, cross-entropy and fused AdamW, on normalised
                  pixels and without augmentation
+    dit          the recipe's diffusion transformer with the trainer's own step; it has no other arms
 
 Each arm exists as NAME-eager and NAME-compiled. The phase "augment" is the random draws and, in eager steps on a CPU,
 RandAugment. Other augmentation belongs to the forward pass, and gradient clipping belongs to the optimizer.
@@ -35,12 +36,23 @@ from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, name
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError, DeviceMemoryError
 from vitlocal.models.counts import count_macs
+from vitlocal.models.factory import patch_side
 from vitlocal.models.local_mix import choose_kernel
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS
-from vitlocal.train.build import build_step, device_of
+from vitlocal.tasks.metrics import task_name
+from vitlocal.train.build import build_step, device_of, make_model
 from vitlocal.train.devices import Mode, autocast, choose_device, choose_precision
-from vitlocal.train.timing import LR, PhaseTimer, Timing, noise_batch, noise_step, peak_memory, reset_peak
+from vitlocal.train.timing import (
+    LR,
+    PhaseTimer,
+    Timing,
+    fill_zeros,
+    noise_batch,
+    noise_step,
+    peak_memory,
+    reset_peak,
+)  # fmt: skip
 
 CLASSES = 1000
 PHASES = ("augment", "forward", "backward", "optimizer", "average")  # of the trainer's step, in order
@@ -65,10 +77,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def choose_arms(text: str | None, device: torch.device) -> list[str]:
+def choose_arms(text: str | None, device: torch.device, task: str = "classification") -> list[str]:
     """The arms of ``--arms``. Without it: on a GPU the compiled arms and ``local-eager``, on a CPU the eager ones."""
     on_gpu = device.type == "cuda"
     models = ["local", *(["local-plain"] if on_gpu else []), "deit", "localvit", "timm"]
+    if task == "diffusion":
+        models = ["dit"]
     known = [f"{model}-{how}" for model in models for how in ("eager", "compiled")]
     if text is not None:
         return names(text, known, "--arms")
@@ -91,9 +105,20 @@ def model_shape(config: Config) -> tuple[str, int]:
     return match[1], config.model.patch_size or int(match[2])
 
 
+def patch_of(config: Config) -> int:
+    """The side of the patches of the arms' model, px."""
+    if task_name(config.model.name) != "diffusion":
+        return model_shape(config)[1]
+    with torch.device("meta"):  # only the shapes are needed
+        return patch_side(make_model(config, CLASSES, torch.device("meta"))[0])
+
+
 def arm_config(arm: str, config: Config) -> Config:
     """The recipe of an arm of ours: the same width, depth and patch size in the arm's model family."""
-    (width, patch), (family, kernel, compiled) = model_shape(config), parts(arm)
+    family, kernel, compiled = parts(arm)
+    if family == "dit":
+        return replace(config, train=replace(config.train, compile="yes" if compiled else "no"))
+    width, patch = model_shape(config)
     model = replace(config.model, name=f"vitlocal_{FAMILIES[family]}{width}_patch16_224", patch_size=patch)
     if family != "local":
         model = replace(model, norm=None, convolution=None)  # these are options of the local FFN only
@@ -160,8 +185,9 @@ class StepEntry:
             self.mode = Mode(self.compiled)
         else:
             self.step = build_step(arm_config(arm, config), CLASSES, device)
+            fill_zeros(self.step.model)
             self.mode = self.step.mode(feed)
-            self.run = noise_step(self.step, feed, CLASSES, device, self.mode)
+            self.run = noise_step(self.step, noise_batch(feed, CLASSES, device, self.step.task), self.mode)
         self.macs = count_macs(self.step.model, feed.size)
         # The first run compiles timm's model.
         self.compile_seconds = self._measure(1) if self.model == "timm" else self.step.warm_up(feed, CLASSES)
@@ -169,7 +195,7 @@ class StepEntry:
         self.turns = [self._measure(1)]  # seconds per step of each turn
         self.peak = peak_memory(device) - before
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
-        grid = feed.size // model_shape(config)[1]
+        grid = feed.size // patch_side(self.step.model)
         if kernel == "auto":
             precision = choose_precision(config.train.precision, device)
             kernel = choose_kernel(device, (grid, grid), precision, self.compiled)
@@ -277,7 +303,12 @@ def configured(arguments: Sequence[str]) -> tuple[Config, torch.device]:
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("step", __doc__)
     add = parser.add_argument
-    add("--sizes", type=numbers, metavar="LIST", help="image sizes in px (default: 32 to 224 on a GPU, 32,64 on a CPU)")
+    add(
+        "--sizes",
+        type=numbers,
+        metavar="LIST",
+        help="image sizes, px (default: 32,224 on a GPU, 32,64 on a CPU; dit: model.size)",
+    )
     add("--arms", metavar="LIST", help="arms (default: all of them on a GPU, the eager ones on a CPU)")
     add("--batch", type=at_least(2), metavar="N", help="batch size (default: 1024 on a GPU, 16 on a CPU)")
     add("--rounds", type=at_least(1), default=3, help="turns of each arm at each size (default: 3)")
@@ -286,9 +317,10 @@ def main(argv: Sequence[str]) -> None:
     if options.batch is not None:
         rest.append(f"--train.batch_size={options.batch}")
     config, device = configured(rest)
-    arms = choose_arms(options.arms, device)
-    sizes = sorted(options.sizes or SIZES[device.type])
-    check_multiples(sizes, model_shape(config)[1], config.model.name)
+    task = task_name(config.model.name)
+    arms = choose_arms(options.arms, device, task)
+    sizes = sorted(options.sizes or ([config.model.size] if task == "diffusion" else SIZES[device.type]))
+    check_multiples(sizes, patch_of(config), config.model.name)
     device_of(config)
     precision = choose_precision(config.train.precision, device)
     name, batch_size = str(precision).removeprefix("torch."), config.train.batch_size

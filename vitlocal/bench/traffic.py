@@ -30,8 +30,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import vitlocal.models  # noqa: F401 (registers the models)
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import at_least, bench_parser
+from vitlocal.errors import ConfigError
 from vitlocal.models.counts import gpu_norms
 from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.tasks.metrics import task_name
 
 SM_90 = SimpleNamespace(name="sm_90", major=9, multi_processor_count=132, warp_size=32, total_memory=80 * 2**30)
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -145,7 +147,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--size", type=at_least(1), default=224, help="image size, px (default: 224)")
     parser.add_argument("--batch", type=at_least(2), default=1024, help="images per step (default: 1024)")
     options = parser.parse_args(argv)
-    cases, of = product(options.models.split(","), PRECISIONS), (options.size, options.batch)
+    models = options.models.split(",")
+    if others := [name for name in models if task_name(name) != "classification"]:
+        raise ConfigError(f"--models: got {', '.join(others)}, expected classifiers; diffusion transformers take no "
+                          "images alone")  # fmt: skip
+    cases, of = product(models, PRECISIONS), (options.size, options.batch)
     rows = [row for name, precision in cases for row in count_block(name, *of, precision)]
     print(f"a block of {options.batch} images of {options.size} px, compiled for sm_90; counted, not measured:\n")
     print(text_table(rows, COLUMNS))

@@ -222,9 +222,9 @@ class Diffusion(Task):
             return None
         return replace(more, values={**scores.values, **more.values}, notes={**scores.notes, **more.notes})
 
-    def judging_seconds(self, model: nn.Module, ranks: Processes) -> float:
+    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool = True) -> float:
         gallery = self._gallery
-        return 0.0 if gallery is None else gallery.last_seconds(model, self.objective.schedule, self.precision, ranks)
+        return 0.0 if gallery is None else gallery.seconds(model, self.objective.schedule, self.precision, ranks, last)
 
     def export(
         self, folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,

@@ -114,15 +114,16 @@ class Gallery:
         }  # fmt: skip
         return Scores(values, pictures=pictures, notes={"frechet": note})
 
-    def last_seconds(
-        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes
+    def seconds(
+        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes, last: bool = True
     ) -> float:
-        """An estimate of the time that :meth:`judge` takes at the end of a run, or in between if that is longer.
+        """An estimate of the time that :meth:`judge` takes in between or, with ``last``, of the longest one.
 
         Measures the real images now.
         """
         options, run = self.options, _Evaluation(model, schedule, precision, ranks)
-        count = 0 if self._features is None else max(options.samples, options.last_samples)
+        most = max(options.samples, options.last_samples) if last else options.samples
+        count = 0 if self._features is None else most
         grid = min(options.classes, len(self.classes)) * COLUMNS
         if not grid + count:
             return 0.0

@@ -127,8 +127,11 @@ class Task:
         """
         return scores
 
-    def judging_seconds(self, model: nn.Module, ranks: Processes) -> float:
-        """An estimate of the longest time that :meth:`judge` takes. All processes call it, ``model`` as there."""
+    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool = True) -> float:
+        """An estimate of the longest time that :meth:`judge` takes. All processes call it, ``model`` as there.
+
+        Without ``last``: of the time during a run, before its end.
+        """
         return 0.0
 
     def export(

@@ -93,10 +93,10 @@ class Evaluator:
         with self._evaluated(plan) as model:
             return self._step.task.judge(scores, model, last, self._step.ranks, stop, say)
 
-    def judging_seconds(self, plan: Plan) -> float:
-        """Estimates the longest time that :meth:`judge` takes."""
+    def judging_seconds(self, plan: Plan, last: bool = True) -> float:
+        """Estimates the longest time that :meth:`judge` takes or, without ``last``, during the run."""
         with self._evaluated(plan) as model:
-            return self._step.task.judging_seconds(model, self._step.ranks)
+            return self._step.task.judging_seconds(model, self._step.ranks, last)
 
     @contextmanager
     def _evaluated(self, plan: Plan) -> Iterator[nn.Module]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from vitlocal.data.batch import Batch
 from vitlocal.plan import Feed
+from vitlocal.tasks.task import Task
 from vitlocal.train.devices import new_event, synchronize
 
 LR = 1e-6  # so small that the weights stay almost the same: each timed step does the same work
@@ -132,17 +134,34 @@ def peak_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def noise_batch(feed: Feed, num_classes: int, device: torch.device) -> Batch:
-    """A batch of random pixels on the device, (B, 3, S, S) uint8 in the channels-last format, as a source gives it."""
-    pixels = np.random.default_rng(feed.size).integers(0, 256, (feed.batch_size, feed.size, feed.size, 3), np.uint8)
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+def noise_batch(feed: Feed, num_classes: int, device: torch.device, task: Task | None = None) -> Batch:
+    """A batch of random images on the device, as a source gives it to ``task``; the same for each size.
+
+    Without a task: (B, 3, S, S) uint8 in the channels-last format.
+    """
+    if task is None:
+        pixels = np.random.default_rng(feed.size).integers(0, 256, (feed.batch_size, feed.size, feed.size, 3), np.uint8)
+        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    else:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(feed.size)
+            images = task.blank(feed.batch_size, feed.size, random=True)
     labels = torch.arange(feed.batch_size, device=device) % num_classes
     return Batch.whole(images, labels, torch.arange(feed.batch_size))
 
 
-def noise_step(
-    step: Callable[..., object], feed: Feed, num_classes: int, device: torch.device, *arguments: Any
-) -> Callable[[], object]:
-    """A function that trains ``step`` on one batch of noise. ``arguments``: mode, EMA decay and dials of the step."""
-    batch, numbers = noise_batch(feed, num_classes, device), count()
+def noise_step(step: Callable[..., object], batch: Batch, *arguments: Any) -> Callable[[], object]:
+    """A function that trains ``step`` on ``batch``. ``arguments``: mode, EMA decay and dials of the step."""
+    numbers = count()
     return lambda: step(batch, next(numbers), LR, *arguments)
+
+
+@torch.no_grad()
+def fill_zeros(model: nn.Module) -> None:
+    """Draws matrices that are all zeros, such as those of adaLN-Zero, at random.
+
+    Else most gradients of a new model would be zero. They would hide errors, and a GPU is faster on zeros.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
