@@ -14,7 +14,7 @@ from vitlocal.errors import ConfigError, run_command
 
 BENCHES = (
     "arms", "augment", "card", "clock", "compiled", "forecast", "gpu", "kernel", "loader", "paper", "profile",
-    "redundancy", "report", "runs", "step", "traffic", "write",
+    "redundancy", "report", "runs", "step", "traffic", "unfreeze", "write",
 )  # fmt: skip
 
 
