@@ -290,7 +290,7 @@ def test_wall_clock_budgets_reserve_the_time_of_samples(
         return judge(*arguments)
 
     monkeypatch.setattr(Gallery, "judge", slow)
-    monkeypatch.setattr(Gallery, "last_seconds", lambda *arguments: estimates.append(clock.now) or 10.0)
+    monkeypatch.setattr(Gallery, "seconds", lambda *arguments: estimates.append(clock.now) or 10.0)
     config = dit(f"--budget.length={length}s", "--budget.counts=wall", f"--evaluate.every={every}")
     if dies:
         with killed_after(4):

@@ -31,11 +31,16 @@ from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.figures import Line, race, save
 from vitlocal.report.run_folder import read_run
-from vitlocal.tasks.metrics import Metric, metrics_of
+from vitlocal.tasks.metrics import Metric, metrics_of, task_name
 from vitlocal.train.run_folder import read_origin
 
 PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "lr", "train_seconds", "images_per_second",
                "macs_per_image", "flops")  # fmt: skip
+# Options by which runs are judged. The metrics of runs that differ in them cannot be compared.
+JUDGED_BY = ("evaluate.rows", *(f"diffusion.{name}" for name in (
+    "steps", "schedule", "loss_passes", "sampler", "sample_steps", "guidance", "guided_channels", "last_samples",
+    "features",
+)))  # fmt: skip
 Plots = Mapping[Path, Sequence[str]]  # files, and the names of the arms to plot
 
 
@@ -124,9 +129,8 @@ def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
         ]
         means = (mean_and_deviation(values, sign, metric.digits) for values, sign in ((scores, ""), (differences, "+")))
         lines.append([about, paper, *means, seeds, *found, f"{epochs:.1f}", f"{rate:,.0f}"])
-    title = metric.title
-    titles = ["arm", f"paper, {title}", title, f"against {first}", "seeds", *(o.title for o in others), "epochs",
-              "images/s"]  # fmt: skip
+    title, *further = (m.title if m.larger_is_better else f"{m.title} (lower is better)" for m in (metric, *others))
+    titles = ["arm", f"paper, {title}", title, f"against {first}", "seeds", *further, "epochs", "images/s"]
     filled = [column for column in zip(titles, *lines, strict=True) if any(column[1:])]
     head, *body = zip(*filled, strict=True)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
@@ -148,6 +152,8 @@ def publish(
             save(race(trained, f"{budget} per run"), path)
     table = results_table(results, arms) if results else ""
     say(table)
+    if differ := [name for name in JUDGED_BY if len({str(r.config.get(name)) for r in results}) > 1]:
+        say(f"note: the runs differ in {', '.join(differ)}, so their metrics may not be comparable")
     return table
 
 
@@ -197,6 +203,8 @@ def compete(
         shared.append("--budget.counts=cpu")
     runs = plan_runs(arms, options.seeds, str(length), options.folder, [*shared, *trainer])
     configs = {run.folder: run.config() for run in runs}
+    if len({task_name(config.model.name) for config in configs.values()}) > 1:
+        raise ConfigError("the arms classify and draw images: these have no common metric; compare them in two benches")
     added = added_results(runs, options.add)
     waiting = [run for run in runs if not run.done and run.folder not in added]
     if options.no_run and len(waiting) == len(runs):

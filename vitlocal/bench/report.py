@@ -26,7 +26,7 @@ COLUMNS = {"": ("what", ""), "forecast": ("forecast", ",.6g"), "actual": ("happe
 
 
 def compare(forecast: dict[str, Any], run: RunRecord) -> list[dict[str, Any]]:
-    """The rows of the comparison: images/s of each size, then epochs, images and the time of the first accuracy."""
+    """The rows of the comparison: images/s of each size, then epochs, images and the time of the first evaluation."""
     last, by_crop = run.records[-1], by_size(run)
     pairs = [
         (f"images/s at {row['size']} px", row["together"], by_crop[row["size"]]["images_per_second"])

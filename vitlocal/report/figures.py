@@ -81,6 +81,8 @@ def _plot(axes: Axes, line: Line, y: str, scale: float, x: str = "train_seconds"
 
 
 def _axis(metric: Metric) -> str:
+    if not metric.larger_is_better:
+        return f"{metric.title} (lower is better)"
     return f"validation {metric.label}" + (f", {metric.unit}" if metric.unit else "")
 
 
@@ -289,7 +291,7 @@ def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
     for number, (name, lines) in enumerate(runs.items()):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3.5}
         metric = lines[0].metric
-        label = f"{name}: {metric.number(statistics.mean(line.score for line in lines), metric.digits - 1)}"
+        label = f"{name}: {metric.number(statistics.mean(line.score for line in lines))}"
         for place, line in enumerate(lines):
             style |= {"alpha": 0.45, "label": None} if place else {"alpha": 1, "label": label}
             _plot(axes, line, metric.name, scale, linewidth=1.3, **style)

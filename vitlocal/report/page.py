@@ -1,8 +1,6 @@
 """The page that shows a run or compares several: one HTML file without links to other files."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,12 +18,14 @@ from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.methods import METHODS
 from vitlocal.methods.method import MethodContext
+from vitlocal.models.dit import reads_latents
 from vitlocal.models.factory import build_model
 from vitlocal.models.shape import model_blocks, model_parts
 from vitlocal.options import as_argument
 from vitlocal.plan import Dials, Feed, Plan, fold
 from vitlocal.progress import Position, Progress
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
+from vitlocal.report.pictures import image_data, pictures_part
 from vitlocal.report.run_folder import RunRecord, duration, read_run
 from vitlocal.tasks.metrics import is_evaluated
 
@@ -55,6 +55,8 @@ td, th {{ padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #d0
 td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
 .crops {{ display: flex; flex-wrap: wrap; gap: 4px; align-items: center; margin-bottom: 4px }}
 .crops img {{ width: min(96px, 14vw); image-rendering: pixelated }} .crops span {{ min-width: 4.5rem }}
+.picture img {{ max-width: 100% }} .pictures {{ display: flex; flex-wrap: wrap; gap: .5rem }}
+.pictures figure {{ width: min(15rem, 45%) }} .pictures img {{ width: 100% }}
 @media (max-width: 40rem) {{ .crops span {{ width: 100% }} }}
 pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 85% }}
 @media print {{ body {{ margin: 0; max-width: none; font-size: 11pt }} details {{ display: none }}
@@ -194,21 +196,19 @@ def crops_part(runs: Sequence[RunRecord]) -> str:
     parts = []
     for run in runs:
         parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
+        if reads_latents(run.config.model.name):
+            parts.append("<p>No crops: the model learned latents of the whole central square of each photo.</p>")
+            continue
         try:
             stages = stage_crops(run)
         except (ConfigError, DataError) as error:
             parts.append(f"<p>No crops: {html.escape(str(error))}</p>")
             continue
         for size, crops in stages:
-            images = "".join(f'<img alt="a crop at {size} px" src="{_png(crop)}">' for crop in crops)
+            drawn = (image_data(Image.fromarray(crop)) for crop in crops)
+            images = "".join(f'<img alt="a crop at {size} px" src="{data}">' for data in drawn)
             parts.append(f'<div class="crops"><span>{size} px</span>{images}</div>')
     return "<h2>What the model saw</h2><p>The first crops of each size.</p>" + "".join(parts)
-
-
-def _png(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def stage_crops(run: RunRecord) -> list[tuple[int, list[np.ndarray]]]:
@@ -302,8 +302,9 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
         best = max(of_one_task, key=lambda run: run.metric.key(run.score))
         lead = f"The best is {best.name}: {best.metric.text(best.score)}."
     parts = [
-        summary_part(runs), *more, curves_part(runs), schedule_part(runs), throughput_part(runs), costs_part(runs),
-        crops_part(runs) if crops else "", classes_part(runs), differences_part(runs), configuration_part(runs),
+        summary_part(runs), *more, pictures_part(runs), curves_part(runs), schedule_part(runs), throughput_part(runs),
+        costs_part(runs), crops_part(runs) if crops else "", classes_part(runs), differences_part(runs),
+        configuration_part(runs),
     ]  # fmt: skip
     return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
 
