@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import Attention, BlockModel, BlockShape, check_count, check_option, linear_slice
 from vitlocal.models.deit import FeedForward
-from vitlocal.models.positions import resample_positions, sincos_table
+from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.positions import Grid, resample_positions, sincos_table
 from vitlocal.models.timm_model import register_family
 from vitlocal.models.vit import PatchEmbed
 from vitlocal.plan import Shape
@@ -63,26 +64,33 @@ class TanhFeedForward(FeedForward):
 
 
 class DiTBlock(nn.Module):
-    """Attention and feed-forward part, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+    """Attention and feed-forward part, each shifted, scaled and gated by the condition (adaLN-Zero).
 
-    def __init__(self, shape: BlockShape) -> None:
+    ``convolution``: the feed-forward part is the local one, without a norm of its own.
+    """
+
+    def __init__(self, shape: BlockShape, convolution: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(shape.dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(shape)
         self.norm2 = nn.LayerNorm(shape.dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = TanhFeedForward(shape)
+        self.is_local = convolution
+        self.mlp: Any = LocalFeedForward(shape, "layer", convolution) if convolution else TanhFeedForward(shape)
+        if convolution:
+            self.mlp.norm = nn.Identity()
         self.adaLN_modulation = modulation(shape.dim, 6)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Takes tokens (B, N, D) and the ``condition`` (B, D)."""
+    def forward(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:
+        """Takes tokens (B, N, D) of the ``grid`` (h, w), and the ``condition`` (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
         tokens = tokens + gate1 * self.attn(modulate(self.norm1(tokens), shift1, scale1))
-        return tokens + gate2 * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
+        modulated = modulate(self.norm2(tokens), shift2, scale2)
+        return tokens + gate2 * (self.mlp(modulated, grid) if self.is_local else self.mlp(modulated))
 
     @torch.compiler.nested_compile_region
-    def forward_once_compiled(self, tokens: Tensor, condition: Tensor) -> Tensor:
+    def forward_once_compiled(self, tokens: Tensor, condition: Tensor, grid: Grid) -> Tensor:
         """As :meth:`forward`. ``torch.compile`` compiles it once for all blocks that differ only in their weights."""
-        return self.forward(tokens, condition)
+        return self.forward(tokens, condition, grid)
 
 
 class FinalLayer(nn.Module):
@@ -108,6 +116,8 @@ class DiT(BlockModel):
     - ``stride``: pixels of the image per cell of the input, a side: 8 for latents, 1 for images.
     - ``patch_size``: cells of the input per token, a side.
     - ``num_classes``: K; the label table has K + 1 rows, the last for no class.
+    - ``convolution``: each feed-forward part has the 3×3 depth-wise convolution and the h-swish of
+      :class:`~vitlocal.models.lffn.LocalFeedForward`. This is not DiT: published weights do not fit.
     - ``learn_sigma``: predicts a variance too, as raw values between the two bounds of Nichol & Dhariwal 2021.
     - ``drop_path_rate``: 0 only; timm's name, for recipes that state it.
     """
@@ -127,6 +137,7 @@ class DiT(BlockModel):
         num_heads: int = 6,
         mlp_ratio: float = 4,
         learn_sigma: bool = True,
+        convolution: bool = False,
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
@@ -134,6 +145,7 @@ class DiT(BlockModel):
         counts = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, stride=stride, embed_dim=embed_dim)
         for name, value in (counts | dict(depth=depth, num_heads=num_heads)).items():
             check_count(name, value)
+        check_option("convolution", convolution, isinstance(convolution, bool), "true or false")
         check_option("learn_sigma", learn_sigma, isinstance(learn_sigma, bool), "true or false")
         check_option(
             "drop_path_rate", drop_path_rate, drop_path_rate == 0, "0, because DiT has no drop path (model.drop_path=0)"
@@ -152,8 +164,8 @@ class DiT(BlockModel):
         layers = nn.Linear(2 * FREQUENCIES, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
         self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, embed_dim)})
-        shape = BlockShape(embed_dim, num_heads, hidden, qkv_bias=True, activation="gelu")
-        self.blocks = nn.ModuleList(DiTBlock(shape) for _ in range(depth))
+        shape = BlockShape(embed_dim, num_heads, hidden, qkv_bias=True, activation="h_swish" if convolution else "gelu")
+        self.blocks = nn.ModuleList(DiTBlock(shape, convolution) for _ in range(depth))
         self.final_layer = FinalLayer(embed_dim, patch_size**2 * self._out_chans)
         self.register_parameter("stage_table", None)
         self.stage_embedding = None
@@ -188,7 +200,8 @@ class DiT(BlockModel):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         projection: Any = self.x_embedder.proj
         final, matrix = self.final_layer, projection.weight.flatten(1)  # a copy, if the weight is channels-last
         projection.weight.copy_(nn.init.xavier_uniform_(matrix).view_as(projection.weight))  # as a linear layer
@@ -260,11 +273,11 @@ class DiT(BlockModel):
         for index in self.active.block_order:
             block: Any = self.blocks[index]
             if self.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(block, tokens, condition, grid, use_reentrant=False, preserve_rng_state=False)
             elif nests:
-                tokens = block.forward_once_compiled(tokens, condition)
+                tokens = block.forward_once_compiled(tokens, condition, grid)
             else:
-                tokens = block(tokens, condition)
+                tokens = block(tokens, condition, grid)
         patches = self.final_layer(tokens, condition)  # (B, N, p·p·outputs)
         side = self.x_embedder.patch_size[0]
         image = patches.view(-1, *grid, side, side, self._out_chans).permute(0, 5, 1, 3, 2, 4)
