@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from narrow_dit import CLASSES, WIDTH, narrow_dit, published_dit, published_positions, some_inputs
 
 from vitlocal.errors import ConfigError
@@ -49,6 +50,19 @@ def test_other_patches_channels_and_no_variance():
         expected = published_dit(model.state_dict(), *inputs, published_positions(16 // options["patch_size"]), heads)
         torch.testing.assert_close(model(*inputs), expected, atol=1e-5, rtol=1e-5)
         assert expected.shape == inputs[0].shape
+
+
+def test_a_block_with_the_local_feed_forward_part():
+    """Fc1, h-swish, the depth-wise convolution on the grid, h-swish, fc2; it has no norm of its own, and no biases."""
+    block = narrow_dit(convolution=True).blocks[0]
+    tokens, condition, (height, width) = torch.randn(2, 24, WIDTH), torch.randn(2, WIDTH), (4, 6)
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
+    attended = tokens + gate1 * block.attn(block.norm1(tokens) * (1 + scale1) + shift1)
+    hidden = F.hardswish((block.norm2(attended) * (1 + scale2) + shift2) @ block.mlp.fc1.weight.T)
+    grid = hidden.mT.unflatten(2, (height, width))
+    mixed = F.hardswish(F.conv2d(grid, block.mlp.conv.weight, padding=1, groups=grid.shape[1]))
+    expected = attended + gate2 * (mixed.flatten(2).mT @ block.mlp.fc2.weight.T)
+    torch.testing.assert_close(block(tokens, condition, (height, width)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_other_sizes_read_the_table_through_a_fixed_matrix():

@@ -52,7 +52,9 @@ class ModelConfig:
     qkv_bias: bool | None = option(None, FLAG, "biases in the query, key and value layers")
     activation: str | None = option(None, Choice("h_swish", "gelu"), "ablation: activation of the local FFN")
     norm: str | None = option(None, Choice("layer", "batch"), "ablation: normalisation of the local FFN")
-    convolution: bool | None = option(None, FLAG, "ablation: depth-wise convolution in the local FFN")
+    convolution: bool | None = option(
+        None, FLAG, "depth-wise convolution in the FFN of local-FFN models (none: yes) and DiTs (none: no)"
+    )
     train_pos_embed: bool | None = option(None, FLAG, "train the position embeddings; none: yes")
     learn_sigma: bool | None = option(None, FLAG, "diffusion transformers: also predict variances; none: yes")
     init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
