@@ -209,7 +209,7 @@ def test_small_inputs_are_resized_photos():
     task.set_shape(8)
     images, _, draws = task.operands(batch, 0, 0, Dials())
     assert draws.noise.shape == (4, 3, 8, 8)
-    assert task.objective.clean(images, None).shape == (4, 3, 8, 8)
+    assert task.objective.clean(images, None, 8).shape == (4, 3, 8, 8)
 
 
 # --- runs ---

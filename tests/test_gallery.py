@@ -23,7 +23,7 @@ from trainers import open_trainer
 from vitlocal.config import Config
 from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.random_keys import HELD_OUT, normal
-from vitlocal.plan import Feed
+from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.page import read_run
 from vitlocal.report.run_folder import read_log
@@ -129,6 +129,14 @@ def test_a_model_that_predicts_no_noise_has_a_loss_of_one(dit):
     with open_trainer(dit()) as trainer:
         scores = trainer.evaluator.scores(trainer.plan())
     assert scores.values["val_loss"] == pytest.approx(1, abs=0.02)
+
+
+def test_evaluations_are_at_their_own_size_while_steps_run_at_a_smaller_one(dit):
+    with open_trainer(dit()) as trainer:
+        randomize(trainer.evaluator.model)
+        found = trainer.evaluator.scores(trainer.plan())
+        trainer.step.set_shape(Shape(input_size=8))
+        assert trainer.evaluator.scores(trainer.plan()).values == found.values
 
 
 @pytest.mark.parametrize("passes", [1, 3, 10])

@@ -54,33 +54,40 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.model: Any = model
         self.schedule, self.precision, self.scaling_factor = schedule, precision, scaling_factor
-        self.input_size: int | None = None  # px; larger photos are resized to it
+        self.input_size: int | None = None  # px; training steps resize larger photos to it
 
     def forward(self, images: Tensor, labels: Tensor, draws: NoiseDraws, weight: Tensor) -> tuple[Tensor, None, None]:
         """The losses of all images, summed and multiplied by ``weight`` (0-D). There are no further outputs.
 
         ``images``: see :class:`~vitlocal.data.batch.Batch`; ``labels`` (B,).
         """
-        _, mse, vlb = self.losses(self.model, self.precision, images, labels, draws)
+        _, mse, vlb = self.losses(self.model, self.precision, images, labels, draws, self.input_size)
         return weight * (mse + vlb).sum(), None, None
 
     def losses(
-        self, model: nn.Module, precision: torch.dtype, images: Tensor, labels: Tensor, draws: NoiseDraws
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output of ``model`` (B, C or 2C, s, s) in ``precision``, and both terms of the objective, (B,) each."""
-        x0 = self.clean(images, draws.latent_noise)
+        self, model: nn.Module, precision: torch.dtype, images: Tensor, labels: Tensor, draws: NoiseDraws,
+        size: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The output of ``model`` (B, C or 2C, s, s) in ``precision``, and both terms of the objective, (B,) each.
+
+        Photos are resized to ``size`` px, if they are larger.
+        """
+        x0 = self.clean(images, draws.latent_noise, size)
         inputs = self.schedule.add_noise(x0, draws.times, draws.noise)
         labels = torch.where(draws.no_label, self.model.num_classes, labels)
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             output = model(inputs, draws.times, labels, draws.no_stage)
         return output, *denoising_losses(self.schedule, output, x0, draws.times, draws.noise)
 
-    def clean(self, images: Tensor, latent_noise: Tensor | None) -> Tensor:
-        """The images that noise is added to, (B, C, s, s) float32: pixels from -1 to 1, or scaled latents."""
+    def clean(self, images: Tensor, latent_noise: Tensor | None, size: int | None = None) -> Tensor:
+        """The images that noise is added to, (B, C, s, s) float32: pixels from -1 to 1, or scaled latents.
+
+        Photos are resized to ``size`` px, if they are larger (bilinear, antialiased).
+        """
         if latent_noise is not None and self.scaling_factor is not None:
             mean, deviation = images.float().chunk(2, dim=1)
             return (mean + deviation * latent_noise) * self.scaling_factor
-        pixels, size = images.float() / 127.5 - 1, self.input_size
+        pixels = images.float() / 127.5 - 1
         if size is None or size >= pixels.shape[-1]:
             return pixels
         return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -136,9 +143,9 @@ class Diffusion(Task):
     def image_size(self, images: Tensor) -> int:
         return images.shape[-1] * (self.model.stride if self._latents else 1)
 
-    def _input_shape(self, images: Tensor) -> tuple[int, int, int]:
-        """The shape (C, s, s) of the model's inputs."""
-        side = min(images.shape[-1], self.objective.input_size or images.shape[-1])
+    def _input_shape(self, images: Tensor, size: int | None = None) -> tuple[int, int, int]:
+        """The shape (C, s, s) of the model's inputs, if photos are resized to ``size`` px."""
+        side = min(images.shape[-1], size or images.shape[-1])
         return self.model.in_chans, side, side
 
     def draw(self, batch: Batch, seed: int, number: int) -> NoiseDraws:
@@ -154,7 +161,7 @@ class Diffusion(Task):
         if (embedding := self.model.stage_embedding) is not None:
             no_stage = no_label if self._joint_drop else chances[:, 2] < embedding.null_prob
         self._random.manual_seed(int(generator((seed, number, DENOISE)).integers(2**62)))
-        shape = (batch.total, 1 + self._latents, *self._input_shape(batch.images))
+        shape = (batch.total, 1 + self._latents, *self._input_shape(batch.images, self.objective.input_size))
         noise = torch.randn(shape, generator=self._random, device=self._device)  # (total, 1 or 2, C, s, s)
         if len(places) < batch.total:
             noise = noise[send(torch.from_numpy(places), self._device)]
@@ -175,8 +182,8 @@ class Diffusion(Task):
         self, model: nn.Module, batch: Batch, seed: int, number: int, dials: Dials, precision: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """The outputs are the predicted noise and the raw variances, as in the released code of arXiv 2410.00350."""
-        draws = self.draw(batch, seed, number)
-        output, mse, vlb = self.objective.losses(model, precision, batch.images, batch.labels, draws)
+        draws, size = self.draw(batch, seed, number), self.objective.input_size
+        output, mse, vlb = self.objective.losses(model, precision, batch.images, batch.labels, draws, size)
         return output, (mse + vlb).sum()
 
     # --- evaluation ---
