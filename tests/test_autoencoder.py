@@ -79,6 +79,7 @@ def test_an_autoencoder_and_its_digest(vae: Path, tmp_path: Path):
     network = found._network
     with torch.no_grad():
         network.decoder.conv_out.bias += 1
+    network.register_to_config(sample_size=512, an_option_of_a_newer_version=True)
     network.save_pretrained(tmp_path / "decoder")  # as sd-vae-ft-ema and sd-vae-ft-mse differ
     assert Autoencoder.load(tmp_path / "decoder", CPU).digest == found.digest
 

@@ -20,6 +20,11 @@ from vitlocal.errors import ConfigError
 CLASS = "AutoencoderKL"
 WEIGHTS = "diffusion_pytorch_model"
 INSTALL = 'pip install "vitlocal[diffusion]", or pip install ".[diffusion]" in a checkout'
+# What latents depend on beside the encoder's weights. Newer versions of diffusers add further options to configurations.
+ENCODER_OPTIONS = (
+    "act_fn", "block_out_channels", "down_block_types", "layers_per_block", "mid_block_add_attention",
+    "norm_num_groups", "scaling_factor", "shift_factor", "use_quant_conv",
+)  # fmt: skip
 CALL_PIXELS, CALL_IMAGES = 1 << 19, 64  # the most of a call of the network: 1 GB of activations in its first layers
 
 
@@ -32,8 +37,8 @@ class Autoencoder:
     """Images to latents and back, in float32, by deterministic convolutions without TF32.
 
     ``channels`` C, ``stride``: px of an image per latent cell. ``scaling_factor``: a model sees latents times this.
-    ``digest``: SHA-256 of the configuration and the encoder's weights, so of all that latents depend on. Autoencoders
-    that differ in their decoders only, such as sd-vae-ft-ema and sd-vae-ft-mse, have the same digest.
+    ``digest``: SHA-256 of the encoder's configuration and weights, so of all that latents depend on. Autoencoders that
+    differ in their decoders only, such as sd-vae-ft-ema and sd-vae-ft-mse, have the same digest.
     """
 
     def __init__(self, network: Any, device: torch.device):
@@ -129,8 +134,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _digest(network: Any) -> str:
-    """SHA-256 of the configuration, but for private members, and of the encoder's weights, in hexadecimal digits."""
-    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    """SHA-256 of the encoder's configuration and weights, in hexadecimal digits."""
+    config = {name: network.config.get(name) for name in ENCODER_OPTIONS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
         if not name.startswith(("decoder.", "post_quant_conv.")):
