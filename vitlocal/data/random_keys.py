@@ -39,7 +39,7 @@ def normal(key: tuple[int, ...], places: np.ndarray, columns: int) -> np.ndarray
     """(len(places), columns) float64, standard normal: a row for each place, as :func:`uniform` (Box and Muller)."""
     draws = uniform(key, places, 2 * -(-columns // 2))
     radius, angle = np.sqrt(-2 * np.log1p(-draws[:, ::2])), 2 * np.pi * draws[:, 1::2]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(len(places), -1)[:, :columns]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(draws.shape)[:, :columns]
 
 
 def integers(key: tuple[int, ...], places: np.ndarray, number: int, end: int) -> np.ndarray:
