@@ -20,7 +20,7 @@ from vitlocal.errors import ConfigError
 CLASS = "AutoencoderKL"
 WEIGHTS = "diffusion_pytorch_model"
 INSTALL = 'pip install "vitlocal[diffusion]", or pip install ".[diffusion]" in a checkout'
-# What latents depend on beside the encoder's weights. Newer versions of diffusers add further options to configurations.
+# What latents depend on beside the encoder's weights. Newer versions of diffusers add options to configurations.
 ENCODER_OPTIONS = (
     "act_fn", "block_out_channels", "down_block_types", "layers_per_block", "mid_block_add_attention",
     "norm_num_groups", "scaling_factor", "shift_factor", "use_quant_conv",
