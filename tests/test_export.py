@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent_files import StandIn
 
 from vitlocal import export
+from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model, export_model
 
 CLASSES = ["disc", "star", "ring"]
@@ -18,7 +20,7 @@ def a_run(folder: Path, name: str, **arguments: int) -> Path:
     model, used = build_model(name, dict(img_size=64, embed_dim=32, depth=2, num_heads=2) | arguments, len(CLASSES))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    notes = {"diffusion": {"steps": 500, "schedule": "linear"}}
+    notes = {"diffusion": {"steps": 500, "schedule": "linear", "autoencoder": "digest of vae"}}
     export_model(folder, model.eval(), name, used, CLASSES, size=64, crop_pct=1.0, notes=notes)
     return folder
 
@@ -27,7 +29,8 @@ def test_a_run_becomes_a_folder_of_diffusers(tmp_path: Path, capsys):
     run = a_run(tmp_path / "run", "vitlocal_dit_small_patch2")
     export.main(["--run", str(run)])
     out = run / "diffusers"
-    assert "downscale_freq_shift = 0" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "downscale_freq_shift = 0" in text and 'vae=AutoencoderKL.from_pretrained("VAE")' in text
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"]) == (500, 2e-4, 0.04)
     assert json.loads((out / "model_index.json").read_text())["id2label"] == {"0": "disc", "1": "star", "2": "ring"}
@@ -41,6 +44,14 @@ def test_a_run_becomes_a_folder_of_diffusers(tmp_path: Path, capsys):
         theirs = transformer(latents, times, labels).sample
         mine = ours(latents, times, torch.tensor([0, 2, len(CLASSES)]))
     assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_another_autoencoder_is_refused(tmp_path: Path, monkeypatch):
+    run = a_run(tmp_path / "run", "vitlocal_dit_small_patch2", in_chans=StandIn.channels)
+    monkeypatch.setattr("vitlocal.sample.Autoencoder.load", StandIn)
+    with pytest.raises(ConfigError, match="another autoencoder than .*: digest digest of other instead of digest of v"):
+        export.main(["--run", str(run), "--vae", "other"])
+    assert not (run / "diffusers").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import export_diffusers
 from vitlocal.models.exported import ExportedRun
-from vitlocal.sample import new_folder
+from vitlocal.sample import load_autoencoder, new_folder
 
 # diffusers' names of the noise schedules.
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -36,14 +38,17 @@ def main(argv: Sequence[str]) -> None:
     scheduler = {"num_train_timesteps": steps, "beta_schedule": BETA_SCHEDULES[schedule]}
     scheduler |= {"beta_start": 0.1 / steps, "beta_end": 20 / steps}
     vae, out = options.vae or trained.get("vae"), options.out or exported.folder / "diffusers"
+    if vae is not None and model.stride > 1:
+        load_autoencoder(vae, model, trained, torch.device("cpu"))
     with new_folder(out) as folder:
         export_diffusers(
             folder, model, exported.side * model.stride, exported.class_names, scheduler=scheduler,
             autoencoder=None if vae is None else Path(vae),
         )  # fmt: skip
+    more = "" if vae else ', vae=AutoencoderKL.from_pretrained("VAE")'
     print(
-        f'{out}: load it with pipe = DiTPipeline.from_pretrained("{out}"), and then set the timestep frequencies that '
-        "DiT was trained with:\n"
+        f'{out}: load it with pipe = DiTPipeline.from_pretrained("{out}"{more}), and then set the timestep frequencies '
+        "that DiT was trained with:\n"
         "for block in pipe.transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
     )
 

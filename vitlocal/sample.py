@@ -92,6 +92,21 @@ def file_name(label: int, name: str, number: int) -> str:
     return f"{label:04d}_{safe}_{number:04d}.png"
 
 
+def load_autoencoder(folder: str, model: Any, trained: Mapping[str, Any], device: torch.device) -> Autoencoder:
+    """The autoencoder in ``folder``; ConfigError if it is not the one whose latents the model was trained on.
+
+    ``trained``: what the run's ``config.json`` says under "diffusion".
+    """
+    found = Autoencoder.load(folder, device)
+    ours = found.channels, found.stride, found.digest
+    expected = model.in_chans, model.stride, trained.get("autoencoder", found.digest)
+    if ours != expected:
+        parts = zip(("channels", "stride", "digest"), ours, expected, strict=True)
+        differs = ", ".join(f"{name} {mine} instead of {other}" for name, mine, other in parts if mine != other)
+        raise ConfigError(f"--vae: {folder} is another autoencoder than the model was trained with: {differs}")
+    return found
+
+
 class Sampler:
     """A run's exported model, its noise schedule and, for latents, its autoencoder.
 
@@ -119,15 +134,8 @@ class Sampler:
         if folder is None:
             raise ConfigError("--vae: it is missing, because the model draws latents; expected the folder of the "
                               "autoencoder that it was trained with")  # fmt: skip
-        found = Autoencoder.load(folder, self._device)
-        model, ours = self.model, (found.channels, found.stride, found.digest)
-        expected = (model.in_chans, model.stride, self._trained.get("autoencoder", found.digest))
-        if ours != expected:
-            parts = zip(("channels", "stride", "digest"), ours, expected, strict=True)
-            differs = ", ".join(f"{name} {mine} instead of {other}" for name, mine, other in parts if mine != other)
-            raise ConfigError(f"--vae: {folder} is another autoencoder than the model was trained with: {differs}")
         self._files = sorted(Path(folder).glob("diffusion_pytorch_model*"))
-        return found
+        return load_autoencoder(folder, self.model, self._trained, self._device)
 
     def draw(
         self, labels: Tensor, keys: Tensor, options: SamplerOptions, batch_size: int, progress: Callable[[int], None]
