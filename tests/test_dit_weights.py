@@ -60,7 +60,8 @@ def test_files_that_hold_no_weights(tmp_path: Path):
         load_weights(narrow_dit(), str(tmp_path / "nowhere.pt"))
     torch.save({"step": 3}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no weights")
-    for name in ("other", "text"):
+    (tmp_path / "empty.pt").touch()
+    for name in ("other", "text", "empty"):
         with pytest.raises(ConfigError, match=f"{name}.pt cannot be read as weights"):
             load_weights(narrow_dit(), str(tmp_path / f"{name}.pt"))
 

@@ -32,6 +32,11 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name if it has none (EOFError of an empty file)."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class StopSignals:
     """Stores the first SIGINT or SIGTERM in :attr:`received`. A second one raises :class:`Interrupted`."""
 

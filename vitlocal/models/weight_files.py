@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, first_line
 from vitlocal.jsonl import replacing
 from vitlocal.options import as_argument
 
@@ -30,7 +30,7 @@ def read_weights(file: Path, read: Callable[[str], dict[str, Tensor]]) -> dict[s
         return read(str(file))
     except Exception as error:  # pickle, zip and safetensors raise many types
         raise ConfigError(
-            f"model.weights: {file} cannot be read as weights ({str(error).splitlines()[0]}); name a run's folder, or "
+            f"model.weights: {file} cannot be read as weights ({first_line(error)}); name a run's folder, or "
             "a file that safetensors or PyTorch wrote"
         ) from error
 

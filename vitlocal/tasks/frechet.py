@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vitlocal.data.augment import Normalize
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, first_line
 from vitlocal.models.exported import ExportedRun
 from vitlocal.tasks.metrics import task_name
 
@@ -138,7 +138,7 @@ class InceptionFeatures(FeatureSet):
         except OSError as error:
             raise ConfigError(f"{option}: {weights} cannot be read ({error.strerror}); {expected}") from error
         except Exception as error:  # pickle, PyTorch and torch-fidelity have many kinds
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
             raise ConfigError(f"{option}: {weights} has other content ({problem}); {expected}") from error
         self._network, self._device = network.to(device), device
 

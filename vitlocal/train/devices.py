@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, first_line
 from vitlocal.plan import Feed, Shape
 from vitlocal.train.distributed import ALONE, Ranks
 
@@ -47,7 +47,7 @@ def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"run.device: '{name}' cannot be used here ({str(error).splitlines()[0]})"
+            f"run.device: '{name}' cannot be used here ({first_line(error)})"
             + (f"; {ranks.local_world_size} processes need a GPU each" if ranks.world > 1 else "")
         ) from error
     return device

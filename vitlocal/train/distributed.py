@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlocal.data.shares import Share
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, first_line
 
 LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNORECASE)  # in gloo's errors about a peer
 
@@ -104,7 +104,7 @@ class Ranks:
             if not LOST.search(str(error)):
                 raise
             raise DataError(
-                f"rank {self.rank} has lost the other processes ({str(error).splitlines()[0]}). Their output says what "
+                f"rank {self.rank} has lost the other processes ({first_line(error)}). Their output says what "
                 "stopped them. After that is fixed, the same command continues from the last checkpoint"
             ) from error
 

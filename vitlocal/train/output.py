@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from vitlocal.errors import DataError
+from vitlocal.errors import DataError, first_line
 from vitlocal.jsonl import append_line, replacing, write_lines
 from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
@@ -142,7 +142,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             raise  # an error of the device, for example
         # PyTorch's zip writer does not say why a write failed.
         raise DataError(
-            f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}). Is the disk full? "
+            f"{path}: the checkpoint could not be written ({first_line(error)}). Is the disk full? "
             "The previous checkpoint is intact; free some space and run the same command again"
         ) from error
 
@@ -153,7 +153,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise DataError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]}). Remove {path.parents[1]} and run the "
+            f"{path} is not a readable checkpoint ({first_line(error)}). Remove {path.parents[1]} and run the "
             "same command again to train from the start"
         ) from error
     if state.get("format") != FORMAT:
