@@ -7,14 +7,17 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_images import FakeImages
 from fake_time import FakeTime
-from latent_files import StandIn, stored
+from latent_files import StandIn, stored, use_stand_in
+from latent_files import options as latent_options
 from PIL import Image
 from safetensors.torch import load_file
 from test_diffusion import LATENTS, PIXELS
@@ -23,6 +26,8 @@ from trainers import open_trainer
 from vitlocal.config import Config
 from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.random_keys import HELD_OUT, normal
+from vitlocal.data.writer.write import write
+from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.page import read_run
@@ -258,6 +263,17 @@ def test_samples_of_latents_are_compared_with_decoded_latents(configure, decoder
     note = scores.notes["frechet"]
     assert note["reference"] == "decoded latents of training images" and note["reference_images"] == 60
     assert scores.pictures["samples"].height > 3 * 32 and "sample_accuracy" not in scores.values
+
+
+def test_training_latents_of_the_size_of_samples_are_needed_at_the_start(configure, decoder, tmp_path, monkeypatch):
+    use_stand_in(monkeypatch.setattr)
+    write(latent_options(tmp_path, sides="32"), FakeImages(20), progress=False)
+    write(latent_options(tmp_path, "val", sides="16"), FakeImages(20), progress=False)
+    config = configure(*LATENTS, f"--data.root={tmp_path}", "--evaluate.size=16", "--diffusion.vae=vae")
+    build_run(config, sources_of(config, CPU), CPU)
+    config = replace(config, diffusion=replace(config.diffusion, features="run"))
+    with pytest.raises(ConfigError, match="no latents of 16 px for the split 'train'"):
+        build_run(config, sources_of(config, CPU), CPU)
 
 
 @pytest.mark.parametrize("calls", [0, 1], ids=["grid", "samples"])

@@ -91,5 +91,8 @@ def make_gallery(config: Config, device: torch.device, sources: Sources) -> Gall
     drawn = GalleryOptions(
         sampler, options.grid_classes, options.samples, options.last_samples, options.sample_batch, config.run.seed
     )
-    features = None if options.features is None else open_features(options.features, device)
-    return Gallery(drawn, sources, config.evaluate.size or config.model.size, device, autoencoder, features)
+    size, features = config.evaluate.size or config.model.size, None
+    if options.features is not None:
+        sources.train.check_size(size)  # samples are compared with training images of their size
+        features = open_features(options.features, device)
+    return Gallery(drawn, sources, size, device, autoencoder, features)
