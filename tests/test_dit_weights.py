@@ -218,6 +218,7 @@ def test_models_that_the_pipeline_cannot_hold(tmp_path: Path):
         (dict(num_classes=1001), "has 1001 classes"),
         (dict(stride=1, img_size=16), "makes images"),
         (dict(mlp_ratio=2), "hidden width is 64"),
+        (dict(convolution=True), "feed-forward parts have convolutions"),
     ):
         with pytest.raises(ConfigError, match=f"export to diffusers: .*{text}"):
             export_diffusers(tmp_path, narrow_dit(**options), 128, NAMES)

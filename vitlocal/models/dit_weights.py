@@ -227,6 +227,7 @@ def export_diffusers(
             count > PIPELINE_CLASSES
         ),
         "the model makes images, and DiTPipeline decodes latents": model.stride == 1,
+        "the model's feed-forward parts have convolutions, and those of diffusers have none": model.blocks[0].is_local,
         f"the model's hidden width is {first.out_features}, and diffusers has 4 widths, {4 * model.embed_dim}": (
             first.out_features != 4 * model.embed_dim
         ),
