@@ -151,7 +151,7 @@ def test_latents_need_their_autoencoder(runs, run, tmp_path: Path):
         )  # fmt: skip
         vae.save_pretrained(tmp_path / name)
     out = tmp_path / "samples"
-    status, text = run(runs["latents"], "--count=1", f"--vae={tmp_path / 'vae'}", f"--out={out}", "--channels=3")
+    status, text = run(runs["latents"], "--count=1", f"--vae={tmp_path / 'vae'}", f"--out={out}", "--guided-channels=3")
     assert status == 0, text
     record = json.loads((out / "samples.json").read_text())
     assert len(record["autoencoder"]["diffusion_pytorch_model.safetensors"]) == 64
@@ -176,7 +176,7 @@ def test_each_command_names_the_other(runs, run, tmp_path: Path):
     [
         ([], "--run: it is missing"),
         (["--run=x", "--sampler=euler", "--count=0"], "--sampler: got 'euler'"),
-        (["--run=x", "--chanels=3"], "there is no option 'chanels'; did you mean --channels"),
+        (["--run=x", "--guided-chanels=3"], "there is no option 'guided-chanels'; did you mean --guided-channels"),
         (["--run=x", "--guidance=-1"], "--guidance: got '-1'"),
     ],
 )

@@ -42,7 +42,7 @@ class SampleOptions:
     sampler: str = option("ddim", Choice(*SAMPLERS), "ddim (no noise after the first), or ddpm")
     steps: int = option(50, COUNT, "steps for an image; DiT's published samples have 250 of ddpm")
     guidance: float = option(4.0, Number(0), "scale of classifier-free guidance; 1: none")
-    channels: str = option("all", Choice(*GUIDED_CHANNELS), "guided channels; 3: as DiT's published code")
+    guided_channels: str = option("all", Choice(*GUIDED_CHANNELS), "guided channels; 3: as DiT's published code")
     seed: int = option(0, Number(0, whole=True), "seed; an image depends on it, its class and its number alone")
     vae: str | None = option(None, TEXT, "folder of the autoencoder, for models of latents; none: the run's")
     out: str | None = option(None, TEXT, "new folder for the images; none: samples, in the run's folder")
@@ -181,7 +181,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def main(argv: Sequence[str]) -> None:
     """Writes a PNG for each image, ``grid.png``, and ``samples.json``, which has all that the images depend on."""
     options = read_sample_options(argv)
-    how = SamplerOptions(options.sampler, options.steps, options.guidance, options.channels)
+    how = SamplerOptions(options.sampler, options.steps, options.guidance, options.guided_channels)
     device = choose_device(options.device)
     sampler = Sampler(options.run or "", options.vae, device, choose_precision(options.precision, device))
     how.times(sampler.schedule.steps)  # refuses too many steps

@@ -253,7 +253,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(read_config(rest).run.device)
     if options.batch is not None:
         rest.append(f"--train.batch_size={options.batch}")
-    config = read_config(rest, DEFAULTS[device.type] | os.environ)
+    config = read_config(rest, DEFAULTS.get(device.type, DEFAULTS["cpu"]) | os.environ)
     if config.train.compile != "auto":
         raise ConfigError(f"train.compile: got {config.train.compile}, but the bench sets it; use --modes")
     device_of(config)

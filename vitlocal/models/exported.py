@@ -36,8 +36,14 @@ class ExportedRun:
                     f"{option}: {self.folder / name} does not exist; expected the folder of a finished run of "
                     "train_imagenet.py"
                 )
-        self.description: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        self.architecture: str = self.description["architecture"]
+        try:
+            self.description: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            self.architecture: str = self.description["architecture"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{option}: {self.folder / 'config.json'} is not what train_imagenet.py wrote ({error}); run the same "
+                "training command again, which writes it again"
+            ) from None
         self.class_names: list[str] = self.description["label_names"]
         self.side: int = self.description["pretrained_cfg"]["input_size"][1]  # of inputs in the evaluation
         self.crop_pct: float = self.description["pretrained_cfg"].get("crop_pct", 1.0)

@@ -215,7 +215,9 @@ class Diffusion(Task):
 
     def scores(self, sums: np.ndarray) -> Scores:
         total, count = sums
-        by_time = [round(float(value), 5) for value in total[count > 0] / count[count > 0]]
+        by_time = [
+            round(float(sum_ / images), 5) if images else None for sum_, images in zip(total, count, strict=True)
+        ]
         return Scores({"val_loss": float(total.sum() / max(count.sum(), 1))}, notes={"val_loss_by_time": by_time})
 
     def judge(
@@ -229,9 +231,10 @@ class Diffusion(Task):
             return None
         return replace(more, values={**scores.values, **more.values}, notes={**scores.notes, **more.notes})
 
-    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool = True) -> float:
-        gallery = self._gallery
-        return 0.0 if gallery is None else gallery.seconds(model, self.objective.schedule, self.precision, ranks, last)
+    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool, stop: Callable[[], bool]) -> float:
+        if self._gallery is None:
+            return 0.0
+        return self._gallery.seconds(model, self.objective.schedule, self.precision, ranks, last, stop)
 
     def export(
         self, folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,

@@ -115,20 +115,24 @@ class Gallery:
         return Scores(values, pictures=pictures, notes={"frechet": note})
 
     def seconds(
-        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes, last: bool = True
-    ) -> float:
+        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes, last: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> float:  # fmt: skip
         """An estimate of the time that :meth:`judge` takes in between or, with ``last``, of the longest one.
 
-        Measures the real images now.
+        Measures the real images now. 0 if ``stop()`` was true.
         """
-        options, run = self.options, _Evaluation(model, schedule, precision, ranks)
+        options, run = self.options, _Evaluation(model, schedule, precision, ranks, stop)
         most = max(options.samples, options.last_samples) if last else options.samples
         count = 0 if self._features is None else most
         grid = min(options.classes, len(self.classes)) * COLUMNS
         if not grid + count:
             return 0.0
-        if count:
-            self._floor(run, count)
+        try:
+            if count:
+                self._floor(run, count)
+        except _Stopped:
+            return 0.0
         labels = torch.zeros(min(options.batch_size, max(grid, count)), dtype=torch.int64)
         began = time.perf_counter()
         images = self._draw(run, labels, labels)

@@ -57,6 +57,11 @@ class SamplerOptions:
                 f"steps: got {self.steps}, but the noise schedule has {total} steps; expected at most these"
             )
         if self.sampler == "ddim":
+            if total // 2 < self.steps < total:
+                raise ConfigError(
+                    f"steps: got {self.steps} of ddim, which would start amid the noise schedule of {total} steps; "
+                    f"expected at most {total // 2}, or {total}"
+                )
             return [place * (total // self.steps) for place in range(self.steps)]
         stride = (total - 1) / max(self.steps - 1, 1)
         return np.round(np.cumsum([0.0, *[stride] * (self.steps - 1)])).astype(int).tolist()  # sums, as published

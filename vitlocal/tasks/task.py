@@ -127,10 +127,10 @@ class Task:
         """
         return scores
 
-    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool = True) -> float:
-        """An estimate of the longest time that :meth:`judge` takes. All processes call it, ``model`` as there.
+    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool, stop: Callable[[], bool]) -> float:
+        """An estimate of the time of :meth:`judge`, of the ``last`` evaluation or of others. 0 if ``stop()`` was true.
 
-        Without ``last``: of the time during a run, before its end.
+        All processes call it. ``model`` has the evaluated shape.
         """
         return 0.0
 

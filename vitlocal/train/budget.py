@@ -93,7 +93,8 @@ class FinalReserve:
 
     evaluations: list[float] = field(default_factory=list)  # seconds of each
     checkpoints: list[float] = field(default_factory=list)
-    judging_seconds: float = 0.0  # see Task.judging_seconds
+    judging_seconds: float = 0.0  # at the end: see Task.judging_seconds
+    usual_judging_seconds: float = 0.0  # of other evaluations
 
     @property
     def evaluation_seconds(self) -> float:

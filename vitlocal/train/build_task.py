@@ -65,7 +65,7 @@ def make_diffusion(
         model, NoiseSchedule(options.steps, options.schedule), precision, scaling_factor=scaling_factor,
         label_dropout=options.label_dropout, joint_drop=options.stage_drop == "joint",
         loss_passes=options.loss_passes, gallery=None if sources is None else make_gallery(config, device, sources),
-        notes={name: value for name, value in notes.items() if value is not None},
+        notes={name: value for name, value in notes.items() if value},
     )  # fmt: skip
 
 
@@ -81,6 +81,11 @@ def make_gallery(config: Config, device: torch.device, sources: Sources) -> Gall
             )
         if options.vae is None:
             return None
+        if not latents.autoencoder:
+            raise ConfigError(
+                f"diffusion.vae: no manifest in {config.data.root} names the autoencoder of the latents, so it is not "
+                "known how to decode samples; leave it out, or write the latents with write_dataset.py"
+            )
         autoencoder = Autoencoder.load(options.vae, device)
         if autoencoder.digest != latents.autoencoder:
             raise ConfigError(
@@ -88,6 +93,7 @@ def make_gallery(config: Config, device: torch.device, sources: Sources) -> Gall
                 f"{config.data.root} (digest {latents.autoencoder[:12]}); name the folder of that one"
             )
     sampler = SamplerOptions(options.sampler, options.sample_steps, options.guidance, options.guided_channels)
+    sampler.times(options.steps)  # refuses wrong numbers of steps now
     drawn = GalleryOptions(
         sampler, options.grid_classes, options.samples, options.last_samples, options.sample_batch, config.run.seed
     )

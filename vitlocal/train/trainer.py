@@ -145,7 +145,9 @@ class Trainer:
             else:
                 self.state.reserve.evaluations.append(self._of_rank_0(self.evaluator.estimate_seconds(last)))
             # Also after a restart, because it does now what would otherwise delay the last evaluation.
-            self.state.reserve.judging_seconds = self._of_rank_0(self.evaluator.judging_seconds(last))
+            for name, ends in (("judging_seconds", True), ("usual_judging_seconds", False)):
+                judging = self.evaluator.judging_seconds(last, ends, self._stops)
+                setattr(self.state.reserve, name, self._of_rank_0(judging))
             self._update_reserve()
         self.sync_ranks()
         clock.start()  # the schedule begins
@@ -340,22 +342,22 @@ class Trainer:
         state, every = self.state, self._evaluate_every
         before = state.last_evaluation.epoch if state.last_evaluation else 0.0
         reserve = state.reserve
-        seconds = reserve.evaluation_seconds + reserve.judging_seconds + reserve.checkpoint_seconds
+        seconds = reserve.evaluation_seconds + reserve.usual_judging_seconds + reserve.checkpoint_seconds
         due = bool(every) and state.clock.progress.epoch - before >= every - 1e-9
         return due and state.clock.has_time_for(seconds, plan.feed.batch_size)
+
+    def _stops(self) -> bool:
+        """Whether a signal asked any process to stop."""
+        self.sync_ranks()
+        return self.stopped
 
     def _evaluate(self, plan: Plan, last: bool) -> Scores | None:
         """The scores, also in the run's folder; None if a signal interrupted the evaluation."""
         clock = self.state.clock
         at, began = clock.progress, clock.timer.wall_seconds
-
-        def stop() -> bool:
-            self.sync_ranks()
-            return self.stopped
-
-        scores, seconds = self.evaluator.scores(plan, stop), clock.timer.wall_seconds - began
+        scores, seconds = self.evaluator.scores(plan, self._stops), clock.timer.wall_seconds - began
         if scores is not None:
-            scores = self.evaluator.judge(scores, plan, last, stop, self._print)
+            scores = self.evaluator.judge(scores, plan, last, self._stops, self._print)
         if scores is None:
             return None
         self.state.reserve.evaluations.append(self._of_rank_0(seconds))
