@@ -117,7 +117,7 @@ def test_initial_weights_are_the_published_ones():
     inputs = some_inputs(32, 3)
     assert model(*inputs).abs().max() == 0
     tokens, condition = torch.randn(2, 64, 96), torch.randn(2, 96)
-    assert torch.equal(model.blocks[3](tokens, condition), tokens)
+    assert torch.equal(model.blocks[3](tokens, condition, (8, 8)), tokens)
     for weight, bound in (
         (model.blocks[2].attn.qkv.weight, (6 / (96 + 288)) ** 0.5),
         (model.blocks[2].mlp.fc1.weight, (6 / (96 + 384)) ** 0.5),
