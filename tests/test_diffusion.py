@@ -147,8 +147,8 @@ def test_dropped_labels_are_the_row_after_the_last_class():
     one = torch.ones(())
     loss = task.objective(images, labels, draws, one)[0]
     handle.remove()
-    ((_, times, told, no_stage),) = seen
-    assert torch.equal(told == 10, draws.no_label) and torch.equal(told[~draws.no_label], labels[~draws.no_label])
+    ((_, times, given, no_stage),) = seen
+    assert torch.equal(given == 10, draws.no_label) and torch.equal(given[~draws.no_label], labels[~draws.no_label])
     assert torch.equal(no_stage, draws.no_stage) and torch.equal(times, draws.times)
     other = torch.where(draws.no_label, (labels + 1) % 10, labels)
     assert torch.equal(task.objective(images, other, draws, one)[0], loss)

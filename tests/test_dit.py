@@ -163,7 +163,7 @@ def test_stages_change_the_output():
 
 @pytest.mark.parametrize("stage", [3, None])
 def test_exported_model_equals_both_branches_of_guidance(stage: int | None):
-    """The plain model has no stage table: told no class, it computes what ours does with no class and no stage."""
+    """The plain model has no stage table. For no class, it computes what ours computes for no class and no stage."""
     model = staged().double()
     set_shape(model, Shape(stage=stage))
     inputs, times, labels = some_inputs(16)

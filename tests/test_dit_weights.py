@@ -240,7 +240,7 @@ def small_autoencoder(folder: Path) -> None:
 
 
 def test_pipeline_of_diffusers(tmp_path: Path):
-    """The exported transformer equals ours, but for the timestep frequencies that diffusers computes otherwise."""
+    """The exported transformer equals ours if it has our timestep frequencies; diffusers computes others."""
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers (the extra diffusion)")
     model, inputs = narrow_dit(), some_inputs(16)
     add_stage_table(model, StageEmbedding(rows=3, std=0.5))

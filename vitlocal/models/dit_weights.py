@@ -156,7 +156,7 @@ def _read_run(file: Path) -> DiTFile:
 
 
 def _read_state(path: str) -> dict[str, Tensor]:
-    """Returns the state dict in a file: the average's, else the model's, else what is there."""
+    """Returns the state dict in a file: that of the average, else of the model, else the file's content itself."""
     if path.endswith(".safetensors"):
         return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts add their arguments
