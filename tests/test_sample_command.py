@@ -119,8 +119,8 @@ def test_a_run_states_its_noise_schedule(runs, run, tmp_path: Path):
 def test_it_leaves_nothing_after_an_interrupt(runs, run, tmp_path: Path, monkeypatch, number, status):
     out = tmp_path / "samples"
     out.mkdir()  # empty
-    original = sample.to_pixels
-    monkeypatch.setattr(sample, "to_pixels", lambda drawn: (signal.raise_signal(number), original(drawn))[1])
+    original = sample.to_images
+    monkeypatch.setattr(sample, "to_images", lambda *drawn: (signal.raise_signal(number), original(*drawn))[1])
     found, text = run(runs["pixels"], f"--out={out}", "--count=1", "--batch-size=1")
     assert (found, text) == (status, "interrupted\n")
     assert list(tmp_path.iterdir()) == [out] and list(out.iterdir()) == []

@@ -11,7 +11,8 @@ from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import export_diffusers
 from vitlocal.models.exported import ExportedRun
-from vitlocal.sample import load_autoencoder, new_folder
+from vitlocal.sample import load_autoencoder, new_folder, trained_schedule
+from vitlocal.tasks.noise_schedule import LINEAR_BETAS
 
 # diffusers' names of the noise schedules.
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -34,9 +35,10 @@ def main(argv: Sequence[str]) -> None:
             f'config.json are an export, which timm.create_model("local-dir:{options.run}", pretrained=True) loads'
         )
     trained = exported.description.get("diffusion", {})
-    steps, schedule = trained.get("steps", 1000), trained.get("schedule", "linear")
-    scheduler = {"num_train_timesteps": steps, "beta_schedule": BETA_SCHEDULES[schedule]}
-    scheduler |= {"beta_start": 0.1 / steps, "beta_end": 20 / steps}
+    schedule = trained_schedule(trained)
+    first, last = (beta / schedule.steps for beta in LINEAR_BETAS)
+    scheduler = {"num_train_timesteps": schedule.steps, "beta_schedule": BETA_SCHEDULES[schedule.kind]}
+    scheduler |= {"beta_start": first, "beta_end": last}
     vae, out = options.vae or trained.get("vae"), options.out or exported.folder / "diffusers"
     if vae is not None and model.stride > 1:
         load_autoencoder(vae, model, trained, torch.device("cpu"))

@@ -25,7 +25,7 @@ from vitlocal.options import COUNT, TEXT, Choice, Number, messages, option
 from vitlocal.tasks.metrics import task_name
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sample_grid import draw_grid
-from vitlocal.tasks.sampling import GUIDED_CHANNELS, SAMPLERS, SamplerOptions, sample_batches, sample_keys, to_pixels
+from vitlocal.tasks.sampling import GUIDED_CHANNELS, SAMPLERS, SamplerOptions, sample_batches, sample_keys, to_images
 from vitlocal.train.devices import choose_device, choose_precision
 
 GRID_ROWS, GRID_COLUMNS = 50, 10  # the most
@@ -107,6 +107,11 @@ def load_autoencoder(folder: str, model: Any, trained: Mapping[str, Any], device
     return found
 
 
+def trained_schedule(trained: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of a run. ``trained``: see :func:`load_autoencoder`."""
+    return NoiseSchedule(trained.get("steps", 1000), trained.get("schedule", "linear"))
+
+
 class Sampler:
     """A run's exported model, its noise schedule and, for latents, its autoencoder.
 
@@ -119,7 +124,7 @@ class Sampler:
             raise ConfigError(f"--run: {run} holds a classifier, expected a diffusion model; python -m "
                               f"vitlocal.predict --run {run} classifies photos with it")  # fmt: skip
         self._trained: dict[str, Any] = self.exported.description.get("diffusion", {})
-        self.schedule = NoiseSchedule(self._trained.get("steps", 1000), self._trained.get("schedule", "linear"))
+        self.schedule = trained_schedule(self._trained)
         self._device, self._precision = device, precision
         self.model: Any = self.exported.load().to(device)
         self.size = self.exported.side * self.model.stride  # of images, px
@@ -148,7 +153,7 @@ class Sampler:
             self.model, self.schedule, labels, keys, self.size, options, batch_size=batch_size,
             device=self._device, precision=self._precision, progress=progress,
         ):  # fmt: skip
-            yield (to_pixels(drawn) if self.autoencoder is None else self.autoencoder.decode(drawn)).cpu()
+            yield to_images(drawn, self.autoencoder)
 
     def record(self) -> dict[str, Any]:
         """What identifies the model, for ``samples.json``."""

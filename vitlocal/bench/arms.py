@@ -144,10 +144,7 @@ def publish(
     curves, configs = ({r.row["run"]: getattr(r, name) for r in results} for name in ("curve", "config"))
     write_json(file, what, [result.row for result in results], curves=curves, configs=configs)
     for path, drawn in plots.items():
-        lines = {
-            name: [Line(r.row["run"], r.curve, metrics=r.metrics) for r in results if r.row["arm"] == name]
-            for name in drawn
-        }
+        lines = {name: [r.line for r in results if r.row["arm"] == name] for name in drawn}
         if trained := {name: found for name, found in lines.items() if found}:
             save(race(trained, f"{budget} per run"), path)
     table = results_table(results, arms) if results else ""

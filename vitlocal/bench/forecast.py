@@ -309,7 +309,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
         other, mib = OTHER_SECONDS + compiling, resident_mib(os.getpid())
         evaluation = None
         if images is None:
-            usual, final = (trainer.evaluator.judging_seconds(last, ends) for ends in (False, True))
+            usual, final = trainer.evaluator.judging_seconds(last)
             evaluation, other = trainer.evaluator.estimate_seconds(last) + usual, other + max(0.0, final - usual)
         manifests = [load_manifest(config.data.root, split) for split in ("train", "val")] if stored else []
         files = sum(file.bytes for manifest in manifests for file in manifest.files) or None

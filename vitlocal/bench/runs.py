@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--plot", type=plot_file, metavar="FILE", help="plot the metric against training time")
     options = parser.parse_args(argv)
     runs = [read_run(folder, name) for folder, name in zip(options.runs, names_of(options.runs), strict=True)]
+    if len({run.metric for run in runs}) > 1 and options.plot:
+        raise ConfigError("--plot: these runs have different tasks; plot the runs of one task")
     rows = [summary(run) for run in runs]
     times = {"training": "train_seconds", "total": "wall_seconds"}
     metrics = dict.fromkeys(metric for run in runs for metric in run.metrics if is_evaluated(run.last, metric))
@@ -42,7 +44,5 @@ def main(argv: Sequence[str]) -> None:
     print(text_table([row | {title: duration(row[name]) for title, name in times.items()} for row in rows], columns))
     what = "training runs: the metrics that each reached, and the log of its passes"
     write_json(options.json, what, rows, curves={run.name: run.records for run in runs})
-    if len({run.metric for run in runs}) > 1 and options.plot:
-        raise ConfigError("--plot: these runs have different tasks; plot the runs of one task")
     if options.plot:
         save(race({run.name: [run] for run in runs}), options.plot)

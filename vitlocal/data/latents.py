@@ -23,8 +23,6 @@ from vitlocal.data.shares import WHOLE, BatchSlice, Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.paths import WRITE
 
-__all__ = ["LatentForm", "LatentSource", "copy_latents"]
-
 _MIRROR = 0x3122  # the purpose of the random numbers that choose a mirror
 
 

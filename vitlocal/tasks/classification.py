@@ -19,7 +19,7 @@ from vitlocal.models.factory import export_model
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Dials
 from vitlocal.tasks.metrics import METRICS
-from vitlocal.tasks.task import Scores, Task
+from vitlocal.tasks.task import Scores, Task, blank_photos
 
 
 class ClassificationLoss(nn.Module):
@@ -69,12 +69,6 @@ class ClassificationLoss(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
-
-
-def blank_photos(count: int, size: int, device: torch.device, random: bool) -> Tensor:
-    """Black or random images (count, 3, size, size) uint8, channels-last."""
-    images = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    return images.random_(0, 256) if random else images
 
 
 class Classification(Task):

@@ -21,11 +21,10 @@ from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import DENOISE, HELD_OUT, generator, normal, uniform
 from vitlocal.models.factory import export_model
 from vitlocal.plan import Dials
-from vitlocal.tasks.classification import blank_photos
 from vitlocal.tasks.gallery import Gallery
 from vitlocal.tasks.metrics import METRICS
 from vitlocal.tasks.noise_schedule import NoiseSchedule, denoising_losses
-from vitlocal.tasks.task import Processes, Scores, Task
+from vitlocal.tasks.task import Processes, Scores, Task, blank_photos, sum_type
 
 EVALUATED_TIMES = 10  # time steps of the held-out loss, in the middle of equal parts of the schedule
 
@@ -196,8 +195,7 @@ class Diffusion(Task):
 
     def new_sums(self, num_classes: int) -> Tensor:
         """The sum of the errors and the number of images at each of the ten time steps: (2, 10)."""
-        exact = torch.float32 if self._device.type == "mps" else torch.float64  # which mps does not have
-        return torch.zeros(2, EVALUATED_TIMES, dtype=exact, device=self._device)
+        return torch.zeros(2, EVALUATED_TIMES, dtype=sum_type(self._device), device=self._device)
 
     def add(self, sums: Tensor, batch: Batch, counted: Tensor, predict: Callable[..., Tensor]) -> None:
         shape, rows = self._input_shape(batch.images), batch.ids.numpy()
@@ -231,10 +229,10 @@ class Diffusion(Task):
             return None
         return replace(more, values={**scores.values, **more.values}, notes={**scores.notes, **more.notes})
 
-    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool, stop: Callable[[], bool]) -> float:
+    def judging_seconds(self, model: nn.Module, ranks: Processes, stop: Callable[[], bool]) -> tuple[float, float]:
         if self._gallery is None:
-            return 0.0
-        return self._gallery.seconds(model, self.objective.schedule, self.precision, ranks, last, stop)
+            return 0.0, 0.0
+        return self._gallery.seconds(model, self.objective.schedule, self.precision, ranks, stop)
 
     def export(
         self, folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vitlocal.data.augment import Normalize
+from vitlocal.data.autoencoder import INSTALL
 from vitlocal.errors import ConfigError, first_line
 from vitlocal.models.exported import ExportedRun
 from vitlocal.tasks.metrics import task_name
-
-INSTALL = 'pip install "vitlocal[diffusion]", or pip install ".[diffusion]" in a checkout'
 
 
 class Moments:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from vitlocal.progress import Position
 from vitlocal.tasks.frechet import FeatureSet, Moments, frechet_distance, measure
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sample_grid import draw_grid
-from vitlocal.tasks.sampling import SamplerOptions, sample, sample_keys, to_pixels
+from vitlocal.tasks.sampling import SamplerOptions, sample, sample_keys, to_images
 from vitlocal.tasks.task import Processes, Scores
 
 COLUMNS = 8  # samples of each class in the grid
@@ -115,34 +116,41 @@ class Gallery:
         return Scores(values, pictures=pictures, notes={"frechet": note})
 
     def seconds(
-        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes, last: bool = True,
+        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, ranks: Processes,
         stop: Callable[[], bool] = lambda: False,
-    ) -> float:  # fmt: skip
-        """An estimate of the time that :meth:`judge` takes in between or, with ``last``, of the longest one.
+    ) -> tuple[float, float]:  # fmt: skip
+        """Estimates of the time that :meth:`judge` takes between, and at the end of a run.
 
         Measures the real images now. 0 if ``stop()`` was true.
         """
         options, run = self.options, _Evaluation(model, schedule, precision, ranks, stop)
-        most = max(options.samples, options.last_samples) if last else options.samples
-        count = 0 if self._features is None else most
+        usual, most = options.samples, max(options.samples, options.last_samples)
+        usual, most = (0, 0) if self._features is None else (usual, most)
         grid = min(options.classes, len(self.classes)) * COLUMNS
-        if not grid + count:
-            return 0.0
+        if not grid + most:
+            return 0.0, 0.0
         try:
-            if count:
+            for count in sorted({usual, most} - {0}):
                 self._floor(run, count)
         except _Stopped:
-            return 0.0
-        labels = torch.zeros(min(options.batch_size, max(grid, count)), dtype=torch.int64)
+            return 0.0, 0.0
+        labels = torch.zeros(min(options.batch_size, max(grid, most)), dtype=torch.int64)
         began = time.perf_counter()
         images = self._draw(run, labels, labels)
-        if self._features is not None and count:
+        drawn = time.perf_counter()
+        if self._features is not None and most:
             self._features.judge(images)
-        each = (time.perf_counter() - began) / len(labels)
-        began, turns = time.perf_counter(), -(-count // (options.batch_size * ranks.world))
-        if count:
+        judged = time.perf_counter()
+        if most:
             frechet_distance(self._real(run), self._real(run))  # of 2,048 features it takes seconds
-        return (grid + min(count, turns * options.batch_size)) * each + time.perf_counter() - began
+        compared = time.perf_counter()
+
+        def estimate(count: int) -> float:
+            mine = min(count, -(-count // (options.batch_size * ranks.world)) * options.batch_size)
+            each = grid * (drawn - began) + mine * (judged - began)
+            return each / len(labels) + (compared - judged if count else 0.0)
+
+        return estimate(usual), estimate(most)
 
     def _draw(self, run: _Evaluation, labels: Tensor, numbers: Tensor) -> Tensor:
         """Samples (B, 3, H, W) uint8, on the CPU: ``numbers`` (B,) of the classes ``labels`` (B,)."""
@@ -150,7 +158,7 @@ class Gallery:
             run.model, run.schedule, labels, sample_keys(self.options.seed, labels, numbers), self._size,
             self.options.sampler, device=self._device, precision=run.precision,
         )  # fmt: skip
-        return (to_pixels(drawn) if self._autoencoder is None else self._autoencoder.decode(drawn)).cpu()
+        return to_images(drawn, self._autoencoder)
 
     def _grid(self, run: _Evaluation) -> Image.Image:
         """Samples of classes from all over the list, a row for each. Every process draws them all."""
@@ -175,12 +183,14 @@ class Gallery:
     def _measured(self, batches: Iterator[tuple[Tensor, Tensor]], run: _Evaluation) -> tuple[Moments, int]:
         """The moments of all processes' images, and how many images show the class that they should."""
         assert self._features is not None
-        blank = torch.zeros((1, 3, self._size, self._size), dtype=torch.uint8)
-        sums, right = np.zeros_like(Moments.of(self._features.judge(blank)[0]).sums), 0
-        for batch in batches:
-            part, found = measure(self._features, [batch], self.classes)
-            sums, right = sums + part.sums, right + (found or 0)
-        mine = torch.from_numpy(np.append(sums, right))
+        first, right = next(batches, None), None
+        if first is None:  # a process without images adds nothing
+            blank = torch.zeros((1, 3, self._size, self._size), dtype=torch.uint8)
+            sums = np.zeros_like(Moments.of(self._features.judge(blank)[0]).sums)
+        else:
+            moments, right = measure(self._features, chain([first], batches), self.classes)
+            sums = moments.sums
+        mine = torch.from_numpy(np.append(sums, right or 0))
         total = run.ranks.total(mine.to(self._device) if run.ranks.world > 1 else mine).cpu().numpy()  # device sync
         return Moments(total[:-1].reshape(sums.shape)), round(total[-1])
 

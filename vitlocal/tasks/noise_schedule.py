@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from vitlocal.errors import ConfigError
 
 KINDS = ("linear", "cosine")
+LINEAR_BETAS = 0.1, 20  # the first and the last, times the number of steps
 LEAST_STEPS = 21  # the linear schedule's last beta is 20 / steps, and must be below 1
 
 
 def _betas(steps: int, kind: str) -> np.ndarray:
     """(T,) float64: the variance that each step adds."""
     if kind == "linear":  # DDPM's 1e-4 to 0.02 at 1,000 steps
-        return np.linspace(0.1, 20, steps) / steps
+        return np.linspace(*LINEAR_BETAS, steps) / steps
     times = np.arange(steps + 1) / steps
     remaining = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2  # IDDPM, equation 17
     return np.minimum(1 - remaining[1:] / remaining[:-1], 0.999)
@@ -34,7 +35,7 @@ class NoiseSchedule(nn.Module):
     """The noise of each time step, and the Gaussians of the steps back.
 
     ``kind``: linear or cosine. ``kept``: the time steps that a sampler takes, ascending; None: all. Then ``times`` in
-    the methods are places in ``kept``, and ``self.kept`` has the time steps that the model is told. The betas are
+    the methods are places in ``kept``, and ``self.kept`` has the time steps that the model gets. The betas are
     those of the shorter process, as in IDDPM (equation 19).
 
     Tables are computed in float64 and held as float32 buffers, which no checkpoint contains. Images have shape

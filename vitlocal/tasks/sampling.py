@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.random_keys import integers
 from vitlocal.errors import ConfigError
 from vitlocal.tasks.noise_schedule import NoiseSchedule
@@ -175,3 +176,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def to_pixels(images: Tensor) -> Tensor:
     """``images`` in [-1, 1] as uint8; values beyond are limited."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def to_images(samples: Tensor, autoencoder: Autoencoder | None) -> Tensor:
+    """:func:`sample`'s results as images (B, 3, H, W) uint8 on the CPU; ``autoencoder`` decodes latents."""
+    return (to_pixels(samples) if autoencoder is None else autoencoder.decode(samples)).cpu()

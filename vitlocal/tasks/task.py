@@ -43,6 +43,17 @@ class Processes(Protocol):
     def total(self, values: Tensor) -> Tensor: ...
 
 
+def sum_type(device: torch.device) -> torch.dtype:
+    """The type for sums over many values: float64 if the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def blank_photos(count: int, size: int, device: torch.device, random: bool) -> Tensor:
+    """Black or random images (count, 3, size, size) uint8, channels-last."""
+    images = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    return images.random_(0, 256) if random else images
+
+
 class Task:
     """What a run learns. ``model`` is trained in the number format ``precision``.
 
@@ -127,12 +138,12 @@ class Task:
         """
         return scores
 
-    def judging_seconds(self, model: nn.Module, ranks: Processes, last: bool, stop: Callable[[], bool]) -> float:
-        """An estimate of the time of :meth:`judge`, of the ``last`` evaluation or of others. 0 if ``stop()`` was true.
+    def judging_seconds(self, model: nn.Module, ranks: Processes, stop: Callable[[], bool]) -> tuple[float, float]:
+        """Estimates of the time of :meth:`judge`, between and at the end of a run. 0 if ``stop()`` was true.
 
         All processes call it. ``model`` has the evaluated shape.
         """
-        return 0.0
+        return 0.0, 0.0
 
     def export(
         self, folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,

@@ -28,9 +28,10 @@ from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse, measured_times
 from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
 from vitlocal.plan import Feed, Shape
+from vitlocal.tasks.task import sum_type
 from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
 from vitlocal.train.build_task import check_outputs, make_task
-from vitlocal.train.devices import choose_device, choose_precision, sum_type
+from vitlocal.train.devices import choose_device, choose_precision
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import CombinedOptimizer, ModelEma, build_optimizer
@@ -235,9 +236,8 @@ def build_run(
     state.data = data_fingerprint(sources.train.count, classes)
     output = None
     if folder is not None and ranks.first:
-        run_config = config.run
         output = RunOutput(
-            folder, config.budget.length, step.task.metrics, run_config.progress, run_config.keep_weights
+            folder, config.budget.length, step.task.metrics, config.run.progress, config.run.keep_weights
         )
     evaluate = config.evaluate
     shown = Feed(evaluate.size or config.model.size, evaluate.batch_size)

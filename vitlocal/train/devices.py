@@ -66,11 +66,6 @@ def new_event(device: torch.device) -> Any:
     return torch.Event(device, enable_timing=True)
 
 
-def sum_type(device: torch.device) -> torch.dtype:
-    """The type for sums over many values: float64 if the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of matrix products for ``train.precision``. Raises ConfigError if the device does not have it."""
     if name == "auto":

@@ -93,10 +93,10 @@ class Evaluator:
         with self._evaluated(plan) as model:
             return self._step.task.judge(scores, model, last, self._step.ranks, stop, say)
 
-    def judging_seconds(self, plan: Plan, last: bool = True, stop: Callable[[], bool] = lambda: False) -> float:
-        """Estimates the time of :meth:`judge`, of the ``last`` evaluation or of others. 0 if ``stop()`` was true."""
+    def judging_seconds(self, plan: Plan, stop: Callable[[], bool] = lambda: False) -> tuple[float, float]:
+        """Estimates the time of :meth:`judge`, between and at the end of a run. 0 if ``stop()`` was true."""
         with self._evaluated(plan) as model:
-            return self._step.task.judging_seconds(model, self._step.ranks, last, stop)
+            return self._step.task.judging_seconds(model, self._step.ranks, stop)
 
     @contextmanager
     def _evaluated(self, plan: Plan) -> Iterator[nn.Module]:

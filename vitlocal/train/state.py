@@ -13,8 +13,8 @@ from vitlocal.errors import DataError
 from vitlocal.methods.method import Method
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape
 from vitlocal.progress import Progress
+from vitlocal.tasks.task import sum_type
 from vitlocal.train.budget import Clock, FinalReserve
-from vitlocal.train.devices import sum_type
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 from vitlocal.train.search_log import SearchLog

@@ -145,9 +145,8 @@ class Trainer:
             else:
                 self.state.reserve.evaluations.append(self._of_rank_0(self.evaluator.estimate_seconds(last)))
             # Also after a restart, because it does now what would otherwise delay the last evaluation.
-            for name, ends in (("judging_seconds", True), ("usual_judging_seconds", False)):
-                judging = self.evaluator.judging_seconds(last, ends, self._stops)
-                setattr(self.state.reserve, name, self._of_rank_0(judging))
+            usual, final = map(self._of_rank_0, self.evaluator.judging_seconds(last, self._stops))
+            self.state.reserve.usual_judging_seconds, self.state.reserve.judging_seconds = usual, final
             self._update_reserve()
         self.sync_ranks()
         clock.start()  # the schedule begins
