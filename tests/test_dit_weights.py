@@ -61,9 +61,12 @@ def test_files_that_hold_no_weights(tmp_path: Path):
     torch.save({"step": 3}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "empty.pt").touch()
-    for name in ("other", "text", "empty"):
-        with pytest.raises(ConfigError, match=f"{name}.pt cannot be read as weights"):
+    torch.save({"ema": published(), "hook": print}, tmp_path / "function.pt")
+    for name in ("other", "text", "empty", "function"):
+        with pytest.raises(ConfigError, match=f"{name}.pt cannot be read as weights") as error:
             load_weights(narrow_dit(), str(tmp_path / f"{name}.pt"))
+        assert "weights_only" not in str(error.value)  # PyTorch's advice for such a file is to run its code
+    assert "could run code" in str(error.value)
 
 
 def test_label_tables(tmp_path: Path):
@@ -189,6 +192,9 @@ def test_folders_of_diffusers_are_read_as_they_were_written(tmp_path: Path):
         loaded = narrow_dit()
         assert load_weights(loaded, str(folder), NAMES) == []
         assert_loaded(loaded, expected)
+    fewer = narrow_dit(num_classes=2)
+    load_weights(fewer, str(tmp_path), ["class 7", "class 0"])  # the pipeline's folder names the classes
+    assert torch.equal(fewer.state_dict()[LABELS], expected[LABELS][[7, 0, -1]])
     whole = narrow_dit(num_classes=1000)
     load_weights(whole, str(tmp_path))
     null = expected[LABELS][-1]

@@ -27,7 +27,7 @@ from vitlocal.config import Config
 from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.data.random_keys import HELD_OUT, normal
 from vitlocal.data.writer.write import write
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DeviceMemoryError
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.page import read_run
@@ -115,6 +115,17 @@ def randomize(model: torch.nn.Module) -> None:
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+
+
+def test_too_little_memory_for_samples_names_the_option(dit, monkeypatch: pytest.MonkeyPatch):
+    def sample(*values, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("vitlocal.tasks.gallery.sample", sample)
+    with open_trainer(dit("--diffusion.sample_batch=6")) as trainer:
+        plan, never = trainer.plan(), lambda *texts: False
+        with pytest.raises(DeviceMemoryError, match="no memory for drawing samples of 6 .*diffusion.sample_batch=3;"):
+            trainer.evaluator.judge(Scores({}), plan, True, never, never)
 
 
 # --- the held-out loss ---

@@ -22,6 +22,7 @@ from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.errors import ConfigError, Interrupted, StopSignals, run_command
 from vitlocal.models.exported import ExportedRun, file_digest
 from vitlocal.options import COUNT, TEXT, Choice, Number, messages, option
+from vitlocal.tasks.memory import explained_memory_errors
 from vitlocal.tasks.metrics import task_name
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sample_grid import draw_grid
@@ -149,11 +150,13 @@ class Sampler:
 
         ``keys`` and ``progress``: see :func:`vitlocal.tasks.sampling.sample`.
         """
-        for drawn in sample_batches(
-            self.model, self.schedule, labels, keys, self.size, options, batch_size=batch_size,
-            device=self._device, precision=self._precision, progress=progress,
-        ):  # fmt: skip
-            yield to_images(drawn, self.autoencoder)
+        remedy = f"use --batch-size {max(1, batch_size // 2)}"
+        with explained_memory_errors("drawing samples", self.size, batch_size, remedy):
+            for drawn in sample_batches(
+                self.model, self.schedule, labels, keys, self.size, options, batch_size=batch_size,
+                device=self._device, precision=self._precision, progress=progress,
+            ):  # fmt: skip
+                yield to_images(drawn, self.autoencoder)
 
     def record(self) -> dict[str, Any]:
         """What identifies the model, for ``samples.json``."""

@@ -9,7 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def load_dit_weights(model: DiT, path: str, classes: Sequence[str] = (), labels:
                 "diffusion.labels=new the table is drawn anew"
             )
         else:
-            known = len(names) == rows - 1 and bool(classes) and set(classes) <= set(names)
+            known = len(set(names)) == len(names) < rows and bool(classes) and set(classes) <= set(names)
             chosen = [names.index(name) for name in classes] if known else list(range(model.num_classes))
             state[LABELS] = state[LABELS][[*chosen, -1]]
     state |= {name: own[name] for name in kept}
@@ -146,8 +146,15 @@ def _read(path: Path) -> DiTFile:
         if "_class_name" in config:
             files = [folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"]
             file = next((file for file in files if file.is_file()), files[0])
-            return _from_diffusers(file, read_weights(file, _read_state), config)
+            found = _from_diffusers(file, read_weights(file, _read_state), config)
+            return replace(found, label_names=_pipeline_labels(path))
     return _read_run(path / "model.safetensors")
+
+
+def _pipeline_labels(folder: Path) -> list[str]:
+    """Returns the names of the classes in a pipeline's ``model_index.json``, in order; empty if it has none."""
+    names = read_description(folder, "model_index.json").get("id2label")
+    return [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
 
 
 def _read_run(file: Path) -> DiTFile:

@@ -1,6 +1,7 @@
 """Reads and writes files of weights, and what stands beside them in a run's folder."""
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,21 @@ def read_weights(file: Path, read: Callable[[str], dict[str, Tensor]]) -> dict[s
         return read(str(file))
     except Exception as error:  # pickle, zip and safetensors raise many types
         raise ConfigError(
-            f"model.weights: {file} cannot be read as weights ({first_line(error)}); name a run's folder, or "
+            f"model.weights: {file} cannot be read as weights ({unreadable(error)}); name a run's folder, or "
             "a file that safetensors or PyTorch wrote"
         ) from error
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """Returns the object in ``folder``'s ``config.json``; empty if there is none."""
+def unreadable(error: Exception) -> str:
+    """Why a file of weights cannot be read, without PyTorch's advice to run the code in it."""
+    refused = isinstance(error, pickle.UnpicklingError)
+    return "it is damaged, or holds objects that could run code" if refused else first_line(error)
+
+
+def read_description(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Returns the object in a JSON file of ``folder``; empty if there is none."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

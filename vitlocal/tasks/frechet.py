@@ -18,8 +18,9 @@ from torch.nn.functional import interpolate
 
 from vitlocal.data.augment import Normalize
 from vitlocal.data.autoencoder import INSTALL
-from vitlocal.errors import ConfigError, first_line
+from vitlocal.errors import ConfigError
 from vitlocal.models.exported import ExportedRun
+from vitlocal.models.weight_files import unreadable
 from vitlocal.tasks.metrics import task_name
 
 
@@ -137,8 +138,7 @@ class InceptionFeatures(FeatureSet):
         except OSError as error:
             raise ConfigError(f"{option}: {weights} cannot be read ({error.strerror}); {expected}") from error
         except Exception as error:  # pickle, PyTorch and torch-fidelity have many kinds
-            problem = first_line(error)
-            raise ConfigError(f"{option}: {weights} has other content ({problem}); {expected}") from error
+            raise ConfigError(f"{option}: {weights} has other content ({unreadable(error)}); {expected}") from error
         self._network, self._device = network.to(device), device
 
     @torch.inference_mode()

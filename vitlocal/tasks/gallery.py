@@ -21,6 +21,7 @@ from vitlocal.data.shares import WholeBatches
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.tasks.frechet import FeatureSet, Moments, frechet_distance, measure
+from vitlocal.tasks.memory import explained_memory_errors
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.sample_grid import draw_grid
 from vitlocal.tasks.sampling import SamplerOptions, sample, sample_keys, to_images
@@ -154,11 +155,14 @@ class Gallery:
 
     def _draw(self, run: _Evaluation, labels: Tensor, numbers: Tensor) -> Tensor:
         """Samples (B, 3, H, W) uint8, on the CPU: ``numbers`` (B,) of the classes ``labels`` (B,)."""
-        drawn = sample(
-            run.model, run.schedule, labels, sample_keys(self.options.seed, labels, numbers), self._size,
-            self.options.sampler, device=self._device, precision=run.precision,
-        )  # fmt: skip
-        return to_images(drawn, self._autoencoder)
+        keys, count = sample_keys(self.options.seed, labels, numbers), len(labels)
+        remedy = f"use diffusion.sample_batch={max(1, count // 2)}; the same command continues with it"
+        with explained_memory_errors("drawing samples", self._size, count, remedy):
+            drawn = sample(
+                run.model, run.schedule, labels, keys, self._size, self.options.sampler, device=self._device,
+                precision=run.precision,
+            )  # fmt: skip
+            return to_images(drawn, self._autoencoder)
 
     def _grid(self, run: _Evaluation) -> Image.Image:
         """Samples of classes from all over the list, a row for each. Every process draws them all."""

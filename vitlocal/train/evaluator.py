@@ -22,10 +22,10 @@ from vitlocal.data.shares import WholeBatches
 from vitlocal.models.shape import temporary_shape
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.progress import Position
+from vitlocal.tasks.memory import explained_memory_errors
 from vitlocal.tasks.task import Scores
 from vitlocal.train.devices import synchronize
 from vitlocal.train.distributed import Ranks
-from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.probes import EPOCH
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, buffers_kept, has_batch_norm

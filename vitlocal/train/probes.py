@@ -28,9 +28,9 @@ from vitlocal.methods.method import Method, Probe
 from vitlocal.models.shape import check_shape, temporary_shape
 from vitlocal.plan import Feed, Plan, Shape
 from vitlocal.progress import TRAINING_FLOPS
+from vitlocal.tasks.memory import explained_memory_errors
 from vitlocal.tasks.task import sum_type
 from vitlocal.train.devices import synchronize
-from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, buffers_kept, step_seed
 

@@ -22,6 +22,7 @@ from vitlocal.data.shares import Share
 from vitlocal.errors import ConfigError
 from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape
+from vitlocal.tasks.memory import explained_memory_errors
 from vitlocal.tasks.task import Task
 from vitlocal.train.devices import (
     COMPILE_OPTIONS,
@@ -35,7 +36,6 @@ from vitlocal.train.devices import (
     synchronize,
 )  # fmt: skip
 from vitlocal.train.distributed import ALONE, Ranks
-from vitlocal.train.memory import explained_memory_errors
 from vitlocal.train.optim import CombinedOptimizer, ModelEma
 
 NO_DIALS = Dials()  # everything at its full strength
