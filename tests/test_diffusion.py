@@ -104,6 +104,19 @@ def a_batch(task: Diffusion, count: int, size: int = 16) -> Batch:
     return Batch.whole(task.blank(count, size, random=True), torch.arange(count) % 10, torch.arange(count))
 
 
+def test_min_snr_weighs_the_training_loss_only():
+    task = a_task(snr_gamma=5.0)
+    batch = a_batch(task, 40)
+    images, labels, draws = task.operands(batch, 0, 0, Dials())
+    schedule, objective = task.objective.schedule, task.objective
+    with torch.no_grad():
+        _, errors, losses = objective.losses(task.model, torch.float32, images, labels, draws)
+        objective.weights = None
+        _, same, plain = objective.losses(task.model, torch.float32, images, labels, draws)
+    assert torch.equal(errors, same)
+    torch.testing.assert_close(plain - losses, errors * (1 - schedule.min_snr(5)[draws.times]), atol=1e-5, rtol=1e-4)
+
+
 def test_times_and_drops_of_a_place_do_not_depend_on_the_batch():
     task = a_task()
     large, small = (task.draw(a_batch(task, count), 5, 7) for count in (64, 24))

@@ -88,6 +88,14 @@ def test_losses_equal_the_slow_twin(draws, kind):
         assert float(mse[row]) == pytest.approx(((predicted - added) ** 2).mean(), rel=1e-5)
 
 
+def test_min_snr_weights():
+    signal = np.cumprod(1 - np.array(betas_of(1000, "linear")))
+    expected = [min(s / (1 - s), 5) / (s / (1 - s)) for s in signal]
+    weights = NoiseSchedule().min_snr(5)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-4)
+    assert weights[0] < 0.001 and weights[-1] == 1  # little noise, nothing but noise
+
+
 @pytest.mark.parametrize(("steps", "kind"), [(1000, "linear"), (250, "linear"), (64, "cosine")])
 def test_gaussians_equal_the_slow_twin(draws, steps, kind):
     schedule, (x0, noise, output) = NoiseSchedule(steps, kind), draws

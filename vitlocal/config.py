@@ -132,6 +132,7 @@ class DiffusionConfig:
 
     steps: int = option(1000, Number(21, whole=True), "time steps of the noise schedule")
     schedule: str = option("linear", Choice("linear", "cosine"), "noise schedule")
+    snr_gamma: float | None = option(None, Number(0.01), "Min-SNR weighting of the loss: gamma; none: off, as in DiT")
     label_dropout: float = option(0.1, FRACTION, "probability that an image is trained without its class")
     labels: str = option(
         "keep", Choice("keep", "new"), "label table of model.weights: class k keeps row k, or a new one"

@@ -46,37 +46,46 @@ class NoiseDraws(NamedTuple):
 class DiffusionLoss(nn.Module):
     """The loss of a batch: everything that a training step differentiates, in one graph.
 
-    ``scaling_factor``: of latents; None for pixels.
+    ``scaling_factor``: of latents; None for pixels. ``snr_gamma``: see :meth:`NoiseSchedule.min_snr`; None: all time
+    steps have the same weight.
     """
 
-    def __init__(self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, scaling_factor: float | None):
+    weights: Tensor | None  # (T,) of the squared errors
+
+    def __init__(
+        self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype, scaling_factor: float | None,
+        snr_gamma: float | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.model: Any = model
         self.schedule, self.precision, self.scaling_factor = schedule, precision, scaling_factor
         self.input_size: int | None = None  # px; training steps resize larger photos to it
+        weights = None if snr_gamma is None else schedule.min_snr(snr_gamma)
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, images: Tensor, labels: Tensor, draws: NoiseDraws, weight: Tensor) -> tuple[Tensor, None, None]:
         """The losses of all images, summed and multiplied by ``weight`` (0-D). There are no further outputs.
 
         ``images``: see :class:`~vitlocal.data.batch.Batch`; ``labels`` (B,).
         """
-        _, mse, vlb = self.losses(self.model, self.precision, images, labels, draws, self.input_size)
-        return weight * (mse + vlb).sum(), None, None
+        _, _, losses = self.losses(self.model, self.precision, images, labels, draws, self.input_size)
+        return weight * losses.sum(), None, None
 
     def losses(
         self, model: nn.Module, precision: torch.dtype, images: Tensor, labels: Tensor, draws: NoiseDraws,
         size: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The output of ``model`` (B, C or 2C, s, s) in ``precision``, and both terms of the objective, (B,) each.
+        """The output of ``model`` (B, C or 2C, s, s) in ``precision``; errors of the noise, and losses, (B,) each.
 
-        Photos are resized to ``size`` px, if they are larger.
+        Errors are mean squares. Photos are resized to ``size`` px, if they are larger.
         """
         x0 = self.clean(images, draws.latent_noise, size)
         inputs = self.schedule.add_noise(x0, draws.times, draws.noise)
         labels = torch.where(draws.no_label, self.model.num_classes, labels)
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             output = model(inputs, draws.times, labels, draws.no_stage)
-        return output, *denoising_losses(self.schedule, output, x0, draws.times, draws.noise)
+        mse, vlb = denoising_losses(self.schedule, output, x0, draws.times, draws.noise)
+        return output, mse, (mse if self.weights is None else mse * self.weights[draws.times]) + vlb
 
     def clean(self, images: Tensor, latent_noise: Tensor | None, size: int | None = None) -> Tensor:
         """The images that noise is added to, (B, C, s, s) float32: pixels from -1 to 1, or scaled latents.
@@ -96,6 +105,7 @@ class Diffusion(Task):
     """Trains a diffusion transformer, which is on its device.
 
     - ``scaling_factor``: of the latents in the data; None: the model learns pixels.
+    - ``snr_gamma``: of Min-SNR weighting; None: DiT's objective.
     - ``label_dropout``: probability that an image is trained without its class, for classifier-free guidance.
     - ``joint_drop``: an image has no stage if it has no class, so that guidance leaves the stage alone. If not, each is
       dropped by itself, as in the released code of arXiv 2410.00350.
@@ -108,14 +118,15 @@ class Diffusion(Task):
 
     def __init__(
         self, model: nn.Module, schedule: NoiseSchedule, precision: torch.dtype = torch.float32, *,
-        scaling_factor: float | None = None, label_dropout: float = 0.1, joint_drop: bool = True, loss_passes: int = 2,
-        gallery: Gallery | None = None, notes: Mapping[str, Any] | None = None,
+        scaling_factor: float | None = None, snr_gamma: float | None = None, label_dropout: float = 0.1,
+        joint_drop: bool = True, loss_passes: int = 2, gallery: Gallery | None = None,
+        notes: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         super().__init__(model, precision)
         self._device = next(model.parameters()).device
         self._random = torch.Generator(self._device)
         schedule = schedule.to(self._device)
-        self.objective: DiffusionLoss = DiffusionLoss(model, schedule, precision, scaling_factor)
+        self.objective: DiffusionLoss = DiffusionLoss(model, schedule, precision, scaling_factor, snr_gamma)
         self._label_dropout, self._joint_drop, self._loss_passes = label_dropout, joint_drop, loss_passes
         self._gallery, self._notes = gallery, dict(notes or {})
         part = schedule.steps / EVALUATED_TIMES
@@ -182,8 +193,8 @@ class Diffusion(Task):
     ) -> tuple[Tensor, Tensor]:
         """The outputs are the predicted noise and the raw variances, as in the released code of arXiv 2410.00350."""
         draws, size = self.draw(batch, seed, number), self.objective.input_size
-        output, mse, vlb = self.objective.losses(model, precision, batch.images, batch.labels, draws, size)
-        return output, (mse + vlb).sum()
+        output, _, losses = self.objective.losses(model, precision, batch.images, batch.labels, draws, size)
+        return output, losses.sum()
 
     # --- evaluation ---
 

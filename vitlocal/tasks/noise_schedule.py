@@ -100,6 +100,14 @@ class NoiseSchedule(nn.Module):
         """The noise that makes ``xt`` of ``x0``."""
         return (xt - _at(self.signal, times, xt) * x0) / _at(self.noise, times, xt)
 
+    def min_snr(self, gamma: float) -> Tensor:
+        """(T,): weights min(SNR, gamma) / SNR of the squared error of the noise, with SNR = abar / (1 - abar).
+
+        Hang et al., 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy". Steps with little noise, whose
+        errors change an image least, get less weight.
+        """
+        return (gamma * (self.noise / self.signal) ** 2).clamp(max=1)
+
     def posterior(self, x0: Tensor, xt: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, …) and log variance (B, 1, …) of q(x_(t-1) | x_t, x_0). At t = 0, the variance is t = 1's, not 0.
 

@@ -63,7 +63,7 @@ def make_diffusion(
     scaling_factor = latents.scaling_factor if latents is not None else 1.0 if model.stride > 1 else None
     return Diffusion(
         model, NoiseSchedule(options.steps, options.schedule), precision, scaling_factor=scaling_factor,
-        label_dropout=options.label_dropout, joint_drop=options.stage_drop == "joint",
+        snr_gamma=options.snr_gamma, label_dropout=options.label_dropout, joint_drop=options.stage_drop == "joint",
         loss_passes=options.loss_passes, gallery=None if sources is None else make_gallery(config, device, sources),
         notes={name: value for name, value in notes.items() if value},
     )  # fmt: skip
