@@ -98,6 +98,19 @@ def test_contradictions_are_errors(options: list[str], part: str):
         read_config(options, {})
 
 
+@pytest.mark.parametrize(
+    "option",
+    ["train.betas=0.5,1", "train.lr=inf", "train.ema_decay=1", "train.batch_size=1000000000", "model.width=1000000",
+     "model.size=80000", "model.depth=0", "augment.repeats=1000000000", "run.threads=100000", "data.workers=4096",
+     "evaluate.size=1000000", "diffusion.steps=1000000000", "diffusion.samples=1e12", "budgeted.stages=1000000",
+     "image_size.init=-1", "trilevel.decay_steps=1e9", "augment.mixup=nan"],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_their_names(option: str):
+    """They would take all memory, never end, or fail deep inside of a library."""
+    with pytest.raises(ConfigError, match=rf"^{option.partition('=')[0]}: got '.*' .*, expected "):
+        read_config([f"--{option}"], {})
+
+
 def test_abbreviations_and_missing_values_are_errors():
     with pytest.raises(ConfigError, match="no option 'train.batch'"):
         read_config(["--train.batch=4"], {})

@@ -14,7 +14,9 @@ from photos import PHOTOS, unpack_photos
 
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import Loader
+from vitlocal.data.reader import Slot
 from vitlocal.data.writer.write import write
+from vitlocal.errors import DeviceMemoryError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.write_options import WriteOptions
@@ -84,3 +86,8 @@ def test_a_thousand_batches_are_those_of_the_trainer(large: Path, shared, size: 
             found += digests(epochs_of(loader), stop - len(found))
             state = loader.state_dict()
     assert found == expected
+
+
+def test_too_little_memory_for_a_batch_names_the_options():
+    with pytest.raises(DeviceMemoryError, match=r"no memory for 1000000 images of 90000 × 90000 × 3 .*batch_size"):
+        Slot().take((10**6, 90000, 90000, 3), torch.uint8, pinned=False, owned=False)

@@ -95,6 +95,7 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
         (["--model.name=resnet18", "--model.convolution=no", "--methods=none"], "model options convolution"),
         (["--model.patch_size=7", "--methods=none"], "patch_size"),
         (["--model.heads=3"], "heads"),
+        (["--model.width=16384"], r"model.width=16384.* weights need \d+ GiB .* use smaller ones"),
         (["--image_size.step_pixels=20"], "image_size 36: expected multiples of 8"),
         (["--evaluate.size=50"], "evaluate.size 50: expected multiples of 8"),
         (["--train.precision=fp16"], "fp16 needs a CUDA device"),

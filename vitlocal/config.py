@@ -18,7 +18,22 @@ from vitlocal.config_reader import OptionReader, by_dotted_name, plain_value
 from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, method_problems
 from vitlocal.methods.method import Recipe
-from vitlocal.options import COUNT, FLAG, FRACTION, TEXT, Choice, Duration, Number, Section, Series, messages, option
+from vitlocal.options import (
+    COUNT,
+    DECAY,
+    FLAG,
+    FRACTION,
+    PIXELS,
+    TEXT,
+    THOUSAND,
+    Choice,
+    Duration,
+    Number,
+    Section,
+    Series,
+    messages,
+    option,
+)
 from vitlocal.paths import TRAIN
 from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
@@ -43,11 +58,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = option("vitlocal_small_patch16_224", TEXT, "any timm model; our models begin with vitlocal_")
-    size: int = option(224, COUNT, "largest image size, px; the position embeddings cover its grid")
-    patch_size: int | None = option(None, COUNT, "patch size, px; none: from the model's name")
-    width: int | None = option(None, COUNT, "embedding width; none: from the model's name")
-    depth: int | None = option(None, COUNT, "number of blocks; none: from the model's name")
-    heads: int | None = option(None, COUNT, "attention heads per block; none: from the model's name")
+    size: int = option(224, PIXELS, "largest image size, px; the position embeddings cover its grid")
+    patch_size: int | None = option(None, PIXELS, "patch size, px; none: from the model's name")
+    width: int | None = option(None, PIXELS, "embedding width; none: from the model's name")
+    depth: int | None = option(None, THOUSAND, "number of blocks; none: from the model's name")
+    heads: int | None = option(None, THOUSAND, "attention heads per block; none: from the model's name")
     pool: str | None = option(None, Choice("token", "avg"), "pooling: class token, or mean of the tokens")
     qkv_bias: bool | None = option(None, FLAG, "biases in the query, key and value layers")
     activation: str | None = option(None, Choice("h_swish", "gelu"), "ablation: activation of the local FFN")
@@ -82,13 +97,13 @@ class TrainConfig:
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
     optimizer: str = option("adamw", Choice("adamw", "muon"), "muon: Muon for matrices in blocks, AdamW for the rest")
-    muon_momentum: float = option(0.95, FRACTION, "Muon: momentum")
+    muon_momentum: float = option(0.95, DECAY, "Muon: momentum")
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
-    betas: tuple[float, float] = option((0.9, 0.999), Series(FRACTION, 2), "AdamW: betas")
+    betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW: betas")
     eps: float = option(1e-8, Number(0), "AdamW: epsilon")
     clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
-    ema_decay: float | None = option(None, FRACTION, "moving average of the weights: decay per step; none: off")
+    ema_decay: float | None = option(None, DECAY, "moving average of the weights: decay per step; none: off")
     ema_length: Length | None = option(
         None, Duration(), "moving average of the weights: length until it forgets to 1/e (2% fits any budget)"
     )
@@ -112,7 +127,7 @@ class AugmentConfig:
     crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
     crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(0.01), 2), "width / height of crops: range")
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
-    repeats: int = option(1, COUNT, "repeated augmentation: consecutive copies of each image in an epoch")
+    repeats: int = option(1, THOUSAND, "repeated augmentation: consecutive copies of each image in an epoch")
     randaugment: float = option(0.0, Number(0, 10), "RandAugment: magnitude, with 2 operations; 0: off")
     three_augment: bool = option(False, FLAG, "three-augment: grey, solarised or blurred images, and colour jitter")
     mixup: float = option(0.0, Number(0), "mixup: alpha; 0: off")
@@ -130,7 +145,7 @@ class AugmentConfig:
 class DiffusionConfig:
     """Options of diffusion transformers (``model.name=vitlocal_dit_...``). Other models ignore them."""
 
-    steps: int = option(1000, Number(21, whole=True), "time steps of the noise schedule")
+    steps: int = option(1000, Number(21, 100_000, whole=True), "time steps of the noise schedule")
     schedule: str = option("linear", Choice("linear", "cosine"), "noise schedule")
     snr_gamma: float | None = option(None, Number(0.01), "Min-SNR weighting of the loss: gamma; none: off, as in DiT")
     label_dropout: float = option(0.1, FRACTION, "probability that an image is trained without its class")
@@ -149,10 +164,10 @@ class DiffusionConfig:
     guidance: float = option(4.0, Number(0), "sampler of evaluations: scale of classifier-free guidance; 1: none")
     guided_channels: str = option("all", Choice("all", "3"), "sampler of evaluations: guided channels; 3: as published")
     grid_classes: int = option(8, Number(0, 50, whole=True), "classes in the grid of samples; 0: no grid")
-    samples: int = option(0, Number(0, whole=True), "samples for the Fréchet distance of each evaluation; 0: none")
+    samples: int = option(0, Number(0, 10**6, True), "samples for the Fréchet distance of each evaluation; 0: none")
     last_samples: int = option(
         1000,
-        Number(0, whole=True),
+        Number(0, 10**6, True),
         "samples for the Fréchet distance of the last evaluation, if more than diffusion.samples",
     )
     sample_batch: int = option(64, COUNT, "samples that are drawn at a time")
@@ -164,7 +179,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    size: int | None = option(None, COUNT, "size of evaluation crops, px; none: model.size", none_is="model.size")
+    size: int | None = option(None, PIXELS, "size of evaluation crops, px; none: model.size", none_is="model.size")
     every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
@@ -190,7 +205,7 @@ class RunConfig:
         "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
     )
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
-    threads: int = option(0, Number(0, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
+    threads: int = option(0, Number(0, 1024, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(
         (Length.parse("10m"), Length.parse("10%")), Series(Duration()), "time between checkpoints: the first to pass"
     )

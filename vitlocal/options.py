@@ -29,17 +29,25 @@ class Parsed(Checker):
 
 
 class Number(Parsed):
-    """A number in [low, high]. With ``whole`` it is an ``int``, and a fraction is an error."""
+    """A finite number in [low, high], or below ``high`` if it is ``open``.
 
-    def __init__(self, low: float = -math.inf, high: float = math.inf, whole: bool = False):
+    With ``whole`` it is an ``int``, and a fraction is an error.
+    """
+
+    def __init__(self, low: float = -math.inf, high: float = math.inf, whole: bool = False, open: bool = False):
+        self.low, self.high, self.whole = low, high, whole
+
         def parse(value: Any) -> float | int:
             number = math.nan if isinstance(value, bool) else float(value)
-            if not low <= number <= high or (whole and number != int(number)):
+            if not low <= number <= high or math.isinf(number) or (open and number == high):
+                raise ValueError
+            if whole and number != int(number):
                 raise ValueError
             return int(number) if whole else number
 
         kind, least, most = "a whole number" if whole else "a number", low > -math.inf, high < math.inf
-        bounds = f" from {low:g} to {high:g}" if least and most else f" of at least {low:g}" if least else ""
+        end = f"below {high:,g}" if open else f"to {high:,.12g}"
+        bounds = f" from {low:g} {end}" if least and most else f" of at least {low:g}" if least else ""
         super().__init__(parse, kind + (bounds or (f" of at most {high:g}" if most else "")))
 
 
@@ -47,6 +55,7 @@ class Choice(Parsed):
     """One of ``names``."""
 
     def __init__(self, *names: str):
+        self.names = names
         super().__init__(lambda value: names[names.index(str(value))], "one of " + ", ".join(names))
 
 
@@ -54,6 +63,8 @@ class Duration(Parsed):
     """A length of training. With ``part`` it may be a percentage of the budget, at most 100%."""
 
     def __init__(self, part: bool = True):
+        self.part = part
+
         def parse(value: Any) -> Length:
             length = value if isinstance(value, Length) else Length.parse(str(value))
             if length.kind == "fraction" and (not part or length.value > 1):
@@ -68,6 +79,8 @@ class Series(Parsed):
     """A yaml list, or text with commas, of values of one kind. ``none`` is the empty list."""
 
     def __init__(self, kind: Parsed, count: int | None = None):
+        self.kind, self.count = kind, count
+
         def parse(value: Any) -> tuple[Any, ...]:
             if isinstance(value, str):
                 value = [] if value in ("none", "[]", "") else [part.strip() for part in value.split(",")]
@@ -83,6 +96,7 @@ class Maybe(Parsed):
     """A value of ``kind``, or ``none``."""
 
     def __init__(self, kind: Parsed):
+        self.kind = kind
         super().__init__(
             lambda value: None if value is None or value == "none" else kind.check(value), f"{kind.help()}, or none"
         )
@@ -117,8 +131,13 @@ TEXT = Parsed(_text, "text")
 BYTES = Parsed(_bytes, "bytes with a unit: 150GB, 64GiB")
 STAGE = Parsed(_stage, "a size and its end (32px until 10%, or until 5ep); the last without an end")
 FLAG = Parsed(lambda value: FLAG_WORDS[str(value).lower()], "true or false")
-COUNT = Number(low=1, whole=True)
+# Larger numbers than these are typing errors, which would take all memory, or never end.
+COUNT = Number(low=1, high=10**6, whole=True)
+PIXELS = Number(low=1, high=16384, whole=True)
+THOUSAND = Number(low=1, high=1000, whole=True)
+STAGES = Number(low=1, high=100, whole=True)
 FRACTION = Number(low=0, high=1)
+DECAY = Number(low=0, high=1, open=True)
 
 
 def option(default: Any, kind: Parsed, meaning: str, none_is: str | None = None) -> Any:

@@ -44,7 +44,7 @@ class SampleOptions:
     steps: int = option(50, COUNT, "steps for an image; DiT's published samples have 250 of ddpm")
     guidance: float = option(4.0, Number(0), "scale of classifier-free guidance; 1: none")
     guided_channels: str = option("all", Choice(*GUIDED_CHANNELS), "guided channels; 3: as DiT's published code")
-    seed: int = option(0, Number(0, whole=True), "seed; an image depends on it, its class and its number alone")
+    seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed; an image depends on it, its class and its number")
     vae: str | None = option(None, TEXT, "folder of the autoencoder, for models of latents; none: the run's")
     out: str | None = option(None, TEXT, "new folder for the images; none: samples, in the run's folder")
     batch_size: int = option(16, COUNT, "images at a time")

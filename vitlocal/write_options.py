@@ -45,7 +45,7 @@ class WriteOptions:
     keep_jpegs: bool | None = option(
         None, FLAG, "copy JPEGs that need not shrink, without encoding them; none: as planned, or true"
     )
-    workers: int = option(0, Number(0, whole=True), "threads; 0: one per core")
+    workers: int = option(0, Number(0, 1024, whole=True), "threads; 0: one per core")
     on_error: str = option("stop", Choice("stop", "skip"), "at an image that does not decode: stop, or skip it")
     verify: bool = option(False, FLAG, "check every image of every written file, and write nothing")
     plan: bool = option(False, FLAG, "measure, choose the files to write, store the choice, and write no images")

@@ -22,7 +22,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.native import BOX, DecoderThreads, native_policy
 from vitlocal.data.random_keys import integers
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
 
 PREFETCH = 3  # batches that wait for the consumer
 MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
@@ -45,6 +45,7 @@ class Slot:
         """A tensor of that form. A copy of an earlier batch to a GPU has ended.
 
         With ``owned``, the caller keeps the memory as long as a tensor uses it; later batches then have other memory.
+        Raises :class:`DeviceMemoryError` if there is too little.
         """
         if self.copied is not None:
             self.copied.synchronize()  # device sync: with a copy that began several batches ago
@@ -53,7 +54,15 @@ class Slot:
         in_use = self._lent is not None and self._lent() is not None
         if len(self.memory) < needed or in_use:
             # Fresh memory costs as much time as decoding small crops, so it is used again if nobody has it.
-            self.memory = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
+            self.memory = torch.empty(0, dtype=torch.uint8)  # the earlier memory is free now
+            try:
+                self.memory = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as error:
+                count, sides = shape[0], " × ".join(map(str, shape[1:]))
+                raise DeviceMemoryError(
+                    f"no memory for {count} images of {sides} ({needed / 2**30:,.1f} GiB): use smaller images "
+                    f"(model.size, evaluate.size) or batches (train.batch_size, evaluate.batch_size)"
+                ) from error
         memory, self._lent = self.memory[:needed], None
         if owned and not pinned:  # a copy on a GPU has memory of its own
             lent = memory.numpy()  # lives as long as the last tensor that shares it

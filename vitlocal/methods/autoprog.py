@@ -13,7 +13,21 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import NET, Net, SearchMethod, ladder, remembered
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Duration, Number, Section, Series, messages, option
+from vitlocal.options import (
+    COUNT,
+    DECAY,
+    FLAG,
+    FRACTION,
+    PIXELS,
+    STAGES,
+    Choice,
+    Duration,
+    Number,
+    Section,
+    Series,
+    messages,
+    option,
+)  # fmt: skip
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape, with_size
 from vitlocal.progress import Length, Progress, Stage
 
@@ -24,10 +38,10 @@ ROUNDING = 1e-6  # relative difference of L · T^w below which candidates count 
 
 @dataclass(frozen=True)
 class AutoProgConfig(Section):
-    stages: int = option(4, COUNT, "number S of equal stages")
+    stages: int = option(4, STAGES, "number S of equal stages")
     space: tuple[str, ...] = option(SPACE, Series(Choice(*SPACE)), "what grows; image_size may set the size instead")
     min_scale: float = option(0.5, FRACTION, "smallest depth and image size, as a fraction of the largest")
-    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
+    size_multiple: int = option(32, PIXELS, "image sizes are multiples of this number, px")
     schedule: tuple[Net, ...] | None = option(
         None, Series(NET), "depth and size of every stage, without a search: 6@128px,8@160px,10@192px,12@224px"
     )
@@ -37,7 +51,7 @@ class AutoProgConfig(Section):
         "momentum", Choice("momentum", "momentum_new", "clone", "random"), "momentum: all weights are replaced by the "
         "slow average; momentum_new: new blocks copy the average; clone: new blocks copy the weights; random: neither"
     )  # fmt: skip
-    ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(FRACTION), "decays per step of the fast and slow average")
+    ema_decays: tuple[float, ...] = option(EMA_DECAYS, Series(DECAY), "decays per step of the fast and slow average")
     loss_of: str = option("average", Choice("average", "online"), "measure the loss of the average, or of the weights")
     loss_on: str = option("train", Choice("train", "val"), "split that measures the loss; val biases the accuracy")
     loss_at: tuple[float, ...] = option(

@@ -15,7 +15,7 @@ import numpy as np
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
-from vitlocal.options import COUNT, FRACTION, Choice, Number, Parsed, Section, Series, messages, option
+from vitlocal.options import FRACTION, STAGES, Choice, Number, Parsed, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
@@ -38,7 +38,7 @@ COMPUTE = Parsed(parse_compute, "a part of full training, such as 50%, or 691.2G
 
 @dataclass(frozen=True)
 class BudgetedConfig(Section):
-    stages: int = option(3, COUNT, "number K of stages")
+    stages: int = option(3, STAGES, "number K of stages")
     grow: tuple[str, ...] = option(tuple(GROWS), Series(Choice(*GROWS)), "what grows; the rest has its full size")
     compute: str | None = option(None, COMPUTE, "compute of the run, which sets its epochs; none: budget.length")
     reference_epochs: float = option(300.0, Number(1), "epochs of full training, for budgeted.compute in %")
@@ -46,7 +46,7 @@ class BudgetedConfig(Section):
         None, Series(Number(0, whole=True)), "epochs of each stage; none: they follow from alpha, seed and cost"
     )
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
-    seed: int = option(0, Number(0, whole=True), "seed of the random numbers that set the stages' lengths")
+    seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of the random numbers that set the stages' lengths")
     cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
     heads: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the heads in each stage")
     hidden: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the hidden width, by stage")

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 
 from vitlocal.curriculum import Curriculum, stage_problem
 from vitlocal.methods.method import Method, MethodContext, Recipe
-from vitlocal.options import COUNT, STAGE, Choice, Number, Section, Series, messages, option
+from vitlocal.options import PIXELS, STAGE, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Plan
 from vitlocal.progress import Length, Progress, Stage
 
 
 @dataclass(frozen=True)
 class ImageSizeConfig(Section):
-    init: int = option(32, COUNT, "size of training crops at the start, px")
-    step_pixels: int = option(32, COUNT, "pixels by which the size grows at each step")
-    final: int | None = option(None, COUNT, "last size of training crops, px; none: model.size", none_is="model.size")
+    init: int = option(32, PIXELS, "size of training crops at the start, px")
+    step_pixels: int = option(32, PIXELS, "pixels by which the size grows at each step")
+    final: int | None = option(None, PIXELS, "last size of training crops, px; none: model.size", none_is="model.size")
     growth: str = option("linear", Choice("linear", "exponential"), "grow every step_epochs, or at switch_epochs")
     stages: tuple[Stage, ...] | None = option(
         None, Series(STAGE), "the whole curriculum, stage by stage; replaces all other image_size options"

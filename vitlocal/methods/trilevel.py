@@ -32,7 +32,7 @@ class TrilevelConfig(Section):
     held_out: float = option(0.2, FRACTION, "fraction of the examples that is held out")
     swap_fraction: float = option(0.05, FRACTION, "largest fraction of the examples that an update exchanges")
     update_every: Length = option(Length.parse("10%"), Duration(), "length between two updates of the examples")
-    max_updates: int = option(5, Number(0, whole=True), "largest number of updates of the examples")
+    max_updates: int = option(5, Number(0, 10**6, whole=True), "largest number of updates of the examples")
     score: str = option(
         "forgetting",
         Choice("forgetting", "attention"),
@@ -48,7 +48,9 @@ class TrilevelConfig(Section):
     )
     decay_start: Length = option(Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1")
     decay_end: Length = option(Length.parse("36.6667%"), Duration(), "when r and r_a reach their final rates")
-    decay_steps: int = option(8, Number(0, whole=True), "values of r, each compiled; 0: a new value at every step")
+    decay_steps: int = option(
+        8, Number(0, 10**6, whole=True), "values of r, each compiled; 0: a new value at every step"
+    )
     prune_evaluation: bool = option(True, FLAG, "evaluate with the final rates; false: with all tokens")
     renamed = {"swapped": "swap_fraction", "every": "update_every", "updates": "max_updates", "kept": "token_keep_rate",
                "attended": "attention_keep_rate", "masks": "attention_masks", "blocks": "pruned_blocks",

@@ -11,14 +11,14 @@ from typing import Any
 from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import NET, Net, SearchMethod, remembered
-from vitlocal.options import COUNT, FLAG, FRACTION, Choice, Number, Section, Series, messages, option
+from vitlocal.options import COUNT, FLAG, FRACTION, PIXELS, STAGES, Choice, Number, Section, Series, messages, option
 from vitlocal.plan import Growth, Plan, Shape, StageEmbedding, with_shape, with_size
 from vitlocal.progress import Progress
 
 
 @dataclass(frozen=True)
 class UnfreezeConfig(Section):
-    stages: int = option(4, COUNT, "number S of equal stages, and of groups of blocks")
+    stages: int = option(4, STAGES, "number S of equal stages, and of groups of blocks")
     groups: str = option(
         "mod", Choice("mod", "contiguous", "top", "released"), "mod: block i is in group i mod S; contiguous, top: "
         "consecutive blocks, from the first or last on; released: as the released code, which compares name prefixes"
@@ -30,7 +30,7 @@ class UnfreezeConfig(Section):
     )
     moments: str = option("keep", Choice("keep", "reset"), "optimizer moments at the start of each stage")
     min_scale: float = option(0.25, FRACTION, "smallest image size, as a fraction of model.size; 1: sizes do not grow")
-    size_multiple: int = option(32, COUNT, "image sizes are multiples of this number, px")
+    size_multiple: int = option(32, PIXELS, "image sizes are multiples of this number, px")
     schedule: tuple[Net, ...] | None = option(
         None, Series(NET), "level and size of every stage, without a search: 1@64px,2@128px,3@160px,4@224px"
     )

@@ -17,7 +17,7 @@ from vitlocal.data.batch import Sources
 from vitlocal.data.fields import LatentForm
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError
-from vitlocal.machine import can_compile_kernels, keep_freed_memory
+from vitlocal.machine import can_compile_kernels, keep_freed_memory, memory
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.method import Claims, Method, MethodContext
 from vitlocal.models.block import BlockModel
@@ -42,6 +42,9 @@ from vitlocal.train.search_log import SearchLog
 from vitlocal.train.state import TrainState
 from vitlocal.train.step import TrainStep, has_batch_norm
 from vitlocal.train.trainer import Trainer
+
+# Models with larger values are checked before they are built.
+USUAL_SIZES = {"size": 1024, "patch_size": 64, "width": 2048, "depth": 64}
 
 
 def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
@@ -78,6 +81,7 @@ def make_model(
     arguments = config.model.arguments()
     if latents is not None:
         arguments |= {"in_chans": latents.channels, "stride": latents.stride}
+    check_memory(config, arguments, num_classes, device)
     model, arguments = build_model(config.model.name, arguments, num_classes)
     check_image_sizes(config, model)
     model = model.to(device).to(memory_format=torch.channels_last)
@@ -275,6 +279,24 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
         raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch size of {config.model.name}")
     if above := [f"{name} {size}" for name, size in sizes if size > largest and name in config.methods]:
         raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+
+
+def check_memory(config: Config, arguments: dict[str, Any], num_classes: int, device: torch.device) -> None:
+    """Raises ConfigError if the weights of an unusually large model cannot be trained in the device's memory."""
+    stated = {name: getattr(config.model, name) or 0 for name in USUAL_SIZES}
+    if all(stated[name] <= most for name, most in USUAL_SIZES.items()):
+        return
+    with torch.device("meta"):  # allocates nothing
+        model, _ = build_model(config.model.name, arguments, num_classes)
+    weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    needed = 16 * weights  # bytes of float32 weights, gradients and two moments
+    there = memory() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        options = ", ".join(f"model.{name}={value}" for name, value in stated.items() if value)
+        raise ConfigError(
+            f"{options}: {weights / 1e6:,.0f} M weights need {needed / 2**30:,.0f} GiB with their gradients and "
+            f"moments, and {device} has {there / 2**30:,.0f} GiB; use smaller ones"
+        )
 
 
 def check_latents(config: Config, sources: Sources) -> None:
