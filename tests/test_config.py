@@ -69,7 +69,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path):
         "train.betas: got [0.9]",
         "train.warmup: got 5",
         "train.lr: got 'none'",
-        "train.batch_size: got '0.5' (command line), expected a whole number of at least 1",
+        "train.batch_size: got '0.5' (command line), expected a whole number from 1 to 1,000,000",
         "run.progress: got 'maybe' (command line), expected true or false",
         "methods: got ['image_sise']",
     ):
