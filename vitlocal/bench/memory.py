@@ -93,11 +93,15 @@ def input_bytes(model: nn.Module, size: int) -> int:
     return 3 * size**2
 
 
-def count_memory(config: Config, images: int) -> list[SizeMemory]:
+def count_memory(
+    config: Config, images: int, counted: dict[tuple[int, bool], tuple[int, int]] | None = None
+) -> list[SizeMemory]:
     """The memory at each image size of the recipe, on one GPU, for an epoch of ``images`` images.
 
-    Options that are "auto" are those of a recent GPU: bf16, compiled, with the fused kernel.
+    Options that are "auto" are those of a recent GPU: bf16, compiled, with the fused kernel. ``counted`` keeps the
+    bytes of steps, by size and whether compiled, for calls that differ in ``train.grad_accum_steps`` alone.
     """
+    counted = {} if counted is None else counted
     train, augment = config.train, config.augment
     with torch.device("meta"):  # only the shapes are needed
         model, _ = make_model(config, 1000, torch.device("meta"))
@@ -107,6 +111,11 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
 
     def fused(size: int) -> bool:
         return train.kernel != "plain" and size // patch <= MAX_WIDTH
+
+    def bytes_of(size: int, compiled: bool) -> tuple[int, int]:
+        if (size, compiled) not in counted:
+            counted[size, compiled] = step_bytes(model, size, precision, fused(size), compiled)
+        return counted[size, compiled]
 
     context = MethodContext(
         config.recipe, images, lambda size: activation_bytes(model, size, precision, fused(size)), mac_counter(model),
@@ -121,10 +130,10 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
         at_once = -(-batch // train.grad_accum_steps)
         captures = train.cuda_graphs == "yes" or is_small(batch, count_macs(model, size))
         graphs = compiled and captures and train.cuda_graphs != "no" and train.grad_accum_steps == 1
-        fixed, each = step_bytes(model, size, precision, fused(size), compiled)
+        fixed, each = bytes_of(size, compiled)
         step = fixed + at_once * each
         if compiled:  # an epoch's last batch runs eagerly, in parts of half the size (TrainStep._parts)
-            fixed, each = step_bytes(model, size, precision, fused(size), compiled=False)
+            fixed, each = bytes_of(size, compiled=False)
             eager = fixed + (at_once if has_batch_norm(model) else -(-at_once // 2)) * each
             if graphs:  # whose memory no other work can use
                 captured[size] = step
@@ -143,9 +152,9 @@ def count_memory(config: Config, images: int) -> list[SizeMemory]:
 
 def fitting_parts(config: Config, images: int, limit: int) -> int | None:
     """The smallest power of two, times ``train.grad_accum_steps``, of parts of a batch that fit; None if none do."""
-    parts = config.train.grad_accum_steps
+    parts, known = config.train.grad_accum_steps, dict[tuple[int, bool], tuple[int, int]]()
     while 2 * parts <= config.train.batch_size:
-        counted = count_memory(replace(config, train=replace(config.train, grad_accum_steps=parts)), images)
+        counted = count_memory(replace(config, train=replace(config.train, grad_accum_steps=parts)), images, known)
         if max(memory.total for memory in counted) <= limit:
             return parts
         parts *= 2
