@@ -18,9 +18,12 @@ os.environ["run.device"] = "cpu"
 # Compiled code, which is otherwise kept in the home folder.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/vitlocal-tests-{os.getuid()}/inductor")
 os.environ.setdefault("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/vitlocal-tests-{os.getuid()}/triton")
+# Its compiler's own processes would import PyTorch again, in each process that compiles.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
+from counted_once import count_once
 from fake_images import FakeImages, commit_often, contents, write_config
 from latent_files import options as latent_options
 from latent_files import use_stand_in
@@ -35,6 +38,10 @@ from vitlocal.report.page import read_run
 from vitlocal.train.trainer import Trainer
 from vitlocal.write_options import WriteOptions
 
+# What children of the forkserver run is imported there, once.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["vitlocal.data.writer.write", "vitlocal.train.command"]
+)
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
 
 TRAIN_PER_CLASS = 6
@@ -46,6 +53,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip('needs the extra: pip install "vitlocal[ffcv]"')
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def costs_are_counted_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        count_once(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +181,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(scope="module")
 def frequent_commits() -> Iterator[None]:
     """Writes commit after every chunk of a few rows. Meanwhile, the server for child processes starts."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["vitlocal.data.writer.write"])
     multiprocessing.forkserver.ensure_running()
     with pytest.MonkeyPatch.context() as patch:
         commit_often(patch.setattr)

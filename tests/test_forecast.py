@@ -19,6 +19,7 @@ from vitlocal.storage import recipe_stages
 from vitlocal.train.command import train
 from vitlocal.train.simulate import Speed, spend
 
+OURS = ["--config-file=rcfg/ours.yaml", "--model.depth=2"]  # counting the memory of twelve blocks takes 15 s
 SPEEDS = {32: Speed(100.0, 10), 64: Speed(25.0, 10)}
 
 
@@ -123,7 +124,7 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
 
 
 def test_a_forecast_for_another_machine(capsys):
-    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:1000", "--budgets=12h"])
+    main(["forecast", *OURS, "--rates=224:1000", "--budgets=12h"])
     out = capsys.readouterr().out
     assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
     last = next(line for line in out.splitlines() if line.startswith("224"))
@@ -132,7 +133,7 @@ def test_a_forecast_for_another_machine(capsys):
 
 def test_a_curriculum_that_the_budget_does_not_finish_fits_other_budgets(capsys):
     """The last size gets as much time as the size before it, and not none."""
-    main(["forecast", "--config-file=rcfg/ours.yaml", "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
+    main(["forecast", *OURS, "--rates=224:50", "--budgets=6h", "--budget.length=1h"])
     out = capsys.readouterr().out
     assert "the budget ends before" in out and "192px until" in out
     given = re.search(r'--image_size.stages="(.*)"', out)[1]

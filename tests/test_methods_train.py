@@ -63,7 +63,7 @@ METHODS = {
                           "--autoprog.moments=keep", "--autoprog.loss_of=online", "--autoprog.loss_on=val",
                           "--autoprog.loss_at=0.5,1"],
     "autoprog given": ["--methods=autoprog", "--autoprog.schedule=2@16px,3@32px,3@48px,4@48px"],
-    "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=8"],
+    "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=4"],
     "unfreeze given": ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px",
                        "--unfreeze.stage_init_std=0.02", "--model.drop_path=0", "--unfreeze.groups=top",
                        "--unfreeze.non_blocks=head", "--unfreeze.moments=reset"],
@@ -74,18 +74,18 @@ METHODS = {
     "trilevel and autoprog": ["--methods=trilevel,autoprog", "--trilevel.levels=examples", *UPDATES, *SEARCH],
     "trilevel and autoprog of sizes": ["--methods=trilevel,autoprog", "--autoprog.space=size", *UPDATES, *SEARCH],
     "autoprog of sizes and unfreeze": ["--methods=autoprog,unfreeze", "--autoprog.space=size", *SEARCH,
-                                       "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=8"],
+                                       "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=4"],
     "budgeted and connections": ["--methods=budgeted,trilevel", "--trilevel.levels=attention", *UPDATES],
     "budgeted and unfreeze": ["--methods=budgeted,unfreeze", "--budgeted.grow=heads,hidden",
                               "--unfreeze.size_multiple=16",
-                              "--unfreeze.probe_batch_size=8"],
+                              "--unfreeze.probe_batch_size=4"],
     "trilevel and unfreeze": ["--methods=trilevel,unfreeze", *UPDATES, "--unfreeze.size_multiple=16",
-                              "--unfreeze.probe_batch_size=8"],
+                              "--unfreeze.probe_batch_size=4"],
     "strength and trilevel": ["--methods=strength,trilevel", "--strength.by=budget", *UPDATES],
     "sizes and strength": ["--methods=image_size,strength", "--augment.randaugment=9"],
     "strength and budgeted": ["--methods=strength,budgeted", "--strength.by=budget", "--augment.randaugment=9"],
     "strength and unfreeze": ["--methods=strength,unfreeze", "--strength.by=budget", "--unfreeze.size_multiple=16",
-                              "--unfreeze.probe_batch_size=8"],
+                              "--unfreeze.probe_batch_size=4"],
     "strength and autoprog": ["--methods=strength,autoprog", "--strength.by=budget", "--autoprog.grow_augmentation=no",
                               *SEARCH],
     "budgeted and batches": ["--methods=budgeted,batch_size", "--batch_size.limit=64"],
@@ -93,8 +93,8 @@ METHODS = {
     "trilevel and batches": ["--methods=trilevel,batch_size", "--batch_size.limit=64", *UPDATES],
     "autoprog and batches": ["--methods=autoprog,batch_size", "--batch_size.limit=64", *SEARCH],
     "unfreeze and batches": ["--methods=unfreeze,batch_size", "--batch_size.limit=64", "--unfreeze.size_multiple=16",
-                             "--unfreeze.probe_batch_size=8"],
-    "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=8"],
+                             "--unfreeze.probe_batch_size=4"],
+    "sizes and unfreeze": ["--methods=image_size,unfreeze", "--unfreeze.min_scale=1", "--unfreeze.probe_batch_size=4"],
 }  # fmt: skip
 
 
@@ -331,7 +331,10 @@ def test_a_model_without_a_needed_part_leaves_no_folder(configure, decoder, tmp_
 PROGRAM = """
 import json, sys
 from pathlib import Path
+import pytest
 import torch.distributed as dist
+sys.path.append(sys.argv[2])  # the folder of the tests
+from counted_once import count_once
 from vitlocal.config import read_config
 from vitlocal.machine import leave
 from vitlocal.report.page import read_run
@@ -350,6 +353,7 @@ def once(ranks, device):  # torchrun's store brings processes together once
 Ranks.connect, Ranks.close = once, lambda ranks: None
 command.write_report = read_run  # the page takes longer than the run
 Prober._seconds = lambda prober, probe, plan: 1e-9 * prober._macs(probe.size, probe.shape)
+count_once(pytest.MonkeyPatch().setattr)
 for options in json.loads(Path(sys.argv[1]).read_text()):
     assert command.train(read_config(options, {})) == 0
 leave(0)  # as the command does: gloo's threads may abort a process that takes itself apart
@@ -381,7 +385,13 @@ def test_two_processes_agree_on_every_plan(configure, decoder, folder: Path, tmp
     program.write_text(PROGRAM)
     listed.write_text(json.dumps(runs))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*start, str(program), str(listed)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*start, str(program), str(listed), str(Path(__file__).parent)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     for name in names:
         folders = [tmp_path / f"{count}-{_folder(name)}" for count in ("one", "two")]
@@ -404,7 +414,7 @@ def _text(value) -> str:
 
 def test_two_methods_have_probes_at_one_point(configure, decoder, tmp_path: Path):
     """A new subset is known before the next probe."""
-    options = ["--methods=trilevel,unfreeze", "--trilevel.levels=examples", *UPDATES, "--unfreeze.probe_batch_size=8",
+    options = ["--methods=trilevel,unfreeze", "--trilevel.levels=examples", *UPDATES, "--unfreeze.probe_batch_size=4",
                "--unfreeze.size_multiple=16"]  # fmt: skip
     assert train(configure(*COMMON, *options)) == 0
     state = load_checkpoint(tmp_path / "run" / CHECKPOINT)["methods"]
