@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -131,8 +132,15 @@ def test_wrong_arguments(
     monkeypatch.chdir(tmp_path)
     if arguments[0] == "loader":
         arguments = [*arguments, "--data", str(folder)]
-    with pytest.raises(ConfigError):
-        main(arguments)
-    assert run_command(main, arguments) == 2
+    raised: list[Exception] = []
+
+    def watched(words: Sequence[str]) -> None:
+        try:
+            main(words)
+        except ConfigError as error:
+            raised.append(error)
+            raise
+
+    assert run_command(watched, arguments) == 2 and raised
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.beton"))
