@@ -191,12 +191,12 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
         cmdclass={"build_ext": BuildCore, "build_py": BuildPackage, "bdist_wheel": PlatformWheel},
         entry_points={
             "console_scripts": [
-                "vitlocal-write = vitlocal.write_dataset:run",
-                "vitlocal-train = vitlocal.train.__main__:run",
-                "vitlocal-predict = vitlocal.predict:run",
-                "vitlocal-sample = vitlocal.sample:run",
-                "vitlocal-export = vitlocal.export:run",
-                "vitlocal-bench = vitlocal.bench.__main__:run",
+                "vitlocal-write = vitlocal.launch:write",
+                "vitlocal-train = vitlocal.launch:train",
+                "vitlocal-predict = vitlocal.launch:predict",
+                "vitlocal-sample = vitlocal.launch:sample",
+                "vitlocal-export = vitlocal.launch:export",
+                "vitlocal-bench = vitlocal.launch:bench",
             ]
         },
         # Build backends read it. `python setup.py build_ext` would install eggs, and finds what it needs itself.

@@ -4,7 +4,7 @@ Any option may be overridden, for example --data.loader=torchvision; --help list
 run that was stopped.
 """
 
-from vitlocal.train.__main__ import run
+from vitlocal.launch import train
 
 if __name__ == "__main__":
-    run()
+    train()

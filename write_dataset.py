@@ -4,9 +4,7 @@
 killed, start it again: it continues.
 """
 
-import sys
-
-from vitlocal.write_dataset import run
+from vitlocal.launch import write
 
 if __name__ == "__main__":
-    sys.exit(run())
+    write()

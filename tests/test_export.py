@@ -8,7 +8,7 @@ import torch
 from latent_files import StandIn
 
 from vitlocal import export
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, run_command
 from vitlocal.models.factory import build_model, export_model
 
 CLASSES = ["disc", "star", "ring"]
@@ -64,6 +64,6 @@ def test_another_autoencoder_is_refused(tmp_path: Path, monkeypatch):
 def test_what_diffusers_has_no_form_for(tmp_path: Path, monkeypatch, capsys, name: str, message: str):
     run = a_run(tmp_path / "run", name)
     monkeypatch.setattr("sys.argv", ["export", "--run", str(run)])
-    assert export.run() == 2
+    assert run_command(export.main) == 2
     assert message in capsys.readouterr().err
     assert not (run / "diffusers").exists()

@@ -42,7 +42,7 @@ def test_an_unknown_name_is_an_attribute_error():
 )
 def test_help_and_wrong_options_need_no_torch(arguments: str, text: str):
     code = f"import sys\nsys.argv = ['train_imagenet.py', *{arguments}]\n"
-    code += "from vitlocal.train.__main__ import main, run_command\n"
+    code += "from vitlocal.errors import run_command\nfrom vitlocal.train.__main__ import main\n"
     code += "try: sys.exit(run_command(main))\nexcept SystemExit: pass"
     loaded, done = loaded_by(code)
     assert loaded == set() and text in done.stdout + done.stderr

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     ("paths",),
     ("errors", "machine", "jsonl", "progress"),
+    ("launch",),
     ("plan", "curriculum"),
     ("options", "schedule"),
     ("config_reader",),

@@ -1,11 +1,19 @@
 """The errors that a user can fix, signals, and how the commands report both."""
 
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from io import TextIOWrapper
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
+
+# Ctrl-C, and how terminals, schedulers and clouds announce that they will end a process.
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
+)  # fmt: skip
+DOUBLE_SECONDS = 1.0  # two SIGINT within this time are one Ctrl-C, which torchrun sends to its processes again
 
 
 class ConfigError(ValueError):
@@ -37,45 +45,94 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A context in which ``handler`` handles the stop signals. One that was ignored, as by nohup, stays ignored.
+
+    In another thread than the main one, nothing changes: Python allows handlers there only.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def interrupts(received: list[int] | None = None) -> AbstractContextManager[None]:
+    """A context in which a stop signal raises :class:`Interrupted`, and is appended to ``received``."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if received is not None:
+            received.append(number)
+        raise Interrupted(number)
+
+    return handled_by(interrupt)
+
+
+def ends_at_once() -> AbstractContextManager[None]:
+    """A context in which a stop signal ends the process at once: for imports, some of which swallow exceptions."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        note("interrupted\n")
+        os._exit(128 + number)
+
+    return handled_by(end)
+
+
 class StopSignals:
-    """Stores the first SIGINT or SIGTERM in :attr:`received`. A second one raises :class:`Interrupted`."""
+    """Stores the first stop signal in :attr:`received`. A Ctrl-C that follows raises :class:`Interrupted`.
+
+    Others that follow are ignored. Schedulers send several, such as SIGTERM two minutes after SIGUSR1, and until they
+    kill the process it may save.
+    """
 
     def __init__(self, prints: bool = True):
         self.received: signal.Signals | None = None
-        self._prints = prints
+        self._prints, self._at = prints, 0.0
 
-    @contextmanager
-    def handled(self) -> Iterator[None]:
+    def handled(self) -> AbstractContextManager[None]:
         """A context in which the signals are handled."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled_by(self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._at = signal.Signals(number), time.monotonic()
+            if self._prints:
+                note("\nstopping after this step, and saving; Ctrl-C again stops at once\n")
+        elif number == signal.SIGINT and time.monotonic() - self._at > DOUBLE_SECONDS:
             raise Interrupted(number)
-        self.received = signal.Signals(number)
-        if self._prints:
-            print("\nstopping after this step, and saving; send the signal again to stop at once", file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """Writes to standard error from a signal handler, which may have interrupted a print."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs ``main(argv)``, and turns errors that a user can fix into one message and an exit status.
 
-    Returns 0 on success, 130 after Ctrl-C and 143 after SIGTERM. A :class:`ConfigError` gives 2. A :class:`DataError`,
-    a :class:`DeviceMemoryError` or an ``OSError`` (such as a full disk) gives 1. Any other error is ours and keeps its
-    traceback.
+    Returns 0 on success, and 128 and its number after a stop signal: 130 after Ctrl-C. A :class:`ConfigError` gives 2.
+    A :class:`DataError`, a :class:`DeviceMemoryError` or an ``OSError`` (such as a full disk) gives 1. Any other
+    error is ours and keeps its traceback.
     """
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file need not be Unicode
+    received: list[int] = []
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
-    except (ConfigError, DataError, DeviceMemoryError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        with interrupts(received):
+            return main(sys.argv[1:] if argv is None else argv) or 0
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        return 128 + getattr(error, "number", signal.SIGINT)
+        received.append(getattr(error, "number", signal.SIGINT))
+    except Exception as error:
+        if not received:  # or else it comes from C code that was interrupted
+            if not isinstance(error, (ConfigError, DataError, DeviceMemoryError, OSError)):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+    print("interrupted", file=sys.stderr)
+    return 128 + received[0]

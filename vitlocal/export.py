@@ -1,13 +1,17 @@
 """Exports a trained diffusion model: python -m vitlocal.export --run runs/x --export diffusers --vae FOLDER"""
 
+if __name__ == "__main__":  # first, so that signals are handled while PyTorch is imported
+    from vitlocal.launch import export
+
+    export()
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from vitlocal.errors import ConfigError, run_command
+from vitlocal.errors import ConfigError
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import export_diffusers
 from vitlocal.models.exported import ExportedRun
@@ -53,12 +57,3 @@ def main(argv: Sequence[str]) -> None:
         "that DiT was trained with:\n"
         "for block in pipe.transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
     )
-
-
-def run() -> int:
-    """Runs the command; returns its exit status."""
-    return run_command(main)
-
-
-if __name__ == "__main__":
-    sys.exit(run())

@@ -1,8 +1,12 @@
 """Classifies photos with a trained run: python -m vitlocal.predict --run runs/x photo.jpg [more.jpg …]"""
 
+if __name__ == "__main__":  # first, so that signals are handled while PyTorch is imported
+    from vitlocal.launch import predict
+
+    predict()
+
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from vitlocal.data.augment import Normalize
 from vitlocal.data.crops import CropPolicy, cut
 from vitlocal.data.images import decode_rgb
 from vitlocal.data.native import native_box, native_policy
-from vitlocal.errors import ConfigError, run_command
+from vitlocal.errors import ConfigError
 from vitlocal.models.exported import ExportedRun
 from vitlocal.tasks.metrics import task_name
 
@@ -65,12 +69,3 @@ def main(argv: Sequence[str]) -> None:
         print(photo)
         for name, probability in predictor(decode_rgb(Path(photo).read_bytes(), photo, "leave it out, or restore it")):
             print(f"  {100 * probability:5.1f} %  {name}")
-
-
-def run() -> int:
-    """Runs the command; returns its exit status."""
-    return run_command(main)
-
-
-if __name__ == "__main__":
-    sys.exit(run())

@@ -1,5 +1,10 @@
 """Draws images with a trained diffusion model: python -m vitlocal.sample --run runs/x --classes 3,goldfish --count 8"""
 
+if __name__ == "__main__":  # first, so that signals are handled while PyTorch is imported
+    from vitlocal.launch import sample
+
+    sample()
+
 import difflib
 import json
 import os
@@ -19,7 +24,7 @@ from tqdm import tqdm
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.data.autoencoder import Autoencoder
-from vitlocal.errors import ConfigError, Interrupted, StopSignals, run_command
+from vitlocal.errors import ConfigError, Interrupted, StopSignals
 from vitlocal.models.exported import ExportedRun, file_digest
 from vitlocal.options import COUNT, TEXT, Choice, Number, messages, option
 from vitlocal.tasks.memory import explained_memory_errors
@@ -221,12 +226,3 @@ def main(argv: Sequence[str]) -> None:
         record = sampler.record() | asdict(how) | {"seed": options.seed, "samples": samples}
         (folder / "samples.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{len(samples)} images of {len(classes)} classes, grid.png and samples.json are in {out}")
-
-
-def run() -> int:
-    """Runs the command; returns its exit status."""
-    return run_command(main)
-
-
-if __name__ == "__main__":
-    sys.exit(run())

@@ -1,7 +1,11 @@
 """python -m vitlocal.bench NAME: runs a bench. Only the module of that bench is imported."""
 
+if __name__ == "__main__":
+    from vitlocal.launch import bench
+
+    bench()
+
 import os
-import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -10,7 +14,7 @@ from pathlib import Path
 # Waiting threads must sleep, as in the trainer. PyTorch reads this variable when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitlocal.errors import ConfigError, run_command
+from vitlocal.errors import ConfigError, ends_at_once
 
 BENCHES = (
     "arms", "augment", "card", "clock", "compiled", "forecast", "gpu", "kernel", "loader", "paper", "profile",
@@ -29,14 +33,7 @@ def main(argv: Sequence[str]) -> int | None:
         hint = "".join(f"; did you mean {name}?" for name in get_close_matches(" ".join(argv[:1]), BENCHES, n=1))
         found = argv[0] if argv else "none"
         raise ConfigError(f"expected the name of a bench ({', '.join(BENCHES)}), got {found}{hint}")
-    status: int | None = import_module(f"vitlocal.bench.{argv[0]}").main(argv[1:])
+    with ends_at_once():
+        module = import_module(f"vitlocal.bench.{argv[0]}")
+    status: int | None = module.main(argv[1:])
     return status
-
-
-def run() -> int:
-    """Runs the command; returns its exit status."""
-    return run_command(main)
-
-
-if __name__ == "__main__":
-    sys.exit(run())

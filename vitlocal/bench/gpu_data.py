@@ -4,10 +4,14 @@ python -m vitlocal.bench.gpu_data photos FOLDER [SOURCE]          some photos, a
 python -m vitlocal.bench.gpu_data files FOLDER PHOTOS TRAIN VAL SIDES   the data, each photo many times
 """
 
+if __name__ == "__main__":  # first, so that signals are handled while PyTorch is imported
+    from vitlocal.launch import launch
+
+    launch("bench.gpu_data")
+
 import io
 import json
 import os
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +21,7 @@ from PIL import Image
 from vitlocal.bench.gpu import ABOUT
 from vitlocal.data.images.sample import SampleImages
 from vitlocal.data.writer.write import write
-from vitlocal.errors import ConfigError, run_command
+from vitlocal.errors import ConfigError
 from vitlocal.machine import cores
 from vitlocal.write_options import WriteOptions
 
@@ -114,7 +118,3 @@ def main(argv: Sequence[str]) -> None:
             write_files(Path(folder), Path(photos), {"train": int(train), "val": int(val)}, sides)
         case _:
             raise ConfigError(f"got {' '.join(argv) or 'nothing'}, expected:\n{__doc__}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

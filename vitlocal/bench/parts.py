@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from vitlocal.bench.card import smi
-from vitlocal.errors import DataError, Interrupted
+from vitlocal.errors import DataError, interrupts
 from vitlocal.jsonl import replacing
 
 ROOT = Path(__file__).parent.parent.parent
@@ -119,7 +118,7 @@ class PartRunner:
         self.work.mkdir(parents=True, exist_ok=True)
         ends, scale = time.monotonic(), 60 * self.minutes / sum(share for _, share, _ in parts)
         try:
-            with _sigterm_interrupts():
+            with interrupts():
                 for name, share, work in parts:
                     ends += scale * share
                     self._run(name, work, ends)
@@ -182,17 +181,3 @@ class PartRunner:
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with suppress(ProcessLookupError):  # its whole group has ended
         os.killpg(process.pid, number)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises Interrupted in the block, as Ctrl-C raises KeyboardInterrupt."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,39 +4,36 @@ import gc
 import os
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
 BEGAN = time.monotonic()  # imports count in a budget that counts all time
 
 # PyTorch's and the loader's threads share the cores, so waiting threads must not spin. Read when PyTorch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitlocal.errors import ConfigError, run_command
-from vitlocal.machine import leave
+from vitlocal.errors import ConfigError, ends_at_once
 from vitlocal.paths import TRAIN
 
 
 def main(argv: Sequence[str]) -> int:
-    # Imported here, so that Ctrl-C is handled and wrong options are reported before PyTorch is loaded. Collecting
-    # garbage among the imported objects would take a quarter of that time.
+    # Imported here, so that wrong options are reported before PyTorch is loaded. Collecting garbage among the imported
+    # objects would take a quarter of that time.
     gc.disable()
-    from vitlocal.config import read_config
+    with ends_at_once():
+        from vitlocal.config import read_config
 
     if not argv and not any("." in name for name in os.environ):  # which may have options too
         raise ConfigError(f"no recipe is named; for example: {TRAIN} --config-file rcfg/ours.yaml; see --help")
     config = read_config(argv)
 
-    from vitlocal.train.command import train
+    with ends_at_once():
+        from vitlocal.train.command import train
 
     gc.freeze()
     gc.enable()
     return train(config, BEGAN)
 
 
-def run() -> NoReturn:
-    """Runs the command, and ends the process with its exit status."""
-    leave(run_command(main))
-
-
 if __name__ == "__main__":
-    run()
+    from vitlocal.launch import train
+
+    train()

@@ -1,7 +1,6 @@
 """The command ``train_imagenet.py``: builds or continues a run, trains, exports and reports."""
 
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def train(config: Config, began: float | None = None) -> int:
         ):
             name, step = trainer.stop_signal.name, state.clock.step
             say(f"stopped by {name} at step {step}, everything is saved; the same command continues")
-            return 130 if trainer.stop_signal is signal.SIGINT else 143
+            return 128 + trainer.stop_signal
         if output is None:
             return 0
         export(run, output.folder)

@@ -8,11 +8,9 @@ from the journal. The files get their final names when all are complete.
 import hashlib
 import re
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from vitlocal.data.native import Encoder
 from vitlocal.data.writer.encode import Chunk, EncodeJob, encode_chunks, encode_image
 from vitlocal.data.writer.journal import FIELDS, NO_FIELDS, SourceState, SplitFiles, byte_words, difference
 from vitlocal.data.writer.latents import encode_latents
-from vitlocal.errors import ConfigError, DataError, Interrupted, UndecodableImage
+from vitlocal.errors import ConfigError, DataError, UndecodableImage, interrupts
 from vitlocal.jsonl import replacing
 from vitlocal.machine import cores
 from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
@@ -91,7 +89,7 @@ def write(options: WriteOptions, images: ImageSet | None = None, progress: bool 
     autoencoder = _open_autoencoder(options, stored)
     out = Path(options.out)
     work, manifest_path = out / work_name(options.split), out / f"{options.split}.json"
-    with _sigterm_interrupts():
+    with interrupts():  # what is written remains valid at any point, as after a kill
         if images is None:
             images = open_images(options.source, options.split, source_choice(options))
         if progress:
@@ -206,24 +204,6 @@ def _kind(manifest: Manifest) -> str:
 def _save_class_names(out: Path, manifest: Manifest) -> None:
     with replacing(out / CLASSES_NAME, "wb") as file:  # the name of a folder need not be UTF-8
         file.writelines(f"{name}\n".encode("utf-8", "surrogateescape") for name in manifest.classes)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises an error, as Ctrl-C does. What is written then remains valid at any point, as after a kill."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted(number)
-
-    before = signal.getsignal(signal.SIGTERM)
-    handles = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
-    if handles:
-        signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        if handles:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _decodes(images: ImageSet, job: EncodeJob, row: int) -> bool:
