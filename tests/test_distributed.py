@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,8 +81,8 @@ def test_two_processes_train_as_one(folder: Path, alone: Path, tmp_path: Path):
     assert farthest(run, alone) < 1e-5
 
 
-def test_two_stopped_processes_continue_as_one(folder: Path, alone: Path, tmp_path: Path, capsys):
-    """All processes get SIGTERM, as from torchrun. Then a single process continues from the checkpoint."""
+def test_processes_whose_launcher_is_killed_save_and_one_continues(folder: Path, alone: Path, tmp_path: Path, capsys):
+    """Linux sends them SIGTERM. Then a single process continues from the checkpoint."""
     run = tmp_path / "run"
     process = subprocess.Popen(command(2, folder, run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)  # fmt: skip
@@ -89,15 +90,50 @@ def test_two_stopped_processes_continue_as_one(folder: Path, alone: Path, tmp_pa
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode != 0 and len(losses(run)) < 3
+    process.kill()
+    out, err = process.communicate(timeout=120)  # returns when the last process has closed its output
+    assert "stopped by SIGTERM at step" in out and "Traceback" not in err and len(losses(run)) < 3
     assert (run / "checkpoints" / "last.pt").exists()
     capsys.readouterr()
     assert train(read_config(options_of(folder, run), {})) == 0
     assert "continuing at epoch" in capsys.readouterr().out
     assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
     assert farthest(run, alone) < 1e-5
+
+
+def ranks_without_launcher(world: int, words: list[str]) -> list[subprocess.Popen[str]]:
+    """Processes that train together, as Slurm starts them."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "train_imagenet.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=os.environ | {name: str(value) for name, value in own.items()},
+        ) for own in variables
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_signal_to_one_process_ends_all(folder: Path, tmp_path: Path, lost: int, number: signal.Signals):
+    run = tmp_path / "run"
+    options = [*options_of(folder, run), "--budget.length=100000steps", "--methods=none", "--evaluate.every=0"]
+    processes = ranks_without_launcher(3, options)
+    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[lost].send_signal(number)
+    texts = [process.communicate(timeout=60)[0] for rank, process in enumerate(processes) if rank != lost]
+    processes[lost].kill()
+    texts += processes[lost].communicate()
+    assert "Traceback" not in "".join(filter(None, texts)) and "frame #" not in "".join(filter(None, texts))
+    codes = {process.returncode for rank, process in enumerate(processes) if rank != lost}
+    assert codes == {143 if number == signal.SIGTERM else 1} and (run / "checkpoints" / "last.pt").exists()
+    assert number == signal.SIGTERM or all(f"has lost rank {lost} (" in text for text in texts[:2])
 
 
 @pytest.mark.slow
@@ -153,14 +189,16 @@ def test_a_process_that_lost_the_others_reports_it(monkeypatch: pytest.MonkeyPat
     ranks = Ranks(1, 2, 1, 2)
     for hears in (lambda: ranks.broadcast_floats([1.0]), lambda: ranks.broadcast({})):
         with pytest.raises(DataError, match=r"rank 1 has lost the other processes \(Connection closed"):
-            hears()
+            with ranks.named_losses():
+                hears()
 
     def broken(*_, **__) -> None:
         raise RuntimeError("op.preamble.length <= op.nbytes. 32 vs 24")
 
     monkeypatch.setattr(torch.distributed, "broadcast", broken)
     with pytest.raises(RuntimeError, match="preamble"):  # our own mistake keeps its traceback
-        ranks.broadcast_floats([1.0])
+        with ranks.named_losses():
+            ranks.broadcast_floats([1.0])
 
 
 def test_rank_0_decides_the_reserve(configure, decoder, monkeypatch):

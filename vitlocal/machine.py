@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from vitlocal.paths import IN_CHECKOUT
 
 LIBRARIES = ("torch", "torchvision", "timm", "ffcv", "numba", "numpy", "opencv-python", "pillow", "nvidia-dali-cuda120")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def cores() -> int:
@@ -73,6 +75,15 @@ def keep_freed_memory() -> None:
         return
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_threshold, 2**30)
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """The kernel sends this process the signal ``number`` when its parent ends, however that ends. Linux only."""
+    parent, prctl = os.getppid(), getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), number)
 
 
 def freeze_objects() -> None:

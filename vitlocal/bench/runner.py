@@ -1,6 +1,5 @@
 """Arms, the runs that a bench plans for them, and training several runs at a time, each on its share of the machine."""
 
-import ctypes
 import os
 import re
 import signal
@@ -21,15 +20,13 @@ import yaml
 from vitlocal.config import Config, check_same_run, read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
-from vitlocal.machine import memory_stalls
+from vitlocal.machine import end_with_parent, memory_stalls
 from vitlocal.options import as_argument
 from vitlocal.paths import find_recipe
 from vitlocal.storage import methods_writing
 from vitlocal.train.build import check_data
 from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
 
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 
 # The trainer's options that the bench sets for each run, and the remedy if a user sets them.
@@ -247,7 +244,7 @@ def start_trainer(options: Sequence[str], output: Path, on: Sequence[int] = (), 
     def prepare() -> None:
         if on:
             os.sched_setaffinity(0, on)
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
 
     command = [sys.executable, "-m", "vitlocal.train", *options]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -384,8 +384,7 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
     if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
         raise ConfigError("budget.counts: cpu is for one process on a CPU; use run.device=cpu, or budget.counts=train")
     with ExitStack() as opened:
-        ranks.connect(device)
-        opened.callback(ranks.close)
+        opened.enter_context(ranks.connected(device))
         check_ranks(config, ranks)
         opened.callback(gc.unfreeze)
         sources = opened.enter_context(closing(sources_of(config, device, ranks)))

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlocal.data.shares import Share
-from vitlocal.errors import ConfigError, DataError, first_line
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError, first_line
+from vitlocal.train.heartbeat import Heartbeats, join_store, make_store, own_place
 
-LOST = re.compile(r"connection|broken pipe|socket|timed out|timeout", re.IGNORECASE)  # in gloo's errors about a peer
+LOST = re.compile(  # in errors of gloo and NCCL about a peer
+    r"connect(ion| to)|broken pipe|socket|timed out|timeout|nccl(Remote|System)Error|NCCL communicator was aborted",
+    re.IGNORECASE,
+)
 
 
 class Ranks:
@@ -30,6 +34,7 @@ class Ranks:
         self.local_rank, self.local_world_size = local_rank, local_world_size  # on this machine
         self.device = torch.device("cpu")
         self._decisions: Any = None  # a gloo process group
+        self._heartbeats: Heartbeats | None = None
 
     @property
     def first(self) -> bool:
@@ -40,13 +45,48 @@ class Ranks:
     def share(self) -> Share:
         return Share(self.rank, self.world)
 
-    def connect(self, device: torch.device) -> None:
-        """Connects to the other processes, and waits for all of them."""
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """A context in which the processes are connected. Waits for all of them. DataError if one is lost."""
         self.device = device
-        if self.world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        if self.world == 1:
+            yield
+            return
+        with self.named_losses():
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            )
             self._decisions = dist.new_group(backend="gloo")  # on the CPU, so that no decision waits for the device
+            store = make_store(self.world) if self.first else None
+            port = self.broadcast(store and store.port)
+            places: list[Any] = [None] * self.world
+            dist.all_gather_object(places, own_place(), group=self._decisions)
+            self._heartbeats = Heartbeats(store or join_store(port), self.rank, places)
+            yield
+
+    @contextmanager
+    def named_losses(self) -> Iterator[None]:
+        """A context in which a lost connection is a DataError that names the process; it ends the connections."""
+        failed = True
+        try:
+            yield
+            failed = False
+        except RuntimeError as error:
+            if isinstance(error, (DataError, DeviceMemoryError)) or not LOST.search(str(error)):
+                raise
+            if self._heartbeats is None:
+                raise DataError(f"rank {self.rank} has lost the other processes ({first_line(error)})") from error
+            raise DataError(self._heartbeats.explain(error)) from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if self._heartbeats is not None:
+                self._heartbeats.close(failed)
+            self._decisions = self._heartbeats = None
+
+    def any_signal(self, mine: int | None) -> int:
+        """A stop signal that any process has received; 0: none. It is known on all of them within seconds."""
+        return (mine or 0) if self._heartbeats is None else self._heartbeats.any_signal(mine or 0)
 
     def wrap(self, module: nn.Module, uses_all: bool = True) -> nn.Module:
         """``module`` in DistributedDataParallel, which averages gradients during the backward pass.
@@ -69,49 +109,27 @@ class Ranks:
         if self.world == 1:
             return values
         sent = torch.tensor(values, dtype=torch.float64)
-        with self._peers():
-            dist.broadcast(sent, 0, group=self._decisions)
+        dist.broadcast(sent, 0, group=self._decisions)
         return sent.tolist()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, any plain object or tensors on the CPU, on every rank."""
         box = [value]
         if self.world > 1:
-            with self._peers():
-                dist.broadcast_object_list(box, 0, group=self._decisions)
+            dist.broadcast_object_list(box, 0, group=self._decisions)
         return box[0]
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over all ranks, in place. The host waits for the device only when the caller reads the result."""
         if self.world > 1:
-            with self._peers():
-                dist.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     @torch.no_grad()
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Copies rank 0's buffers (BatchNorm's running statistics) to all ranks."""
-        with self._peers():
-            for buffer in buffers if self.world > 1 else ():
-                dist.broadcast(buffer, 0)
-
-    @contextmanager
-    def _peers(self) -> Iterator[None]:
-        """A context that turns gloo's error about a process that has ended into a DataError."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not LOST.search(str(error)):
-                raise
-            raise DataError(
-                f"rank {self.rank} has lost the other processes ({first_line(error)}). Their output says what "
-                "stopped them. After that is fixed, the same command continues from the last checkpoint"
-            ) from error
-
-    def close(self) -> None:
-        if self._decisions is not None:
-            dist.destroy_process_group()
-            self._decisions = None
+        for buffer in buffers if self.world > 1 else ():
+            dist.broadcast(buffer, 0)
 
 
 ALONE = Ranks()

@@ -116,12 +116,13 @@ class Trainer:
         return self.stop_signal is not None
 
     def sync_ranks(self, plan: Plan | None = None) -> None:
-        """Gives all ranks rank 0's time and stop signal. Raises RuntimeError if a rank has another plan."""
-        received, clock, ranks = self.signals.received, self.state.clock, self._ranks
+        """Gives all ranks rank 0's time, and a stop signal of any. Raises RuntimeError if a rank has another plan."""
+        clock, ranks = self.state.clock, self._ranks
         if ranks.world == 1:
             return
+        received = float(ranks.any_signal(self.signals.received))
         check = float(zlib.crc32(repr((plan, clock.step, clock.position)).encode()))
-        seconds, pace, stop, first = ranks.broadcast_floats([*clock.local_time, float(received or 0), check])
+        seconds, pace, stop, first = ranks.broadcast_floats([*clock.local_time, received, check])
         if check != first:
             raise RuntimeError(f"rank {ranks.rank} differs from rank 0: {plan} at step {clock.step}")
         clock.synced = seconds, pace

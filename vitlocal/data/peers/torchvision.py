@@ -3,7 +3,9 @@
 It is the comparison that users know, and the slow reference for tests of the native loader.
 """
 
+import multiprocessing.forkserver
 import os
+import signal
 from collections.abc import Generator, Iterator
 from itertools import tee
 from typing import Any
@@ -18,7 +20,8 @@ from vitlocal.data.images import ImageSet
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import OriginalsSource
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import DataError
+from vitlocal.errors import STOP_SIGNALS, DataError
+from vitlocal.machine import end_with_parent
 
 # (draw, epoch, size): everything that a crop depends on, so that worker processes serve all passes.
 Request = tuple[int, int, int]
@@ -47,8 +50,20 @@ class CropDataset(Dataset):
 
 
 def start_worker(number: int) -> None:
-    # Ctrl-C and schedulers signal the whole process group. The trainer ends the workers itself, after its step.
+    end_with_parent(signal.SIGKILL)
     os.setsid()
+
+
+def start_server() -> None:
+    """Starts the server that forks the workers. They inherit that stop signals are blocked.
+
+    Ctrl-C and schedulers signal all processes. The trainer ends the workers itself, after its step.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def collate(items: list[Crop | DataError]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | DataError:
@@ -74,6 +89,7 @@ class TorchvisionSource(OriginalsSource):
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.requests = Requests()
+        start_server()
         self.loader: DataLoader = DataLoader(
             CropDataset(self.images, self.numbers, self.crops),
             batch_sampler=self.requests,
