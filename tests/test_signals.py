@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,58 @@ def test_a_command_that_only_prints_ends_quietly_with_its_reader():
         assert process.stdout.readline()
         process.stdout.close()
         assert process.wait(60) == 128 + signal.SIGPIPE and process.stderr.read() == ""
+
+
+def test_workers_end_with_a_killed_parent():
+    """The parent is killed before and after the worker asks for the signal; the worker holds the parent's output."""
+    worker = (
+        "import signal, sys, time; from vitlocal.machine import end_with_parent\n"
+        "if sys.argv[1] == 'late':\n    import os; parent, real = os.getppid(), os.getppid\n"
+        "    print('ready', flush=True); os.getppid = lambda: parent\n    while real() == parent: time.sleep(0.01)\n"
+        "    answers = iter([parent, real()]); os.getppid = lambda: next(answers)\n"
+        "end_with_parent(signal.SIGTERM); print('ready', flush=True); time.sleep(60); print('alive', flush=True)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    processes = [start("-c", parent, worker, when) for when in ("early", "late")]
+    for process in processes:
+        with process:
+            assert process.stdout.readline() == "ready\n"
+            process.kill()
+            assert process.communicate(timeout=30) == ("", "")
+
+
+def test_the_slurm_script_of_the_docs_requeues_and_ends(small, folder: Path, tmp_path: Path):
+    """Slurm signals the script, which hands the signal on; then it runs the same script again."""
+    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "reliability.md").read_text(), re.DOTALL)
+    run, stand_ins = tmp_path / "run", {
+        "srun": 'export SLURM_PROCID=0 SLURM_LOCALID=0; exec "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/calls; echo localhost',
+        "python": f'exec {sys.executable} "$@"',
+    }  # fmt: skip
+    config = small(run, "--budget.length=80steps", "--methods=none", "--evaluate.every=0", "--data.workers=1")
+    (tmp_path / "recipe.yaml").write_text(config.yaml())
+    script = script.replace("rcfg/ours.yaml", f"{tmp_path}/recipe.yaml").replace("runs/ours", str(run))
+    (tmp_path / "job.sh").write_text(script)
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
+             "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+
+    def job() -> subprocess.Popen[str]:
+        return subprocess.Popen(["bash", str(tmp_path / "job.sh")], cwd=ROOT, env=os.environ | slurm, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    with job() as process:
+        deadline = time.monotonic() + 120
+        while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)  # to the script alone
+        text = process.communicate(timeout=120)[0]
+    assert process.returncode == 138 and "stopped by SIGUSR1 at step" in text, text
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 7"
+    with job() as process:
+        text = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "continuing at epoch" in text and "done: " in text, text
+    assert (tmp_path / "calls").read_text().count("requeue") == 1

@@ -3,9 +3,11 @@
 It is the comparison that users know, and the slow reference for tests of the native loader.
 """
 
+import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from itertools import tee
 from typing import Any
@@ -21,7 +23,6 @@ from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import OriginalsSource
 from vitlocal.data.shares import BatchSlice
 from vitlocal.errors import STOP_SIGNALS, DataError
-from vitlocal.machine import end_with_parent
 
 # (draw, epoch, size): everything that a crop depends on, so that worker processes serve all passes.
 Request = tuple[int, int, int]
@@ -50,8 +51,15 @@ class CropDataset(Dataset):
 
 
 def start_worker(number: int) -> None:
-    end_with_parent(signal.SIGKILL)
     os.setsid()
+    threading.Thread(target=end_with_trainer, daemon=True).start()
+
+
+def end_with_trainer() -> None:
+    """Ends this worker when the trainer ends. Its parent, the server, would live as long as its workers."""
+    if (trainer := multiprocessing.parent_process()) is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def start_server() -> None:
