@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the bottom up: a file imports only from its own room and from rooms in lower lines.
 ROOMS = (
     ("paths",),
-    ("errors", "machine", "jsonl", "progress"),
+    ("errors", "machine", "jsonl", "progress", "reading"),
     ("launch",),
     ("plan", "curriculum"),
     ("options", "schedule"),

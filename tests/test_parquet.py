@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_images import check_set, contents, fork_pool, make_folder, photo, read_in_child, write_config
 
-from vitlocal.data.images import open_images, parquet
+from vitlocal.data.images import columns, open_images, parquet
 from vitlocal.data.images.find import FILES, PARQUET, format_of
 from vitlocal.data.images.image_set import SourceChoice
 from vitlocal.data.images.parquet import ParquetImages
@@ -479,3 +479,32 @@ def test_forked_processes(tmp_path: Path) -> None:
         thread.start()
         thread.join(60)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("packing", ["none", "zstd"])
+def test_a_row_that_is_too_large_for_a_photo_is_not_read(tmp_path: Path, monkeypatch, packing: str) -> None:
+    """Also one that unpacks to much more than it was packed to, among photos."""
+    large = {"bytes": bytes(3 << 20), "path": None}
+    photos = [{"bytes": photo(k), "path": None} for k in range(3)]
+    cells = [*photos[:2], large] if packing == "none" else [*photos[:2], photos[2], large]
+    table = pyarrow.table({"image": cells, "label": [0, 1] + [2] * (len(cells) - 2)})
+    path = tmp_path / "train-00000-of-00001.parquet"
+    files.write_table(table, path, row_group_size=2, compression=packing)
+    for module in (columns, parquet):
+        monkeypatch.setattr(module, "LARGEST_FILE", 1 << 20)
+    source = open_images(str(tmp_path), "train")
+    monkeypatch.setattr(parquet, "_OpenGroup", None)  # no row group is opened
+    with pytest.raises(UndecodableImage, match=r"parquet/\d: has 31\d{5} bytes, expected at most 1048576"):
+        source.read(len(cells) - 1)
+
+
+def test_labels_of_any_number_do_not_make_classes(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train.parquet", [0, 1 << 40, 1 << 40])
+    assert open_images(str(tmp_path), "train").classes == ("0", str(1 << 40))
+
+
+def test_a_column_of_labels_larger_than_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "train.parquet", ["x" * 5000, "y"])
+    monkeypatch.setattr(columns, "LARGEST_TEXT", 4000)
+    with pytest.raises(ConfigError, match=r"its column 'label' has 5\d{3} bytes, expected at most 4000"):
+        open_images(str(tmp_path), "train")

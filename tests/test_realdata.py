@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from photos import PHOTOS, unpack_photos
 
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import load_manifest
+from vitlocal.data.native import Encoder
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer.write import write
 from vitlocal.plan import Feed
@@ -41,6 +43,15 @@ def test_the_default_files(photos: Path):
     assert [(file.side, file.format) for file in train.files] == [(64, "raw"), (160, "raw"), (256, "jpg"), (400, "jpg")]
     assert [(file.side, file.format) for file in val.files] == [(256, "jpg")]
     assert train.count == val.count == COUNT
+
+
+def test_all_photos_are_whole():
+    encoder = Encoder()
+    with tarfile.open(PHOTOS) as archive:
+        photos = [archive.extractfile(member).read() for member in archive if member.isfile()]
+    assert len(photos) > COUNT
+    for photo in photos:
+        encoder.require_whole(photo)
 
 
 @pytest.mark.parametrize("size", [32, 96, 160, 224])

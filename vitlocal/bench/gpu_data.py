@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from vitlocal.bench.gpu import ABOUT
+from vitlocal.data.images.pixels import open_image
 from vitlocal.data.images.sample import SampleImages
 from vitlocal.data.writer.write import write
 from vitlocal.errors import ConfigError
@@ -58,7 +59,7 @@ def originals(source: str | None) -> Iterator[bytes]:
 
 def encoded(content: bytes, quality: int, enlarges: bool) -> bytes:
     """A photo with a long edge of LONG_EDGE, or less if it is smaller and not enlarged."""
-    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image = open_image(content).convert("RGB")
     scale = LONG_EDGE / max(image.size)
     if scale < 1 or enlarges:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

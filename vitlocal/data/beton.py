@@ -17,6 +17,8 @@ from vitlocal.data.fields import IMAGE as IMAGE_FIELD
 from vitlocal.data.fields import INT as INT_FIELD
 from vitlocal.data.native import ROW
 from vitlocal.errors import DataError
+from vitlocal.machine import memory
+from vitlocal.reading import open_regular
 
 VERSION = 2
 JPG, RAW = 0, 1  # `mode` of an image
@@ -101,9 +103,14 @@ class MappedFile:
         self.fields: dict[str, FieldType] = {}
         self.latent: FieldType | None = None
         self._columns: dict[str, np.ndarray] = {}
-        with open(path, "rb") as file:
-            self.page_size, self.rows, self.labels = self._read(file, classes)
-        self.bytes = np.memmap(path, np.uint8, mode="r")
+        try:
+            with open_regular(path) as file:
+                self.page_size, self.rows, self.labels = self._read(file, classes)
+                self.bytes = np.memmap(file, np.uint8, mode="r")
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read: {error.strerror or error}; check its disk, or restore it"
+            ) from error
 
     def values(self, name: str, rows: np.ndarray) -> Any:
         """The values of a further field for ``rows`` (B,) int64; see :meth:`FieldType.read`."""
@@ -122,7 +129,7 @@ class MappedFile:
             self._require(text not in fields, f"has two fields named {text!r}")
             try:
                 fields[text] = FieldType.stored(int(type_id), arguments)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}: damaged: the type of the field {text!r}: {error}. {_REMEDY}") from error
         return fields
 
@@ -133,6 +140,8 @@ class MappedFile:
         def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
             fits = count <= (length - file.tell()) // dtype.itemsize
             require(fits, f"cut off: its {length} bytes end in its {what}")
+            # A file with holes may have any length.
+            require(4 * count * dtype.itemsize <= memory(), f"needs more memory than there is for its {what}")
             return np.frombuffer(file.read(count * dtype.itemsize), dtype)
 
         header = read(HEADER, 1, "header")[0]

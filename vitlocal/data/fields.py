@@ -18,6 +18,7 @@ _COLUMNS = {FLOAT: np.dtype("<f8"), INT: np.dtype("<i8"), BYTES: _SPAN, ARRAY: n
 ARGUMENT_BYTES = 1024  # of a field's description
 _ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
 NAME_BYTES = 16
+LARGEST_VALUE = 1 << 32  # bytes of an array, as of a page
 
 EXPECTED = "expected int, float, bytes, json, or an array's (dtype, shape)"
 CENTRE_SQUARE = "centre square"  # the crop of latents: vitlocal.data.crops.centre_squares
@@ -56,7 +57,10 @@ class FieldType:
         head = arguments[: _ARRAY_ARGUMENTS.itemsize].view(_ARRAY_ARGUMENTS)[0]
         text = arguments[_ARRAY_ARGUMENTS.itemsize :][: int(head["type_length"])].tobytes()
         ((_, name),) = json.loads(text)
-        return cls(ARRAY, np.dtype(name), tuple(int(side) for side in head["shape"] if side))
+        found = cls(ARRAY, np.dtype(name), tuple(int(side) for side in head["shape"] if side))
+        if found.dtype.kind not in "biufc" or found.dtype.itemsize * math.prod(found.shape) > LARGEST_VALUE:
+            raise ValueError(f"{found}, expected numbers of at most {LARGEST_VALUE} bytes")
+        return found
 
     def __str__(self) -> str:
         kinds = {number: name for name, number in _KINDS.items()}

@@ -18,9 +18,11 @@ from vitlocal.data.fields import LatentForm
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.jsonl import replacing
 from vitlocal.paths import WRITE
+from vitlocal.reading import open_regular, read_whole
 
 VERSION = 1
 PYTHON_SOURCE = "a dataset in Python"  # the spec of images that vitlocal.write stored
+MOST_UNNAMED = 100_000  # classes that labels may have without names
 LATENT_FLAGS = "--format latent --vae FOLDER"  # in commands that a user can complete
 CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, as timm's --class-map
 # Our names, and those of ffcv-imagenet: the largest side, the fraction of JPEGs and their quality.
@@ -103,7 +105,7 @@ class Manifest:
         """
         command = f"{WRITE} --split {path.stem} --out {path.parent}"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_whole(path))
             if content["version"] > VERSION:
                 raise DataError(
                     f"{path} has manifest version {content['version']} of a newer vitlocal; this vitlocal reads "
@@ -116,6 +118,10 @@ class Manifest:
             classes, entries = tuple(content["classes"]), tuple(content["entries"])
             latents = _record(LatentForm, content["latents"]) if "latents" in content else None
             manifest = cls(content["split"], content["count"], classes, files, source, skipped, entries, latents)
+            texts = all(isinstance(text, str) for text in (*classes, *entries))
+            whole = all(type(number) is int for file in files for number in (file.side, file.bytes, file.page_size))
+            if manifest.split != path.stem or not texts or not whole:
+                raise ValueError("it has another split, or values of another type")
             if not manifest.count == len(entries) == source.length - len(skipped):
                 raise ValueError(
                     f"the count is {manifest.count}, but {len(entries)} entries and {len(skipped)} skipped images of "
@@ -132,7 +138,9 @@ class Manifest:
                 f"{path} does not exist: the folder has no finished split {path.stem!r}. Write it with "
                 f"{command}, or name another data folder."
             ) from None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}; restore it") from error
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{path} is damaged: {error!r}. Remove it and write the split again: {command}") from None
 
 
@@ -194,7 +202,7 @@ def manifest_of_ffcv_files(folder: Path, split: str) -> Manifest | None:
     if not any(name["split"] == split for name in names):
         return None
     mapped = [(name, MappedFile(folder / name[0])) for name in names]
-    classes = tuple(str(label) for label in range(max(int(file.labels.max()) for _, file in mapped) + 1))
+    classes = _numbers(folder, max(int(file.labels.max()) for _, file in mapped) + 1)
     mine = [(name, file) for name, file in mapped if name["split"] == split]
     counts = {name[0]: len(file.rows) for name, file in mine}
     if len(set(counts.values())) > 1:
@@ -234,8 +242,18 @@ def manifest_of_file(path: Path, split: str) -> Manifest:
     """A manifest for one file that no manifest describes. Class names are label numbers."""
     file = MappedFile(path)
     side = file.latent.shape[-1] if file.latent else int(max(file.rows["width"].max(), file.rows["height"].max()))
-    classes = tuple(str(label) for label in range(int(file.labels.max()) + 1))
+    classes = _numbers(path, int(file.labels.max()) + 1)
     return _bare_manifest(split, len(file.rows), classes, (_described(file, path.name, side),), latent_form(file, side))
+
+
+def _numbers(path: Path, count: int) -> tuple[str, ...]:
+    """The names of classes without names."""
+    if count > MOST_UNNAMED:
+        raise DataError(
+            f"{path}: has a label {count - 1}, which would be {count} classes without names, expected labels below "
+            f"{MOST_UNNAMED}. Write the files with labels from 0"
+        )
+    return tuple(map(str, range(count)))
 
 
 def _described(file: MappedFile, name: str, side: int) -> BetonFile:
@@ -253,7 +271,7 @@ def _bare_manifest(
 def checksum(path: Path) -> str:
     """``crc32:`` and the CRC-32 of the whole file in 8 hexadecimal digits. The writer joins those of the parts."""
     value = 0
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return f"crc32:{value:08x}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vitlocal.data.images.pixels import open_image
 from vitlocal.report.run_folder import PICTURES, RunRecord
 
 OLDER = 5  # older pictures, from all over the run
@@ -38,7 +39,7 @@ def shown_pictures(folder: Path) -> dict[str, list[tuple[int, Path]]]:
 
 def embedded(path: Path, width: int, quality: int, alt: str) -> str:
     """A picture as an HTML element of at most ``width`` px."""
-    with Image.open(path) as file:
+    with open_image(path) as file:
         image = file.convert("RGB")
     image.thumbnail((width, image.height))
     return f'<img alt="{html.escape(alt)}" src="{image_data(image, "JPEG", quality=quality)}">'

@@ -3,13 +3,13 @@
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vitlocal.data.images.image_set import ImageSet, listed
 from vitlocal.errors import ConfigError
+from vitlocal.reading import read_whole
 
 
 def normalized(name: str) -> str:
@@ -22,7 +22,7 @@ def read_classes(path: str) -> tuple[str, ...]:
     try:
         # Folders need not have names in UTF-8. splitlines() would also split at rare characters within a name.
         # Editors of Windows begin a file with a mark of UTF-8.
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+        lines = read_whole(path).decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise ConfigError(f"--classes {path} cannot be read: {error}; name a text file, one class per line") from None
     names = [line.strip() for line in lines if line.strip()]  # in their own form, so that classes.txt gives its names

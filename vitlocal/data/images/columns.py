@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitlocal.data.images.classes import normalized, numbered_by_rank
-from vitlocal.data.images.image_set import SourceChoice, listed
+from vitlocal.data.images.image_set import LARGEST_FILE, SourceChoice, listed
 from vitlocal.errors import ConfigError
+from vitlocal.reading import LARGEST_TEXT
 
 # The usual names of columns, the best first. Most are those of data sets on Hugging Face and of webdataset.
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
@@ -25,6 +26,7 @@ class RowGroup(NamedTuple):
     number: int  # in its shard
     rows: int
     size: int  # bytes
+    large: int  # bytes of its images, if they are more than photos may have; else 0
 
 
 class Table(NamedTuple):
@@ -72,10 +74,25 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
             names.append([str(name) for name in stated] if isinstance(stated, list) and stated else None)
             for group in range(file.num_row_groups):
                 about = file.metadata.row_group(group)
-                groups.append(RowGroup(number, group, about.num_rows, about.total_byte_size))
+                large = _too_large(about, f"{image}{place}")
+                groups.append(RowGroup(number, group, about.num_rows, about.total_byte_size, large))
+            if sum(group.rows for group in groups if group.shard == number) != len(columns[-1]):
+                raise ConfigError(f"{path}: its row groups have other rows than its labels; download it again")
     labels, classes, notes = _numbered(columns, names, [str(root / name) for name in paths], split)
     reads = (f"images: column '{image}'", f"labels: column '{label}'")
     return Table(f"{image}{place}", reads, notes, labels, classes, groups)
+
+
+def _too_large(about: Any, path: str) -> int:
+    """The bytes of a column of a row group, unpacked, if they are more than photos may have; else 0.
+
+    That is LARGEST_FILE for each row. Photos hardly shrink, so a large column that is packed to a tenth has none.
+    """
+    size = packed = 0
+    for column in map(about.column, range(about.num_columns)):
+        if column.path_in_schema == path:
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+    return size if size > LARGEST_FILE * about.num_rows or size > max(LARGEST_FILE, 10 * packed) else 0
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -83,7 +100,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return {}
 
 
@@ -150,6 +167,11 @@ def _label_values(file: Any, label: str, path: str, split: str) -> np.ndarray:
     """The labels of a shard: (n,) int64, or (n,) object of strings."""
     from pyarrow import types
 
+    groups = map(file.metadata.row_group, range(file.num_row_groups))
+    parts = [about.column(number) for about in groups for number in range(about.num_columns)]
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == label)
+    if size > LARGEST_TEXT:
+        raise ConfigError(f"{path}: its column '{label}' has {size} bytes, expected at most {LARGEST_TEXT} of labels")
     try:
         column = file.read([label], use_threads=False).column(0)
         kind = column.type

@@ -13,8 +13,9 @@ from PIL import Image
 from vitlocal.data.fields import FieldType
 from vitlocal.data.images.pixels import REMEDY, decode_rgb
 from vitlocal.errors import DataError, UndecodableImage
+from vitlocal.reading import open_regular
 
-LARGEST_FILE = 1 << 30  # bytes of an image file: larger than any photo, so a larger one is another kind of file
+LARGEST_FILE = 1 << 29  # bytes of an image file: larger than any photo, so a larger one is another kind of file
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 KINDS = (
@@ -83,7 +84,7 @@ class ImageSet(Protocol):
 def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
     """The ``size`` bytes of a file from ``offset`` on, fewer at its end; -1: all of a file as small as a photo."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             if size < 0:
                 require_photo_size(path, os.fstat(file.fileno()).st_size)
             file.seek(offset)

@@ -11,10 +11,9 @@ from PIL import Image
 from vitlocal.data.fields import FieldType
 from vitlocal.data.images.image_set import ImageSet, read_file
 from vitlocal.data.images.pixels import to_rgb
-from vitlocal.data.manifest import PYTHON_SOURCE
+from vitlocal.data.manifest import MOST_UNNAMED, PYTHON_SOURCE
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
-MOST_UNNAMED = 100_000  # classes that labels may have without names
 EXPECTED = (
     "expected a file's bytes or path, a PIL image, or uint8 pixels (no ToTensor): an array (H, W, 3) or a tensor "
     "(3, H, W)"

@@ -137,6 +137,8 @@ class _RowGroups:
         if self._process != os.getpid():
             self.__setstate__(self.__getstate__())  # a thread of the parent may have held the lock at the fork
         path = self._paths[self._groups[number].shard]
+        if large := self._groups[number].large:  # it is not read
+            return large
         with self._lock:
             group = self._open.pop(number, None)
             try:

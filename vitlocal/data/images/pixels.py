@@ -3,10 +3,13 @@
 import functools
 import io
 import re
+import threading
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError, features
 
+from vitlocal.data.native import Encoder
 from vitlocal.errors import UndecodableImage
 
 SUFFIXES = (
@@ -14,6 +17,10 @@ SUFFIXES = (
     *((".avif",) if "avif" in features.modules and features.check("avif") else ()),  # since Pillow 11.3
 )
 HEIF_SUFFIXES = (".heic", ".heif")
+# Pillow knows more formats. Some of them start programs (EPS: Ghostscript), and few read them as carefully as these.
+EpsImagePlugin.gs_binary = False  # also if torchvision, or a dataset of a user, opens an image
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF", "AVIF", "HEIF")
+LARGEST_EDGE = 1 << 20  # px; decoders of longer rows may need much memory
 
 SKIP = '--on-error skip, or on_error="skip" of vitlocal.write'
 REMEDY = f"restore the file, or write the data folder without such images: {SKIP}"
@@ -36,6 +43,27 @@ def photo_suffixes() -> tuple[str, ...]:
     return SUFFIXES + HEIF_SUFFIXES * register_heif()
 
 
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that Pillow reads here."""
+    register_heif()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(file: bytes | str | Path) -> Image.Image:
+    """Reads the header of an image in one of FORMATS. Raises what Pillow raises, also above its limit of pixels.
+
+    Pillow itself warns of images above its limit, and decodes those of up to twice as many pixels.
+    """
+    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_formats())
+    most = Image.MAX_IMAGE_PIXELS
+    if (most and image.width * image.height > most) or max(image.size) > LARGEST_EDGE:
+        raise Image.DecompressionBombError(
+            f"{image.width} x {image.height} px, expected at most {most} pixels, and {LARGEST_EDGE} in a row or column"
+        )
+    return image
+
+
 def suffix_reason(name: str) -> str:
     """Why a file with this name is not read as a photo: its suffix, with the remedy if there is one."""
     suffix = match[0].lower() if (match := re.search(r"\.(?=\w*[^\W\d])\w{1,9}$", name)) else "no suffix"
@@ -44,15 +72,27 @@ def suffix_reason(name: str) -> str:
     return f"{suffix} (a newer Pillow reads them: `pip install -U pillow`)" if suffix == ".avif" else suffix
 
 
+_local = threading.local()
+
+
+def require_whole(data: bytes, name: str, remedy: str = REMEDY) -> None:
+    """Raises UndecodableImage with ``name`` for a damaged JPEG whose missing pixels Pillow would invent."""
+    if data[:2] == b"\xff\xd8":
+        _local.encoder = getattr(_local, "encoder", None) or Encoder()
+        try:
+            _local.encoder.require_whole(data)
+        except ValueError as error:
+            raise UndecodableImage(f"{name}: {error}; {remedy}") from error
+
+
 def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
-    """Decodes an image of any format that Pillow reads to RGB, upright by its EXIF orientation.
+    """Decodes an image of one of FORMATS to RGB, upright by its EXIF orientation.
 
     16-bit values are scaled, transparent parts become white, and an animation gives its first frame. Raises
     UndecodableImage with `name` if the bytes are not a complete image.
     """
-    register_heif()
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         image.load()
         return to_rgb(image)
     except MemoryError:
@@ -63,7 +103,7 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
         elif isinstance(error, Image.DecompressionBombError):
             problem = f"too large to decode safely: {error}"
         elif isinstance(error, UnidentifiedImageError):
-            problem = "of a format that Pillow does not know"
+            problem = f"of none of the formats {', '.join(_formats())}"
         else:
             problem = str(error) or type(error).__name__
         raise UndecodableImage(
@@ -83,8 +123,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # 16 bits; Pillow's convert would clip at 255
-        deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        deep = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        deep += 128
+        deep //= 257
+        image = Image.fromarray(deep.astype(np.uint8))
     elif image.mode == "F":  # values are in 0..1 or in 0..255
         values = np.nan_to_num(np.asarray(image))
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0

@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,11 @@ import numpy as np
 from vitlocal.data.images.image_set import unreadable
 from vitlocal.data.images.pixels import photo_suffixes
 from vitlocal.errors import ConfigError
+from vitlocal.reading import LARGEST_TEXT, open_regular, read_whole
 
 TINY, KAGGLE = "val_annotations.txt", "LOC_val_solution.csv"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+LARGEST_PART = 1 << 26  # bytes of a file of the devkit; they have less than 1 MB
 EXPECTED_LISTS = (
     f"Kaggle's {KAGGLE}, Tiny ImageNet's {TINY}, or ILSVRC2012_devkit_t12.tar.gz from image-net.org (with {TRUTH})"
 )
@@ -40,7 +43,7 @@ def find_solution(folder: Path, root: Path) -> Solution | None:
         if (path := place / TINY).is_file():
             return _read_lines(path, csv.reader(io.StringIO(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE))
         if (path := place / KAGGLE).is_file():
-            return _read_lines(path, list(csv.reader(io.StringIO(_text(path))))[1:])
+            return _read_lines(path, islice(csv.reader(io.StringIO(_text(path))), 1, None))
         if found := _read_devkit(place):
             return found
     return None
@@ -48,7 +51,7 @@ def find_solution(folder: Path, root: Path) -> Solution | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_whole(path).decode("utf-8-sig")
     except OSError as error:
         raise unreadable(path, error) from error
     except UnicodeDecodeError as error:
@@ -58,7 +61,11 @@ def _text(path: Path) -> str:
 def _read_lines(path: Path, lines: Iterable[list[str]]) -> Solution:
     """Lines are: image, class and perhaps boxes."""
     classes: dict[str, str] = {}
-    for line in filter(None, lines):
+    try:
+        rows = list(filter(None, lines))
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not a list of images and classes ({error}); download it again") from error
+    for line in rows:
         words = line[1].split() if len(line) > 1 else []
         image = image_id(line[0])
         if not words or classes.get(image, words[0]) != words[0]:
@@ -81,14 +88,19 @@ def _read_devkit(place: Path) -> Solution | None:
     where = folders[0] if folders else packed[0]
     try:
         if folders:
-            found = {name: (where / name).read_bytes() for name in (TRUTH, META) if (where / name).is_file()}
+            found = {name: read_whole(where / name, LARGEST_PART) for name in (TRUTH, META) if (where / name).is_file()}
         else:
-            with tarfile.open(where) as tar:
+            before = -1
+            with open_regular(where) as opened, tarfile.open(fileobj=opened) as tar:
                 for member in tar:
+                    # A negative size of a member leads tarfile back to it, and a small file may unpack to terabytes.
+                    if not before < member.offset < LARGEST_TEXT or not 0 <= member.size < LARGEST_PART:
+                        raise tarfile.TarError(f"a file of {member.size} bytes at {member.offset}")
+                    before = member.offset
                     file = tar.extractfile(member) if member.isfile() else None
                     if file and os.path.basename(member.name) in (TRUTH, META):
                         found[os.path.basename(member.name)] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile, gzip and zlib raise many kinds of errors on damaged data
         if isinstance(error, OSError) and error.errno:  # of the disk; gzip raises others
             raise unreadable(where, error) from error
         raise ConfigError(f"{where} cannot be read: {error}; download it again") from error
@@ -104,7 +116,7 @@ def _read_devkit(place: Path) -> Solution | None:
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
         numbers = enumerate(found[TRUTH].split(), 1)
         return Solution(where, {f"ILSVRC2012_val_{k:08}": wnids[int(number)] for k, number in numbers})
-    except (KeyError, ValueError, TypeError, OSError) as error:
+    except Exception as error:  # scipy raises many kinds of errors on damaged data
         raise ConfigError(
             f"{where}: its ground truth and meta.mat do not match ({error!r}); download it again"
         ) from error

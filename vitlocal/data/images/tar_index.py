@@ -13,9 +13,11 @@ from typing import NamedTuple
 from vitlocal.data.images.image_set import unreadable
 from vitlocal.data.images.listing import LeftOut
 from vitlocal.errors import ConfigError
+from vitlocal.reading import open_regular
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # tar fills its last record with zeros
+MOST_LINKS = 40  # that lead to a file, one by one, as on Linux
 LONGEST_RECORD = 1 << 20  # bytes of a long name or of pax records: far more than any file system allows
 UNSUPPORTED = {b"S": "a sparse file", b"M": "the continuation of a file in another volume"}
 WITHOUT_DATA = b"123456"  # links, devices, folders and pipes
@@ -38,8 +40,8 @@ def read_index(path: str, start: int, end: int | None, where: str, left_out: Lef
     found: dict[str, Member] = {}
     links: dict[str, str] = {}
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with open_regular(path) as file:
+            descriptor = file.fileno()
             # It reads only headers, so reading ahead would waste the disk's time.
             getattr(os, "posix_fadvise", lambda *_: None)(descriptor, 0, 0, getattr(os, "POSIX_FADV_RANDOM", 0))
             end = os.fstat(descriptor).st_size if end is None else end
@@ -53,13 +55,11 @@ def read_index(path: str, start: int, end: int | None, where: str, left_out: Lef
                     links[member.name] = posixpath.normpath(posixpath.join(folder, os.fsdecode(link)))
                 elif kind != b"5":
                     left_out.add("not a file", member.name)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise unreadable(path, error) from error
     for name in links:
         target, seen = name, {name}
-        while (target := links.get(target, target)) not in seen:
+        while (target := links.get(target, target)) not in seen and len(seen) <= MOST_LINKS:
             seen.add(target)
         if target in found:
             found[name] = found[target]._replace(name=name)
@@ -147,12 +147,13 @@ def _number(field: bytes) -> int | None:
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
     """Records are "<length> <key>=<value>\\n"; the length is of the whole record."""
-    records = {}
-    while data.rstrip(b"\0"):
-        length = int(data[: data.index(b" ")])
-        key, equals, value = data[data.index(b" ") + 1 : length].partition(b"=")
-        if not equals or not value.endswith(b"\n") or length > len(data):
+    records, start, total = {}, 0, len(data.rstrip(b"\0"))
+    while start < total:
+        space = data.index(b" ", start, start + 20)
+        end = start + int(data[start:space])
+        key, equals, value = data[space + 1 : end].partition(b"=")
+        if not equals or not value.endswith(b"\n") or not space < end <= len(data):
             raise ValueError
         records[key] = value[:-1]
-        data = data[length:]
+        start = end
     return records

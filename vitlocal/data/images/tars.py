@@ -15,6 +15,7 @@ from vitlocal.data.images.pixels import photo_suffixes, suffix_reason
 from vitlocal.data.images.solutions import EXPECTED_LISTS, find_solution, image_id
 from vitlocal.data.images.tar_index import BLOCK, RECORD, Member, read_index
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.reading import open_regular
 
 DOWNLOADED = "ILSVRC2012_img_{}.tar"  # of a split
 
@@ -64,7 +65,7 @@ def class_tars(tars: Sequence[Path], split: str, left_out: LeftOut) -> list[Clas
 def ends_at(tar: ClassTar, offset: int) -> bool:
     """Whether the last member ends ``offset`` bytes after the start: only zeros follow, of at most one record."""
     try:
-        with open(tar.path, "rb", buffering=0) as file:
+        with open_regular(tar.path) as file:
             end = os.fstat(file.fileno()).st_size if tar.end is None else tar.end
             rest, place = end - tar.start - offset, tar.start + offset
             if not (offset and 0 < rest <= 2 * BLOCK + RECORD):
@@ -163,7 +164,7 @@ class TarImages(ImageSet):
         if len(self._files) > 1:  # a process may not keep so many open
             return read_file(path, offset, size)
         try:
-            self._opened = file = self._opened or open(path, "rb", buffering=0)
+            self._opened = file = self._opened or open_regular(path)
             return os.pread(file.fileno(), size, offset)  # it has no position, so forks may share the file
         except OSError as error:
             raise unreadable(path, error) from error

@@ -37,7 +37,7 @@ FORM = np.dtype(
 )  # fmt: skip
 AS_JPEG, AS_RAW, AS_ORIGINAL = 0, 1, 2  # how a photo is stored; AS_ORIGINAL: its own JPEG without metadata
 MESSAGE_BYTES = 200
-_NO_MEMORY, _REFUSED = 3, 5
+_NO_MEMORY, _REFUSED, _WARNED = 3, 5, 7
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
     2: "has another size than the table of the file says: {message}",
@@ -45,6 +45,7 @@ _PROBLEMS = {
     4: "lies outside of the file",
     _REFUSED: "would take too long to decode ({message})",
     6: "has a box that is not inside of the image, or has no area",
+    _WARNED: "is a damaged JPEG ({message})",
 }
 
 
@@ -56,6 +57,7 @@ _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n 
     "encoder_new": (_ADDRESS, ""),
     "encoder_free": (None, "a"),
     "inspect": (_INT, "abna"),
+    "check": (_INT, "abna"),
     "encode": (_INT, "abnannanaa"),
     "box": (None, "annnna"),
     "instructions": (_INT, "i"),
@@ -159,11 +161,21 @@ class Encoder:
         failed = library().vitlocal_inspect(self._encoder, data, len(data), self._photo.ctypes.data)
         return None if failed else self._photo[0]
 
+    def require_whole(self, jpeg: bytes) -> None:
+        """Raises ValueError if parts of a JPEG are damaged, so that a decoder such as Pillow would invent their pixels.
+
+        It decodes the JPEG at an eighth of its size. Files of other formats, and JPEGs that no decoder accepts, pass.
+        """
+        status = library().vitlocal_check(self._encoder, jpeg, len(jpeg), ctypes.byref(self._message))
+        if status in (_REFUSED, _WARNED):
+            raise ValueError(_PROBLEMS[status].format(message=(self._message.value or b"").decode("latin-1")))
+
     def encode(self, photo: bytes | np.ndarray, height: int, width: int, forms: np.ndarray) -> list[bytes] | None:
         """The photo in each of ``forms`` (F,) of FORM, none of them larger than the photo. FFCV's filter shrinks it.
 
         ``photo`` is a JPEG, or pixels (height, width, 3) uint8. If a JPEG cannot be stored AS_ORIGINAL, its ``kind``
-        becomes AS_JPEG. None if a JPEG does not decode without a warning. ValueError if it would take minutes.
+        becomes AS_JPEG. None if libjpeg-turbo rejects a JPEG. ValueError if it would take minutes, or if parts are
+        damaged, so that other decoders would invent their pixels.
         """
         assert forms.dtype == FORM and forms.flags.c_contiguous
         data, pixels = (photo, None) if isinstance(photo, bytes) else (None, photo.ctypes.data)
@@ -175,7 +187,7 @@ class Encoder:
         )  # fmt: skip
         if status == _NO_MEMORY:
             raise MemoryError(f"no memory to encode {width} x {height} px")
-        if status == _REFUSED:
+        if status in (_REFUSED, _WARNED):
             raise ValueError(_PROBLEMS[status].format(message=(self._message.value or b"").decode("latin-1")))
         if status:
             return None

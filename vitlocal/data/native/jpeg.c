@@ -27,9 +27,16 @@ void jpeg_fail(j_common_ptr codec) {
     leave(failure, codec->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT);
 }
 
-/* After a warning, libjpeg continues with invented pixels. Here the image counts as corrupt. */
+/* After most warnings, libjpeg continues with invented pixels. Here the image counts as corrupt. Whole photos of some
+ * cameras and editors have a strange revision of JFIF or Adobe, or bytes between segments or before the end. */
 static void warn(j_common_ptr decoder, int level) {
-    if (level < 0) jpeg_fail(decoder);
+    if (level >= 0) return;
+    const int code = decoder->err->msg_code, before_scans = ((j_decompress_ptr)decoder)->input_scan_number == 0;
+    if (code == JWRN_JFIF_MAJOR || code == JWRN_ADOBE_XFORM) return;
+    if (code == JWRN_EXTRANEOUS_DATA && (before_scans || decoder->err->msg_parm.i[1] == JPEG_EOI)) return;
+    struct failure *failure = decoder->client_data;
+    decoder->err->format_message(decoder, failure->message);
+    leave(failure, WARNED);
 }
 
 static void watch(j_common_ptr decoder) {
@@ -111,6 +118,25 @@ enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, in
         jpeg_read_scanlines(d, &row, 1);
     }
     *region = (struct region){jpeg->pixels, stride, top, (int)first, bottom - top, (int)columns, reduction};
+    return OK;
+}
+
+enum status jpeg_check(struct jpeg *jpeg, const uint8_t *data, size_t bytes) {
+    struct jpeg_decompress_struct *d = &jpeg->decoder;
+    if (setjmp(jpeg->failure.escape)) return jpeg->failure.status;
+    begin(jpeg, data, bytes);
+    jpeg_read_header(d, TRUE);
+    d->scale_num = 1;
+    d->scale_denom = 8;
+    d->out_color_space = d->jpeg_color_space; /* of any number of components */
+    d->dct_method = JDCT_IFAST;
+    d->do_fancy_upsampling = FALSE;
+    jpeg_start_decompress(d);
+    if (!hold(&jpeg->pixels, &jpeg->capacity, (size_t)d->output_width * (size_t)d->output_components)) return NO_MEMORY;
+    while (d->output_scanline < d->output_height) {
+        JSAMPROW row = jpeg->pixels;
+        jpeg_read_scanlines(d, &row, 1);
+    }
     return OK;
 }
 

@@ -24,6 +24,7 @@ enum status {
     OUTSIDE = 4,     /* its bytes are outside of the file, or it has no area */
     REFUSED = 5,     /* it would take too long; see the message */
     BAD_BOX = 6,     /* the box that was given for it is not inside of it, or has no area */
+    WARNED = 7,      /* corrupt, but libjpeg, and so others, would decode it with invented pixels; see the message */
 };
 
 enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, the whole image */
@@ -133,6 +134,8 @@ void jpeg_free(struct jpeg *jpeg);
  * it is CORRUPT, the failure has a message. The pixels are valid until the next call. */
 enum status jpeg_decode(struct jpeg *jpeg, const uint8_t *data, size_t bytes, int height, int width,
                         const struct box *box, int size, int most_reduction, struct region *region);
+/* Decodes all of a JPEG of any colours, and keeps nothing: OK if libjpeg does so without a warning that counts. */
+enum status jpeg_check(struct jpeg *jpeg, const uint8_t *data, size_t bytes);
 
 struct form { /* a stored form of a photo; `offset` and `bytes` locate it in the encoder's output */
     uint32_t width, height;

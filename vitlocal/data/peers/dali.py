@@ -7,7 +7,6 @@ Shape letters: B batch, S size (px).
 """
 
 import copy
-import io
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -17,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vitlocal.data.augment import send
 from vitlocal.data.batch import Batch
 from vitlocal.data.crops import ROW_MASK
 from vitlocal.data.images import ImageSet
-from vitlocal.data.images.pixels import decode_rgb, is_upright
+from vitlocal.data.images.pixels import decode_rgb, is_upright, open_image
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers import missing_extra
 from vitlocal.data.peers.originals import OriginalsSource
@@ -59,7 +57,7 @@ def dali_bytes(images: ImageSet, index: int) -> tuple[bytes, int, int]:
     if images.holds_files:
         data = images.read(index)
         with suppress(Exception):  # decode_rgb reports what is wrong
-            head = Image.open(io.BytesIO(data))  # reads no pixels
+            head = open_image(data)  # reads no pixels
             if (head.format, head.mode) in DALI_FORMATS and is_upright(head) and "transparency" not in head.info:
                 return data, head.height, head.width
         image = decode_rgb(data, images.entry(index))

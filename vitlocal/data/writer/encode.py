@@ -23,7 +23,7 @@ from PIL import Image
 from vitlocal.data.beton import MAX_EDGE, MODES, RAW
 from vitlocal.data.crops import centre_squares
 from vitlocal.data.images import ImageSet
-from vitlocal.data.images.pixels import SKIP, decode_rgb
+from vitlocal.data.images.pixels import SKIP, decode_rgb, require_whole
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
@@ -248,7 +248,13 @@ def _behind(images: ImageSet, index: int) -> list[bytes]:
 
 def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     if job.files[0].format == "latent":
-        squares = centre_squares(images.load(index), [file.side for file in job.files])
+        if images.holds_files:
+            data = images.read(index)
+            require_whole(data, images.entry(index))
+            image = decode_rgb(data, images.entry(index))
+        else:
+            image = images.load(index)
+        squares = centre_squares(image, [file.side for file in job.files])
         return [((RAW, *square.shape[:2]), square.tobytes()) for square in squares]
     if images.holds_files:
         data = images.read(index)
@@ -256,10 +262,11 @@ def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> l
         photo = encoder.inspect(data)
         if photo is not None and photo["plain"] and photo["upright"]:
             width, height = int(photo["width"]), int(photo["height"])
-            if width * height <= (Image.MAX_IMAGE_PIXELS or np.inf):  # else Pillow decides
+            if width * height <= (Image.MAX_IMAGE_PIXELS or np.inf):  # else it is refused
                 stored = _stored(data, width, height, bool(photo["keepable"]), job, encoder, behind)
                 if stored is not None:
                     return stored
+        require_whole(data, images.entry(index))
         image = decode_rgb(data, images.entry(index))
     else:
         image = images.load(index)
