@@ -107,7 +107,7 @@ class Source:
             yield batches
 
     def check_size(self, size: int) -> None:
-        """Raises ConfigError if the source cannot deliver images of ``size`` px. Photos are cropped to any size."""
+        """Raises ConfigError if the source cannot deliver images of ``size`` px, DataError if its file is damaged."""
 
     def _read(
         self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None

@@ -15,7 +15,7 @@ import numpy as np
 from vitlocal.data.fields import ARGUMENT_BYTES, ARRAY, NAME_BYTES, TENSOR, FieldType
 from vitlocal.data.fields import IMAGE as IMAGE_FIELD
 from vitlocal.data.fields import INT as INT_FIELD
-from vitlocal.data.native import ROW
+from vitlocal.data.native import ROW, read_parts
 from vitlocal.errors import DataError
 from vitlocal.machine import memory
 from vitlocal.reading import open_regular
@@ -107,6 +107,7 @@ class MappedFile:
             with open_regular(path) as file:
                 self.page_size, self.rows, self.labels = self._read(file, classes)
                 self.bytes = np.memmap(file, np.uint8, mode="r")
+            self.bytes.filename = path  # for messages
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read: {error.strerror or error}; check its disk, or restore it"
@@ -114,7 +115,21 @@ class MappedFile:
 
     def values(self, name: str, rows: np.ndarray) -> Any:
         """The values of a further field for ``rows`` (B,) int64; see :meth:`FieldType.read`."""
-        return self.fields[name].read(self.bytes, self._columns[name][rows])
+        return self.fields[name].read(self.read, self._columns[name][rows])
+
+    def read(self, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The parts of the file at ``offsets`` (n,) of ``sizes`` (n,), joined in ``out``: (bytes,) uint8.
+
+        Raises DataError if they cannot be read.
+        """
+        self.check()
+        return read_parts(self.bytes, offsets, sizes, out)
+
+    def check(self) -> None:
+        """Raises DataError if the file has become shorter. What is missing of its last page would read as zeros."""
+        mapping: Any = self.bytes.base
+        if (length := mapping.size()) < len(self.bytes):
+            raise DataError(f"{self.path} became shorter: it had {len(self.bytes)} bytes and has {length}; restore it")
 
     def _require(self, holds: bool | np.bool_, what: str) -> None:
         if not holds:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vitlocal.data.batch import Source
+from vitlocal.data.beton import MappedFile
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import FILE_NAME, LATENT_FLAGS, BetonFile, Manifest, load_manifest, manifest_of_file
@@ -100,6 +101,9 @@ class BetonSource(Source):
     def choose(self, size: int) -> BetonFile:
         """The file for crops of ``size`` px."""
         return choose_file(self.manifest, self.costs, self.crops, self.side_ratio, size)
+
+    def check_size(self, size: int) -> None:
+        self.check_count(path := self.root / self.choose(size).file, len(MappedFile(path, len(self.classes)).rows))
 
     def check_count(self, path: Path, count: int) -> None:
         if count != self.count:

@@ -93,6 +93,7 @@ class BetonDataset(Dataset):
             raise IndexError(f"rows {list(indices)[:5]}: expected numbers below {self._count}")
         crops, policy = _batch(len(rows), self.size), native_policy(self.crops, int(self._epoch))
         threads = _threads(self.num_threads, os.getpid())
+        self.file.check()
         for place, problem in threads.decode(self.file.bytes, self.file.rows, rows, policy, crops).items():
             raise DataError(f"{self.path}: row {rows[place]} {problem}. Write the file again")
         images = torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, 3, S, S), a view: channels-last

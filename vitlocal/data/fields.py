@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,18 +116,19 @@ class FieldType:
             return column, np.full(len(column), size, np.uint64)
         return column["ptr"], column["size"]
 
-    def read(self, file: np.ndarray, column: np.ndarray) -> Any:
-        """The values of a metadata ``column`` (B,) of a file (bytes,) uint8.
+    def read(self, read: Callable[[np.ndarray, np.ndarray], np.ndarray], column: np.ndarray) -> Any:
+        """The values of a metadata ``column`` (B,). ``read`` joins parts of the file: see :meth:`MappedFile.read`.
 
         Numbers are a tensor (B,), arrays a tensor (B, *shape), bytes and JSON a list.
         """
         if self.is_number:
             return torch.from_numpy(column.copy())
         offsets, sizes = self.spans(column)
-        found = [file[at : at + size] for at, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+        joined = read(offsets, sizes)
         if self.type_id == ARRAY:
-            values = np.array(found, np.uint8).view(self.dtype).reshape(-1, *self.shape)
+            values = joined.view(self.dtype).reshape(-1, *self.shape)
             return torch.from_numpy(values.astype(self.dtype.newbyteorder("="), copy=False))
+        found = np.split(joined, np.cumsum(sizes.astype(np.int64))[:-1])
         if self.type_id == BYTES:
             return [part.tobytes() for part in found]
         return [json.loads(part.tobytes().split(b"\0")[0]) for part in found]

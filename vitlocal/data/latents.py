@@ -28,10 +28,9 @@ _MIRROR = 0x3122  # the purpose of the random numbers that choose a mirror
 
 def copy_latents(file: MappedFile, rows: np.ndarray, mirrored: np.ndarray, out: np.ndarray) -> None:
     """Fills ``out`` (B, 2C, h, w) float16 with the plain or ``mirrored`` (B,) bool latents of ``rows`` (B,) int64."""
-    flat = out.reshape(len(out), math.prod(out.shape[1:])).view(np.uint8)  # (B, bytes of a latent)
-    starts = file.rows["offset"][rows].astype(np.int64) + mirrored * flat.shape[1]
-    for row, start in zip(flat, starts.tolist(), strict=True):
-        row[:] = file.bytes[start : start + len(row)]
+    size = math.prod(out.shape[1:]) * out.itemsize
+    starts = file.rows["offset"][rows] + mirrored.astype(np.uint64) * np.uint64(size)
+    file.read(starts, np.full(len(rows), size, np.uint64), out.reshape(-1).view(np.uint8))
 
 
 class LatentReader(PassReader):
@@ -74,6 +73,9 @@ class LatentSource(BetonSource):
         self._files = {file.side: file for file in manifest.files}
 
     def check_size(self, size: int) -> None:
+        self._file(size)
+
+    def _file(self, size: int) -> MappedFile:
         if size not in self._files:
             sides = sorted(self._files)
             wanted = ",".join(map(str, sorted({size, *sides})))
@@ -83,14 +85,15 @@ class LatentSource(BetonSource):
                 f"{WRITE} --split {self.manifest.split} --source PHOTOS --sides {wanted} {LATENT_FLAGS} --out FOLDER"
             )
 
-    def _read(
-        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
-    ) -> Generator[Batch, None, None]:
-        self.check_size(size)
         stored = self._files[size]
         file = self._resources.file(self.root / stored.file, len(self.classes))
         self.check_count(file.path, len(file.rows))
         if not self.latents.is_stored_as(file.latent, size):
             held, said = file.latent or "photos", self.latents.field(size)
             raise DataError(f"{file.path} holds {held}, its manifest says {said}; write both again")
-        return LatentReader(self._resources, file, self.crops, epoch, self.device).batches(slices)
+        return file
+
+    def _read(
+        self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
+    ) -> Generator[Batch, None, None]:
+        return LatentReader(self._resources, self._file(size), self.crops, epoch, self.device).batches(slices)

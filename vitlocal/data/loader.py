@@ -331,6 +331,9 @@ class Loader(BetonSource):
 
     # --- reading ---
 
+    def check_size(self, size: int) -> None:
+        self._open_file(self.choose(size).file)
+
     def _open_file(self, name: str) -> MappedFile:
         file = self.resources.file(self.root / name, len(self.classes))
         self.check_count(file.path, len(file.rows))

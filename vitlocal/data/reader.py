@@ -246,6 +246,7 @@ class EpochReader(PassReader):
     def _decode(self, draws: np.ndarray, crops: torch.Tensor, attempt: int = 0) -> tuple[torch.Tensor, np.ndarray]:
         """Fills ``crops`` (B, S, S, 3) uint8. Returns crops and rows (B,) int64; B shrinks if images are left out."""
         file, rows = self._file, draws & ROW_MASK
+        file.check()
         boxes = None
         if self._choose_boxes is not None and len(rows):
             boxes = pixel_boxes(self._choose_boxes(rows.copy(), self._epoch), file.rows[rows])

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vitlocal.data.crops import Box, CropPolicy
-from vitlocal.errors import ConfigError
+from vitlocal.data.crops import ROW_MASK, Box, CropPolicy
+from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 
 CENTRE, RANDOM, WHOLE = 0, 1, 2  # kinds of box: the central square, a random resized crop, the whole image
@@ -37,14 +37,15 @@ FORM = np.dtype(
 )  # fmt: skip
 AS_JPEG, AS_RAW, AS_ORIGINAL = 0, 1, 2  # how a photo is stored; AS_ORIGINAL: its own JPEG without metadata
 MESSAGE_BYTES = 200
-_NO_MEMORY, _REFUSED, _WARNED = 3, 5, 7
+_NO_MEMORY, _OUTSIDE, _REFUSED, _WARNED, _UNREADABLE = 3, 4, 5, 7, 8
 _PROBLEMS = {
     1: "is a damaged JPEG ({message})",
     2: "has another size than the table of the file says: {message}",
     _NO_MEMORY: "needs more memory to decode than there is",
-    4: "lies outside of the file",
+    _OUTSIDE: "lies outside of the file",
     _REFUSED: "would take too long to decode ({message})",
     6: "has a box that is not inside of the image, or has no area",
+    _UNREADABLE: "cannot be read: the file became shorter after it was opened, or its disk fails",
     _WARNED: "is a damaged JPEG ({message})",
 }
 
@@ -54,6 +55,7 @@ _FUNCTIONS: dict[str, tuple[type | None, str]] = {  # results, and arguments: n 
     "pool_new": (_ADDRESS, "n"),
     "pool_free": (None, "a"),
     "decode": (_NUMBER, "aanananaannaaaa"),
+    "gather": (_INT, "anaana"),
     "encoder_new": (_ADDRESS, ""),
     "encoder_free": (None, "a"),
     "inspect": (_INT, "abna"),
@@ -116,7 +118,7 @@ class DecoderThreads:
 
         ``file`` (bytes,) uint8 holds the images at the offsets in ``rows`` (n,) of ROW. ``policy`` is
         :func:`native_policy`'s; ``boxes`` (B,) of BOX replaces its boxes. Returns what is wrong with images that do not
-        decode, by their place in the batch.
+        decode, by their place in the batch. DataError if a mapped ``file`` cannot be read.
         """
         if os.getpid() != self._process:  # the threads do not exist here, and waiting for them would never end
             raise ConfigError("the decoder was made in another process, before a fork; open the loader after it")
@@ -137,11 +139,32 @@ class DecoderThreads:
         )  # fmt: skip
         if first < 0:
             return {}
+        if (unreadable := np.flatnonzero(statuses == _UNREADABLE)).size:
+            row = int(draws[unreadable[0]]) & ROW_MASK
+            raise DataError(f"{getattr(file, 'filename', None)}: row {row} {_PROBLEMS[_UNREADABLE]}; restore it")
         messages = {first: message.value.decode("latin-1")}
         return {
             place: _PROBLEMS[int(statuses[place])].format(message=messages.get(place, "libjpeg-turbo rejects it"))
             for place in np.flatnonzero(statuses).tolist()
         }
+
+
+def read_parts(
+    file: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:  # fmt: skip
+    """Joins the parts of a mapped ``file`` at ``offsets`` (n,) of ``sizes`` (n,) in ``out``, all (bytes,) uint8.
+
+    Raises DataError if they cannot be read: numpy's own reads would end the process.
+    """
+    offsets, sizes = (np.ascontiguousarray(numbers, np.uint64) for numbers in (offsets, sizes))
+    found = np.empty(int(sizes.sum()), np.uint8) if out is None else out
+    assert found.dtype == np.uint8 and found.flags.c_contiguous and found.size == sizes.sum()
+    status = library().vitlocal_gather(
+        file.ctypes.data, file.size, offsets.ctypes.data, sizes.ctypes.data, len(offsets), found.ctypes.data
+    )
+    if status:
+        raise DataError(f"{getattr(file, 'filename', None)}: a value {_PROBLEMS[status]}; restore it")
+    return found
 
 
 class Encoder:

@@ -1,7 +1,9 @@
-/* Threads that decode batches. Several batches may be decoded at once. */
+/* Threads that decode batches. Several batches may be decoded at once. The file is mapped: if it became shorter, or if
+ * its disk fails, reading a part of it raises SIGBUS, which would end the process. */
 #include "native.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -84,6 +86,83 @@ static enum status decode(struct jpeg *jpeg, struct resizer *resizer, const stru
                  : resize(resizer, &region, &box, TRIANGLE, b->size, b->size, crop);
 }
 
+/* --- reading a mapped file --- */
+
+#ifdef __linux__
+__attribute__((tls_model("initial-exec"))) /* a handler must not allocate the variable */
+#endif
+static _Thread_local sigjmp_buf *escape; /* where a thread that reads a file goes on; NULL: it reads none */
+static struct sigaction handler_before;
+static pthread_once_t handler_once = PTHREAD_ONCE_INIT;
+
+static void leave_file(int number, siginfo_t *about, void *context) {
+    if (escape) siglongjmp(*escape, 1);
+    if (handler_before.sa_flags & SA_SIGINFO) {
+        handler_before.sa_sigaction(number, about, context);
+    } else if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN) {
+        handler_before.sa_handler(number);
+    } else {
+        sigaction(number, &handler_before, NULL);
+        raise(number);
+    }
+}
+
+static void handle_bus_errors(void) {
+    struct sigaction action = {.sa_sigaction = leave_file, .sa_flags = SA_SIGINFO | SA_NODEFER}; /* the mask stays */
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, &handler_before);
+}
+
+/* Calls work(argument), which reads a mapped file. Returns 0 if that failed; the work may then have stopped anywhere. */
+static int read_mapped(void (*work)(void *), void *argument) {
+    sigjmp_buf here;
+    if (sigsetjmp(here, 0)) {
+        escape = NULL;
+        return 0;
+    }
+    escape = &here;
+    work(argument);
+    escape = NULL;
+    return 1;
+}
+
+struct gathering {
+    const uint8_t *file;
+    const uint64_t *offsets, *sizes;
+    int64_t count;
+    uint8_t *out;
+};
+
+static void gather(void *argument) {
+    struct gathering g = *(struct gathering *)argument;
+    for (int64_t i = 0; i < g.count; g.out += g.sizes[i++]) memcpy(g.out, g.file + g.offsets[i], g.sizes[i]);
+}
+
+/* Copies `count` parts of a mapped file to `out`, one behind the other. Returns OK, OUTSIDE or UNREADABLE. */
+EXPORT int vitlocal_gather(const uint8_t *file, int64_t file_bytes, const uint64_t *offsets, const uint64_t *sizes,
+                           int64_t count, uint8_t *out) {
+    pthread_once(&handler_once, handle_bus_errors);
+    const uint64_t end = (uint64_t)file_bytes;
+    for (int64_t i = 0; i < count; i++) {
+        if (offsets[i] > end || sizes[i] > end - offsets[i]) return OUTSIDE;
+    }
+    struct gathering gathering = {file, offsets, sizes, count, out};
+    return read_mapped(gather, &gathering) ? OK : UNREADABLE;
+}
+
+struct decoding {
+    struct jpeg *jpeg;
+    struct resizer *resizer;
+    const struct batch *batch;
+    int64_t place;
+    enum status status;
+};
+
+static void decode_place(void *argument) {
+    struct decoding *d = argument;
+    d->status = decode(d->jpeg, d->resizer, d->batch, d->place);
+}
+
 static void *serve(void *argument) {
     struct pool *pool = argument;
     struct jpeg jpeg = {0};
@@ -99,7 +178,8 @@ static void *serve(void *argument) {
         pthread_mutex_unlock(&pool->lock);
 
         for (int64_t place = start; place < end; place++) {
-            const enum status status = decode(&jpeg, &resizer, b, place);
+            struct decoding decoding = {&jpeg, &resizer, b, place, UNREADABLE};
+            const enum status status = read_mapped(decode_place, &decoding) ? decoding.status : UNREADABLE;
             b->statuses[place] = (int32_t)status;
             if (status == OK) continue;
             memset(b->crops + (size_t)place * crop_bytes(b), 0, crop_bytes(b)); /* not old pixels */
@@ -137,6 +217,7 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
 /* NULL if `threads` is less than one, and if the system has no memory or cannot start them. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
     if (threads < 1) return NULL;
+    pthread_once(&handler_once, handle_bus_errors);
     struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->ids[0]);
     if (!pool) return NULL;
     pthread_mutex_init(&pool->lock, NULL);

@@ -1,0 +1,94 @@
+"""Files that shrink, vanish or cannot be read while they are in use: one message, and no signal that ends the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vitlocal.data.beton import MappedFile
+from vitlocal.data.crops import CropPolicy
+from vitlocal.data.dataset import BetonDataset
+from vitlocal.data.loader import Loader
+from vitlocal.data.native import DecoderThreads, native_policy
+from vitlocal.data.writer.indexed import write
+from vitlocal.errors import DataError
+from vitlocal.train.command import train
+
+POLICY = native_policy(CropPolicy(random=True), 0)
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "data"))
+
+
+def test_a_file_that_shrinks_is_an_error_with_its_name(copied: Path):
+    """Whole pages of it are gone: reading them raises SIGBUS. The decoder's threads go on with other files."""
+    threads = DecoderThreads(2)
+    crops, draws = np.zeros((16, 24, 24, 3), np.uint8), np.arange(100, 116)
+    for name in ("train_96_raw.beton", "train_128_jpg.beton"):
+        file, other = MappedFile(copied / name), MappedFile(copied / "train_48_raw.beton")
+        os.truncate(file.path, 8192)
+        with pytest.raises(DataError, match=rf"{name}: row 100 cannot be read: the file became shorter"):
+            threads.decode(file.bytes, file.rows, draws, POLICY, crops)
+        assert threads.decode(other.bytes, other.rows, draws, POLICY, crops) == {} and crops.any()
+    threads.close()
+
+
+def test_a_loader_names_the_file_that_shrinks(copied: Path, shared):
+    loader = Loader(copied, "train", 8, 24, num_workers=1, on_error="skip", prefetch=1)
+    with pytest.raises(DataError, match=r"train_48_raw\.beton.*shorter.*restore it"):
+        for _ in loader:  # also with on_error="skip": it is not the fault of a photo
+            os.truncate(copied / "train_48_raw.beton", os.path.getsize(copied / "train_48_raw.beton") - 1)
+    loader.close()
+    dataset = BetonDataset(copied, "val", 24)
+    assert dataset[0]
+    os.truncate(copied / "val_96_raw.beton", 4096)
+    with pytest.raises(DataError, match=r"val_96_raw\.beton became shorter"):
+        dataset[1]
+
+
+def test_further_values_of_a_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [(np.full((64, 64, 3), k, np.uint8), 0, bytes([k]) * 5000) for k in range(8)]
+    write(rows, tmp_path, sides="64:raw", fields={"text": "bytes"}, workers=1, progress=False)
+    file = MappedFile(tmp_path / "train_64_raw.beton")
+    assert file.values("text", np.array([3, 1])) == [b"\3" * 5000, b"\1" * 5000]
+    os.truncate(file.path, 8192)
+    with pytest.raises(DataError, match=r"train_64_raw\.beton became shorter"):
+        file.values("text", np.array([7]))
+    monkeypatch.setattr(MappedFile, "check", lambda self: None)  # it shrinks between the check and the copy
+    with pytest.raises(DataError, match=r"train_64_raw\.beton: a value cannot be read"):
+        file.values("text", np.array([7]))
+
+
+def test_bus_errors_of_others_end_the_process(tmp_path: Path):
+    (tmp_path / "file").write_bytes(bytes(8192))
+    code = (
+        "import mmap, os, sys; from vitlocal.data.native import DecoderThreads; threads = DecoderThreads(1)\n"
+        "file = open(sys.argv[1], 'r+b'); memory = mmap.mmap(file.fileno(), 0); file.truncate(0); memory[5000]"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")])
+    assert done.returncode == -signal.SIGBUS
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut off", "another"])
+def test_files_of_later_sizes_are_checked_at_the_start(copied: Path, configure, fault: str):
+    """The run begins at 16 px; the file for 48 px is needed two epochs later."""
+    path = copied / "train_96_raw.beton"
+    if fault == "missing":
+        path.unlink()
+    elif fault == "cut off":
+        os.truncate(path, os.path.getsize(path) - 9)
+    else:
+        path.write_bytes(bytes(os.path.getsize(path)))
+    config = configure(f"--data.root={copied}", "--run.seed=1")
+    with pytest.raises(DataError, match=r"train_96_raw\.beton"):
+        train(config)
+    assert not (Path(config.run.folder) / "log.jsonl").exists()
