@@ -11,14 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from vitlocal.data import reader
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.dataset import BetonDataset
 from vitlocal.data.loader import Loader
 from vitlocal.data.native import DecoderThreads, native_policy
+from vitlocal.data.peers.torchvision import TorchvisionSource
+from vitlocal.data.writer import encode
 from vitlocal.data.writer.indexed import write
-from vitlocal.errors import DataError
+from vitlocal.errors import DataError, DeviceMemoryError
+from vitlocal.plan import Feed
+from vitlocal.progress import Position
 from vitlocal.train.command import train
 
 POLICY = native_policy(CropPolicy(random=True), 0)
@@ -92,3 +98,39 @@ def test_files_of_later_sizes_are_checked_at_the_start(copied: Path, configure, 
     with pytest.raises(DataError, match=r"train_96_raw\.beton"):
         train(config)
     assert not (Path(config.run.folder) / "log.jsonl").exists()
+
+
+# --- threads and processes that end ---
+
+
+def test_a_thread_that_vanishes_is_noticed(folder: Path, shared, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reader, "ALIVE_SECONDS", 0.05)
+    loader = Loader(folder, "val", 8, 24, resources=shared)
+    monkeypatch.setattr(reader.PassReader, "_run", lambda self, slices: None)
+    with pytest.raises(DataError, match="the thread that reads batches has ended"):
+        list(loader)
+    loader.close()
+
+
+def test_memory_that_a_batch_does_not_get():
+    with pytest.raises(DeviceMemoryError, match=r"shape \(1000000, 99999, 99999, 3\) needs 29999"):
+        reader.Slot().take((1_000_000, 99_999, 99_999, 3), torch.uint8, False, False)
+
+
+def test_a_thread_of_the_writer_that_vanishes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(encode, "ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(encode, "_work", lambda *_: None)
+    with pytest.raises(DataError, match="a thread that encodes images has ended"):
+        write([(np.zeros((8, 8, 3), np.uint8), 0)], tmp_path, sides="64:raw", workers=1, progress=False)
+
+
+@pytest.mark.slow
+def test_a_process_of_the_torchvision_loader_that_is_killed(folder: Path):
+    source = TorchvisionSource(str(folder), None, "val", CropPolicy(random=False), torch.device("cpu"), workers=1)
+    with source.open(Feed(16, 4), Position()) as batches:
+        next(batches)
+        (worker,) = source.loader._iterator._workers
+        worker.kill()
+        with pytest.raises(DataError, match="a process that reads images has ended"):
+            list(batches)
+    source.close()

@@ -63,6 +63,17 @@ def test_more_pixels_than_photos_have(width: int, height: int):
         decode_rgb(png_header(width, height), "x.png")
 
 
+def test_a_small_progressive_jpeg_that_needs_gigabytes():
+    photo = encode_jpeg(make_photo(120, 90), progressive=True)
+    size = photo.index(b"\xff\xc2") + 5
+    photo = photo[:size] + struct.pack(">HH", 65_000, 65_000) + photo[size + 4 :]
+    encoder = Encoder()
+    with pytest.raises(ValueError, match="too much memory"):
+        encoder.require_whole(photo)
+    with pytest.raises(ValueError, match="too much memory"):
+        encoder.encode(photo, 65_000, 65_000, np.array([(64, 64, AS_JPEG, 90, 420, 0, 0, 0)], FORM))
+
+
 def damaged(photo: bytes) -> bytes:
     """A JPEG of which libjpeg warns, and that Pillow accepts: its scan ends too early."""
     cut = photo.index(b"\xff\xda") + 60

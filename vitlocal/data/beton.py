@@ -107,7 +107,7 @@ class MappedFile:
             with open_regular(path) as file:
                 self.page_size, self.rows, self.labels = self._read(file, classes)
                 self.bytes = np.memmap(file, np.uint8, mode="r")
-            self.bytes.filename = path  # for messages
+            self.bytes.filename = str(path)  # for messages
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read: {error.strerror or error}; check its disk, or restore it"

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.native import BOX, DecoderThreads, native_policy
 from vitlocal.data.random_keys import integers
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError, first_line
 
 PREFETCH = 3  # batches that wait for the consumer
+ALIVE_SECONDS = 2.0  # between looks at whether the thread is alive
 MAX_REPLACEMENTS = 20  # replacements in a row that fail to decode before the pass fails
+
+VANISHED = "the thread that reads batches has ended without an error; run the same command again"
 
 _running: "weakref.WeakKeyDictionary[PassReader, threading.Thread]" = weakref.WeakKeyDictionary()
 
@@ -150,7 +153,7 @@ class PassReader:
         thread.start()
         _running[self] = thread
         try:
-            while isinstance(item := self._ready.get(), tuple):
+            while isinstance(item := self._next(thread), tuple):
                 batch, slot = item
                 del item
                 if self._stream is not None and slot.copied is not None:
@@ -174,6 +177,16 @@ class PassReader:
             else:
                 spare += slots
 
+    def _next(self, thread: threading.Thread) -> tuple[Batch, Slot] | BaseException | None:
+        """What the thread has made next. DataError if it has ended without a word."""
+        while True:
+            alive = thread.is_alive()
+            try:
+                return self._ready.get(timeout=ALIVE_SECONDS)
+            except Empty:
+                if not alive:
+                    raise DataError(VANISHED) from None
+
     def stop(self) -> None:
         """Lets the thread end after the batch that it decodes."""
         self._closed = True
@@ -191,6 +204,8 @@ class PassReader:
                     return
                 self._ready.put((self._read(part, slot), slot))
             self._ready.put(None)
+        except MemoryError as error:
+            self._ready.put(DeviceMemoryError(f"memory ran out while a batch was read {error}; use smaller batches"))
         except BaseException as error:  # the consumer raises it, whatever it is
             self._ready.put(error)
 

@@ -11,6 +11,8 @@
 
 #include <jerror.h>
 
+static const long MAX_MEMORY = 1L << 30; /* of libjpeg: all coefficients of a progressive photo of 178 megapixels */
+
 enum {
     MARGIN = 2,
     MAX_SCANS = 100, /* progressive photos have about ten; thousands would take many minutes */
@@ -23,6 +25,10 @@ static void leave(struct failure *failure, enum status status) {
 
 void jpeg_fail(j_common_ptr codec) {
     struct failure *failure = codec->client_data;
+    if (codec->err->msg_code == JERR_NO_BACKING_STORE) {
+        snprintf(failure->message, MESSAGE_BYTES, "its coefficients need more than %ld bytes", MAX_MEMORY);
+        leave(failure, REFUSED);
+    }
     codec->err->format_message(codec, failure->message);
     leave(failure, codec->err->msg_code == JERR_OUT_OF_MEMORY ? NO_MEMORY : CORRUPT);
 }
@@ -61,6 +67,7 @@ static void begin(struct jpeg *jpeg, const uint8_t *data, size_t bytes) {
     d->err->emit_message = warn;
     d->client_data = &jpeg->failure; /* jpeg_create_decompress keeps it and err */
     jpeg_create_decompress(d);
+    d->mem->max_memory_to_use = MAX_MEMORY;
     jpeg->progress.progress_monitor = watch;
     d->progress = &jpeg->progress;
     jpeg_mem_src(d, (unsigned char *)data, (unsigned long)bytes); /* old headers have no const */

@@ -22,7 +22,7 @@ enum status {
     WRONG_SIZE = 2,  /* width or height differ from those in the file's table */
     NO_MEMORY = 3,
     OUTSIDE = 4,     /* its bytes are outside of the file, or it has no area */
-    REFUSED = 5,     /* it would take too long; see the message */
+    REFUSED = 5,     /* it would take too long, or too much memory; see the message */
     BAD_BOX = 6,     /* the box that was given for it is not inside of it, or has no area */
     UNREADABLE = 8,  /* a part of the mapped file: it became shorter, or its disk fails */
     WARNED = 7,      /* corrupt, but libjpeg, and so others, would decode it with invented pixels; see the message */

@@ -23,7 +23,9 @@ from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.manifest import Manifest
 from vitlocal.data.peers.crop_decoder import keep_torch_threads
+from vitlocal.data.reader import ALIVE_SECONDS, VANISHED
 from vitlocal.data.shares import WHOLE, BatchSlice, Share
+from vitlocal.errors import DataError
 
 with keep_torch_threads():
     from ffcv.fields.basics import IntDecoder
@@ -57,6 +59,12 @@ class GuardedIterator(EpochIterator):
         return super().run_pipeline(*arguments)
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        waiting = self.output_queue.not_empty
+        with waiting:
+            while not self.output_queue.queue:
+                alive = self.is_alive()
+                if not waiting.wait(ALIVE_SECONDS) and not alive:
+                    raise DataError(VANISHED)
         try:
             return super().__next__()
         except StopIteration as end:

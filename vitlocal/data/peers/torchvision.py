@@ -22,7 +22,7 @@ from vitlocal.data.images import ImageSet
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.originals import OriginalsSource
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import STOP_SIGNALS, DataError
+from vitlocal.errors import STOP_SIGNALS, DataError, first_line
 
 # (draw, epoch, size): everything that a crop depends on, so that worker processes serve all passes.
 Request = tuple[int, int, int]
@@ -122,7 +122,13 @@ class TorchvisionSource(OriginalsSource):
             if not len(part.draws):
                 yield Batch.empty(size, self.device, part.total)
                 continue
-            batch = next(read)
+            try:
+                batch = next(read)
+            except RuntimeError as error:  # its own errors: those of images are in the batch
+                raise DataError(
+                    f"a process that reads images has ended: {first_line(error)}. Perhaps memory ran out; use fewer "
+                    "data.workers, and run the same command again"
+                ) from error
             if isinstance(batch, DataError):
                 raise batch
             crops, labels, rows = batch

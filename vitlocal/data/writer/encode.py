@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
@@ -30,6 +30,7 @@ from vitlocal.errors import ConfigError, DataError, UndecodableImage
 
 CHUNK_BYTES = 4 << 20  # approximate bytes of a chunk
 CHUNKS_AHEAD = 3  # chunks per thread that may wait for earlier chunks
+ALIVE_SECONDS = 2.0  # between looks at whether the threads are alive
 EXIT_SECONDS = 5.0  # time for the threads to finish their images
 
 STORED_ROW = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u4"), ("ptr", "<u8")])
@@ -136,7 +137,11 @@ def encode_chunks(images: ImageSet, job: EncodeJob, start: int, workers: int) ->
                 start = span.stop
                 chunks.append((Future(), rows))
                 requests.put((span, rows, chunks[-1][0]))
-            chunk = chunks.popleft()[0].result()
+            made = chunks.popleft()[0]
+            while not wait([made], ALIVE_SECONDS).done:
+                if not all(thread.is_alive() for thread in threads):
+                    raise DataError("a thread that encodes images has ended without an error; run the command again")
+            chunk = made.result()
             yield chunk
             if chunk.failure is not None:
                 raise chunk.failure
