@@ -9,16 +9,19 @@ import socket
 import struct
 import subprocess
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fake_images import encode_jpeg, make_devkit, make_folder, make_photo, tar_of, write_config
 from PIL import EpsImagePlugin, Image
 
 from vitlocal.data import beton
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.fields import ARRAY, FieldType
+from vitlocal.data.images import open_images
 from vitlocal.data.images.classes import read_classes
 from vitlocal.data.images.image_set import read_file
 from vitlocal.data.images.pixels import decode_rgb
@@ -26,9 +29,11 @@ from vitlocal.data.images.solutions import find_solution
 from vitlocal.data.images.tar_index import _pax_records
 from vitlocal.data.manifest import Manifest, load_manifest, manifest_of_file
 from vitlocal.data.native import AS_JPEG, FORM, Encoder
+from vitlocal.data.sources import open_sources
 from vitlocal.data.writer.indexed import write as write_dataset
-from vitlocal.data.writer.write import write
-from vitlocal.errors import ConfigError, DataError, UndecodableImage
+from vitlocal.data.writer.write import write, write_from_options
+from vitlocal.errors import ConfigError, DataError, UndecodableImage, run_command
+from vitlocal.report.page import rows_table
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
 
@@ -155,6 +160,42 @@ def test_a_list_longer_than_memory(tmp_path: Path):
         file.truncate(1 << 40)  # a hole
     with pytest.raises(DataError, match=r"train\.json cannot be read: it has 1099511627776 bytes"):
         Manifest.load(tmp_path / "train.json")
+
+
+# --- names ---
+
+NAMES = ("caf\udce9", "\x1b[31mred", "\u202egpj")  # not UTF-8, a colour of a terminal, a direction of writing
+
+
+def test_names_are_shown_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """From writing to the loader and the report's tables."""
+    for name in NAMES:
+        for split in ("train", "val"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            (tmp_path / "photos" / split / name / f"{name}.jpg").write_bytes(encode_jpeg(make_photo(80, 60)))
+        (tmp_path / "photos" / "train" / name / f"{name}2.jpg").write_bytes(b"no image")
+        os.symlink("nowhere", tmp_path / "photos" / "train" / name / f"{name}3.jpg")
+    options = write_config(tmp_path / "out", source=str(tmp_path / "photos"))
+    assert run_command(lambda argv: write_from_options(options)) == 1
+    said = capsys.readouterr()
+    assert "cannot read the image" in said.err
+    assert run_command(lambda argv: write_from_options(replace(options, on_error="skip"))) == 0
+    assert run_command(lambda argv: write_from_options(replace(options, split="val"))) == 0
+    files = open_sources("native", str(tmp_path / "out"), device=torch.device("cpu"), workers=1)
+    assert set(files.train.classes) == set(NAMES) and files.val.count == 3
+    files.close()
+    page = rows_table(["class"], [[name] for name in NAMES])
+    said_too = capsys.readouterr()
+    for text in (said.out, said.err, said_too.out, said_too.err, page):
+        assert not {"\x1b", "\u202e", "\udce9"} & set(text)
+    assert r"\x1b[31mred" in page and r"caf\udce9" in page and "a broken link: " in said.out
+    page.encode()
+
+
+def test_a_class_name_of_two_lines_is_refused(tmp_path: Path):
+    make_folder(tmp_path, classes=("ant\nbee", "cow"))
+    with pytest.raises(ConfigError, match=r"several lines.*'ant\\nbee'; rename them"):
+        open_images(str(tmp_path), "train")
 
 
 # --- tars ---

@@ -45,6 +45,17 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def shown(text: object, keep: str = "") -> str:
+    """A text for a terminal or a page, in which a hostile name does nothing.
+
+    Control characters, marks of direction and bytes that are not UTF-8 become escapes such as \\x1b, except ``keep``.
+    """
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in found)
+
+
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """A context in which ``handler`` handles the stop signals. One that was ignored, as by nohup, stays ignored.
@@ -132,7 +143,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         if not received:  # or else it comes from C code that was interrupted
             if not isinstance(error, (ConfigError, DataError, DeviceMemoryError, OSError)):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
     print("interrupted", file=sys.stderr)
     return 128 + received[0]

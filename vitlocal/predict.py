@@ -19,7 +19,7 @@ from vitlocal.data.crops import CropPolicy, cut
 from vitlocal.data.images.image_set import read_file
 from vitlocal.data.images.pixels import decode_rgb, require_whole
 from vitlocal.data.native import native_box, native_policy
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, shown
 from vitlocal.models.exported import ExportedRun
 from vitlocal.tasks.metrics import task_name
 
@@ -69,6 +69,6 @@ def main(argv: Sequence[str]) -> None:
     for photo in options.photos:
         data, remedy = read_file(photo), "leave it out, or restore it"
         require_whole(data, photo, remedy)
-        print(photo)
+        print(shown(photo))
         for name, probability in predictor(decode_rgb(data, photo, remedy)):
-            print(f"  {100 * probability:5.1f} %  {name}")
+            print(f"  {100 * probability:5.1f} %  {shown(name)}")

@@ -23,7 +23,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.fields import require_fields
 from vitlocal.data.reader import PREFETCH, ChooseBoxes, EpochReader, LoaderResources
 from vitlocal.data.shares import BatchSlice, EqualShare, Share
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, shown
 from vitlocal.machine import decoder_threads
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -359,7 +359,8 @@ class Loader(BetonSource):
         new = sorted(set(damaged).difference(self.damaged))
         self.damaged = {*self.damaged, *new}
         for row in new[:MAX_REPORTED]:
-            print(f"{file.path}: skipped row {row} ({self.manifest.entries[row]}): it {damaged[row]}", file=sys.stderr)
+            name = shown(self.manifest.entries[row])
+            print(f"{file.path}: skipped row {row} ({name}): it {damaged[row]}", file=sys.stderr)
         if len(new) > MAX_REPORTED:
             print(f"{file.path}: skipped {len(new) - MAX_REPORTED} more damaged images", file=sys.stderr)
 

@@ -1,6 +1,5 @@
 """The page that shows a run or compares several: one HTML file without links to other files."""
 
-import html
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +25,7 @@ from vitlocal.plan import Dials, Feed, Plan, fold
 from vitlocal.progress import Position, Progress
 from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
 from vitlocal.report.pictures import image_data, pictures_part
-from vitlocal.report.run_folder import RunRecord, duration, read_run
+from vitlocal.report.run_folder import RunRecord, duration, escaped, read_run
 from vitlocal.tasks.metrics import is_evaluated
 
 WORST_CLASSES = 10
@@ -74,14 +73,14 @@ pre {{ background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: 85% }}
 
 def rows_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """An HTML table. Cells are escaped."""
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
-    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    titles = "".join(f"<th>{escaped(title)}</th>" for title in head)
+    cells = ("".join(f"<td>{escaped(cell)}</td>" for cell in row) for row in rows)
     lines = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="scroll"><table><tr>{titles}</tr>{lines}</table></div>'
 
 
 def _figure(drawing: str, caption: str, kind: str = "") -> str:
-    return f'<figure class="{kind}">{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    return f'<figure class="{kind}">{drawing}<figcaption>{escaped(caption)}</figcaption></figure>'
 
 
 def summary_part(runs: Sequence[RunRecord]) -> str:
@@ -180,7 +179,7 @@ def costs_part(runs: Sequence[RunRecord]) -> str:
         macs, seconds = savings(stages)
         probing = run.records[-1].get("probe_seconds")
         lines.append(
-            f"{html.escape(run.name)}: {100 * macs:.0f} % fewer multiply-adds and {100 * seconds:.0f} % less time "
+            f"{escaped(run.name)}: {100 * macs:.0f} % fewer multiply-adds and {100 * seconds:.0f} % less time "
             "than if every image cost as much as in the most expensive stage"
             + (f". Searches took {duration(probing)} more." if probing else ".")
         )
@@ -195,14 +194,14 @@ def crops_part(runs: Sequence[RunRecord]) -> str:
     """The first crops of each size, or a sentence that says why they are missing."""
     parts = []
     for run in runs:
-        parts.append(f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else "")
+        parts.append(f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else "")
         if reads_latents(run.config.model.name):
             parts.append("<p>No crops: the model learned latents of the whole central square of each photo.</p>")
             continue
         try:
             stages = stage_crops(run)
         except (ConfigError, DataError) as error:
-            parts.append(f"<p>No crops: {html.escape(str(error))}</p>")
+            parts.append(f"<p>No crops: {escaped(error)}</p>")
             continue
         for size, crops in stages:
             drawn = (image_data(Image.fromarray(crop)) for crop in crops)
@@ -259,7 +258,7 @@ def classes_part(runs: Sequence[RunRecord]) -> str:
         rows = [[name, f"{100 * rate:.1f}", images] for rate, name, images in rates[:WORST_CLASSES]]
         if rows:
             table = rows_table(["class", "top-1 %", "images"], rows)
-            drawn.append(f"<div><h3>{html.escape(run.name)}</h3>{table}</div>")
+            drawn.append(f"<div><h3>{escaped(run.name)}</h3>{table}</div>")
     return f'<h2>The ten worst classes</h2><div class="grid">{"".join(drawn)}</div>' if drawn else ""
 
 
@@ -278,8 +277,8 @@ def configuration_part(runs: Sequence[RunRecord]) -> str:
     """The whole configuration of each run, folded."""
     parts = ["<h2>Configuration</h2>"]
     for run in runs:
-        text = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
-        parts.append(f"<details><summary>{html.escape(run.name)}</summary><pre>{text}</pre></details>")
+        text = escaped((run.folder / "config.yaml").read_text(encoding="utf-8"))
+        parts.append(f"<details><summary>{escaped(run.name)}</summary><pre>{text}</pre></details>")
     return "".join(parts)
 
 
@@ -306,7 +305,7 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
         costs_part(runs), crops_part(runs) if crops else "", classes_part(runs), differences_part(runs),
         configuration_part(runs),
     ]  # fmt: skip
-    return PAGE.format(title=html.escape(title), lead=html.escape(lead), body="\n".join(parts))
+    return PAGE.format(title=escaped(title), lead=escaped(lead), body="\n".join(parts))
 
 
 def scores_text(run: RunRecord) -> str:

@@ -1,7 +1,6 @@
 """The pictures of a run's evaluations on its page: grids of samples, and how they were drawn and judged."""
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vitlocal.data.images.pixels import open_image
-from vitlocal.report.run_folder import PICTURES, RunRecord
+from vitlocal.report.run_folder import PICTURES, RunRecord, escaped
 
 OLDER = 5  # older pictures, from all over the run
 WIDTH, OLDER_WIDTH = 1200, 360  # px, at most
@@ -42,7 +41,7 @@ def embedded(path: Path, width: int, quality: int, alt: str) -> str:
     with open_image(path) as file:
         image = file.convert("RGB")
     image.thumbnail((width, image.height))
-    return f'<img alt="{html.escape(alt)}" src="{image_data(image, "JPEG", quality=quality)}">'
+    return f'<img alt="{escaped(alt)}" src="{image_data(image, "JPEG", quality=quality)}">'
 
 
 def judged_text(run: RunRecord) -> str:
@@ -68,19 +67,19 @@ def pictures_part(runs: Sequence[RunRecord]) -> str:
     parts = []
     for run in runs:
         epochs = {record["step"]: record["epoch"] for record in run.records}
-        found, title = [], f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
+        found, title = [], f"<h3>{escaped(run.name)}</h3>" if len(runs) > 1 else ""
         for name, files in shown_pictures(run.folder).items():
             whens = [f"{name} at epoch {epochs[step]:.2f}" if step in epochs else f"{name} at step {step}"
                      for step, _ in files]  # fmt: skip
             newest = embedded(files[-1][1], WIDTH, QUALITY, whens[-1])
-            found.append(f'<figure class="picture">{newest}<figcaption>{html.escape(whens[-1])}</figcaption></figure>')
+            found.append(f'<figure class="picture">{newest}<figcaption>{escaped(whens[-1])}</figcaption></figure>')
             older = [
                 f"<figure>{embedded(path, OLDER_WIDTH, OLDER_QUALITY, when)}"
-                f"<figcaption>{html.escape(when)}</figcaption></figure>"
+                f"<figcaption>{escaped(when)}</figcaption></figure>"
                 for (_, path), when in zip(files[:-1], whens, strict=False)
             ]
             found.append(f'<div class="pictures">{"".join(older)}</div>' if older else "")
         if text := judged_text(run):
-            found.append(f"<p>{html.escape(text)}</p>")
+            found.append(f"<p>{escaped(text)}</p>")
         parts += [title, *found] if found else []
     return "<h2>Samples</h2>" + "".join(parts) if parts else ""

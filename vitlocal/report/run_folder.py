@@ -1,5 +1,6 @@
 """Reads the folder of a run: its log, its configuration, and its accuracy for each class."""
 
+import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vitlocal.config import Config, read_config
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, shown
 from vitlocal.jsonl import read_lines, replacing
 from vitlocal.report.figures import Line
 from vitlocal.tasks.metrics import is_evaluated, metrics_of
@@ -25,6 +26,11 @@ class RunRecord(Line):
     folder: Path
     config: Config
     classes: list[dict[str, Any]]  # the last evaluation: class, right, images
+
+
+def escaped(text: object) -> str:
+    """A text for a page, in which hostile names do nothing, and that UTF-8 can hold."""
+    return html.escape(shown(text, keep="\n"))
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -47,7 +53,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
     classes = folder / CLASSES
     found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
-    return RunRecord(name or folder.name, records, folder, config, found, metrics=metrics)
+    return RunRecord(shown(name or folder.name), records, folder, config, found, metrics=metrics)
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:

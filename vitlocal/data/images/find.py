@@ -25,6 +25,7 @@ from vitlocal.data.images.parquet import ParquetImages, parquet_classes
 from vitlocal.data.images.sample import IMAGES_PER_CLASS, SampleImages
 from vitlocal.data.images.shards import has_shards
 from vitlocal.data.images.torchvision import open_torchvision
+from vitlocal.data.manifest import CLASSES_NAME
 from vitlocal.errors import ConfigError
 
 SOURCE_VARIABLE = "IMAGENET_DIR"
@@ -95,6 +96,11 @@ def _with_known_classes(images: ImageSet, split: str, others: tuple[str, ...] | 
     classes = choice.classes or (others if split != "train" else None) or images.classes
     known = set(map(normalized, images.classes))  # also names of ClassLabel that no image has
     images = with_classes(images, classes, choice.classes is not None)
+    if odd := [name for name in classes if "\n" in name]:
+        raise ConfigError(
+            f"source '{images.spec}' has classes whose names have several lines, which {CLASSES_NAME} cannot hold: "
+            f"{listed(odd, 3)}; rename them"
+        )
     counts = np.bincount(images.labels, minlength=len(classes))
     absent = [name for name, count in zip(classes, counts, strict=True) if not count]
     if split == "train" and (unknown := [name for name in absent if normalized(name) not in known]):

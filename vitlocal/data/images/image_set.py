@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitlocal.data.fields import FieldType
 from vitlocal.data.images.pixels import REMEDY, decode_rgb
-from vitlocal.errors import DataError, UndecodableImage
+from vitlocal.errors import DataError, UndecodableImage, shown
 from vitlocal.reading import open_regular
 
 LARGEST_FILE = 1 << 29  # bytes of an image file: larger than any photo, so a larger one is another kind of file
@@ -96,12 +96,14 @@ def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
 def require_photo_size(name: str, size: int) -> None:
     """Raises UndecodableImage, before the file is read, if it is larger than any photo."""
     if size > LARGEST_FILE:
-        raise UndecodableImage(f"{name}: {size} bytes, expected a photo of at most {LARGEST_FILE}; {REMEDY}")
+        raise UndecodableImage(f"{shown(name)}: {size} bytes, expected a photo of at most {LARGEST_FILE}; {REMEDY}")
 
 
 def unreadable(path: str | Path, error: OSError) -> DataError:
     """The error for a file or folder that the system does not let us read. It must never count as absent or empty."""
-    return DataError(f"{path} cannot be read: {error.strerror or error}; restore it, or check its disk and permissions")
+    return DataError(
+        f"{shown(path)} cannot be read: {error.strerror or error}; restore it, or check its disk and permissions"
+    )
 
 
 def is_folder(path: str | Path) -> bool:
@@ -144,5 +146,5 @@ def known_split(name: str) -> str | None:
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "nothing"
+    first = ", ".join(f"'{shown(name)}'" for name in names[:most])
+    return f"{first} and {len(names) - most} more" if len(names) > most else first or "nothing"

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitlocal.data.images.image_set import LEADS_NOWHERE, scan_folder, unreadable
 from vitlocal.data.images.pixels import photo_suffixes, suffix_reason
+from vitlocal.errors import shown
 
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX")  # previews of a Synology disk, attributes of macOS
 THREADS = 16  # they wait for the disk
@@ -37,7 +38,7 @@ class LeftOut:
         """The count of each reason, which names the first file: {".txt": 2, "a broken link: a/x.jpg, …": 3}."""
         named = {}
         for reason, count in sorted(item for item in self._counts.items() if item[1]):
-            first = self._first.get(reason, "").encode(errors="backslashreplace").decode()  # it may not be Unicode
+            first = shown(self._first.get(reason, ""))
             named[f"{reason}{': ' * bool(first)}{first}{', …' * bool(first and count > 1)}"] = count
         return named
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError, features
 
 from vitlocal.data.native import Encoder
-from vitlocal.errors import UndecodableImage
+from vitlocal.errors import UndecodableImage, shown
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"),
@@ -82,7 +82,7 @@ def require_whole(data: bytes, name: str, remedy: str = REMEDY) -> None:
         try:
             _local.encoder.require_whole(data)
         except ValueError as error:
-            raise UndecodableImage(f"{name}: {error}; {remedy}") from error
+            raise UndecodableImage(f"{shown(name)}: {error}; {remedy}") from error
 
 
 def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
@@ -107,7 +107,7 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
         else:
             problem = str(error) or type(error).__name__
         raise UndecodableImage(
-            f"{name}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); {remedy}"
+            f"{shown(name)}: expected a whole image, got {len(data)} bytes that do not decode ({problem}); {remedy}"
         ) from error
 
 

@@ -30,7 +30,7 @@ from vitlocal.data.native import Encoder
 from vitlocal.data.writer.encode import Chunk, EncodeJob, encode_chunks, encode_image
 from vitlocal.data.writer.journal import FIELDS, NO_FIELDS, SourceState, SplitFiles, byte_words, difference
 from vitlocal.data.writer.latents import encode_latents
-from vitlocal.errors import ConfigError, DataError, UndecodableImage, interrupts
+from vitlocal.errors import ConfigError, DataError, UndecodableImage, interrupts, shown
 from vitlocal.jsonl import replacing
 from vitlocal.machine import cores
 from vitlocal.write_options import PLAN_NAME, WriteOptions, read_plan
@@ -152,13 +152,13 @@ def source_choice(options: WriteOptions) -> SourceChoice:
 def _describe(images: ImageSet, split: str) -> None:
     """Prints what is read and what is not."""
     if images.reads:
-        print(f"{split}: reads {'; '.join(images.reads)}")
+        print(f"{split}: reads {shown('; '.join(images.reads))}")
     if images.left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in images.left_out.items())
         total = sum(images.left_out.values())
-        print(f"{split}: left out {total:,} file{'s' * (total > 1)}: {reasons}")
+        print(f"{split}: left out {total:,} file{'s' * (total > 1)}: {shown(reasons)}")
     for note in images.notes:
-        print(f"{split}: {note}")
+        print(f"{split}: {shown(note)}")
 
 
 def _open_autoencoder(options: WriteOptions, stored: Sequence[tuple[int, str]]) -> Autoencoder | None:
@@ -351,13 +351,13 @@ def _finished_manifest(
     rows = [row for row, entry in enumerate(planned.entries) if entry in skipped and decodes(row)]
     if rows:
         print(
-            f"{planned.entries[rows[0]]} was skipped and decodes now ({len(rows)} in all): the split is written again"
+            f"{shown(planned.entries[rows[0]])} was skipped and decodes now ({len(rows)} in all): the split is written again"
         )
         return None
     if not moved and was.sizes and (was.sizes, was.times) != (now.sizes, now.times):
         newest = "none" if state.stamps is None else planned.entries[int(state.stamps[:, 1].argmax())]
         print(
-            f"files of {now.spec} changed since {manifest_path} was written (the newest: {newest}): "
+            f"files of {now.spec} changed since {manifest_path} was written (the newest: {shown(newest)}): "
             "the split is written again"
         )
         return None
