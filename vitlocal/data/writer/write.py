@@ -351,7 +351,8 @@ def _finished_manifest(
     rows = [row for row, entry in enumerate(planned.entries) if entry in skipped and decodes(row)]
     if rows:
         print(
-            f"{shown(planned.entries[rows[0]])} was skipped and decodes now ({len(rows)} in all): the split is written again"
+            f"{shown(planned.entries[rows[0]])} was skipped and decodes now ({len(rows)} in all): the split is written "
+            "again"
         )
         return None
     if not moved and was.sizes and (was.sizes, was.times) != (now.sizes, now.times):
