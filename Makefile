@@ -43,6 +43,7 @@ test-slow: setup
 
 fuzz: setup
 	$(BIN)/python tests/fuzz/fuzz.py $(COUNT) $(SEED)
+	$(BIN)/python tests/fuzz/parsers.py $(COUNT) $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import socket
 import struct
 import subprocess
@@ -295,3 +296,12 @@ def test_a_manifest_of_many_brackets(tmp_path: Path):
     (tmp_path / "train.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"train\.json is damaged"):
         Manifest.load(tmp_path / "train.json")
+
+
+# --- fuzzing ---
+
+
+def test_mutated_files_are_read_or_refused():
+    """The short form of `make fuzz`."""
+    parsers = runpy.run_path(str(Path(__file__).parent / "fuzz" / "parsers.py"))
+    assert parsers["main"](60) == 0

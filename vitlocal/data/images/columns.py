@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,17 @@ def open_shard(path: str) -> Any:
     """A ParquetFile that reads a column in small parts. ConfigError if the file is not complete."""
     from pyarrow.parquet import ParquetFile
 
-    try:
+    with _complete(path):
         return ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+
+
+@contextmanager
+def _complete(path: str) -> Iterator[None]:
+    """Turns errors of a block that reads a shard into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
     except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on damaged data
         raise ConfigError(f"{path} is not a complete parquet file ({error}); download it again") from error
 
@@ -57,7 +67,7 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
     groups: list[RowGroup] = []
     for number, name in enumerate(paths):
         path = str(root / name)
-        with open_shard(path) as file:
+        with open_shard(path) as file, _complete(path):
             schema = file.schema_arrow
             features = _features(schema)
             if number == 0:
