@@ -304,4 +304,4 @@ def test_a_manifest_of_many_brackets(tmp_path: Path):
 def test_mutated_files_are_read_or_refused():
     """The short form of `make fuzz`."""
     parsers = runpy.run_path(str(Path(__file__).parent / "fuzz" / "parsers.py"))
-    assert parsers["main"](60) == 0
+    assert parsers["main"](30) == 0
