@@ -346,7 +346,7 @@ def test_a_file_with_too_many_scans_is_rejected() -> None:
     few, many = many_scans(side, 90), many_scans(side, 5000)
     gray = Image.new("RGB", (side, side))
     _, problems = Stored([gray, gray], [few, many], False).decode(32, DecoderThreads(1), draws=[0, 1])
-    assert problems == {1: "would take too long to decode (has more than 100 scans)"}
+    assert problems == {1: "would take too long to decode, or too much memory (has more than 100 scans)"}
     encoder = Encoder()
     assert encoder.inspect(many)["keepable"] == 0
     assert encoder.encode(few, side, side, raw_form(8, 8)) == [bytes([128] * 192)]

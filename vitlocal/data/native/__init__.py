@@ -43,7 +43,7 @@ _PROBLEMS = {
     2: "has another size than the table of the file says: {message}",
     _NO_MEMORY: "needs more memory to decode than there is",
     _OUTSIDE: "lies outside of the file",
-    _REFUSED: "would take too long or too much memory to decode ({message})",
+    _REFUSED: "would take too long to decode, or too much memory ({message})",
     6: "has a box that is not inside of the image, or has no area",
     _UNREADABLE: "cannot be read: the file became shorter after it was opened, or its disk fails",
     _WARNED: "is a damaged JPEG ({message})",
