@@ -19,10 +19,10 @@ from trainers import open_trainer
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import read_log
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.probes import EPOCH
 from vitlocal.train.run_folder import CHECKPOINT
 

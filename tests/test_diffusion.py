@@ -27,11 +27,11 @@ from vitlocal.tasks.diffusion import Diffusion
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.train import command
 from vitlocal.train.build import assemble_step, mac_counter, make_model, sources_of
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
 from vitlocal.train.devices import EAGER
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.probes import Prober, tangent_kernel
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.trainer import Trainer

@@ -36,9 +36,9 @@ from vitlocal.tasks.gallery import Gallery
 from vitlocal.tasks.noise_schedule import NoiseSchedule
 from vitlocal.tasks.task import Scores
 from vitlocal.train.build import build_run, sources_of
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
 from vitlocal.train.distributed import ALONE, Ranks
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.trainer import Trainer
 

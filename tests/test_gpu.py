@@ -15,9 +15,9 @@ from vitlocal.bench.compiled import compare, problems
 from vitlocal.data.loader import Loader
 from vitlocal.plan import Dials, Feed
 from vitlocal.report.run_folder import read_log
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
 from vitlocal.train.devices import EAGER
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.run_folder import CHECKPOINT
 
 pytestmark = pytest.mark.gpu

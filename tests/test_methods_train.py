@@ -22,11 +22,11 @@ from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.progress import Progress
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.build import open_run
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import export, train
 from vitlocal.train.devices import EAGER
 from vitlocal.train.distributed import ALONE, Ranks
 from vitlocal.train.loop import fit
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.probes import Prober
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.search_log import SEARCHES

@@ -21,11 +21,11 @@ from vitlocal.plan import Feed
 from vitlocal.predict import Predictor
 from vitlocal.report.run_folder import read_log
 from vitlocal.tasks.classification import Classification
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
 from vitlocal.train.devices import Mode
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.loop import fit
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.step import TrainStep
 from vitlocal.train.trainer import Trainer

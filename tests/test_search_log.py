@@ -14,8 +14,8 @@ from vitlocal.methods.method import Probe
 from vitlocal.plan import Shape
 from vitlocal.progress import Progress
 from vitlocal.report.run_folder import read_log
+from vitlocal.train.checkpoint import load_checkpoint
 from vitlocal.train.command import train
-from vitlocal.train.output import load_checkpoint
 from vitlocal.train.probes import Prober
 from vitlocal.train.run_folder import CHECKPOINT
 from vitlocal.train.search_log import SEARCHES, SearchLog, probe_as_json, result_as_json

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vitlocal.config_reader import OptionReader, by_dotted_name, plain_value
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DataError, first_line
 from vitlocal.methods import METHODS, method_problems
 from vitlocal.methods.method import Recipe
 from vitlocal.options import (
@@ -204,6 +204,11 @@ class RunConfig:
     resume: str = option(
         "auto", Choice("auto", "must", "never"), "auto: continue a run in the folder; must (--resume): require one"
     )
+    on_nan: str = option(
+        "stop", Choice("stop", "rewind"), "if training diverges: stop, or rewind to the last checkpoint and continue "
+        "with other random numbers"
+    )  # fmt: skip
+    rewinds: int = option(3, Number(0, whole=True), "run.on_nan=rewind: rewinds at most, in the whole run")
     device: str = option("auto", TEXT, "device: auto, cpu, cuda or cuda:1")
     threads: int = option(0, Number(0, 1024, whole=True), "CPU threads of PyTorch; 0: PyTorch's default")
     save_every: tuple[Length, ...] = option(
@@ -298,7 +303,7 @@ SECTIONS: dict[str, Any] = {
 IMMATERIAL = frozenset(
     "data.root data.workers data.source evaluate.batch_size diffusion.sample_batch diffusion.vae train.compile "
     "train.grad_accum_steps train.grad_checkpointing train.compile_at train.cuda_graphs train.kernel run.folder "
-    "run.resume run.device run.threads run.save_every run.progress run.keep_weights".split()
+    "run.resume run.on_nan run.rewinds run.device run.threads run.save_every run.progress run.keep_weights".split()
 )
 
 
@@ -392,8 +397,26 @@ def stated_options(config: Config) -> dict[str, Any]:
 
 def check_same_run(folder: Path, config: Config, option: str = "run.folder") -> None:
     """Raises ConfigError if ``folder``, which ``option`` names, holds a run of another configuration."""
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    if changed := changed_options(by_dotted_name(stored), config):
+    check_options(stored_options(folder), folder, config, option)
+
+
+def stored_options(folder: Path) -> dict[str, Any]:
+    """The options of the run in ``folder``, by dotted name. Raises DataError if its config.yaml cannot be read."""
+    path = folder / "config.yaml"
+    try:
+        options = by_dotted_name(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if not isinstance(options["methods"], list):  # the last option
+            raise ValueError("it is cut short")
+        return options
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({first_line(error)})") from error
+
+
+def check_options(stored: Mapping[str, Any], folder: Path, config: Config, option: str = "run.folder") -> None:
+    """Raises ConfigError if the options ``stored`` in ``folder`` are those of another run than ``config``."""
+    if changed := changed_options(stored, config):
         raise ConfigError(
             f"{option}: {folder} holds a run of another configuration: {'; '.join(changed)}. Use the same options to "
             f"continue it, or another --{option}"

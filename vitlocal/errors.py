@@ -24,6 +24,10 @@ class DataError(RuntimeError):
     """Data that cannot be read or written. The commands print it and exit with status 1."""
 
 
+class Diverged(DataError):
+    """Training whose loss, weights, weight averages or optimizer state are infinite or not a number."""
+
+
 class DeviceMemoryError(RuntimeError):
     """Work that the device's memory does not hold. The commands print it and exit with status 1."""
 

@@ -24,7 +24,8 @@ from vitlocal.models.dit import reads_latents
 from vitlocal.paths import WRITE
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS, Stage
-from vitlocal.train.build import build_step, device_of, make_model, stated_sizes
+from vitlocal.train.build import build_step, device_of, make_model
+from vitlocal.train.build_checks import stated_sizes
 from vitlocal.train.simulate import Speed, spend
 from vitlocal.train.timing import Timing, fill_zeros, noise_batch, noise_step
 from vitlocal.write_options import WriteOptions

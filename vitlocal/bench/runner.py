@@ -24,7 +24,7 @@ from vitlocal.machine import end_with_parent, memory_stalls
 from vitlocal.options import as_argument
 from vitlocal.paths import find_recipe
 from vitlocal.storage import methods_writing
-from vitlocal.train.build import check_data
+from vitlocal.train.build_checks import check_data
 from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
 
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -105,6 +105,10 @@ class Source:
         slices = (share or self.share).slices(draws, feed.batch_size)
         with closing(self._read(slices, at.epoch, feed.size, subset)) as batches:
             yield batches
+
+    def vary_crops(self, variant: int) -> None:
+        """From the next pass on, other random crops are cut, in the same order of images. 0: the first ones."""
+        self.crops = replace(self.crops, variant=variant)
 
     def check_size(self, size: int) -> None:
         """Raises ConfigError if the source cannot deliver images of ``size`` px, DataError if its file is damaged."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitlocal.data.random_keys import generator
+from vitlocal.data.random_keys import generator, other_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +37,12 @@ class CropPolicy:
     repeats: int = 1  # how often a row follows itself in an epoch
     centre: float = 0.875  # timm's crop_pct: size of the centre crop, as a fraction of the resized short edge
     shuffle: bool | None = None
+    variant: int = 0  # other boxes and flips in the same order: after a run has gone back to a checkpoint
+
+    @property
+    def box_seed(self) -> int:
+        """The seed of boxes and flips."""
+        return other_seed(self.seed, self.variant)
 
     @property
     def shuffles(self) -> bool:

@@ -41,7 +41,7 @@ class LatentReader(PassReader):
     ):
         super().__init__(resources, device)
         assert file.latent is not None
-        self._file, self._shape, self._key = file, file.latent.shape[1:], (crops.seed, epoch, _MIRROR)
+        self._file, self._shape, self._key = file, file.latent.shape[1:], (crops.box_seed, epoch, _MIRROR)
         self._flip = crops.flip if crops.random else 0.0
 
     def _fill(self, draws: np.ndarray, slot: Slot) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shlex
 import zlib
@@ -95,7 +93,6 @@ class Manifest:
         lines = ",\n".join(f"{json.dumps(name)}: {_dump(value)}" for name, value in members.items())
         with replacing(path) as file:
             file.write(f"{{\n{lines}\n}}\n")
-        flush_folder(path.parent)
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -298,14 +295,6 @@ def joined_crc32(first: int, second: int, length: int) -> int:
         power = product(power, power)
         length >>= 1
     return product(shift, first) ^ second
-
-
-def flush_folder(folder: Path) -> None:
-    """Flushes renames within ``folder`` to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _dump(value: Any) -> str:

@@ -47,6 +47,11 @@ def integers(key: tuple[int, ...], places: np.ndarray, number: int, end: int) ->
     return (_scramble(_words(key, places) + np.uint64((1 << 32) + number)) % np.uint64(end)).astype(np.int64)
 
 
+def other_seed(seed: int, number: int) -> int:
+    """``seed``, or one of other seeds that follow from it if ``number`` is not 0. Below 2^62."""
+    return int(generator((seed, number, 0x4E3D)).integers(2**62)) if number else seed
+
+
 def generator(key: tuple[int, ...]) -> np.random.Generator:
     """A generator for numbers that a whole batch shares."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))

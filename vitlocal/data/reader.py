@@ -22,7 +22,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.native import BOX, DecoderThreads, native_policy
 from vitlocal.data.random_keys import integers
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import ConfigError, DataError, DeviceMemoryError, first_line
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
 
 PREFETCH = 3  # batches that wait for the consumer
 ALIVE_SECONDS = 2.0  # between looks at whether the thread is alive

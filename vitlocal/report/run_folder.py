@@ -12,11 +12,12 @@ from PIL import Image
 
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError, shown
-from vitlocal.jsonl import read_lines, replacing
+from vitlocal.jsonl import count_damaged, read_lines, replacing
 from vitlocal.report.figures import Line
 from vitlocal.tasks.metrics import is_evaluated, metrics_of
 
-CLASSES, PICTURES = "classes.json", "pictures"
+CLASSES, PICTURES, LOG = "classes.json", "pictures", "log.jsonl"
+LOGGED = ("epoch", "step", "images_seen", "image_size", "batch_size", "train_seconds", "wall_seconds")  # by every pass
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RunRecord(Line):
     folder: Path
     config: Config
     classes: list[dict[str, Any]]  # the last evaluation: class, right, images
+    damaged_lines: int = 0  # of the log
 
 
 def escaped(text: object) -> str:
@@ -34,8 +36,13 @@ def escaped(text: object) -> str:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of the run's log, oldest first. A last line that a kill cut short is left out."""
-    return read_lines(folder / "log.jsonl")
+    """The records of the run's log, oldest first, without damaged lines."""
+    return read_lines(folder / LOG, is_record)
+
+
+def is_record(line: dict[str, Any]) -> bool:
+    """Whether an object is a record of a pass."""
+    return all(isinstance(line.get(name), (int, float)) for name in LOGGED)
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
@@ -53,14 +60,16 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
     classes = folder / CLASSES
     found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
-    return RunRecord(shown(name or folder.name), records, folder, config, found, metrics=metrics)
+    damaged = count_damaged(folder / LOG, is_record)
+    return RunRecord(shown(name or folder.name), records, folder, config, found, damaged, metrics=metrics)
 
 
 def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) -> None:
     """Writes ``classes.json``: how many images of each class were right (top-1), and how many there are (C, 2)."""
     pairs = zip(classes, by_class.tolist(), strict=True)
     found = [{"class": name, "right": right, "images": count} for name, (right, count) in pairs]
-    (folder / CLASSES).write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+    with replacing(folder / CLASSES, sync=False) as file:
+        file.write(json.dumps(found, indent=0) + "\n")
 
 
 def write_picture(folder: Path, name: str, picture: Image.Image) -> None:

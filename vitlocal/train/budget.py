@@ -4,6 +4,7 @@ A journal saves the time spent while the run goes on. So a killed run loses almo
 """
 
 import json
+import math
 import statistics
 import sys
 import threading
@@ -377,14 +378,29 @@ class Budget:
 
 def read_spent(path: Path) -> tuple[float, float]:
     """Training and total seconds from a journal; zeros if there is none, or if it is damaged, which is reported."""
+    train, wall, _ = _read_journal(path)
+    return train, wall
+
+
+def read_rewinds(path: Path) -> int:
+    """How often a run has gone back to a checkpoint, from its journal; 0 if there is none, or if it is damaged."""
+    return int(_read_journal(path, said=True)[2])
+
+
+def _read_journal(path: Path, said: bool = False) -> tuple[float, float, float]:
     try:
         spent = json.loads(path.read_text(encoding="utf-8"))
-        return float(spent["train_seconds"]), float(spent["wall_seconds"])
+        train, wall, rewinds = (float(value) for value in (spent["train_seconds"], spent["wall_seconds"],
+                                                           spent.get("rewinds", 0)))  # fmt: skip
+        if not all(0 <= value < math.inf for value in (train, wall, rewinds)):
+            raise ValueError("a time below 0, infinite or not a number")
+        return train, wall, rewinds
     except FileNotFoundError:
-        return 0.0, 0.0
-    except (ValueError, KeyError, TypeError):
-        print(f"{path} is damaged; the budget continues from the checkpoint", file=sys.stderr)
-        return 0.0, 0.0
+        return 0.0, 0.0, 0
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if not said:
+            print(f"{path} is damaged; the budget continues from the checkpoint", file=sys.stderr)
+        return 0.0, 0.0, 0
 
 
 def journal_interval(budget: Length) -> float:
@@ -395,12 +411,12 @@ def journal_interval(budget: Length) -> float:
 
 
 @contextmanager
-def journal(path: Path, timer: RunTimer, interval: float) -> Iterator[None]:
-    """Within the context, a thread writes the timer's seconds to ``path`` every ``interval`` seconds."""
+def journal(path: Path, timer: RunTimer, interval: float, rewinds: Callable[[], int] = lambda: 0) -> Iterator[None]:
+    """Within the context, a thread writes the timer's seconds and ``rewinds()`` to ``path`` every ``interval`` s."""
     done = threading.Event()
 
     def write() -> None:
-        spent = {"train_seconds": timer.train_seconds, "wall_seconds": timer.wall_seconds}
+        spent = {"train_seconds": timer.train_seconds, "wall_seconds": timer.wall_seconds, "rewinds": rewinds()}
         # Not synced, which would wait for the disk. A full disk is reported by the next checkpoint.
         with suppress(OSError), replacing(path, sync=False) as file:
             file.write(json.dumps(spent) + "\n")

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,39 +12,48 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlocal.config import IMMATERIAL, Config, check_same_run, recipe_text
+from vitlocal.config import Config, check_options, check_same_run, recipe_text
 from vitlocal.data.batch import Sources
 from vitlocal.data.fields import LatentForm
+from vitlocal.data.random_keys import other_seed
 from vitlocal.data.sources import open_sources
-from vitlocal.errors import ConfigError
-from vitlocal.machine import can_compile_kernels, keep_freed_memory, memory
-from vitlocal.methods import METHODS, build_methods
-from vitlocal.methods.method import Claims, Method, MethodContext
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.jsonl import replacing
+from vitlocal.machine import can_compile_kernels, keep_freed_memory
+from vitlocal.methods import build_methods
+from vitlocal.methods.method import Method, MethodContext
 from vitlocal.models.block import BlockModel
 from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.models.dit import reads_latents
 from vitlocal.models.factory import build_model, load_weights, patch_side
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse, measured_times
-from vitlocal.models.shape import add_stage_table, check_shape, model_parts, set_shape
+from vitlocal.models.shape import add_stage_table, model_parts, set_shape
 from vitlocal.plan import Feed, Shape
 from vitlocal.tasks.task import sum_type
-from vitlocal.train.budget import Clock, journal, journal_interval, read_spent
+from vitlocal.train.budget import Clock, journal, journal_interval, read_rewinds, read_spent
+from vitlocal.train.build_checks import (
+    check_data,
+    check_fields,
+    check_image_sizes,
+    check_latents,
+    check_memory,
+    check_plans,
+    check_ranks,
+)
 from vitlocal.train.build_task import check_outputs, make_task
+from vitlocal.train.checkpoint import Checkpoints
 from vitlocal.train.devices import choose_device, choose_precision
 from vitlocal.train.distributed import ALONE, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import CombinedOptimizer, ModelEma, build_optimizer
-from vitlocal.train.output import RunOutput, load_checkpoint
+from vitlocal.train.output import RunOutput
 from vitlocal.train.probes import MacCount
-from vitlocal.train.run_folder import CHECKPOINT, JOURNAL, data_fingerprint, has_run, record_origin, run_folder_lock
+from vitlocal.train.run_folder import JOURNAL, data_fingerprint, has_run, record_origin, run_folder_lock
 from vitlocal.train.search_log import SearchLog
-from vitlocal.train.state import TrainState
+from vitlocal.train.state import RunFacts, TrainState
 from vitlocal.train.step import TrainStep, has_batch_norm
 from vitlocal.train.trainer import Trainer
-
-# Models with larger values are checked before they are built.
-USUAL_SIZES = {"size": 1024, "patch_size": 64, "width": 2048, "depth": 64}
 
 
 def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
@@ -204,8 +213,13 @@ def build_run(
     clock: Clock | None = None,
     folder: Path | None = None,
     starts: bool = True,
+    rewinds: int = 0,
 ) -> BuiltRun:
-    """Builds the trainer; without a ``folder`` nothing is written. A run that ``starts`` loads ``model.weights``."""
+    """Builds the trainer; without a ``folder`` nothing is written. A run that ``starts`` loads ``model.weights``.
+
+    ``rewinds``: how often the run has diverged. After each time it has other random numbers, in the same order of
+    images.
+    """
     train, classes = config.train, sources.train.classes
     model, arguments = make_model(config, len(classes), device, sources.train.latents)
     check_latents(config, sources)
@@ -233,11 +247,13 @@ def build_run(
         if method.needs.budget_length is not None:
             config = replace(config, budget=replace(config.budget, length=method.needs.budget_length))
     step, method_emas = assemble_step(config, model, device, macs, methods, ranks, sources)
+    step.seed = other_seed(step.seed, rewinds)
+    sources.train.vary_crops(rewinds)
     clock = clock or Clock(config.budget.length, config.budget.counts)
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
     state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
-    state.data = data_fingerprint(sources.train.count, classes)
+    state.facts = RunFacts(data_fingerprint(sources.train.count, classes), config.flat(), rewinds)
     output = None
     if folder is not None and ranks.first:
         output = RunOutput(
@@ -262,110 +278,45 @@ def build_run(
     return BuiltRun(trainer, config, arguments, new_weights, output)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def stated_sizes(config: Config) -> list[tuple[str, int]]:
-    """The sizes that the run will come to, perhaps hours later, with the option or method that states each."""
-    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config.recipe)]
-    stated = [("model.size", config.model.size), ("evaluate.size", config.evaluate.size)]
-    return [(name, size) for name, size in (*stated, *fed) if size is not None]
-
-
-def check_image_sizes(config: Config, model: nn.Module) -> None:
-    """Raises ConfigError if the model cannot take a size that the run will come to."""
-    patch, largest, sizes = patch_side(model), config.model.size, stated_sizes(config)
-    if odd := [f"{name} {size}" for name, size in sizes if size % patch]:
-        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch size of {config.model.name}")
-    if above := [f"{name} {size}" for name, size in sizes if size > largest and name in config.methods]:
-        raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
-
-
-def check_memory(config: Config, arguments: dict[str, Any], num_classes: int, device: torch.device) -> None:
-    """Raises ConfigError if the weights of an unusually large model cannot be trained in the device's memory."""
-    stated = {name: getattr(config.model, name) or 0 for name in USUAL_SIZES}
-    if all(stated[name] <= most for name, most in USUAL_SIZES.items()):
-        return
-    with torch.device("meta"):  # allocates nothing
-        model, _ = build_model(config.model.name, arguments, num_classes)
-    weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    needed = 16 * weights  # bytes of float32 weights, gradients and two moments
-    there = memory() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
-    if needed > there:
-        options = ", ".join(f"model.{name}={value}" for name, value in stated.items() if value)
-        raise ConfigError(
-            f"{options}: {weights / 1e6:,.0f} M weights need {needed / 2**30:,.0f} GiB with their gradients and "
-            f"moments, and {device} has {there / 2**30:,.0f} GiB; use smaller ones"
-        )
-
-
-def check_latents(config: Config, sources: Sources) -> None:
-    """Raises ConfigError if there are no latents of a size that the run will come to."""
-    for name, size in stated_sizes(config):
-        source = sources.val if name == "evaluate.size" else sources.train
-        source.check_size(size)
-    sources.val.check_size(config.evaluate.size or config.model.size)
-
-
-def check_plans(trainer: Trainer, world: int) -> None:
-    """Raises ConfigError if a batch is too small for all processes, or the model lacks a part that a method needs."""
-    plans = trainer.upcoming_plans()
-    smallest = min(plan.feed.batch_size for plan in plans)
-    if smallest < 2 * world:
-        raise ConfigError(
-            f"train.batch_size: {smallest} is too small for {world} processes, which take pairs of images; use at "
-            f"least {2 * world}"
-        )
-    for plan in plans:
-        check_shape(trainer.state.model, plan.shape)
-
-
-def check_fields(model_name: str, model: nn.Module, claims: Claims) -> None:
-    """Raises ConfigError if a method sets a field of the shape that the model cannot change."""
-    fixed = {f"shape.{name}": reason for name, reason in getattr(model, "fixed_fields", {}).items()}
-    if wrong := sorted(claims.writes & fixed.keys()):
-        remedies = [f"set {claims.spared_by[name]}" for name in wrong if name in claims.spared_by]
-        raise ConfigError(
-            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[wrong[0]]}; "
-            f"{(remedies or [f'remove {claims.name}'])[0]}"
-        )
-
-
-def check_ranks(config: Config, ranks: Ranks) -> None:
-    """Raises ConfigError if the processes were started with different options."""
-    mine, first = config.flat(), ranks.broadcast(config.flat())
-    different = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
-    if different:
-        raise ConfigError(f"{', '.join(different)}: rank {ranks.rank} and rank 0 were started with different values")
-
-
-def check_data(found: dict[str, Any], before: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError if the training data are not those of the checkpoint."""
-    if found != before:
-        raise ConfigError(
-            f"data.root: {config.data.root} has {found['images']} training images of {found['classes']} classes, and "
-            f"the run in {config.run.folder} was started on {before['images']} of {before['classes']}, perhaps with "
-            "other names. Use those data, or another --run.folder"
-        )
-
-
 # --- opening a run's folder -------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, config: Config) -> str:
+    """Raises ConfigError if ``folder`` holds another run. Says what is wrong with its config.yaml; empty: nothing.
+
+    A run whose config.yaml is missing or damaged continues: its checkpoint has the options too.
+    """
+    try:
+        check_same_run(folder, config)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def spent_before(folder: Path, config: Config) -> tuple[float, float]:
     """Training seconds and total seconds of this run so far, even if it was killed before its first checkpoint."""
-    if config.run.resume == "never" or not (folder / "config.yaml").exists():
+    if config.run.resume == "never":
         return 0.0, 0.0
     try:
-        check_same_run(folder, config)
+        damaged = check_folder(folder, config)
     except ConfigError:
         return 0.0, 0.0
-    return read_spent(folder / JOURNAL)
+    return (0.0, 0.0) if damaged and not Checkpoints(folder).exist() else read_spent(folder / JOURNAL)
 
 
 @contextmanager
 def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
-    """Builds the run, or continues the one in its folder (``run.resume``).
+    """Builds the run, or continues the one in its folder: see :func:`open_folder`."""
+    with open_folder(config, began) as start:
+        yield start(False)
+
+
+@contextmanager
+def open_folder(config: Config, began: float | None = None) -> Iterator[Callable[[bool], BuiltRun]]:
+    """Opens the data and the run's folder. Yields ``start``, which builds the run or continues it (``run.resume``).
+
+    After the run has diverged, ``start(True)`` goes back to the last checkpoint, or to the initial weights, and gives
+    the run other random numbers. No part of the earlier run may be in use then.
 
     All checks run before the folder is made, so that a wrong configuration leaves nothing behind. Only rank 0 reads and
     writes the folder. ``began``: when the command started, a value of ``time.monotonic``; total time counts from there.
@@ -373,13 +324,13 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
     ranks = find_ranks()
     folder = Path(str(config.run.folder))
 
-    def resumes() -> bool:
-        found = ranks.first and has_run(folder, config.run.resume)
+    def resumes(resume: str) -> bool:
+        found = ranks.first and has_run(folder, resume)
         if found:
-            check_same_run(folder, config)
+            check_folder(folder, config)
         return found
 
-    resumes()  # reports a wrong folder before anything is loaded
+    resumes(config.run.resume)  # reports a wrong folder before anything is loaded
     device = device_of(config, ranks)
     if config.budget.counts == "cpu" and (device.type != "cpu" or ranks.world > 1):
         raise ConfigError("budget.counts: cpu is for one process on a CPU; use run.device=cpu, or budget.counts=train")
@@ -387,37 +338,89 @@ def open_run(config: Config, began: float | None = None) -> Iterator[BuiltRun]:
         opened.enter_context(ranks.connected(device))
         check_ranks(config, ranks)
         opened.callback(gc.unfreeze)
-        sources = opened.enter_context(closing(sources_of(config, device, ranks)))
+        data = opened.enter_context(ExitStack())
+        first = data.enter_context(closing(sources_of(config, device, ranks)))
         if ranks.first:
             opened.enter_context(run_folder_lock(folder))
-        # Again, because another process may have trained here until the folder was locked.
-        continues = ranks.broadcast(resumes())
-        clock = Clock(config.budget.length, config.budget.counts, began=began)
-        spent = ranks.broadcast(spent_before(folder, config) if ranks.first else None)
-        clock.timer.resume(*spent)
-        saving = journal(folder / JOURNAL, clock.timer, journal_interval(config.budget.length))
-        if ranks.first and any(spent):  # loading counts too; a new run writes nothing until it is built
-            opened.enter_context(saving)
-        run = build_run(config, sources, device, ranks=ranks, clock=clock, folder=folder, starts=not continues)
-        if continues:
-            content = ranks.broadcast(load_checkpoint(folder / CHECKPOINT) if ranks.first else None)
-            check_data(dict(run.trainer.state.data), content["data"], config)
+        current = opened.enter_context(ExitStack())  # what the run that was started last has opened
+
+        def start(rewind: bool) -> BuiltRun:
+            sources, again = first, config
+            if rewind:
+                current.close()
+                data.close()
+                gc.unfreeze()
+                gc.collect()  # the earlier run's model
+                sources = data.enter_context(closing(sources_of(config, device, ranks)))
+                again = replace(config, run=replace(config.run, resume="auto"))
+            # Again, because another process may have trained here until the folder was locked.
+            continues = ranks.broadcast(resumes(again.run.resume))
+            clock = Clock(config.budget.length, config.budget.counts, began=None if rewind else began)
+            return start_run(again, sources, device, ranks, clock, current, continues, rewind)
+
+        yield start
+
+
+def start_run(
+    config: Config, sources: Sources, device: torch.device, ranks: Ranks, clock: Clock, opened: ExitStack,
+    continues: bool, rewind: bool,
+) -> BuiltRun:  # fmt: skip
+    """Builds the run, and loads its checkpoint if it ``continues``. ``opened`` closes what it opens."""
+    folder = Path(str(config.run.folder))
+    checkpoints, content = Checkpoints(folder), None
+    spent = ranks.broadcast(spent_before(folder, config) if ranks.first else None)
+    clock.timer.resume(*spent)
+    rewinds = ranks.broadcast(read_rewinds(folder / JOURNAL) if ranks.first and any(spent) else 0) + rewind
+    saving = journal(folder / JOURNAL, clock.timer, journal_interval(config.budget.length), lambda: rewinds)
+    if ranks.first and any(spent):  # loading counts too; a new run writes nothing until it is built
+        opened.enter_context(saving)
+    if continues:
+        content = ranks.broadcast(checkpoints.load() if ranks.first else None)
+        with explained_misfits(folder):
+            check_options(content["options"], folder, config)
+            rewinds = max(rewinds, content["rewinds"] + rewind)  # the journal may be lost
+    run = build_run(
+        config, sources, device, ranks=ranks, clock=clock, folder=folder, starts=not continues, rewinds=rewinds
+    )
+    if content is not None:
+        with explained_misfits(folder):
+            check_data(run.trainer.state.facts.data, content["data"], config)
             run.trainer.load(content)
-        run.trainer.sync_ranks()
-        if run.output is not None:
-            opened.callback(run.output.close)
-            begin_folder(run.output, run.trainer.state, None if continues else recipe_text(config))
-        if ranks.first and not any(spent):
-            opened.enter_context(saving)
-        yield run
+    run.trainer.sync_ranks()
+    if run.output is not None:
+        opened.callback(run.output.close)
+        run.output.checkpoints = checkpoints
+        damaged = check_folder(folder, config) if continues else ""
+        for note in (*checkpoints.notes, *([f"{damaged}: it is written again"] if damaged else [])):
+            run.output.print(f"note: {note}")
+        begin_folder(run.output, run.trainer.state, recipe_text(config) if damaged or not continues else None)
+    if ranks.first and not any(spent):
+        opened.enter_context(saving)
+    return run
+
+
+@contextmanager
+def explained_misfits(folder: Path) -> Iterator[None]:
+    """A context in which a checkpoint that is whole, but does not fit the run, raises one DataError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"the checkpoint in {folder} is whole, but does not fit this run ({' '.join(str(error).split())}). It may "
+            "be of another run, or of another version of vitlocal: put the right one in its place, or use another "
+            "--run.folder"
+        ) from error
 
 
 def begin_folder(output: RunOutput, state: TrainState, recipe: str | None) -> None:
     """Writes the ``recipe`` of a new run and the run's origin, and drops log lines that will be written again."""
     if recipe is not None:
-        (output.folder / "config.yaml").write_text(recipe, encoding="utf-8")
+        with replacing(output.folder / "config.yaml") as file:
+            file.write(recipe)
     if not state.clock.progress.is_end:
-        record_origin(output.folder, state.data)
-    reopened = state.current_plan is not None and state.totals.images > 0
-    output.begin(state.clock.step - reopened)
+        record_origin(output.folder, {name: value for name, value in state.facts.data.items() if name != "files"})
+    step, count = state.facts.logged
+    output.begin(state.clock.step, count if step == state.clock.step else 0)
     state.search_log.begin()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitlocal.config import Config
+from vitlocal.errors import Diverged
 from vitlocal.machine import can_compile_kernels
 from vitlocal.methods import METHODS
 from vitlocal.models.factory import patch_side
@@ -12,7 +13,7 @@ from vitlocal.models.shape import temporary_shape
 from vitlocal.progress import upcoming_changes
 from vitlocal.report.page import scores_text, write_report
 from vitlocal.report.run_folder import read_log
-from vitlocal.train.build import BuiltRun, open_run
+from vitlocal.train.build import BuiltRun, open_folder
 from vitlocal.train.loop import fit
 from vitlocal.train.state import Phase, trained_plan
 
@@ -22,9 +23,25 @@ MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says
 
 
 def train(config: Config, began: float | None = None) -> int:
-    """Builds or continues the run, trains, exports and reports; returns the exit status. ``began``: see open_run."""
-    with open_run(config, began) as run, run.trainer.signals.handled():
-        trainer, state, output = run.trainer, run.trainer.state, run.output
+    """Builds or continues the run, trains, exports and reports; returns the exit status. ``began``: see open_folder.
+
+    If training diverges, goes back to the last checkpoint (``run.on_nan=rewind``), or raises Diverged.
+    """
+    most = config.run.rewinds if config.run.on_nan == "rewind" else 0
+    with open_folder(config, began) as start:
+        status = train_run(start(False), most)
+        while status is None:
+            status = train_run(start(True), most)
+    return status
+
+
+def train_run(run: BuiltRun, most: int = 0) -> int | None:
+    """Trains, exports and reports. Returns the exit status; None if the run has diverged and is to be rewound.
+
+    Raises Diverged if it was rewound ``most`` times already.
+    """
+    trainer, state, output = run.trainer, run.trainer.state, run.output
+    with trainer.signals.handled():
         say: Callable[[str], None] = output.print if output is not None else lambda text: None
         say(describe(run))
         for warning in start_warnings(run):
@@ -36,7 +53,15 @@ def train(config: Config, began: float | None = None) -> int:
             say(f"continuing at epoch {now.epoch:.2f}, step {now.step}: {100 * now.fraction:.1f} % is spent")
         if not (state.clock.progress.is_end and state.clock.step):
             trainer.prepare()
-        fit(trainer)
+        try:
+            fit(trainer)
+        except Diverged as error:
+            if state.facts.rewinds >= most:
+                raise
+            say(f"note: {str(error).partition(':')[0]}: going back to the last checkpoint, with other random numbers "
+                f"(rewind {state.facts.rewinds + 1} of {most})")  # fmt: skip
+            if trainer.stop_signal is None:
+                return None
         if (
             trainer.stop_signal is not None
             and state.update_phase(trainer.plan(), state.clock.progress) is not Phase.DONE

@@ -6,14 +6,14 @@ columns.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
 
 # A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
@@ -172,6 +172,32 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
     members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     owners = {id(p): member for member in members for group in member.param_groups for p in group["params"]}
     return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}
+
+
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum"}}  # the state of a weight, once it has one
+
+
+def _states(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+    for member in optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,):
+        states: Any = member.state
+        yield from ((type(member).__name__, p, values) for p, values in states.items() if values)
+
+
+def moments(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each trained weight with each of its moments. Counts of steps are none."""
+    for _, parameter, values in _states(optimizer):
+        yield from ((parameter, value) for name, value in values.items() if name != "step")
+
+
+def check_moments(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> None:
+    """Raises DataError if the state that was loaded belongs to other weights. PyTorch does not look at it."""
+    for name, _, values in _states(optimizer):
+        tensors = all(isinstance(value, Tensor) for value in values.values())
+        if not tensors or values.keys() != MOMENTS[name]:
+            raise DataError(f"the optimizer has {', '.join(map(str, values))} for a weight, expected {MOMENTS[name]}")
+    for parameter, moment in moments(optimizer):
+        if moment.shape != parameter.shape:
+            raise DataError(f"the optimizer has {tuple(moment.shape)} for a weight of {tuple(parameter.shape)}")
 
 
 class ModelEma:

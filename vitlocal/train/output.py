@@ -1,33 +1,30 @@
-"""Writes what a run leaves in its folder, and shows its progress. Reads checkpoints and kept weights."""
+"""Writes what a run leaves in its folder, and shows its progress. Reads kept weights."""
 
 import json
-import pickle
 import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from vitlocal.errors import DataError, first_line
-from vitlocal.jsonl import append_line, replacing, write_lines
+from vitlocal.jsonl import append_line, count_damaged, keep_lines
 from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 from vitlocal.progress import Length, Progress
-from vitlocal.report.run_folder import read_log, write_classes, write_picture
+from vitlocal.report.run_folder import LOG, is_record, write_classes, write_picture
 from vitlocal.tasks.metrics import Metric, is_evaluated
 from vitlocal.tasks.task import Scores
-from vitlocal.train.run_folder import CHECKPOINT
+from vitlocal.train.checkpoint import Checkpoints
 
 KEPT = Path("checkpoints") / "kept"
-FORMAT = 4  # of a checkpoint's content; increased when older checkpoints cannot be continued
 REFRESH_SECONDS = 1.0
 FIRST_SILENCE, LONGEST_SILENCE = 10.0, 600.0  # seconds without a line on the console, if no bar is drawn
 
@@ -47,6 +44,7 @@ class RunOutput:
         keeps_weights: bool = False,
     ):  # fmt: skip
         self.folder, self._metrics = folder, metrics
+        self.checkpoints = Checkpoints(folder)
         self._length, self._keeps_weights = length, keeps_weights
         drawn = progress and sys.stderr.isatty()
         self._prints_progress = progress and not drawn
@@ -58,13 +56,22 @@ class RunOutput:
         self._bar = tqdm(total=100.0, disable=not drawn, leave=False, dynamic_ncols=True, bar_format=form)
         self._tensorboard: Any = None
 
-    def begin(self, step: int) -> None:
-        """Opens the log, without the records after ``step``: these passes will run again."""
+    def begin(self, step: int, here: int) -> None:
+        """Opens the log. Keeps the records before ``step`` and the first ``here`` of it: later passes run again."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in tensorboard's own imports
             from torch.utils.tensorboard import SummaryWriter
-        path = self.folder / "log.jsonl"
-        write_lines(path, [record for record in read_log(self.folder) if record["step"] <= step])
+        found, log = Counter[int](), self.folder / LOG
+
+        def keep(record: dict[str, Any]) -> bool:
+            found[record["step"]] += 1
+            return record["step"] < step or (record["step"] == step and found[step] <= here)
+
+        keep_lines(log, keep, is_record)
+        if damaged := count_damaged(log, is_record):
+            self.print(
+                f"note: {damaged} of the lines of {log} cannot be read; the passes in them are lost to the report"
+            )
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def due(self) -> bool:
@@ -88,7 +95,7 @@ class RunOutput:
 
     def record(self, values: dict[str, Any]) -> None:
         """Writes the record of a pass, and prints it."""
-        append_line(self.folder / "log.jsonl", values)
+        append_line(self.folder / LOG, values)
         scores = ""
         for metric in self._metrics:
             if is_evaluated(values, metric):
@@ -104,7 +111,7 @@ class RunOutput:
 
     def save_checkpoint(self, content: dict[str, Any]) -> None:
         """Replaces the run's checkpoint."""
-        save_checkpoint(self.folder / CHECKPOINT, content)
+        self.checkpoints.save(content)
 
     def write_evaluation(
         self, scores: Scores, classes: Sequence[str], weights: Mapping[str, Tensor], at: Progress, shape: Shape
@@ -129,39 +136,6 @@ class RunOutput:
         self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replaces ``path`` atomically. ``state`` holds tensors and plain values only. DataError if the disk is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with replacing(path, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-    except RuntimeError as error:
-        if "inline_container" not in str(error):
-            raise  # an error of the device, for example
-        # PyTorch's zip writer does not say why a write failed.
-        raise DataError(
-            f"{path}: the checkpoint could not be written ({first_line(error)}). Is the disk full? "
-            "The previous checkpoint is intact; free some space and run the same command again"
-        ) from error
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :func:`save_checkpoint` wrote, on the CPU. DataError if it is damaged or of another format."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise DataError(
-            f"{path} is not a readable checkpoint ({first_line(error)}). Remove {path.parents[1]} and run the "
-            "same command again to train from the start"
-        ) from error
-    if state.get("format") != FORMAT:
-        raise DataError(
-            f"{path} was written by another version of vitlocal (format {state.get('format', 1)}, expected {FORMAT}). "
-            f"Continue with that version, or remove {path.parents[1]} and run the command again to train from the start"
-        )
-    return state
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

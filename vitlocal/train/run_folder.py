@@ -12,16 +12,15 @@ from vitlocal.errors import ConfigError
 from vitlocal.jsonl import read_lines, write_lines
 from vitlocal.machine import commit, hardware, versions
 from vitlocal.report.run_folder import read_log
+from vitlocal.train.checkpoint import CHECKPOINT, Checkpoints
 
-CHECKPOINT = Path("checkpoints") / "last.pt"
 JOURNAL = Path("spent.json")
 ORIGIN = Path("trained_on.jsonl")
 
 
 def has_run(folder: Path, resume: str = "auto") -> bool:
     """Whether ``folder`` holds a run to continue. ConfigError if that is not what ``run.resume`` asks for."""
-    checkpoint = folder / CHECKPOINT
-    found = checkpoint.exists()
+    checkpoint, found = folder / CHECKPOINT, Checkpoints(folder).exist()
     if resume == "must" and not found:
         raise ConfigError(f"run.resume: there is no run to continue in {folder} ({checkpoint} does not exist)")
     if resume == "never" and found:
@@ -62,7 +61,7 @@ def run_folder_lock(folder: Path) -> Iterator[None]:
         try:
             yield
         except ConfigError:
-            if is_new and not (folder / CHECKPOINT).exists():
+            if is_new and not Checkpoints(folder).exist():
                 shutil.rmtree(folder, ignore_errors=True)  # an error here must not hide the first one
             raise
 
@@ -82,5 +81,5 @@ def record_origin(folder: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_origin(folder: Path) -> list[dict[str, Any]]:
-    """The records of :func:`record_origin`, in order; empty if the file is missing or damaged."""
-    return read_lines(folder / ORIGIN)
+    """The records of :func:`record_origin`, in order, without damaged lines."""
+    return read_lines(folder / ORIGIN, lambda line: isinstance(line.get("machine"), dict) and "commit" in line)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.jsonl import append_line, read_lines, write_lines
+from vitlocal.jsonl import append_line, read_lines, replacing
 from vitlocal.methods.method import Probe
 from vitlocal.plan import WHOLE_MODEL
 from vitlocal.progress import Progress
@@ -28,6 +28,11 @@ def probe_as_json(probe: Probe) -> dict[str, Any]:
 def _stated(values: Any) -> dict[str, Any]:
     pairs = [(field, getattr(values, field.name)) for field in fields(values)]
     return {field.name: value for field, value in pairs if value != field.default}
+
+
+def is_search(line: dict[str, Any]) -> bool:
+    """Whether an object is a line of ``searches.jsonl``."""
+    return isinstance(line.get("probe"), dict) and "kind" in line["probe"] and "answer" in line
 
 
 def result_as_json(value: float | Sequence[float]) -> Any:
@@ -49,7 +54,7 @@ class SearchLog:
         self._path = None if folder is None else folder / SEARCHES
         self._lines = self._timed = 0  # results so far, and how many of them are times
         self._replay = None if replay is None else Path(replay) / SEARCHES
-        lines = [] if self._replay is None else read_lines(self._replay)
+        lines = [] if self._replay is None else read_lines(self._replay, is_search)
         self._times = [line for line in lines if line["probe"]["kind"] == "seconds"]
         if self._replay is not None and not self._times:
             missing = f"no {SEARCHES}" if not self._replay.exists() else f"no time in its {SEARCHES}"
@@ -61,7 +66,9 @@ class SearchLog:
     def begin(self) -> None:
         """Drops the lines that were written after the checkpoint: these probes will run again."""
         if self._path is not None and self._path.exists():
-            write_lines(self._path, read_lines(self._path)[: self._lines])
+            lines = self._path.read_bytes().splitlines(keepends=True)[: self._lines]  # damaged ones too
+            with replacing(self._path, "wb") as file:
+                file.writelines(line for line in lines if line.endswith(b"\n"))
 
     def replayed_seconds(self, probe: Probe) -> float | None:
         """The time that the other run measured for ``probe``; None without a replay. ConfigError if it has none."""

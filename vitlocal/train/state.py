@@ -1,22 +1,23 @@
 """The state of a training run, which is everything that a checkpoint holds, and the meter of its open pass."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitlocal.data.batch import Batch
-from vitlocal.errors import DataError
+from vitlocal.data.batch import Batch, Source
+from vitlocal.errors import DataError, Diverged
 from vitlocal.methods.method import Method
 from vitlocal.plan import WHOLE_MODEL, Plan, Shape
 from vitlocal.progress import Progress
-from vitlocal.tasks.task import sum_type
+from vitlocal.tasks.metrics import Metric
+from vitlocal.tasks.task import Scores, sum_type
 from vitlocal.train.budget import Clock, FinalReserve
 from vitlocal.train.distributed import Ranks
-from vitlocal.train.optim import CombinedOptimizer, ModelEma
+from vitlocal.train.optim import CombinedOptimizer, ModelEma, check_moments, moments
 from vitlocal.train.search_log import SearchLog
 from vitlocal.train.timing import WaitMeter
 
@@ -45,6 +46,17 @@ class PassTotals:
 
 
 @dataclass
+class RunFacts:
+    """What a checkpoint keeps about the run, besides the state of its training."""
+
+    data: dict[str, Any] = field(default_factory=dict)  # the fingerprint of the training data
+    options: dict[str, Any] = field(default_factory=dict)  # the configuration, by dotted name
+    rewinds: int = 0  # how often the run has diverged and gone back to a checkpoint
+    logged: tuple[int, int] = (0, 0)  # the step of the last record in the log, and the number of records of this step
+    damaged_rows: Collection[int] = ()  # of the training split, that were skipped
+
+
+@dataclass
 class TrainState:
     """The state of a run. A checkpoint is its :meth:`state_dict`, and nothing else."""
 
@@ -57,7 +69,7 @@ class TrainState:
     method_emas: Sequence[ModelEma] = ()  # weight averages that methods need
     reserve: FinalReserve = field(default_factory=FinalReserve)
     search_log: SearchLog = field(default_factory=SearchLog)
-    data: Mapping[str, Any] = field(default_factory=dict)  # the fingerprint of the training data
+    facts: RunFacts = field(default_factory=RunFacts)
 
     phase: Phase = Phase.TRAIN
     current_plan: Plan | None = None  # of the last step of the open pass; None: no pass is open
@@ -86,7 +98,8 @@ class TrainState:
         """Tensors and plain values. ``total`` sums a part of a method's local state over all processes."""
         return {
             **{name: getattr(self, name).state_dict() for name in PARTS},
-            "data": dict(self.data),
+            **vars(self.facts),
+            "damaged_rows": sorted(self.facts.damaged_rows),
             "ema": self.ema and self.ema.model.state_dict(),
             "method_emas": [ema.model.state_dict() for ema in self.method_emas],
             "reserve": asdict(self.reserve),
@@ -105,9 +118,18 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], first: bool = True) -> None:
-        """Restores :meth:`state_dict`. Only the ``first`` process gets the summed local states of the methods."""
+        """Restores :meth:`state_dict`. Only the ``first`` process gets the summed local states of the methods.
+
+        Raises DataError if a part is missing, unknown, or of another shape or type.
+        """
+        own = self.state_dict(lambda value: value)
+        if odd := state.keys() ^ own.keys():
+            raise DataError(f"it has or lacks {', '.join(sorted(map(str, odd)))}")
+        if problem := next(filter(None, (difference(state[name], own[name], name) for name in FIXED)), ""):
+            raise DataError(problem)
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
+        check_moments(self.optimizer)
         if self.ema is not None:
             self.ema.model.load_state_dict(state["ema"])
         for ema, weights in zip(self.method_emas, state["method_emas"], strict=True):
@@ -117,6 +139,9 @@ class TrainState:
             local = state["local_states"].get(method.name) if first else None
             method.load_state_dict(state["methods"][method.name], local or None)
         self.phase = Phase(state["phase"])
+        step, count = state["logged"]
+        facts = replace(self.facts, logged=(step, count), damaged_rows=set(map(int, state["damaged_rows"])))
+        self.facts = replace(facts, rewinds=max(facts.rewinds, state["rewinds"]))
         self.current_plan = state["current_plan"] and Plan.from_state(state["current_plan"])
         self.logged_plan = state["logged_plan"] and Plan.from_state(state["logged_plan"])
         self.totals = PassTotals(**state["totals"])
@@ -125,11 +150,117 @@ class TrainState:
         self.initialized_shape = Shape.from_state(state["initialized_shape"])
 
 
+def state_tensors(state: TrainState) -> Iterator[Tensor]:
+    """The weights, averages and moments: all that must stay finite."""
+    for model in (state.model, *(ema.model for ema in (state.ema, *state.method_emas) if ema is not None)):
+        yield from model.state_dict().values()
+    yield from (moment for _, moment in moments(state.optimizer))
+
+
+@torch.no_grad()
+def is_finite(state: TrainState) -> Tensor:
+    """Whether no weight, average or moment is infinite or NaN: 0-D bool, on the device."""
+    ranges = [value.aminmax() for value in state_tensors(state) if value.is_floating_point() and value.numel()]
+    return torch.stack([low.isfinite() & high.isfinite() for low, high in ranges]).all()
+
+
+# The parts of a checkpoint whose names, shapes and types do not depend on what the run has come to.
+FIXED = (
+    "model",
+    "scaler",
+    "clock",
+    "search_log",
+    "ema",
+    "method_emas",
+    "reserve",
+    "totals",
+    "growth_number",
+    "rewinds",
+)
+
+
+def difference(found: Any, own: Any, name: str = "") -> str:
+    """Says in what the content ``found`` of a checkpoint is not of the kind of ``own``; empty if it is."""
+    if isinstance(own, Tensor):
+        if not isinstance(found, Tensor):
+            return f"{name} is no tensor"
+        same = found.shape == own.shape and found.is_floating_point() == own.is_floating_point()
+        return "" if same else f"{name} has shape {tuple(found.shape)} ({found.dtype}), expected {tuple(own.shape)}"
+    if isinstance(own, Mapping):
+        if not isinstance(found, Mapping):
+            return f"{name} is a {type(found).__name__}"
+        if odd := found.keys() ^ own.keys():
+            return f"{name} has or lacks {', '.join(map(str, odd))}"
+        return next(filter(None, (difference(found[key], own[key], f"{name}.{key}") for key in own)), "")
+    if isinstance(own, list):
+        if not isinstance(found, list) or (any(isinstance(part, Mapping) for part in own) and len(found) != len(own)):
+            return f"{name} is not the expected list"
+        pairs = zip(found, own if len(own) == len(found) else [0.0] * len(found), strict=True)
+        return next(filter(None, (difference(part, kind, f"{name}.{n}") for n, (part, kind) in enumerate(pairs))), "")
+    right = isinstance(found, (int, float)) or (own is None and found is None)
+    return "" if right else f"{name} is a {type(found).__name__}"
+
+
+def check_finite(state: TrainState, ranks: Ranks) -> None:
+    """Raises Diverged on all ranks if a weight, an average or a moment of any rank is infinite or NaN."""
+    wrong = (~is_finite(state)).float()
+    if float(ranks.total(wrong) if ranks.world > 1 else wrong):  # device sync, once per save
+        raise diverged("weights or the optimizer's moments are infinite or not a number", state.clock.step)
+
+
+def damaged_rows(source: Source, ranks: Ranks, device: torch.device) -> Collection[int]:
+    """The rows of ``source`` that any process has skipped so far."""
+    if ranks.world == 1 or not int(ranks.total(torch.tensor(len(source.damaged), device=device))):
+        return source.damaged
+    marks = torch.zeros(source.count, device=device)
+    marks[list(source.damaged)] = 1.0
+    return set(ranks.total(marks).nonzero().flatten().tolist())
+
+
 def trained_plan(state: TrainState) -> Plan:
     """The plan under which the weights were trained last."""
     plan = state.current_plan or state.logged_plan
     assert plan is not None, "no step was taken"
     return plan
+
+
+def pass_record(
+    state: TrainState, plan: Plan, scores: Scores | None, metrics: Sequence[Metric], processes: int, rate: float,
+    mode: str,
+) -> dict[str, Any]:  # fmt: skip
+    """A pass's line in ``log.jsonl``. ``rate``: images/s. ``mode``: how its steps ran."""
+    clock, totals, now = state.clock, state.totals, state.clock.progress
+    return {
+        "epoch": round(now.epoch, 9),
+        "step": now.step,
+        "images_seen": now.images_seen,
+        "image_size": plan.feed.size,
+        **({"grid": plan.shape.grid} if plan.shape.grid is not None else {}),
+        "batch_size": plan.feed.batch_size,
+        "processes": processes,
+        "loss": totals.loss / totals.images if totals.images else None,  # None: evaluated without a further step
+        **{metric.name: _rounded(scores, metric) for metric in metrics},
+        "fraction": round(now.fraction, 9),
+        "flops": now.flops,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "train_seconds": round(clock.timer.train_seconds, 3),
+        "wall_seconds": round(clock.timer.wall_seconds, 3),
+        "images_per_second": round(rate, 2),
+        "data_wait_fraction": round(min(1.0, totals.wait_seconds / max(totals.seconds, 1e-9)), 5),
+        "step_mode": mode,
+        "macs_per_image": round(totals.macs / totals.images) if totals.images else None,
+        **({"probe_seconds": round(state.search_log.seconds, 3)} if state.search_log.seconds else {}),
+        **({"damaged_images": len(state.facts.damaged_rows)} if state.facts.damaged_rows else {}),
+        **({"rewinds": state.facts.rewinds} if state.facts.rewinds else {}),
+        **({} if scores is None else scores.notes),
+        **plan.changed(state.logged_plan),
+    }
+
+
+def _rounded(scores: Scores | None, metric: Metric) -> float | None:
+    """The value of a metric for the log; None if it was not measured."""
+    value = None if scores is None else scores.values.get(metric.name)
+    return None if value is None else round(value, metric.digits + 2)
 
 
 class PassMeter:
@@ -175,7 +306,7 @@ class PassMeter:
         return self._state.totals.images / max(self._seconds(), 1e-9)
 
     def read(self, step: int) -> None:
-        """Brings the totals up to date. Waits for the device. DataError if the loss is not finite."""
+        """Brings the totals up to date. Waits for the device. Raises Diverged if the loss is not finite."""
         totals = self._state.totals
         totals.loss, totals.seconds = check_loss(float(self._ranks.total(self._loss_sum)), step), self._seconds()
         totals.wait_seconds += self._waits.take()
@@ -189,10 +320,15 @@ class PassMeter:
 
 
 def check_loss(loss: float, step: int) -> float:
-    """``loss``, unless it is infinite or NaN, which raises DataError."""
+    """``loss``, unless it is infinite or NaN, which raises Diverged."""
     if loss - loss != 0:
-        raise DataError(
-            f"the loss is {loss} at step {step}: training has diverged. Lower train.lr, lengthen train.warmup or set "
-            "train.clip_norm=1. The run's folder keeps the last checkpoint before this"
-        )
+        raise diverged(f"the loss is {loss}", step)
     return loss
+
+
+def diverged(what: str, step: int) -> Diverged:
+    return Diverged(
+        f"{what} at step {step}: training has diverged. Train in another folder with a lower train.lr, a longer "
+        "train.warmup or train.clip_norm=1. The run's folder keeps the last checkpoint before this, if there was one: "
+        "the same command with --run.on_nan=rewind continues from it with other random numbers"
+    )

@@ -1,5 +1,6 @@
 """Executes plans: opens passes, takes steps, runs probes, closes passes with an evaluation, a record and a save."""
 
+import math
 import signal
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +12,13 @@ from typing import Any
 import torch
 
 from vitlocal.data.batch import Batch, Sources
-from vitlocal.errors import ConfigError, DataError, StopSignals
+from vitlocal.errors import ConfigError, DataError, Diverged, StopSignals
 from vitlocal.machine import freeze_objects
 from vitlocal.methods.method import Method, Probe, StepResult
 from vitlocal.models.shape import grow
 from vitlocal.plan import Feed, Plan, Shape, fold
 from vitlocal.progress import TRAINING_FLOPS, Length, Position, Progress, upcoming_changes
 from vitlocal.schedule import LRSchedule
-from vitlocal.tasks.metrics import Metric
 from vitlocal.tasks.task import Scores
 from vitlocal.train.budget import STOP
 from vitlocal.train.devices import EAGER, compile_cache, synchronize
@@ -26,7 +26,17 @@ from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import optimizer_state
 from vitlocal.train.output import RunOutput
 from vitlocal.train.probes import MacCount, Prober
-from vitlocal.train.state import PassMeter, PassTotals, TrainState, check_loss, trained_plan
+from vitlocal.train.state import (
+    PassMeter,
+    PassTotals,
+    TrainState,
+    check_finite,
+    check_loss,
+    damaged_rows,
+    diverged,
+    pass_record,
+    trained_plan,
+)
 from vitlocal.train.step import RUN_AHEAD, TrainStep
 
 START_IMAGES = 64  # of the batch that starts the loader's workers
@@ -72,10 +82,12 @@ class Trainer:
         self._now = self.state.clock.progress  # at the end of the last step, or the start of the pass
         self._saved: Progress | None = None  # at the last checkpoint
         self._changed = False  # whether the state has changed since then
+        self._diverged: Diverged | None = None  # what rank 0 saw, until all ranks know it
 
     def load(self, content: Mapping[str, Any]) -> None:
         """Continues from the content of a checkpoint."""
         self.state.load_state_dict(content, self._ranks.first)
+        self.sources.train.damaged = set(self.state.facts.damaged_rows)
         self._set_epoch_rows(self.plan())
         self._meter.load()
         self.sync_ranks()
@@ -116,13 +128,21 @@ class Trainer:
         return self.stop_signal is not None
 
     def sync_ranks(self, plan: Plan | None = None) -> None:
-        """Gives all ranks rank 0's time, and a stop signal of any. Raises RuntimeError if a rank has another plan."""
+        """Gives all ranks rank 0's time, and a stop signal of any. Raises RuntimeError if a rank has another plan.
+
+        Raises Diverged on all ranks if rank 0 has seen a loss that is not finite.
+        """
         clock, ranks = self.state.clock, self._ranks
         if ranks.world == 1:
+            if self._diverged is not None:
+                raise self._diverged
             return
         received = float(ranks.any_signal(self.signals.received))
         check = float(zlib.crc32(repr((plan, clock.step, clock.position)).encode()))
-        seconds, pace, stop, first = ranks.broadcast_floats([*clock.local_time, received, check])
+        mine = [*clock.local_time, received, float(self._diverged is not None), check]
+        seconds, pace, stop, is_over, first = ranks.broadcast_floats(mine)
+        if is_over:
+            raise self._diverged or diverged("the loss is not finite", clock.step)
         if check != first:
             raise RuntimeError(f"rank {ranks.rank} differs from rank 0: {plan} at step {clock.step}")
         clock.synced = seconds, pace
@@ -260,7 +280,10 @@ class Trainer:
             self._shown = self._now, copied, lr, size, self._meter.images_per_second
         elif self._shown is not None and self._now.step > self._shown[0].step + delay:
             at, copied, lr, size, rate = self._shown
-            output.show(at, check_loss(float(copied), at.step), lr, size, rate)
+            try:
+                output.show(at, check_loss(float(copied), at.step), lr, size, rate)
+            except Diverged as error:
+                self._diverged = error  # raised by the next sync_ranks, on all ranks
             self._shown = None
 
     # --- probes ---
@@ -311,6 +334,7 @@ class Trainer:
         plan = state.current_plan = trained_plan(state)
         self._changed = True
         self._meter.read(clock.step)
+        check_finite(self.state, self._ranks)  # before anything of an evaluation is written
         last = clock.progress.is_end
         for model in dict.fromkeys((state.model, self.evaluator.model)):  # often the same
             self._ranks.share_buffers(model.buffers())
@@ -322,9 +346,13 @@ class Trainer:
                 scores = self._evaluate(plan, last)
                 if scores is None:
                     return
-            record = self._record(plan, scores)
+            state.facts.damaged_rows = damaged_rows(self.sources.train, self._ranks, self.step.device)
             if self._output is not None:
-                self._output.record(record)
+                rate, mode = self._meter.images_per_second, self.step.mode(plan.feed)
+                metrics = self.step.task.metrics
+                self._output.record(pass_record(state, plan, scores, metrics, self._ranks.world, rate, str(mode)))
+            step, count = state.facts.logged
+            state.facts.logged = clock.step, count + 1 if step == clock.step else 1
             state.logged_plan, state.current_plan, state.totals = plan, None, PassTotals()
             self._meter.load()
             checkpoint = state.reserve.checkpoint_seconds
@@ -360,6 +388,9 @@ class Trainer:
             scores = self.evaluator.judge(scores, plan, last, self._stops, self._print)
         if scores is None:
             return None
+        check_finite(self.state, self._ranks)  # BatchNorm's statistics were estimated again
+        if not math.isfinite(value := scores.values[(name := self.step.task.metrics[0].name)]):
+            raise diverged(f"{name} is {value}", clock.step)
         self.state.reserve.evaluations.append(self._of_rank_0(seconds))
         if not last:
             self._update_reserve()
@@ -368,36 +399,6 @@ class Trainer:
             weights = self.evaluator.model.state_dict()
             self._output.write_evaluation(scores, self.sources.train.classes, weights, at, self.evaluator.shape(plan))
         return scores
-
-    def _record(self, plan: Plan, scores: Scores | None) -> dict[str, Any]:
-        """The pass's line in ``log.jsonl``."""
-        state, clock, totals = self.state, self.state.clock, self.state.totals
-        now = clock.progress
-        damaged = int(self._ranks.total(torch.tensor(len(self.sources.train.damaged), device=self.step.device)))
-        return {
-            "epoch": round(now.epoch, 9),
-            "step": now.step,
-            "images_seen": now.images_seen,
-            "image_size": plan.feed.size,
-            **({"grid": plan.shape.grid} if plan.shape.grid is not None else {}),
-            "batch_size": plan.feed.batch_size,
-            "processes": self._ranks.world,
-            "loss": totals.loss / totals.images if totals.images else None,  # None: evaluated without a further step
-            **{metric.name: _rounded(scores, metric) for metric in self.step.task.metrics},
-            "fraction": round(now.fraction, 9),
-            "flops": now.flops,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "train_seconds": round(clock.timer.train_seconds, 3),
-            "wall_seconds": round(clock.timer.wall_seconds, 3),
-            "images_per_second": round(self._meter.images_per_second, 2),
-            "data_wait_fraction": round(min(1.0, totals.wait_seconds / max(totals.seconds, 1e-9)), 5),
-            "step_mode": str(self.step.mode(plan.feed)),
-            "macs_per_image": round(totals.macs / totals.images) if totals.images else None,
-            **({"probe_seconds": round(state.search_log.seconds, 3)} if state.search_log.seconds else {}),
-            **({"damaged_images": damaged} if damaged else {}),
-            **({} if scores is None else scores.notes),
-            **plan.changed(state.logged_plan),
-        }
 
     def save_due(self, now: Progress) -> bool:
         """Whether it is time for a checkpoint, and the budget has time for a step after it."""
@@ -416,9 +417,11 @@ class Trainer:
         state.update_phase(self.plan(), clock.progress)
         if state.totals.images:
             self._meter.read(clock.step)
+        state.facts.damaged_rows = damaged_rows(self.sources.train, self._ranks, self.step.device)
         content = state.state_dict(lambda value: self._ranks.total(value.to(self.step.device, copy=True)).cpu())
         with clock.timer.paused():
             began = clock.timer.wall_seconds
+            check_finite(self.state, self._ranks)
             if self._output is not None:
                 self._output.save_checkpoint(content)
             state.reserve.checkpoints.append(self._of_rank_0(clock.timer.wall_seconds - began))
@@ -430,9 +433,3 @@ class Trainer:
     def _print(self, text: str) -> None:
         if self._output is not None:
             self._output.print(text)
-
-
-def _rounded(scores: Scores | None, metric: Metric) -> float | None:
-    """The value of a metric for the log; None if it was not measured."""
-    value = None if scores is None else scores.values.get(metric.name)
-    return None if value is None else round(value, metric.digits + 2)

@@ -110,6 +110,10 @@ class TorchvisionSource(OriginalsSource):
             pin_memory=self.device.type == "cuda",
         )
 
+    def vary_crops(self, variant: int) -> None:
+        super().vary_crops(variant)
+        self.loader.dataset.crops = self.crops  # type: ignore[attr-defined]  # before its workers start
+
     def _read(
         self, slices: Iterator[BatchSlice], epoch: int, size: int, subset: np.ndarray | None
     ) -> Generator[Batch, None, None]:

@@ -30,9 +30,10 @@ import numpy as np
 
 from vitlocal.data.beton import ALLOCATION, PHOTO, Fields, data_start, head_bytes, metadata_type
 from vitlocal.data.fields import LatentForm
-from vitlocal.data.manifest import BetonFile, Manifest, flush_folder, joined_crc32
+from vitlocal.data.manifest import BetonFile, Manifest, joined_crc32
 from vitlocal.data.writer.encode import Chunk, stored_row
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.jsonl import flush_folder
 
 VERSION = "4"
 FIELDS, NO_FIELDS = "further fields", "none"  # a part of a write's identity; journals of older versions lack it

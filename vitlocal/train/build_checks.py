@@ -1,0 +1,104 @@
+"""Checks of a run before it trains: whether its parts fit each other, the data and the processes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitlocal.config import IMMATERIAL, Config
+from vitlocal.data.batch import Sources
+from vitlocal.errors import ConfigError
+from vitlocal.machine import memory
+from vitlocal.methods import METHODS
+from vitlocal.methods.method import Claims
+from vitlocal.models.factory import build_model, patch_side
+from vitlocal.models.shape import check_shape
+from vitlocal.train.distributed import Ranks
+from vitlocal.train.trainer import Trainer
+
+# Models with larger values are checked before they are built.
+USUAL_SIZES = {"size": 1024, "patch_size": 64, "width": 2048, "depth": 64}
+
+
+def stated_sizes(config: Config) -> list[tuple[str, int]]:
+    """The sizes that the run will come to, perhaps hours later, with the option or method that states each."""
+    fed = [(name, stage.size) for name in config.methods for stage in METHODS[name].image_sizes(config.recipe)]
+    stated = [("model.size", config.model.size), ("evaluate.size", config.evaluate.size)]
+    return [(name, size) for name, size in (*stated, *fed) if size is not None]
+
+
+def check_image_sizes(config: Config, model: nn.Module) -> None:
+    """Raises ConfigError if the model cannot take a size that the run will come to."""
+    patch, largest, sizes = patch_side(model), config.model.size, stated_sizes(config)
+    if odd := [f"{name} {size}" for name, size in sizes if size % patch]:
+        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch size of {config.model.name}")
+    if above := [f"{name} {size}" for name, size in sizes if size > largest and name in config.methods]:
+        raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+
+
+def check_memory(config: Config, arguments: dict[str, Any], num_classes: int, device: torch.device) -> None:
+    """Raises ConfigError if the weights of an unusually large model cannot be trained in the device's memory."""
+    stated = {name: getattr(config.model, name) or 0 for name in USUAL_SIZES}
+    if all(stated[name] <= most for name, most in USUAL_SIZES.items()):
+        return
+    with torch.device("meta"):  # allocates nothing
+        model, _ = build_model(config.model.name, arguments, num_classes)
+    weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    needed = 16 * weights  # bytes of float32 weights, gradients and two moments
+    there = memory() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    if needed > there:
+        options = ", ".join(f"model.{name}={value}" for name, value in stated.items() if value)
+        raise ConfigError(
+            f"{options}: {weights / 1e6:,.0f} M weights need {needed / 2**30:,.0f} GiB with their gradients and "
+            f"moments, and {device} has {there / 2**30:,.0f} GiB; use smaller ones"
+        )
+
+
+def check_latents(config: Config, sources: Sources) -> None:
+    """Raises ConfigError if there are no latents of a size that the run will come to."""
+    for name, size in stated_sizes(config):
+        source = sources.val if name == "evaluate.size" else sources.train
+        source.check_size(size)
+    sources.val.check_size(config.evaluate.size or config.model.size)
+
+
+def check_plans(trainer: Trainer, world: int) -> None:
+    """Raises ConfigError if a batch is too small for all processes, or the model lacks a part that a method needs."""
+    plans = trainer.upcoming_plans()
+    smallest = min(plan.feed.batch_size for plan in plans)
+    if smallest < 2 * world:
+        raise ConfigError(
+            f"train.batch_size: {smallest} is too small for {world} processes, which take pairs of images; use at "
+            f"least {2 * world}"
+        )
+    for plan in plans:
+        check_shape(trainer.state.model, plan.shape)
+
+
+def check_fields(model_name: str, model: nn.Module, claims: Claims) -> None:
+    """Raises ConfigError if a method sets a field of the shape that the model cannot change."""
+    fixed = {f"shape.{name}": reason for name, reason in getattr(model, "fixed_fields", {}).items()}
+    if wrong := sorted(claims.writes & fixed.keys()):
+        remedies = [f"set {claims.spared_by[name]}" for name in wrong if name in claims.spared_by]
+        raise ConfigError(
+            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[wrong[0]]}; "
+            f"{(remedies or [f'remove {claims.name}'])[0]}"
+        )
+
+
+def check_ranks(config: Config, ranks: Ranks) -> None:
+    """Raises ConfigError if the processes were started with different options."""
+    mine, first = config.flat(), ranks.broadcast(config.flat())
+    different = [name for name, value in mine.items() if name not in IMMATERIAL and first[name] != value]
+    if different:
+        raise ConfigError(f"{', '.join(different)}: rank {ranks.rank} and rank 0 were started with different values")
+
+
+def check_data(found: dict[str, Any], before: dict[str, Any], config: Config) -> None:
+    """Raises ConfigError if the training data are not those of the checkpoint."""
+    if found != before:
+        raise ConfigError(
+            f"data.root: {config.data.root} has {found['images']} training images of {found['classes']} classes, and "
+            f"the run in {config.run.folder} was started on {before['images']} of {before['classes']}, perhaps with "
+            "other names. Use those data, or another --run.folder"
+        )
