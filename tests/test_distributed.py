@@ -18,7 +18,7 @@ from trainers import open_trainer
 
 from vitlocal.config import read_config
 from vitlocal.data.shares import Share
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, Diverged
 from vitlocal.train.budget import FINISH_SECONDS
 from vitlocal.train.build import build_run, sources_of
 from vitlocal.train.command import train
@@ -136,6 +136,34 @@ def test_a_signal_to_one_process_ends_all(folder: Path, tmp_path: Path, lost: in
     assert number == signal.SIGTERM or all(f"has lost rank {lost} (" in text for text in texts[:2])
 
 
+SPOILED = """
+import sys, torch
+from vitlocal.train.step import TrainStep
+original = TrainStep._update
+def update(self, lr, ema_decay, number):
+    original(self, lr, ema_decay, number)
+    if number == 5 and self.ranks.rank == 1 and self.seed == 0:
+        next(self.ema.model.parameters()).data.view(-1)[0] = float("nan")  # of one process only
+TrainStep._update = update
+from vitlocal.launch import train
+train()
+"""
+
+
+def test_two_processes_rewind_together(folder: Path, tmp_path: Path):
+    run, script = tmp_path / "run", tmp_path / "spoiled.py"
+    script.write_text(SPOILED)
+    start = command(2, folder, run, "--run.on_nan=rewind", "--run.save_every=2steps", "--budget.length=2ep")
+    start[start.index("train_imagenet.py")] = str(script)
+    done = subprocess.run(
+        start, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(rewind 1 of 3)") == 1
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record.get("rewinds") for record in records] == [None, 1]
+
+
 @pytest.mark.slow
 def test_two_processes_end_together_when_the_time_is_up(folder: Path, tmp_path: Path):
     start = command(2, folder, tmp_path / "run", "--budget.length=2s", "--methods=none", "--evaluate.every=0")
@@ -169,11 +197,16 @@ class Follower(Ranks):
 def test_rank_0_decides_the_clock_and_the_end_and_plans_are_compared(configure, decoder):
     with open_trainer(configure()) as trainer:
         plan = trainer.plan()
-        trainer._ranks = Follower(lambda seconds, pace, stop, mark: [77.0, pace, float(signal.SIGTERM), mark])
+        trainer._ranks = Follower(
+            lambda seconds, pace, stop, over, mark: [77.0, pace, float(signal.SIGTERM), 0.0, mark]
+        )
         trainer.sync_ranks(plan)
         assert trainer.state.clock.progress.seconds == 77 and trainer.stop_signal is signal.SIGTERM and trainer.stopped
-        trainer._ranks = Follower(lambda seconds, pace, stop, mark: [78.0, pace, 0.0, mark + 1])
+        trainer._ranks = Follower(lambda seconds, pace, stop, over, mark: [78.0, pace, 0.0, 0.0, mark + 1])
         with pytest.raises(RuntimeError, match="rank 1 differs from rank 0"):
+            trainer.sync_ranks(plan)
+        trainer._ranks = Follower(lambda seconds, pace, stop, over, mark: [78.0, pace, 0.0, 1.0, mark])
+        with pytest.raises(Diverged):  # rank 0 has seen a loss that is not finite
             trainer.sync_ranks(plan)
         trainer._ranks = ALONE
 

@@ -372,6 +372,8 @@ def _contradictions(config: Config) -> list[str]:
             train.cuda_graphs == "yes" and (train.compile == "no" or train.grad_accum_steps > 1),
         "train.schedule_by: epoch needs a train.schedule_length in epochs, such as 300ep": train.schedule_by == "epoch"
             and (train.schedule_length is None or train.schedule_length.kind != "epochs"),
+        f"run.folder: {config.run.folder!a} has characters that cannot be shown; use another name":
+            not str(config.run.folder).isprintable(),
         "budget.length: got 0, which trains nothing; expected a length above 0": config.budget.length.value == 0,
         f"budget.counts: cpu measures only this process, and data.loader={data.loader} starts others; use train":
             config.budget.counts == "cpu" and data.loader in ("torchvision", "dali"),
@@ -426,4 +428,5 @@ def check_options(stored: Mapping[str, Any], folder: Path, config: Config, optio
 def recipe_text(config: Config) -> str:
     """The content of a run's ``config.yaml``: a recipe that repeats the run, and the command that started it."""
     command = shlex.join(sys.argv)
+    command = command if command.isprintable() else ascii(command)  # a line break would end the comment
     return f"# Repeats this run: {TRAIN} --config-file THIS\n# It was: {command}\n{config.yaml()}"

@@ -23,13 +23,15 @@ def naming(path: Path, *others: Path) -> Iterator[None]:
 def replacing(path: Path, mode: str = "w", sync: bool = True, keep: Path | None = None) -> Iterator[IO[Any]]:
     """Opens a file that replaces ``path`` when the block ends. After a kill or an error, ``path`` is as before.
 
-    Text is UTF-8; ``mode="wb"`` is for bytes. ``sync``: the file is on the disk when it replaces ``path``, and the
-    folder afterwards. ``keep``: the name that the old file gets. An OSError names ``path``.
+    Text is UTF-8, with escapes for what UTF-8 lacks (names of files need not be text); ``mode="wb"`` is for bytes.
+    ``sync``: the file is on the disk when it replaces ``path``, and the folder afterwards. ``keep``: the name that the
+    old file gets. An OSError names ``path``.
     """
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with naming(path, temporary):
-            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+            with open(temporary, mode, encoding=encoding, errors=errors) as file:
                 yield file
                 file.flush()
                 if sync:
@@ -43,6 +45,12 @@ def replacing(path: Path, mode: str = "w", sync: bool = True, keep: Path | None 
         with suppress(OSError):  # an error here must not hide the first one
             temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces the content of ``path``: the whole text or nothing."""
+    with replacing(path, sync=False) as file:
+        file.write(text)
 
 
 def _rename(path: Path, other: Path) -> None:

@@ -19,6 +19,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import replace_text
 from vitlocal.models.dit import DiT, fold_stage
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
@@ -304,4 +305,4 @@ def _copy_autoencoder(source: Path, folder: Path, channels: int) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=2) + "\n")

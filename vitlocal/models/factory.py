@@ -14,6 +14,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
+from vitlocal.jsonl import replace_text
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
@@ -96,7 +97,7 @@ def export_model(
         "pretrained_cfg": pretrained_cfg,
         **(notes or {}),
     }
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    replace_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
     # The weights come last: if they are there, the export is complete.
     write_weights(folder / "model.safetensors", exported_state_dict(model))
 

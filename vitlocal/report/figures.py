@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vitlocal.jsonl import replacing
 from vitlocal.tasks.metrics import METRICS, Metric, is_evaluated
 
 BLUE, GREY, ORANGE = "#1f6feb", "#57606a", "#d1600a"
@@ -80,6 +81,11 @@ def _plot(axes: Axes, line: Line, y: str, scale: float, x: str = "train_seconds"
     axes.plot([record[x] / scale for record in known], [record[y] for record in known], **style)
 
 
+def _plain_name(name: str) -> str:
+    """A name as it is: matplotlib takes what is between two $ for a formula."""
+    return name.replace("$", r"\$")
+
+
 def _axis(metric: Metric) -> str:
     if not metric.larger_is_better:
         return f"{metric.title} (lower is better)"
@@ -89,7 +95,8 @@ def _axis(metric: Metric) -> str:
 def save(figure: Figure, path: Path) -> None:
     """Writes the figure in the format that the file's name ends in. Makes the folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path, "wb", sync=False) as file:
+        figure.savefig(file, dpi=120, format=path.suffix.removeprefix(".") or None)
 
 
 def curves(lines: Sequence[Line], along: str) -> Figure:
@@ -108,7 +115,7 @@ def curves(lines: Sequence[Line], along: str) -> Figure:
     score, loss = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        dots = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "label": line.name}
+        dots = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "label": _plain_name(line.name)}
         _plot(score, line, line.metric.name, scale, x_field, color=colour, **dots)
         _plot(loss, line, "loss", scale, x_field, color=colour, linewidth=1.2)
     score.set_ylabel(_axis(lines[0].metric))
@@ -183,7 +190,7 @@ def throughput(lines: Sequence[Line]) -> Figure:
         rates = [row["images_per_second"] for row in found.values()]
         waits = [100 * row["data_wait_fraction"] for row in found.values()]
         colour = COLOURS[number % len(COLOURS)]
-        rate_axes.bar(places, rates, width, color=colour, label=line.name)
+        rate_axes.bar(places, rates, width, color=colour, label=_plain_name(line.name))
         wait_axes.bar(places, waits, width, color=colour)
     rate_axes.set_ylabel("images/s")
     wait_axes.set_ylabel("waited, %")
@@ -270,7 +277,7 @@ def draw_curve(line: Line, path: Path) -> None:
     place = -6, -16 if line.metric.larger_is_better else 10
     axes[0].annotate(line.metric.number(line.score), end, place, **text)
     axes[0].set_ylabel(_axis(line.metric), color=BLUE)
-    axes[0].set_title(line.name, loc="left")
+    axes[0].set_title(_plain_name(line.name), loc="left")
     losses = axes[0].twinx()
     _plot(losses, line, "loss", scale, color=ORANGE, linewidth=1.2)
     losses.set_ylabel("training loss", color=ORANGE)
@@ -291,7 +298,7 @@ def race(runs: Mapping[str, Sequence[Line]], title: str = "") -> Figure:
     for number, (name, lines) in enumerate(runs.items()):
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3.5}
         metric = lines[0].metric
-        label = f"{name}: {metric.number(statistics.mean(line.score for line in lines))}"
+        label = f"{_plain_name(name)}: {metric.number(statistics.mean(line.score for line in lines))}"
         for place, line in enumerate(lines):
             style |= {"alpha": 0.45, "label": None} if place else {"alpha": 1, "label": label}
             _plot(axes, line, metric.name, scale, linewidth=1.3, **style)

@@ -15,6 +15,7 @@ from vitlocal.data.augment import Augment
 from vitlocal.data.batch import Sources
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.jsonl import replace_text
 from vitlocal.methods import METHODS
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.dit import reads_latents
@@ -97,6 +98,17 @@ def summary_part(runs: Sequence[RunRecord]) -> str:
             duration(last["train_seconds"]), duration(last["wall_seconds"]), f"{rate:,.0f}",
         ])  # fmt: skip
     return rows_table(head, rows)
+
+
+def remarks_part(runs: Sequence[RunRecord]) -> str:
+    """What a reader of the numbers must know: rewinds, and damaged lines of the log. Empty if there are none."""
+    found = []
+    for run in runs:
+        if rewinds := max(record.get("rewinds", 0) for record in run.records):
+            found.append(f"{run.name} diverged and went back to an earlier state {rewinds} times (run.on_nan=rewind).")
+        if run.damaged_lines:
+            found.append(f"{run.damaged_lines} lines of the log of {run.name} were damaged; their passes are missing.")
+    return "".join(f"<p>{html.escape(sentence)}</p>" for sentence in found)
 
 
 def curves_part(runs: Sequence[RunRecord]) -> str:
@@ -301,7 +313,8 @@ def page_of(runs: Sequence[RunRecord], crops: bool, more: Sequence[str] = ()) ->
         best = max(of_one_task, key=lambda run: run.metric.key(run.score))
         lead = f"The best is {best.name}: {best.metric.text(best.score)}."
     parts = [
-        summary_part(runs), *more, pictures_part(runs), curves_part(runs), schedule_part(runs), throughput_part(runs),
+        summary_part(runs), remarks_part(runs), *more,
+        pictures_part(runs), curves_part(runs), schedule_part(runs), throughput_part(runs),
         costs_part(runs), crops_part(runs) if crops else "", classes_part(runs), differences_part(runs),
         configuration_part(runs),
     ]  # fmt: skip
@@ -317,5 +330,5 @@ def write_report(folder: Path) -> RunRecord:
     """Writes ``curve.png`` and ``report.html`` into a run's folder. Returns the run."""
     run = read_run(folder)
     draw_curve(run, folder / "curve.png")
-    (folder / "report.html").write_text(page_of([run], crops=False), encoding="utf-8")
+    replace_text(folder / "report.html", page_of([run], crops=False))
     return run

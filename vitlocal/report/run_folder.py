@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError, shown
-from vitlocal.jsonl import count_damaged, read_lines, replacing
+from vitlocal.jsonl import count_damaged, read_lines, replace_text, replacing
 from vitlocal.report.figures import Line
 from vitlocal.tasks.metrics import is_evaluated, metrics_of
 
@@ -58,8 +58,10 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         metrics = metrics_of(config.model.name)
     if config is None or not any(is_evaluated(record, metrics[0]) for record in records):
         raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
-    classes = folder / CLASSES
-    found = json.loads(classes.read_text(encoding="utf-8")) if classes.exists() else []
+    try:
+        found = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # diffusion has none; a damaged one costs its part of the page
+        found = []
     damaged = count_damaged(folder / LOG, is_record)
     return RunRecord(shown(name or folder.name), records, folder, config, found, damaged, metrics=metrics)
 
@@ -68,8 +70,7 @@ def write_classes(folder: Path, classes: Sequence[str], by_class: np.ndarray) ->
     """Writes ``classes.json``: how many images of each class were right (top-1), and how many there are (C, 2)."""
     pairs = zip(classes, by_class.tolist(), strict=True)
     found = [{"class": name, "right": right, "images": count} for name, (right, count) in pairs]
-    with replacing(folder / CLASSES, sync=False) as file:
-        file.write(json.dumps(found, indent=0) + "\n")
+    replace_text(folder / CLASSES, json.dumps(found, indent=0) + "\n")
 
 
 def write_picture(folder: Path, name: str, picture: Image.Image) -> None:

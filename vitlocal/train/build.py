@@ -18,7 +18,7 @@ from vitlocal.data.fields import LatentForm
 from vitlocal.data.random_keys import other_seed
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
-from vitlocal.jsonl import replacing
+from vitlocal.jsonl import replace_text
 from vitlocal.machine import can_compile_kernels, keep_freed_memory
 from vitlocal.methods import build_methods
 from vitlocal.methods.method import Method, MethodContext
@@ -49,7 +49,7 @@ from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import CombinedOptimizer, ModelEma, build_optimizer
 from vitlocal.train.output import RunOutput
 from vitlocal.train.probes import MacCount
-from vitlocal.train.run_folder import JOURNAL, data_fingerprint, has_run, record_origin, run_folder_lock
+from vitlocal.train.run_folder import JOURNAL, data_fingerprint, file_digests, has_run, record_origin, run_folder_lock
 from vitlocal.train.search_log import SearchLog
 from vitlocal.train.state import RunFacts, TrainState
 from vitlocal.train.step import TrainStep, has_batch_norm
@@ -253,7 +253,8 @@ def build_run(
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
     state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
-    state.facts = RunFacts(data_fingerprint(sources.train.count, classes), config.flat(), rewinds)
+    data = data_fingerprint(sources.train.count, classes) | {"files": file_digests(Path(config.data.root))}
+    state.facts = RunFacts(data, config.flat(), rewinds)
     output = None
     if folder is not None and ranks.first:
         output = RunOutput(
@@ -417,8 +418,7 @@ def explained_misfits(folder: Path) -> Iterator[None]:
 def begin_folder(output: RunOutput, state: TrainState, recipe: str | None) -> None:
     """Writes the ``recipe`` of a new run and the run's origin, and drops log lines that will be written again."""
     if recipe is not None:
-        with replacing(output.folder / "config.yaml") as file:
-            file.write(recipe)
+        replace_text(output.folder / "config.yaml", recipe)
     if not state.clock.progress.is_end:
         record_origin(output.folder, {name: value for name, value in state.facts.data.items() if name != "files"})
     step, count = state.facts.logged

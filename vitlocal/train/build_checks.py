@@ -96,7 +96,14 @@ def check_ranks(config: Config, ranks: Ranks) -> None:
 
 def check_data(found: dict[str, Any], before: dict[str, Any], config: Config) -> None:
     """Raises ConfigError if the training data are not those of the checkpoint."""
-    if found != before:
+    files = found.get("files", {})  # the record of a run's origin has none
+    others = [name for name, digest in before.get("files", {}).items() if files.get(name, digest) != digest]
+    if others:
+        raise ConfigError(
+            f"data.root: {', '.join(others)} in {config.data.root}: the content is not that of the files on which the "
+            f"run in {config.run.folder} was started. Use those files, or another --run.folder"
+        )
+    if found | {"files": None} != before | {"files": None}:
         raise ConfigError(
             f"data.root: {config.data.root} has {found['images']} training images of {found['classes']} classes, and "
             f"the run in {config.run.folder} was started on {before['images']} of {before['classes']}, perhaps with "

@@ -40,7 +40,8 @@ class Checkpoints:
 
     def save(self, content: dict[str, Any]) -> None:
         """Replaces the last checkpoint, which becomes the previous one. See :func:`save_checkpoint`."""
-        save_checkpoint(self.last, content, self.previous if self._last_is_whole else None)
+        keeps = self._last_is_whole and self.last.exists()
+        save_checkpoint(self.last, content, self.previous if keeps else None)
         self._last_is_whole = True
 
     def load(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from vitlocal.jsonl import append_line, count_damaged, keep_lines
+from vitlocal.errors import DataError
+from vitlocal.jsonl import append_line, count_damaged, keep_lines, naming, replace_text
 from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 from vitlocal.progress import Length, Progress
@@ -61,6 +63,9 @@ class RunOutput:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in tensorboard's own imports
             from torch.utils.tensorboard import SummaryWriter
+        recipe = self.folder / "config.yaml"
+        self._recipe = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+        self._identity = self.folder.stat().st_ino
         found, log = Counter[int](), self.folder / LOG
 
         def keep(record: dict[str, Any]) -> bool:
@@ -91,15 +96,16 @@ class RunOutput:
             self.print(f"{percent:.1f} % of {self._length}: {now}")
             self._silence = min(2 * self._silence, LONGEST_SILENCE)
         for name, value in (("loss", loss), ("lr", lr), ("image_size", size), ("images_per_second", rate)):
-            self._tensorboard.add_scalar(f"train/{name}", value, at.step)
+            self._add_scalar(f"train/{name}", value, at.step)
 
     def record(self, values: dict[str, Any]) -> None:
         """Writes the record of a pass, and prints it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         append_line(self.folder / LOG, values)
         scores = ""
         for metric in self._metrics:
             if is_evaluated(values, metric):
-                self._tensorboard.add_scalar(f"val/{metric.name}", values[metric.name], values["step"])
+                self._add_scalar(f"val/{metric.name}", values[metric.name], values["step"])
                 scores += "  " + metric.text(values[metric.name])
         grid = f", tokens {values['grid']}×{values['grid']}" if "grid" in values else ""
         loss = "" if values["loss"] is None else f"loss {values['loss']:.4f}"
@@ -110,13 +116,26 @@ class RunOutput:
         )
 
     def save_checkpoint(self, content: dict[str, Any]) -> None:
-        """Replaces the run's checkpoint."""
+        """Replaces the run's checkpoint. DataError if the folder was removed or replaced while the run trained."""
+        try:
+            if self.folder.stat().st_ino != self._identity and (self.folder / "config.yaml").exists():
+                raise DataError(f"{self.folder} was replaced by another run's folder; nothing was written to it")
+        except FileNotFoundError:
+            pass
         self.checkpoints.save(content)
+        if not (self.folder / "config.yaml").exists() and self._recipe:
+            replace_text(self.folder / "config.yaml", self._recipe)
+        if self.folder.stat().st_ino != self._identity:
+            raise DataError(
+                f"{self.folder} was removed while the run trained. A checkpoint was saved to a new folder of this "
+                "name, the log so far is lost. The same command continues"
+            )
 
     def write_evaluation(
         self, scores: Scores, classes: Sequence[str], weights: Mapping[str, Tensor], at: Progress, shape: Shape
     ) -> None:
         """Writes ``classes.json`` (right and all images of each class), pictures and, if they are kept, the weights."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self._keeps_weights:
             (self.folder / KEPT).mkdir(parents=True, exist_ok=True)
             about = json.dumps({"step": at.step, "epoch": at.epoch, "shape": asdict(shape)})
@@ -135,7 +154,12 @@ class RunOutput:
     def close(self) -> None:
         self._bar.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):  # a full disk, which a checkpoint has reported
+                self._tensorboard.close()
+
+    def _add_scalar(self, name: str, value: float, step: int) -> None:
+        with naming(self.folder / "tensorboard"):
+            self._tensorboard.add_scalar(name, value, step)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
