@@ -53,6 +53,7 @@ def train_run(run: BuiltRun, most: int = 0) -> int | None:
             say(f"continuing at epoch {now.epoch:.2f}, step {now.step}: {100 * now.fraction:.1f} % is spent")
         if not (state.clock.progress.is_end and state.clock.step):
             trainer.prepare()
+        diverged = False
         try:
             fit(trainer)
         except Diverged as error:
@@ -62,9 +63,9 @@ def train_run(run: BuiltRun, most: int = 0) -> int | None:
                 f"(rewind {state.facts.rewinds + 1} of {most})")  # fmt: skip
             if trainer.stop_signal is None:
                 return None
-        if (
-            trainer.stop_signal is not None
-            and state.update_phase(trainer.plan(), state.clock.progress) is not Phase.DONE
+            diverged = True  # and the same command will rewind
+        if trainer.stop_signal is not None and (
+            diverged or state.update_phase(trainer.plan(), state.clock.progress) is not Phase.DONE
         ):
             name, step = trainer.stop_signal.name, state.clock.step
             say(f"stopped by {name} at step {step}, everything is saved; the same command continues")
