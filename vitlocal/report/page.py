@@ -108,7 +108,7 @@ def remarks_part(runs: Sequence[RunRecord]) -> str:
             found.append(f"{run.name} diverged and went back to an earlier state {rewinds} times (run.on_nan=rewind).")
         if run.damaged_lines:
             found.append(f"{run.damaged_lines} lines of the log of {run.name} were damaged; their passes are missing.")
-    return "".join(f"<p>{html.escape(sentence)}</p>" for sentence in found)
+    return "".join(f"<p>{escaped(sentence)}</p>" for sentence in found)
 
 
 def curves_part(runs: Sequence[RunRecord]) -> str:
