@@ -1,17 +1,20 @@
-# make setup | demo | test | test-slow | fuzz | lint | wheel | gpu | clean
+# make setup | demo | test | test-slow | faults | soak | fuzz | audit | lint | wheel | gpu | clean
 # PYTHON=python3.12 make setup  chooses the interpreter (3.10 to 3.14).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 COUNT ?= 100000
+FAULTS ?= 1000
+PASSES ?= 2000
 SEED ?= 0
 WHEELS ?= dist
 TOOLS := build/wheel-tools
+AUDIT := build/audit
 PHOTOS ?=
 GPU_LIMIT := 10485760
 
-.PHONY: setup demo test test-slow fuzz lint wheel-tools wheel gpu clean
+.PHONY: setup demo test test-slow faults soak fuzz audit lint wheel-tools wheel gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -44,6 +47,20 @@ test-slow: setup
 fuzz: setup
 	$(BIN)/python tests/fuzz/fuzz.py $(COUNT) $(SEED)
 	$(BIN)/python tests/fuzz/parsers.py $(COUNT) $(SEED)
+
+# Kills, damage and full disks in runs of seconds: what is lost. FAULTS=1000 kills take about an hour on two cores.
+faults: setup
+	$(BIN)/python tests/faults/faults.py --count $(FAULTS) --seed $(SEED)
+
+soak: setup
+	$(BIN)/python tests/faults/soak.py $(PASSES)
+
+# The licences and known vulnerabilities of everything that is installed. Fails if there is a vulnerability.
+audit: setup
+	@sh .ci/environment $(BIN)/python $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit pip-licenses \
+		|| { echo "make audit: its tools cannot be installed without the network" >&2; exit 1; }
+	@$(AUDIT)/bin/pip-licenses --python $(BIN)/python --order=license
+	@$(AUDIT)/bin/pip-audit --progress-spinner off --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 lint: setup
 	$(BIN)/ruff check .

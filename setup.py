@@ -224,6 +224,7 @@ if __name__ == "__main__":  # tests/fuzz/fuzz.py uses jpeg_flags
                 "pytest>=8,<10",
                 "pytest-xdist>=3.6,<4",
                 "ruff>=0.12,<0.18",
+                "hypothesis>=6.130,<7",
                 "mypy>=1.17,<3",
                 "types-PyYAML",
                 "types-tqdm",
