@@ -337,7 +337,8 @@ def test_other_pixels_are_refused_by_name(copied, folder: Path, tmp_path: Path):
     (data / "more.beton").write_bytes(b"a file that was added")
     digests = file_digests(data)
     content = bytearray((data / "val_96_raw.beton").read_bytes())
-    content[len(content) // 2 :] = np.random.default_rng(0).bytes(len(content) - len(content) // 2)
+    quarter = len(content) // 4  # the pixels; at the end are the places of the images
+    content[quarter : 3 * quarter] = np.random.default_rng(0).bytes(2 * quarter)
     (data / "val_96_raw.beton").write_bytes(content)
     assert [name for name, digest in file_digests(data).items() if digests[name] != digest] == ["val_96_raw.beton"]
     (tmp_path / "kept.beton").rename(data / "train_96_raw.beton")

@@ -22,7 +22,7 @@ from vitlocal.data.native import DecoderThreads, native_policy
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.writer import encode
 from vitlocal.data.writer.indexed import write
-from vitlocal.errors import DataError, DeviceMemoryError
+from vitlocal.errors import DataError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.train.command import train
@@ -110,11 +110,6 @@ def test_a_thread_that_vanishes_is_noticed(folder: Path, shared, monkeypatch: py
     with pytest.raises(DataError, match="the thread that reads batches has ended"):
         list(loader)
     loader.close()
-
-
-def test_memory_that_a_batch_does_not_get():
-    with pytest.raises(DeviceMemoryError, match=r"shape \(1000000, 99999, 99999, 3\) needs 29999"):
-        reader.Slot().take((1_000_000, 99_999, 99_999, 3), torch.uint8, False, False)
 
 
 def test_a_thread_of_the_writer_that_vanishes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -330,6 +330,7 @@ def test_a_model_without_a_needed_part_leaves_no_folder(configure, decoder, tmp_
 
 PROGRAM = """
 import json, sys
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
 import torch.distributed as dist
@@ -342,15 +343,14 @@ from vitlocal.train import command
 from vitlocal.train.probes import Prober
 from vitlocal.train.distributed import Ranks
 
-connect = Ranks.connect
+@contextmanager
+def connected(ranks, device):  # torchrun's store brings processes together once
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    ranks.device, ranks._decisions = device, dist.new_group(backend="gloo")
+    yield
 
-def once(ranks, device):  # torchrun's store brings processes together once
-    if dist.is_initialized():
-        ranks.device, ranks._decisions = device, dist.new_group(backend="gloo")
-    else:
-        connect(ranks, device)
-
-Ranks.connect, Ranks.close = once, lambda ranks: None
+Ranks.connected = connected
 command.write_report = read_run  # the page takes longer than the run
 Prober._seconds = lambda prober, probe, plan: 1e-9 * prober._macs(probe.size, probe.shape)
 count_once(pytest.MonkeyPatch().setattr)

@@ -26,7 +26,7 @@ from vitlocal.data.reader import LoaderResources
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.data.writer.verify import verify
 from vitlocal.data.writer.write import write
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.write_options import WriteOptions
@@ -252,7 +252,7 @@ def test_errors_in_the_thread_do_not_hang(folder: Path, shared, monkeypatch: pyt
         raise MemoryError("no memory for the batch")
 
     monkeypatch.setattr(EpochReader, "_decode", fail)
-    with pytest.raises(MemoryError, match="no memory for the batch"):
+    with pytest.raises(DeviceMemoryError, match="memory ran out while a batch was read"):
         read(source(folder, shared), Feed(16, 40))
 
 

@@ -22,7 +22,7 @@ from vitlocal.data.crops import ROW_MASK, CropPolicy
 from vitlocal.data.native import BOX, DecoderThreads, native_policy
 from vitlocal.data.random_keys import integers
 from vitlocal.data.shares import BatchSlice
-from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError, first_line
 
 PREFETCH = 3  # batches that wait for the consumer
 ALIVE_SECONDS = 2.0  # between looks at whether the thread is alive
@@ -205,7 +205,8 @@ class PassReader:
                 self._ready.put((self._read(part, slot), slot))
             self._ready.put(None)
         except MemoryError as error:
-            self._ready.put(DeviceMemoryError(f"memory ran out while a batch was read {error}; use smaller batches"))
+            text = f"memory ran out while a batch was read ({first_line(error)}): use smaller batches or images"
+            self._ready.put(DeviceMemoryError(text))
         except BaseException as error:  # the consumer raises it, whatever it is
             self._ready.put(error)
 

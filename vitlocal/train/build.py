@@ -220,7 +220,7 @@ def build_run(
     ``rewinds``: how often the run has diverged. After each time it has other random numbers, in the same order of
     images.
     """
-    train, classes = config.train, sources.train.classes
+    train, classes, stated = config.train, sources.train.classes, config.flat()
     model, arguments = make_model(config, len(classes), device, sources.train.latents)
     check_latents(config, sources)
     new_weights = []
@@ -254,7 +254,7 @@ def build_run(
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
     state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
     data = data_fingerprint(sources.train.count, classes) | {"files": file_digests(Path(config.data.root))}
-    state.facts = RunFacts(data, config.flat(), rewinds)
+    state.facts = RunFacts(data, stated, rewinds)
     output = None
     if folder is not None and ranks.first:
         output = RunOutput(
