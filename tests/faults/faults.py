@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import files  # noqa: F401  registers its faults
+import files  # noqa: F401  registers its faults, as hosts does
+import hosts  # noqa: F401
 import torch
 from kinds import FAULTS, Bench, Result
 
