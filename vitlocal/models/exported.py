@@ -10,7 +10,7 @@ from typing import Any
 import timm
 
 import vitlocal.models  # noqa: F401 (registers our models with timm)
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, first_line
 
 
 def file_digest(path: Path) -> str:
@@ -29,7 +29,7 @@ class ExportedRun:
     """
 
     def __init__(self, folder: str | os.PathLike[str], option: str = "--run"):
-        self.folder = Path(folder)
+        self.folder, self._option = Path(folder), option
         for name in ("model.safetensors", "config.json"):
             if not (self.folder / name).is_file():
                 raise ConfigError(
@@ -38,15 +38,12 @@ class ExportedRun:
                 )
         try:
             self.description: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            self.architecture: str = self.description["architecture"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{option}: {self.folder / 'config.json'} is not what train_imagenet.py wrote ({error}); run the same "
-                "training command again, which writes it again"
-            ) from None
-        self.class_names: list[str] = self.description["label_names"]
-        self.side: int = self.description["pretrained_cfg"]["input_size"][1]  # of inputs in the evaluation
-        self.crop_pct: float = self.description["pretrained_cfg"].get("crop_pct", 1.0)
+            self.architecture = str(self.description["architecture"])
+            self.class_names = list(map(str, self.description["label_names"]))
+            self.side = int(self.description["pretrained_cfg"]["input_size"][1])  # of inputs in the evaluation
+            self.crop_pct = float(self.description["pretrained_cfg"].get("crop_pct", 1.0))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise self._damaged("config.json", error) from None
 
     @cached_property
     def digest(self) -> str:
@@ -55,4 +52,13 @@ class ExportedRun:
 
     def load(self) -> Any:
         """The model, on the CPU, in evaluation mode."""
-        return timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()
+        try:
+            return timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()
+        except Exception as error:  # timm and safetensors raise many types
+            raise self._damaged("model.safetensors or config.json", error) from error
+
+    def _damaged(self, name: str, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"{self._option}: {name} in {self.folder} is not what train_imagenet.py wrote ({first_line(error)}); run "
+            "the same training command again, which writes it again"
+        )
