@@ -11,9 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))  # the folder of the tests
+
 import files  # noqa: F401  registers its faults, as hosts does
 import hosts  # noqa: F401
+import pytest
 import torch
+from counted_once import count_once
 from kinds import FAULTS, Bench, Result
 
 import vitlocal.train.command  # noqa: F401  loads what the commands need
@@ -32,6 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", help=f"kinds, separated by commas: {', '.join(FAULTS)}")
     parser.add_argument("--json", type=Path, help="write the table to this file")
     options = parser.parse_args(argv)
+    count_once(pytest.MonkeyPatch().setattr)
     torch.set_num_threads(1)  # threads do not survive a fork
     # Searches measure times, which no two runs have in common. These follow from the candidate.
     Prober._seconds = lambda prober, probe, plan: 1e-9 * prober._macs(probe.size, probe.shape)

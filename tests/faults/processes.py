@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitlocal.report.page import read_run
+from vitlocal.train import command
+
 TIME_LIMIT = 120.0  # seconds; a command that takes longer hangs
 
 Harm = Callable[[int], None]  # gets the number of the process
@@ -39,15 +42,18 @@ def kill(number: int = signal.SIGKILL) -> Harm:
 
 def run(
     main: Callable[[Sequence[str]], int | None], argv: Sequence[str], console: Path, *,
-    after: float | None = None, harm: Harm | None = None, disk_bytes: int | None = None,
+    after: float | None = None, harm: Harm | None = None, disk_bytes: int | None = None, draws: bool = True,
 ) -> Outcome:  # fmt: skip
     """Runs ``main(argv)`` as a command. ``harm`` is done ``after`` some seconds, if the command still runs.
 
-    ``disk_bytes``: no file can become larger, as on a full disk.
+    ``disk_bytes``: no file can become larger, as on a full disk. ``draws``: training ends with its page and curve,
+    which take as long to draw as a short run trains.
     """
     began = time.monotonic()
     process = os.fork()
     if process == 0:
+        if not draws:
+            command.write_report = read_run
         _child(main, argv, console, disk_bytes)
     harmed = harm is None
     while True:
