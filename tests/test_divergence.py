@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from vitlocal.errors import Diverged, run_command
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import read_log
+from vitlocal.train import trainer
 from vitlocal.train.budget import read_rewinds, read_spent
 from vitlocal.train.checkpoint import CHECKPOINT, load_checkpoint
 from vitlocal.train.command import train
@@ -154,3 +156,28 @@ def test_crops_differ_after_a_rewind_and_the_order_stays(configure, decoder, ope
     with closing(open_configured(configure("--data.loader=torchvision"))) as sources:
         sources.train.vary_crops(1)
         assert sources.train.loader.dataset.crops.variant == 1  # what its workers get
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "after the rewind"])
+def test_a_signal_that_comes_while_a_run_diverges_stops_it(configure, decoder, tmp_path: Path, at_once: bool, capsys):
+    """It comes after the last look for signals, or, with several processes, after the last exchange about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = spoil(patch, lambda step, number: number == 3 and step.seed == 0)
+        original, looks = trainer.check_finite, []
+
+        def check(*arguments) -> None:
+            if len(numbers) == 4:
+                signal.raise_signal(signal.SIGTERM)
+            original(*arguments)
+
+        def stopped(self: trainer.Trainer) -> bool:
+            looks.append(self.step.seed)
+            self.stop_signal = self.signals.received if at_once or self.step.seed else None
+            return self.stop_signal is not None
+
+        patch.setattr(trainer, "check_finite", check)
+        patch.setattr(trainer.Trainer, "stopped", property(stopped))
+        assert train(configure(*REWIND)) == 128 + signal.SIGTERM
+    assert len(numbers) == 4 and any(looks) != at_once
+    assert "stopped by SIGTERM at step" in capsys.readouterr().out
+    assert train(configure(*REWIND)) == 0 and read_rewinds(tmp_path / "run" / JOURNAL) == (0 if at_once else 1)

@@ -29,9 +29,12 @@ def train(config: Config, began: float | None = None) -> int:
     """
     most = config.run.rewinds if config.run.on_nan == "rewind" else 0
     with open_folder(config, began) as start:
-        status = train_run(start(False), most)
+        signals = status = None
         while status is None:
-            status = train_run(start(True), most)
+            run = start(signals is not None)
+            run.trainer.signals = signals = signals or run.trainer.signals  # one that came just before must stop it
+            status = train_run(run, most)
+            del run
     return status
 
 
@@ -61,7 +64,7 @@ def train_run(run: BuiltRun, most: int = 0) -> int | None:
                 raise
             say(f"note: {str(error).partition(':')[0]}: going back to the last checkpoint, with other random numbers "
                 f"(rewind {state.facts.rewinds + 1} of {most})")  # fmt: skip
-            if trainer.stop_signal is None:
+            if not trainer.stopped:
                 return None
             diverged = True  # and the same command will rewind
         if trainer.stop_signal is not None and (
