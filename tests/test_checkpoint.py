@@ -17,7 +17,9 @@ from vitlocal import jsonl
 from vitlocal.errors import DataError, run_command
 from vitlocal.plan import Plan
 from vitlocal.train import checkpoint
+from vitlocal.train.build import explained_misfits
 from vitlocal.train.checkpoint import CHECKPOINT, PREVIOUS, Checkpoints, DamagedCheckpoint, load_checkpoint
+from vitlocal.train.build import explained_misfits
 from vitlocal.train.checkpoint import save_checkpoint as save
 from vitlocal.train.command import train
 from vitlocal.train.state import is_finite, state_tensors
@@ -289,6 +291,28 @@ def test_a_whole_checkpoint_that_does_not_fit_is_one_message(trained, misfit: Ca
         path.write_bytes(before)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: the checkpoint in") and "does not fit this run" in line
+
+
+def test_a_run_continues_on_a_device_of_another_precision(trained):
+    """With train.precision=auto, a T4 trains in fp16, with a loss scale, and an A100 in bf16."""
+    config, _, state = trained
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with open_trainer(config) as trainer:
+        trainer.state.load_state_dict({**state, "scaler": scaler.state_dict()})
+        assert trainer.state.scaler.state_dict() == {}
+        trainer.state.scaler = torch.amp.GradScaler("cpu")
+        trainer.state.load_state_dict(state)
+        assert trainer.state.scaler.get_scale() == 65536
+        trainer.state.load_state_dict({**state, "scaler": scaler.state_dict()})
+        assert trainer.state.scaler.get_scale() == 8
+
+
+def test_errors_of_others_are_no_misfit():
+    """The processes exchange values while the checkpoint is loaded, and the device may be in use."""
+    for error in (RuntimeError("Connection closed by peer [127.0.0.1]:1"), torch.OutOfMemoryError("no memory")):
+        with pytest.raises(type(error)) as raised, explained_misfits(Path("run")):
+            raise error
+        assert raised.value is error
 
 
 def test_every_tensor_of_the_state_is_looked_at(trained):

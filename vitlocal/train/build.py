@@ -17,7 +17,7 @@ from vitlocal.data.batch import Sources
 from vitlocal.data.fields import LatentForm
 from vitlocal.data.random_keys import other_seed
 from vitlocal.data.sources import open_sources
-from vitlocal.errors import ConfigError, DataError
+from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
 from vitlocal.jsonl import replace_text
 from vitlocal.machine import can_compile_kernels, keep_freed_memory
 from vitlocal.methods import build_methods
@@ -44,7 +44,7 @@ from vitlocal.train.build_checks import (
 from vitlocal.train.build_task import check_outputs, make_task
 from vitlocal.train.checkpoint import Checkpoints
 from vitlocal.train.devices import choose_device, choose_precision
-from vitlocal.train.distributed import ALONE, Ranks, find_ranks
+from vitlocal.train.distributed import ALONE, LOST, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
 from vitlocal.train.optim import CombinedOptimizer, ModelEma, build_optimizer
 from vitlocal.train.output import RunOutput
@@ -405,9 +405,11 @@ def explained_misfits(folder: Path) -> Iterator[None]:
     """A context in which a checkpoint that is whole, but does not fit the run, raises one DataError."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, DeviceMemoryError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, RuntimeError) and LOST.search(str(error)):  # of another process
+            raise
         raise DataError(
             f"the checkpoint in {folder} is whole, but does not fit this run ({' '.join(str(error).split())}). It may "
             "be of another run, or of another version of vitlocal: put the right one in its place, or use another "

@@ -125,6 +125,8 @@ class TrainState:
         own = self.state_dict(lambda value: value)
         if odd := state.keys() ^ own.keys():
             raise DataError(f"it has or lacks {', '.join(sorted(map(str, odd)))}")
+        if not (state["scaler"] and own["scaler"]):  # one of the devices does not train in fp16
+            state = {**state, "scaler": own["scaler"]}
         if problem := next(filter(None, (difference(state[name], own[name], name) for name in FIXED)), ""):
             raise DataError(problem)
         for name in PARTS:
