@@ -19,7 +19,6 @@ from vitlocal.plan import Plan
 from vitlocal.train import checkpoint
 from vitlocal.train.build import explained_misfits
 from vitlocal.train.checkpoint import CHECKPOINT, PREVIOUS, Checkpoints, DamagedCheckpoint, load_checkpoint
-from vitlocal.train.build import explained_misfits
 from vitlocal.train.checkpoint import save_checkpoint as save
 from vitlocal.train.command import train
 from vitlocal.train.state import is_finite, state_tensors

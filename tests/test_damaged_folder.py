@@ -342,5 +342,9 @@ def test_other_pixels_are_refused_by_name(copied, folder: Path, tmp_path: Path):
     (data / "val_96_raw.beton").write_bytes(content)
     assert [name for name, digest in file_digests(data).items() if digests[name] != digest] == ["val_96_raw.beton"]
     (tmp_path / "kept.beton").rename(data / "train_96_raw.beton")
+    os.mkfifo(data / "pipe.beton")
+    with pytest.raises(OSError, match="it is a pipe, not a file"):  # and does not wait for who writes to it
+        file_digests(data)
+    (data / "pipe.beton").unlink()
     with pytest.raises(ConfigError, match=r"data.root: val_96_raw.beton in .*/data: the content is not that of"):
         train(there)

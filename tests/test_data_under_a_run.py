@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +62,17 @@ def test_a_loader_names_the_file_that_shrinks(copied: Path, shared):
     os.truncate(copied / "val_96_raw.beton", 4096)
     with pytest.raises(DataError, match=r"val_96_raw\.beton became shorter"):
         dataset[1]
+
+
+def test_a_file_whose_server_is_gone(copied: Path):
+    class Stale(mmap.mmap):
+        def size(self) -> int:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    file = MappedFile(copied / "train_48_raw.beton")
+    file.bytes = SimpleNamespace(base=Stale(-1, 1))
+    with pytest.raises(DataError, match=r"train_48_raw\.beton cannot be read: Stale file handle"):
+        file.check()
 
 
 def test_further_values_of_a_file_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from vitlocal.bench import forecast, report
 from vitlocal.bench.__main__ import main
@@ -16,6 +17,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.progress import Length, Stage
 from vitlocal.report.run_folder import read_run
 from vitlocal.storage import recipe_stages
+from vitlocal.train.build import make_model
 from vitlocal.train.command import train
 from vitlocal.train.simulate import Speed, spend
 
@@ -65,6 +67,12 @@ def test_evaluations_take_time_from_epochs():
     assert spent(26) == pytest.approx(0.1)
     assert spent(125, every=0) == pytest.approx(10)
     assert spent(123) == pytest.approx((123 - 20 - 7 * 5) / 10)  # 6 epochs end, and one evaluation is at the end
+
+
+def test_a_large_model_is_counted_without_a_gpu():
+    wide = read_config([*OURS, "--model.width=2304", "--model.heads=12"], {})
+    model, _ = make_model(wide, 10, torch.device("meta"))
+    assert model.embed_dim == 2304
 
 
 # --- the bench ------------------------------------------------------------------------------------------------------

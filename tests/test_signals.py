@@ -132,6 +132,12 @@ def test_a_command_that_only_prints_ends_quietly_with_its_reader():
         assert process.wait(60) == 128 + signal.SIGPIPE and process.stderr.read() == ""
 
 
+def test_a_command_that_only_prints_reports_a_full_disk():
+    with open("/dev/full", "w") as full, start("-c", launched("print('x')", ends=True), stdout=full) as process:
+        assert process.wait(60) == 1
+        assert process.stderr.read() == "error: standard output: No space left on device\n"
+
+
 def test_workers_end_with_a_killed_parent():
     """The parent is killed before and after the worker asks for the signal; the worker holds the parent's output."""
     worker = (

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Console(io.FileIO):
     """Standard output or error of a command that must not end when its reader, or its terminal, is gone.
 
-    What cannot be written is dropped. ``ends``: a closed pipe ends the process, as SIGPIPE does, if it only prints.
+    What cannot be written is dropped. ``ends``, of a command that only prints: a closed pipe ends the process, as
+    SIGPIPE does, and another error ends it with exit status 1.
     """
 
     def __init__(self, descriptor: int, ends: bool):
@@ -31,6 +32,9 @@ class Console(io.FileIO):
         except OSError as error:
             if self._ends and isinstance(error, BrokenPipeError):
                 os._exit(128 + SIGPIPE)
+            if self._ends:  # what it prints is its result
+                os.write(2, f"error: standard output: {error.strerror}\n".encode())
+                os._exit(1)
             return len(data)  # type: ignore[arg-type]
 
 

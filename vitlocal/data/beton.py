@@ -128,7 +128,11 @@ class MappedFile:
     def check(self) -> None:
         """Raises DataError if the file has become shorter. What is missing of its last page would read as zeros."""
         mapping: Any = self.bytes.base
-        if (length := mapping.size()) < len(self.bytes):
+        try:
+            length = mapping.size()
+        except OSError as error:  # its server is gone
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}; restore it") from error
+        if length < len(self.bytes):
             raise DataError(f"{self.path} became shorter: it had {len(self.bytes)} bytes and has {length}; restore it")
 
     def _require(self, holds: bool | np.bool_, what: str) -> None:

@@ -39,13 +39,13 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
 def check_memory(config: Config, arguments: dict[str, Any], num_classes: int, device: torch.device) -> None:
     """Raises ConfigError if the weights of an unusually large model cannot be trained in the device's memory."""
     stated = {name: getattr(config.model, name) or 0 for name in USUAL_SIZES}
-    if all(stated[name] <= most for name, most in USUAL_SIZES.items()):
+    if device.type == "meta" or all(stated[name] <= most for name, most in USUAL_SIZES.items()):
         return
     with torch.device("meta"):  # allocates nothing
         model, _ = build_model(config.model.name, arguments, num_classes)
     weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     needed = 16 * weights  # bytes of float32 weights, gradients and two moments
-    there = memory() if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory()
     if needed > there:
         options = ", ".join(f"model.{name}={value}" for name, value in stated.items() if value)
         raise ConfigError(
@@ -55,7 +55,7 @@ def check_memory(config: Config, arguments: dict[str, Any], num_classes: int, de
 
 
 def check_latents(config: Config, sources: Sources) -> None:
-    """Raises ConfigError if there are no latents of a size that the run will come to."""
+    """Raises ConfigError or DataError if a size that the run will come to has no latents, or a damaged file."""
     for name, size in stated_sizes(config):
         source = sources.val if name == "evaluate.size" else sources.train
         source.check_size(size)

@@ -12,6 +12,7 @@ from typing import Any
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import read_lines, write_lines
 from vitlocal.machine import commit, hardware, versions
+from vitlocal.reading import open_regular
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.checkpoint import CHECKPOINT, Checkpoints
 
@@ -81,7 +82,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     """
     found = {}
     for path in sorted(path for path in folder.glob("*") if path.suffix in (".beton", ".ffcv")):
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             last = max(0, file.seek(0, 2) - BLOCK_BYTES)
             digest = hashlib.sha256(str(last).encode())
             for number in range(BLOCKS):
