@@ -98,6 +98,33 @@ def test_bus_errors_of_others_end_the_process(tmp_path: Path):
     assert done.returncode == -signal.SIGBUS
 
 
+WORKER = """
+import faulthandler, os, signal, sys
+from torch.utils.data import DataLoader
+from vitlocal.data.beton import MappedFile
+from vitlocal.data.dataset import BetonDataset
+MappedFile.check = lambda self: None  # it shrinks after the check
+dataset = BetonDataset(sys.argv[1], 'val', 24)
+assert dataset[0]
+batches = iter(DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context='fork', prefetch_factor=1))
+next(batches)
+os.truncate(dataset.path, 4096)
+try: list(batches)
+except Exception as error: print(error)
+faulthandler.enable(sys.stdout)
+from vitlocal.data.native import DecoderThreads
+threads = DecoderThreads(1)
+signal.raise_signal(signal.SIGBUS)
+"""
+
+
+def test_workers_of_pytorch_name_the_file_that_shrinks(copied: Path):
+    """They have a handler of their own. Handlers that call each other end."""
+    done = subprocess.run([sys.executable, "-c", WORKER, str(copied)], capture_output=True, text=True)
+    assert "val_96_raw.beton: row " in done.stdout and "cannot be read: the file became shorter" in done.stdout
+    assert done.returncode == -signal.SIGBUS and done.stdout.count("Fatal Python error: Bus error") == 1
+
+
 @pytest.mark.parametrize("fault", ["missing", "cut off", "another"])
 def test_files_of_later_sizes_are_checked_at_the_start(copied: Path, configure, fault: str):
     """The run begins at 16 px; the file for 48 px is needed two epochs later."""

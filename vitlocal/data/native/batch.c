@@ -93,10 +93,12 @@ __attribute__((tls_model("initial-exec"))) /* a handler must not allocate the va
 #endif
 static _Thread_local sigjmp_buf *escape; /* where a thread that reads a file goes on; NULL: it reads none */
 static struct sigaction handler_before;
-static pthread_once_t handler_once = PTHREAD_ONCE_INIT;
+static volatile sig_atomic_t passed_on; /* the handler before works; it may call this one, as faulthandler does */
 
 static void leave_file(int number, siginfo_t *about, void *context) {
     if (escape) siglongjmp(*escape, 1);
+    if (passed_on) handler_before = (struct sigaction){.sa_handler = SIG_DFL};
+    passed_on = 1;
     if (handler_before.sa_flags & SA_SIGINFO) {
         handler_before.sa_sigaction(number, about, context);
     } else if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN) {
@@ -105,12 +107,17 @@ static void leave_file(int number, siginfo_t *about, void *context) {
         sigaction(number, &handler_before, NULL);
         raise(number);
     }
+    passed_on = 0;
 }
 
+/* Installs the handler if another one has taken its place: workers of PyTorch's DataLoader do that when they start. */
 static void handle_bus_errors(void) {
+    struct sigaction now;
+    if (sigaction(SIGBUS, NULL, &now) || ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == leave_file)) return;
     struct sigaction action = {.sa_sigaction = leave_file, .sa_flags = SA_SIGINFO | SA_NODEFER}; /* the mask stays */
     sigemptyset(&action.sa_mask);
-    sigaction(SIGBUS, &action, &handler_before);
+    handler_before = now;
+    sigaction(SIGBUS, &action, NULL);
 }
 
 /* Calls work(argument), which reads a mapped file. Returns 0 if that failed; the work may then have stopped anywhere. */
@@ -141,7 +148,7 @@ static void gather(void *argument) {
 /* Copies `count` parts of a mapped file to `out`, one behind the other. Returns OK, OUTSIDE or UNREADABLE. */
 EXPORT int vitlocal_gather(const uint8_t *file, int64_t file_bytes, const uint64_t *offsets, const uint64_t *sizes,
                            int64_t count, uint8_t *out) {
-    pthread_once(&handler_once, handle_bus_errors);
+    handle_bus_errors();
     const uint64_t end = (uint64_t)file_bytes;
     for (int64_t i = 0; i < count; i++) {
         if (offsets[i] > end || sizes[i] > end - offsets[i]) return OUTSIDE;
@@ -217,7 +224,7 @@ EXPORT void vitlocal_pool_free(struct pool *pool) {
 /* NULL if `threads` is less than one, and if the system has no memory or cannot start them. */
 EXPORT struct pool *vitlocal_pool_new(int64_t threads) {
     if (threads < 1) return NULL;
-    pthread_once(&handler_once, handle_bus_errors);
+    handle_bus_errors();
     struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof pool->ids[0]);
     if (!pool) return NULL;
     pthread_mutex_init(&pool->lock, NULL);
