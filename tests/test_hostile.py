@@ -33,7 +33,7 @@ from vitlocal.data.native import AS_JPEG, FORM, Encoder
 from vitlocal.data.sources import open_sources
 from vitlocal.data.writer.indexed import write as write_dataset
 from vitlocal.data.writer.write import write, write_from_options
-from vitlocal.errors import ConfigError, DataError, UndecodableImage, run_command
+from vitlocal.errors import ConfigError, DataError, UndecodableImage, run_command, shown
 from vitlocal.report.page import rows_table
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
@@ -191,6 +191,12 @@ def test_names_are_shown_safely(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert not {"\x1b", "\u202e", "\udce9"} & set(text)
     assert r"\x1b[31mred" in page and r"caf\udce9" in page and "a broken link: " in said.out
     page.encode()
+
+
+def test_names_of_other_scripts_are_shown_as_they_are():
+    for name in ("coq\u00a0!", "10.00\u202fAM.png", "柴犬\u3000子犬", "می\u200cشود", "👩\u200d🌾", "naïve"):
+        assert shown(name) == name
+    assert shown("a\u200bb\u2028\x9b") == r"a\u200bb\u2028\x9b"
 
 
 def test_a_class_name_of_two_lines_is_refused(tmp_path: Path):

@@ -13,6 +13,8 @@ from types import FrameType
 STOP_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
 )  # fmt: skip
+# Python does not count them as printable: spaces of French, macOS and Japanese; joiners of Persian, Hindi and emoji.
+HARMLESS = "\u00a0\u202f\u3000\u200c\u200d"
 DOUBLE_SECONDS = 1.0  # two SIGINT within this time are one Ctrl-C, which torchrun sends to its processes again
 
 
@@ -57,6 +59,7 @@ def shown(text: object, keep: str = "") -> str:
     found = str(text)
     if found.isprintable():
         return found
+    keep += HARMLESS
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in found)
 
 
