@@ -73,6 +73,17 @@ def test_a_silent_process_ends_the_others_although_they_only_wait(start: Start, 
         assert f"error: rank {rank} has lost rank 1 (host1, process 1): no sign of life for" in text
 
 
+def test_a_checkpoint_is_written_to_its_end(start: Start, left, monkeypatch: pytest.MonkeyPatch):
+    ranks = start(2)
+    monkeypatch.setattr(heartbeat, "FAREWELL_SECONDS", 60.0)
+    with ranks[0].saving:
+        fall_silent(ranks[1])
+        wait_for(lambda: ranks[0]._lost_rank(heartbeat.LOST_SECONDS))
+        time.sleep(10 * heartbeat.PERIOD)
+        assert not left
+    wait_for(lambda: left == [1])
+
+
 def test_an_error_of_a_connection_names_who_is_silent_or_has_failed(start: Start, capsys):
     ranks = start(3)
     fall_silent(ranks[2])

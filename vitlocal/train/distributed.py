@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -83,6 +83,10 @@ class Ranks:
             if self._heartbeats is not None:
                 self._heartbeats.close(failed)
             self._decisions = self._heartbeats = None
+
+    def saving(self) -> AbstractContextManager[object]:
+        """A context in which a checkpoint is written: it may end before a lost process ends this one."""
+        return nullcontext() if self._heartbeats is None else self._heartbeats.saving
 
     def any_signal(self, mine: int | None) -> int:
         """A stop signal that any process has received; 0: none. It is known on all of them within seconds."""

@@ -28,6 +28,7 @@ class Heartbeats:
     """The signs of life of this process (``rank``) and of the others, whose ``places`` are a host and a process.
 
     If another process is lost, it ends this one with exit status 1 and a message, whatever the main thread waits for.
+    ``saving``: a lock that the main thread holds while it writes a checkpoint, which gets some seconds more.
     """
 
     def __init__(self, store: TCPStore, rank: int, places: Sequence[str]):
@@ -38,6 +39,7 @@ class Heartbeats:
         self._signs, self._heard_at = [FIRST_SIGN] * len(places), [now] * len(places)
         self._answered_at = now  # when the store last answered; minus infinity: its process is gone
         self._number, self._closing, self._lock = 0, threading.Event(), threading.Lock()
+        self.saving = threading.Lock()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
         for thread in self._threads:
             thread.start()
@@ -101,6 +103,7 @@ class Heartbeats:
                 # If the other has said so itself, the main thread is about to say it too, unless it computes or saves.
                 says = self._words(found[0])[1] == FAILED
                 if not self._closing.wait(FAREWELL_SECONDS if says else 0):
+                    self.saving.acquire(timeout=FAREWELL_SECONDS)
                     print(f"error: {self._message(*found)}", file=sys.stderr)
                     self.close(failed=True)
                     leave(1)

@@ -423,7 +423,8 @@ class Trainer:
             began = clock.timer.wall_seconds
             check_finite(self.state, self._ranks)
             if self._output is not None:
-                self._output.save_checkpoint(content)
+                with self._ranks.saving():
+                    self._output.save_checkpoint(content)
             state.reserve.checkpoints.append(self._of_rank_0(clock.timer.wall_seconds - began))
             if not clock.progress.is_end:  # a spent budget stays spent, however long this checkpoint took
                 self._update_reserve()
