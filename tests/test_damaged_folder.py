@@ -78,6 +78,20 @@ def test_a_damaged_line_keeps_the_records_around_it(finished, tmp_path: Path, li
     assert (tmp_path / LOG).read_bytes() == b"\n".join(kept) + b"\n"
 
 
+@pytest.mark.parametrize("name", [LOG, "classes.json"])
+def test_a_damaged_name_within_a_line(copied, name: str):
+    """A bit that flips there leaves valid JSON, without a value that the page needs."""
+    _, run = copied
+    content = (run / name).read_bytes()
+    record = json.loads(content.splitlines()[0]) if name == LOG else json.loads(content)[0]
+    for key in record:
+        (run / name).write_bytes(content.replace(b'"%s"' % key.encode(), b'"%s"' % (key[:-1] + "~").encode(), 1))
+        assert page_of([read_run(run)], crops=False)
+    for other in (b"5", b'{"class": 1}', b'[{"class": "a", "right": "1", "images": "2"}]'):
+        (run / "classes.json").write_bytes(other)
+        assert read_run(run).classes == []
+
+
 def test_damaged_lines_are_reported(copied, capsys):
     config, run = copied
     lines = (run / LOG).read_bytes().splitlines(keepends=True)

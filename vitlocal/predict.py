@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     for photo in options.photos:
         if not Path(photo).is_file():
-            found = "is a folder; name the photos in it" if Path(photo).is_dir() else "does not exist"
+            missing = "is a pipe or a device" if Path(photo).exists() else "does not exist"
+            found = "is a folder; name the photos in it" if Path(photo).is_dir() else missing
             raise ConfigError(
                 f"{photo} {found}; expected image files, as in python -m vitlocal.predict --run {options.run} *.jpg"
             )

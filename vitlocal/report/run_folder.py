@@ -17,7 +17,10 @@ from vitlocal.report.figures import Line
 from vitlocal.tasks.metrics import is_evaluated, metrics_of
 
 CLASSES, PICTURES, LOG = "classes.json", "pictures", "log.jsonl"
-LOGGED = ("epoch", "step", "images_seen", "image_size", "batch_size", "train_seconds", "wall_seconds")  # by every pass
+LOGGED = (  # by every pass
+    "epoch", "step", "images_seen", "image_size", "batch_size", "fraction", "train_seconds", "wall_seconds",
+    "images_per_second", "data_wait_fraction",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,14 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
     try:
         found = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # diffusion has none; a damaged one costs its part of the page
+        if not all("class" in each and isinstance(each["right"] + each["images"], int) for each in found):
+            raise ValueError
+    except (
+        FileNotFoundError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # diffusion has none; a damaged one costs its part of the page
         found = []
     damaged = count_damaged(folder / LOG, is_record)
     return RunRecord(shown(name or folder.name), records, folder, config, found, damaged, metrics=metrics)
