@@ -137,8 +137,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """Runs ``main(argv)``, and turns errors that a user can fix into one message and an exit status.
 
     Returns 0 on success, and 128 and its number after a stop signal: 130 after Ctrl-C. A :class:`ConfigError` gives 2.
-    A :class:`DataError`, a :class:`DeviceMemoryError` or an ``OSError`` (such as a full disk) gives 1. Any other
-    error is ours and keeps its traceback.
+    A :class:`DataError`, a :class:`DeviceMemoryError`, a ``MemoryError`` or an ``OSError`` (such as a full disk)
+    gives 1. Any other error is ours and keeps its traceback.
     """
     received: list[int] = []
     try:
@@ -148,9 +148,10 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         received.append(getattr(error, "number", signal.SIGINT))
     except Exception as error:
         if not received:  # or else it comes from C code that was interrupted
-            if not isinstance(error, (ConfigError, DataError, DeviceMemoryError, OSError)):
+            if not isinstance(error, (ConfigError, DataError, DeviceMemoryError, OSError, MemoryError)):
                 raise
-            print(f"error: {shown(error, keep=chr(10))}", file=sys.stderr)
+            text = f"not enough memory ({first_line(error)})" if isinstance(error, MemoryError) else error
+            print(f"error: {shown(text, keep=chr(10))}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
     print("interrupted", file=sys.stderr)
     return 128 + received[0]

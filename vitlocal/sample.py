@@ -25,6 +25,7 @@ from tqdm import tqdm
 from vitlocal.config_reader import OptionReader
 from vitlocal.data.autoencoder import Autoencoder
 from vitlocal.errors import ConfigError, Interrupted, StopSignals
+from vitlocal.jsonl import naming
 from vitlocal.models.exported import ExportedRun, file_digest
 from vitlocal.options import COUNT, TEXT, Choice, Number, messages, option
 from vitlocal.tasks.memory import explained_memory_errors
@@ -218,11 +219,13 @@ def main(argv: Sequence[str]) -> None:
         rest = enumerate(samples)
         for images in sampler.draw(labels, keys, how, options.batch_size, progress):
             for image, (place, sample) in zip(images, rest, strict=False):
-                Image.fromarray(image.movedim(0, -1).numpy()).save(folder / sample["file"])
+                with naming(out / sample["file"]):
+                    Image.fromarray(image.movedim(0, -1).numpy()).save(folder / sample["file"])
                 if place // count < GRID_ROWS and place % count < GRID_COLUMNS:
                     shown.append(image)
         rows = torch.stack(shown).unflatten(0, (-1, min(count, GRID_COLUMNS)))
-        draw_grid(rows, [names[label] for label in classes[:GRID_ROWS]]).save(folder / "grid.png")
         record = sampler.record() | asdict(how) | {"seed": options.seed, "samples": samples}
-        (folder / "samples.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with naming(out):
+            draw_grid(rows, [names[label] for label in classes[:GRID_ROWS]]).save(folder / "grid.png")
+            (folder / "samples.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{len(samples)} images of {len(classes)} classes, grid.png and samples.json are in {out}")

@@ -61,10 +61,10 @@ class Slot:
             try:
                 self.memory = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
             except RuntimeError as error:
-                count, sides = shape[0], " × ".join(map(str, shape[1:]))
+                count, sides, gib = shape[0], " × ".join(map(str, shape[1:])), needed / 2**30
                 raise DeviceMemoryError(
-                    f"no memory for {count} images of {sides} ({needed / 2**30:,.1f} GiB): use smaller images "
-                    f"(model.size, evaluate.size) or batches (train.batch_size, evaluate.batch_size)"
+                    f"no memory for {count} images of {sides} ({gib:,.1f} GiB; {first_line(error)}): use smaller images "
+                    "(model.size, evaluate.size) or batches (train.batch_size, evaluate.batch_size)"
                 ) from error
         memory, self._lent = self.memory[:needed], None
         if owned and not pinned:  # a copy on a GPU has memory of its own

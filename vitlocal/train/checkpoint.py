@@ -124,7 +124,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if found == FORMAT:
                 file.seek(0)
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except DataError:
         raise

@@ -78,6 +78,8 @@ class Ranks:
                 raise DataError(f"rank {self.rank} has lost the other processes ({first_line(error)})") from error
             raise DataError(self._heartbeats.explain(error)) from error
         finally:
+            if failed and self._heartbeats is not None:
+                self._heartbeats.fail()  # NCCL may wait for the others while it is destroyed
             if dist.is_initialized():
                 dist.destroy_process_group()
             if self._heartbeats is not None:
