@@ -99,9 +99,9 @@ def test_damaged_lines_are_reported(copied, capsys):
     assert train(config) == 0
     assert f"note: 1 of the lines of {run / LOG} cannot be read" in capsys.readouterr().out
     assert (run / LOG).read_bytes() == b"5\n" + lines[1] + lines[2]
-    assert "1 lines of the log of run were damaged" in remarks_part([read_run(run)])
+    assert "The log of run has damaged lines (1)" in remarks_part([read_run(run)])
     rewound = replace(read_run(run), records=[{**record, "rewinds": 2} for record in read_log(run)])
-    assert "went back to an earlier state 2 times" in page_of([rewound], crops=False)
+    assert "went back to an earlier state (run.on_nan=rewind): 2×" in page_of([rewound], crops=False)
 
 
 def test_a_record_is_not_written_twice(configure, decoder, tmp_path: Path):

@@ -128,7 +128,7 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
     monkeypatch.setattr(forecast, "SECONDS", 0.1)
     main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
     out = capsys.readouterr().out
-    assert "does not exist: only the step is measured" in out and "epochs of 1,281,167 images" in out
+    assert "has no data: only the step is measured" in out and "epochs of 1,281,167 images" in out
 
 
 def test_a_forecast_for_another_machine(capsys):

@@ -106,11 +106,13 @@ def test_a_run_states_its_noise_schedule(runs, run, tmp_path: Path):
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(runs["pixels"] / "model.safetensors")
     description = json.loads((runs["pixels"] / "config.json").read_text())
-    description["diffusion"] = {"steps": 100, "schedule": "cosine"}
+    evaluated = {"sampler": "ddpm", "sample_steps": 2, "guidance": 3.0, "guided_channels": "3"}
+    description["diffusion"] = {"steps": 100, "schedule": "cosine", **evaluated}
     (folder / "config.json").write_text(json.dumps(description))
     assert run(folder, "--classes=0", "--count=1")[0] == 0
     record = json.loads((folder / "samples" / "samples.json").read_text())  # the folder by default
     assert (record["schedule"], record["schedule_steps"]) == ("cosine", 100)
+    assert (record["sampler"], record["guidance"], record["guided_channels"]) == ("ddpm", 3.0, "3")  # as in evaluations
     status, text = run(folder, "--steps=101", "--out=unused")
     assert status == 2 and "the noise schedule has 100 steps" in text
 

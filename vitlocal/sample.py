@@ -46,10 +46,14 @@ class SampleOptions:
     run: str | None = option(None, TEXT, "folder of a finished run of a diffusion model")
     classes: str = option("all", TEXT, "class names or numbers (from 0), with commas; all: each class")
     count: int = option(4, COUNT, "images of each class")
-    sampler: str = option("ddim", Choice(*SAMPLERS), "ddim (no noise after the first), or ddpm")
-    steps: int = option(50, COUNT, "steps for an image; DiT's published samples have 250 of ddpm")
-    guidance: float = option(4.0, Number(0), "scale of classifier-free guidance; 1: none")
-    guided_channels: str = option("all", Choice(*GUIDED_CHANNELS), "guided channels; 3: as DiT's published code")
+    sampler: str | None = option(None, Choice(*SAMPLERS), "ddim (no noise after the first), or ddpm; none: the run's")
+    steps: int | None = option(
+        None, COUNT, "steps for an image; DiT's published samples have 250 of ddpm; none: as the run's evaluations"
+    )
+    guidance: float | None = option(None, Number(0), "scale of classifier-free guidance; 1: none; none: the run's")
+    guided_channels: str | None = option(
+        None, Choice(*GUIDED_CHANNELS), "guided channels; 3: as DiT's published code; none: the run's"
+    )
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed; an image depends on it, its class and its number")
     vae: str | None = option(None, TEXT, "folder of the autoencoder, for models of latents; none: the run's")
     out: str | None = option(None, TEXT, "new folder for the images; none: samples, in the run's folder")
@@ -164,6 +168,13 @@ class Sampler:
             ):  # fmt: skip
                 yield to_images(drawn, self.autoencoder)
 
+    def options(self, stated: SampleOptions) -> SamplerOptions:
+        """How images are drawn: as ``stated``, and the rest as in the run's evaluations."""
+        evaluated = self._trained | {"steps": self._trained.get("sample_steps")}  # "steps" are those of the noise there
+        pairs = {each.name: (getattr(stated, each.name), evaluated.get(each.name)) for each in fields(SamplerOptions)}
+        values = {name: theirs if mine is None else mine for name, (mine, theirs) in pairs.items()}
+        return SamplerOptions(**{name: value for name, value in values.items() if value is not None})
+
     def record(self) -> dict[str, Any]:
         """What identifies the model, for ``samples.json``."""
         return {
@@ -195,9 +206,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 def main(argv: Sequence[str]) -> None:
     """Writes a PNG for each image, ``grid.png``, and ``samples.json``, which has all that the images depend on."""
     options = read_sample_options(argv)
-    how = SamplerOptions(options.sampler, options.steps, options.guidance, options.guided_channels)
     device = choose_device(options.device)
     sampler = Sampler(options.run or "", options.vae, device, choose_precision(options.precision, device))
+    how = sampler.options(options)
     how.times(sampler.schedule.steps)  # refuses too many steps
     names, count = sampler.exported.class_names, options.count
     classes, out = chosen_classes(options.classes, names), Path(options.out or sampler.exported.folder / "samples")

@@ -386,10 +386,10 @@ def main(argv: Sequence[str]) -> None:
     config, images = read_config(trainer), options.images
     if images is not None and images < config.train.batch_size:
         raise ConfigError(f"--images: got {images}, expected at least {config.train.batch_size}, one batch")
-    if images is None and not Path(config.data.root).exists():
+    if images is None and not any(Path(config.data.root).glob("*.beton")):
         images = IMAGENET
         what = "" if options.rates else "only the step is measured, with random pixels, "
-        print(f"{config.data.root} does not exist: {what}for epochs of {images:,} images")
+        print(f"{config.data.root} has no data: {what}for epochs of {images:,} images")
     if options.rates:
         count = load_manifest(config.data.root, "train").count if images is None else images
         found = stated_forecast(config, count, parse_rates(options.rates))

@@ -61,9 +61,9 @@ class Slot:
             try:
                 self.memory = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
             except RuntimeError as error:
-                count, sides, gib = shape[0], " × ".join(map(str, shape[1:])), needed / 2**30
+                count, sides, gib, why = shape[0], " × ".join(map(str, shape[1:])), needed / 2**30, first_line(error)
                 raise DeviceMemoryError(
-                    f"no memory for {count} images of {sides} ({gib:,.1f} GiB; {first_line(error)}): use smaller images "
+                    f"no memory for {count} images of {sides} ({gib:,.1f} GiB; {why}): use smaller images "
                     "(model.size, evaluate.size) or batches (train.batch_size, evaluate.batch_size)"
                 ) from error
         memory, self._lent = self.memory[:needed], None

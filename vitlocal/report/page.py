@@ -105,9 +105,9 @@ def remarks_part(runs: Sequence[RunRecord]) -> str:
     found = []
     for run in runs:
         if rewinds := max(record.get("rewinds", 0) for record in run.records):
-            found.append(f"{run.name} diverged and went back to an earlier state {rewinds} times (run.on_nan=rewind).")
+            found.append(f"{run.name} diverged and went back to an earlier state (run.on_nan=rewind): {rewinds}×.")
         if run.damaged_lines:
-            found.append(f"{run.damaged_lines} lines of the log of {run.name} were damaged; their passes are missing.")
+            found.append(f"The log of {run.name} has damaged lines ({run.damaged_lines}); their passes are missing.")
     return "".join(f"<p>{escaped(sentence)}</p>" for sentence in found)
 
 

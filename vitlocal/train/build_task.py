@@ -57,7 +57,8 @@ def make_diffusion(
         raise ConfigError(f"{names}: a diffusion model would draw augmented images; leave it at its default")
     latents = None if sources is None else sources.train.latents
     notes = {
-        "steps": options.steps, "schedule": options.schedule, "vae": options.vae,
+        "steps": options.steps, "schedule": options.schedule, "vae": options.vae, "sampler": options.sampler,
+        "sample_steps": options.sample_steps, "guidance": options.guidance, "guided_channels": options.guided_channels,
         "autoencoder": None if latents is None else latents.autoencoder,
     }  # fmt: skip
     scaling_factor = latents.scaling_factor if latents is not None else 1.0 if model.stride > 1 else None

@@ -331,6 +331,6 @@ def check_loss(loss: float, step: int) -> float:
 def diverged(what: str, step: int) -> Diverged:
     return Diverged(
         f"{what} at step {step}: training has diverged. Train in another folder with a lower train.lr, a longer "
-        "train.warmup or train.clip_norm=1. The run's folder keeps the last checkpoint before this, if there was one: "
-        "the same command with --run.on_nan=rewind continues from it with other random numbers"
+        "train.warmup or train.clip_norm=1. If it diverged by chance, the same command with --run.on_nan=rewind, or a "
+        "larger --run.rewinds, goes back to the last checkpoint with other random numbers"
     )
