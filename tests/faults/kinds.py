@@ -18,6 +18,7 @@ from typing import Any
 from processes import Outcome, kill, run
 
 from vitlocal.config import read_config
+from vitlocal.launch import protect_streams
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.__main__ import main as train
 from vitlocal.train.build import open_run
@@ -262,4 +263,5 @@ def without_a_reader(argv: Sequence[str]) -> int | None:
     os.close(reading)
     os.dup2(writing, 1)
     os.dup2(writing, 2)
+    protect_streams(ends=False)  # as the start of the command does
     return train(argv)
