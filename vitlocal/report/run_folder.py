@@ -65,13 +65,8 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         found = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
         if not all("class" in each and isinstance(each["right"] + each["images"], int) for each in found):
             raise ValueError
-    except (
-        FileNotFoundError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # diffusion has none; a damaged one costs its part of the page
-        found = []
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found = []  # diffusion has none; a damaged one costs its part of the page
     damaged = count_damaged(folder / LOG, is_record)
     return RunRecord(shown(name or folder.name), records, folder, config, found, damaged, metrics=metrics)
 
