@@ -60,7 +60,9 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         config = read_config(["--config-file", str(folder / "config.yaml")], {})
         metrics = metrics_of(config.model.name)
     if config is None or not any(is_evaluated(record, metrics[0]) for record in records):
-        raise ConfigError(f"{folder} holds no run with an evaluation; expected a folder that train_imagenet.py made")
+        raise ConfigError(
+            f"{folder} holds no run with an evaluation in its {LOG}; expected a folder that train_imagenet.py made"
+        )
     try:
         found = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
         if not all("class" in each and isinstance(each["right"] + each["images"], int) for each in found):
