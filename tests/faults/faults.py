@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         for each in results
     ]
     print(text_table(rows, COLUMNS))
+    print("\n".join(f"LOST: {each.kind}: {text}" for each in results for text in each.lost))
     if options.json:
         write_json(options.json, "faults injected into short runs, and what was lost", rows, seed=options.seed)
     return 1 if any(result.lost for result in results) else 0
