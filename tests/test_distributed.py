@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import start_ranks
 from safetensors.torch import load_file
 from trainers import open_trainer
 
@@ -101,28 +101,13 @@ def test_processes_whose_launcher_is_killed_save_and_one_continues(folder: Path,
     assert farthest(run, alone) < 1e-5
 
 
-def ranks_without_launcher(world: int, words: list[str]) -> list[subprocess.Popen[str]]:
-    """Processes that train together, as Slurm starts them."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    variables = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-    return [
-        subprocess.Popen(
-            [sys.executable, "train_imagenet.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env=os.environ | {name: str(value) for name, value in own.items()},
-        ) for own in variables
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_a_signal_to_one_process_ends_all(folder: Path, tmp_path: Path, lost: int, number: signal.Signals):
     run = tmp_path / "run"
     options = [*options_of(folder, run), "--budget.length=100000steps", "--methods=none", "--evaluate.every=0"]
-    processes = ranks_without_launcher(3, options)
+    processes = start_ranks(3, options)
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)

@@ -81,7 +81,7 @@ def test_a_small_progressive_jpeg_that_needs_gigabytes():
 
 
 def damaged(photo: bytes) -> bytes:
-    """A JPEG of which libjpeg warns, and that Pillow accepts: its scan ends too early."""
+    """A JPEG whose scan ends too early. libjpeg prints a warning about it, and Pillow accepts it."""
     cut = photo.index(b"\xff\xda") + 60
     return photo[:cut] + b"\xff\xd9"
 

@@ -94,7 +94,7 @@ def interrupts(received: list[int] | None = None) -> AbstractContextManager[None
 
 
 def ends_at_once() -> AbstractContextManager[None]:
-    """A context in which a stop signal ends the process at once: for imports, some of which swallow exceptions."""
+    """A context in which a stop signal ends the process at once. Imports need it: some modules catch exceptions."""
 
     def end(number: int, frame: FrameType | None) -> None:
         note("interrupted\n")

@@ -88,11 +88,12 @@ def count_damaged(path: Path, check: Callable[[dict[str, Any]], bool] = lambda r
 
 def keep_lines(
     path: Path, keep: Callable[[dict[str, Any]], bool], check: Callable[[dict[str, Any]], bool] = lambda record: True
-) -> None:
-    """Removes the records from ``path`` for which ``keep`` is false. Damaged lines stay, so that they are reported."""
+) -> int:
+    """Removes records from ``path`` for which ``keep`` is false. Returns the number of damaged lines, which stay."""
     lines = list(_lines(path, check))
     with replacing(path, "wb") as file:
         file.writelines(line + b"\n" for line, record in lines if record is None or keep(record))
+    return sum(record is None for _, record in lines)
 
 
 def _lines(path: Path, check: Callable[[dict[str, Any]], bool]) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

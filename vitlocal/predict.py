@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from vitlocal.data.augment import Normalize
 from vitlocal.data.crops import CropPolicy, cut
 from vitlocal.data.images.image_set import read_file
-from vitlocal.data.images.pixels import decode_rgb, require_whole
+from vitlocal.data.images.pixels import decode_whole
 from vitlocal.data.native import native_box, native_policy
 from vitlocal.errors import ConfigError, shown
 from vitlocal.models.exported import ExportedRun
@@ -68,8 +68,7 @@ def main(argv: Sequence[str]) -> None:
             )
     predictor = Predictor(options.run)
     for photo in options.photos:
-        data, remedy = read_file(photo), "leave it out, or restore it"
-        require_whole(data, photo, remedy)
+        image = decode_whole(read_file(photo), photo, "leave it out, or restore it")
         print(shown(photo))
-        for name, probability in predictor(decode_rgb(data, photo, remedy)):
+        for name, probability in predictor(image):
             print(f"  {100 * probability:5.1f} %  {shown(name)}")

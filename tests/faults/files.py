@@ -21,14 +21,17 @@ from vitlocal.train.checkpoint import CHECKPOINT, PREVIOUS, Checkpoints
 BLOCK = 4096  # bytes
 
 
+def with_flipped_bit(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+
+
 def damaged(data: bytes, chosen: random.Random) -> tuple[str, bytes]:
     """One kind of damage of a disk, a copy or a crash, by name, and the damaged bytes."""
     place = chosen.randrange(len(data))
-    flipped = bytearray(data)
-    flipped[place] ^= 1 << chosen.randrange(8)
+    flipped = with_flipped_bit(data, place, chosen.randrange(8))
     other = chosen.randrange(0, len(data), BLOCK)
     kinds = {
-        "one bit": bytes(flipped),
+        "one bit": flipped,
         "4 KiB of zeros": data[:place] + bytes(min(BLOCK, len(data) - place)) + data[place + BLOCK :],
         "a wrong block": data[:place] + data[other : other + len(data[place : place + BLOCK])] + data[place + BLOCK :],
         "cut short": data[:place],
@@ -117,9 +120,8 @@ def damaged_folders(bench: Bench, count: int) -> Iterator[Result]:
 
 
 def damaged_bit(data: bytes, chosen: random.Random) -> bytes:
-    found = bytearray(data or b"\0")
-    found[chosen.randrange(len(found))] ^= 1 << chosen.randrange(8)
-    return bytes(found)
+    data = data or b"\0"
+    return with_flipped_bit(data, chosen.randrange(len(data)), chosen.randrange(8))
 
 
 def cut_file(path: Path, size: int, process: int) -> None:

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 from kinds import Bench, Result, fault
+from rank_processes import start_ranks, start_training
 
 from vitlocal.train.checkpoint import CHECKPOINT
 
-ROOT = Path(__file__).parent.parent.parent
 STARTED = 0.15  # seconds after which Python itself has started
 IMPORTED = 3.0  # seconds after which everything is imported
 NOTICED = 60.0  # seconds within which a lost process must be named
 
 
-def start(words: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "train_imagenet.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | (environment or {}),
-    )  # fmt: skip
-
-
 @fault
 def interrupted_imports(bench: Bench, count: int) -> Iterator[Result]:
-    """Ctrl-C while the libraries are loaded: one line, status 130, and no folder."""
+    """Ctrl-C while the libraries are loaded: no traceback, and status 130, or 0 if the run has ended already."""
     result, folder = Result("Ctrl-C during imports"), bench.fresh("run")
     for _ in range(max(1, count // 20)):
-        process = start(bench.training(folder))
+        process = start_training(bench.training(folder))
         time.sleep(bench.random.uniform(STARTED, IMPORTED))
         process.send_signal(signal.SIGINT)
         text, _ = process.communicate(timeout=NOTICED)
@@ -56,12 +45,8 @@ def lost_processes(bench: Bench, count: int) -> Iterator[Result]:
 def lose_one(bench: Bench, number: signal.Signals, lost: int) -> str | None:
     """Trains with two processes, and sends a signal to one of them. Returns what is wrong with the other's end."""
     folder = bench.fresh("run")
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     options = bench.training(folder, "sizes", **{"budget.length": "100000steps", "methods": "none"})
-    processes = [start(options, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    processes = start_ranks(2, options)
     try:
         while not (folder / CHECKPOINT).exists():
             if any(process.poll() is not None for process in processes):

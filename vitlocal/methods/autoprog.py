@@ -27,7 +27,7 @@ from vitlocal.options import (
     Series,
     messages,
     option,
-)  # fmt: skip
+)
 from vitlocal.plan import Growth, Plan, Shape, deepen, with_shape, with_size
 from vitlocal.progress import Length, Progress, Stage
 

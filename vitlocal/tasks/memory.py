@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vitlocal.errors import DeviceMemoryError
+from vitlocal.errors import DeviceMemoryError, first_line
 
 # In messages of PyTorch's allocators for GPUs, MPS and XPU, of those for CPUs, and of cuBLAS.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -22,5 +22,5 @@ def explained_memory_errors(work: str, size: int, count: int, remedy: str) -> It
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DeviceMemoryError(f"no memory for {work} of {count} images of {size} px: {remedy} ({first})") from error
+        what = f"no memory for {work} of {count} images of {size} px"
+        raise DeviceMemoryError(f"{what}: {remedy} ({first_line(error)})") from error

@@ -253,7 +253,8 @@ def build_run(
     clock.length, clock.images_per_epoch = config.budget.length, sources.train.count
     state = TrainState(model, step.optimizer, step.scaler, clock, methods, step.ema, method_emas)
     state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
-    data = data_fingerprint(sources.train.count, classes) | {"files": file_digests(Path(config.data.root))}
+    files = file_digests(Path(config.data.root)) if folder is not None else {}  # for the next process to compare
+    data = data_fingerprint(sources.train.count, classes) | {"files": files}
     state.facts = RunFacts(data, stated, rewinds)
     output = None
     if folder is not None and ranks.first:

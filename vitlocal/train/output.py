@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vitlocal.errors import DataError
-from vitlocal.jsonl import append_line, count_damaged, keep_lines, naming, replace_text
+from vitlocal.jsonl import append_line, keep_lines, naming, replace_text
 from vitlocal.models.factory import write_weights
 from vitlocal.plan import Shape
 from vitlocal.progress import Length, Progress
@@ -72,8 +72,7 @@ class RunOutput:
             found[record["step"]] += 1
             return record["step"] < step or (record["step"] == step and found[step] <= here)
 
-        keep_lines(log, keep, is_record)
-        if damaged := count_damaged(log, is_record):
+        if damaged := keep_lines(log, keep, is_record):
             self.print(
                 f"note: {damaged} of the lines of {log} cannot be read; the passes in them are lost to the report"
             )

@@ -93,15 +93,19 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
     return Table(f"{image}{place}", reads, notes, labels, classes, groups)
 
 
-def _too_large(about: Any, path: str) -> int:
-    """The bytes of a column of a row group, unpacked, if they are more than photos may have; else 0.
+def _chunks(about: Any, path: str) -> list[Any]:
+    """What a row group says about the column ``path``: a list of one, or empty."""
+    return [column for column in map(about.column, range(about.num_columns)) if column.path_in_schema == path]
 
-    That is LARGEST_FILE for each row. Photos hardly shrink, so a large column that is packed to a tenth has none.
+
+def _too_large(about: Any, path: str) -> int:
+    """The unpacked bytes of a column of a row group if they cannot be those of photos; else 0.
+
+    A photo has at most LARGEST_FILE bytes. Photos hardly shrink when they are packed. So a large column that takes less
+    than a tenth of its size on the disk holds something else.
     """
-    size = packed = 0
-    for column in map(about.column, range(about.num_columns)):
-        if column.path_in_schema == path:
-            size, packed = column.total_uncompressed_size, column.total_compressed_size
+    chunks = _chunks(about, path)
+    size, packed = (sum(getattr(c, f"total_{kind}_size") for c in chunks) for kind in ("uncompressed", "compressed"))
     return size if size > LARGEST_FILE * about.num_rows or size > max(LARGEST_FILE, 10 * packed) else 0
 
 
@@ -178,8 +182,7 @@ def _label_values(file: Any, label: str, path: str, split: str) -> np.ndarray:
     from pyarrow import types
 
     groups = map(file.metadata.row_group, range(file.num_row_groups))
-    parts = [about.column(number) for about in groups for number in range(about.num_columns)]
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == label)
+    size = sum(chunk.total_uncompressed_size for about in groups for chunk in _chunks(about, label))
     if size > LARGEST_TEXT:
         raise ConfigError(f"{path}: its column '{label}' has {size} bytes, expected at most {LARGEST_TEXT} of labels")
     try:

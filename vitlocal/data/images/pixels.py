@@ -111,6 +111,12 @@ def decode_rgb(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
         ) from error
 
 
+def decode_whole(data: bytes, name: str, remedy: str = REMEDY) -> Image.Image:
+    """:func:`decode_rgb`, which also refuses damaged JPEGs that Pillow accepts; see :func:`require_whole`."""
+    require_whole(data, name, remedy)
+    return decode_rgb(data, name, remedy)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turns a loaded image upright and converts it to RGB. Returns an upright RGB image without a copy."""
     turn = _TURNS.get(_orientation(image))

@@ -149,9 +149,7 @@ class DecoderThreads:
         }
 
 
-def read_parts(
-    file: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray | None = None
-) -> np.ndarray:  # fmt: skip
+def read_parts(file: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Joins the parts of a mapped ``file`` at ``offsets`` (n,) of ``sizes`` (n,) in ``out``, all (bytes,) uint8.
 
     Raises DataError if they cannot be read: numpy's own reads would end the process.

@@ -99,8 +99,7 @@ EXPORT int vitlocal_check(struct encoder *encoder, const uint8_t *data, int64_t 
 
 /* Encodes a photo in all `forms` (count,), none of them larger than it. The photo is the JPEG `data`, or `pixels`
  * (height, width, 3) if not NULL. Returns OK and sets *output, which is valid until the next call, or another status;
- * then *message says why a photo was WARNED
- * of or REFUSED. */
+ * if that is WARNED or REFUSED, *message says why. */
 EXPORT int vitlocal_encode(struct encoder *encoder, const uint8_t *data, int64_t bytes, const uint8_t *pixels,
                            int64_t height, int64_t width, struct form *forms, int64_t count, const uint8_t **output,
                            const char **message) {

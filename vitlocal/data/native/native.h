@@ -24,8 +24,8 @@ enum status {
     OUTSIDE = 4,     /* its bytes are outside of the file, or it has no area */
     REFUSED = 5,     /* it would take too long, or too much memory; see the message */
     BAD_BOX = 6,     /* the box that was given for it is not inside of it, or has no area */
-    UNREADABLE = 8,  /* a part of the mapped file: it became shorter, or its disk fails */
     WARNED = 7,      /* corrupt, but libjpeg, and so others, would decode it with invented pixels; see the message */
+    UNREADABLE = 8,  /* a part of the mapped file: it became shorter, or its disk fails */
 };
 
 enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, the whole image */

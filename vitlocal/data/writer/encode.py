@@ -23,7 +23,7 @@ from PIL import Image
 from vitlocal.data.beton import MAX_EDGE, MODES, RAW
 from vitlocal.data.crops import centre_squares
 from vitlocal.data.images import ImageSet
-from vitlocal.data.images.pixels import SKIP, decode_rgb, require_whole
+from vitlocal.data.images.pixels import SKIP, decode_whole
 from vitlocal.data.manifest import BetonFile
 from vitlocal.data.native import AS_JPEG, AS_ORIGINAL, AS_RAW, FORM, Encoder
 from vitlocal.errors import ConfigError, DataError, UndecodableImage
@@ -253,12 +253,8 @@ def _behind(images: ImageSet, index: int) -> list[bytes]:
 
 def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> list[StoredImage]:
     if job.files[0].format == "latent":
-        if images.holds_files:
-            data = images.read(index)
-            require_whole(data, images.entry(index))
-            image = decode_rgb(data, images.entry(index))
-        else:
-            image = images.load(index)
+        whole = images.holds_files
+        image = decode_whole(images.read(index), images.entry(index)) if whole else images.load(index)
         squares = centre_squares(image, [file.side for file in job.files])
         return [((RAW, *square.shape[:2]), square.tobytes()) for square in squares]
     if images.holds_files:
@@ -271,8 +267,7 @@ def _encode(images: ImageSet, index: int, job: EncodeJob, encoder: Encoder) -> l
                 stored = _stored(data, width, height, bool(photo["keepable"]), job, encoder, behind)
                 if stored is not None:
                     return stored
-        require_whole(data, images.entry(index))
-        image = decode_rgb(data, images.entry(index))
+        image = decode_whole(data, images.entry(index))
     else:
         image = images.load(index)
         behind = sum(map(len, _behind(images, index)))
