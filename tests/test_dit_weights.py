@@ -195,6 +195,10 @@ def test_folders_of_diffusers_are_read_as_they_were_written(tmp_path: Path):
     fewer = narrow_dit(num_classes=2)
     load_weights(fewer, str(tmp_path), ["class 7", "class 0"])  # the pipeline's folder names the classes
     assert torch.equal(fewer.state_dict()[LABELS], expected[LABELS][[7, 0, -1]])
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"id2label": {"first": "class 7", "1": "class 0"}}))  # of no row
+    load_weights(fewer, str(tmp_path), ["class 7", "class 0"])
+    assert torch.equal(fewer.state_dict()[LABELS], expected[LABELS][[0, 1, -1]])
     whole = narrow_dit(num_classes=1000)
     load_weights(whole, str(tmp_path))
     null = expected[LABELS][-1]

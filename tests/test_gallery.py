@@ -32,8 +32,10 @@ from vitlocal.plan import Feed, Shape
 from vitlocal.progress import Position
 from vitlocal.report.page import read_run
 from vitlocal.report.run_folder import read_log
+from vitlocal.sample import SampleOptions, Sampler
 from vitlocal.tasks.gallery import Gallery
 from vitlocal.tasks.noise_schedule import NoiseSchedule
+from vitlocal.tasks.sampling import SamplerOptions
 from vitlocal.tasks.task import Scores
 from vitlocal.train.build import build_run, sources_of
 from vitlocal.train.checkpoint import load_checkpoint
@@ -274,6 +276,14 @@ def test_samples_of_latents_are_compared_with_decoded_latents(configure, decoder
     note = scores.notes["frechet"]
     assert note["reference"] == "decoded latents of training images" and note["reference_images"] == 60
     assert scores.pictures["samples"].height > 3 * 32 and "sample_accuracy" not in scores.values
+
+
+def test_the_sample_command_draws_as_the_evaluations_did(dit, tmp_path: Path):
+    """Also without guidance to a class, whose scale of 0 must not count as missing."""
+    assert train(dit("--budget.length=1steps", "--diffusion.guidance=0", "--diffusion.sampler=ddpm")) == 0
+    sampler = Sampler(tmp_path / "run", None, CPU, torch.float32)
+    assert sampler.options(SampleOptions()) == SamplerOptions("ddpm", 2, 0.0, "all")
+    assert sampler.options(SampleOptions(guidance=3.0, steps=5)) == SamplerOptions("ddpm", 5, 3.0, "all")
 
 
 def test_training_latents_of_the_size_of_samples_are_needed_at_the_start(configure, decoder, tmp_path, monkeypatch):

@@ -155,7 +155,9 @@ def _read(path: Path) -> DiTFile:
 def _pipeline_labels(folder: Path) -> list[str]:
     """Returns the names of the classes in a pipeline's ``model_index.json``, in order; empty if it has none."""
     names = read_description(folder, "model_index.json").get("id2label")
-    return [str(names[key]) for key in sorted(names, key=int)] if isinstance(names, dict) else []
+    if not isinstance(names, dict) or names.keys() != set(map(str, range(len(names)))):  # else no row is known
+        return []
+    return [str(names[str(row)]) for row in range(len(names))]
 
 
 def _read_run(file: Path) -> DiTFile:

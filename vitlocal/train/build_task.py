@@ -66,7 +66,7 @@ def make_diffusion(
         model, NoiseSchedule(options.steps, options.schedule), precision, scaling_factor=scaling_factor,
         snr_gamma=options.snr_gamma, label_dropout=options.label_dropout, joint_drop=options.stage_drop == "joint",
         loss_passes=options.loss_passes, gallery=None if sources is None else make_gallery(config, device, sources),
-        notes={name: value for name, value in notes.items() if value},
+        notes={name: value for name, value in notes.items() if value is not None},
     )  # fmt: skip
 
 
