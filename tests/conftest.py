@@ -42,6 +42,8 @@ from vitlocal.write_options import WriteOptions
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["vitlocal.data.writer.write", "vitlocal.train.command"]
 )
+# Background jobs of a shell ignore SIGINT, and what is ignored at the start stays ignored. Tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # equal results do not need it; two cores shared with FFCV's threads are faster for it
 
 TRAIN_PER_CLASS = 6

@@ -231,7 +231,6 @@ def test_killed_with_workers(tmp_path: Path, reference: dict[str, bytes]) -> Non
 def test_interrupted_and_continued(
     tmp_path: Path, name: str, reference: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         write(write_config(tmp_path), FakeImages(60, acts={33: name}), progress=False)
