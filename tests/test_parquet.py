@@ -346,6 +346,17 @@ def test_a_damaged_shard(tmp_path: Path) -> None:
         open_images(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("byte", [20, 32])  # of the footer, which end the process with Arrow 26
+def test_a_footer_that_ends_the_process_that_reads_it(tmp_path: Path, byte: int) -> None:
+    write_shard(tmp_path / "train-0.parquet", [0, 1], ["x", "y"])
+    write_shard(tmp_path / "train-1.parquet", [0, 1], ["x", "y"])
+    data = bytearray((tmp_path / "train-1.parquet").read_bytes())
+    data[-8 - int.from_bytes(data[-8:-4], "little") + byte] ^= 0x20
+    (tmp_path / "train-1.parquet").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"train-1.parquet is not a complete parquet file.*download it again"):
+        open_images(str(tmp_path), "train")
+
+
 # --- reading and memory ---
 
 

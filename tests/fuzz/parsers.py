@@ -1,4 +1,4 @@
-"""Mutates .beton files, tars, parquet shards and manifests, and reads them: python tests/fuzz/parsers.py COUNT [SEED]
+"""Mutates files of every kind that is read, and reads them: python tests/fuzz/parsers.py COUNT [SEED] [KIND ...]
 
 Each is read or refused with a ConfigError, a DataError or an OSError. Any other error, a crash, a file that takes more
 than SECONDS, or a process that needs more than 1 GiB beyond its start ends the program with a status that is not 0.
@@ -6,8 +6,12 @@ than SECONDS, or a process that needs more than 1 GiB beyond its start ends the 
 
 from __future__ import annotations
 
+import faulthandler
 import gzip
+import hashlib
 import io
+import json
+import os
 import random
 import resource
 import signal
@@ -16,16 +20,22 @@ import tarfile
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow
+import torch
 from pyarrow import parquet
+from safetensors.torch import save
 
+from vitlocal.data import apart
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.images import SourceChoice, open_images
+from vitlocal.data.images import SourceChoice, columns, open_images, solutions
 from vitlocal.data.images.listing import LeftOut
 from vitlocal.data.images.solutions import find_solution
 from vitlocal.data.images.tar_index import read_index
@@ -33,6 +43,12 @@ from vitlocal.data.manifest import Manifest, manifest_of_file
 from vitlocal.data.native import DecoderThreads, native_policy
 from vitlocal.data.writer.indexed import write
 from vitlocal.errors import ConfigError, DataError
+from vitlocal.jsonl import count_damaged, read_lines
+from vitlocal.models.factory import load_weights
+from vitlocal.train.checkpoint import FORMAT, HEAD, MAGIC, TRAILER_BYTES, load_checkpoint, save_checkpoint
+
+sys.path.append(str(Path(__file__).parent.parent))  # the folder of the tests
+from fake_images import make_devkit
 
 SECONDS, MOST_MEMORY = 20, 1 << 30
 EDGES = (0, 1, 0x7F, 0x80, 0xFF)
@@ -82,6 +98,12 @@ def repair_checksums(data: bytes) -> bytes:
     return bytes(found)
 
 
+def sealed(content: bytes) -> bytes:
+    """A checkpoint of ``content`` with a right checksum, so that PyTorch reads what was changed."""
+    content += HEAD.pack(MAGIC, FORMAT, len(content))
+    return content + hashlib.sha256(content).digest()
+
+
 def seeds(folder: Path) -> dict[str, tuple[list[bytes], int]]:
     """For each parser, whole files, and how many bytes at their ends most changes fall into."""
     sample = open_images("sample:1", "train")
@@ -101,6 +123,8 @@ def seeds(folder: Path) -> dict[str, tuple[list[bytes], int]]:
             link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
             tar.addfile(link)
         tars.append(buffer.getvalue())
+    make_devkit(folder)
+    devkit = gzip.decompress((folder / "ILSVRC2012_devkit_t12.tar.gz").read_bytes())
     shards = []
     for packing in ("none", "zstd"):
         images = [{"bytes": row[0][:300], "path": f"{k}.jpg"} for k, row in enumerate(rows)]
@@ -109,8 +133,63 @@ def seeds(folder: Path) -> dict[str, tuple[list[bytes], int]]:
         parquet.write_table(table, buffer, row_group_size=5, compression=packing)
         shards.append(buffer.getvalue())
     manifest = (folder / "data" / "train.json").read_bytes()
-    return {"beton": (betons, 5000), "tar": (tars, 9000), "devkit": (tars, 9000), "parquet": (shards, 2000),
-            "manifest": ([manifest], 2000)}  # fmt: skip
+    weights = linear().state_dict()
+    save_checkpoint(folder / "last.pt", {"model": weights, "step": 7, "keys": [1, 2.5, None, "name", {"a": (True,)}]})
+    checkpoint = (folder / "last.pt").read_bytes()
+    torch.save(weights, folder / "weights.pt")
+    files = [(folder / "weights.pt").read_bytes(), save(weights, {"format": "pt"})]
+    lines = b'{"kind": "train", "epoch": 1, "loss": 2.5}\n{"kind": "evaluate", "top1": 50.0}\n' * 20
+    return {"beton": (betons, 5000), "tar": (tars, 9000), "devkit": ([devkit], 9000), "parquet": (shards, 2000),
+            "manifest": ([manifest], 2000), "checkpoint": ([checkpoint], len(checkpoint)), "log": ([lines], 2000),
+            "resealed": ([checkpoint[:-TRAILER_BYTES]], 3000), "weights": (files, 1500)}  # fmt: skip
+
+
+def linear() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(16, 8)
+
+
+class Fork:
+    """``read_apart`` with a process that is forked once and lives until it crashes."""
+
+    def __init__(self) -> None:
+        self.child = 0
+
+    def __call__(self, function: Callable[[str], Any], items: Sequence[str]) -> list[Any]:
+        if not self.child:
+            (reads, write), (read, writes) = os.pipe(), os.pipe()
+            self.child = os.fork()
+            if not self.child:
+                faulthandler.disable()
+                for descriptor in (2, write, read):
+                    os.close(descriptor)
+                self.serve(reads, writes)
+            os.close(reads)
+            os.close(writes)
+            self.write, self.read = os.fdopen(write, "w"), os.fdopen(read)
+        results = []
+        for item in items:
+            self.write.write(json.dumps([function.__name__, item]) + "\n")
+            self.write.flush()
+            if not (line := self.read.readline()):
+                self.close()
+                raise apart.Crashed(len(results), "ended by a signal")
+            results.append(json.loads(line))
+        return results
+
+    def close(self) -> None:
+        if self.child:
+            self.write.close()
+            self.read.close()
+            os.waitpid(self.child, 0)
+            self.child = 0
+
+    @staticmethod
+    def serve(reads: int, writes: int) -> NoReturn:
+        for line in os.fdopen(reads):
+            name, item = json.loads(line)
+            os.write(writes, (json.dumps(getattr(apart, name)(item)) + "\n").encode())
+        os._exit(0)
 
 
 def parsers(folder: Path) -> dict[str, Callable[[bytes], object]]:
@@ -148,12 +227,28 @@ def parsers(folder: Path) -> dict[str, Callable[[bytes], object]]:
         (folder / "train.json").write_bytes(data)
         Manifest.load(folder / "train.json")
 
+    def read_checkpoint(data: bytes) -> None:
+        (folder / "last.pt").write_bytes(data)
+        load_checkpoint(folder / "last.pt")
+
+    def read_weights(data: bytes) -> None:
+        path = folder / ("a.pt" if data.startswith(b"PK") else "a.safetensors")
+        path.write_bytes(data)
+        load_weights(linear(), str(path))
+
+    def read_records(data: bytes) -> None:
+        (folder / "log.jsonl").write_bytes(data)
+        read_lines(folder / "log.jsonl")
+        if count := count_damaged(folder / "log.jsonl"):
+            raise DataError(f"{count} damaged lines")
+
     return {"beton": read_beton, "tar": read_tar, "devkit": read_devkit, "parquet": read_parquet,
-            "manifest": read_manifest}  # fmt: skip
+            "manifest": read_manifest, "checkpoint": read_checkpoint, "log": read_records,
+            "resealed": lambda data: read_checkpoint(sealed(data)), "weights": read_weights}  # fmt: skip
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
 def late(*_: object) -> None:
@@ -164,11 +259,16 @@ def main(count: int, seed: int = 0, names: tuple[str, ...] = ()) -> int:
     """Reads ``count`` mutated files of each kind. Returns the number of kinds that failed."""
     failed = 0
     before = signal.signal(signal.SIGALRM, late)
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        tempfile.TemporaryDirectory() as scratch, closing(Fork()) as fork, patch.object(columns, "read_apart", fork),
+        patch.object(solutions, "read_apart", fork),
+    ):  # fmt: skip
         folder = Path(scratch)
         found, read = seeds(folder), parsers(folder)
         start = peak()
         for name in names or tuple(found):
+            for data in found[name][0]:
+                read[name](data)  # what was not changed is read
             rng, outcomes = random.Random(f"{name} {seed}"), Counter[str]()
             for number in range(count):
                 data = mutate(rng.choice(found[name][0]), rng, found[name][1])

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitlocal.data.apart import Crashed, read_apart, read_footer
 from vitlocal.data.images.classes import normalized, numbered_by_rank
 from vitlocal.data.images.image_set import LARGEST_FILE, SourceChoice, listed
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, first_line
 from vitlocal.reading import LARGEST_TEXT
 
 # The usual names of columns, the best first. Most are those of data sets on Hugging Face and of webdataset.
@@ -57,7 +58,11 @@ def _complete(path: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # Arrow raises OSError, ArrowInvalid and others on damaged data
-        raise ConfigError(f"{path} is not a complete parquet file ({error}); download it again") from error
+        raise _incomplete(path, error) from error
+
+
+def _incomplete(path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is not a complete parquet file ({first_line(error)}); download it again")
 
 
 def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoice) -> Table:
@@ -65,6 +70,10 @@ def read_table(root: Path, paths: Sequence[str], split: str, choice: SourceChoic
     names: list[list[str] | None] = []  # the class names of each shard
     columns: list[np.ndarray] = []
     groups: list[RowGroup] = []
+    try:
+        read_apart(read_footer, [str(root / name) for name in paths])
+    except Crashed as error:
+        raise _incomplete(root / paths[error.index], error) from None
     for number, name in enumerate(paths):
         path = str(root / name)
         with open_shard(path) as file, _complete(path):

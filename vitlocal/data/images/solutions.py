@@ -1,16 +1,17 @@
 """The classes of validation images that lie in one folder or tar, from the list that comes with them."""
 
+import base64
 import csv
 import io
 import os
 import tarfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from vitlocal.data.apart import Crashed, read_apart, read_synsets
 from vitlocal.data.images.image_set import unreadable
 from vitlocal.data.images.pixels import photo_suffixes
 from vitlocal.errors import ConfigError
@@ -107,16 +108,15 @@ def _read_devkit(place: Path) -> Solution | None:
     for name in (TRUTH, META):
         if name not in found:
             raise ConfigError(f"{where} lacks {name}; download ILSVRC2012_devkit_t12.tar.gz from image-net.org again")
+    if find_spec("scipy") is None:
+        raise ConfigError("reading the devkit's meta.mat needs scipy; pip install scipy")
     try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ConfigError(f"reading the devkit's meta.mat needs scipy ({error}); pip install scipy") from error
-    try:
-        table = np.atleast_1d(loadmat(io.BytesIO(found[META]), squeeze_me=True)["synsets"])
-        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
+        (wnids,) = read_apart(read_synsets, [base64.b64encode(found[META]).decode()])
+        if isinstance(wnids, str):
+            raise ValueError(wnids)
         numbers = enumerate(found[TRUTH].split(), 1)
-        return Solution(where, {f"ILSVRC2012_val_{k:08}": wnids[int(number)] for k, number in numbers})
-    except Exception as error:  # scipy raises many kinds of errors on damaged data
+        return Solution(where, {f"ILSVRC2012_val_{k:08}": wnids[str(int(number))] for k, number in numbers})
+    except (Crashed, KeyError, ValueError) as error:
         raise ConfigError(
             f"{where}: its ground truth and meta.mat do not match ({error!r}); download it again"
         ) from error
