@@ -16,7 +16,7 @@ def fails(item: str) -> int | str:
     if item == "abort":
         os.abort()
     if item == "memory":
-        return len(bytes(1 << 40))
+        return len(bytes(1 << 30))
     if item == "forever":
         while True:
             time.sleep(0)
@@ -26,7 +26,7 @@ def fails(item: str) -> int | str:
 @pytest.fixture
 def child(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child finds ``fails`` in a module that stands for ``apart``."""
-    source = Path(apart.__file__).read_text().replace("MOST_SECONDS = 4 << 30, 60", "MOST_SECONDS = 1 << 30, 1")
+    source = Path(apart.__file__).read_text().replace("MOST_SECONDS = 1 << 30, 60", "MOST_SECONDS = 1 << 30, 1")
     start = source.index('if __name__ == "__main__"')
     (tmp_path / "harmed.py").write_text(source[:start] + "from test_apart import fails\n" + source[start:])
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import resource
+import select
 import signal
 import sys
 import tarfile
@@ -171,7 +172,8 @@ class Fork:
         for item in items:
             self.write.write(json.dumps([function.__name__, item]) + "\n")
             self.write.flush()
-            if not (line := self.read.readline()):
+            answers = select.select([self.read], [], [], SECONDS / 2)[0]  # a busy child is ended there too
+            if not answers or not (line := self.read.readline()):
                 self.close()
                 raise apart.Crashed(len(results), "ended by a signal")
             results.append(json.loads(line))
@@ -181,11 +183,13 @@ class Fork:
         if self.child:
             self.write.close()
             self.read.close()
+            os.kill(self.child, signal.SIGKILL)
             os.waitpid(self.child, 0)
             self.child = 0
 
     @staticmethod
     def serve(reads: int, writes: int) -> NoReturn:
+        apart.limit_resources(10**9)
         for line in os.fdopen(reads):
             name, item = json.loads(line)
             os.write(writes, (json.dumps(getattr(apart, name)(item)) + "\n").encode())

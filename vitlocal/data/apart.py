@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-MOST_MEMORY, MOST_SECONDS = 4 << 30, 60  # addresses (bytes) and processor time of the process that reads
+MOST_MEMORY, MOST_SECONDS = 1 << 30, 60  # bytes and processor time that reading may take
 
 
 class Crashed(Exception):
@@ -30,7 +31,9 @@ def read_apart(function: Callable[[str], Any], items: Sequence[str]) -> list[Any
 
     Results are what JSON holds.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # Threads that are not used would reserve memory too.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+    environment["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a GiB at the start
     child = subprocess.run(
         [sys.executable, "-m", __name__, function.__name__], input=json.dumps(items), capture_output=True, text=True,
         errors="replace", env=environment, start_new_session=True,  # signals of the terminal are for the parent
@@ -68,11 +71,19 @@ def read_synsets(data: str) -> dict[int, str] | str:
         return repr(error)
 
 
-if __name__ == "__main__":
+def limit_resources(items: int) -> None:
+    """Limits the memory of this process, beyond what it has, and its processor time."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    status = Path("/proc/self/status")
+    pages = status.read_text().partition("VmData:")[2].split() if status.exists() else []
+    has = int(pages[0]) * 1024 if pages else 0
+    resource.setrlimit(resource.RLIMIT_DATA, (has + MOST_MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS + items, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
     chosen, asked = globals()[sys.argv[1]], json.load(sys.stdin)
-    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS + len(asked), resource.RLIM_INFINITY))
+    limit_resources(len(asked))
     for item in asked:
         print(json.dumps(chosen(item)), flush=True)
