@@ -16,7 +16,7 @@ def fails(item: str) -> int | str:
     if item == "abort":
         os.abort()
     if item == "memory":
-        return len(bytes(1 << 30))
+        return len(bytes(1 << 31))
     if item == "forever":
         while True:
             time.sleep(0)
