@@ -65,6 +65,9 @@ def test_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not exist.*'sample'"):
         open_images(str(tmp_path / "nowhere"), "train")
     (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "photos.tar").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"photos.tar' is an archive; unpack it"):
+        open_images(str(tmp_path / "photos.tar"), "train")
     with pytest.raises(ConfigError, match=r"is a file; name its folder"):
         open_images(str(tmp_path / "file"), "train")
     (tmp_path / "empty").mkdir()

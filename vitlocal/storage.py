@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from vitlocal.config import Config, read_config
 from vitlocal.data.crops import CropPolicy
@@ -168,12 +169,11 @@ def measured_rates(config: Config, sizes: Sequence[int]) -> dict[int, float]:
     fill_zeros(step.model)
     count = config.train.batch_size if device.type == "cuda" else min(CPU_BATCH, config.train.batch_size)
     rates = {}
-    for size in sizes:
-        print(f"\rmeasuring the trainer: {size} px ", end="", file=sys.stderr, flush=True)
+    for size in tqdm(sizes, "measuring the trainer", disable=not sys.stderr.isatty(), leave=False, unit=" sizes"):
         feed, timing = Feed(size, count), Timing()
         step.warm_up(feed, CLASSES)
         train = noise_step(step, noise_batch(feed, CLASSES, device, step.task), step.mode(feed))
         train()  # the first step is slow: it loads kernels and allocates memory
         rates[size] = count / timing.measure(train, device, seconds=MEASURE_SECONDS)
-    print(f"\rtrainer measured on {device}, batches of {count}", file=sys.stderr)
+    print(f"trainer measured on {device}, batches of {count}", file=sys.stderr)
     return rates

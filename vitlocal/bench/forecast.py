@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from vitlocal.bench.contestants import resident_mib
 from vitlocal.bench.measurement import text_table, write_json
@@ -171,14 +172,12 @@ def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
     share = SECONDS / len(plans)
     rounds = max(1, min(ROUNDS, int(share / ROUND_SECONDS)))
     meters: list[SizeMeter] = []
-    for number, (place, plan) in product(range(rounds), enumerate(plans)):
-        line = f"measuring {plan.feed.size} px, {place + 1} of {len(plans)} sizes, round {number + 1} of {rounds}  "
-        print(f"\r{line}", end="", file=sys.stderr, flush=True)
+    turns = list(product(range(rounds), enumerate(plans)))
+    for number, (place, plan) in tqdm(turns, "measuring", disable=not sys.stderr.isatty(), leave=False):
         if number == 0:
             meters.append(SizeMeter(trainer, plan, share / rounds))
         else:
             meters[place].turn(share / rounds)
-    print("\r" + " " * 60, end="\r", file=sys.stderr)
     return [meter.result() for meter in meters]
 
 

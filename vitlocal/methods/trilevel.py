@@ -49,7 +49,7 @@ class TrilevelConfig(Section):
     decay_start: Length = option(Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1")
     decay_end: Length = option(Length.parse("36.6667%"), Duration(), "when r and r_a reach their final rates")
     decay_steps: int = option(
-        8, Number(0, 10**6, whole=True), "values of r, each compiled; 0: a new value at every step"
+        8, Number(0, 1000, whole=True), "values of r, each compiled; 0: a new value at every step"
     )
     prune_evaluation: bool = option(True, FLAG, "evaluate with the final rates; false: with all tokens")
     renamed = {"swapped": "swap_fraction", "every": "update_every", "updates": "max_updates", "kept": "token_keep_rate",

@@ -130,6 +130,8 @@ def _folder(spec: str) -> Path:
         raise ConfigError(f"source '{spec}': {error}; name another folder") from None
     if not is_folder(root):
         if root.exists():
+            if root.name.endswith((".tar", ".tar.gz", ".tgz", ".zip")) and not root.name.startswith("ILSVRC2012"):
+                raise ConfigError(f"source '{spec}' is an archive; unpack it, and name the folder that has its splits")
             raise ConfigError(f"source '{spec}' is a file; name its folder: '{root.parent}'")
         raise ConfigError(f"source '{spec}' does not exist; expected {KINDS}")
     if all(entry.name.startswith(".") for entry in scan_folder(root)):
