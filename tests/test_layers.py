@@ -26,7 +26,7 @@ ROOMS = (
     ("tasks",),
     ("report",),
     ("train",),
-    ("predict", "sample", "storage"),
+    ("predict", "sample", "storage", "write_labels"),
     ("export",),
     ("bench", "write_dataset"),
 )
@@ -95,7 +95,15 @@ def test_rooms_import_downwards():
 def test_only_builders_and_commands_read_a_configuration():
     """All other parts take plain values, so that a script can use them without a Config."""
     readers = {name for name, tree in modules().items() if "vitlocal.config" in imports(tree)}
-    stems = ("storage", "train.build", "train.build_checks", "train.build_task", "train.command", "train.__main__")
+    stems = (
+        "storage",
+        "write_labels",
+        "train.build",
+        "train.build_checks",
+        "train.build_task",
+        "train.command",
+        "train.__main__",
+    )
     allowed = {f"vitlocal.{stem}" for stem in stems}
     allowed |= {"vitlocal.report.page", "vitlocal.report.run_folder"}  # of finished runs
     assert {name for name in readers - allowed if room(name) != "bench"} == {"vitlocal.write_options"} & readers

@@ -102,6 +102,9 @@ class TrainConfig:
     betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW: betas")
     eps: float = option(1e-8, Number(0), "AdamW: epsilon")
     clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
+    soft_labels: bool = option(
+        False, FLAG, "learn from the labels of a teacher, which write_dataset.py --labels-from wrote for these crops"
+    )
     label_smoothing: float = option(0.1, FRACTION, "label smoothing of the cross-entropy")
     ema_decay: float | None = option(None, DECAY, "moving average of the weights: decay per step; none: off")
     ema_length: Length | None = option(
@@ -358,6 +361,10 @@ def _contradictions(config: Config) -> list[str]:
         },
         f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
+        "train.soft_labels: they belong to the only crop of an image in an epoch; use augment.repeats=1":
+            train.soft_labels and augment.repeats > 1,
+        "train.soft_labels: run.on_nan=rewind would cut other crops, which have no labels; use run.on_nan=stop":
+            train.soft_labels and config.run.on_nan == "rewind",
         "train.ema_length: it replaces train.ema_decay; remove one of the two":
             train.ema_decay is not None and train.ema_length is not None,
         f"diffusion.sample_steps: got {config.diffusion.sample_steps}, expected at most diffusion.steps "

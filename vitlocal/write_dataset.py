@@ -22,6 +22,11 @@ def main(argv: Sequence[str]) -> None:
             from vitlocal.data.writer.verify import verify
 
         verify(options.out, options.split, options.workers, vae=options.vae, source=options.source)
+    elif options.labels_from is not None:
+        with ends_at_once():
+            from vitlocal.write_labels import write_labels
+
+        write_labels(options)
     else:
         with ends_at_once():
             from vitlocal.data.writer.write import write_from_options

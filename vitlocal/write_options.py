@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vitlocal.config_reader import OptionReader
 from vitlocal.errors import ConfigError
-from vitlocal.options import BYTES, COUNT, FLAG, TEXT, Choice, Number, messages, option
+from vitlocal.options import BYTES, COUNT, FLAG, TEXT, THOUSAND, Choice, Number, messages, option
 
 PLAN_NAME = "plan.yaml"  # the file of WriteOptions that --plan leaves in a data folder
 
@@ -49,7 +49,13 @@ class WriteOptions:
     on_error: str = option("stop", Choice("stop", "skip"), "at an image that does not decode: stop, or skip it")
     verify: bool = option(False, FLAG, "check every image of every written file, and write nothing")
     plan: bool = option(False, FLAG, "measure, choose the files to write, store the choice, and write no images")
-    recipe: str | None = option(None, TEXT, "for --plan: recipe to train; none: rcfg/ours.yaml")
+    labels_from: str | None = option(
+        None, TEXT, "write soft labels and no images: what the classifier in this run's folder says about the crops of "
+        "--recipe, for train.soft_labels"
+    )  # fmt: skip
+    epochs: int | None = option(None, THOUSAND, "for --labels-from: epochs of crops; none: 16")
+    seed: int | None = option(None, Number(0, 2**31 - 1, whole=True), "for --labels-from: run.seed; none: the recipe's")
+    recipe: str | None = option(None, TEXT, "for --plan and --labels-from: recipe to train; none: rcfg/ours.yaml")
     rates: str | None = option(
         None, TEXT, "for --plan: images/s of the trainer: 224:2500 or 32:20000,224:2500 (other sizes by "
         "FLOPs); none: measured here"
@@ -83,26 +89,36 @@ class WriteOptions:
 def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> WriteOptions:
     """The options of ``write_dataset.py``. Each has a dotted name too (``--write.split``), for yaml files."""
     named = {f"write.{f.name}": f for f in fields(WriteOptions)}
-    flags = {f"--{f.name.replace('_', '-')}": f"write.{f.name}" for f in fields(WriteOptions)}
+    flags = {_flag(f.name): f"write.{f.name}" for f in fields(WriteOptions)}
     reader = OptionReader(named, "Encodes a split of a data set into .beton files, each image decoded once.", flags)
     values = reader.read(argv, os.environ if environment is None else environment)
     options = WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
-    plan, unused = options.plan, ("recipe", "rates", "cores", "disk_limit", "memory_limit")
+    plan, labels = options.plan, options.labels_from is not None
+    modes = [name for name in ("plan", "verify", "labels_from") if getattr(options, name)]
+    only_plan, only_labels = ("rates", "cores", "disk_limit", "memory_limit"), ("epochs", "seed")
     reader.problems += messages({
-        "--plan and --verify: they exclude each other; remove one of the two": plan and options.verify,
+        f"{' and '.join(map(_flag, modes))}: they exclude each other; keep one of them": len(modes) > 1,
+        "--labels-from: it labels the photos of the split train; remove --split, --sides, --format and --vae":
+            labels and (options.split, options.sides, options.format, options.vae) != ("train", "auto", "auto", None),
         "--plan: it chooses sides and formats; remove --sides and --format":
             plan and (options.sides, options.format) != ("auto", "auto"),
         "--plan: it plans files of photos; remove --vae": plan and options.vae is not None,
         "--plan: it plans the files of the split train; val needs only one file": plan and options.split != "train",
         "--plan: it writes no images; remove --workers and --on-error":
             plan and (options.workers, options.on_error) != (0, "stop"),
+        **{f"{_flag(name)}: it needs --plan": not plan and getattr(options, name) is not None for name in only_plan},
         **{
-            f"--{name.replace('_', '-')}: it needs --plan": not plan and getattr(options, name) is not None
-            for name in unused
+            f"{_flag(name)}: it needs --labels-from": not labels and getattr(options, name) is not None
+            for name in only_labels
         },
+        "--recipe: it needs --plan or --labels-from": not plan and not labels and options.recipe is not None,
     })  # fmt: skip
     reader.check()
     return options
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def read_plan(path: str | os.PathLike[str], options: WriteOptions) -> WriteOptions:

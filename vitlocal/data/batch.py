@@ -16,6 +16,7 @@ import torch
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.fields import LatentForm
 from vitlocal.data.shares import WHOLE, BatchSlice, Share
+from vitlocal.data.soft_labels import SoftLabels, SoftTargets
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
@@ -33,6 +34,7 @@ class Batch:
     ids: torch.Tensor  # (B,) int64, rows of the split, on the CPU
     places: np.ndarray  # (B,) int64, in the global batch (longer than B if damaged images are left out)
     total: int  # images of the global batch
+    soft: SoftTargets | None = None  # on the device
 
     @classmethod
     def whole(cls, images: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> Batch:
@@ -87,6 +89,7 @@ class Source:
         self.classes, self.count, self.side = classes, count, side
         self.crops, self.device, self.share = crops, device, share
         self.damaged: Collection[int] = ()
+        self.soft_labels: SoftLabels | None = None
         self.rows = RowSubsets(count)
 
     @contextmanager
@@ -104,7 +107,15 @@ class Source:
             draws = draws[: len(draws) // feed.batch_size * feed.batch_size]
         slices = (share or self.share).slices(draws, feed.batch_size)
         with closing(self._read(slices, at.epoch, feed.size, subset)) as batches:
-            yield batches
+            labels = self.soft_labels
+            if labels is None:
+                yield batches
+            else:
+                yield (replace(batch, soft=labels.read(at.epoch, batch.ids, self.device)) for batch in batches)
+
+    def use_soft_labels(self, labels: SoftLabels) -> None:
+        """From the next pass on, batches have soft targets. After the last epoch that has labels, crops repeat."""
+        self.soft_labels, self.crops = labels, replace(self.crops, box_epochs=labels.facts.epochs)
 
     def vary_crops(self, variant: int) -> None:
         """From the next pass on, other random crops are cut, in the same order of images. 0: the first ones."""

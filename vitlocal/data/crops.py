@@ -38,11 +38,16 @@ class CropPolicy:
     centre: float = 0.875  # timm's crop_pct: size of the centre crop, as a fraction of the resized short edge
     shuffle: bool | None = None
     variant: int = 0  # other boxes and flips in the same order: after a run has gone back to a checkpoint
+    box_epochs: int = 0  # boxes and flips repeat after so many epochs; 0: never
 
     @property
     def box_seed(self) -> int:
         """The seed of boxes and flips."""
         return other_seed(self.seed, self.variant)
+
+    def box_epoch(self, epoch: int) -> int:
+        """The epoch whose boxes and flips are those of ``epoch``."""
+        return epoch % self.box_epochs if self.box_epochs else epoch
 
     @property
     def shuffles(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitlocal.data.augment import Augment, AugmentParams, send
 from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import DROP_PATH, uniform
+from vitlocal.data.soft_labels import SoftTargets
 from vitlocal.models.factory import export_model
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Dials
@@ -35,13 +36,15 @@ class ClassificationLoss(nn.Module):
         self.input_size: int | None = None  # px; larger images are resized to it
 
     def forward(
-        self, images: Tensor, labels: Tensor, params: AugmentParams, noise: Tensor | None, weight: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, images: Tensor, labels: Tensor, params: AugmentParams, noise: Tensor | None, soft: SoftTargets | None,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The cross-entropies of all images, summed and multiplied by ``weight`` (0-D), and the further outputs.
 
-        ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) for drop path. Further outputs are None
-        unless they are in ``outputs``: "correct" (B,) bool, whether the highest logit is that of the image's own label
-        (not of the label mixed into it); "attention_variance" (B,), see
+        ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) for drop path. If there are ``soft``
+        targets, the cross-entropies are those to them, without label smoothing. Further outputs are None unless they
+        are in ``outputs``: "correct" (B,) bool, whether the highest logit is that of the image's own label (not of the
+        label mixed into it); "attention_variance" (B,), see
         :meth:`VisionTransformer.forward_with_attention_variance`.
         """
         pixels = self.resize(self.augment(images, params))
@@ -54,10 +57,10 @@ class ClassificationLoss(nn.Module):
                 logits = self.model(*operands)
         logits = logits.float()
         correct = logits.detach().argmax(dim=1) == labels if "correct" in self.outputs else None
-        loss = self._cross_entropy(logits, labels)
+        loss = self._cross_entropy(logits, labels, soft)
         if params.mix is not None:
-            share = params.mix[1]
-            loss = share * loss + (1 - share) * self._cross_entropy(logits, labels.flip(0))
+            share, mixed_in = params.mix[1], soft and SoftTargets(*(values.flip(0) for values in soft))
+            loss = share * loss + (1 - share) * self._cross_entropy(logits, labels.flip(0), mixed_in)
         return weight * loss, correct, variance
 
     def resize(self, pixels: Tensor) -> Tensor:
@@ -67,22 +70,37 @@ class ClassificationLoss(nn.Module):
             return pixels
         return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, soft: SoftTargets | None) -> Tensor:
+        if soft is not None:
+            return soft_cross_entropy(logits, soft)
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
 
 
+def soft_cross_entropy(logits: Tensor, soft: SoftTargets) -> Tensor:
+    """The cross-entropies of logits (B, C) to soft targets, summed."""
+    log_probabilities = logits.log_softmax(dim=1)
+    stated = log_probabilities.gather(1, soft.classes)  # (B, K)
+    others = logits.shape[1] - soft.classes.shape[1]
+    rest = (1 - soft.probabilities.sum(dim=1)).clamp_min(0) / max(others, 1)  # of each other class, (B,)
+    of_others = rest * (log_probabilities.sum(dim=1) - stated.sum(dim=1))
+    return -((soft.probabilities * stated).sum() + (of_others.sum() if others else 0))
+
+
 class Classification(Task):
-    """Trains a classifier. ``outputs``: see :class:`ClassificationLoss`. The arguments are on the model's device."""
+    """Trains a classifier. ``outputs``: see :class:`ClassificationLoss`. The arguments are on the model's device.
+
+    ``soft_top``: the classes of each image in the batches' soft targets; 0: batches have labels only.
+    """
 
     metrics = METRICS["classification"]
     step_outputs = frozenset({"correct", "attention_variance"})
 
     def __init__(
         self, model: nn.Module, augment: Augment, label_smoothing: float = 0.0,
-        precision: torch.dtype = torch.float32, outputs: Set[str] = frozenset(),
+        precision: torch.dtype = torch.float32, outputs: Set[str] = frozenset(), soft_top: int = 0,
     ):  # fmt: skip
         super().__init__(model, precision)
-        self.augment = augment
+        self.augment, self.soft_top = augment, soft_top
         self.objective: ClassificationLoss = ClassificationLoss(model, augment, label_smoothing, precision, outputs)
         has_stages = getattr(model, "stage_table", None) is not None
         self._draws_paths = isinstance(model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
@@ -106,12 +124,20 @@ class Classification(Task):
         else:
             images = self.augment.prepare(images, *key, dials.randaugment)
         params = self.augment.draw(*key, batch.total, images.shape[-1], dials.strength, operations)
-        return images, batch.labels, params, self._noise(seed, number, batch.places)
+        return images, batch.labels, params, self._noise(seed, number, batch.places), self._soft(batch)
+
+    def _soft(self, batch: Batch) -> SoftTargets | None:
+        """The soft targets of a batch; of one without content, any."""
+        if not self.soft_top or batch.soft is not None:
+            return batch.soft
+        classes = torch.arange(self.soft_top, device=batch.labels.device).expand(len(batch.labels), -1).contiguous()
+        return SoftTargets(classes, torch.full_like(classes, 1 / self.soft_top, dtype=torch.float32))
 
     def part(self, operands: tuple[Any, ...], chosen: Tensor) -> tuple[Any, ...]:
-        images, labels, params, noise = operands
+        images, labels, params, noise, soft = operands
         pixels = images[chosen].contiguous(memory_format=torch.channels_last)
-        return pixels, labels[chosen], params.part(chosen), None if noise is None else noise[chosen]
+        drops, targets = None if noise is None else noise[chosen], soft and soft.part(chosen)
+        return pixels, labels[chosen], params.part(chosen), drops, targets
 
     def _noise(self, seed: int, number: int, places: np.ndarray) -> Tensor | None:
         """Drop path's random numbers (B, L, 2), and those of the stage embedding."""

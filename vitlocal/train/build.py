@@ -15,7 +15,9 @@ from torch import nn
 from vitlocal.config import Config, check_options, check_same_run, recipe_text
 from vitlocal.data.batch import Sources
 from vitlocal.data.fields import LatentForm
+from vitlocal.data.manifest import load_manifest
 from vitlocal.data.random_keys import other_seed
+from vitlocal.data.soft_labels import SoftLabels
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
 from vitlocal.jsonl import replace_text
@@ -70,10 +72,14 @@ def device_of(config: Config, ranks: Ranks = ALONE) -> torch.device:
 
 def sources_of(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Sources:
     """The training and validation data that the configuration names, as latents if the model learns these."""
-    return open_sources(
+    sources = open_sources(
         **config.source_arguments(), device=device, share=ranks.share, local_world_size=ranks.local_world_size,
         latents=reads_latents(config.model.name),
     )  # fmt: skip
+    if config.train.soft_labels:
+        root = config.data.root
+        sources.train.use_soft_labels(SoftLabels(root, load_manifest(root, "train"), sources.train.crops))
+    return sources
 
 
 # --- model, optimizer, averages and step ------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ def make_task(
     if task_name(config.model.name) == "diffusion":
         return make_diffusion(config, model, device, precision, sources)
     augment = Augment(**config.augment.arguments()).to(device)
-    return Classification(model, augment, config.train.label_smoothing, precision, outputs)
+    labels = sources.train.soft_labels if sources is not None else None
+    top = 0 if labels is None else labels.facts.top
+    return Classification(model, augment, config.train.label_smoothing, precision, outputs, top)
 
 
 def make_diffusion(
@@ -55,6 +57,8 @@ def make_diffusion(
     if used := [name for name, value in config.augment.arguments().items() if value != getattr(default, name)]:
         names = ", ".join(f"augment.{name}" for name in used)
         raise ConfigError(f"{names}: a diffusion model would draw augmented images; leave it at its default")
+    if config.train.soft_labels:
+        raise ConfigError("train.soft_labels: a diffusion model does not learn classes; leave it out")
     latents = None if sources is None else sources.train.latents
     notes = {
         "steps": options.steps, "schedule": options.schedule, "vae": options.vae, "sampler": options.sampler,

@@ -83,6 +83,7 @@ def library() -> ctypes.CDLL:
 def native_policy(crops: CropPolicy, epoch: int, kind: int | None = None) -> np.ndarray:
     """The crop policy of one pass for the native code: (1,) of POLICY; ``kind`` WHOLE decodes every byte."""
     kind = kind if kind is not None else RANDOM if crops.random else CENTRE
+    epoch = crops.box_epoch(epoch)
     return np.array([(kind, crops.box_seed, epoch, crops.scale, crops.ratio, crops.flip, crops.centre)], POLICY)
 
 

@@ -1,0 +1,189 @@
+"""Soft labels of a teacher: written for the crops of a run, read with them, and learned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitlocal.config import read_config
+from vitlocal.data.augment import Augment, AugmentParams
+from vitlocal.data.loader import Loader
+from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, SoftTargets, epoch_file
+from vitlocal.errors import ConfigError, DataError
+from vitlocal.predict import Predictor
+from vitlocal.report.run_folder import read_run
+from vitlocal.tasks.classification import ClassificationLoss, soft_cross_entropy
+from vitlocal.train.command import train
+from vitlocal.write_dataset import main as write_dataset
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture(scope="module")
+def teacher(small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitlocal.train.command.write_report", read_run)
+        train(small(run, "--budget.length=1ep"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def labelled(folder: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample with the labels of two epochs."""
+    out = tmp_path_factory.mktemp("labelled") / "data"
+    shutil.copytree(folder, out)
+    write_dataset(command(out, teacher))
+    return out
+
+
+def command(out: Path, teacher: Path, epochs: int = 2) -> list[str]:
+    words = f"--labels-from {teacher} --out {out} --epochs {epochs} --recipe rcfg/demo.yaml --seed 3 --workers 1"
+    return words.split()
+
+
+def loader(root: Path, shuffle: bool, size: int) -> Loader:
+    scale = read_config(["--config-file", "rcfg/demo.yaml"], {}).augment.crop_scale
+    return Loader(
+        root, "train", 16, size, shuffle=shuffle, seed=3, scale=scale, num_workers=1, return_ids=True, drop_last=False
+    )
+
+
+def student(configure, root: Path, *options: str):
+    return configure(
+        "--config-file=rcfg/demo.yaml", f"--data.root={root}", "--run.seed=3", "--train.soft_labels=yes",
+        "--budget.length=3ep", *options,
+    )  # fmt: skip
+
+
+def test_the_labels_are_what_the_teacher_says_about_the_crops(labelled: Path, teacher: Path):
+    predictor = Predictor(teacher)
+    with loader(labelled, shuffle=True, size=predictor.size) as batches:
+        for epoch in (0, 1):
+            labels = np.load(epoch_file(labelled / FOLDER, epoch))
+            assert labels.dtype == LABEL and labels.shape == (120, 10) and labels.itemsize * 10 <= 45
+            batches.set_epoch(epoch)
+            for images, _, ids in batches:
+                with torch.no_grad():
+                    expected = predictor.model(Augment().normalize(images)).softmax(1).topk(10)
+                stored = labels[ids.numpy()]
+                torch.testing.assert_close(
+                    torch.from_numpy(stored["probability"].astype(np.float32)), expected.values, rtol=2e-3, atol=1e-4
+                )
+                assert (stored["class"] == expected.indices.numpy()).mean() > 0.95  # ties may change places
+    assert not np.array_equal(labels, np.load(epoch_file(labelled / FOLDER, 0)))  # other crops
+
+
+def test_batches_have_the_targets_of_their_crops(labelled: Path, configure, monkeypatch: pytest.MonkeyPatch):
+    """Also after the last epoch with labels, from which on crops repeat, and after a restart."""
+    forward = ClassificationLoss.forward
+    batches = []
+
+    def noted(self, images, labels, params, noise, soft, weight):
+        batches.append((images.clone(), soft))
+        return forward(self, images, labels, params, noise, soft, weight)
+
+    monkeypatch.setattr(ClassificationLoss, "forward", noted)
+    train(student(configure, labelled, "--methods=[]", "--train.batch_size=120"))
+    assert len(batches) == 3
+    with loader(labelled, shuffle=True, size=batches[0][0].shape[-1]) as expected:
+        for epoch, (images, soft) in enumerate(batches):
+            ids = torch.from_numpy(expected.crops.draws(120, epoch))
+            stored = np.load(epoch_file(labelled / FOLDER, epoch % 2))[ids.numpy()]
+            assert np.array_equal(soft.classes.numpy(), stored["class"])
+            assert np.array_equal(soft.probabilities.numpy(), stored["probability"].astype(np.float32))
+            expected.set_epoch(epoch % 2)
+            crops = {int(row): image for pixels, _, rows in expected for row, image in zip(rows, pixels, strict=True)}
+            assert all(torch.equal(image, crops[int(row)]) for row, image in zip(ids, images, strict=True))
+
+
+def test_the_loss_is_the_cross_entropy_to_all_classes():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(6, 30), torch.randn(6, 30).softmax(1)
+    values, classes = teacher.topk(10)
+    rest = (1 - values.sum(1, keepdim=True)) / 20
+    dense = rest.expand(6, 30).scatter(1, classes, values)
+    soft = SoftTargets(classes, values)
+    torch.testing.assert_close(soft_cross_entropy(logits, soft), F.cross_entropy(logits, dense, reduction="sum"))
+    few = SoftTargets(teacher.topk(30).indices, teacher.topk(30).values)  # no class is left
+    torch.testing.assert_close(soft_cross_entropy(logits, few), F.cross_entropy(logits, teacher, reduction="sum"))
+    # Mixup mixes the targets.
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 30))
+    loss = ClassificationLoss(model, Augment(mixup=0.8), 0.1, torch.float32, frozenset())
+    images, labels = torch.randint(0, 255, (6, 3, 2, 2), dtype=torch.uint8), torch.arange(6)
+    params = AugmentParams(mix=torch.tensor([0.3, 0.3, 0, 0, 0, 0]))
+    mixed = 0.3 * dense + 0.7 * dense.flip(0)
+    expected = F.cross_entropy(model(loss.augment(images, params)), mixed, reduction="sum")
+    torch.testing.assert_close(loss(images, labels, params, None, soft, torch.tensor(1.0))[0], expected)
+
+
+def test_writing_continues_and_adds_epochs(labelled: Path, teacher: Path, tmp_path: Path):
+    out = tmp_path / "data"
+    shutil.copytree(labelled, out)
+    first, second = (epoch_file(out / FOLDER, epoch) for epoch in (0, 1))
+    whole, before = second.read_bytes(), first.stat().st_mtime_ns
+    second.unlink()
+    write_dataset(command(out, teacher, epochs=3))
+    assert second.read_bytes() == whole and first.stat().st_mtime_ns == before
+    assert epoch_file(out / FOLDER, 2).exists() and json.loads((out / FOLDER / FACTS).read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize("options", [["--run.seed=4"], ["--augment.crop_scale=0.1,1"], ["--augment.flip=0"]])
+def test_labels_of_other_crops_are_refused(labelled: Path, configure, options: list[str]):
+    with pytest.raises(ConfigError, match=r"train.soft_labels: .* has labels of other crops or data \(crops: "):
+        train(student(configure, labelled, *options))
+
+
+@pytest.mark.parametrize("option", ["--augment.repeats=2", "--run.on_nan=rewind"])
+def test_options_that_cut_other_crops_are_refused(labelled: Path, configure, option: str):
+    with pytest.raises(ConfigError, match=r"train.soft_labels: .*use "):
+        student(configure, labelled, option)
+
+
+def test_missing_and_damaged_labels(labelled: Path, teacher: Path, configure, folder: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"labels.json does not exist; write it: python write_dataset.py --labels"):
+        train(student(configure, folder))
+    out = tmp_path / "data"
+    shutil.copytree(labelled, out)
+    path = epoch_file(out / FOLDER, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"epoch_001.npy cannot be read"):
+        train(student(configure, out, "--methods=[]"))
+    labels = np.load(epoch_file(out / FOLDER, 0))
+    labels["class"][:, 3] = 20
+    np.save(path, labels)
+    with pytest.raises(DataError, match=r"epoch 1 has class 20 of 20"):
+        train(student(configure, out, "--methods=[]"))
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"epoch_001.npy does not exist, of 2 epochs"):
+        train(student(configure, out, "--methods=[]"))
+    (out / FOLDER / FACTS).write_text("{}")
+    with pytest.raises(DataError, match=r"labels.json cannot be read"):
+        write_dataset(command(out, teacher))
+
+
+def test_other_teachers_are_refused(labelled: Path, teacher: Path, tmp_path: Path):
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher, other)
+    about = json.loads((other / "config.json").read_text())
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ConfigError, match=r"train_labels has labels of another teacher, recipe or data; remove it"):
+        write_dataset(command(labelled, other))
+    about["label_names"] = about["label_names"][::-1]
+    (other / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"--labels-from: .* not the same ones in the same order"):
+        write_dataset(command(labelled, other))
+
+
+@pytest.mark.parametrize("words", ["--epochs 3", "--labels-from x --plan", "--labels-from x --split val", "--seed 1"])
+def test_options_of_the_writer_that_do_not_go_together(words: str):
+    with pytest.raises(ConfigError, match=r"--labels-from"):
+        write_dataset(words.split())
