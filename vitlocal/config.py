@@ -40,7 +40,7 @@ from vitlocal.schedule import LRSchedule
 
 LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
 LOADERS = ("native", "ffcv", "torchvision", "dali")
-CROP_OPTIONS = ("crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
+CROP_OPTIONS = ("crop", "crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
+    crop: str = option(
+        "torchvision", Choice("torchvision", "tensorflow"), "rule of the random crop: torchvision's RandomResizedCrop, "
+        "or TensorFlow's sample_distorted_bounding_box (big_vision)"
+    )  # fmt: skip
     crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
     crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(0.01), 2), "width / height of crops: range")
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
