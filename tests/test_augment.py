@@ -3,13 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.config import LARGEST_ERASED
+from vitlocal.data import augment_groups
 from vitlocal.data.augment import NOISE, Augment, AugmentParams, Normalize
-from vitlocal.data.augment_groups import COLOURS, MOVES, move, randaugment, three_augment
-from vitlocal.data.random_keys import THREE, generator, uniform
+from vitlocal.data.augment_groups import BIG_VISION, COLOURS, CUTTING, MOVES, TIMM, move, randaugment, three_augment
+from vitlocal.data.random_keys import OPERATION, THREE, generator, uniform
 from vitlocal.data.shares import Share
 
 
@@ -113,9 +115,8 @@ def test_erasing_replaces_boxes_by_noise():
 
 
 def apply(name: str, x: torch.Tensor, level: float, sign: int) -> torch.Tensor:
-    if name in COLOURS:
-        return COLOURS[name](x, level, max(0.1, 1 + sign * 0.9 * level))
-    return move(x, np.array([MOVES[name](sign * level)] * len(x)))
+    argument = TIMM.arguments[name](level, sign)
+    return COLOURS[name](x, argument) if name in COLOURS else move(x, np.array([MOVES[name](argument)] * len(x)))
 
 
 @pytest.mark.parametrize("name", [*COLOURS, *MOVES])
@@ -136,13 +137,11 @@ def test_sharpness_is_torchvisions():
     for level, sign in ((0.5, 1), (0.9, -1)):
         factor = 1 + sign * 0.9 * level
         theirs = adjust_sharpness(x, factor).int()
-        assert (COLOURS["sharpness"](x, level, factor).int() - theirs).abs().max() <= 1
+        assert (COLOURS["sharpness"](x, factor).int() - theirs).abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", MOVES)
 def test_moves_are_pillows(name: str):
-    from PIL import Image
-
     size, level = 24, 0.6
     ramp = torch.linspace(30, 200, size).expand(size, size)
     x = torch.stack([ramp, ramp.T, (ramp + ramp.T) / 2]).to(torch.uint8)
@@ -159,7 +158,7 @@ def test_moves_are_pillows(name: str):
     else:
         theirs = image.transform(image.size, Image.AFFINE, affine[name], Image.BILINEAR)
     theirs = np.asarray(theirs).astype(int)
-    mine = move(x[None], np.array([MOVES[name](level)]))[0].permute(1, 2, 0).numpy().astype(int)
+    mine = apply(name, x[None], level, 1)[0].permute(1, 2, 0).numpy().astype(int)
     inside = theirs.min(2) > 0  # Pillow fills with black, and does not blend with it
     inside[[0, -1]] = inside[:, [0, -1]] = False
     inside &= np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1)
@@ -173,6 +172,71 @@ def test_randaugment_changes_most_images_and_not_all():
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=torch.channels_last)
     changed = (out != x).flatten(1).any(1).float().mean()
     assert 0.5 < changed < 0.9  # two operations, each done half of the time; some leave noise as it is
+
+
+def plain_big_vision(image: np.ndarray, name: str, magnitude: float, sign: int, centre: np.ndarray) -> np.ndarray:
+    """An image (S, S, 3) through one operation of big_vision's autoaugment.py, by Pillow: the slow twin.
+
+    The constants of that file are for images of 224 px, so they are scaled. Where a move leaves nothing, all are 128.
+    """
+    photo, size, level = Image.fromarray(image), len(image), magnitude / 10
+    enhance = {"saturation": "Color", "contrast": "Contrast", "brightness": "Brightness", "sharpness": "Sharpness"}
+    if name in enhance:
+        return np.asarray(getattr(ImageEnhance, enhance[name])(photo).enhance(level * 1.8 + 0.1))
+    if name in ("autocontrast", "equalize", "invert"):
+        return np.asarray(getattr(ImageOps, name)(photo))
+    if name == "posterize":
+        shift = max(0, 8 - int(level * 4))
+        return image >> shift << shift
+    if name == "solarize":
+        return np.where(image.astype(int) < int(level * 256), image, 255 - image)
+    if name == "solarize_add":
+        return np.where(image < 128, np.clip(image.astype(int) + int(level * 110), 0, 255), image)
+    if name == "cutout":
+        half, (row, column) = round(int(level * 40) * size / 224), (centre * size).astype(int)
+        done = image.copy()
+        done[max(0, row - half) : row + half, max(0, column - half) : column + half] = 128
+        return done
+    shift, shear = sign * 100 * level * size / 224, sign * 0.3 * level
+    affine = {
+        "shear_x": (1, shear, 0, 0, 1, 0), "shear_y": (1, 0, 0, shear, 1, 0),
+        "translate_x": (1, 0, shift, 0, 1, 0), "translate_y": (1, 0, 0, 0, 1, shift),
+    }  # fmt: skip
+    if name == "rotate":
+        return np.asarray(photo.rotate(sign * 30 * level, Image.BILINEAR, fillcolor=(128,) * 3))
+    return np.asarray(photo.transform(photo.size, Image.AFFINE, affine[name], Image.BILINEAR, fillcolor=(128,) * 3))
+
+
+@pytest.mark.parametrize("magnitude", [2.0, 9.0, 15.0, 26.0])
+def test_big_visions_operations_equal_pillows(magnitude: float, monkeypatch: pytest.MonkeyPatch):
+    """One turn, in which every image gets an operation."""
+    monkeypatch.setattr(augment_groups, "OPERATIONS", 1)
+    x, places, names = images(160, 32), np.arange(160), list(BIG_VISION.arguments)
+    x = torch.nn.functional.avg_pool2d(x.float(), 9, 1, 4).to(torch.uint8)  # smooth: moves interpolate
+    out = randaugment(x, magnitude, 0, 3, places, 1.0, BIG_VISION).permute(0, 2, 3, 1).numpy()
+    draws = uniform((0, 3, OPERATION), places, 5)
+    chosen = [names[int(draw * 16)] for draw in draws[:, 0]]
+    assert set(chosen) == set(names) and len(names) == 16
+    for number, name in enumerate(chosen):
+        image, sign = x[number].permute(1, 2, 0).numpy(), 1 if draws[number, 1] >= 0.5 else -1
+        expected = plain_big_vision(image, name, magnitude, sign, draws[number, 3:])
+        error = np.abs(out[number].astype(int) - expected)
+        if name in MOVES:  # Pillow does not blend with the padding
+            edge = (error > 4).any(2)
+            assert edge.mean() < 0.15 and np.median(error) <= 1, name
+        else:
+            assert error.max() <= max(2, magnitude / 5), name  # grey levels are rounded, then enhanced
+
+
+def test_strength_scales_the_probability_of_big_visions_operations():
+    x, places = images(400), np.arange(400)
+    unchanged = []
+    for strength in (0.0, 0.25, 1.0):
+        turns = augment_groups.draw_turns(15, 0, 0, places, strength, BIG_VISION)
+        assert [turn.applied.mean() for turn in turns] == pytest.approx([strength] * 2, abs=0.06)
+        assert any((turn.variants >= CUTTING).any() for turn in turns)
+        unchanged.append((randaugment(x, 15, 0, 0, places, strength, BIG_VISION) == x).flatten(1).all(1).float().mean())
+    assert unchanged[0] == 1 and unchanged[1] > 0.5 > 0.1 > unchanged[2]
 
 
 def test_random_numbers_are_keyed_by_what_they_are_for_and_by_place():

@@ -156,7 +156,7 @@ def test_the_augment_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     measured = json.loads(out.read_text())
     assert measured.keys() >= FORM | {"drawn"}
     rows = {(row["recipe"], row["version"]): row for row in measured["rows"]}
-    assert len(rows) == 4 and all(row["draw_ms"] > 0 and row["issue_ms"] > 0 for row in rows.values())
+    assert len(rows) == 6 and all(row["draw_ms"] > 0 and row["issue_ms"] > 0 for row in rows.values())
     # Of a batch of 1024, whatever was timed: almost each operation of RandAugment with either sign, in both turns.
     assert rows["randaugment", "groups"]["operations"] > 350 > 300 > rows["randaugment", "graph-eager"]["operations"]
     assert "graph-eager" in capsys.readouterr().out

@@ -135,7 +135,13 @@ class AugmentConfig:
     crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(0.01), 2), "width / height of crops: range")
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")
     repeats: int = option(1, THOUSAND, "repeated augmentation: consecutive copies of each image in an epoch")
-    randaugment: float = option(0.0, Number(0, 10), "RandAugment: magnitude, with 2 operations; 0: off")
+    randaugment: float = option(
+        0.0, Number(0, 30), "RandAugment: magnitude, with 2 operations, up to 10 (big_vision: 30); 0: off"
+    )
+    randaugment_ops: str = option(
+        "timm", Choice("timm", "big_vision"), "RandAugment: operations; timm: its increasing ones, each applied with "
+        "probability 0.5; big_vision: with cutout, always applied"
+    )  # fmt: skip
     three_augment: bool = option(False, FLAG, "three-augment: grey, solarised or blurred images, and colour jitter")
     mixup: float = option(0.0, Number(0), "mixup: alpha; 0: off")
     cutmix: float = option(0.0, Number(0), "cutmix: alpha; 0: off")
@@ -357,6 +363,8 @@ def _contradictions(config: Config) -> list[str]:
     return method_problems(config.recipe) + messages({
         "augment.three_augment: it replaces augment.randaugment; set one of them to 0":
             augment.three_augment and augment.randaugment,
+        f"augment.randaugment: got {augment.randaugment:g}, expected at most 10 with augment.randaugment_ops=timm":
+            augment.randaugment > 10 and augment.randaugment_ops == "timm",
         f"data.on_error: skip needs data.loader=native; with data.loader={data.loader}, use a data folder that was "
         "written with --on-error skip": data.loader != "native" and data.on_error != "stop",
         **{

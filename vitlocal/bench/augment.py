@@ -33,7 +33,10 @@ from vitlocal.plan import Feed
 from vitlocal.train.timing import noise_batch
 
 CPU = torch.device("cpu")
-RECIPES: dict[str, dict[str, Any]] = {"randaugment": {"randaugment": 9}, "three-augment": {"three_augment": True}}
+RECIPES: dict[str, dict[str, Any]] = {
+    "randaugment": {"randaugment": 9}, "randaugment, big_vision": {"randaugment": 15, "randaugment_ops": "big_vision"},
+    "three-augment": {"three_augment": True},
+}  # fmt: skip
 VERSIONS = ("groups", "graph-eager", "graph-compiled")
 DRAWN = 1024  # images of a batch whose draws are timed, and whose operations are counted
 CALLS = 30  # of each turn
@@ -88,7 +91,7 @@ def measured(recipe: str, version: str, size: int, batch_size: int, rounds: int)
             return augment.draw(0, number, places, images, size, operations=1.0)
         if augment.three_augment:
             return augment_groups.draw_three(1.0, 0, number, places, size)
-        return augment_groups.draw_turns(augment.randaugment, 0, number, places)
+        return augment_groups.draw_turns(augment.randaugment, 0, number, places, 1.0, augment.operation_set)
 
     def work_on(images: Tensor) -> Callable[[int], object]:
         places, drawn = np.arange(len(images)), draw(0, len(images))

@@ -15,7 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from vitlocal.data import augment_graph, augment_groups
-from vitlocal.data.augment_groups import send
+from vitlocal.data.augment_groups import OPERATION_SETS, inside, send
 from vitlocal.data.random_keys import ERASE, MIX, generator, uniform
 
 NOISE = 1 << 21  # normal numbers for erased pixels, 8 MB on the device
@@ -58,7 +58,8 @@ class Augment(torch.nn.Module):
     """Augments the images of a source for a training step.
 
     Args:
-        randaugment: magnitude of RandAugment, 0 to 10; 0: off.
+        randaugment: magnitude of RandAugment, 0 to 10 (big_vision: 30); 0: off.
+        randaugment_ops: its set of operations, "timm" or "big_vision".
         three_augment: three-augment instead of RandAugment.
         mixup, cutmix: their alphas; 0: off.
         mixup_prob: probability that a batch is mixed.
@@ -69,11 +70,13 @@ class Augment(torch.nn.Module):
     table: Tensor
 
     def __init__(
-        self, *, randaugment: float = 0.0, three_augment: bool = False, mixup: float = 0.0, cutmix: float = 0.0,
-        mixup_prob: float = 1.0, cutmix_prob: float = 0.5, random_erasing: float = 0.0,
+        self, *, randaugment: float = 0.0, randaugment_ops: str = "timm", three_augment: bool = False,
+        mixup: float = 0.0, cutmix: float = 0.0, mixup_prob: float = 1.0, cutmix_prob: float = 0.5,
+        random_erasing: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.randaugment, self.three_augment, self.random_erasing = randaugment, three_augment, random_erasing
+        self.operation_set = OPERATION_SETS[randaugment_ops]
         self.mixup, self.cutmix, self.mixup_prob, self.cutmix_prob = mixup, cutmix, mixup_prob, cutmix_prob
         self.mixes = mixup > 0 or cutmix > 0
         self.normalize = Normalize()
@@ -112,14 +115,17 @@ class Augment(torch.nn.Module):
         if self.three_augment:
             values = augment_graph.draw_three_augment(strength, seed, step, places, size)
         elif self.randaugment:
-            values = augment_graph.draw_randaugment(self.randaugment, seed, step, places, size, strength)
+            values = augment_graph.draw_randaugment(
+                self.randaugment, seed, step, places, size, strength, self.operation_set
+            )
         else:
             return None
         return send(values, self.normalize.scale.device)
 
     def _operate(self, images: Tensor, values: Tensor) -> Tensor:
-        function = augment_graph.three_augment if self.three_augment else augment_graph.randaugment
-        return function(images, values)
+        if self.three_augment:
+            return augment_graph.three_augment(images, values)
+        return augment_graph.randaugment(images, values, self.operation_set)
 
     def mixture(self, draw: np.random.Generator, total: int, size: int, strength: float = 1.0) -> np.ndarray:
         """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) for one batch: (6,) float32, see AugmentParams.mix.
@@ -143,7 +149,8 @@ class Augment(torch.nn.Module):
     def prepare(self, images: Tensor, seed: int, step: int, places: np.ndarray, strength: float = 1.0) -> Tensor:
         """RandAugment or three-augment: (B, 3, S, S) uint8 to a new tensor. Without them, ``images`` itself.
 
-        ``strength`` scales the magnitude of RandAugment, or the probability and the jitter of three-augment.
+        ``strength`` scales the magnitude of RandAugment (of big_vision's: its probability), or the probability and the
+        jitter of three-augment.
         """
         if self.in_forward:
             values = self._operations(seed, step, places, images.shape[-1], strength)
@@ -151,7 +158,9 @@ class Augment(torch.nn.Module):
         if self.three_augment:
             return augment_groups.three_augment(images, strength, seed, step, places)
         if self.randaugment and strength:
-            return augment_groups.randaugment(images, self.randaugment, seed, step, places, strength)
+            return augment_groups.randaugment(
+                images, self.randaugment, seed, step, places, strength, self.operation_set
+            )
         return images
 
     def forward(self, images: Tensor, drawn: AugmentParams) -> Tensor:
@@ -162,19 +171,11 @@ class Augment(torch.nn.Module):
         return pixels if drawn.mix is None else paste(pixels, drawn.mix)
 
 
-def _inside(boxes: Tensor, size: int) -> Tensor:
-    """The mask of the pixels in boxes (..., 4): (..., S, S) bool."""
-    top, bottom, left, right = boxes[..., None].unbind(-2)  # (..., 1) each
-    along = torch.arange(size, device=boxes.device)
-    rows, columns = (along >= top) & (along < bottom), (along >= left) & (along < right)
-    return rows[..., :, None] & columns[..., None, :]
-
-
 def paste(pixels: Tensor, mix: Tensor) -> Tensor:
     """``pixels`` (B, 3, S, S) mixed with the batch in reverse order, by ``mix`` (see AugmentParams)."""
     mirrored = pixels.flip(0)
     blended = torch.lerp(mirrored, pixels, mix[0])
-    return torch.where(_inside(mix[2:], pixels.shape[-1]), mirrored, blended)
+    return torch.where(inside(mix[2:], pixels.shape[-1]), mirrored, blended)
 
 
 def erased_boxes(draws: np.ndarray, chance: float, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,4 +201,4 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor, table: Tensor) -> Tensor
     length = 3 * size * size
     rows = table.as_strided((len(table) - length + 1, length), (1, 1))  # every run of the table, as a view
     filling = rows[noise].view(count, size, size, 3).permute(0, 3, 1, 2)  # channels-last, as pixels
-    return torch.where(_inside(boxes, size)[:, None], filling, pixels)
+    return torch.where(inside(boxes, size)[:, None], filling, pixels)

@@ -8,15 +8,27 @@ Shape letters: B batch, S size, K slots, V values of an image.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitlocal.data.augment_groups import BLUR, GREY, MOVES, MOVING, NAMES, OPERATIONS, draw_three, draw_turns
+from vitlocal.data.augment_groups import (
+    BLUR,
+    CUTTING,
+    GREY,
+    MOVES,
+    MOVING,
+    OPERATIONS,
+    TIMM,
+    OperationSet,
+    draw_three,
+    draw_turns,
+    fill_holes,
+)
 
 # --- slots ------------------------------------------------------------------------------------------------------------
 
@@ -80,67 +92,79 @@ class Colour(NamedTuple):
 
 
 AUTOCONTRAST, EQUALIZE, SHARPNESS = 1, 2, 3  # operations that look at other pixels of the image; they need slots
-SLOT_CHANCE = 3 / len(NAMES) / 2  # one of these three in a turn, and applied
 
-# Name → (level, factor of an enhancement) → the numbers of that operation.
+
+def slot_chance(operations: OperationSet) -> float:
+    """The probability that an image needs a slot: one of these three in a turn, and applied."""
+    return 3 * operations.chance / len(operations.arguments)
+
+
+# Name → the operation's argument, as in augment_groups.COLOURS → the numbers of that operation.
 COLOURS = {
-    "autocontrast": lambda level, factor: Colour(kind=AUTOCONTRAST),
-    "equalize": lambda level, factor: Colour(kind=EQUALIZE),
-    "invert": lambda level, factor: Colour(threshold=0),
-    "posterize": lambda level, factor: Colour(step=2 ** (4 + int(4 * level))),
-    "solarize": lambda level, factor: Colour(threshold=255 - int(255 * level)),
-    "solarize_add": lambda level, factor: Colour(added=int(110 * level)),
-    "saturation": lambda level, factor: Colour(factor=factor, rest=1 - factor),
-    "contrast": lambda level, factor: Colour(gain=factor, mean=1 - factor),
-    "brightness": lambda level, factor: Colour(gain=factor),
-    "sharpness": lambda level, factor: Colour(kind=SHARPNESS, factor=factor, rest=1 - factor),
+    "autocontrast": lambda _: Colour(kind=AUTOCONTRAST),
+    "equalize": lambda _: Colour(kind=EQUALIZE),
+    "invert": lambda _: Colour(threshold=0),
+    "posterize": lambda bits: Colour(step=2 ** (8 - bits)),
+    "solarize": lambda threshold: Colour(threshold=threshold),
+    "solarize_add": lambda added: Colour(added=added),
+    "saturation": lambda factor: Colour(factor=factor, rest=1 - factor),
+    "contrast": lambda factor: Colour(gain=factor, mean=1 - factor),
+    "brightness": lambda factor: Colour(gain=factor),
+    "sharpness": lambda factor: Colour(kind=SHARPNESS, factor=factor, rest=1 - factor),
 }
-COLOUR_VALUES, MATRIX_VALUES = len(Colour._fields), 6
+COLOUR_VALUES, MATRIX_VALUES, BOX_VALUES = len(Colour._fields), 6, 4
 
 
 def draw_randaugment(
-    magnitude: float, seed: int, step: int, places: np.ndarray, size: int, strength: float = 1.0
-) -> np.ndarray:
+    magnitude: float, seed: int, step: int, places: np.ndarray, size: int, strength: float = 1.0,
+    operations: OperationSet = TIMM,
+) -> np.ndarray:  # fmt: skip
     """What :func:`randaugment` does to images of ``size`` px at ``places`` of the global batch: (B, V) float32.
 
     For each image: the colour operation of each turn, the matrix from an output pixel to an input pixel (column, row),
-    and the matrix from an output pixel to a pixel of the image between two moves. See ``augment_groups.randaugment``
-    for the arguments.
+    and the matrix from an output pixel to a pixel of the image between two moves; if there are cutouts, the box of each
+    turn. See ``augment_groups.randaugment`` for the arguments.
     """
     to_pixels = np.array([[size / 2, 0, (size - 1) / 2], [0, size / 2, (size - 1) / 2], [0, 0, 1]])  # from [-1, 1]
     from_pixels = np.linalg.inv(to_pixels)
-    colours, matrices, moves = [], [], []
-    for turn in draw_turns(magnitude, seed, step, places, strength):
+    names = list(operations.arguments)
+    colours, matrices, moves, holes = [], [], [], []
+    for turn in draw_turns(magnitude, seed, step, places, strength, operations):
         applied = turn.applied & (strength > 0)
-        numbers = [
-            COLOURS[NAMES[variant // 2]](float(turn.levels[variant]), turn.factor(variant)) for variant in range(MOVING)
-        ]
+        numbers = [COLOURS[names[variant // 2]](turn.arguments[variant]) for variant in range(MOVING)]
         still = applied & (turn.variants < MOVING)
         colours.append(np.array([*numbers, Colour()])[np.where(still, turn.variants, MOVING)])
-        variants = range(MOVING, 2 * len(NAMES))
-        rows = [[*MOVES[NAMES[variant // 2]](float(turn.signed[variant])), [0, 0, 1]] for variant in variants]
+        variants = range(MOVING, CUTTING)
+        rows = [[*MOVES[names[variant // 2]](turn.arguments[variant]), [0, 0, 1]] for variant in variants]
         matrices.append(np.concatenate([to_pixels @ np.array(rows) @ from_pixels, np.eye(3)[None]]))
-        moves.append(np.where(applied & ~still, turn.variants - MOVING, len(variants)))
+        moves.append(np.where(applied & ~still & (turn.variants < CUTTING), turn.variants - MOVING, len(variants)))
+        if "cutout" in names:
+            holes.append(turn.holes(size) * (strength > 0))
     (first, second), none = moves, len(matrices[0]) - 1
     # The products of all pairs of moves: an output pixel comes from where the first move puts what the second one asks
     # for. If only one of them moves the image, the frame is that of the output.
     products = (matrices[0][:, None] @ matrices[1])[first, second, :2].reshape(-1, MATRIX_VALUES)
     frames = matrices[1][np.where(first == none, none, second), :2].reshape(-1, MATRIX_VALUES)
-    return np.concatenate([*colours, products, frames], axis=1).astype(np.float32)
+    return np.concatenate([*colours, products, frames, *holes], axis=1).astype(np.float32)
 
 
-def randaugment(images: Tensor, values: Tensor) -> Tensor:
+def randaugment(images: Tensor, values: Tensor, operations: OperationSet = TIMM) -> Tensor:
     """RandAugment by the ``values`` (B, V) of :func:`draw_randaugment`: images (B, 3, S, S) uint8 to new ones.
 
     Differs from ``augment_groups.randaugment`` in two ways. Grey levels may be rounded otherwise, by one level. An
-    image that both turns move (one in 36) is interpolated once instead of twice.
+    image that both turns move (one in 36; with BIG_VISION, one in ten) is interpolated once instead of twice.
     """
-    sizes = [*[COLOUR_VALUES] * OPERATIONS, MATRIX_VALUES, MATRIX_VALUES]
-    first, second, matrix, frame = values.split(sizes, dim=1)
+    cuts, chance = "cutout" in operations.arguments, slot_chance(operations)
+    sizes = [*[COLOUR_VALUES] * OPERATIONS, MATRIX_VALUES, MATRIX_VALUES, *[BOX_VALUES] * OPERATIONS * cuts]
+    first, second, matrix, frame, *holes = values.split(sizes, dim=1)
+
+    def cut(x: Tensor, turn: int) -> Tensor:
+        return fill_holes(x.permute(0, 3, 1, 2), holes[turn], operations.padding).permute(0, 2, 3, 1) if cuts else x
+
     x = images.permute(0, 2, 3, 1)  # (B, S, S, 3), as in memory
-    x = _colour(x, Colour(*first.unbind(1)))
-    x = _moved(x, matrix.unflatten(1, (2, 3)), frame.unflatten(1, (2, 3)))
-    return _colour(x, Colour(*second.unbind(1))).permute(0, 3, 1, 2)
+    x = cut(_colour(x, Colour(*first.unbind(1)), chance), 0)
+    x = _moved(x, matrix.unflatten(1, (2, 3)), frame.unflatten(1, (2, 3)), operations.padding)
+    return cut(_colour(x, Colour(*second.unbind(1)), chance), 1).permute(0, 3, 1, 2)
 
 
 def _floor_grey(x: Tensor) -> Tensor:
@@ -149,13 +173,13 @@ def _floor_grey(x: Tensor) -> Tensor:
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
 
 
-def _colour(x: Tensor, colour: Colour) -> Tensor:
-    """The colour operations of one turn: (B, S, S, 3) uint8 to new images."""
+def _colour(x: Tensor, colour: Colour, chance: float) -> Tensor:
+    """The colour operations of one turn: (B, S, S, 3) uint8 to new images. ``chance``: see :func:`slot_chance`."""
     count, size, _, channels = x.shape
     pixels = x.reshape(count, size * size, channels)
     grey = _floor_grey(pixels)  # (B, S·S, 1)
     places = (pixels + 256 * torch.arange(channels, device=x.device)).flatten(1)  # in a table (3, 256): (B, S·S·3)
-    shown, slot, has_slot = _slots(colour.kind > 0, SLOT_CHANCE)
+    shown, slot, has_slot = _slots(colour.kind > 0, chance)
     # A table for each image and channel, (B, 3, 256).
     value = torch.arange(256.0, device=x.device)
     step, added, threshold, gain, mean, kind, factor, rest = (each[:, None, None] for each in colour)
@@ -210,8 +234,8 @@ def _surroundings(x: Tensor) -> Tensor:
     return torch.where((inner[:, None] & inner)[..., None], (around + 4 * pixels) / 13, pixels)
 
 
-def _moved(x: Tensor, matrix: Tensor, frame: Tensor) -> Tensor:
-    """Images (B, S, S, 3) uint8 moved by ``matrix`` (B, 2, 3), bilinear, padded with ImageNet's mean.
+def _moved(x: Tensor, matrix: Tensor, frame: Tensor, padding: Sequence[float] = TIMM.padding) -> Tensor:
+    """Images (B, S, S, 3) uint8 moved by ``matrix`` (B, 2, 3), bilinear, padded with the colour ``padding``.
 
     Pixels that ``frame`` (B, 2, 3) maps out of the image are padded too, or what left the image would return. This is
     ``F.grid_sample`` in a form that a compiler makes one kernel of, from uint8 to uint8: that function takes images and
@@ -231,17 +255,17 @@ def _moved(x: Tensor, matrix: Tensor, frame: Tensor) -> Tensor:
         place = nearest.clamp(0, size - 1)
         weight = (1 - (position - nearest).abs()) * (place == nearest)  # 0 outside of the frame
         neighbours.append((place.unbind(1), weight.unbind(1)))
-    padding = torch.stack([torch.full((), 255 * mean, device=x.device) for mean in IMAGENET_DEFAULT_MEAN])
+    fill = torch.stack([torch.full((), level, device=x.device) for level in padding])
     pixels, total = x.flatten(1, 2), torch.zeros((), device=x.device)
     for (_, row), (_, row_weight) in neighbours:
         for (column, _), (column_weight, _) in neighbours:
             place = (row * size + column).long().flatten(1, 2)
             found = pixels.gather(1, place.expand(-1, -1, channels)).view_as(x)
-            total = torch.addcmul(total, row_weight * column_weight, found - padding)
+            total = torch.addcmul(total, row_weight * column_weight, found - fill)
     between = mapped(frame)
     columns_kept, rows_kept = ((between + 1).clamp(0, 1) * (size - between).clamp(0, 1)).unbind(1)
     total = total * columns_kept * rows_kept
-    return _stored((total + padding).round().clamp(0, 255).to(torch.uint8))
+    return _stored((total + fill).round().clamp(0, 255).to(torch.uint8))
 
 
 # --- three-augment ----------------------------------------------------------------------------------------------------
