@@ -83,6 +83,8 @@ METHODS = {
                               "--unfreeze.probe_batch_size=4"],
     "strength and trilevel": ["--methods=strength,trilevel", "--strength.by=budget", *UPDATES],
     "sizes and strength": ["--methods=image_size,strength", "--augment.randaugment=9"],
+    "mixed sizes": ["--methods=image_size,strength,batch_size", "--image_size.mixed=0.3", "--augment.randaugment=15",
+                    "--augment.randaugment_ops=big_vision", "--augment.crop=tensorflow", "--batch_size.limit=48"],
     "strength and budgeted": ["--methods=strength,budgeted", "--strength.by=budget", "--augment.randaugment=9"],
     "strength and unfreeze": ["--methods=strength,unfreeze", "--strength.by=budget", "--unfreeze.size_multiple=16",
                               "--unfreeze.probe_batch_size=4"],

@@ -26,6 +26,24 @@ class StageForecast:
     end: Progress
 
 
+@dataclass(frozen=True)
+class MixedSpeed:
+    """The mean speed of images that come in several sizes."""
+
+    images_per_second: float
+    steps: float  # for an image
+    flops: float  # of an image
+
+
+def mixture(parts: Sequence[tuple[Speed, float]]) -> MixedSpeed:
+    """The speed of images of which each part, a fraction, has a speed of its own."""
+    return MixedSpeed(
+        1 / sum(share / speed.images_per_second for speed, share in parts),
+        sum(share / speed.batch_size for speed, share in parts),
+        sum(share * speed.flops for speed, share in parts),
+    )
+
+
 def spend(
     stages: Sequence[Stage], budget: Length, images: int, speeds: Mapping[int, Speed], used: float = 0.0
 ) -> tuple[StageForecast, ...]:
@@ -35,11 +53,11 @@ def spend(
     """
     at, spent = Progress(), []
     for stage in stages:
-        speed = speeds[stage.size]
+        speed = mixture([(speeds[size], share) for size, share in stage.shares])
         # How much of each kind of length passes in a second.
         rates = {
             "epochs": speed.images_per_second / images,
-            "steps": speed.images_per_second / speed.batch_size,
+            "steps": speed.images_per_second * speed.steps,
             "seconds": 1.0,
             "flops": speed.images_per_second * speed.flops,
         }
