@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.positions import Grid
+from vitlocal.models.rope import rotate, rotations
 from vitlocal.models.token_selection import RemainingTokens, count_prefix_tokens, prune_tokens
 from vitlocal.plan import Shape, StageEmbedding
 
@@ -39,6 +40,7 @@ class BlockShape:
     """The sizes and options of a block: width D, heads, hidden width of the feed-forward part.
 
     ``proj_drop``, ``attn_drop``: dropout rates. ``init_values``: initial factors of LayerScale; None: no LayerScale.
+    ``qk_norm``: LayerNorm of queries and keys. ``learns_rope``: attention has frequencies of rotary positions.
     """
 
     dim: int
@@ -49,6 +51,8 @@ class BlockShape:
     proj_drop: float = 0.0
     attn_drop: float = 0.0
     init_values: float | None = None
+    qk_norm: bool = False
+    learns_rope: bool = False
 
 
 def linear_slice(layer: nn.Linear, inputs: Tensor, rows: int | None = None) -> Tensor:
@@ -71,7 +75,12 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D). The first ``active_heads`` heads run."""
+    """Multi-head self-attention over tokens (B, T, D). The first ``active_heads`` heads run.
+
+    A ``rotation`` is the block's :func:`rotations`, by which rotary positions turn queries and keys; None: no turn.
+    """
+
+    freqs: nn.Parameter | None  # (M, 2, d/2), of rope="mixed"
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
@@ -81,9 +90,23 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(shape.attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(shape.proj_drop)
+        width = dim // shape.num_heads
+        self.q_norm, self.k_norm = (nn.LayerNorm(width, eps=1e-6) if shape.qk_norm else None for _ in range(2))
+        frequencies = nn.Parameter(torch.empty(shape.num_heads, 2, width // 2)) if shape.learns_rope else None
+        self.register_parameter("freqs", frequencies)
 
-    def project_qkv(self, tokens: Tensor, parts: slice = slice(3)) -> tuple[Tensor, ...]:
-        """Returns queries, keys and values (or the ``parts`` of these) of the active heads, (B, M, T, d) each."""
+    def rotation(self, shared: Tensor | None, kept: Tensor | None, grid: Grid) -> Tensor | None:
+        """Returns :func:`rotations` of the active heads, or None if ``shared`` is None: no rotary positions."""
+        frequencies = None if self.freqs is None else self.freqs[: self.active_heads]
+        return None if shared is None else rotations(shared, frequencies, kept, grid[0] * grid[1])
+
+    def project_qkv(
+        self, tokens: Tensor, parts: slice = slice(3), rotation: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Returns queries, keys and values (or the ``parts`` of these) of the active heads, (B, M, T, d) each.
+
+        Queries and keys are normalised, if the model does so, and rotated.
+        """
         batch, count, dim = tokens.shape
         if self.active_heads == self.num_heads and parts == slice(3):
             qkv = self.qkv(tokens)
@@ -93,29 +116,44 @@ class Attention(nn.Module):
             if bias is not None:
                 bias = bias.view(3, self.num_heads, -1)[parts, : self.active_heads].reshape(-1)
             qkv = F.linear(tokens, weight, bias)
-        return qkv.view(batch, count, -1, self.active_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        shape = batch, count, -1, self.active_heads, dim // self.num_heads
+        found = list(qkv.view(shape).permute(2, 0, 3, 1, 4).unbind(0))
+        norms: Any = (self.q_norm, self.k_norm)
+        for place, norm in enumerate(norms[parts]):
+            if norm is not None:  # it gives float32 on a GPU under autocast
+                found[place] = norm(found[place]).to(qkv.dtype)
+            if rotation is not None:
+                found[place] = rotate(found[place], rotation)
+        return tuple(found)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""
-        query, key, value = self.project_qkv(tokens)
+        query, key, value = self.project_qkv(tokens, rotation=rotation)
         rate = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)  # (B, M, T, d)
         return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2)))
 
-    def forward_with_weights(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_weights(
+        self, tokens: Tensor, mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns :meth:`forward`'s result and each head's attention before dropout, (B, M, T, T). Slower."""
-        query, key, value = self.project_qkv(tokens)
+        query, key, value = self.project_qkv(tokens, rotation=rotation)
         attention = attention_weights(query, key, mask)
         mixed = self.attn_drop(attention.to(value.dtype)) @ value
         return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))), attention
 
-    def patch_attention(self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> Tensor:
+    def patch_attention(
+        self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int, has_class_token: bool,
+        rotation: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Returns the class token's attention to each patch, averaged over heads: (B, N).
 
         Without a class token: the attention of all tokens to each patch, summed.
         """
-        rows = slice(0, 1) if num_prefix_tokens else slice(None)
-        (query,), (key,) = self.project_qkv(tokens[:, rows], slice(0, 1)), self.project_qkv(tokens, slice(1, 2))
+        rows = slice(0, 1) if has_class_token else slice(None)
+        own = None if rotation is None else rotation[..., rows, :, :]
+        (query,) = self.project_qkv(tokens[:, rows], slice(0, 1), own)
+        (key,) = self.project_qkv(tokens, slice(1, 2), rotation)
         attention = attention_weights(query, key, None if mask is None else mask[:, :, rows])  # (B, M, 1 or T, T)
         return attention.mean(dim=1).sum(dim=1)[:, num_prefix_tokens:]
 
@@ -153,28 +191,36 @@ class Block(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens) -> Tensor:
-        """``scales`` (2, B, 1, 1): drop path's factors for attention and feed-forward; None keeps the branches."""
+    def forward(
+        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, rope: Tensor | None = None
+    ) -> Tensor:
+        """``scales`` (2, B, 1, 1): drop path's factors for attention and feed-forward; None keeps the branches.
+
+        ``rope``: what rotary positions of all blocks share, see :func:`rope_constant`; None: there are none.
+        """
         attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
-        tokens = add_branch(tokens, self.ls1(self.attn(self.norm1(tokens), remaining.mask)), attention_scale)
+        rotation = self.attn.rotation(rope, remaining.indices, grid)
+        tokens = add_branch(tokens, self.ls1(self.attn(self.norm1(tokens), remaining.mask, rotation)), attention_scale)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices)
 
     @torch.compiler.nested_compile_region
     def forward_once_compiled(
-        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens
+        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, rope: Tensor | None = None
     ) -> Tensor:
         """As :meth:`forward`. ``torch.compile`` compiles it once for all blocks that differ only in their weights."""
-        return self.forward(tokens, grid, scales, remaining)
+        return self.forward(tokens, grid, scales, remaining, rope)
 
     def forward_pruned(
-        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, shape: Shape
-    ) -> tuple[Tensor, RemainingTokens]:
+        self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, rope: Tensor | None,
+        shape: Shape, has_class_token: bool,
+    ) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
         """As :meth:`forward`, but drops tokens and connections after the attention, which chooses them."""
         attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
         num_prefix_tokens = count_prefix_tokens(tokens, grid, remaining.indices)
-        branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask)
+        rotation = self.attn.rotation(rope, remaining.indices, grid)
+        branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask, rotation)
         tokens = add_branch(tokens, self.ls1(branch), attention_scale)
-        tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens)
+        tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens, has_class_token)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining
 
 

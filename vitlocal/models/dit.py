@@ -23,8 +23,8 @@ from vitlocal.models.block import Attention, BlockModel, BlockShape, check_count
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.positions import Grid, resample_positions, sincos_table
+from vitlocal.models.stem import PatchEmbed
 from vitlocal.models.timm_model import register_family
-from vitlocal.models.vit import PatchEmbed
 from vitlocal.plan import Shape
 
 FREQUENCIES = 128  # of the timestep embedding, each with a cosine and a sine

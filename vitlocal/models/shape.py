@@ -152,6 +152,8 @@ def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
             for parameter in module.qkv.parameters():
                 yield ParameterSlices(parameter, "heads", (3, heads, dim // heads, *parameter.shape[1:]))
             yield ParameterSlices(module.proj.weight, "heads", (dim, heads, dim // heads), outgoing=True)
+            if module.freqs is not None:
+                yield ParameterSlices(module.freqs, "heads", (1, *module.freqs.shape))
         elif isinstance(module, SLICED):
             for name, parameter in module.named_parameters():
                 if name.startswith(("fc1.", "conv.")):
@@ -264,8 +266,10 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
             fold_stage(state, row, table[-1])
         else:
             first = 1 if model.stage_embedding.tokens == "class" else None  # resampling keeps a constant
-            state["pos_embed"] = state["pos_embed"].clone()
-            state["pos_embed"][:, :first] += row
+            changed = {"cls_token"} if first else {"cls_token", "reg_token", "patch_embed.proj.bias"}
+            for name in {"pos_embed"} if "pos_embed" in state else changed & state.keys():
+                state[name] = state[name].clone()
+                (state[name][:, :first] if name == "pos_embed" else state[name]).add_(row)
     found = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.")}
     for place, index in enumerate(model.active.block_order):
         for name in model.blocks[index].state_dict():

@@ -58,7 +58,8 @@ class BlockOutputs(BlockModel):
         final = self._features(x, None, outputs=outputs, stop=last + 1 if stop_early or intermediates_only else None)[0]
         found = [self.norm(outputs[index]) if norm else outputs[index] for index in taken]
         layers: list[Any] = [tokens[:, self.num_prefix_tokens :] for tokens in found]
-        prefixes = [tokens[:, :1] for tokens in found] if return_prefix_tokens and self.num_prefix_tokens else []
+        prefix = self.num_prefix_tokens
+        prefixes = [tokens[:, :prefix] for tokens in found] if return_prefix_tokens and prefix else []
         if output_fmt == "NCHW":
             window = center_window(self.patch_embed.grid_of(*x.shape[2:]), self.active.grid)
             grid = [side.stop - side.start for side in window]
@@ -105,10 +106,12 @@ class TimmModel(BlockOutputs):
     """A classifier whose ``forward`` is ``forward_head(forward_features(images))``. Subclasses set ``head``."""
 
     head: nn.Module
+    reg_token: nn.Parameter | None  # (1, registers, D)
+    pos_embed: nn.Parameter | None  # (1, prefix tokens + H·W, D)
 
     def __init__(
         self, num_classes: int, num_features: int, in_chans: int, pool: str | None, class_token: bool | None,
-        global_pool: str | None, drop_rate: float, init: str, drops_out: bool,
+        global_pool: str | None, drop_rate: float, init: str, drops_out: bool, reg_tokens: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.drops_out = drops_out or drop_rate > 0
@@ -121,7 +124,8 @@ class TimmModel(BlockOutputs):
         check_choice("pool", pool, ("token", "avg"))
         agrees = class_token in (None, pool == "token")
         check_option("class_token", class_token, agrees, f"{pool == 'token'} with pool={pool!r}; leave out one of both")
-        self.num_prefix_tokens = int(pool == "token")
+        self.has_class_token, self.num_reg_tokens = pool == "token", reg_tokens
+        self.num_prefix_tokens = self.has_class_token + reg_tokens
         self._set_pool(pool if global_pool is None else global_pool)
         self._head_drop = nn.Dropout(drop_rate)
         self._init = init
@@ -143,12 +147,15 @@ class TimmModel(BlockOutputs):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters that need no weight decay, apart from norms and biases."""
-        has_stages = getattr(self, "stage_table", None) is not None
-        return {"pos_embed", "cls_token", *(["stage_table"] if has_stages else [])}
+        further = ("stage_table", "reg_token", "freqs")  # the last one in each block
+        found = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in further}
+        return {"pos_embed", "cls_token"} | found
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns patterns that group parameters by depth."""
-        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
+        return dict(
+            stem=r"^cls_token|reg_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        )
 
     def get_classifier(self) -> nn.Module:
         """Returns the head."""
@@ -173,7 +180,7 @@ class TimmModel(BlockOutputs):
         check_option("patch_size", patch_size, patch[0] == patch[1], "a square patch, such as 16")
         size = [count * side for count in before] if img_size is None else to_2tuple(img_size)
         embed.set_input_size(*size, patch[0])
-        if embed.grid_size != before:
+        if embed.grid_size != before and table is not None:
             resampled = resample_positions(table, before, embed.grid_size).detach()
             self.pos_embed = nn.Parameter(resampled, table.requires_grad)
         for info in self.feature_info:
@@ -182,8 +189,8 @@ class TimmModel(BlockOutputs):
         record_options(self, img_size=tuple(size), patch_size=patch[0])
 
     def _set_pool(self, global_pool: str) -> None:
-        choices = ("token",) * self.num_prefix_tokens + ("avg", "max", "avgmax", "")
-        hint = "" if self.num_prefix_tokens else "; this model has no class token"
+        choices = ("token",) * self.has_class_token + ("avg", "max", "avgmax", "")
+        hint = "" if self.has_class_token else "; this model has no class token"
         check_option("global_pool", global_pool, global_pool in choices, f"one of {choices}{hint}")
         self.global_pool = global_pool
 
@@ -240,7 +247,10 @@ def _entry_point(
 
     def create(pretrained: bool = False, **options: Any) -> BlockModel:
         placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
-        overlay = adapted | (options.pop("pretrained_cfg_overlay", None) or {})  # older runs do not name these parts
+        first = {"first_conv": "patch_embed.convs.0"} if options.get("stem") == "conv" else {}
+        overlay = (
+            adapted | first | (options.pop("pretrained_cfg_overlay", None) or {})
+        )  # older runs do not name these parts
         features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
         options.pop("dynamic_img_size", None)  # all our models take images of any size
         if options.get("features_only") and not adapted:

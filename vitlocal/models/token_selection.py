@@ -2,14 +2,14 @@
 
 Patch dropout keeps random tokens instead.
 
-Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (0 or 1), n kept patch tokens, G masks.
+Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (class token, then registers), n
+kept patch tokens, G masks.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitlocal.models.positions import Grid
@@ -42,6 +42,12 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))  # stores no index for each channel
 
 
+def token_rows(indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Returns the places of the prefix tokens and the patch tokens ``indices`` (B, n) among all tokens: (B, P + n)."""
+    prefix = torch.arange(num_prefix_tokens, device=indices.device).expand(len(indices), -1)
+    return torch.cat([prefix, indices + num_prefix_tokens], dim=1)
+
+
 def scatter_tokens(tokens: Tensor, indices: Tensor, count: int) -> Tensor:
     """Puts patch tokens (B, n, C) at their ``indices`` among ``count``, and zeros elsewhere: (B, count, C)."""
     whole = tokens.new_zeros(tokens.shape[0], count, tokens.shape[2])
@@ -63,7 +69,7 @@ def drop_patches(tokens: Tensor, rate: float, num_prefix_tokens: int) -> tuple[T
 def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Tensor:
     """Returns the mask (B, G, T, T) that keeps, for each patch token, the fraction ``rate`` of its strongest patches.
 
-    A class token attends to all tokens, and all attend to it.
+    Prefix tokens attend to all tokens, and all attend to them.
     """
     patches = attention[..., num_prefix_tokens:, num_prefix_tokens:]  # (B, G, n, n)
     # By index, not by threshold: attention that was masked before is zero, and many zeros are equal.
@@ -75,12 +81,14 @@ def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Te
 
 
 def prune_tokens(
-    tokens: Tensor, attention: Tensor, before: RemainingTokens, shape: Shape, num_prefix_tokens: int
-) -> tuple[Tensor, RemainingTokens]:
+    tokens: Tensor, attention: Tensor, before: RemainingTokens, shape: Shape, num_prefix_tokens: int,
+    has_class_token: bool = True,
+) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
     """Drops tokens (B, T, D) and connections by ``attention`` (B, M, T, T), which carries no gradient.
 
-    Keeps the patch tokens to which the class token attends most. Without a class token, the attention of all tokens
-    counts, as in the released code for Swin. Dropped tokens are not merged into others (as in the released code).
+    Keeps the patch tokens to which the class token, the first of prefix tokens, attends most. Without one, the
+    attention of all tokens counts, as in the released code for Swin. Dropped tokens are not merged into others (as in
+    the released code).
     """
     attention = attention.detach()
     mean = attention.mean(dim=1, keepdim=True)  # over heads
@@ -88,10 +96,11 @@ def prune_tokens(
     indices, keep = before.indices, keep_count(count, shape.token_keep_rate)
     attention = attention if shape.per_head_masks else mean
     if keep < count:
-        scores = mean[:, 0, 0, 1:] if num_prefix_tokens else mean[:, 0].sum(dim=1)  # (B, n)
+        by_class = num_prefix_tokens and has_class_token
+        scores = (mean[:, 0, 0] if by_class else mean[:, 0].sum(dim=1))[:, num_prefix_tokens:]  # (B, n)
         chosen = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (B, keep), among those that remain
         indices = chosen if indices is None else indices.gather(1, chosen)
-        chosen = F.pad(chosen + num_prefix_tokens, (num_prefix_tokens, 0))  # with the class token, at 0
+        chosen = token_rows(chosen, num_prefix_tokens)
         tokens = gather_tokens(tokens, chosen)
         rows = chosen[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
         attention = attention.gather(2, rows)

@@ -1,70 +1,28 @@
 """The Vision Transformer that the families share. A family adds the feed-forward part of its blocks.
 
-Shapes: B batch, S input size, P patch side, (h, w) token grid of the input, (H, W) full grid of the
-position table, N = h·w patch tokens, T tokens in all (N, or N + 1 with a class token), D width, M heads,
-d head width, L depth.
+Shapes: B batch, S input size, (h, w) token grid of the input, (H, W) full grid of the
+position table, N = h·w patch tokens, P prefix tokens (class token, then registers), T = P + N tokens in
+all, D width, M heads, d head width, L depth.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import Block, BlockShape, check_choice, check_count, check_option
+from vitlocal.models.block import Attention, Block, BlockShape, check_choice, check_count, check_option
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
+from vitlocal.models.rope import THETA, mixed_frequencies, shared_rotations
+from vitlocal.models.stem import STEMS
 from vitlocal.models.timm_model import TimmModel, init_linear
 from vitlocal.models.token_selection import ALL_TOKENS, drop_patches
 from vitlocal.plan import Shape
-
-
-class PatchEmbed(nn.Module):
-    """Maps each patch of P × P pixels of images (B, C, S, S) to a token: (B, N, D), contiguous.
-
-    One matrix product over patches: 1.1 to 2.2 times as fast as PyTorch's convolution on a CPU.
-    """
-
-    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size = (patch_size, patch_size)
-        self.grid_size = self.grid_of(*img_size)  # (H, W)
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)  # only its weights are used
-
-    def grid_of(self, height: int, width: int, patch: int | None = None) -> tuple[int, int]:
-        """Returns the token grid of images of this size; :class:`ConfigError` unless the ``patch`` divides it."""
-        patch = patch or self.patch_size[0]
-        if height % patch or width % patch or not height or not width:
-            nearest = "x".join(str(max(patch, round(side / patch) * patch)) for side in (height, width))
-            text = f"the patch of {patch}x{patch} pixels must divide it; use {nearest}, or another patch_size"
-            raise ConfigError(f"image size {height}x{width}: {text}")
-        # While compiling, sizes may be symbols. index() makes them constants, as the matrix of each grid is.
-        return operator.index(height // patch), operator.index(width // patch)
-
-    @torch.no_grad()
-    def set_input_size(self, height: int, width: int, patch: int) -> None:
-        """Sets the sizes of images and patches, px. The weights are resampled as in timm (arXiv 2212.08013)."""
-        self.grid_size = self.grid_of(height, width, patch)  # raises before anything changes
-        if patch != self.patch_size[0]:
-            weight = self.proj.weight
-            self.proj.weight = nn.Parameter(resample_patch_embed(weight, [patch, patch]), weight.requires_grad)
-            self.patch_size = self.proj.kernel_size = self.proj.stride = (patch, patch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        batch, channels, height, width = images.shape
-        side = self.patch_size[0]
-        rows, columns = height // side, width // side
-        strips = images.permute(0, 2, 3, 1).reshape(batch, rows, side, columns, side * channels)
-        patches = strips.transpose(2, 3).reshape(batch, rows * columns, side * side * channels)  # the only copy
-        weight = self.proj.weight.permute(0, 2, 3, 1).reshape(len(self.proj.weight), -1)  # (D, P·P·C)
-        return F.linear(patches, weight, self.proj.bias)
 
 
 class VisionTransformer(TimmModel):
@@ -96,10 +54,20 @@ class VisionTransformer(TimmModel):
     - ``pruned_blocks``: these blocks keep the fraction ``token_keep_rate`` of the patch tokens. From there on, each
       token attends to the fraction ``attention_keep_rate`` of them, by one mask for all heads or, with
       ``per_head_masks``, by one for each. See :mod:`vitlocal.models.token_selection`.
+    - ``rope``: rotary positions, "axial" or "mixed", see :mod:`vitlocal.models.rope`; None: none. ``rope_theta``: the
+      wavelengths reach 2π·theta patches; None: the paper's 100 and 10.
+    - ``rope_coordinates``: what coordinates count in. "patches" of the input, as the paper: larger images have larger
+      angles. "grid", the default: patches of the full grid, to which other grids are scaled, so that a curriculum keeps
+      the angles.
+    - ``use_abs_pos_emb``: timm's name for whether there is a position table.
+    - ``qk_norm``: LayerNorm of queries and keys, per head, as in timm (Dehghani et al. 2023, arXiv 2302.05442).
+    - ``reg_tokens``: number of register tokens after the class token (Darcet et al. 2023, arXiv 2309.16588). As in
+      timm, each has a row of the table, which is a part of its value.
+    - ``stem``: "patch", :class:`PatchEmbed`, or "conv", :class:`ConvStem`.
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
     """
 
-    cls_token: nn.Parameter | None
+    cls_token: nn.Parameter | None  # (1, 1, D)
     drop_path_rates: Tensor
     takes_noise = True
 
@@ -134,12 +102,23 @@ class VisionTransformer(TimmModel):
         per_head_masks: bool = False,
         center_grid: int | None = None,
         pruned_blocks: Sequence[int] = (),
+        rope: str | None = None,
+        rope_theta: float | None = None,
+        rope_coordinates: str | None = None,
+        use_abs_pos_emb: bool = True,
+        qk_norm: bool = False,
+        reg_tokens: int = 0,
+        stem: str = "patch",
     ) -> None:
         check_count("num_classes", num_classes, least=0)
+        check_count("reg_tokens", reg_tokens, least=0)
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in counts.items():
             check_count(name, value)
-        for name, flag in dict(qkv_bias=qkv_bias, train_pos_embed=train_pos_embed).items():
+        flags = dict(
+            qkv_bias=qkv_bias, train_pos_embed=train_pos_embed, use_abs_pos_emb=use_abs_pos_emb, qk_norm=qk_norm
+        )
+        for name, flag in flags.items():
             check_option(name, flag, isinstance(flag, bool), "true or false")  # the string "false" would count as true
         check_choice("activation", activation, tuple(ACTIVATIONS))
         rates = dict(
@@ -151,9 +130,15 @@ class VisionTransformer(TimmModel):
         scales = init_values is None or init_values > 0
         check_option("init_values", init_values, scales, "a positive number, or None for no LayerScale")
         drops_out = max(proj_drop_rate, attn_drop_rate, patch_drop_rate) > 0
-        super().__init__(num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init, drops_out)
+        super().__init__(
+            num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init, drops_out, reg_tokens
+        )
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
+        check_choice("stem", stem, tuple(STEMS))
+        no_table_set = train_pos_embed and pos_embed_init == "random"
+        fits = use_abs_pos_emb or no_table_set
+        check_option("use_abs_pos_emb", use_abs_pos_emb, fits, "true, because other options set the table")
         hidden = int(embed_dim * mlp_ratio)
         check_option("mlp_ratio", mlp_ratio, hidden >= 1, "a positive number")
         sides: Any = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
@@ -162,17 +147,24 @@ class VisionTransformer(TimmModel):
             raise ConfigError(f"model option pos_embed_init=sincos: embed_dim={embed_dim} must be a multiple of 4")
         of_heads = f"a multiple of {num_heads}, because num_heads={num_heads} heads have the same width"
         check_option("embed_dim", embed_dim, embed_dim % num_heads == 0, of_heads)
+        width = embed_dim // num_heads
+        self._set_rope(rope, rope_theta, rope_coordinates, width)
 
         self.drop_path_rate = drop_path_rate
         self._pos_embed_init, self._patch_drop_rate = pos_embed_init, patch_drop_rate
         self._drops_in_blocks = proj_drop_rate > 0 or attn_drop_rate > 0
-        self.patch_embed = PatchEmbed(sides, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.num_prefix_tokens else None
+        self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.has_class_token else None
+        registers = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.register_parameter("reg_token", registers)
         grid = self.patch_embed.grid_size
         rows = grid[0] * grid[1] + self.num_prefix_tokens
-        self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim), requires_grad=train_pos_embed)
+        self.pos_embed = None
+        if use_abs_pos_emb:
+            self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim), requires_grad=train_pos_embed)
         sizes = embed_dim, num_heads, hidden
-        shape = BlockShape(*sizes, qkv_bias, activation, proj_drop_rate, attn_drop_rate, init_values)
+        drops = proj_drop_rate, attn_drop_rate
+        shape = BlockShape(*sizes, qkv_bias, activation, *drops, init_values, qk_norm, rope == "mixed")
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
         # A region that is compiled once may neither update statistics nor draw random numbers.
         has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.blocks.modules())
@@ -190,6 +182,20 @@ class VisionTransformer(TimmModel):
         self.register_buffer("drop_path_rates", torch.linspace(0, drop_path_rate, depth), persistent=False)
         self.init_weights()
 
+    def _set_rope(self, rope: str | None, theta: float | None, coordinates: str | None, width: int) -> None:
+        """Checks and keeps the options of rotary positions. ``width``: of a head."""
+        if rope is None:
+            for name, value in dict(rope_theta=theta, rope_coordinates=coordinates).items():
+                check_option(name, value, value is None, "None without rope, which has no rotary positions")
+        else:
+            check_choice("rope", rope, tuple(THETA))
+            check_option("rope", rope, width % 4 == 0, f"None: heads are {width} wide, not a multiple of 4")
+            check_choice("rope_coordinates", coordinates or "grid", ("grid", "patches"))
+            theta = THETA[rope] if theta is None else theta
+            check_option("rope_theta", theta, theta > 0, "a positive number")
+        self._rope, self._rope_theta, self._head_width = rope, theta, width
+        self._scales_rope = coordinates != "patches"
+
     def train(self, mode: bool = True) -> VisionTransformer:
         """As in PyTorch, but the BatchNorms of a frozen block keep their statistics and normalise by them."""
         super().train(mode)
@@ -206,22 +212,33 @@ class VisionTransformer(TimmModel):
     def init_weights(self) -> None:
         """Draws the initial weights, see ``init``. Norms and convolutions keep their values."""
         xavier = self._init == "xavier"
-        for table in (self.pos_embed, self.cls_token):
+        for table in (self.pos_embed, self.cls_token, self.reg_token):
             if table is not None:
                 nn.init.xavier_normal_(table) if xavier else nn.init.trunc_normal_(table, std=0.02)
-        if self._pos_embed_init == "sincos":
+        if self._pos_embed_init == "sincos" and self.pos_embed is not None:
             waves = sincos_table(self.patch_embed.grid_size, self.embed_dim)
-            self.pos_embed.zero_()[0, -len(waves) :] = waves  # the class token's row stays zero
+            self.pos_embed.zero_()[0, -len(waves) :] = waves  # the prefix tokens' rows stay zero
         for name, module in self.named_modules():
             if xavier and name.endswith("attn.qkv"):
                 for part in module.weight.chunk(3):  # three layers in one: each has its own fan-out
                     nn.init.xavier_normal_(part)
             elif isinstance(module, nn.Linear):
                 init_linear(module, self._init)
+            elif isinstance(module, Attention) and module.freqs is not None:
+                module.freqs.copy_(mixed_frequencies(module.num_heads, self._head_width, self._rope_theta or 0))
 
-    def positions(self, grid: Grid) -> Tensor:
-        """Returns the position table at ``grid``: (1, T, D). The class token's row comes first, unchanged."""
-        return resample_positions(self.pos_embed, self.patch_embed.grid_size, grid)
+    def positions(self, grid: Grid) -> Tensor | None:
+        """Returns the position table at ``grid``: (1, T, D). The prefix tokens' rows come first, unchanged."""
+        return None if self.pos_embed is None else resample_positions(self.pos_embed, self.patch_embed.grid_size, grid)
+
+    def _shared_rotations(self, images: Tensor, tokens: Tensor) -> Tensor | None:
+        """Returns what rotary positions of all blocks share, see :func:`rope_constant`; None without these."""
+        if self._rope is None or self._rope_theta is None:
+            return None
+        grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
+        axial = (self._head_width, self._rope_theta) if self._rope == "axial" else None
+        unit = self.patch_embed.grid_size if self._scales_rope else grid
+        return shared_rotations(tokens, grid, unit, self.active.grid, self.num_prefix_tokens, axial)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Returns tokens (B, T, D) with their positions added, and their grid (h, w).
@@ -229,23 +246,26 @@ class VisionTransformer(TimmModel):
         Tokens keep the type of the matrix product over patches, so under bfloat16 autocast the residual stream is
         bfloat16. It stays float32 under float16 autocast: float16 has a smaller range, which its sums might exceed.
         """
-        channels, prefix = self.patch_embed.proj.in_channels, self.num_prefix_tokens
+        channels, prefix = self.in_chans, self.num_prefix_tokens
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (batch, {channels}, height, width)")
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
         positions = self.positions(grid)  # (1, T, D)
         rows, columns = center_window(grid, self.active.grid)
-        if self.active.crop_before_embedding:
+        if self.active.crop_before_embedding and self.patch_embed.crops_exactly:
             side = self.patch_embed.patch_size[0]
             images = images[..., rows.start * side : rows.stop * side, columns.start * side : columns.stop * side]
             tokens = self.patch_embed(images)  # (B, N, D)
         else:
             tokens = crop_tokens(self.patch_embed(images), grid, rows, columns)
-        stream = positions.dtype if tokens.dtype == torch.float16 else tokens.dtype
-        tokens = tokens + crop_tokens(positions[:, prefix:].to(stream), grid, rows, columns)
-        if self.cls_token is not None:
-            token = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
-            tokens = torch.cat([token.to(tokens.dtype), tokens], dim=1)
+        tokens = tokens.to(self.patch_embed.proj.weight.dtype) if tokens.dtype == torch.float16 else tokens
+        if positions is not None:
+            tokens = tokens + crop_tokens(positions[:, prefix:].to(tokens.dtype), grid, rows, columns)
+        first: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if first:
+            token = torch.cat(first, dim=1) if len(first) > 1 else first[0]
+            token = token if positions is None else token + positions[:, :prefix]
+            tokens = torch.cat([token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return tokens, (rows.stop - rows.start, columns.stop - columns.start)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
@@ -283,6 +303,7 @@ class VisionTransformer(TimmModel):
         Only the first ``stop`` blocks run (None: all). Their outputs are appended to ``outputs``.
         """
         tokens, grid = self.embed(images)
+        rope = self._shared_rotations(images, tokens)
         order = self.active.block_order[:stop]
         scales: Sequence[Tensor | None] = [None] * len(order)
         if self.training and self.drop_path_rate > 0:
@@ -296,10 +317,13 @@ class VisionTransformer(TimmModel):
             block: Any = self.blocks[index]
             if with_attention and place == len(order) - 1:
                 with torch.no_grad():
-                    attention = block.attn.patch_attention(block.norm1(tokens), remaining.mask, self.num_prefix_tokens)
-            operands = tokens, grid, scale, remaining
+                    attention = block.attn.patch_attention(
+                        block.norm1(tokens), remaining.mask, self.num_prefix_tokens, self.has_class_token,
+                        block.attn.rotation(rope, remaining.indices, grid),
+                    )  # fmt: skip
+            operands = tokens, grid, scale, remaining, rope
             if place in self.active.pruned_blocks:
-                tokens, remaining = block.forward_pruned(*operands, self.active)
+                tokens, remaining = block.forward_pruned(*operands, self.active, self.has_class_token)
             elif self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=self._drops_in_blocks)
             elif nests:

@@ -1,0 +1,162 @@
+"""Options of the trunk: norms of queries and keys, registers, no position table, a convolutional stem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from narrow_models import narrow
+
+from vitlocal.errors import ConfigError
+from vitlocal.models.counts import count_macs
+from vitlocal.models.factory import export_model
+from vitlocal.models.shape import add_stage_table, set_shape, set_trainable
+from vitlocal.plan import Shape, StageEmbedding
+from vitlocal.train.optim import build_optimizer
+
+NAMES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
+SIZES = dict(embed_dim=32, depth=2, num_heads=2)
+ALL = dict(rope="mixed", qk_norm=True, reg_tokens=3, stem="conv", use_abs_pos_emb=False, init_values=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_norms_and_registers_equal_timms():
+    options = dict(qk_norm=True, reg_tokens=4, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+    ours = timm.create_model("vitlocal_deit_tiny_patch16_224", **options).eval()
+    theirs = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, **options).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+        ours.load_state_dict(theirs.state_dict())  # the same names and shapes
+        for side in (224, 64):
+            images = torch.randn(2, 3, side, side)
+            torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-4)
+    assert ours.num_prefix_tokens == theirs.num_prefix_tokens == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_registers_are_no_patches(name, pool):
+    model, images = narrow(name, pool=pool, reg_tokens=2, depth=3).eval(), torch.randn(2, 3, 32, 48)
+    first = 2 + (pool == "token")
+    tokens = model.forward_features(images)
+    assert tokens.shape == (2, first + 24, 32) and model.pos_embed.shape[1] == first + 64
+    read = tokens[:, 0] if pool == "token" else tokens[:, 2:].mean(dim=1)
+    torch.testing.assert_close(model(images), model.head(read))
+    attention = model.forward_with_attention_variance(images)[1]
+    assert attention.shape == (2,) and attention.isfinite().all()
+    _, (last,) = model.forward_intermediates(images, 1, return_prefix_tokens=True)
+    assert last[0].shape == (2, 32, 4, 6) and last[1].shape == (2, first, 32)
+    if name == NAMES[2]:
+        return
+    expected = model(images)
+    model.active = replace(model.active, pruned_blocks=(1,))  # the path that selects tokens, keeping all
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    set_shape(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.5, pruned_blocks=(0, 1)))
+    assert model.forward_features(images).shape == (2, first + 6, 32)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_the_convolutional_stem(patch):
+    model = narrow(NAMES[0], stem="conv", patch_size=patch, img_size=64).eval()
+    stem, images = model.patch_embed, torch.randn(2, 3, 64, 32)
+    assert stem(images).shape == (2, 64 // patch * 32 // patch, 32) and stem(images).is_contiguous()
+    reference = stem.proj(stem.convs(images)).flatten(2).mT
+    torch.testing.assert_close(stem(images), reference, rtol=1e-4, atol=1e-5)
+    widths = [layer.out_channels for layer in stem.convs if isinstance(layer, torch.nn.Conv2d)]
+    assert widths == [32 >> place for place in reversed(range(len(widths)))] and 2 ** len(widths) == patch
+    sides = [64 >> (place + 1) for place in range(len(widths))]
+    macs = sum(9 * a * b * s * s for a, b, s in zip([3, *widths], widths, sides, strict=False))
+    plain = count_macs(narrow(NAMES[0], patch_size=patch, img_size=64), 64) - 3 * 64 * 64 * 32
+    assert count_macs(model, 64) == plain + macs + 32 * 32 * (64 // patch) ** 2
+    expected = model(images)
+    torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), expected)
+    set_shape(model, Shape(grid=2))
+    inner = model(images)
+    set_shape(model, Shape(grid=2, crop_before_embedding=True))  # the tokens are those of the whole image
+    assert torch.equal(model(images), inner)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_options_together_train_and_come_back(name, tmp_path):
+    model = narrow(name, drop_path_rate=0.2, **ALL)
+    assert "pos_embed" not in model.state_dict()
+    model.train()(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    unused = ("blocks.1.mlp.", "blocks.1.ls2.") if name != NAMES[1] else ()  # see test_models.py
+    missing = {n for n, p in model.named_parameters() if not p.grad.any() and not n.startswith(unused)}
+    assert not missing
+    export_model(tmp_path, model, name, SIZES | ALL, [*"abcdefg"], size=64, crop_pct=0.9)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model.eval()(images))
+    grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, img_size=96)
+    assert grey.patch_embed.convs[0].weight.shape[1] == 1 and grey.patch_embed.grid_size == (12, 12)
+    assert {"reg_token", "blocks.1.attn.freqs"} < model.no_weight_decay()
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    grouped = sorted(name for group in groups.values() for name in group)
+    assert grouped == sorted(name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_only_matrices_of_blocks_decay_or_go_to_muon(kind):
+    model = narrow(NAMES[0], **ALL)
+    optimizer = build_optimizer(model, kind, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert not [n for n in decayed if n.endswith(("freqs", "token", "norm.weight", "bias", "gamma"))]
+    assert {"patch_embed.convs.0.weight", "patch_embed.proj.weight"} < decayed
+    if kind == "muon":
+        muon = optimizer.members[1].param_groups[0]["params"]
+        assert all(names[id(p)].startswith("blocks.") and p.ndim == 2 for p in muon)
+
+
+@pytest.mark.parametrize("pool, tokens", [("token", "all"), ("token", "class"), ("avg", "all")])
+@pytest.mark.parametrize("table", [True, False])
+def test_an_export_contains_the_stage(pool, tokens, table, tmp_path):
+    options = dict(reg_tokens=2, pool=pool, use_abs_pos_emb=table)
+    model, images = narrow(NAMES[1], **options).eval(), torch.randn(2, 3, 32, 32)
+    add_stage_table(model, StageEmbedding(rows=3, std=0.5, tokens=tokens))
+    set_shape(model, Shape(stage=1))
+    export_model(tmp_path, model, NAMES[1], SIZES | options, [*"abcdefg"], size=64, crop_pct=0.9)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_can_change_without_a_table_or_with_registers():
+    model = narrow(NAMES[0], reg_tokens=2)
+    rows = model.pos_embed[:, :3].clone()
+    model.set_input_size(96)
+    assert model.pos_embed.shape == (1, 3 + 144, 32) and torch.equal(model.pos_embed[:, :3], rows)
+    model = narrow(NAMES[0], rope="axial", use_abs_pos_emb=False, stem="conv")
+    model.set_input_size((96, 64))
+    assert model(torch.randn(2, 3, 96, 64)).shape == (2, 7)
+    with pytest.raises(ConfigError, match="patch_size=4: expected 8, the stride"):
+        model.set_input_size(64, 4)
+    set_trainable(model, Shape(head_only=True))
+    assert not any(parameter.requires_grad for parameter in model.patch_embed.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(stem="linear"), ("stem='linear'", "patch, conv")),
+        (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "stem=conv")),
+        (dict(stem="conv", patch_size=16, embed_dim=36), ("embed_dim=36", "a multiple of 8")),
+        (dict(reg_tokens=-1), ("reg_tokens=-1", "at least 0")),
+        (dict(qk_norm="yes"), ("qk_norm='yes'", "true or false")),
+        (dict(use_abs_pos_emb=False, pos_embed_init="sincos"), ("use_abs_pos_emb=False", "options set the table")),
+        (dict(use_abs_pos_emb=False, train_pos_embed=False), ("use_abs_pos_emb=False", "options set the table")),
+    ],
+)
+def test_errors_name_the_option(options, words):
+    with pytest.raises(ConfigError) as error:
+        narrow(NAMES[0], **options)
+    assert all(word in str(error.value) for word in words), error.value
