@@ -39,6 +39,7 @@ from vitlocal.progress import Length
 from vitlocal.schedule import LRSchedule
 
 LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
+LOSSES = ("cross_entropy", "binary_cross_entropy")
 LOADERS = ("native", "ffcv", "torchvision", "dali")
 CROP_OPTIONS = ("crop", "crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
 
@@ -75,6 +76,15 @@ class ModelConfig:
     init: str | None = option(None, Choice("trunc_normal", "xavier"), "distribution of the initial weights")
     pos_embed_init: str | None = option(None, Choice("random", "sincos"), "initial position embeddings")
     drop_path: float = option(0.1, Number(0, 0.9), "stochastic depth: rate at the last block")
+    patch_drop: float | None = option(None, Number(0, 0.95), "fraction of the patches that training drops at random")
+    layer_scale: float | None = option(None, Number(1e-8, 10), "initial factors of LayerScale; none: no LayerScale")
+    rope: str | None = option(None, Choice("axial", "mixed"), "rotary positions; mixed: with learned frequencies")
+    rope_theta: float | None = option(None, Number(1), "rotary positions: theta; none: 100 (axial) or 10 (mixed)")
+    rope_coordinates: str | None = option(None, Choice("grid", "patches"), "rotary positions: units; none: full grid")
+    use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
+    qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
+    reg_tokens: int | None = option(None, Number(0, 100, whole=True), "register tokens; none: 0")
+    stem: str | None = option(None, Choice("patch", "conv"), "first layers: one per patch, or 3x3 convolutions")
     weights: str | None = option(
         None, TEXT, "initial weights: a run folder or a file; a head for other classes starts at random"
     )
@@ -82,6 +92,7 @@ class ModelConfig:
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
         names = {"width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size"}
+        names |= {"patch_drop": "patch_drop_rate", "layer_scale": "init_values"}
         values = {name: value for name, value in vars(self).items() if name not in ("name", "weights")}
         return {names.get(name, name): value for name, value in values.items() if value is not None}
 
@@ -102,6 +113,8 @@ class TrainConfig:
     betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW: betas")
     eps: float = option(1e-8, Number(0), "AdamW: epsilon")
     clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
+    loss: str = option("cross_entropy", Choice(*LOSSES), "classifiers: loss; binary: a yes or no for each class")
+    bce_target_thresh: float | None = option(None, FRACTION, "binary_cross_entropy: targets above it become 1")
     soft_labels: bool = option(
         False, FLAG, "learn from the labels of a teacher, which write_dataset.py --labels-from wrote for these crops"
     )
@@ -373,6 +386,7 @@ def _contradictions(config: Config) -> list[str]:
         },
         f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
+        "train.soft_labels: they need train.loss=cross_entropy": train.soft_labels and train.loss != "cross_entropy",
         "train.soft_labels: they belong to the only crop of an image in an epoch; use augment.repeats=1":
             train.soft_labels and augment.repeats > 1,
         "train.soft_labels: run.on_nan=rewind would cut other crops, which have no labels; use run.on_nan=stop":
@@ -385,6 +399,8 @@ def _contradictions(config: Config) -> list[str]:
             config.diffusion.samples and config.diffusion.features is None,
         "diffusion.samples, diffusion.last_samples: got 1, but a Fréchet distance needs at least 2 samples (0: none)":
             1 in (config.diffusion.samples, config.diffusion.last_samples),
+        "train.bce_target_thresh: it needs train.loss=binary_cross_entropy, and train.label_smoothing=0":
+            train.bce_target_thresh is not None and (train.loss == "cross_entropy" or train.label_smoothing > 0),
         f"train.ema_length: got {train.ema_length}, expected a length above 0, such as 2%":
             train.ema_length is not None and not train.ema_length.value,
         "train.cuda_graphs: yes needs train.compile and train.grad_accum_steps=1":

@@ -93,7 +93,7 @@ def measure_blocks(model: VisionTransformer, batches: Sequence[Tensor]) -> list[
     rows = [dict.fromkeys(MEASURES, 0.0) for _ in model.active.block_order]
     with ExitStack() as hooks:
         for index, row in zip(model.active.block_order, rows, strict=True):
-            for hook in _measuring_hooks(model.blocks[index], row, model.num_prefix_tokens):
+            for hook in _measuring_hooks(model, model.blocks[index], row):
                 hooks.enter_context(hook)
         for images in batches:
             model(images)
@@ -101,20 +101,22 @@ def measure_blocks(model: VisionTransformer, batches: Sequence[Tensor]) -> list[
     return [{"block": place, **{name: row[name] / count for name in row}} for place, row in enumerate(rows)]
 
 
-def _measuring_hooks(block: Any, row: dict[str, float], num_prefix_tokens: int) -> list[Any]:
+def _measuring_hooks(model: VisionTransformer, block: Any, row: dict[str, float]) -> list[Any]:
     """Registers hooks on ``block`` that add each image's measures to ``row``."""
+
+    prefix = model.num_prefix_tokens
 
     def after_norm(module: Any, inputs: Any, tokens: Tensor) -> None:
         query, key, value = block.attn.project_qkv(tokens)  # (B, M, T, d) each
         weights = attention_weights(query, key)
         outputs = (weights @ value).permute(0, 2, 1, 3).flatten(0, 1)  # (B·T, M, d)
         mean = weights.mean(dim=1)  # (B, T, T)
-        attention = mean[:, 0, 1:] if num_prefix_tokens else mean.mean(dim=1)  # (B, N)
+        attention = (mean[:, 0] if model.has_class_token else mean.mean(dim=1))[:, prefix:]  # (B, N)
         row["heads_cka"] += len(tokens) * mean_pair(linear_cka(outputs))
         row["attended_percent"] += float(attended_percent(attention).sum())
 
     def before_mlp(module: Any, inputs: tuple[Any, ...]) -> None:
-        skipped = num_prefix_tokens if isinstance(module, FeedForward) else 0  # DeiT's class token has hidden units
+        skipped = prefix if isinstance(module, FeedForward) else 0  # DeiT's prefix tokens have hidden units
         row["hidden_percent"] += float(component_percent(module.hidden_units(*inputs)[:, skipped:]).sum())
 
     return [block.norm1.register_forward_hook(after_norm), block.mlp.register_forward_pre_hook(before_mlp)]
@@ -133,6 +135,8 @@ def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, Visi
     is_ours = isinstance(model, VisionTransformer)
     check_measurable(config.model.name, is_ours and isinstance(model_blocks(model)[0].mlp, SLICED))
     assert isinstance(model, VisionTransformer)
+    if config.model.rope is not None:
+        raise ConfigError(f"model.rope: {config.model.rope} rotates keys after what is measured; use a run without it")
     for method in build_methods(MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))):
         if method.needs.stage_embedding is not None:
             add_stage_table(model, method.needs.stage_embedding)

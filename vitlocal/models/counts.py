@@ -25,9 +25,11 @@ def count_macs(model: nn.Module, size: int) -> int:
     """Returns the multiply-accumulates of a forward pass of one image of ``size`` px, see :func:`example_inputs`.
 
     Counts linear layers, convolutions and the two products of attention, as published figures do. Skips norms,
-    activations and the resampling of positions. Runs on shapes without data, and does not change the model.
+    activations and the resampling of positions. If training drops patches, the pass is one in training. Runs on shapes
+    without data, and does not change the model.
     """
-    with _shapes_only(model, "plain", training=False), torch.no_grad():
+    drops_patches = getattr(model, "_patch_drop_rate", 0) > 0
+    with _shapes_only(model, "plain", training=drops_patches), torch.no_grad():
         # PyTorch's counter knows the products in attention that is not fused.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             _forward(model, 1, size)

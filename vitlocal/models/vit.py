@@ -54,8 +54,8 @@ class VisionTransformer(TimmModel):
     - ``pruned_blocks``: these blocks keep the fraction ``token_keep_rate`` of the patch tokens. From there on, each
       token attends to the fraction ``attention_keep_rate`` of them, by one mask for all heads or, with
       ``per_head_masks``, by one for each. See :mod:`vitlocal.models.token_selection`.
-    - ``rope``: rotary positions, "axial" or "mixed", see :mod:`vitlocal.models.rope`; None: none. ``rope_theta``: the
-      wavelengths reach 2π·theta patches; None: the paper's 100 and 10.
+    - ``rope``: rotary positions, "axial" or "mixed", see :mod:`vitlocal.models.rope`; None: none. ``rope_theta``:
+      frequencies lie between 1 and 1/theta radians per patch; None: the paper's 100 and 10.
     - ``rope_coordinates``: what coordinates count in. "patches" of the input, as the paper: larger images have larger
       angles. "grid", the default: patches of the full grid, to which other grids are scaled, so that a curriculum keeps
       the angles.
@@ -136,8 +136,7 @@ class VisionTransformer(TimmModel):
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         check_choice("stem", stem, tuple(STEMS))
-        no_table_set = train_pos_embed and pos_embed_init == "random"
-        fits = use_abs_pos_emb or no_table_set
+        fits = use_abs_pos_emb or (train_pos_embed and pos_embed_init == "random")
         check_option("use_abs_pos_emb", use_abs_pos_emb, fits, "true, because other options set the table")
         hidden = int(embed_dim * mlp_ratio)
         check_option("mlp_ratio", mlp_ratio, hidden >= 1, "a positive number")
@@ -191,9 +190,9 @@ class VisionTransformer(TimmModel):
             check_choice("rope", rope, tuple(THETA))
             check_option("rope", rope, width % 4 == 0, f"None: heads are {width} wide, not a multiple of 4")
             check_choice("rope_coordinates", coordinates or "grid", ("grid", "patches"))
-            theta = THETA[rope] if theta is None else theta
-            check_option("rope_theta", theta, theta > 0, "a positive number")
-        self._rope, self._rope_theta, self._head_width = rope, theta, width
+            check_option("rope_theta", theta, theta is None or theta > 0, "a positive number")
+        self._rope, self._head_width = rope, width
+        self._rope_theta = THETA[rope or "axial"] if theta is None else theta
         self._scales_rope = coordinates != "patches"
 
     def train(self, mode: bool = True) -> VisionTransformer:
@@ -225,7 +224,7 @@ class VisionTransformer(TimmModel):
             elif isinstance(module, nn.Linear):
                 init_linear(module, self._init)
             elif isinstance(module, Attention) and module.freqs is not None:
-                module.freqs.copy_(mixed_frequencies(module.num_heads, self._head_width, self._rope_theta or 0))
+                module.freqs.copy_(mixed_frequencies(module.num_heads, self._head_width, self._rope_theta))
 
     def positions(self, grid: Grid) -> Tensor | None:
         """Returns the position table at ``grid``: (1, T, D). The prefix tokens' rows come first, unchanged."""
@@ -233,7 +232,7 @@ class VisionTransformer(TimmModel):
 
     def _shared_rotations(self, images: Tensor, tokens: Tensor) -> Tensor | None:
         """Returns what rotary positions of all blocks share, see :func:`rope_constant`; None without these."""
-        if self._rope is None or self._rope_theta is None:
+        if self._rope is None:
             return None
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
         axial = (self._head_width, self._rope_theta) if self._rope == "axial" else None

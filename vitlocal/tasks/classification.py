@@ -1,4 +1,4 @@
-"""Image classification: cross-entropy with augmentation and mixing, and top-1 and top-5 accuracy.
+"""Image classification: a cross-entropy with augmentation and mixing, and top-1 and top-5 accuracy.
 
 Shape letters: B batch, C classes, L blocks, S image size.
 """
@@ -23,23 +23,46 @@ from vitlocal.tasks.metrics import METRICS
 from vitlocal.tasks.task import Scores, Task, blank_photos
 
 
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, share: Tensor | None, label_smoothing: float, threshold: float | None
+) -> Tensor:
+    """The mean over classes of each image's binary cross-entropies, summed over images; logits (B, C), labels (B,).
+
+    Targets are timm's: ``share`` (0-D) of an image's label, the rest of that of its mirror place in the batch, and
+    label smoothing. With a ``threshold``, targets above it become 1 and the others 0 (timm's ``bce_target_thresh``).
+    A threshold of 0 is that of DeiT III (Touvron et al. 2022, arXiv 2204.07118).
+    """
+    targets = torch.zeros_like(logits).scatter(1, labels[:, None], 1.0)
+    if share is not None:
+        targets = torch.lerp(targets.flip(0), targets, share)
+    targets = targets * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    if threshold is not None:
+        targets = (targets > threshold).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).sum()
+
+
 class ClassificationLoss(nn.Module):
-    """The loss of a batch of uint8 images: everything that a training step differentiates, in one graph."""
+    """The loss of a batch of uint8 images: everything that a training step differentiates, in one graph.
+
+    ``binary``: :func:`binary_cross_entropy` with this ``threshold`` replaces the cross-entropy.
+    """
 
     def __init__(
-        self, model: nn.Module, augment: Augment, label_smoothing: float, precision: torch.dtype, outputs: Set[str]
-    ):
+        self, model: nn.Module, augment: Augment, label_smoothing: float, precision: torch.dtype, outputs: Set[str],
+        binary: bool = False, threshold: float | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.model: Any = model
         self.augment = augment
         self.label_smoothing, self.precision, self.outputs = label_smoothing, precision, outputs
+        self.binary, self.threshold = binary, threshold
         self.input_size: int | None = None  # px; larger images are resized to it
 
     def forward(
         self, images: Tensor, labels: Tensor, params: AugmentParams, noise: Tensor | None, soft: SoftTargets | None,
         weight: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """The cross-entropies of all images, summed and multiplied by ``weight`` (0-D), and the further outputs.
+        """The losses of all images, summed and multiplied by ``weight`` (0-D), and the further outputs.
 
         ``images`` (B, 3, S, S) uint8, ``labels`` (B,), ``noise`` (B, L, 2) for drop path. If there are ``soft``
         targets, the cross-entropies are those to them, without label smoothing. Further outputs are None unless they
@@ -57,9 +80,13 @@ class ClassificationLoss(nn.Module):
                 logits = self.model(*operands)
         logits = logits.float()
         correct = logits.detach().argmax(dim=1) == labels if "correct" in self.outputs else None
+        share = None if params.mix is None else params.mix[1]
+        if self.binary:
+            loss = binary_cross_entropy(logits, labels, share, self.label_smoothing, self.threshold)
+            return weight * loss, correct, variance
         loss = self._cross_entropy(logits, labels, soft)
-        if params.mix is not None:
-            share, mixed_in = params.mix[1], soft and SoftTargets(*(values.flip(0) for values in soft))
+        if share is not None:
+            mixed_in = soft and SoftTargets(*(values.flip(0) for values in soft))
             loss = share * loss + (1 - share) * self._cross_entropy(logits, labels.flip(0), mixed_in)
         return weight * loss, correct, variance
 
@@ -87,9 +114,10 @@ def soft_cross_entropy(logits: Tensor, soft: SoftTargets) -> Tensor:
 
 
 class Classification(Task):
-    """Trains a classifier. ``outputs``: see :class:`ClassificationLoss`. The arguments are on the model's device.
+    """Trains a classifier. ``outputs``, ``binary`` and ``threshold``: see :class:`ClassificationLoss`.
 
-    ``soft_top``: the classes of each image in the batches' soft targets; 0: batches have labels only.
+    ``soft_top``: the classes of each image in the batches' soft targets; 0: batches have labels only. The arguments are
+    on the model's device. Probes are cross-entropies with any loss, so that they stay comparable.
     """
 
     metrics = METRICS["classification"]
@@ -97,11 +125,14 @@ class Classification(Task):
 
     def __init__(
         self, model: nn.Module, augment: Augment, label_smoothing: float = 0.0,
-        precision: torch.dtype = torch.float32, outputs: Set[str] = frozenset(), soft_top: int = 0,
+        precision: torch.dtype = torch.float32, outputs: Set[str] = frozenset(), *, binary: bool = False,
+        threshold: float | None = None, soft_top: int = 0,
     ):  # fmt: skip
         super().__init__(model, precision)
         self.augment, self.soft_top = augment, soft_top
-        self.objective: ClassificationLoss = ClassificationLoss(model, augment, label_smoothing, precision, outputs)
+        self.objective: ClassificationLoss = ClassificationLoss(
+            model, augment, label_smoothing, precision, outputs, binary, threshold
+        )
         has_stages = getattr(model, "stage_table", None) is not None
         self._draws_paths = isinstance(model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
 

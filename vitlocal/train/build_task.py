@@ -41,12 +41,19 @@ def make_task(
 
     Without ``sources``, nothing is evaluated on samples.
     """
+    train = config.train
     if task_name(config.model.name) == "diffusion":
+        if train.loss != "cross_entropy":
+            raise ConfigError(
+                f"train.loss: {train.loss} is for classifiers, and {config.model.name} is none; remove it"
+            )
         return make_diffusion(config, model, device, precision, sources)
     augment = Augment(**config.augment.arguments()).to(device)
     labels = sources.train.soft_labels if sources is not None else None
-    top = 0 if labels is None else labels.facts.top
-    return Classification(model, augment, config.train.label_smoothing, precision, outputs, top)
+    return Classification(
+        model, augment, train.label_smoothing, precision, outputs, binary=train.loss == "binary_cross_entropy",
+        threshold=train.bce_target_thresh, soft_top=0 if labels is None else labels.facts.top,
+    )  # fmt: skip
 
 
 def make_diffusion(
