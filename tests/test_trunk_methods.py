@@ -25,7 +25,8 @@ BY_METHOD = {
     "none": [], "image_size": ["--image_size.stages=24px until 50%, 48px"], "budgeted": ["--budgeted.copy_noise=0.1"],
     "budgeted before": ["--methods=budgeted", "--budgeted.crop=before"],
     "trilevel": ["--trilevel.token_keep_rate=0.7", "--trilevel.decay_end=80%"],
-    "autoprog": ["--autoprog.schedule=2@24px,3@32px,4@48px,4@48px"], "unfreeze": ["--unfreeze.schedule=1@24px,2@32px,4@48px,4@48px"],
+    "autoprog": ["--autoprog.schedule=2@24px,3@32px,4@48px,4@48px"],
+    "unfreeze": ["--unfreeze.schedule=1@24px,2@32px,4@48px,4@48px"],
 }  # fmt: skip
 
 

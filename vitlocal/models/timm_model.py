@@ -262,7 +262,9 @@ def _entry_point(
         if unknown:
             similar = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f" Did you mean {similar[0]}?" if similar else ""
-            raise ConfigError(f"{name} has no option {', '.join(unknown)}.{hint} Its options are {', '.join(known)}.")
+            raise ConfigError(
+                f"{name} has no option {', '.join(unknown)}.{hint} Its model options are {', '.join(known)}."
+            )
         model = build_model_with_cfg(
             family, name, pretrained, pretrained_cfg_overlay=overlay, pretrained_filter_fn=filter_fn,
             feature_cfg=features, **{**defaults, **options},
