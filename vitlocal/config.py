@@ -107,8 +107,11 @@ class TrainConfig:
     schedule_by: str = option("step", Choice("step", "epoch"), "update the learning rate after each step or epoch")
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
-    optimizer: str = option("adamw", Choice("adamw", "muon"), "muon: Muon for matrices in blocks, AdamW for the rest")
-    muon_momentum: float = option(0.95, DECAY, "Muon: momentum")
+    optimizer: str = option(
+        "adamw", Choice("adamw", "muon", "normuon"),
+        "muon, normuon: that one for matrices in blocks, AdamW for the rest",
+    )  # fmt: skip
+    muon_momentum: float = option(0.95, DECAY, "Muon and NorMuon: momentum")
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
     betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW: betas")
     eps: float = option(1e-8, Number(0), "AdamW: epsilon")

@@ -24,7 +24,7 @@ from vitlocal.models.shape import model_parts
 from vitlocal.storage import recipe_stages
 from vitlocal.train.build import mac_counter, make_model, make_optimizer
 from vitlocal.train.devices import is_small
-from vitlocal.train.optim import CombinedOptimizer, Muon
+from vitlocal.train.optim import CombinedOptimizer, new_state
 from vitlocal.train.probes import batch_size_at
 from vitlocal.train.step import RUN_AHEAD, has_batch_norm
 
@@ -68,13 +68,15 @@ class SizeMemory:
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> int:
-    """The bytes of an optimizer's moments after its first step: two numbers for each weight, with Muon one."""
+    """The bytes of an optimizer's state after its first step, without single numbers, which count steps."""
     members = optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
     return sum(
-        (1 if isinstance(member, Muon) else 2) * weight.nbytes
+        value.nbytes
         for member in members
         for group in member.param_groups
         for weight in group["params"]
+        for value in new_state(member, weight.detach().to("meta")).values()
+        if value.ndim
     )
 
 

@@ -140,8 +140,12 @@ class ParameterSlices:
     outgoing: bool = False  # whether the parameter carries the slices' outputs to the rest of the model
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Returns a view of ``tensor``, which has the parameter's size, whose dimension 1 counts the slices."""
-        return tensor.view(self.view)
+        """Returns a view of ``tensor``, which has the parameter's size, whose dimension 1 counts the slices.
+
+        Unless the parameter is outgoing, ``tensor`` may also have one number per row of it: (rows, 1, ...).
+        """
+        rest = self.parameter.ndim - 1
+        return tensor.view(self.view if self.outgoing else (*self.view[: len(self.view) - rest], *tensor.shape[1:]))
 
 
 def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
@@ -229,7 +233,8 @@ def _set_moments(
         return
     for part, start, end in new:
         for value in moments(part.parameter).values():
-            if value.shape == part.parameter.shape:
+            by_row = value.ndim == part.parameter.ndim and len(value) == value.numel() and not part.outgoing
+            if value.shape == part.parameter.shape or by_row:
                 slices, copied = part.of(value), growth_sources(start, end, growth.sources)
                 slices[:, start:end] = slices[:, copied] if growth.moments == "copy" else 0
     for index, source in growth.blocks:

@@ -1,7 +1,7 @@
-"""Optimizers: fused AdamW, Muon for matrices, and the moving average of the weights.
+"""Optimizers: fused AdamW, Muon and NorMuon for matrices, the choice of one, and the weights' average.
 
-Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon). Shape letters: M matrices of one shape, R rows, C
-columns.
+Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon), NorMuon from Li et al. 2025 (arXiv 2510.05491).
+Shape letters: M matrices of one shape, R rows, C columns.
 """
 
 import copy
@@ -22,6 +22,7 @@ ITERATIONS = 5
 # About the root mean square of AdamW's updates, so that one learning rate serves both optimizers
 # (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 UPDATE_RMS = 0.2
+ROW_DECAY = 0.95  # of NorMuon's second moment, as in the paper
 
 
 def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
@@ -38,20 +39,39 @@ def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
     return x.mT.contiguous() if transposed else x
 
 
+def normalized_rows(updates: Tensor, seconds: Sequence[Tensor]) -> Tensor:
+    """Divides rows of updates (M, R, C) by their running root mean square, and keeps the norm of each matrix.
+
+    ``seconds``, the running mean squares of M times R rows, are updated. An empty one starts with its first value, so
+    that rows that grew later are scaled like others.
+    """
+    squares = updates.square().mean(2, keepdim=True)
+    running = torch.stack([second.flatten(1) for second in seconds])  # (M, R, 1)
+    running = torch.where(running == 0, squares, running.lerp(squares, 1 - ROW_DECAY))
+    torch._foreach_copy_(list(seconds), [new.view_as(old) for new, old in zip(running, seconds, strict=True)])
+    scaled = updates / (running.sqrt() + 1e-10)
+    return scaled * (updates.norm(dim=(1, 2), keepdim=True) / (scaled.norm(dim=(1, 2), keepdim=True) + 1e-10))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum (Nesterov) whose matrices are orthogonalized before each update, with decoupled weight decay.
 
     Matrices of one shape are orthogonalized together in batched products. A 1×1 convolution is a matrix. ``parts`` maps
     the identity of a parameter to the number of matrices that it stacks by rows (3 for queries, keys and values).
-    ``precision`` is the type of the products.
+    ``precision`` is the type of the products. ``by_row``: NorMuon, which also keeps a second moment for each row.
     """
 
     def __init__(
         self, matrices: Iterable[nn.Parameter], parts: Mapping[int, int], lr: float, momentum: float,
-        weight_decay: float, precision: torch.dtype = torch.float32,
+        weight_decay: float, precision: torch.dtype = torch.float32, by_row: bool = False,
     ):  # fmt: skip
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.parts, self.precision = parts, precision
+        self.parts, self.precision, self.by_row = parts, precision, by_row
+
+    def new_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """The state before the first step."""
+        rows = {"row_sq": weight.new_zeros(weight.shape[0], *[1] * (weight.ndim - 1))} if self.by_row else {}
+        return {"momentum": torch.zeros_like(weight), **rows}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # it takes no closure
@@ -60,7 +80,7 @@ class Muon(torch.optim.Optimizer):
             momenta = []
             for p in active:
                 if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p].update(self.new_state(p.detach()))
                 momenta.append(self.state[p]["momentum"])
             if not active:
                 continue
@@ -71,19 +91,20 @@ class Muon(torch.optim.Optimizer):
             self._update(active, directions, group["lr"])
 
     def _update(self, parameters: list[nn.Parameter], directions: Sequence[Tensor], lr: float) -> None:
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
         for p, direction in zip(parameters, directions, strict=True):
             parts = self.parts.get(id(p), 1)
-            for target, matrix in zip(p.chunk(parts), direction.chunk(parts), strict=True):
-                by_shape.setdefault(tuple(matrix.shape[:2]), []).append((target, matrix.flatten(1)))
+            seconds = self.state[p]["row_sq"].chunk(parts) if self.by_row else [p] * parts  # p: not used
+            for target, matrix, second in zip(p.chunk(parts), direction.chunk(parts), seconds, strict=True):
+                by_shape.setdefault(tuple(matrix.shape[:2]), []).append((target, matrix.flatten(1), second))
         for shape, members in by_shape.items():
-            stacked = torch.stack([matrix for _, matrix in members])  # (M, R, C)
-            updates = orthogonalized(stacked, self.precision)
+            stacked = torch.stack([matrix for _, matrix, _ in members])  # (M, R, C)
+            updates = orthogonalized(stacked, self.precision).to(stacked.dtype)
+            if self.by_row:
+                updates = normalized_rows(updates, [second for *_, second in members])
             scale = -lr * UPDATE_RMS * max(shape) ** 0.5
-            changes = [
-                update.view_as(target) for update, (target, _) in zip(updates.to(stacked.dtype), members, strict=True)
-            ]
-            torch._foreach_add_([target for target, _ in members], changes, alpha=scale)
+            changes = [update.view_as(target) for update, (target, *_) in zip(updates, members, strict=True)]
+            torch._foreach_add_([target for target, *_ in members], changes, alpha=scale)
 
 
 class CombinedOptimizer:
@@ -114,10 +135,13 @@ class CombinedOptimizer:
                 member.load_state_dict(state[str(number)])
             except ValueError as error:
                 raise ConfigError(
-                    "run.folder: the checkpoint is of another version of vitlocal, whose train.optimizer=muon used "
-                    f"Muon for other weights ({error}); continue with that version, or use another --run.folder"
+                    "run.folder: the checkpoint is of another version of vitlocal, whose train.optimizer treated "
+                    f"other weights as matrices ({error}); continue with that version, or use another --run.folder"
                 ) from error
         self._collect_groups()  # loading replaces them
+
+
+MATRIX_OPTIMIZERS = ("muon", "normuon")
 
 
 def build_optimizer(
@@ -129,16 +153,16 @@ def build_optimizer(
     eps: float = 1e-8,
     muon_momentum: float = 0.95,
     precision: torch.dtype = torch.float32,
-) -> torch.optim.AdamW | CombinedOptimizer:
+) -> torch.optim.Optimizer | CombinedOptimizer:
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
-    With ``name="muon"``, Muon updates the matrices of the blocks and AdamW the rest. Muon computes in bfloat16 if
-    ``precision`` is bfloat16. The learning rates are set before each step.
+    With ``name`` in ``MATRIX_OPTIMIZERS``, that one updates the matrices of the blocks and AdamW the rest. Muon and
+    NorMuon compute in bfloat16 if ``precision`` is bfloat16. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    matrices = block_matrices(model) if name == "muon" else {}
+    matrices = block_matrices(model) if name in MATRIX_OPTIMIZERS else {}
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=(*exempt, *matrices))
-    if name == "muon" and not matrices:
+    if name in MATRIX_OPTIMIZERS and not matrices:
         raise ConfigError(f"train.optimizer: {type(model).__name__} has no blocks with matrices; use adamw")
     taken = {id(p) for p in matrices.values()}
     for group in groups:
@@ -146,9 +170,10 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if not matrices:
         return adamw
-    parts = {id(p): 3 for name, p in matrices.items() if name.endswith("qkv.weight")}
+    parts = {id(p): 3 for path, p in matrices.items() if path.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products))
+    by_row = name == "normuon"
+    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products, by_row))
 
 
 def block_matrices(model: nn.Module) -> dict[str, Any]:
@@ -174,13 +199,19 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
     return lambda parameter: owners[id(parameter)].state[parameter] if id(parameter) in owners else {}
 
 
-MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum"}}  # the state of a weight, once it has one
+def new_state(member: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
+    """The state that ``member``, one of :func:`build_optimizer`'s, creates at the first step of ``weight``."""
+    if isinstance(member, Muon):
+        return member.new_state(weight)
+    return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
 
-def _states(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+def _states(
+    optimizer: torch.optim.Optimizer | CombinedOptimizer,
+) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, dict[str, Any]]]:
     for member in optimizer.members if isinstance(optimizer, CombinedOptimizer) else (optimizer,):
         states: Any = member.state
-        yield from ((type(member).__name__, p, values) for p, values in states.items() if values)
+        yield from ((member, p, values) for p, values in states.items() if values)
 
 
 def moments(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -191,13 +222,14 @@ def moments(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Iterator[tu
 
 def check_moments(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> None:
     """Raises DataError if the state that was loaded belongs to other weights. PyTorch does not look at it."""
-    for name, _, values in _states(optimizer):
-        tensors = all(isinstance(value, Tensor) for value in values.values())
-        if not tensors or values.keys() != MOMENTS[name]:
-            raise DataError(f"the optimizer has {', '.join(map(str, values))} for a weight, expected {MOMENTS[name]}")
-    for parameter, moment in moments(optimizer):
-        if moment.shape != parameter.shape:
-            raise DataError(f"the optimizer has {tuple(moment.shape)} for a weight of {tuple(parameter.shape)}")
+    for member, parameter, values in _states(optimizer):
+        own = new_state(member, parameter.detach().to("meta"))
+        if values.keys() != own.keys() or not all(isinstance(value, Tensor) for value in values.values()):
+            raise DataError(f"the optimizer has {', '.join(map(str, values))} for a weight, expected {', '.join(own)}")
+        for name, value in values.items():
+            if value.shape != own[name].shape:
+                found, expected, of = tuple(value.shape), tuple(own[name].shape), tuple(parameter.shape)
+                raise DataError(f"the optimizer has {name} {found} for a weight of {of}, expected {expected}")
 
 
 class ModelEma:

@@ -1,0 +1,141 @@
+"""NorMuon against its definition, one matrix at a time; growth of its state."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from vitlocal.config import ModelConfig
+from vitlocal.errors import DataError
+from vitlocal.models.factory import build_model
+from vitlocal.models.shape import grow
+from vitlocal.plan import WHOLE_MODEL, Growth, Shape
+from vitlocal.train.optim import (
+    ROW_DECAY,
+    UPDATE_RMS,
+    Muon,
+    build_optimizer,
+    check_moments,
+    optimizer_state,
+    orthogonalized,
+)
+
+NEW = ["normuon"]
+
+
+def gradients(weights: list[nn.Parameter], steps: int):
+    """Sets random gradients, step by step. They grow with row and column, so that rows and directions differ."""
+    generator = torch.Generator().manual_seed(7)
+    for step in range(steps):
+        for p in weights:
+            scales = torch.linspace(1, 2, len(p))[:, None] * torch.linspace(0.2, 3, p.shape[1])
+            p.grad = (torch.randn(scales.shape, generator=generator) * scales).view_as(p)
+        yield step
+
+
+def test_a_step_of_normuon_is_the_definition():
+    stacked, alone = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(9, 4))
+    muon = Muon([stacked, alone], {id(stacked): 3}, 0.1, 0.9, 0.01, by_row=True)
+    twins = [(p, parts, p.detach().double(), torch.zeros_like(p), {}) for p, parts in ((stacked, 3), (alone, 1))]
+    for _ in gradients([stacked, alone], 4):
+        for p, parts, expected, momentum, rows in twins:
+            momentum.copy_(0.9 * momentum + 0.1 * p.grad)
+            for part, direction in enumerate((0.1 * p.grad + 0.9 * momentum).chunk(parts)):
+                update = orthogonalized(direction[None], torch.float32)[0].double()
+                for row, values in enumerate(update):
+                    mean = float(values.square().mean())
+                    rows[part, row] = (
+                        ROW_DECAY * rows[part, row] + (1 - ROW_DECAY) * mean if (part, row) in rows else mean
+                    )
+                scaled = torch.stack([values / rows[part, row] ** 0.5 for row, values in enumerate(update)])
+                scaled *= update.norm() / scaled.norm()
+                old = expected.chunk(parts)[part]
+                old.copy_(old * (1 - 0.1 * 0.01) - 0.1 * UPDATE_RMS * max(update.shape) ** 0.5 * scaled)
+        muon.step()
+        for p, _, expected, *_ in twins:
+            torch.testing.assert_close(p.detach().double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def built(name: str):
+    small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=2, width=32, heads=2)
+    torch.manual_seed(0)
+    model, _ = build_model(small.name, small.arguments(), 10)
+    optimizer = build_optimizer(model, name)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer, steps: int):
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_loaded_state_continues_bit_for_bit(name: str):
+    model, optimizer = built(name)
+    train(model, optimizer, 3)
+    (copy, other), state = built(name), deepcopy(optimizer.state_dict())
+    copy.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    check_moments(other)
+    for each, its_optimizer in ((model, optimizer), (copy, other)):
+        torch.manual_seed(1)
+        train(each, its_optimizer, 3)
+    assert all(torch.equal(mine, its) for mine, its in zip(model.parameters(), copy.parameters(), strict=True))
+    member = getattr(other, "members", [other])[-1]
+    values = member.state[member.param_groups[0]["params"][0]]
+    values[next(reversed(values))] = torch.zeros(2, 3)
+    with pytest.raises(DataError, match=r"the optimizer has \w+ \(2, 3\) for a weight"):
+        check_moments(other)
+
+
+@pytest.mark.parametrize("moments", ["zero", "copy", "reset"])
+@pytest.mark.parametrize("name", NEW)
+def test_states_of_new_heads_hidden_units_and_blocks(name: str, moments: str):
+    model, optimizer = built(name)
+    train(model, optimizer, 3)
+    state = optimizer_state(optimizer)
+    qkv, fc2, late = model.blocks[0].attn.qkv.weight, model.blocks[0].mlp.fc2.weight, model.blocks[1].attn.qkv.weight
+    old = {p: {key: value.clone() for key, value in state(p).items()} for p in (qkv, fc2, late)}
+    before, weights = Shape(heads=1, hidden=64, block_order=(0,)), Growth(1, moments=moments, blocks=((1, 0),))
+    grow(model, before, WHOLE_MODEL, weights, state)
+    if moments == "reset":
+        assert not any(value.any() for p in old for value in state(p).values())
+    for key, value in state(qkv).items() if moments != "reset" else ():
+        if value.ndim != 2:  # the counts, and SOAP's basis, which belongs to the width of the model
+            assert torch.equal(value, old[qkv][key])
+            continue
+        mine, its = (v.view(3, 2, 16, -1) for v in (value, old[qkv][key]))
+        assert torch.equal(mine[:, 0], its[:, 0])
+        assert torch.equal(mine[:, 1], its[:, 0]) if moments == "copy" else not mine[:, 1].any()
+    for key, value in state(fc2).items() if moments != "reset" else ():
+        if value.shape == fc2.shape:  # the new units are columns
+            assert torch.equal(value[:, :64], old[fc2][key][:, :64])
+            assert torch.equal(value[:, 64:], old[fc2][key][:, :64]) if moments == "copy" else not value[:, 64:].any()
+        else:
+            assert torch.equal(value, old[fc2][key])
+    assert (not state(late)) == (moments == "zero")
+    train(model, optimizer, 2)
+    check_moments(optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_step_whose_scaled_gradients_overflow_is_left_out(name: str):
+    model, optimizer = built(name)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=4.0), deepcopy(model.state_dict())
+    for factor in (float("inf"), 1.0):
+        for p in model.parameters():
+            p.grad = None
+        scaler.scale(model(torch.randn(2, 3, 64, 64)).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert same == (factor != 1)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
