@@ -62,7 +62,7 @@ METHODS = {
     "autoprog": ["--methods=autoprog", *SEARCH],
     "autoprog by FLOPs": ["--methods=autoprog", *SEARCH, "--autoprog.cost=flops", "--autoprog.grow=momentum_new",
                           "--autoprog.moments=keep", "--autoprog.loss_of=online", "--autoprog.loss_on=val",
-                          "--autoprog.loss_at=0.5,1"],
+                          "--autoprog.loss_at=0.5,1", "--train.optimizer=soap", "--train.soap_every=2"],
     "autoprog given": ["--methods=autoprog", "--autoprog.schedule=2@16px,3@32px,3@48px,4@48px"],
     "unfreeze": ["--methods=unfreeze", "--unfreeze.size_multiple=16", "--unfreeze.probe_batch_size=4"],
     "unfreeze given": ["--methods=unfreeze", "--unfreeze.schedule=1@16px,2@32px,3@48px,4@48px",

@@ -1,4 +1,4 @@
-"""NorMuon against its definition, one matrix at a time; growth of its state."""
+"""NorMuon and SOAP against their definitions, one matrix at a time; growth of their states."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from vitlocal.train.optim import (
     optimizer_state,
     orthogonalized,
 )
+from vitlocal.train.soap import FIRST_ITERATIONS, Soap
 
-NEW = ["normuon"]
+NEW = ["normuon", "soap"]
 
 
 def gradients(weights: list[nn.Parameter], steps: int):
@@ -59,11 +60,57 @@ def test_a_step_of_normuon_is_the_definition():
             torch.testing.assert_close(p.detach().double(), expected, atol=1e-5, rtol=1e-4)
 
 
+def soap_twin(p: nn.Parameter, state: dict, count: int, every: int, lr: float, decay: float) -> torch.Tensor:
+    """The next weights, with the basis on the side of the columns: a matrix that has it on the other one is turned."""
+    turn = len(p) <= p.shape[1]
+    weight, g = (value.detach().double().flatten(1) for value in (p, p.grad))
+    weight, g = (weight.T, g.T) if turn else (weight, g)
+    b1, b2 = 0.9, 0.95
+    state["gram"] = b2 * state.get("gram", 0) + (1 - b2) * g.T @ g
+    if (count - 1) % every == 0:
+        basis = state.get("basis", torch.eye(g.shape[1], dtype=torch.double))
+        order = torch.diagonal(basis.T @ state["gram"] @ basis).argsort(descending=True)
+        basis, state["v"] = basis[:, order], state.get("v", torch.zeros_like(g))[:, order]
+        for _ in range(FIRST_ITERATIONS if count == 1 else 1):
+            basis = torch.linalg.qr(state["gram"] @ basis)[0]
+        state["basis"] = basis
+    basis = state["basis"]
+    state["m"] = b1 * state.get("m", 0) + (1 - b1) * g
+    state["v"] = b2 * state["v"] + (1 - b2) * (g @ basis) ** 2
+    adam = (state["m"] @ basis / (1 - b1**count)) / ((state["v"] / (1 - b2**count)).sqrt() + 1e-8)
+    new = weight * (1 - lr * decay) - lr * adam @ basis.T
+    return (new.T if turn else new).reshape(p.shape)
+
+
+def test_a_step_of_soap_is_the_definition():
+    weights = [nn.Parameter(torch.randn(shape)) for shape in ((12, 4), (4, 12), (12, 4), (5, 5), (9, 6, 1, 1))]
+    soap, twins = Soap(weights, 0.1, (0.9, 0.95), 1e-8, 0.01, every=3), [dict() for _ in weights]
+    for step in gradients(weights, 8):
+        if step < 2:
+            weights[2].grad = None  # a block that is skipped: counts, and so the steps of new bases, differ
+        counts = [step + 1 - 2 * (index == 2) for index in range(5)]
+        expected = [p.detach().double() if p.grad is None else soap_twin(p, twin, count, 3, 0.1, 0.01)
+                    for p, twin, count in zip(weights, twins, counts, strict=True)]  # fmt: skip
+        soap.step()
+        for p, value in zip(weights, expected, strict=True):
+            torch.testing.assert_close(p.detach().double(), value, atol=2e-4, rtol=1e-3)
+
+
+def test_soaps_basis_finds_the_eigenvectors():
+    p = nn.Parameter(torch.zeros(400, 6))
+    soap, directions = Soap([p], 0.0, (0.9, 0.999), 1e-8, 0.0, every=2), torch.linalg.qr(torch.randn(6, 6))[0]
+    for _ in range(30):
+        p.grad = torch.randn(400, 6) @ (directions * torch.tensor([1.0, 2, 4, 8, 16, 32])).T
+        soap.step()
+    basis = soap.state[p]["basis"][0]
+    torch.testing.assert_close((basis.T @ directions.flip(1)).abs(), torch.eye(6), atol=0.1, rtol=0)
+
+
 def built(name: str):
     small = ModelConfig(name="vitlocal_tiny_patch8_64", size=64, depth=2, width=32, heads=2)
     torch.manual_seed(0)
     model, _ = build_model(small.name, small.arguments(), 10)
-    optimizer = build_optimizer(model, name)
+    optimizer = build_optimizer(model, name, soap_every=2)
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     return model, optimizer

@@ -119,7 +119,7 @@ def make_optimizer(
     config: Config, model: nn.Module, precision: torch.dtype
 ) -> torch.optim.Optimizer | CombinedOptimizer:
     """The recipe's optimizer of the model's weights. ``precision``: see :func:`build_optimizer`."""
-    names = ("weight_decay", "betas", "eps", "muon_momentum")
+    names = ("weight_decay", "betas", "eps", "muon_momentum", "soap_every")
     settings = {name: getattr(config.train, name) for name in names}
     return build_optimizer(model, config.train.optimizer, precision=precision, **settings)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
+from vitlocal.train.soap import Soap
 
 # A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -141,7 +142,7 @@ class CombinedOptimizer:
         self._collect_groups()  # loading replaces them
 
 
-MATRIX_OPTIMIZERS = ("muon", "normuon")
+MATRIX_OPTIMIZERS = ("muon", "normuon", "soap")
 
 
 def build_optimizer(
@@ -152,6 +153,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     muon_momentum: float = 0.95,
+    soap_every: int = 10,
     precision: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer | CombinedOptimizer:
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
@@ -170,6 +172,8 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if not matrices:
         return adamw
+    if name == "soap":
+        return CombinedOptimizer(adamw, Soap(matrices.values(), 0.0, betas, eps, weight_decay, soap_every))
     parts = {id(p): 3 for path, p in matrices.items() if path.endswith("qkv.weight")}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
     by_row = name == "normuon"
@@ -201,7 +205,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
 
 def new_state(member: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
     """The state that ``member``, one of :func:`build_optimizer`'s, creates at the first step of ``weight``."""
-    if isinstance(member, Muon):
+    if isinstance(member, (Muon, Soap)):
         return member.new_state(weight)
     return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
