@@ -1,4 +1,4 @@
-"""NorMuon and SOAP against their definitions, one matrix at a time; growth of their states."""
+"""NorMuon, SOAP and Schedule-Free AdamW against their definitions, one matrix at a time; growth of their states."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from trainers import open_trainer
 
 from vitlocal.config import ModelConfig
-from vitlocal.errors import DataError
+from vitlocal.errors import ConfigError, DataError
 from vitlocal.models.factory import build_model
 from vitlocal.models.shape import grow
 from vitlocal.plan import WHOLE_MODEL, Growth, Shape
+from vitlocal.train.loop import fit
 from vitlocal.train.optim import (
     ROW_DECAY,
     UPDATE_RMS,
     Muon,
+    ScheduleFreeAverage,
     build_optimizer,
     check_moments,
     optimizer_state,
     orthogonalized,
 )
+from vitlocal.train.schedule_free import ScheduleFreeAdamW
 from vitlocal.train.soap import FIRST_ITERATIONS, Soap
 
-NEW = ["normuon", "soap"]
+NEW = ["normuon", "soap", "schedule_free_adamw"]
 
 
 def gradients(weights: list[nn.Parameter], steps: int):
@@ -104,6 +108,33 @@ def test_soaps_basis_finds_the_eigenvectors():
         soap.step()
     basis = soap.state[p]["basis"][0]
     torch.testing.assert_close((basis.T @ directions.flip(1)).abs(), torch.eye(6), atol=0.1, rtol=0)
+
+
+def test_a_step_of_schedule_free_adamw_is_the_definition():
+    model = nn.Linear(3, 4)
+    optimizer = ScheduleFreeAdamW([{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias]}], 0.0,
+                                  (0.9, 0.99), 1e-8)  # fmt: skip
+    average = ScheduleFreeAverage(model, optimizer)
+    average.update(0.5)  # before the first step, and where growth cleared a state, it is the weights themselves
+    assert torch.equal(average.model.weight, model.weight)
+    twins = [(p, 0.1 * (p.ndim > 1), dict(z=p.detach().double(), x=p.detach().double(), v=0.0, sum=0.0))
+             for p in model.parameters()]  # fmt: skip
+    for step in range(5):
+        rate = optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01 * min(step, 3)  # warm-up from 0
+        for p, decay, twin in twins:
+            p.grad = torch.randn(p.shape)
+            y = 0.1 * twin["z"] + 0.9 * twin["x"]
+            twin["v"] = 0.99 * twin["v"] + 0.01 * p.grad.double() ** 2
+            move = p.grad.double() / ((twin["v"] / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8) + decay * y
+            twin["z"] = twin["z"] - rate * move
+            twin["sum"] += rate**2
+            share = rate**2 / twin["sum"] if twin["sum"] else 0.0
+            twin["x"] = (1 - share) * twin["x"] + share * twin["z"]
+        optimizer.step()
+        average.update(0.5)
+        for (p, _, twin), x in zip(twins, average.model.parameters(), strict=True):
+            torch.testing.assert_close(p.detach().double(), 0.1 * twin["z"] + 0.9 * twin["x"], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(x.double(), twin["x"], atol=1e-6, rtol=1e-5)
 
 
 def built(name: str):
@@ -186,3 +217,24 @@ def test_a_step_whose_scaled_gradients_overflow_is_left_out(name: str):
         same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert same == (factor != 1)
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_schedule_free_run_evaluates_the_average(configure, decoder):
+    options = ["--train.optimizer=schedule_free_adamw", "--train.schedule=constant", "--budget.length=3steps"]
+    with open_trainer(configure(*options)) as trainer:
+        fit(trainer)
+        state, evaluated = trainer.state, trainer.evaluator.model
+        assert evaluated is not state.model
+        for y, x in zip(state.model.parameters(), evaluated.parameters(), strict=True):
+            torch.testing.assert_close(x, y - 0.1 / 0.9 * state.optimizer.state[y]["offset"])
+        assert not torch.equal(state.model.head.weight, evaluated.head.weight)
+
+
+def test_schedule_free_is_refused_with_a_schedule_or_an_average(configure):
+    free = "--train.optimizer=schedule_free_adamw"
+    with pytest.raises(ConfigError, match=r"train.optimizer: schedule_free_adamw needs train.schedule=constant"):
+        configure(free)
+    for option in ("ema_decay=0.9", "ema_length=2%", "betas=0,0.99"):
+        with pytest.raises(ConfigError, match=r"train.optimizer: schedule_free_adamw needs"):
+            configure(free, "--train.schedule=constant", f"--train.{option}")
+    assert configure(free, "--train.schedule=constant").train.optimizer == "schedule_free_adamw"

@@ -1,4 +1,4 @@
-"""Optimizers: fused AdamW, Muon and NorMuon for matrices, the choice of one, and the weights' average.
+"""Optimizers: fused AdamW, Muon and NorMuon for matrices, the choice of one, and averages of the weights.
 
 Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon), NorMuon from Li et al. 2025 (arXiv 2510.05491).
 Shape letters: M matrices of one shape, R rows, C columns.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
+from vitlocal.train.schedule_free import ScheduleFreeAdamW
 from vitlocal.train.soap import Soap
 
 # A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
@@ -159,7 +160,8 @@ def build_optimizer(
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
     With ``name`` in ``MATRIX_OPTIMIZERS``, that one updates the matrices of the blocks and AdamW the rest. Muon and
-    NorMuon compute in bfloat16 if ``precision`` is bfloat16. The learning rates are set before each step.
+    NorMuon compute in bfloat16 if ``precision`` is bfloat16. With "schedule_free_adamw", Schedule-Free AdamW updates
+    all weights. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name in MATRIX_OPTIMIZERS else {}
@@ -169,6 +171,8 @@ def build_optimizer(
     taken = {id(p) for p in matrices.values()}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
+    if name == "schedule_free_adamw":
+        return ScheduleFreeAdamW(groups, 0.0, betas, eps)
     adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if not matrices:
         return adamw
@@ -205,7 +209,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
 
 def new_state(member: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
     """The state that ``member``, one of :func:`build_optimizer`'s, creates at the first step of ``weight``."""
-    if isinstance(member, (Muon, Soap)):
+    if isinstance(member, (Muon, Soap, ScheduleFreeAdamW)):
         return member.new_state(weight)
     return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
@@ -247,7 +251,7 @@ class ModelEma:
         self.decay, self._length = decay, length
         self.model = copy.deepcopy(trained).eval().requires_grad_(False)
         # Lists, made once: a step would take a notable part of a millisecond to make them.
-        self._averages, self._weights = list[Tensor](self.model.parameters()), list[Tensor](trained.parameters())
+        self._averages, self._weights = list[Tensor](self.model.parameters()), list[Any](trained.parameters())
         self._buffers = list(zip(self.model.buffers(), trained.buffers(), strict=True))
 
     def decay_between(self, before: Progress, after: Progress) -> float:
@@ -267,3 +271,20 @@ class ModelEma:
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
         for mine, buffer in self._buffers:
             mine.copy_(buffer)
+
+
+class ScheduleFreeAverage(ModelEma):
+    """A copy of a model whose weights are the average x of Schedule-Free AdamW."""
+
+    def __init__(self, trained: nn.Module, optimizer: ScheduleFreeAdamW):
+        super().__init__(trained)
+        self._optimizer = optimizer
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """Sets the average, whatever ``decay`` is: x = y - (1 - beta1) / beta1 * (z - y). Buffers are copied."""
+        super().update(0.0)
+        found, beta = map(self._optimizer.state.get, self._weights), self._optimizer.defaults["betas"][0]
+        trained = [(x, state["offset"]) for x, state in zip(self._averages, found, strict=True) if state]
+        if trained:  # none is while the first steps overflow
+            torch._foreach_add_([x for x, _ in trained], [z_y for _, z_y in trained], alpha=-(1 - beta) / beta)
