@@ -18,13 +18,14 @@ from vitlocal.bench.__main__ import main
 from vitlocal.bench.arms import RunResult, results_table
 from vitlocal.bench.paper import ARMS, GROUPS, PAPER_EPOCHS, chosen, scaled, scaled_size, write_paper
 from vitlocal.bench.runner import Arm, Runner, plan_runs, read_arms
-from vitlocal.config import read_config, stated_options
+from vitlocal.config import read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import memory_stalls
 from vitlocal.models.factory import patch_side
 from vitlocal.report.run_folder import read_log
 from vitlocal.storage import recipe_stages
+from vitlocal.stored_config import stated_options
 from vitlocal.train.build import make_model
 from vitlocal.train.run_folder import data_fingerprint, record_origin, run_folder_lock
 

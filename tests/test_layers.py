@@ -22,6 +22,7 @@ ROOMS = (
     ("config_reader",),
     ("methods",),
     ("config", "write_options"),
+    ("stored_config",),
     ("data", "models"),
     ("tasks",),
     ("report",),
@@ -34,7 +35,7 @@ LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Files that may name training methods: the methods themselves, and what only reads or prints recipes.
 MAY_NAME_METHODS = ("methods/", "bench/")
 COMMON_WORDS = {"batch_size", "image_size", "strength"}  # also names of fields, columns and variables
-MOST_PACKAGE_LINES = 29_000
+MOST_PACKAGE_LINES = 30_500
 MOST_LINES = 450
 MOST_FIT_LINES = 45
 MOST_MEMBERS = 20
@@ -95,16 +96,9 @@ def test_rooms_import_downwards():
 def test_only_builders_and_commands_read_a_configuration():
     """All other parts take plain values, so that a script can use them without a Config."""
     readers = {name for name, tree in modules().items() if "vitlocal.config" in imports(tree)}
-    stems = (
-        "storage",
-        "write_labels",
-        "train.build",
-        "train.build_checks",
-        "train.build_task",
-        "train.command",
-        "train.__main__",
-    )
-    allowed = {f"vitlocal.{stem}" for stem in stems}
+    stems = ("build", "build_checks", "build_task", "command", "__main__")
+    allowed = {f"vitlocal.{name}" for name in ("storage", "stored_config", "write_labels")}
+    allowed |= {f"vitlocal.train.{stem}" for stem in stems}
     allowed |= {"vitlocal.report.page", "vitlocal.report.run_folder"}  # of finished runs
     assert {name for name in readers - allowed if room(name) != "bench"} == {"vitlocal.write_options"} & readers
     assert readers >= {"vitlocal.train.build", "vitlocal.train.build_task", "vitlocal.train.command"}

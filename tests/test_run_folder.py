@@ -18,11 +18,11 @@ from fake_time import FakeTime
 from trainers import open_trainer
 
 from vitlocal.bench.arms import machine_of
-from vitlocal.config import changed_options
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
 from vitlocal.report.run_folder import read_log
+from vitlocal.stored_config import changed_options
 from vitlocal.tasks.metrics import METRICS
 from vitlocal.train.budget import read_spent
 from vitlocal.train.build import open_run

@@ -24,13 +24,13 @@ from vitlocal.bench.measurement import write_json
 from vitlocal.bench.parsing import at_least, bench_parser, budget, names, numbers, plot_file
 from vitlocal.bench.runner import Arm, PlannedRun, Runner, option_names, plan_runs, read_arms, say, visible_gpus
 from vitlocal.bench.runs import summary
-from vitlocal.config import changed_options, stated_options
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.figures import Line, race, save
 from vitlocal.report.run_folder import read_run
+from vitlocal.stored_config import changed_options, stated_options
 from vitlocal.tasks.metrics import Metric, metrics_of, task_name
 from vitlocal.train.run_folder import read_origin
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import yaml
 
-from vitlocal.config import Config, check_same_run, read_config
+from vitlocal.config import Config, read_config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError
 from vitlocal.machine import end_with_parent, memory_stalls
 from vitlocal.options import as_argument
 from vitlocal.paths import find_recipe
 from vitlocal.storage import methods_writing
+from vitlocal.stored_config import check_same_run
 from vitlocal.train.build_checks import check_data
 from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlocal.config import Config, check_options, check_same_run, recipe_text
+from vitlocal.config import Config
 from vitlocal.data.batch import Sources
 from vitlocal.data.fields import LatentForm
 from vitlocal.data.manifest import load_manifest
@@ -32,6 +32,7 @@ from vitlocal.models.lffn import LocalFeedForward
 from vitlocal.models.local_mix import can_fuse, measured_times
 from vitlocal.models.shape import add_stage_table, model_parts, set_shape
 from vitlocal.plan import Feed, Shape
+from vitlocal.stored_config import check_options, check_same_run, recipe_text
 from vitlocal.tasks.task import sum_type
 from vitlocal.train.budget import Clock, journal, journal_interval, read_rewinds, read_spent
 from vitlocal.train.build_checks import (
