@@ -386,7 +386,8 @@ def _contradictions(config: Config) -> list[str]:
         },
         f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
-        "train.soft_labels: they need train.loss=cross_entropy": train.soft_labels and train.loss != "cross_entropy",
+        "train.soft_labels: they need data.loader=native and train.loss=cross_entropy; use them":
+            train.soft_labels and (data.loader, train.loss) != ("native", "cross_entropy"),
         "train.soft_labels: they belong to the only crop of an image in an epoch; use augment.repeats=1":
             train.soft_labels and augment.repeats > 1,
         "train.soft_labels: run.on_nan=rewind would cut other crops, which have no labels; use run.on_nan=stop":

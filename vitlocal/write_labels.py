@@ -22,6 +22,7 @@ from vitlocal.tasks.metrics import task_name
 from vitlocal.write_options import WriteOptions
 
 BATCH, EPOCHS, RECIPE = 256, 16, "rcfg/ours.yaml"
+CROPS = {"torchvision": "random", "tensorflow": "tensorflow"}  # the loader's names for augment.crop
 
 
 def write_labels(options: WriteOptions) -> None:
@@ -38,8 +39,8 @@ def write_labels(options: WriteOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Loader(
         options.out, "train", BATCH, teacher.side, shuffle=False, seed=config.run.seed, scale=config.augment.crop_scale,
-        ratio=config.augment.crop_ratio, flip=config.augment.flip, drop_last=False, num_workers=options.workers,
-        side_ratio=config.data.side_ratio, device=device, copy=False, return_ids=True,
+        ratio=config.augment.crop_ratio, flip=config.augment.flip, crop=CROPS[config.augment.crop], drop_last=False,
+        num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False, return_ids=True,
     ) as loader:  # fmt: skip
         if teacher.class_names != list(loader.classes):
             raise ConfigError(
