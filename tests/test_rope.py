@@ -184,7 +184,7 @@ def test_parts_of_the_grid_train_in_bfloat16_and_with_checkpoints(kind, options)
         assert model(images).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("axial", marks=pytest.mark.slow), "mixed"])
 def test_traced_blocks_have_the_eager_gradients(kind):
     """All blocks share one region of the graph, and the constants of rotary positions are its inputs."""
     model, images, found = narrow(NAME, rope=kind, qk_norm=True, reg_tokens=1), torch.randn(4, 3, 32, 32), []
