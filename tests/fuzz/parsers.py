@@ -280,6 +280,7 @@ def main(count: int, seed: int = 0, names: tuple[str, ...] = ()) -> int:
                 try:
                     read[name](data)
                     outcomes["read"] += 1
+                    assert name != "checkpoint" or data in found[name][0], "a changed checkpoint was believed"
                 except (ConfigError, DataError) as error:
                     outcomes[type(error).__name__] += 1
                 except Exception:
