@@ -22,7 +22,7 @@ from vitlocal.train.command import train
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
-EXAMPLES = int(os.environ.get("VITLOCAL_COMBINATIONS", "40"))
+EXAMPLES = int(os.environ.get("VITLOCAL_COMBINATIONS", "24"))
 # Paths, and what would leave the test's folder, take minutes, or need a library.
 FIXED = re.compile(
     r"data\.(root|source|loader|workers)|run\.(folder|device|resume|replay_search|progress|threads)|budget\..*"
