@@ -1,13 +1,16 @@
 """Parsers that a damaged file may crash run in a process of their own."""
 
 import os
+import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vitlocal.data import apart
-from vitlocal.data.apart import Crashed, read_apart
+from vitlocal.data.apart import Crashed, read_apart, read_footer
 
 
 def fails(item: str) -> int | str:
@@ -40,3 +43,24 @@ def test_the_item_that_ends_the_child_is_known(child: None, item: str, reason: s
     with pytest.raises(Crashed, match=reason) as found:
         read_apart(fails, ["a", item, "c"])
     assert found.value.index == 1
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(resource.RLIMIT_CPU, 30), (resource.RLIMIT_DATA, 1 << 36)])
+def test_limits_of_the_machine_stay(kind: int, limit: int) -> None:
+    """A hard limit, as on login nodes, cannot be raised."""
+    script = (
+        f"import resource; resource.setrlimit({kind}, ({limit}, {limit})); from vitlocal.data import apart; "
+        f"apart.limit_resources(1); print(*resource.getrlimit({kind}))"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    soft, hard = map(int, output.split())
+    assert soft <= hard == limit
+
+
+def test_a_footer_that_needs_too_much_memory_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs_too_much(path: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", needs_too_much)
+    with pytest.raises(MemoryError):
+        read_footer("a.parquet")

@@ -47,7 +47,10 @@ def read_apart(function: Callable[[str], Any], items: Sequence[str]) -> list[Any
 
 
 def read_footer(path: str) -> None:
-    """Reads what a parquet file says about its columns. Other errors are left to those who read the file."""
+    """Reads what a parquet file says about its columns.
+
+    Raises MemoryError beyond :func:`limit_resources`. Other errors are left to those who read the file.
+    """
     from pyarrow.parquet import ParquetFile
 
     try:
@@ -55,6 +58,8 @@ def read_footer(path: str) -> None:
             for group in map(file.metadata.row_group, range(file.num_row_groups)):
                 for column in range(group.num_columns):
                     group.column(column)
+    except MemoryError:  # those who read the file have no limit
+        raise
     except Exception:
         return
 
@@ -78,8 +83,9 @@ def limit_resources(items: int) -> None:
     status = Path("/proc/self/status")
     pages = status.read_text().partition("VmData:")[2].split() if status.exists() else []
     has = int(pages[0]) * 1024 if pages else 0
-    resource.setrlimit(resource.RLIMIT_DATA, (has + MOST_MEMORY, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS + items, resource.RLIM_INFINITY))
+    for kind, most in ((resource.RLIMIT_DATA, has + MOST_MEMORY), (resource.RLIMIT_CPU, MOST_SECONDS + items)):
+        hard = resource.getrlimit(kind)[1]  # of the machine, such as a login node: a process cannot raise it
+        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":
