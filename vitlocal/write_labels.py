@@ -55,9 +55,10 @@ def write_labels(options: WriteOptions) -> None:
         )
         folder = Path(options.out) / FOLDER
         found = read_facts(folder)
-        if found is not None and replace(found, epochs=facts.epochs) != facts:
+        if found is not None and (different := facts.differences(found)):
             raise ConfigError(
-                f"{folder} has labels of another teacher, recipe or data; remove it, or use another --out"
+                f"--labels-from: {folder} has labels of another teacher, recipe or data ({different}); remove it, or "
+                "use another --out"
             )
         folder.mkdir(exist_ok=True)
         epochs = max(facts.epochs, found.epochs if found else 0)

@@ -100,6 +100,8 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
         f"{' and '.join(map(_flag, modes))}: they exclude each other; keep one of them": len(modes) > 1,
         "--labels-from: it labels the photos of the split train; remove --split, --sides, --format and --vae":
             labels and (options.split, options.sides, options.format, options.vae) != ("train", "auto", "auto", None),
+        "--labels-from: a damaged image would have no labels; remove --on-error":
+            labels and options.on_error != "stop",
         "--plan: it chooses sides and formats; remove --sides and --format":
             plan and (options.sides, options.format) != ("auto", "auto"),
         "--plan: it plans files of photos; remove --vae": plan and options.vae is not None,

@@ -54,6 +54,14 @@ class LabelFacts:
         top = min(TOP, len(manifest.classes))
         return cls(crop_facts(crops), manifest.count, manifest.source.fingerprint, teacher, epochs, top)
 
+    def differences(self, found: "LabelFacts") -> str:
+        """What ``found`` in a folder has that is not as here; epochs do not count."""
+        return "; ".join(
+            f"{name}: {getattr(found, name)!r}, here {value!r}"
+            for name, value in vars(self).items()
+            if name != "epochs" and value != getattr(found, name)
+        )
+
 
 def crop_facts(crops: CropPolicy) -> dict[str, Any]:
     """The options that decide which crop (seed, epoch, image) gets, as JSON holds them."""
@@ -91,8 +99,7 @@ class SoftLabels:
         if facts is None:
             raise ConfigError(f"train.soft_labels: {folder / FACTS} does not exist; write it: {command}")
         mine = LabelFacts.of(crops, manifest, facts.teacher, facts.epochs)
-        if other := [name for name, value in vars(mine).items() if value != getattr(facts, name)]:
-            found = "; ".join(f"{name}: {getattr(facts, name)!r}, here {getattr(mine, name)!r}" for name in other)
+        if found := mine.differences(facts):
             raise ConfigError(
                 f"train.soft_labels: {folder} has labels of other crops or data ({found}); use the options that it was "
                 f"written with, or remove it and write it again: {command}"
