@@ -69,6 +69,8 @@ def test_the_convolutional_stem(patch):
     assert stem(images).shape == (2, 64 // patch * 32 // patch, 32) and stem(images).is_contiguous()
     reference = stem.proj(stem.convs(images)).flatten(2).mT
     torch.testing.assert_close(stem(images), reference, rtol=1e-4, atol=1e-5)
+    stem.to(memory_format=torch.channels_last)(images).sum().backward()
+    assert all(p.grad.stride() == p.stride() for p in stem.parameters())  # or processes copy gradients, and warn
     widths = [layer.out_channels for layer in stem.convs if isinstance(layer, torch.nn.Conv2d)]
     assert widths == [32 >> place for place in reversed(range(len(widths)))] and 2 ** len(widths) == patch
     sides = [64 >> (place + 1) for place in range(len(widths))]

@@ -99,7 +99,8 @@ class ConvStem(Stem):
     def forward(self, images: Tensor) -> Tensor:
         features = self.convs(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        return F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
+        # Permuted, so that the gradient is channels-last, like the weight; DistributedDataParallel warns otherwise.
+        return F.linear(tokens, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
 STEMS = {"patch": PatchEmbed, "conv": ConvStem}

@@ -248,9 +248,8 @@ def _entry_point(
     def create(pretrained: bool = False, **options: Any) -> BlockModel:
         placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
         first = {"first_conv": "patch_embed.convs.0"} if options.get("stem") == "conv" else {}
-        overlay = (
-            adapted | first | (options.pop("pretrained_cfg_overlay", None) or {})
-        )  # older runs do not name these parts
+        stated = options.pop("pretrained_cfg_overlay", None) or {}
+        overlay = adapted | first | stated  # older runs do not name these parts
         features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")
         options.pop("dynamic_img_size", None)  # all our models take images of any size
         if options.get("features_only") and not adapted:

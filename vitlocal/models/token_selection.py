@@ -2,8 +2,8 @@
 
 Patch dropout keeps random tokens instead.
 
-Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (class token, then registers), n
-kept patch tokens, G masks.
+Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (class token, then registers), n kept patch
+tokens, G masks.
 """
 
 import math
