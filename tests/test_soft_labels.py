@@ -134,6 +134,19 @@ def test_writing_continues_and_adds_epochs(labelled: Path, teacher: Path, tmp_pa
     assert epoch_file(out / FOLDER, 2).exists() and json.loads((out / FOLDER / FACTS).read_text())["epochs"] == 3
 
 
+def test_a_run_continues_with_the_same_labels_only(labelled: Path, configure, tmp_path: Path):
+    out = tmp_path / "data"
+    shutil.copytree(labelled, out)
+    config = student(configure, out, "--budget.length=1ep")
+    train(config)
+    train(config)  # finished
+    facts = json.loads((out / FOLDER / FACTS).read_text())
+    for name, value in (("teacher", "0" * 64), ("epochs", 1)):
+        (out / FOLDER / FACTS).write_text(json.dumps(facts | {name: value}))
+        with pytest.raises(ConfigError, match=r"data.root: train_labels/labels.json in .*: the content is not that"):
+            train(config)
+
+
 @pytest.mark.parametrize("options", [["--run.seed=4"], ["--augment.crop_scale=0.1,1"], ["--augment.crop=tensorflow"]])
 def test_labels_of_other_crops_are_refused(labelled: Path, configure, options: list[str]):
     with pytest.raises(ConfigError, match=r"train.soft_labels: .* has labels of other crops or data \(crops: "):

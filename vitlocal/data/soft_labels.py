@@ -6,6 +6,7 @@ belong to, and a file for each epoch has TOP classes of each image, the most pro
 Shape letters: B batch, n images of the split, K classes that are kept of each.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class LabelFacts:
     def of(cls, crops: CropPolicy, manifest: Manifest, teacher: str, epochs: int) -> "LabelFacts":
         top = min(TOP, len(manifest.classes))
         return cls(crop_facts(crops), manifest.count, manifest.source.fingerprint, teacher, epochs, top)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the labels for a run that continues: teacher, crops and epochs."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, found: "LabelFacts") -> str:
         """What ``found`` in a folder has that is not as here; epochs do not count."""
