@@ -163,7 +163,7 @@ def test_options_that_do_not_go_with_the_labels(labelled: Path, configure, optio
 
 
 def test_missing_and_damaged_labels(labelled: Path, teacher: Path, configure, folder: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"labels.json does not exist; write it: python write_dataset.py --labels"):
+    with pytest.raises(ConfigError, match=r"there are no labels in .*; write them: python write_dataset.py --labels"):
         train(student(configure, folder))
     out = tmp_path / "data"
     shutil.copytree(labelled, out)

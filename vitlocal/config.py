@@ -386,7 +386,7 @@ def _contradictions(config: Config) -> list[str]:
         },
         f"augment.random_erasing: its noise covers {LARGEST_ERASED} px, and model.size is {config.model.size}; set "
         "augment.random_erasing=0": augment.random_erasing and config.model.size > LARGEST_ERASED,  # no stage is larger
-        "train.soft_labels: they need data.loader=native and train.loss=cross_entropy; use them":
+        f"train.soft_labels: got data.loader={data.loader} and train.loss={train.loss}; use native and cross_entropy":
             train.soft_labels and (data.loader, train.loss) != ("native", "cross_entropy"),
         "train.soft_labels: they belong to the only crop of an image in an epoch; use augment.repeats=1":
             train.soft_labels and augment.repeats > 1,

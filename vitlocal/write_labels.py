@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vitlocal.config import read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.loader import Loader
-from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, LabelFacts, epoch_file, read_facts
+from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, MOST_CLASSES, LabelFacts, epoch_file, read_facts
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replace_text, replacing
 from vitlocal.models.exported import ExportedRun
@@ -42,16 +42,17 @@ def write_labels(options: WriteOptions) -> None:
         ratio=config.augment.crop_ratio, flip=config.augment.flip, crop=CROPS[config.augment.crop], drop_last=False,
         num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False, return_ids=True,
     ) as loader:  # fmt: skip
+        if len(loader.classes) > MOST_CLASSES:
+            raise ConfigError(
+                f"--labels-from: {options.out} has {len(loader.classes)} classes, expected at most {MOST_CLASSES}"
+            )
         if teacher.class_names != list(loader.classes):
             raise ConfigError(
                 f"--labels-from: {teacher.folder} has {len(teacher.class_names)} classes, and {options.out} has "
                 f"{len(loader.classes)}, not the same ones in the same order; train a teacher on these data"
             )
         facts = LabelFacts.of(
-            replace(loader.crops, repeats=config.augment.repeats),
-            loader.manifest,
-            teacher.digest,
-            options.epochs or EPOCHS,
+            replace(loader.crops, repeats=config.augment.repeats), loader.manifest, teacher.digest, epochs=0
         )
         folder = Path(options.out) / FOLDER
         found = read_facts(folder)
@@ -61,18 +62,25 @@ def write_labels(options: WriteOptions) -> None:
                 "use another --out"
             )
         folder.mkdir(exist_ok=True)
-        epochs = max(facts.epochs, found.epochs if found else 0)
-        replace_text(folder / FACTS, json.dumps(asdict(replace(facts, epochs=epochs)), indent=2) + "\n")
+        done, wanted = found.epochs if found else 0, options.epochs or EPOCHS
+        save_facts(folder, replace(facts, epochs=done))
+        epochs = range(max(done, wanted))
+        left = [epoch for epoch in epochs if epoch >= done or not epoch_file(folder, epoch).exists()]
         model = teacher.load().to(device=device, memory_format=torch.channels_last)
-        left = [epoch for epoch in range(epochs) if not epoch_file(folder, epoch).exists()]
         bar = tqdm(total=len(left) * facts.images, unit=" images", mininterval=0.1 if sys.stderr.isatty() else 30)
         with bar:
             for epoch in left:
                 loader.set_epoch(epoch)
                 with replacing(epoch_file(folder, epoch), "wb") as file:
                     np.save(file, epoch_labels(model, loader, facts.top, bar))
-    size = sum(os.path.getsize(epoch_file(folder, epoch)) for epoch in range(epochs))
-    print(f"{folder}: {epochs} epochs of {facts.images:,} images, {size / epochs / facts.images:.1f} bytes each")
+                save_facts(folder, replace(facts, epochs=max(done, epoch + 1)))
+    size = sum(os.path.getsize(epoch_file(folder, epoch)) for epoch in epochs)
+    each = size / len(epochs) / facts.images
+    print(f"{folder}: {len(epochs)} epochs of {facts.images:,} images, {each:.1f} bytes each")
+
+
+def save_facts(folder: Path, facts: LabelFacts) -> None:
+    replace_text(folder / FACTS, json.dumps(asdict(facts), indent=2) + "\n")
 
 
 @torch.inference_mode()

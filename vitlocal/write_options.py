@@ -86,6 +86,9 @@ class WriteOptions:
         return JpegForm(self.quality or 90, int(self.sampling or 420), int(self.keep_jpegs is not False))
 
 
+DEFAULT = WriteOptions()
+
+
 def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> WriteOptions:
     """The options of ``write_dataset.py``. Each has a dotted name too (``--write.split``), for yaml files."""
     named = {f"write.{f.name}": f for f in fields(WriteOptions)}
@@ -95,13 +98,12 @@ def read_write_options(argv: Sequence[str], environment: Mapping[str, str] | Non
     options = WriteOptions(**{name.partition(".")[2]: value for name, value in values.items()})
     plan, labels = options.plan, options.labels_from is not None
     modes = [name for name in ("plan", "verify", "labels_from") if getattr(options, name)]
+    read = ("labels_from", "epochs", "seed", "recipe", "out", "workers", "plan", "verify")  # by --labels-from
+    unread = [name for name, value in vars(options).items() if name not in read and value != getattr(DEFAULT, name)]
     only_plan, only_labels = ("rates", "cores", "disk_limit", "memory_limit"), ("epochs", "seed")
     reader.problems += messages({
         f"{' and '.join(map(_flag, modes))}: they exclude each other; keep one of them": len(modes) > 1,
-        "--labels-from: it labels the photos of the split train; remove --split, --sides, --format and --vae":
-            labels and (options.split, options.sides, options.format, options.vae) != ("train", "auto", "auto", None),
-        "--labels-from: a damaged image would have no labels; remove --on-error":
-            labels and options.on_error != "stop",
+        f"--labels-from: it reads the data folder --out; remove {', '.join(map(_flag, unread))}": labels and unread,
         "--plan: it chooses sides and formats; remove --sides and --format":
             plan and (options.sides, options.format) != ("auto", "auto"),
         "--plan: it plans files of photos; remove --vae": plan and options.vae is not None,

@@ -23,7 +23,7 @@ from vitlocal.errors import ConfigError, DataError, first_line
 from vitlocal.reading import read_whole
 
 FOLDER, FACTS = "train_labels", "labels.json"
-FORMAT, TOP = 1, 10
+FORMAT, TOP, MOST_CLASSES = 1, 10, 1 << 16
 LABEL = np.dtype([("class", "<u2"), ("probability", "<f2")])
 
 
@@ -46,7 +46,7 @@ class LabelFacts:
     images: int
     data: str  # fingerprint of the source
     teacher: str  # SHA-256 of its weights
-    epochs: int
+    epochs: int  # those that are complete
     top: int
     format: int = FORMAT
 
@@ -102,8 +102,8 @@ class SoftLabels:
         folder = Path(root) / FOLDER
         facts = read_facts(folder)
         command = f"python write_dataset.py --labels-from RUN --epochs N --out {root}"
-        if facts is None:
-            raise ConfigError(f"train.soft_labels: {folder / FACTS} does not exist; write it: {command}")
+        if facts is None or not facts.epochs:
+            raise ConfigError(f"train.soft_labels: there are no labels in {folder}; write them: {command}")
         mine = LabelFacts.of(crops, manifest, facts.teacher, facts.epochs)
         if found := mine.differences(facts):
             raise ConfigError(

@@ -86,7 +86,7 @@ class ClassificationLoss(nn.Module):
             return weight * loss, correct, variance
         loss = self._cross_entropy(logits, labels, soft)
         if share is not None:
-            mixed_in = soft and SoftTargets(*(values.flip(0) for values in soft))
+            mixed_in = None if soft is None else SoftTargets(*(values.flip(0) for values in soft))
             loss = share * loss + (1 - share) * self._cross_entropy(logits, labels.flip(0), mixed_in)
         return weight * loss, correct, variance
 
@@ -167,7 +167,7 @@ class Classification(Task):
     def part(self, operands: tuple[Any, ...], chosen: Tensor) -> tuple[Any, ...]:
         images, labels, params, noise, soft = operands
         pixels = images[chosen].contiguous(memory_format=torch.channels_last)
-        drops, targets = None if noise is None else noise[chosen], soft and soft.part(chosen)
+        drops, targets = (None if noise is None else noise[chosen]), (None if soft is None else soft.part(chosen))
         return pixels, labels[chosen], params.part(chosen), drops, targets
 
     def _noise(self, seed: int, number: int, places: np.ndarray) -> Tensor | None:
