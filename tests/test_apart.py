@@ -28,7 +28,7 @@ def fails(item: str) -> int | str:
 @pytest.fixture
 def child(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The child finds ``fails`` in a module that stands for ``apart``."""
-    source = Path(apart.__file__).read_text().replace("MOST_SECONDS = 1 << 30, 60", "MOST_SECONDS = 1 << 30, -2")
+    source = Path(apart.__file__).read_text().replace("MOST_SECONDS = 1 << 30, 60", "MOST_SECONDS = 1 << 30, 1")
     start = source.index('if __name__ == "__main__"')
     (tmp_path / "harmed.py").write_text(source[:start] + "from test_apart import fails\n" + source[start:])
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -15,8 +15,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from vitlocal.data import augment_graph, augment_groups
-from vitlocal.data.augment_groups import OPERATION_SETS, inside, send
+from vitlocal.data.augment_groups import OPERATION_SETS, inside
 from vitlocal.data.random_keys import ERASE, MIX, generator, uniform
+from vitlocal.data.transfer import send
 
 NOISE = 1 << 21  # normal numbers for erased pixels, 8 MB on the device
 

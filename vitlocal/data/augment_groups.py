@@ -19,15 +19,10 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as ops
 
 from vitlocal.data.random_keys import MAGNITUDE, OPERATION, THREE, generator, uniform
+from vitlocal.data.transfer import send
 
 OPERATIONS = 2  # RandAugment: operations for each image
 MAGNITUDE_STD = 0.5  # of timm's rand-m9-mstd0.5-inc1
-
-
-def send(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Copies to a device. With CUDA neither side waits, and PyTorch reuses the pinned memory only after the copy."""
-    values = torch.as_tensor(values)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 # --- RandAugment ------------------------------------------------------------------------------------------------------

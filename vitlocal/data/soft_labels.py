@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlocal.data.augment_groups import send
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.manifest import Manifest
+from vitlocal.data.transfer import send
 from vitlocal.errors import ConfigError, DataError, first_line
 from vitlocal.reading import read_whole
 

@@ -44,7 +44,7 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
 
 def token_rows(indices: Tensor, num_prefix_tokens: int) -> Tensor:
     """Returns the places of the prefix tokens and the patch tokens ``indices`` (B, n) among all tokens: (B, P + n)."""
-    prefix = torch.arange(num_prefix_tokens, device=indices.device).expand(len(indices), -1)
+    prefix = torch.arange(num_prefix_tokens, device=indices.device).expand(indices.shape[0], -1)
     return torch.cat([prefix, indices + num_prefix_tokens], dim=1)
 
 

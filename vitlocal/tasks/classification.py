@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.data.augment import Augment, AugmentParams, send
+from vitlocal.data.augment import Augment, AugmentParams
 from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import DROP_PATH, uniform
 from vitlocal.data.soft_labels import SoftTargets
+from vitlocal.data.transfer import send
 from vitlocal.models.factory import export_model
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Dials

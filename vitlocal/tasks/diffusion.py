@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlocal.data.augment import send
 from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import DENOISE, HELD_OUT, generator, normal, uniform
+from vitlocal.data.transfer import send
 from vitlocal.models.factory import export_model
 from vitlocal.plan import Dials
 from vitlocal.tasks.gallery import Gallery

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitlocal.data.augment import send
 from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import generator
 from vitlocal.data.shares import Share
+from vitlocal.data.transfer import send
 from vitlocal.errors import ConfigError
 from vitlocal.models.shape import check_shape, set_shape, set_trainable
 from vitlocal.plan import WHOLE_MODEL, Dials, Feed, Shape

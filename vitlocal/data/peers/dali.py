@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlocal.data.augment import send
 from vitlocal.data.batch import Batch
 from vitlocal.data.crops import ROW_MASK
 from vitlocal.data.images import ImageSet
@@ -26,6 +25,7 @@ from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers import missing_extra
 from vitlocal.data.peers.originals import OriginalsSource
 from vitlocal.data.shares import BatchSlice
+from vitlocal.data.transfer import send
 from vitlocal.errors import DataError
 
 try:
