@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vitlocal.config import read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.loader import Loader
+from vitlocal.data.loader import RULES, Loader
 from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, MOST_CLASSES, LabelFacts, epoch_file, read_facts
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replace_text, replacing
@@ -22,7 +22,6 @@ from vitlocal.tasks.metrics import task_name
 from vitlocal.write_options import WriteOptions
 
 BATCH, EPOCHS, RECIPE = 256, 16, "rcfg/ours.yaml"
-CROPS = {"torchvision": "random", "tensorflow": "tensorflow"}  # the loader's names for augment.crop
 
 
 def write_labels(options: WriteOptions) -> None:
@@ -39,7 +38,7 @@ def write_labels(options: WriteOptions) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Loader(
         options.out, "train", BATCH, teacher.side, shuffle=False, seed=config.run.seed, scale=config.augment.crop_scale,
-        ratio=config.augment.crop_ratio, flip=config.augment.flip, crop=CROPS[config.augment.crop], drop_last=False,
+        ratio=config.augment.crop_ratio, flip=config.augment.flip, crop=RULES[config.augment.crop], drop_last=False,
         num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False, return_ids=True,
     ) as loader:  # fmt: skip
         if len(loader.classes) > MOST_CLASSES:

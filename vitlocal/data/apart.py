@@ -1,7 +1,7 @@
 """Reads in a process of its own what a damaged file may crash.
 
-Arrow does not catch the C++ exceptions of ``RowGroupMetaData.column``, and scipy's reader of .mat files follows wrong
-sizes. A flipped bit can so end the process that reads.
+Arrow does not catch the C++ exceptions of ``RowGroupMetaData.column``, and scipy's reader of .mat files believes wrong
+sizes. One flipped bit can end the process that reads.
 """
 
 import base64

@@ -29,7 +29,8 @@ from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
 STATE_VERSION = 1
-CROPS = ("random", "tensorflow", "centre")
+RULES = {"torchvision": "random", "tensorflow": "tensorflow"}  # CropPolicy.rule and the argument ``crop``
+CROPS = (*RULES.values(), "centre")
 INDICES = 1  # the number of the subset that ``indices`` selects
 MAX_REPORTED = 5  # damaged images that are named at the end of a pass
 

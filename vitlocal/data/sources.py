@@ -47,7 +47,7 @@ def open_sources(
     if loader == "ffcv" and crop != "torchvision":
         raise ConfigError(f"augment.crop: got {crop}, but data.loader=ffcv crops by torchvision's rule; use native")
     if loader == "native":
-        from vitlocal.data.loader import Loader
+        from vitlocal.data.loader import RULES, Loader
         from vitlocal.data.reader import LoaderResources
 
         resources = LoaderResources(1 if latents else workers)  # latents are copied, not decoded
@@ -56,7 +56,7 @@ def open_sources(
         if latents:
             return LatentSource(root, split, crops, device, resources, share)
         if loader == "native":
-            kind = "centre" if not crops.random else "tensorflow" if crop == "tensorflow" else "random"
+            kind = RULES[crops.rule] if crops.random else "centre"
             return Loader(
                 root, split, seed=crops.seed, scale=crops.scale, ratio=crops.ratio, flip=crops.flip,
                 repeats=crops.repeats, crop_pct=crops.centre, crop=kind, drop_last=False, device=device, share=share,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
+from vitlocal.train.own_optimizer import OwnOptimizer
 from vitlocal.train.schedule_free import ScheduleFreeAdamW
 from vitlocal.train.soap import Soap
 
@@ -55,7 +56,7 @@ def normalized_rows(updates: Tensor, seconds: Sequence[Tensor]) -> Tensor:
     return scaled * (updates.norm(dim=(1, 2), keepdim=True) / (scaled.norm(dim=(1, 2), keepdim=True) + 1e-10))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(OwnOptimizer):
     """Momentum (Nesterov) whose matrices are orthogonalized before each update, with decoupled weight decay.
 
     Matrices of one shape are orthogonalized together in batched products. A 1×1 convolution is a matrix. ``parts`` maps
@@ -78,14 +79,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # it takes no closure
         for group in self.param_groups:
-            active = [p for p in group["params"] if p.grad is not None]
-            momenta = []
-            for p in active:
-                if not self.state[p]:
-                    self.state[p].update(self.new_state(p.detach()))
-                momenta.append(self.state[p]["momentum"])
+            active = self.active(group)
             if not active:
                 continue
+            momenta = [self.state[p]["momentum"] for p in active]
             grads = [p.grad for p in active]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             directions = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
@@ -209,7 +206,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer | CombinedOptimizer) -> Cal
 
 def new_state(member: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
     """The state that ``member``, one of :func:`build_optimizer`'s, creates at the first step of ``weight``."""
-    if isinstance(member, (Muon, Soap, ScheduleFreeAdamW)):
+    if isinstance(member, OwnOptimizer):
         return member.new_state(weight)
     return {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 

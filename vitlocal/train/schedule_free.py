@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitlocal.train.own_optimizer import OwnOptimizer
 
-class ScheduleFreeAdamW(torch.optim.Optimizer):
+
+class ScheduleFreeAdamW(OwnOptimizer):
     """Schedule-Free AdamW of the weights y. In the average x, a step counts by the square of its learning rate.
 
     :class:`~vitlocal.train.optim.ScheduleFreeAverage` computes x. ``betas``: the first one must be above 0.
@@ -33,11 +35,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # it takes no closure
         for group in self.param_groups:
             alike: dict[tuple[float, ...], list[Any]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p].update(self.new_state(p.detach()))
+            for p in self.active(group):
                 self.state[p]["step"] += torch.tensor([1.0, group["lr"] ** 2], dtype=torch.float64)
                 alike.setdefault(tuple(self.state[p]["step"].tolist()), []).append(p)
             for (count, total), members in alike.items():

@@ -36,7 +36,7 @@ class MixedSpeed:
 
 
 def mixture(parts: Sequence[tuple[Speed, float]]) -> MixedSpeed:
-    """The speed of images of which each part, a fraction, has a speed of its own."""
+    """The mean speed of images in several sizes. ``parts``: the speed and the fraction of each size."""
     return MixedSpeed(
         1 / sum(share / speed.images_per_second for speed, share in parts),
         sum(share / speed.batch_size for speed, share in parts),

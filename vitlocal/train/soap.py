@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitlocal.train.own_optimizer import OwnOptimizer
+
 FIRST_ITERATIONS = 8  # of the power method for the first basis, which starts from the axes
 
 
-class Soap(torch.optim.Optimizer):
+class Soap(OwnOptimizer):
     """Adam whose second moment is kept in the eigenbasis of the averaged Gram matrix, with decoupled weight decay.
 
     ``every`` steps, one power iteration and a QR decomposition move the basis towards the eigenvectors. Matrices of one
@@ -40,11 +42,7 @@ class Soap(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]  # it takes no closure
         for group in self.param_groups:
             alike: dict[tuple[int, ...], list[Any]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p].update(self.new_state(p.detach()))
+            for p in self.active(group):
                 self.state[p]["step"] += 1
                 alike.setdefault((*p.shape[:2], int(self.state[p]["step"])), []).append(p)
             for (rows, columns, count), members in alike.items():

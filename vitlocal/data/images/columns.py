@@ -110,8 +110,8 @@ def _chunks(about: Any, path: str) -> list[Any]:
 def _too_large(about: Any, path: str) -> int:
     """The unpacked bytes of a column of a row group if they cannot be those of photos; else 0.
 
-    A photo has at most LARGEST_FILE bytes. Photos hardly shrink when they are packed. So a large column that takes less
-    than a tenth of its size on the disk holds something else.
+    A photo has at most LARGEST_FILE bytes, and hardly compresses. So a large column that is compressed to less than a
+    tenth holds something else.
     """
     chunks = _chunks(about, path)
     size, packed = (sum(getattr(c, f"total_{kind}_size") for c in chunks) for kind in ("uncompressed", "compressed"))
