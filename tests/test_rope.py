@@ -77,22 +77,27 @@ def test_scores_depend_on_offsets_only(kind):
     assert not torch.allclose(scores[0, 0, 1, 0], scores[0, 0, 0, 1])
 
 
-def test_coordinates_keep_the_geometry_or_the_patch():
+def test_coordinates_count_from_patch_centers():
     scaled = rope_constant((4, 2), (8, 8), None, 2, None, CPU)[..., 0]
     assert scaled[:2].tolist() == [[0, 0]] * 2  # prefix tokens
     assert scaled[2:].tolist() == [[x, y] for y in (0.5, 2.5, 4.5, 6.5) for x in (1.5, 5.5)]
     assert rope_constant((2, 2), (2, 2), None, 0, None, CPU)[..., 0].tolist() == [[0, 0], [1, 0], [0, 1], [1, 1]]
     whole, window = (rope_constant((6, 6), (6, 6), side, 0, None, CPU) for side in (None, 2))
     assert torch.equal(window, whole.unflatten(0, (6, 6))[2:4, 2:4].flatten(0, 1))
-    images = torch.randn(2, 3, 32, 32)
-    for kind in KINDS:
-        grid = narrow(NAME, rope=kind).eval()
-        patches = narrow(NAME, rope=kind, rope_coordinates="patches").eval()
-        patches.load_state_dict(grid.state_dict())
-        with torch.no_grad():
-            assert not torch.allclose(grid(images), patches(images), atol=1e-5)
-            large = torch.randn(2, 3, 64, 64)  # the full grid
-            torch.testing.assert_close(grid(large), patches(large))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_are_parts_of_the_image_or_patches(kind):
+    images, large = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 112, 112)  # 112 px: 14 × 14 patches
+    scaled = narrow(NAME, rope=kind, use_abs_pos_emb=False).eval()
+    patches = narrow(NAME, rope=kind, use_abs_pos_emb=False, rope_coordinates="patches").eval()
+    other_size = narrow(NAME, rope=kind, use_abs_pos_emb=False, img_size=96).eval()  # as in fine-tuning at 96 px
+    for model in (patches, other_size):
+        model.load_state_dict(scaled.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(scaled(images), patches(images), atol=1e-5)
+        torch.testing.assert_close(scaled(large), patches(large))
+        torch.testing.assert_close(scaled(images), other_size(images))
 
 
 def without_rope(model):
@@ -202,7 +207,7 @@ def test_traced_blocks_have_the_eager_gradients(kind):
         (dict(rope="2d"), ("rope='2d'", "axial, mixed")),
         (dict(rope_theta=10.0), ("rope_theta=10.0", "None without rope")),
         (dict(rope_coordinates="patches"), ("rope_coordinates='patches'", "None without rope")),
-        (dict(rope="axial", rope_coordinates="pixels"), ("rope_coordinates='pixels'", "grid, patches")),
+        (dict(rope="axial", rope_coordinates="pixels"), ("rope_coordinates='pixels'", "image, patches")),
         (dict(rope="axial", rope_theta=0.0), ("rope_theta=0.0", "positive")),
         (dict(rope="axial", embed_dim=36), ("rope='axial'", "heads are 18 wide")),
     ],

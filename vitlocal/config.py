@@ -76,7 +76,7 @@ class ModelConfig:
     layer_scale: float | None = option(None, Number(1e-8, 10), "initial factors of LayerScale; none: no LayerScale")
     rope: str | None = option(None, Choice("axial", "mixed"), "rotary positions; mixed: with learned frequencies")
     rope_theta: float | None = option(None, Number(1), "rotary positions: theta; none: 100 (axial) or 10 (mixed)")
-    rope_coordinates: str | None = option(None, Choice("grid", "patches"), "rotary positions: units; none: full grid")
+    rope_coordinates: str | None = option(None, Choice("image", "patches"), "rotary positions: units; none: image")
     use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
     qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
     reg_tokens: int | None = option(None, Number(0, 100, whole=True), "register tokens; none: 0")

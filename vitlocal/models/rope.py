@@ -17,6 +17,7 @@ from vitlocal.models.positions import Grid, center_window
 from vitlocal.models.token_selection import token_rows
 
 THETA = {"axial": 100.0, "mixed": 10.0}  # the paper's
+IMAGE_UNITS = (14, 14)  # an image's height and width in units: the patches of the paper's models at 224 px
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the result
@@ -26,7 +27,8 @@ def rope_constant(
 ) -> Tensor:  # fmt: skip
     """Returns what all blocks share: the table of "axial", (1, T, d/2, 2), or the coordinates of "mixed", (T, 2, 1).
 
-    The table has cosines and sines. Coordinates are column and row; ``grid`` is scaled to ``unit``, center to center.
+    The table has cosines and sines. Coordinates are column and row; ``grid`` is scaled to the grid ``unit``, center to
+    center.
     Only the center crop ``window`` counts, see :func:`center_window`. ``axial``: d and theta. Prefix tokens have the
     coordinates 0, so nothing turns them.
     """

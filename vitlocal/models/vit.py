@@ -18,7 +18,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.models.block import Attention, Block, BlockShape, check_choice, check_count, check_option
 from vitlocal.models.local_mix import ACTIVATIONS
 from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
-from vitlocal.models.rope import THETA, mixed_frequencies, shared_rotations
+from vitlocal.models.rope import IMAGE_UNITS, THETA, mixed_frequencies, shared_rotations
 from vitlocal.models.stem import STEMS
 from vitlocal.models.timm_model import TimmModel, init_linear
 from vitlocal.models.token_selection import ALL_TOKENS, drop_patches
@@ -55,10 +55,10 @@ class VisionTransformer(TimmModel):
       token attends to the fraction ``attention_keep_rate`` of them, by one mask for all heads or, with
       ``per_head_masks``, by one for each. See :mod:`vitlocal.models.token_selection`.
     - ``rope``: rotary positions, "axial" or "mixed", see :mod:`vitlocal.models.rope`; None: none. ``rope_theta``:
-      frequencies lie between 1 and 1/theta radians per patch; None: the paper's 100 and 10.
-    - ``rope_coordinates``: what coordinates count in. "patches" of the input, as the paper: larger images have larger
-      angles. "grid", the default: patches of the full grid, to which other grids are scaled, so that a curriculum keeps
-      the angles.
+      frequencies lie between 1 and 1/theta radians per unit; None: the paper's 100 and 10.
+    - ``rope_coordinates``: the unit of coordinates. "patches" of the input, as the paper: larger images have larger
+      angles. "image", the default: a fourteenth of the image's side, so that a curriculum, and fine-tuning at another
+      size, keep the angles.
     - ``use_abs_pos_emb``: timm's name for whether there is a position table.
     - ``qk_norm``: LayerNorm of queries and keys, per head, as in timm (Dehghani et al. 2023, arXiv 2302.05442).
     - ``reg_tokens``: number of register tokens after the class token (Darcet et al. 2023, arXiv 2309.16588). As in
@@ -189,7 +189,7 @@ class VisionTransformer(TimmModel):
         else:
             check_choice("rope", rope, tuple(THETA))
             check_option("rope", rope, width % 4 == 0, f"None: heads are {width} wide, not a multiple of 4")
-            check_choice("rope_coordinates", coordinates or "grid", ("grid", "patches"))
+            check_choice("rope_coordinates", coordinates or "image", ("image", "patches"))
             check_option("rope_theta", theta, theta is None or theta > 0, "a positive number")
         self._rope, self._head_width = rope, width
         self._rope_theta = THETA[rope or "axial"] if theta is None else theta
@@ -236,7 +236,7 @@ class VisionTransformer(TimmModel):
             return None
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
         axial = (self._head_width, self._rope_theta) if self._rope == "axial" else None
-        unit = self.patch_embed.grid_size if self._scales_rope else grid
+        unit = IMAGE_UNITS if self._scales_rope else grid
         return shared_rotations(tokens, grid, unit, self.active.grid, self.num_prefix_tokens, axial)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
