@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,22 @@ def test_the_command(configure, decoder, tmp_path: Path, capsys):
     train(configure("--budget.length=1ep", f"--run.folder={tmp_path}/other"))
     with pytest.raises(ConfigError, match="run.keep_weights=yes"):
         main(["redundancy", str(tmp_path / "other")])
+
+
+def test_sizes_of_kept_weights_and_of_a_finished_run(configure, decoder, tmp_path: Path, capsys):
+    train(configure("--budget.length=2ep", "--run.keep_weights=yes"))
+    folder, sizes = tmp_path / "run", "--sizes=48,64"
+    main(["sizes", str(folder), sizes, f"--json={tmp_path}/s.json"])
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [(row["epoch"], row["size"]) for row in rows] == [(1, 48), (1, 64), (2, 48), (2, 64)]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["top1"] for row in rows[::2]] == pytest.approx([record["top1"] for record in records], abs=0.01)
+    assert [row["trained_at"] for row in rows] == [16, 16, 32, 32] and "cross-entropy" in capsys.readouterr().out
+    shutil.rmtree(folder / "checkpoints" / "kept")
+    main(["sizes", str(folder), sizes, f"--json={tmp_path}/s.json"])
+    assert json.loads((tmp_path / "s.json").read_text())["rows"] == rows[2:]
+    with pytest.raises(ConfigError, match="multiple"):
+        main(["sizes", str(folder), "--sizes=49"])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="not finished"):
+        main(["sizes", str(folder), sizes])

@@ -18,7 +18,7 @@ from vitlocal.errors import ConfigError, ends_at_once
 
 BENCHES = (
     "arms", "augment", "card", "clock", "compiled", "forecast", "gpu", "kernel", "loader", "paper", "profile",
-    "redundancy", "report", "runs", "step", "traffic", "unfreeze", "write",
+    "redundancy", "report", "runs", "sizes", "step", "traffic", "unfreeze", "write",
 )  # fmt: skip
 
 

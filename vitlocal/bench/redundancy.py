@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from vitlocal.bench.measurement import PlottedLine, plot_lines, progress_bar, text_table, write_json
@@ -128,21 +128,29 @@ def check_measurable(name: str, measurable: bool) -> None:
         raise ConfigError(f"{name}: only vitlocal_deit_… and local-FFN models, which classify, can be measured")
 
 
-def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
-    """Returns the epoch at which ``file`` was kept, and the model in its shape then, without masks in its heads."""
+def kept_model(file: Path, config: Config, num_classes: int) -> tuple[float, nn.Module]:
+    """Returns the epoch at which ``file`` was kept, and the model in its shape then."""
     state, about = read_weights(file)
     model, _ = build_model(config.model.name, config.model.arguments(), num_classes)
+    blocks = len(getattr(model, "blocks", ()))
+    for method in build_methods(MethodContext(config.recipe, parts=model_parts(model), blocks=blocks)):
+        if method.needs.stage_embedding is not None:
+            add_stage_table(model, method.needs.stage_embedding)
+    model.load_state_dict(state)
+    set_shape(model, Shape.from_state(about["shape"]))
+    return about["epoch"], model.eval()
+
+
+def load_kept(file: Path, config: Config, num_classes: int) -> tuple[float, VisionTransformer]:
+    """As :func:`kept_model`, for a model that can be measured, without masks in its heads."""
+    epoch, model = kept_model(file, config, num_classes)
     is_ours = isinstance(model, VisionTransformer)
     check_measurable(config.model.name, is_ours and isinstance(model_blocks(model)[0].mlp, SLICED))
     assert isinstance(model, VisionTransformer)
     if config.model.rope is not None:
         raise ConfigError(f"model.rope: {config.model.rope} rotates keys after what is measured; use a run without it")
-    for method in build_methods(MethodContext(config.recipe, parts=model_parts(model), blocks=len(model.blocks))):
-        if method.needs.stage_embedding is not None:
-            add_stage_table(model, method.needs.stage_embedding)
-    model.load_state_dict(state)
-    set_shape(model, replace(Shape.from_state(about["shape"]), attention_keep_rate=1.0, per_head_masks=False))
-    return about["epoch"], model.eval()
+    set_shape(model, replace(model.active, attention_keep_rate=1.0, per_head_masks=False))
+    return epoch, model
 
 
 def validation_batches(config: Config, images: int, device: torch.device) -> list[Tensor]:
