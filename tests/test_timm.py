@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +45,29 @@ def make_run(folder: Path, name: str, size: int = 64, **options) -> torch.nn.Mod
 
 def load(folder: Path, **options) -> torch.nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
+
+
+TWINS = [{}, dict(pool="avg"), dict(reg_tokens=2, qk_norm=True, init_values=0.1), dict(patch_size=8)]
+
+
+@pytest.mark.parametrize("options", TWINS)
+def test_a_deit_is_exported_as_timms_model(options, tmp_path):
+    model = make_run(tmp_path, DEIT, **options)
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["architecture"] == "vit_small_patch16_224"
+    code = f"import timm, torch; m = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()\n"
+    code += f"torch.manual_seed(1); torch.save([m(torch.rand(2, 3, s, s)) for s in (32, 64)], '{tmp_path}/logits.pt')"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path)  # without vitlocal
+    torch.manual_seed(1)
+    with torch.no_grad():
+        expected = [model(torch.rand(2, 3, size, size)) for size in (32, 64)]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [PRUNED, dict(center_grid=3), dict(rope="axial"), dict(activation="h_swish")])
+def test_a_deit_that_timm_lacks_keeps_our_name(options, tmp_path):
+    make_run(tmp_path, DEIT, **options)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == DEIT
 
 
 @pytest.mark.parametrize("name, options", MODELS)

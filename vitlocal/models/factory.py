@@ -1,5 +1,6 @@
 """Builds models, loads weights into them, and exports trained models as files that timm loads."""
 
+import copy
 import difflib
 import json
 import math
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replace_text
+from vitlocal.models.deit import DeiT
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
@@ -23,6 +26,7 @@ from vitlocal.models.vit import VisionTransformer
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
 
 PREFIX = "vitlocal_"  # of the names of our models
+TIMM_DEIT = "vit_small_patch16_224"  # timm's DeiT; its other sizes differ by options
 
 
 def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -52,6 +56,35 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
     raise ConfigError(f"model.name: {name} cannot be built with {attempt}: {problem}") from problem
 
 
+def timm_twin(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Returns the name and the options of timm's own model that computes the same as a trained DeiT; None without one.
+
+    ``arguments`` are what DeiT was built with. The two models are compared, with the weights, on a random image.
+    """
+    if not isinstance(model, DeiT):
+        return None
+    state, patch = exported_state_dict(model), model.patch_embed.patch_size[0]
+    size = [count * patch for count in model.patch_embed.grid_size]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    options = {name: arguments[name] for name in ("qkv_bias", "init_values", "qk_norm") if name in arguments} | {
+        "img_size": size, "patch_size": patch,
+        "in_chans": model.in_chans, "embed_dim": model.embed_dim, "depth": depth,
+        "num_heads": model.blocks[0].attn.num_heads, "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / model.embed_dim,
+        "class_token": model.has_class_token, "reg_tokens": arguments.get("reg_tokens", 0),
+        "global_pool": model.global_pool, "fc_norm": False, "dynamic_img_size": True,
+    }  # fmt: skip
+    try:
+        twin = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
+        twin.load_state_dict(state)
+    except (RuntimeError, ValueError, AssertionError):  # other weights
+        return None
+    pair = [each.double() for each in (copy.deepcopy(model).cpu().eval(), twin)]  # only rounding differs then
+    images = torch.rand(1, model.in_chans, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.inference_mode():
+        ours, theirs = (each(images) for each in pair)
+    return (TIMM_DEIT, options) if torch.allclose(ours, theirs, rtol=1e-7, atol=1e-10) else None
+
+
 def export_model(
     folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
     size: int, crop_pct: float, notes: Mapping[str, Any] | None = None,
@@ -59,7 +92,8 @@ def export_model(
     """Writes ``model.safetensors`` and ``config.json``, which ``timm.create_model("local-dir:FOLDER")`` loads.
 
     ``name`` and ``arguments`` are :func:`build_model`'s. ``size`` (px) and ``crop_pct`` are the evaluation's. A DiT's
-    weights have the published names, and its description has no ``crop_pct``. ``notes`` are added to the description.
+    weights have the published names, and its description has no ``crop_pct``. A DeiT is described as timm's own model
+    if that computes the same, so it loads without vitlocal. ``notes`` are added to the description.
     """
     model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
     known: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
@@ -72,6 +106,8 @@ def export_model(
         if shape.pruned_blocks:
             for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"):
                 model_args[option] = getattr(shape, option)
+    if twin := timm_twin(model, arguments):
+        name, model_args = twin
     if isinstance(model, DiT):
         model_args |= dit_sizes(model)
         side = size // model.stride
