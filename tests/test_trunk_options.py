@@ -1,4 +1,4 @@
-"""Options of the trunk: norms of queries and keys, registers, no position table, a convolutional stem."""
+"""Options of the trunk: norms of queries and keys, registers, no position table, other stems."""
 
 from __future__ import annotations
 
@@ -85,6 +85,23 @@ def test_the_convolutional_stem(patch):
     assert torch.equal(model(images), inner)
 
 
+@pytest.mark.parametrize("patch", [8, 16, 32])
+def test_the_stem_within_patches(patch):
+    model = narrow(NAMES[0], stem="hmlp", patch_size=patch, img_size=64).eval()
+    stem, images = model.patch_embed, torch.randn(2, 3, 64, 32)
+    tokens = stem(images)
+    assert tokens.shape == (2, 64 // patch * 32 // patch, 32) and tokens.is_contiguous()
+    reference = images
+    for convolution, norm in zip(stem.convs, stem.norms, strict=True):
+        reference = torch.nn.functional.gelu(norm(convolution(reference).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    torch.testing.assert_close(tokens, stem.proj(reference).flatten(2).mT, rtol=1e-4, atol=1e-5)
+    changed = images.clone()
+    changed[:, :, :patch, :patch] = 0  # tokens see no other patch
+    assert torch.equal(stem(changed)[:, 1:], tokens[:, 1:]) and not torch.equal(stem(changed)[:, 0], tokens[:, 0])
+    stem.to(memory_format=torch.channels_last)(images).sum().backward()
+    assert all(p.grad.stride() == p.stride() for p in stem.parameters())  # or processes copy gradients, and warn
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_options_together_train_and_come_back(name, tmp_path):
     model = narrow(name, drop_path_rate=0.2, **ALL)
@@ -140,7 +157,7 @@ def test_sizes_can_change_without_a_table_or_with_registers():
     model = narrow(NAMES[0], rope="axial", use_abs_pos_emb=False, stem="conv")
     model.set_input_size((96, 64))
     assert model(torch.randn(2, 3, 96, 64)).shape == (2, 7)
-    with pytest.raises(ConfigError, match="patch_size=4: expected 8, the stride"):
+    with pytest.raises(ConfigError, match="patch_size=4: expected 8, because"):
         model.set_input_size(64, 4)
     set_trainable(model, Shape(head_only=True))
     assert not any(parameter.requires_grad for parameter in model.patch_embed.parameters())
@@ -149,7 +166,8 @@ def test_sizes_can_change_without_a_table_or_with_registers():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(stem="linear"), ("stem='linear'", "patch, conv")),
+        (dict(stem="linear"), ("stem='linear'", "patch, hmlp, conv")),
+        (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16, 32 with stem=hmlp")),
         (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "stem=conv")),
         (dict(stem="conv", patch_size=16, embed_dim=36), ("embed_dim=36", "a multiple of 8")),
         (dict(reg_tokens=-1), ("reg_tokens=-1", "at least 0")),

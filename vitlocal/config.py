@@ -80,7 +80,7 @@ class ModelConfig:
     use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
     qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
     reg_tokens: int | None = option(None, Number(0, 100, whole=True), "register tokens; none: 0")
-    stem: str | None = option(None, Choice("patch", "conv"), "first layers: one per patch, or 3x3 convolutions")
+    stem: str | None = option(None, Choice("patch", "hmlp", "conv"), "first layers: one, several per patch, or 3x3")
     weights: str | None = option(
         None, TEXT, "initial weights: a run folder or a file; a head for other classes starts at random"
     )

@@ -66,7 +66,25 @@ class PatchEmbed(Stem):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class ConvStem(Stem):
+class FixedStem(Stem):
+    """A stem of several layers, ``convs`` and ``proj``, whose patch cannot change."""
+
+    def set_input_size(self, height: int, width: int, patch: int) -> None:
+        """Sets the size of images, px."""
+        side = self.patch_size[0]
+        check_option("patch_size", patch, patch == side, f"{side}, because a stem of several layers has a fixed patch")
+        self.grid_size = self.grid_of(height, width)
+
+
+def doublings(name: str, patch_size: int, first: int) -> int:
+    """How often the side ``first`` is doubled to become the patch; :class:`ConfigError` if it never does."""
+    count = (patch_size // first).bit_length() - 1
+    fits = count > 0 and patch_size == first << count
+    check_option("patch_size", patch_size, fits, f"{', '.join(str(2 * first << k) for k in range(3))} with stem={name}")
+    return count
+
+
+class ConvStem(FixedStem):
     """Strided convolutions (Xiao et al. 2021, arXiv 2106.14881): images (B, C, S, S) to tokens (B, N, D), contiguous.
 
     log2(P) convolutions, 3×3 with stride 2, double the channels up to D. A 1×1 convolution follows. The grid is that of
@@ -78,8 +96,7 @@ class ConvStem(Stem):
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__(img_size, patch_size)
-        count = patch_size.bit_length() - 1
-        check_option("patch_size", patch_size, patch_size == 2**count > 1, "2, 4, 8, 16 or 32 with stem=conv")
+        count = doublings("conv", patch_size, 1)
         least = 2 ** (count - 1)
         check_option("embed_dim", embed_dim, embed_dim % least == 0, f"a multiple of {least} with stem=conv")
         widths = [in_chans, *(embed_dim >> place for place in reversed(range(count)))]
@@ -90,12 +107,6 @@ class ConvStem(Stem):
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(embed_dim, embed_dim, 1)  # only its weights are used
 
-    def set_input_size(self, height: int, width: int, patch: int) -> None:
-        """Sets the size of images, px. The patch is fixed, because it is the stride of the convolutions."""
-        side = self.patch_size[0]
-        check_option("patch_size", patch, patch == side, f"{side}, the stride of the convolutions of stem=conv")
-        self.grid_size = self.grid_of(height, width)
-
     def forward(self, images: Tensor) -> Tensor:
         features = self.convs(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
@@ -103,4 +114,43 @@ class ConvStem(Stem):
         return F.linear(tokens, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
-STEMS = {"patch": PatchEmbed, "conv": ConvStem}
+class PatchStem(FixedStem):
+    """Layers within each patch (hMLP; Touvron et al. 2022, arXiv 2203.09795): images (B, C, S, S) to tokens (B, N, D).
+
+    Parts of 4 × 4 pixels become D/2 channels. Four neighbours are joined, until they are a patch. A norm and a GELU
+    follow all layers but the last. Tokens see no other patch, as those of :class:`PatchEmbed`. LayerNorm replaces the
+    paper's BatchNorm, see :class:`ConvStem`. The paper has D/4 channels.
+    """
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__(img_size, patch_size)
+        self.levels = doublings("hmlp", patch_size, 4)
+        check_option("embed_dim", embed_dim, embed_dim % 2 == 0, "a multiple of 2 with stem=hmlp")
+        width = embed_dim // 2
+        self.convs = nn.ModuleList([nn.Conv2d(in_chans, width, 4, stride=4, bias=False)])
+        self.convs.extend(nn.Conv2d(width, width, 2, stride=2, bias=False) for _ in range(self.levels - 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in self.convs)
+        self.proj = nn.Conv2d(width, embed_dim, 2, stride=2)  # only the weights of convolutions are used
+        nn.init.trunc_normal_(self.proj.weight, std=(4 * width) ** -0.5)  # tokens as large as those of PatchEmbed
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, channels, height, width = images.shape
+        rows, columns = self.grid_of(height, width)
+        parts = [2] * self.levels
+        pixels = images.permute(0, 2, 3, 1).reshape(batch, rows, *parts, 4, columns, *parts, 4, channels)
+        axes = range(1, self.levels + 3)  # of rows: the grid, the halves of each level, and pixels
+        order = [axis for pair in ((row, row + len(axes)) for row in axes) for axis in pair]
+        x = pixels.permute(0, *order, pixels.ndim - 1).reshape(-1, 16 * channels)  # the only copy
+        for convolution, norm in zip(self.convs, self.norms, strict=True):
+            x = F.gelu(norm(F.linear(x, self._matrix(convolution))))
+            x = x.reshape(-1, 4 * x.shape[1])
+        return F.linear(x, self._matrix(self.proj), self.proj.bias).view(batch, rows * columns, -1)
+
+    @staticmethod
+    def _matrix(convolution: nn.Module) -> Tensor:
+        weight: Tensor = convolution.weight  # type: ignore[assignment]
+        return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+STEMS = {"patch": PatchEmbed, "hmlp": PatchStem, "conv": ConvStem}

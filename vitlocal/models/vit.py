@@ -63,7 +63,7 @@ class VisionTransformer(TimmModel):
     - ``qk_norm``: LayerNorm of queries and keys, per head, as in timm (Dehghani et al. 2023, arXiv 2302.05442).
     - ``reg_tokens``: number of register tokens after the class token (Darcet et al. 2023, arXiv 2309.16588). As in
       timm, each has a row of the table, which is a part of its value.
-    - ``stem``: "patch", :class:`PatchEmbed`, or "conv", :class:`ConvStem`.
+    - ``stem``: "patch", :class:`PatchEmbed`; "hmlp", :class:`PatchStem`; or "conv", :class:`ConvStem`.
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
     """
 
