@@ -132,6 +132,7 @@ class PatchStem(FixedStem):
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in self.convs)
         self.proj = nn.Conv2d(width, embed_dim, 2, stride=2)  # only the weights of convolutions are used
         nn.init.trunc_normal_(self.proj.weight, std=(4 * width) ** -0.5)  # tokens as large as those of PatchEmbed
+        assert self.proj.bias is not None
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, images: Tensor) -> Tensor:
