@@ -230,6 +230,15 @@ def test_the_table_has_mean_and_deviation_and_compares_by_seed():
     )
 
 
+def test_the_table_has_a_teacher_only_if_a_run_has_soft_labels():
+    arms = [Arm("plain", ()), Arm("taught", ())]
+    plain, taught = result("plain", 0, 40.0), result("taught", 0, 42.0)
+    assert "teacher" not in results_table([plain, taught], arms)
+    taught.row["teacher"] = "abcdefabcdef"
+    head, _, *rows = results_table([plain, taught], arms).splitlines()
+    assert head.endswith("| teacher |") and rows[0].endswith("|  |") and rows[1].endswith("| abcdefabcdef |")
+
+
 def write_results_of_another_machine(arms: Path, path: Path) -> dict:
     """Writes a file of --json with a run of the first arm on another machine."""
     row = result("plain", 0, 40.0, "another").row | {"budget": "2steps"}

@@ -25,11 +25,11 @@ from vitlocal.models.factory import build_model, export_model
 from vitlocal.models.weight_files import write_weights
 from vitlocal.report.figures import draw_curve
 from vitlocal.report.page import page_of, remarks_part
-from vitlocal.report.run_folder import LOG, is_record, read_log, read_run, write_classes, write_picture
+from vitlocal.report.run_folder import LOG, is_record, read_log, read_origin, read_run, write_classes, write_picture
 from vitlocal.train.budget import read_spent
 from vitlocal.train.checkpoint import CHECKPOINT, load_checkpoint
 from vitlocal.train.command import train
-from vitlocal.train.run_folder import file_digests, read_origin, record_origin
+from vitlocal.train.run_folder import file_digests, record_origin
 from vitlocal.train.search_log import SEARCHES, SearchLog
 from vitlocal.train.trainer import Trainer
 

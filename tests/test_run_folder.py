@@ -21,7 +21,7 @@ from vitlocal.bench.arms import machine_of
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
-from vitlocal.report.run_folder import read_log
+from vitlocal.report.run_folder import read_log, read_origin
 from vitlocal.stored_config import changed_options
 from vitlocal.tasks.metrics import METRICS
 from vitlocal.train.budget import read_spent
@@ -29,7 +29,7 @@ from vitlocal.train.build import open_run
 from vitlocal.train.checkpoint import CHECKPOINT, PREVIOUS, load_checkpoint, save_checkpoint
 from vitlocal.train.command import start_warnings, train
 from vitlocal.train.output import RunOutput
-from vitlocal.train.run_folder import JOURNAL, read_origin, run_folder_lock
+from vitlocal.train.run_folder import JOURNAL, run_folder_lock
 from vitlocal.train.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent

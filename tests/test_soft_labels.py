@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vitlocal.bench.__main__ import main as bench
 from vitlocal.config import read_config
 from vitlocal.data.augment import Augment, AugmentParams
 from vitlocal.data.loader import Loader
 from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, SoftTargets, epoch_file
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.predict import Predictor
-from vitlocal.report.run_folder import read_run
+from vitlocal.report.page import summary_part
+from vitlocal.report.run_folder import read_origin, read_run
 from vitlocal.tasks.classification import ClassificationLoss, soft_cross_entropy
 from vitlocal.train.command import train
 from vitlocal.write_dataset import main as write_dataset
@@ -145,6 +147,28 @@ def test_a_run_continues_with_the_same_labels_only(labelled: Path, configure, tm
         (out / FOLDER / FACTS).write_text(json.dumps(facts | {name: value}))
         with pytest.raises(ConfigError, match=r"data.root: train_labels/labels.json in .*: the content is not that"):
             train(config)
+
+
+def test_tables_have_a_teacher_only_if_a_run_has_soft_labels(
+    labelled: Path, teacher: Path, configure, tmp_path: Path, capsys
+):
+    train(student(configure, labelled, "--budget.length=1ep"))
+    digest = json.loads((labelled / FOLDER / FACTS).read_text())["teacher"]
+    assert [origin["teacher"] for origin in read_origin(tmp_path / "run")] == [digest]
+    assert "teacher" not in (teacher / "trained_on.jsonl").read_text()
+    folders = [str(tmp_path / "run"), str(teacher)]
+    capsys.readouterr()
+    bench(["runs", *folders, f"--json={tmp_path}/runs.json"])
+    head, with_teacher, without = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (head[-1], with_teacher[-1], len(with_teacher) - len(without)) == ("teacher", digest[:12], 1)
+    assert [row.get("teacher") for row in json.loads((tmp_path / "runs.json").read_text())["rows"]] == [
+        digest[:12], None
+    ]  # fmt: skip
+    page = summary_part([read_run(Path(folder)) for folder in folders])
+    assert "<th>teacher</th>" in page and f"<td>{digest[:12]}</td>" in page and "<td>none</td>" in page
+    bench(["runs", str(teacher)])
+    assert "teacher" not in capsys.readouterr().out.split()
+    assert "teacher" not in summary_part([read_run(teacher)]).replace("/teacher", "")
 
 
 @pytest.mark.parametrize("options", [["--run.seed=4"], ["--augment.crop_scale=0.1,1"], ["--augment.crop=tensorflow"]])

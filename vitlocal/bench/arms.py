@@ -29,10 +29,9 @@ from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
 from vitlocal.report.figures import Line, race, save
-from vitlocal.report.run_folder import read_run
+from vitlocal.report.run_folder import read_origin, read_run
 from vitlocal.stored_config import changed_options, stated_options
 from vitlocal.tasks.metrics import Metric, metrics_of, task_name
-from vitlocal.train.run_folder import read_origin
 
 PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "lr", "train_seconds", "images_per_second",
                "macs_per_image", "flops")  # fmt: skip
@@ -127,10 +126,11 @@ def results_table(results: Sequence[RunResult], arms: Sequence[Arm]) -> str:
             mean_and_deviation([row[o.name] for row in rows.values() if row.get(o.name) is not None], digits=o.digits)
             for o in others
         ]
+        teacher = ", ".join(dict.fromkeys(row["teacher"] for row in rows.values() if row.get("teacher")))
         means = (mean_and_deviation(values, sign, metric.digits) for values, sign in ((scores, ""), (differences, "+")))
-        lines.append([about, paper, *means, seeds, *found, f"{epochs:.1f}", f"{rate:,.0f}"])
+        lines.append([about, paper, *means, seeds, *found, f"{epochs:.1f}", f"{rate:,.0f}", teacher])
     title, *further = (m.title if m.larger_is_better else f"{m.title} (lower is better)" for m in (metric, *others))
-    titles = ["arm", f"paper, {title}", title, f"against {first}", "seeds", *further, "epochs", "images/s"]
+    titles = ["arm", f"paper, {title}", title, f"against {first}", "seeds", *further, "epochs", "images/s", "teacher"]
     filled = [column for column in zip(titles, *lines, strict=True) if any(column[1:])]
     head, *body = zip(*filled, strict=True)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])

@@ -1,7 +1,8 @@
-"""Shows runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE]
+"""Shows runs on one page: python -m vitlocal.bench report RUN [RUN ...] [--out FILE] [--forecast FILE] [--board]
 
 Writes one HTML file without external links, for a screen, a phone or paper: curves, schedules, throughput, crops as the
-model saw them, the ten worst classes, and how the configurations differ.
+model saw them, the ten worst classes, and how the configurations differ. With --board, it writes no page: it checks
+the runs against the rules of docs/board.md, and prints them as an entry.
 """
 
 import html
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vitlocal.bench.board import show_entry
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.parsing import bench_parser
 from vitlocal.errors import ConfigError
@@ -60,11 +62,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in a single RUN)")
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
+    parser.add_argument("--board", action="store_true", help="check runs of three seeds, and print them as an entry")
     options = parser.parse_args(argv)
+    if options.board and (options.out or options.forecast or options.json or options.no_crops):
+        raise ConfigError("--board: it writes no page; leave out --out, --forecast, --json and --no-crops")
     if options.json and not options.forecast:
         raise ConfigError("--json: it writes the comparison of a forecast with the run; give --forecast FILE too")
     folders = [run.absolute() for run in options.runs]
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    if options.board:
+        return show_entry(runs)
     parts: list[str] = []
     if options.forecast:
         try:

@@ -23,10 +23,11 @@ from vitlocal.errors import ConfigError
 from vitlocal.machine import end_with_parent, memory_stalls
 from vitlocal.options import as_argument
 from vitlocal.paths import find_recipe
+from vitlocal.report.run_folder import read_origin
 from vitlocal.storage import methods_writing
 from vitlocal.stored_config import check_same_run
 from vitlocal.train.build_checks import check_data
-from vitlocal.train.run_folder import data_fingerprint, in_use, read_origin
+from vitlocal.train.run_folder import data_fingerprint, in_use
 
 STALL_LIMIT = 0.02  # the bench prints a note if processes waited for memory during a larger fraction of a minute
 

@@ -26,6 +26,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
         **{name: last[name] for name in ("images_seen", "train_seconds", "wall_seconds")},
         "images_per_second": round(last["images_seen"] / last["train_seconds"], 1),
         "data_wait_fraction": round(waited / run.records[-1]["train_seconds"], 5),
+        **({"teacher": run.teacher} if run.teacher else {}),
     }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     times = {"training": "train_seconds", "total": "wall_seconds"}
     metrics = dict.fromkeys(metric for run in runs for metric in run.metrics if is_evaluated(run.last, metric))
     columns = {"run": ("run", ""), **{m.title: (m.name, f".{m.digits}f") for m in metrics}, **COLUMNS}
+    columns |= {"teacher": ("teacher", "")} if any(run.teacher for run in runs) else {}
     print(text_table([row | {title: duration(row[name]) for title, name in times.items()} for row in rows], columns))
     what = "training runs: the metrics that each reached, and the log of its passes"
     write_json(options.json, what, rows, curves={run.name: run.records for run in runs})

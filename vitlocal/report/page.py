@@ -88,6 +88,8 @@ def summary_part(runs: Sequence[RunRecord]) -> str:
     """A table with the result of each run. Runs of different tasks have different metrics."""
     metrics = list(dict.fromkeys(metric for run in runs for metric in run.metrics if is_evaluated(run.last, metric)))
     head = ["run", *(metric.title for metric in metrics), "epochs", "images", "trained", "in all", "images/s"]
+    has_teacher = any(run.teacher for run in runs)
+    head += ["teacher"] if has_teacher else []
     rows = []
     for run in runs:
         last = run.last
@@ -96,6 +98,7 @@ def summary_part(runs: Sequence[RunRecord]) -> str:
             run.name, *(f"{last[m.name]:.{m.digits}f}" if is_evaluated(last, m) else "" for m in metrics),
             f"{last['epoch']:.2f}", f"{last['images_seen']:,}",
             duration(last["train_seconds"]), duration(last["wall_seconds"]), f"{rate:,.0f}",
+            *([run.teacher or "none"] if has_teacher else []),
         ])  # fmt: skip
     return rows_table(head, rows)
 

@@ -16,7 +16,8 @@ from vitlocal.jsonl import count_damaged, read_lines, replace_text, replacing
 from vitlocal.report.figures import Line
 from vitlocal.tasks.metrics import is_evaluated, metrics_of
 
-CLASSES, PICTURES, LOG = "classes.json", "pictures", "log.jsonl"
+CLASSES, PICTURES, LOG, ORIGIN = "classes.json", "pictures", "log.jsonl", "trained_on.jsonl"
+TEACHER_DIGITS = 12  # of the SHA-256 of its weights, in tables
 LOGGED = (  # by every pass
     "epoch", "step", "images_seen", "image_size", "batch_size", "fraction", "train_seconds", "wall_seconds",
     "images_per_second", "data_wait_fraction",
@@ -32,6 +33,14 @@ class RunRecord(Line):
     classes: list[dict[str, Any]]  # the last evaluation: class, right, images
     damaged_lines: int = 0  # of the log
 
+    @property
+    def teacher(self) -> str:
+        """The teacher of the run's soft labels: the start of its weights' SHA-256. Empty without soft labels."""
+        if not self.config.train.soft_labels:
+            return ""
+        found = (str(origin["teacher"])[:TEACHER_DIGITS] for origin in read_origin(self.folder) if "teacher" in origin)
+        return ", ".join(dict.fromkeys(found)) or "unknown"
+
 
 def escaped(text: object) -> str:
     """A text for a page, in which hostile names do nothing, and that UTF-8 can hold."""
@@ -41,6 +50,11 @@ def escaped(text: object) -> str:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of the run's log, oldest first, without damaged lines."""
     return read_lines(folder / LOG, is_record)
+
+
+def read_origin(folder: Path) -> list[dict[str, Any]]:
+    """What trained the run: an object for each machine, version, commit and data, in order, without damaged lines."""
+    return read_lines(folder / ORIGIN, lambda line: isinstance(line.get("machine"), dict) and "commit" in line)
 
 
 def is_record(line: dict[str, Any]) -> bool:

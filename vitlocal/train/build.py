@@ -408,7 +408,9 @@ def start_run(
         damaged = check_folder(folder, config) if continues else ""
         for note in (*checkpoints.notes, *([f"{damaged}: it is written again"] if damaged else [])):
             run.output.print(f"note: {note}")
-        begin_folder(run.output, run.trainer.state, recipe_text(config) if damaged or not continues else None)
+        labels = run.trainer.sources.train.soft_labels
+        teacher = labels.facts.teacher if labels is not None else None
+        begin_folder(run.output, run.trainer.state, recipe_text(config) if damaged or not continues else None, teacher)
     if ranks.first and not any(spent):
         opened.enter_context(saving)
     return run
@@ -431,12 +433,13 @@ def explained_misfits(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def begin_folder(output: RunOutput, state: TrainState, recipe: str | None) -> None:
+def begin_folder(output: RunOutput, state: TrainState, recipe: str | None, teacher: str | None) -> None:
     """Writes the ``recipe`` of a new run and the run's origin, and drops log lines that will be written again."""
     if recipe is not None:
         replace_text(output.folder / "config.yaml", recipe)
     if not state.clock.progress.is_end:
-        record_origin(output.folder, {name: value for name, value in state.facts.data.items() if name != "files"})
+        data = {name: value for name, value in state.facts.data.items() if name != "files"}
+        record_origin(output.folder, data, teacher)
     step, count = state.facts.logged
     output.begin(state.clock.step, count if step == state.clock.step else 0)
     state.search_log.begin()

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vitlocal.errors import ConfigError
-from vitlocal.jsonl import read_lines, write_lines
+from vitlocal.jsonl import write_lines
 from vitlocal.machine import commit, hardware, versions
 from vitlocal.reading import open_regular
-from vitlocal.report.run_folder import read_log
+from vitlocal.report.run_folder import ORIGIN, read_log, read_origin
 from vitlocal.train.checkpoint import CHECKPOINT, Checkpoints
 
 JOURNAL = Path("spent.json")
-ORIGIN = Path("trained_on.jsonl")
 BLOCKS, BLOCK_BYTES = 64, 4096  # of each file of images
 
 
@@ -91,14 +90,13 @@ def file_digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def record_origin(folder: Path, data: Mapping[str, Any]) -> None:
-    """Appends machine, library versions, commit and training data to ``trained_on.jsonl``, if they have changed."""
+def record_origin(folder: Path, data: Mapping[str, Any], teacher: str | None = None) -> None:
+    """Appends machine, library versions, commit and training data to ``trained_on.jsonl``, if they have changed.
+
+    ``teacher``: that of soft labels, the SHA-256 of its weights.
+    """
     found = read_origin(folder)
     here = {"machine": hardware(), "versions": versions(), "commit": commit(), "data": data}
+    here |= {} if teacher is None else {"teacher": teacher}
     if not found or found[-1] != here:
         write_lines(folder / ORIGIN, [*found, here])
-
-
-def read_origin(folder: Path) -> list[dict[str, Any]]:
-    """The records of :func:`record_origin`, in order, without damaged lines."""
-    return read_lines(folder / ORIGIN, lambda line: isinstance(line.get("machine"), dict) and "commit" in line)
