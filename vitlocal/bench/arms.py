@@ -78,7 +78,7 @@ def result_of(run: PlannedRun) -> RunResult:
     return RunResult({**about, **summary(found), **machine_of(run.folder)}, passes, stated_options(run.config()))
 
 
-def read_results(path: str) -> dict[tuple[str, int, str], RunResult]:
+def read_results(path: str, option: str = "--add") -> dict[tuple[str, int, str], RunResult]:
     """The results in a file of ``--json``, by arm, seed and budget. ConfigError if it is not such a file."""
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -88,9 +88,9 @@ def read_results(path: str) -> dict[tuple[str, int, str], RunResult]:
             for row in measured["rows"]
         }
     except OSError as error:
-        raise ConfigError(f"--add: {path} cannot be read ({error.strerror}); give a file of --json") from error
+        raise ConfigError(f"{option}: {path} cannot be read ({error.strerror}); give a file of --json") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--add: {path} is not a file that --json of this bench wrote ({error})") from error
+        raise ConfigError(f"{option}: {path} is not a file that --json of this bench wrote ({error})") from error
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "", digits: int = 2) -> str:

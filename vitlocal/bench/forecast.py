@@ -7,28 +7,34 @@ random pixels, and an epoch has --images images (default: as many as ImageNet). 
 32:60000,224:5000; other sizes follow by FLOPs) nothing is measured, and the forecast is for another machine.
 
 The memory that the recipe needs on a GPU is counted from shapes. --memory 16GB says whether it fits there.
+
+With --models, the bench makes the forecast for each of these sizes of the recipe's model, predicts its top-1 and names
+the best one. The predictions come from a law that is fitted to finished runs: those of --runs (files that --json of
+bench arms wrote), or published ones on ImageNet. --hold-out checks a law: it is fitted to the runs of other budgets.
 """
 
-import math
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from contextlib import closing
+from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from vitlocal.bench.choice import law_for, model_names, rank, show_choice, show_hold_out, sized
 from vitlocal.bench.contestants import resident_mib
+from vitlocal.bench.law import Law, draw_law, hold_out, read_runs
 from vitlocal.bench.measurement import text_table, write_json
 from vitlocal.bench.memory import count_memory, show_memory
-from vitlocal.bench.parsing import bench_parser, byte_count, times
+from vitlocal.bench.parsing import bench_parser, byte_count, plot_file, times
+from vitlocal.bench.published import IMAGENET
+from vitlocal.bench.spending import Forecast, SizeSpeed
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, Source, Sources, full_batches
 from vitlocal.data.crops import CropPolicy
@@ -38,13 +44,13 @@ from vitlocal.methods import build_methods
 from vitlocal.methods.method import MethodContext
 from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.plan import Feed, Plan, with_size
-from vitlocal.progress import TRAINING_FLOPS, Length, Progress, Stage, upcoming_changes
+from vitlocal.progress import TRAINING_FLOPS, Length, Stage, upcoming_changes
+from vitlocal.report.figures import save
 from vitlocal.report.run_folder import duration
 from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds_for
 from vitlocal.train.build import build_run, device_of, make_model, sources_of
 from vitlocal.train.devices import EAGER
 from vitlocal.train.probes import batch_size_at
-from vitlocal.train.simulate import Speed, StageForecast, spend
 from vitlocal.train.timing import LR, Timing, WaitMeter, fill_zeros, noise_batch, peak_memory, reset_peak
 from vitlocal.train.trainer import Trainer
 
@@ -52,10 +58,8 @@ SECONDS = 80.0  # for all measurements; the sizes share it
 SHARES = {"together": 0.5, "step": 0.3, "loader": 0.2}  # of the seconds of a size
 ROUNDS, ROUND_SECONDS = 3, 8.0  # sizes take turns in at most ROUNDS rounds; a turn has at least ROUND_SECONDS
 CPU_STEP_SECONDS = 1.5  # on a CPU, a smaller batch is measured if a step would take longer
-IMAGENET = 1_281_167
 MEASURED = ("evaluation_seconds", "disk_bytes", "resident_mib", "measured_seconds")  # fields of the JSON file
 CPU_EVALUATED = 32  # images in a measured batch of an evaluation on a CPU
-MAX_DOUBLINGS = 40  # of a budget, until it reaches the last size
 OTHER_SECONDS = 15.0  # an estimate of the time for starting, saving and the report, without compiling
 COLUMNS = {
     "px": ("size", "d"), "batch": ("batch_size", "d"), "step": ("step", ",.0f"), "loader": ("loader", ",.0f"),
@@ -63,23 +67,6 @@ COLUMNS = {
     "compile s": ("compile_seconds", ".1f"), "epochs": ("epochs", ".2f"), "images": ("images", ",d"),
     "time": ("time", ">"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SizeSpeed:
-    """The images/s of training at one size. ``loader`` is None without data."""
-
-    size: int
-    batch_size: int
-    together: float
-    step: float
-    gflops: float  # of an image, forward and backward, with two FLOPs for each multiply-add
-    loader: float | None = None
-    measured_batch: int | None = None
-    step_mode: str = "stated"
-    data_wait_fraction: float = 0.0
-    compile_seconds: float = 0.0
-    device_mib: float | None = None  # peak of a GPU
 
 
 class NoData(Source):
@@ -167,9 +154,9 @@ class SizeMeter:
         return SizeSpeed(size, batch_size, together, step, gflops, rates.get("loader"), *how)
 
 
-def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
+def measured_speeds(trainer: Trainer, plans: Sequence[Plan], seconds: float) -> list[SizeSpeed]:
     """The speed of each plan. If there is time, sizes take turns, so that a slow minute affects all of them."""
-    share = SECONDS / len(plans)
+    share = seconds / len(plans)
     rounds = max(1, min(ROUNDS, int(share / ROUND_SECONDS)))
     meters: list[SizeMeter] = []
     turns = list(product(range(rounds), enumerate(plans)))
@@ -181,114 +168,11 @@ def measured_speeds(trainer: Trainer, plans: Sequence[Plan]) -> list[SizeSpeed]:
     return [meter.result() for meter in meters]
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The measured speeds, and what the recipe's own budget and other budgets buy with them."""
+def forecast(config: Config, images: int | None, part: float = 1.0) -> Forecast:
+    """Makes the forecast by measuring this machine, in a ``part`` of the usual time.
 
-    config: Config
-    images: int
-    sizes: tuple[SizeSpeed, ...]
-    evaluation_seconds: float | None = None
-    other_seconds: float = 0.0  # starting, compiling, saving and the report, which a budget of all time counts
-    disk_bytes: int | None = None
-    resident_mib: float | None = None
-    measured_seconds: float | None = None  # the time for measuring the sizes, without compiling
-
-    @property
-    def counts_all(self) -> bool:
-        """Whether the budget counts all time, and not only training."""
-        return self.config.budget.counts == "wall" and self.config.budget.length.kind == "seconds"
-
-    @cached_property
-    def stages(self) -> tuple[StageForecast, ...]:
-        """The recipe's budget, stage by stage."""
-        return self.spending(recipe_stages(self.config), self.config.budget.length)
-
-    @property
-    def speeds(self) -> dict[int, Speed]:
-        return {speed.size: Speed(speed.together, speed.batch_size, 1e9 * speed.gflops) for speed in self.sizes}
-
-    def spending(self, stages: Sequence[Stage], length: Length) -> tuple[StageForecast, ...]:
-        """Simulates spending ``length`` on ``stages``. Raises ConfigError if no time is left for training."""
-        if not self.counts_all:
-            return spend(stages, length, self.images, self.speeds)
-        used, evaluation = self.other_seconds, self.evaluation_seconds or 0.0
-        if used + evaluation >= length.value:
-            raise ConfigError(
-                f"budget.length: got {length}, but starting, saving and one evaluation take {used + evaluation:.0f} s; "
-                "give more time, or count only training: budget.counts=train"
-            )
-        every, evaluations, due = math.ceil(self.config.evaluate.every), 0, 1
-        # Each evaluation leaves less time for epochs, so the first number that suffices is the answer.
-        while evaluations < due and used + evaluation < length.value:
-            evaluations, used = evaluations + 1, used + evaluation
-            spent = spend(stages, length, self.images, self.speeds, used)
-            due = 1 + (int(spent[-1].end.epoch) // every if every else 0)
-        return spent
-
-    @property
-    def first_point(self) -> float | None:
-        """Seconds of training until the first evaluation; None if only the end of the run is evaluated."""
-        every, ends = math.ceil(self.config.evaluate.every), [Progress(), *(stage.end for stage in self.stages)]
-        if not 0 < every < ends[-1].epoch:
-            return None
-        return float(np.interp(every, [end.epoch for end in ends], [end.seconds for end in ends]))
-
-    @cached_property
-    def fractions(self) -> tuple[Stage, ...]:
-        """The recipe's curriculum with ends in fractions of its budget, which also fit other budgets.
-
-        A budget that ends before the last size is doubled until it does not. That size then gets as much time as the
-        size before it.
-        """
-        spent, length = self.stages, self.config.budget.length
-        for _ in range(MAX_DOUBLINGS):
-            if spent[-1].seconds > 0:
-                break
-            length = replace(length, value=2 * length.value)
-            spent = spend(recipe_stages(self.config), length, self.images, self.speeds)
-        *first, last = (stage for stage in spent if stage.seconds > 0)
-        is_cut = first and length != self.config.budget.length
-        whole = first[-1].end.seconds + first[-1].seconds if is_cut else last.end.seconds
-        found, before = [], 0.0
-        for stage in first:
-            percent = round(100 * stage.end.seconds / whole, 4)
-            if before < percent < 100:
-                found.append(Stage.parse(f"{stage.size}px until {percent:g}%"))
-                before = percent
-        mixed = {stage.size: stage.mixed for stage in recipe_stages(self.config)}
-        return tuple(replace(stage, mixed=mixed[stage.size]) for stage in (*found, Stage(last.size)))
-
-    def within(self, budgets: Sequence[Length]) -> list[dict[str, Any]]:
-        """A row for each budget: its epochs, in all and by size, with the same fractions; None if it is too short."""
-        found: list[dict[str, Any]] = []
-        for budget in budgets:
-            row: dict[str, Any] = {"budget": str(budget), "epochs": None, "epochs_by_size": None}
-            with suppress(ConfigError):
-                spent = self.spending(self.fractions, budget)
-                sizes = dict.fromkeys((stage.size for stage in spent), 0.0)
-                for stage in spent:
-                    sizes[stage.size] += stage.epochs
-                row |= {"epochs": spent[-1].end.epoch, "epochs_by_size": sizes}
-            found.append(row)
-        return found
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each stage: the speeds at its size, and its part of the budget."""
-        by_size = {speed.size: speed for speed in self.sizes}
-        return [
-            asdict(speed := by_size[stage.size])
-            | {
-                "bottleneck": "data" if (speed.loader or speed.step) < speed.step else "step",
-                "images_per_second": speed.together, "epochs": stage.epochs, "images": stage.images,
-                "train_seconds": stage.seconds, "until_epoch": stage.end.epoch,
-            }
-            for stage in self.stages
-        ]  # fmt: skip
-
-
-def forecast(config: Config, images: int | None) -> Forecast:
-    """Makes the forecast by measuring this machine. ``images``: the length of an epoch, if there are no data."""
+    ``images``: the length of an epoch, if there are no data.
+    """
     device, evaluate = device_of(config), config.evaluate
     if device.type == "cpu":
         config = replace(config, evaluate=replace(evaluate, batch_size=min(evaluate.batch_size, CPU_EVALUATED)))
@@ -300,7 +184,7 @@ def forecast(config: Config, images: int | None) -> Forecast:
     with closing(sources):
         trainer = build_run(config, sources, device).trainer
         start = time.perf_counter()
-        speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)))
+        speeds = measured_speeds(trainer, plans_by_size(trainer, recipe_stages(config)), part * SECONDS)
         compiling = sum(speed.compile_seconds for speed in speeds)
         took = time.perf_counter() - start - compiling
         last, length = trainer.upcoming_plans()[-1], trainer.state.clock.length  # a method may have set the length
@@ -353,10 +237,15 @@ def show(found: Forecast, budgets: Sequence[Length]) -> None:
         print(f"measured in {found.measured_seconds:.0f} s, without compiling")
     if budgets:
         show_budgets(found, budgets)
-    if shaping := methods_writing(config, "shape."):
-        print(f"note: {', '.join(shaping)} change the cost of an image; this forecast is for the full model throughout")
+    note_shapes(config)
     if config.budget.counts == "cpu":
         print("note: the budget counts processor time; this forecast is for a run that does not share its cores")
+
+
+def note_shapes(config: Config) -> None:
+    """Says which methods of the recipe the forecast does not know."""
+    if shaping := methods_writing(config, "shape."):
+        print(f"note: {', '.join(shaping)} change the cost of an image; this forecast is for the full model throughout")
 
 
 def show_budgets(found: Forecast, budgets: Sequence[Length]) -> None:
@@ -373,6 +262,65 @@ def show_budgets(found: Forecast, budgets: Sequence[Length]) -> None:
         print(f'  --image_size.stages="{", ".join(map(str, found.fractions))}"')
 
 
+def of_models(config: Config, names: Sequence[str], images: int | None, rates: str | None) -> list[dict[str, Any]]:
+    """A row for each size of the recipe's model: multiply-adds, images/s by size, and the epochs in the budget.
+
+    ``rates`` are those of the recipe's own model, and give the other models' by FLOPs.
+    """
+    rows, configs = [], {name: sized(config, name) for name in names}
+    own = speeds_for(config, parse_rates(rates)) if rates else {}
+    for name, other in configs.items():
+        if rates and images is not None:
+            flops = {size: speed.flops for size, speed in speeds_for(other, dict.fromkeys(own, 1.0)).items()}
+            stated = {size: speed.images_per_second * speed.flops / flops[size] for size, speed in own.items()}
+            found = stated_forecast(other, images, stated)
+        else:
+            found = forecast(other, images, 1 / len(names))
+        last = recipe_stages(config)[-1].size
+        model, _ = make_model(other, 1000, torch.device("meta"))
+        rows.append({
+            "model": name, "gmacs": 1e-9 * count_macs(model, config.model.size),
+            "rates": {speed.size: speed.together for speed in found.sizes}, "epochs": found.stages[-1].end.epoch,
+            "last_size": last, "images": found.images,
+            "epochs_at_last_size": found.spending([Stage(last)], config.budget.length)[-1].end.epoch,
+        })  # fmt: skip
+    return rows
+
+
+def choose(config: Config, names: Sequence[str], images: int | None, options: argparse.Namespace) -> Law:
+    """Predicts the top-1 of each model in the budget, and names the best one."""
+    count = load_manifest(config.data.root, "train").count if images is None else images
+    law = law_for(count, options.runs)  # before measuring, because the runs may be too few
+    if options.rates:
+        images = count
+    ranked = rank(of_models(config, names, images, options.rates), law, config)
+    show_choice(ranked, law, config)
+    note_shapes(config)
+    write_json(
+        options.json, "the predicted top-1 of models in a budget, by a law that is fitted to runs", ranked,
+        budget=str(config.budget.length), images=count, **law_fields(law), recipe=config.flat(),
+    )  # fmt: skip
+    return law
+
+
+def law_fields(law: Law) -> dict[str, Any]:
+    """The law in a JSON file."""
+    return {
+        "coefficients": law.coefficients, "centre": law.centre, "runs": len(law.runs), "rms_error": law.rms,
+        "leave_one_out_error": law.left_out_rms,
+    }  # fmt: skip
+
+
+def check_law(names: Sequence[str], options: argparse.Namespace) -> tuple[Law, list[dict[str, Any]]]:
+    """Fits the law without the budgets of --hold-out, and prints how well it predicts their runs."""
+    if not options.runs:
+        raise ConfigError("--hold-out: it needs the runs of --runs")
+    law, rows = hold_out(read_runs(options.runs), options.hold_out, names)
+    show_hold_out(law, rows)
+    write_json(options.json, "held-out runs, predicted by a law that is fitted to the others", rows, **law_fields(law))
+    return law, rows
+
+
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("forecast", __doc__)
     add = parser.add_argument
@@ -382,14 +330,33 @@ def main(argv: Sequence[str]) -> None:
     add("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
     add("--memory", type=byte_count, metavar="SIZE", help="a GPU's memory, such as 16GB: does the recipe fit?")
     add("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
+    add("--models", type=model_names, metavar="LIST", help="sizes of the model to choose from: Ti,S,B or 64x6,128x6")
+    add("--runs", nargs="+", metavar="FILE", help="runs for the law of --models (default: published ones on ImageNet)")
+    add("--hold-out", type=times, metavar="LIST", help="check the law on the runs of these budgets: 3m,8m")
+    add("--plot", type=plot_file, metavar="FILE", help="plot predicted against measured top-1")
     options, trainer = parser.parse_known_args(argv)
     config, images = read_config(trainer), options.images
+    for name, needs in (("--runs", options.runs), ("--plot", options.plot)):
+        if needs and not (options.models or options.hold_out):
+            raise ConfigError(f"{name}: it is for --models and --hold-out")
+    if options.memory and options.models:
+        raise ConfigError("--memory: with --models, no memory is counted; leave one of them out")
+    if options.hold_out:
+        law, rows = check_law(options.models or [], options)
+        if options.plot:
+            save(draw_law(law, rows), options.plot)
+        return
     if images is not None and images < config.train.batch_size:
         raise ConfigError(f"--images: got {images}, expected at least {config.train.batch_size}, one batch")
     if images is None and not any(Path(config.data.root).glob("*.beton")):
         images = IMAGENET
         what = "" if options.rates else "only the step is measured, with random pixels, "
         print(f"{config.data.root} has no data: {what}for epochs of {images:,} images")
+    if options.models:
+        law = choose(config, options.models, images, options)
+        if options.plot:
+            save(draw_law(law), options.plot)
+        return
     if options.rates:
         count = load_manifest(config.data.root, "train").count if images is None else images
         found = stated_forecast(config, count, parse_rates(options.rates))
