@@ -265,19 +265,24 @@ def show_budgets(found: Forecast, budgets: Sequence[Length]) -> None:
 def of_models(config: Config, names: Sequence[str], images: int | None, rates: str | None) -> list[dict[str, Any]]:
     """A row for each size of the recipe's model: multiply-adds, images/s by size, and the epochs in the budget.
 
-    ``rates`` are those of the recipe's own model, and give the other models' by FLOPs.
+    ``rates`` are those of the recipe's own model, and give the other models' by FLOPs. As for sizes that are not
+    stated, a rate is at most that of a smaller stated size.
     """
     rows, configs = [], {name: sized(config, name) for name in names}
-    own = speeds_for(config, parse_rates(rates)) if rates else {}
+    stated = parse_rates(rates)
+    own = speeds_for(config, stated) if stated else {}
     for name, other in configs.items():
-        if rates and images is not None:
-            flops = {size: speed.flops for size, speed in speeds_for(other, dict.fromkeys(own, 1.0)).items()}
-            stated = {size: speed.images_per_second * speed.flops / flops[size] for size, speed in own.items()}
-            found = stated_forecast(other, images, stated)
+        model, _ = make_model(other, 1000, torch.device("meta"))
+        if stated and images is not None:
+            flops = {size: TRAINING_FLOPS * count_macs(model, size) for size in own}
+            converted = {size: speed.images_per_second * speed.flops / flops[size] for size, speed in own.items()}
+            limits = {size: [rate for smaller, rate in stated.items() if smaller < size] for size in own}
+            found = stated_forecast(
+                other, images, {size: min([rate, *limits[size]]) for size, rate in converted.items()}
+            )
         else:
             found = forecast(other, images, 1 / len(names))
         last = recipe_stages(config)[-1].size
-        model, _ = make_model(other, 1000, torch.device("meta"))
         rows.append({
             "model": name, "gmacs": 1e-9 * count_macs(model, config.model.size),
             "rates": {speed.size: speed.together for speed in found.sizes}, "epochs": found.stages[-1].end.epoch,
