@@ -87,7 +87,7 @@ def test_the_convolutional_stem(patch):
 
 @pytest.mark.parametrize("patch", [8, 16, 32])
 def test_the_stem_within_patches(patch):
-    model = narrow(NAMES[0], stem="hmlp", patch_size=patch, img_size=64).eval()
+    model = narrow(NAMES[0], stem="hmlp", patch_size=patch, img_size=64, stem_width=12).eval()
     stem, images = model.patch_embed, torch.randn(2, 3, 64, 32)
     tokens = stem(images)
     assert tokens.shape == (2, 64 // patch * 32 // patch, 32) and tokens.is_contiguous()
@@ -167,6 +167,7 @@ def test_sizes_can_change_without_a_table_or_with_registers():
     "options, words",
     [
         (dict(stem="linear"), ("stem='linear'", "patch, hmlp, conv")),
+        (dict(stem_width=12), ("stem_width=12", "None without stem=hmlp")),
         (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16, 32 with stem=hmlp")),
         (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "stem=conv")),
         (dict(stem="conv", patch_size=16, embed_dim=36), ("embed_dim=36", "a multiple of 8")),

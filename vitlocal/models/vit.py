@@ -64,6 +64,7 @@ class VisionTransformer(TimmModel):
     - ``reg_tokens``: number of register tokens after the class token (Darcet et al. 2023, arXiv 2309.16588). As in
       timm, each has a row of the table, which is a part of its value.
     - ``stem``: "patch", :class:`PatchEmbed`; "hmlp", :class:`PatchStem`; or "conv", :class:`ConvStem`.
+      ``stem_width``: channels of "hmlp"; None: a quarter of ``embed_dim``.
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
     """
 
@@ -109,6 +110,7 @@ class VisionTransformer(TimmModel):
         qk_norm: bool = False,
         reg_tokens: int = 0,
         stem: str = "patch",
+        stem_width: int | None = None,
     ) -> None:
         check_count("num_classes", num_classes, least=0)
         check_count("reg_tokens", reg_tokens, least=0)
@@ -136,6 +138,8 @@ class VisionTransformer(TimmModel):
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         check_choice("stem", stem, tuple(STEMS))
+        check_option("stem_width", stem_width, stem_width is None or stem == "hmlp", "None without stem=hmlp")
+        own = {} if stem_width is None else {"width": stem_width}
         fits = use_abs_pos_emb or (train_pos_embed and pos_embed_init == "random")
         check_option("use_abs_pos_emb", use_abs_pos_emb, fits, "true, because other options set the table")
         hidden = int(embed_dim * mlp_ratio)
@@ -152,7 +156,7 @@ class VisionTransformer(TimmModel):
         self.drop_path_rate = drop_path_rate
         self._pos_embed_init, self._patch_drop_rate = pos_embed_init, patch_drop_rate
         self._drops_in_blocks = proj_drop_rate > 0 or attn_drop_rate > 0
-        self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim)
+        self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim, **own)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.has_class_token else None
         registers = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.register_parameter("reg_token", registers)
