@@ -85,15 +85,17 @@ def test_the_convolutional_stem(patch):
     assert torch.equal(model(images), inner)
 
 
-@pytest.mark.parametrize("patch", [8, 16, 32])
-def test_the_stem_within_patches(patch):
-    model = narrow(NAMES[0], stem="hmlp", patch_size=patch, img_size=64, stem_width=12).eval()
+@pytest.mark.parametrize("patch, norm", [(8, "layer"), (16, "batch"), (32, "layer")])
+def test_the_stem_within_patches(patch, norm):
+    model = narrow(NAMES[0], stem="hmlp", patch_size=patch, img_size=64, stem_width=12, stem_norm=norm).eval()
     stem, images = model.patch_embed, torch.randn(2, 3, 64, 32)
     tokens = stem(images)
     assert tokens.shape == (2, 64 // patch * 32 // patch, 32) and tokens.is_contiguous()
     reference = images
-    for convolution, norm in zip(stem.convs, stem.norms, strict=True):
-        reference = torch.nn.functional.gelu(norm(convolution(reference).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    for convolution, layer in zip(stem.convs, stem.norms, strict=True):
+        found = convolution(reference).permute(0, 2, 3, 1)
+        normed = layer(found.flatten(0, 2)).view_as(found)
+        reference = torch.nn.functional.gelu(normed).permute(0, 3, 1, 2)
     torch.testing.assert_close(tokens, stem.proj(reference).flatten(2).mT, rtol=1e-4, atol=1e-5)
     changed = images.clone()
     changed[:, :, :patch, :patch] = 0  # tokens see no other patch

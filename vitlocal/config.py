@@ -82,6 +82,7 @@ class ModelConfig:
     reg_tokens: int | None = option(None, Number(0, 100, whole=True), "register tokens; none: 0")
     stem: str | None = option(None, Choice("patch", "hmlp", "conv"), "first layers: one, several per patch, or 3x3")
     stem_width: int | None = option(None, PIXELS, "stem=hmlp: channels; none: a quarter of the width")
+    stem_norm: str | None = option(None, Choice("layer", "batch"), "stem=hmlp: its norm; none: layer")
     weights: str | None = option(
         None, TEXT, "initial weights: a run folder or a file; a head for other classes starts at random"
     )

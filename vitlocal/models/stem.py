@@ -118,19 +118,21 @@ class PatchStem(FixedStem):
     """Layers within each patch (hMLP; Touvron et al. 2022, arXiv 2203.09795): images (B, C, S, S) to tokens (B, N, D).
 
     Parts of 4 × 4 pixels become ``width`` channels (None: D/4, as in the paper). Four neighbours are joined, until they
-    are a patch. A norm and a GELU follow all layers but the last. Tokens see no other patch, as those of
-    :class:`PatchEmbed`. LayerNorm replaces the paper's BatchNorm, see :class:`ConvStem`.
+    are a patch. A norm and a GELU follow all layers but the last. ``norm``: "layer", or the paper's "batch", whose
+    statistics mix all sizes of a curriculum. Tokens see no other patch, as those of :class:`PatchEmbed`.
     """
 
     def __init__(
-        self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int, width: int | None = None
-    ) -> None:
+        self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int, width: int | None = None,
+        norm: str = "layer",
+    ) -> None:  # fmt: skip
         super().__init__(img_size, patch_size)
         self.levels = doublings("hmlp", patch_size, 4)
         width = max(1, embed_dim // 4) if width is None else width
         self.convs = nn.ModuleList([nn.Conv2d(in_chans, width, 4, stride=4, bias=False)])
         self.convs.extend(nn.Conv2d(width, width, 2, stride=2, bias=False) for _ in range(self.levels - 1))
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for _ in self.convs)
+        norms = (nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width, eps=1e-6) for _ in self.convs)
+        self.norms = nn.ModuleList(norms)
         self.proj = nn.Conv2d(width, embed_dim, 2, stride=2)  # only the weights of convolutions are used
         nn.init.trunc_normal_(self.proj.weight, std=(4 * width) ** -0.5)  # tokens as large as those of PatchEmbed
         assert self.proj.bias is not None

@@ -64,7 +64,7 @@ class VisionTransformer(TimmModel):
     - ``reg_tokens``: number of register tokens after the class token (Darcet et al. 2023, arXiv 2309.16588). As in
       timm, each has a row of the table, which is a part of its value.
     - ``stem``: "patch", :class:`PatchEmbed`; "hmlp", :class:`PatchStem`; or "conv", :class:`ConvStem`.
-      ``stem_width``: channels of "hmlp"; None: a quarter of ``embed_dim``.
+      ``stem_width``: channels of "hmlp"; None: a quarter of ``embed_dim``. ``stem_norm``: its norm, "layer" or "batch".
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
     """
 
@@ -111,6 +111,7 @@ class VisionTransformer(TimmModel):
         reg_tokens: int = 0,
         stem: str = "patch",
         stem_width: int | None = None,
+        stem_norm: str | None = None,
     ) -> None:
         check_count("num_classes", num_classes, least=0)
         check_count("reg_tokens", reg_tokens, least=0)
@@ -138,8 +139,10 @@ class VisionTransformer(TimmModel):
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         check_choice("stem", stem, tuple(STEMS))
+        of_stem = {name: value for name, value in dict(width=stem_width, norm=stem_norm).items() if value is not None}
         check_option("stem_width", stem_width, stem_width is None or stem == "hmlp", "None without stem=hmlp")
-        own = {} if stem_width is None else {"width": stem_width}
+        check_option("stem_norm", stem_norm, stem_norm is None or stem == "hmlp", "None without stem=hmlp")
+        check_choice("stem_norm", stem_norm or "layer", ("layer", "batch"))
         fits = use_abs_pos_emb or (train_pos_embed and pos_embed_init == "random")
         check_option("use_abs_pos_emb", use_abs_pos_emb, fits, "true, because other options set the table")
         hidden = int(embed_dim * mlp_ratio)
@@ -156,7 +159,7 @@ class VisionTransformer(TimmModel):
         self.drop_path_rate = drop_path_rate
         self._pos_embed_init, self._patch_drop_rate = pos_embed_init, patch_drop_rate
         self._drops_in_blocks = proj_drop_rate > 0 or attn_drop_rate > 0
-        self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim, **own)
+        self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim, **of_stem)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.has_class_token else None
         registers = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.register_parameter("reg_token", registers)
