@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -355,4 +356,6 @@ def test_the_files_of_arms_in_rcfg_are_configurations():
     found = sorted((ROOT / "rcfg" / "arms").glob("*.yaml"))
     for path in found:
         for arm in read_arms(str(path)):
-            read_config(arm.command_line(), {})
+            config = read_config(arm.command_line(), {})
+            patch = config.model.patch_size or int(re.search(r"patch(\d+)", config.model.name)[1])
+            assert (config.evaluate.size or config.model.size) % patch == 0, (path.name, arm.name)

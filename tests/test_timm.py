@@ -64,6 +64,12 @@ def test_a_deit_is_exported_as_timms_model(options, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_export_does_not_need_timms_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitlocal.models.factory.TIMM_DEIT", "no_such_model")
+    make_run(tmp_path, DEIT)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == DEIT
+
+
 @pytest.mark.parametrize("options", [PRUNED, dict(center_grid=3), dict(rope="axial"), dict(activation="h_swish")])
 def test_a_deit_that_timm_lacks_keeps_our_name(options, tmp_path):
     make_run(tmp_path, DEIT, **options)

@@ -34,6 +34,8 @@ BY_METHOD = {
 def test_methods_train_and_export_with_all_options(configure, decoder, tmp_path, method):
     rope = ["--model.rope=axial", "--model.rope_coordinates=patches", "--train.optimizer=muon", "--model.pool=avg"]
     options = [*SHORT, *TRUNK, *(rope if method in ("none", "budgeted") else [])]
+    if method in ("image_size", "unfreeze"):
+        options += ["--model.stem=hmlp", "--model.stem_norm=batch"]
     config = configure(*options, f"--methods={method}", *BY_METHOD[method])
     assert train(config) == 0
     exported = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()

@@ -104,6 +104,21 @@ def test_the_stem_within_patches(patch, norm):
     assert all(p.grad.stride() == p.stride() for p in stem.parameters())  # or processes copy gradients, and warn
 
 
+def test_a_frozen_stem_keeps_its_statistics():
+    model = narrow(NAMES[0], stem="hmlp", stem_norm="batch")
+    norm, images = model.patch_embed.norms[0], torch.randn(4, 3, 64, 64)
+    set_trainable(model, Shape(head_only=True, trainable_blocks=(1,)))
+    set_shape(model, Shape(head_only=True, trainable_blocks=(1,)))
+    model.train()
+    before = norm.running_mean.clone()
+    model(images)
+    assert torch.equal(norm.running_mean, before)
+    set_shape(model, Shape())
+    model.train()
+    model(images)
+    assert not torch.equal(norm.running_mean, before)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_options_together_train_and_come_back(name, tmp_path):
     model = narrow(name, drop_path_rate=0.2, **ALL)
@@ -170,8 +185,10 @@ def test_sizes_can_change_without_a_table_or_with_registers():
     [
         (dict(stem="linear"), ("stem='linear'", "patch, hmlp, conv")),
         (dict(stem_width=12), ("stem_width=12", "None without stem=hmlp")),
+        (dict(stem="hmlp", stem_width=0), ("stem_width=0", "at least 1")),
+        (dict(stem="hmlp", stem_norm="group"), ("stem_norm='group'", "layer, batch")),
         (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16, 32 with stem=hmlp")),
-        (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "stem=conv")),
+        (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "2, 4, 8, 16, 32 with stem=conv")),
         (dict(stem="conv", patch_size=16, embed_dim=36), ("embed_dim=36", "a multiple of 8")),
         (dict(reg_tokens=-1), ("reg_tokens=-1", "at least 0")),
         (dict(qk_norm="yes"), ("qk_norm='yes'", "true or false")),

@@ -76,11 +76,15 @@ class ModelConfig:
     layer_scale: float | None = option(None, Number(1e-8, 10), "initial factors of LayerScale; none: no LayerScale")
     rope: str | None = option(None, Choice("axial", "mixed"), "rotary positions; mixed: with learned frequencies")
     rope_theta: float | None = option(None, Number(1), "rotary positions: theta; none: 100 (axial) or 10 (mixed)")
-    rope_coordinates: str | None = option(None, Choice("image", "patches"), "rotary positions: units; none: image")
+    rope_coordinates: str | None = option(
+        None, Choice("image", "patches"), "rotary positions count in parts of the image (none), or in patches"
+    )
     use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
     qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
     reg_tokens: int | None = option(None, Number(0, 100, whole=True), "register tokens; none: 0")
-    stem: str | None = option(None, Choice("patch", "hmlp", "conv"), "first layers: one, several per patch, or 3x3")
+    stem: str | None = option(
+        None, Choice("patch", "hmlp", "conv"), "first layers: one per patch (none), several per patch, 3x3 convolutions"
+    )
     stem_width: int | None = option(None, PIXELS, "stem=hmlp: channels; none: a quarter of the width")
     stem_norm: str | None = option(None, Choice("layer", "batch"), "stem=hmlp: its norm; none: layer")
     weights: str | None = option(

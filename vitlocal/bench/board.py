@@ -98,7 +98,7 @@ def _gpu(origin: dict[str, Any]) -> str | None:
 def unfinished(run: BoardRun) -> str:
     last = run.record.records[-1]
     if last["fraction"] < 1:
-        return f"{last['fraction']:.0%} of the budget is spent"
+        return f"{last['fraction']:.1%} of the budget is spent"
     if not is_evaluated(last, run.record.metric):
         return "the end is not evaluated"
     return "" if run.weights else "it has no model.safetensors"

@@ -329,9 +329,7 @@ def check_law(names: Sequence[str], options: argparse.Namespace) -> tuple[Law, l
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("forecast", __doc__)
     add = parser.add_argument
-    add(
-        "--budgets", type=times, default="1h,6h,24h", metavar="LIST", help="other budgets, or none (default: 1h,6h,24h)"
-    )
+    add("--budgets", type=times, metavar="LIST", help="other budgets, or none (default: 1h,6h,24h)")
     add("--images", type=int, metavar="N", help="forecast without data, for epochs of N images")
     add("--memory", type=byte_count, metavar="SIZE", help="a GPU's memory, such as 16GB: does the recipe fit?")
     add("--rates", metavar="LIST", help="images/s by size, instead of measuring: 224:5000")
@@ -344,8 +342,12 @@ def main(argv: Sequence[str]) -> None:
     for name, needs in (("--runs", options.runs), ("--plot", options.plot)):
         if needs and not (options.models or options.hold_out):
             raise ConfigError(f"{name}: it is for --models and --hold-out")
-    if options.memory and options.models:
-        raise ConfigError("--memory: with --models, no memory is counted; leave one of them out")
+    for name, value in (("--memory", options.memory), ("--budgets", options.budgets)):
+        if value is not None and (options.models or options.hold_out):
+            raise ConfigError(f"{name}: it is for the forecast of one recipe; leave it or --models, --hold-out out")
+    if options.hold_out and (options.rates or images is not None):
+        raise ConfigError("--hold-out: it measures nothing; leave --rates and --images out")
+    budgets = times("1h,6h,24h") if options.budgets is None else options.budgets
     if options.hold_out:
         law, rows = check_law(options.models or [], options)
         if options.plot:
@@ -367,7 +369,7 @@ def main(argv: Sequence[str]) -> None:
         found = stated_forecast(config, count, parse_rates(options.rates))
     else:
         found = forecast(config, images)
-    show(found, options.budgets)
+    show(found, budgets)
     memory = count_memory(config, found.images)
     show_memory(config, found.images, memory, options.memory)
     what = "what a budget is forecast to buy: measured images/s by size, and the simulated budget"
@@ -377,6 +379,6 @@ def main(argv: Sequence[str]) -> None:
         images=found.images, epochs=last.epoch, flops=last.flops, first_point_seconds=found.first_point,
         **{name: getattr(found, name) for name in MEASURED},
         memory=[size.row() for size in memory],
-        curriculum=[str(stage) for stage in found.fractions], budgets=found.within(options.budgets),
+        curriculum=[str(stage) for stage in found.fractions], budgets=found.within(budgets),
         recipe=config.flat(),
     )  # fmt: skip

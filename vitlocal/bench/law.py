@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class LawRun:
 
     model: str  # "192x6", or the name of its arm
     recipe: str
-    macs: float  # of an image at the full size
+    macs: float  # of an image at the largest size that it trained at
     epochs: float
     top1: float  # percent
     epoch_images: int
@@ -181,9 +181,8 @@ class Law:
 
 
 def _centre(runs: Sequence[LawRun]) -> tuple[float, float]:
-    return float(np.exp(np.mean([np.log(r.macs) for r in runs]))), float(
-        np.exp(np.mean([np.log(r.epochs) for r in runs]))
-    )
+    """The geometric means of multiply-adds and epochs."""
+    return geometric_mean(run.macs for run in runs), geometric_mean(run.epochs for run in runs)
 
 
 def _distinct(values: Sequence[float]) -> int:

@@ -59,6 +59,8 @@ def evaluate(model: nn.Module, source: Source, feed: Feed, rows: str) -> dict[st
     with source.open(feed, Position()) as batches:
         for batch in batches:
             chosen = torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[rows])).nonzero().flatten().to(device)
+            if not len(chosen):
+                continue
             logits, labels = model(normalize(batch.images[chosen])).float(), batch.labels[chosen]
             best = logits.topk(min(5, logits.shape[1])).indices
             right += int((best[:, 0] == labels).sum())

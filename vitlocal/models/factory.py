@@ -1,6 +1,5 @@
 """Builds models, loads weights into them, and exports trained models as files that timm loads."""
 
-import copy
 import difflib
 import json
 import math
@@ -27,6 +26,12 @@ from vitlocal.models.weight_files import options_of_run, read_description, read_
 
 PREFIX = "vitlocal_"  # of the names of our models
 TIMM_DEIT = "vit_small_patch16_224"  # timm's DeiT; its other sizes differ by options
+# Options of ours that a model of timm's can have, or that only set initial weights.
+TIMM_OPTIONS = frozenset(
+    "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias pool class_token global_pool "
+    "init_values qk_norm reg_tokens drop_rate proj_drop_rate attn_drop_rate patch_drop_rate train_pos_embed init "
+    "pos_embed_init".split()
+)
 
 
 def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -56,33 +61,35 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
     raise ConfigError(f"model.name: {name} cannot be built with {attempt}: {problem}") from problem
 
 
-def timm_twin(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """Returns the name and the options of timm's own model that computes the same as a trained DeiT; None without one.
 
-    ``arguments`` are what DeiT was built with. The two models are compared, with the weights, on a random image.
+    ``name`` and ``arguments`` are those of our export. It and timm's model are compared, with the weights, on the CPU
+    and on a random image. If anything fails, there is none: an export must not.
     """
-    if not isinstance(model, DeiT):
+    if not isinstance(model, DeiT) or not set(arguments) <= TIMM_OPTIONS:
         return None
-    state, patch = exported_state_dict(model), model.patch_embed.patch_size[0]
-    size = [count * patch for count in model.patch_embed.grid_size]
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    options = {name: arguments[name] for name in ("qkv_bias", "init_values", "qk_norm") if name in arguments} | {
-        "img_size": size, "patch_size": patch,
-        "in_chans": model.in_chans, "embed_dim": model.embed_dim, "depth": depth,
-        "num_heads": model.blocks[0].attn.num_heads, "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / model.embed_dim,
-        "class_token": model.has_class_token, "reg_tokens": arguments.get("reg_tokens", 0),
-        "global_pool": model.global_pool, "fc_norm": False, "dynamic_img_size": True,
-    }  # fmt: skip
     try:
-        twin = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
-        twin.load_state_dict(state)
-    except (RuntimeError, ValueError, AssertionError):  # other weights
+        ours = timm.create_model(name, num_classes=model.num_classes, **arguments).eval()
+        state = exported_state_dict(model)
+        ours.load_state_dict(state)
+        patch = ours.patch_embed.patch_size[0]
+        size = [count * patch for count in ours.patch_embed.grid_size]
+        options = {key: arguments[key] for key in ("qkv_bias", "init_values", "qk_norm") if key in arguments} | {
+            "img_size": size, "patch_size": patch, "in_chans": ours.in_chans, "embed_dim": ours.embed_dim,
+            "depth": len(ours.blocks), "num_heads": ours.blocks[0].attn.num_heads,
+            "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / ours.embed_dim, "class_token": ours.has_class_token,
+            "reg_tokens": arguments.get("reg_tokens", 0), "global_pool": ours.global_pool, "fc_norm": False,
+            "dynamic_img_size": True,
+        }  # fmt: skip
+        theirs = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
+        theirs.load_state_dict(state)
+        images = torch.rand(1, ours.in_chans, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        with torch.inference_mode():  # in float64, only rounding differs
+            same = torch.allclose(ours.double()(images), theirs.double()(images), rtol=1e-7, atol=1e-10)
+    except Exception:  # other weights, or another version of timm
         return None
-    pair = [each.double() for each in (copy.deepcopy(model).cpu().eval(), twin)]  # only rounding differs then
-    images = torch.rand(1, model.in_chans, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    with torch.inference_mode():
-        ours, theirs = (each(images) for each in pair)
-    return (TIMM_DEIT, options) if torch.allclose(ours, theirs, rtol=1e-7, atol=1e-10) else None
+    return (TIMM_DEIT, options) if same else None
 
 
 def export_model(
@@ -106,7 +113,7 @@ def export_model(
         if shape.pruned_blocks:
             for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"):
                 model_args[option] = getattr(shape, option)
-    if twin := timm_twin(model, arguments):
+    if twin := timm_twin(model, name, model_args):
         name, model_args = twin
     if isinstance(model, DiT):
         model_args |= dit_sizes(model)

@@ -68,12 +68,12 @@ def shared_rotations(
 
 
 def _magnitudes(width: int, theta: float) -> Tensor:
-    """Returns d/4 frequencies, from 1 to almost 1/theta radians per patch."""
+    """Returns d/4 frequencies, from 1 to almost 1/theta radians per unit."""
     return theta ** (-torch.arange(0, width, 4, dtype=torch.float64) / width)
 
 
 def mixed_frequencies(heads: int, width: int, theta: float) -> Tensor:
-    """Draws initial frequencies of columns and rows, radians per patch: (M, 2, d/2).
+    """Draws initial frequencies of columns and rows, radians per unit: (M, 2, d/2).
 
     Each head has two orthogonal directions, turned by a random angle. Each direction has all magnitudes.
     """

@@ -80,7 +80,8 @@ def doublings(name: str, patch_size: int, first: int) -> int:
     """How often the side ``first`` is doubled to become the patch; :class:`ConfigError` if it never does."""
     count = (patch_size // first).bit_length() - 1
     fits = count > 0 and patch_size == first << count
-    check_option("patch_size", patch_size, fits, f"{', '.join(str(2 * first << k) for k in range(3))} with stem={name}")
+    expected = ", ".join(str(first << count) for count in range(1, 6) if first << count <= 32)
+    check_option("patch_size", patch_size, fits, f"{expected} with stem={name}")
     return count
 
 

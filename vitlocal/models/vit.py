@@ -115,6 +115,8 @@ class VisionTransformer(TimmModel):
     ) -> None:
         check_count("num_classes", num_classes, least=0)
         check_count("reg_tokens", reg_tokens, least=0)
+        if stem_width is not None:
+            check_count("stem_width", stem_width)
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in counts.items():
             check_count(name, value)
@@ -203,13 +205,13 @@ class VisionTransformer(TimmModel):
         self._scales_rope = coordinates != "patches"
 
     def train(self, mode: bool = True) -> VisionTransformer:
-        """As in PyTorch, but the BatchNorms of a frozen block keep their statistics and normalise by them."""
+        """As in PyTorch, but the BatchNorms of frozen blocks and of a frozen stem use and keep their statistics."""
         super().train(mode)
         trained = self.active.trainable_blocks
-        for index, block in enumerate(self.blocks):
-            if trained is None or index in trained:
-                continue
-            for module in block.modules():
+        frozen = [self.patch_embed] if self.active.head_only else []
+        frozen += [block for index, block in enumerate(self.blocks) if trained is not None and index not in trained]
+        for part in frozen:
+            for module in part.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
