@@ -151,7 +151,7 @@ def one_changed(change: Callable[..., None], **values: Any) -> Callable[[list[Pa
 
 
 CASES: dict[str, tuple[str, Callable[[list[Path]], Any], str]] = {
-    "unfinished": ("each run is finished", one_changed(change_log, fraction=0.4), "seed1: 40% of the budget is spent"),
+    "unfinished": ("each run is finished", one_changed(change_log, fraction=0.4), "seed1: 40.0% of the budget"),
     "no weights": (
         "each run is finished", lambda runs: (runs[2] / "model.safetensors").unlink(), "seed2: it has no model.safetens"
     ),

@@ -86,7 +86,7 @@ def test_a_classifiers_features_are_its_heads_input(classifier: Path):
     logits = model((images / 255 - mean) / deviation)
     torch.testing.assert_close(model.head(found.clone()), logits)
     assert found.shape == (4, 24) and guesses.tolist() == logits.argmax(1).tolist()
-    assert features.name.startswith("Fréchet distance (features of vitlocal_deit_tiny_patch8_64 ")
+    assert features.name.startswith("Fréchet distance (features of vit_small_patch16_224 ")  # timm's name of a DeiT
     flat = images[:, :, :1, :1]
     resized, _ = features.judge(flat.expand(-1, -1, 80, 48))
     torch.testing.assert_close(resized, features.judge(flat.expand(-1, -1, 32, 32))[0])

@@ -251,7 +251,8 @@ def test_sizes_of_models():
         (["--runs", "x.json"], "--runs: it is for --models and --hold-out"),
         (["--plot=x.png"], "--plot: it is for --models"),
         (["--hold-out=3m"], "--hold-out: it needs the runs of --runs"),
-        (["--models=S", "--memory=16GB"], "--memory: with --models"),
+        (["--models=S", "--memory=16GB"], "--memory: it is for the forecast of one recipe"),
+        (["--models=S", "--budgets=1h"], "--budgets: it is for the forecast of one recipe"),
     ],
 )
 def test_wrong_choices(words: list[str], part: str):

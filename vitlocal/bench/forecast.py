@@ -345,8 +345,6 @@ def main(argv: Sequence[str]) -> None:
     for name, value in (("--memory", options.memory), ("--budgets", options.budgets)):
         if value is not None and (options.models or options.hold_out):
             raise ConfigError(f"{name}: it is for the forecast of one recipe; leave it or --models, --hold-out out")
-    if options.hold_out and (options.rates or images is not None):
-        raise ConfigError("--hold-out: it measures nothing; leave --rates and --images out")
     budgets = times("1h,6h,24h") if options.budgets is None else options.budgets
     if options.hold_out:
         law, rows = check_law(options.models or [], options)
