@@ -70,7 +70,7 @@ def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tupl
     if not isinstance(model, DeiT) or not set(arguments) <= TIMM_OPTIONS:
         return None
     try:
-        ours = timm.create_model(name, num_classes=model.num_classes, **arguments).eval()
+        ours: Any = timm.create_model(name, num_classes=model.num_classes, **arguments).eval()
         state = exported_state_dict(model)
         ours.load_state_dict(state)
         patch = ours.patch_embed.patch_size[0]
@@ -82,7 +82,7 @@ def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tupl
             "reg_tokens": arguments.get("reg_tokens", 0), "global_pool": ours.global_pool, "fc_norm": False,
             "dynamic_img_size": True,
         }  # fmt: skip
-        theirs = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
+        theirs: Any = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
         theirs.load_state_dict(state)
         images = torch.rand(1, ours.in_chans, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         with torch.inference_mode():  # in float64, only rounding differs
