@@ -292,7 +292,7 @@ def of_models(config: Config, names: Sequence[str], images: int | None, rates: s
     return rows
 
 
-def choose(config: Config, names: Sequence[str], images: int | None, options: argparse.Namespace) -> Law:
+def choose(config: Config, names: Sequence[str], images: int | None, options: argparse.Namespace) -> None:
     """Predicts the top-1 of each model in the budget, and names the best one."""
     count = load_manifest(config.data.root, "train").count if images is None else images
     law = law_for(count, options.runs)  # before measuring, because the runs may be too few
@@ -305,7 +305,8 @@ def choose(config: Config, names: Sequence[str], images: int | None, options: ar
         options.json, "the predicted top-1 of models in a budget, by a law that is fitted to runs", ranked,
         budget=str(config.budget.length), images=count, **law_fields(law), recipe=config.flat(),
     )  # fmt: skip
-    return law
+    if options.plot:
+        save(draw_law(law), options.plot)
 
 
 def law_fields(law: Law) -> dict[str, Any]:
@@ -316,14 +317,15 @@ def law_fields(law: Law) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_law(names: Sequence[str], options: argparse.Namespace) -> tuple[Law, list[dict[str, Any]]]:
+def check_law(names: Sequence[str], options: argparse.Namespace) -> None:
     """Fits the law without the budgets of --hold-out, and prints how well it predicts their runs."""
     if not options.runs:
         raise ConfigError("--hold-out: it needs the runs of --runs")
     law, rows = hold_out(read_runs(options.runs), options.hold_out, names)
     show_hold_out(law, rows)
     write_json(options.json, "held-out runs, predicted by a law that is fitted to the others", rows, **law_fields(law))
-    return law, rows
+    if options.plot:
+        save(draw_law(law, rows), options.plot)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -347,10 +349,7 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"{name}: it is for the forecast of one recipe; leave it or --models, --hold-out out")
     budgets = times("1h,6h,24h") if options.budgets is None else options.budgets
     if options.hold_out:
-        law, rows = check_law(options.models or [], options)
-        if options.plot:
-            save(draw_law(law, rows), options.plot)
-        return
+        return check_law(options.models or [], options)
     if images is not None and images < config.train.batch_size:
         raise ConfigError(f"--images: got {images}, expected at least {config.train.batch_size}, one batch")
     if images is None and not any(Path(config.data.root).glob("*.beton")):
@@ -358,10 +357,7 @@ def main(argv: Sequence[str]) -> None:
         what = "" if options.rates else "only the step is measured, with random pixels, "
         print(f"{config.data.root} has no data: {what}for epochs of {images:,} images")
     if options.models:
-        law = choose(config, options.models, images, options)
-        if options.plot:
-            save(draw_law(law), options.plot)
-        return
+        return choose(config, options.models, images, options)
     if options.rates:
         count = load_manifest(config.data.root, "train").count if images is None else images
         found = stated_forecast(config, count, parse_rates(options.rates))

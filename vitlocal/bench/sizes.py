@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,13 +23,14 @@ from vitlocal.config import Config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.batch import Source
 from vitlocal.errors import ConfigError
+from vitlocal.models.exported import ExportedRun
 from vitlocal.models.factory import patch_side
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import RunRecord, read_run
 from vitlocal.tasks.metrics import task_name
 from vitlocal.train.build import device_of, sources_of
-from vitlocal.train.evaluator import REMAINDERS
+from vitlocal.train.evaluator import REMAINDERS, counted_rows
 from vitlocal.train.output import KEPT
 
 COLUMNS = {
@@ -47,7 +47,7 @@ def trained_models(run: RunRecord, config: Config, classes: int) -> Iterator[tup
     if not files:
         if not (run.folder / "model.safetensors").exists():
             raise ConfigError(f"{run.folder}: the run is not finished and kept no weights; expected model.safetensors")
-        yield run.records[-1]["epoch"], timm.create_model(f"local-dir:{run.folder}", pretrained=True)
+        yield run.records[-1]["epoch"], ExportedRun(run.folder, "RUN").load()
 
 
 @torch.inference_mode()
@@ -58,7 +58,7 @@ def evaluate(model: nn.Module, source: Source, feed: Feed, rows: str) -> dict[st
     right, top5, loss, count = 0, 0, 0.0, 0
     with source.open(feed, Position()) as batches:
         for batch in batches:
-            chosen = torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[rows])).nonzero().flatten().to(device)
+            chosen = counted_rows(batch.ids, rows).nonzero().flatten().to(device)
             if not len(chosen):
                 continue
             logits, labels = model(normalize(batch.images[chosen])).float(), batch.labels[chosen]

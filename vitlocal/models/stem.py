@@ -37,6 +37,15 @@ class Stem(nn.Module):
         return operator.index(height // patch), operator.index(width // patch)
 
 
+def as_matrix(convolution: nn.Module) -> Tensor:
+    """Returns the weights of a convolution without overlap, for channels-last patches of K × K pixels: (D, K·K·C).
+
+    The gradient is channels-last too, like the weight. DistributedDataParallel warns otherwise.
+    """
+    weight: Tensor = convolution.weight  # type: ignore[assignment]
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
 class PatchEmbed(Stem):
     """Maps each patch of P × P pixels of images (B, C, S, S) to a token: (B, N, D), contiguous.
 
@@ -62,8 +71,7 @@ class PatchEmbed(Stem):
         rows, columns = height // side, width // side
         strips = images.permute(0, 2, 3, 1).reshape(batch, rows, side, columns, side * channels)
         patches = strips.transpose(2, 3).reshape(batch, rows * columns, side * side * channels)  # the only copy
-        weight = self.proj.weight.permute(0, 2, 3, 1).reshape(len(self.proj.weight), -1)  # (D, P·P·C)
-        return F.linear(patches, weight, self.proj.bias)
+        return F.linear(patches, as_matrix(self.proj), self.proj.bias)
 
 
 class FixedStem(Stem):
@@ -111,8 +119,7 @@ class ConvStem(FixedStem):
     def forward(self, images: Tensor) -> Tensor:
         features = self.convs(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        # Permuted, so that the gradient is channels-last, like the weight; DistributedDataParallel warns otherwise.
-        return F.linear(tokens, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        return F.linear(tokens, as_matrix(self.proj), self.proj.bias)
 
 
 class PatchStem(FixedStem):
@@ -148,14 +155,9 @@ class PatchStem(FixedStem):
         order = [axis for pair in ((row, row + len(axes)) for row in axes) for axis in pair]
         x = pixels.permute(0, *order, pixels.ndim - 1).reshape(-1, 16 * channels)  # the only copy
         for convolution, norm in zip(self.convs, self.norms, strict=True):
-            x = F.gelu(norm(F.linear(x, self._matrix(convolution))))
+            x = F.gelu(norm(F.linear(x, as_matrix(convolution))))
             x = x.reshape(-1, 4 * x.shape[1])
-        return F.linear(x, self._matrix(self.proj), self.proj.bias).view(batch, rows * columns, -1)
-
-    @staticmethod
-    def _matrix(convolution: nn.Module) -> Tensor:
-        weight: Tensor = convolution.weight  # type: ignore[assignment]
-        return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+        return F.linear(x, as_matrix(self.proj), self.proj.bias).view(batch, rows * columns, -1)
 
 
 STEMS = {"patch": PatchEmbed, "hmlp": PatchStem, "conv": ConvStem}

@@ -142,8 +142,8 @@ class VisionTransformer(TimmModel):
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         check_choice("stem", stem, tuple(STEMS))
         of_stem = {name: value for name, value in dict(width=stem_width, norm=stem_norm).items() if value is not None}
-        check_option("stem_width", stem_width, stem_width is None or stem == "hmlp", "None without stem=hmlp")
-        check_option("stem_norm", stem_norm, stem_norm is None or stem == "hmlp", "None without stem=hmlp")
+        for name, own in (("stem_width", stem_width), ("stem_norm", stem_norm)):
+            check_option(name, own, own is None or stem == "hmlp", "None without stem=hmlp")
         check_choice("stem_norm", stem_norm or "layer", ("layer", "batch"))
         fits = use_abs_pos_emb or (train_pos_embed and pos_embed_init == "random")
         check_option("use_abs_pos_emb", use_abs_pos_emb, fits, "true, because other options set the table")

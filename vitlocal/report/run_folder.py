@@ -4,6 +4,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class RunRecord(Line):
     classes: list[dict[str, Any]]  # the last evaluation: class, right, images
     damaged_lines: int = 0  # of the log
 
-    @property
+    @cached_property
     def teacher(self) -> str:
         """The teacher of the run's soft labels: the start of its weights' SHA-256. Empty without soft labels."""
         if not self.config.train.soft_labels:

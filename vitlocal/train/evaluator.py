@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitlocal.data.batch import Sources
@@ -36,6 +36,11 @@ ESTIMATED_BATCHES = 5
 RECALIBRATION_IMAGES, RECALIBRATION_BATCH = 2048, 128
 SAME_NETWORK = {"shape.trainable_blocks", "shape.head_only"}  # fields that do not change what a network computes
 REMAINDERS = {"all": (0, 1), "even": (0,), "odd": (1,)}  # of the rows that are counted, divided by two
+
+
+def counted_rows(ids: Tensor, rows: str) -> Tensor:
+    """Whether each validation image, by its row (B,), is one of "all", "even" or "odd" ``rows``: (B,) bool."""
+    return torch.isin(ids % 2, torch.tensor(REMAINDERS[rows]))
 
 
 class Evaluator:
@@ -81,7 +86,7 @@ class Evaluator:
                     return None
                 if len(batch):
                     is_whole = batch.total == self._feed.batch_size and len(batch) == len(batch.places)
-                    counted = torch.isin(batch.ids % 2, torch.tensor(REMAINDERS[self._rows]))
+                    counted = counted_rows(batch.ids, self._rows)
                     with self._memory_errors():
                         task.add(sums, batch, counted, partial(self._predict, is_whole))
         return task.scores(self._step.ranks.total(sums).cpu().numpy())  # device sync, once per pass
