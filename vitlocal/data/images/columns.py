@@ -110,8 +110,8 @@ def _chunks(about: Any, path: str) -> list[Any]:
 def _too_large(about: Any, path: str) -> int:
     """The unpacked bytes of a column of a row group if they cannot be those of photos; else 0.
 
-    A photo has at most LARGEST_FILE bytes, and hardly compresses. So a large column that is compressed to less than a
-    tenth holds something else.
+    A photo has at most LARGEST_FILE bytes, and compression makes it hardly smaller. So a large column that compression
+    made ten times smaller holds something else.
     """
     chunks = _chunks(about, path)
     size, packed = (sum(getattr(c, f"total_{kind}_size") for c in chunks) for kind in ("uncompressed", "compressed"))
