@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from vitlocal.storage import methods_writing, parse_rates, recipe_stages, speeds
 from vitlocal.train.build import build_run, device_of, make_model, sources_of
 from vitlocal.train.devices import EAGER
 from vitlocal.train.probes import batch_size_at
+from vitlocal.train.simulate import Speed
 from vitlocal.train.timing import LR, Timing, WaitMeter, fill_zeros, noise_batch, peak_memory, reset_peak
 from vitlocal.train.trainer import Trainer
 
@@ -200,15 +202,15 @@ def forecast(config: Config, images: int | None, part: float = 1.0) -> Forecast:
         return Forecast(config, sources.train.count, tuple(speeds), evaluation, other, files, mib, took)
 
 
-def stated_forecast(config: Config, images: int, stated: Mapping[int, float]) -> Forecast:
-    """The forecast for another machine, with stated images/s (see :func:`vitlocal.storage.speeds_for`)."""
+def stated_forecast(config: Config, images: int, speeds: Mapping[int, Speed]) -> Forecast:
+    """The forecast for another machine, with its speed at each size (see :func:`vitlocal.storage.speeds_for`)."""
     if methods_writing(config, "budget.length"):
         raise ConfigError("--rates: a method of the recipe sets the length of the run; leave --rates or the method out")
     model, _ = make_model(config, 1000, torch.device("cpu"))
     fused = config.train.kernel != "plain"
-    context = MethodContext(config.recipe, images, lambda size: activation_bytes(model, size, torch.bfloat16, fused))
-    methods, sizes = build_methods(context, "feed.batch_size"), []
-    for size, speed in speeds_for(config, stated).items():
+    image_bytes = cache(lambda size: activation_bytes(model, size, torch.bfloat16, fused))
+    methods, sizes = build_methods(MethodContext(config.recipe, images, image_bytes), "feed.batch_size"), []
+    for size, speed in speeds.items():
         batch_size, rate = batch_size_at(methods, size, config.train.batch_size), speed.images_per_second
         sizes.append(SizeSpeed(size, batch_size, rate, rate, 1e-9 * speed.flops))
     return Forecast(config, images, tuple(sizes))
@@ -274,12 +276,13 @@ def of_models(config: Config, names: Sequence[str], images: int | None, rates: s
     for name, other in configs.items():
         model, _ = make_model(other, 1000, torch.device("meta"))
         if stated and images is not None:
-            flops = {size: TRAINING_FLOPS * count_macs(model, size) for size in own}
-            converted = {size: speed.images_per_second * speed.flops / flops[size] for size, speed in own.items()}
-            limits = {size: [rate for smaller, rate in stated.items() if smaller < size] for size in own}
-            found = stated_forecast(
-                other, images, {size: min([rate, *limits[size]]) for size, rate in converted.items()}
-            )
+            speeds: dict[int, Speed] = {}
+            for size, speed in own.items():
+                flops = float(TRAINING_FLOPS * count_macs(model, size))
+                limits = [rate for smaller, rate in stated.items() if smaller < size]
+                rate = min([speed.images_per_second * speed.flops / flops, *limits])
+                speeds[size] = replace(speed, images_per_second=rate, flops=flops)
+            found = stated_forecast(other, images, speeds)
         else:
             found = forecast(other, images, 1 / len(names))
         last = recipe_stages(config)[-1].size
@@ -360,7 +363,7 @@ def main(argv: Sequence[str]) -> None:
         return choose(config, options.models, images, options)
     if options.rates:
         count = load_manifest(config.data.root, "train").count if images is None else images
-        found = stated_forecast(config, count, parse_rates(options.rates))
+        found = stated_forecast(config, count, speeds_for(config, parse_rates(options.rates)))
     else:
         found = forecast(config, images)
     show(found, budgets)
