@@ -146,7 +146,7 @@ def speeds_for(config: Config, stated: Mapping[int, float]) -> dict[int, Speed]:
     The rate of another size follows from that of the next larger stated size (or the largest) by FLOPs. It is at most
     the rate of a smaller stated size, because a GPU is slower at small sizes than FLOPs suggest.
     """
-    model, _ = make_model(config, CLASSES, torch.device("cpu"))
+    model, _ = make_model(config, CLASSES, torch.device("meta"))
     sizes = list(dict.fromkeys(stage.size for stage in recipe_stages(config)))
     macs = {}
     for size in {*sizes, *stated}:

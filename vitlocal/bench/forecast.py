@@ -206,7 +206,7 @@ def stated_forecast(config: Config, images: int, speeds: Mapping[int, Speed]) ->
     """The forecast for another machine, with its speed at each size (see :func:`vitlocal.storage.speeds_for`)."""
     if methods_writing(config, "budget.length"):
         raise ConfigError("--rates: a method of the recipe sets the length of the run; leave --rates or the method out")
-    model, _ = make_model(config, 1000, torch.device("cpu"))
+    model, _ = make_model(config, 1000, torch.device("meta"))
     fused = config.train.kernel != "plain"
     image_bytes = cache(lambda size: activation_bytes(model, size, torch.bfloat16, fused))
     methods, sizes = build_methods(MethodContext(config.recipe, images, image_bytes), "feed.batch_size"), []

@@ -105,8 +105,7 @@ def count_memory(
     """
     counted = {} if counted is None else counted
     train, augment = config.train, config.augment
-    with torch.device("meta"):  # only the shapes are needed
-        model, _ = make_model(config, 1000, torch.device("meta"))
+    model, _ = make_model(config, 1000, torch.device("meta"))
     if train.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     precision, compiled, patch = PRECISIONS[train.precision], train.compile != "no", patch_side(model)

@@ -44,8 +44,7 @@ def scaled_size(size: int, final: int, patch: int) -> int:
 
 def scaled_stages(config: Config, final: int, patch: int) -> tuple[Stage, ...]:
     """An arm's curriculum by fractions of the budget: each size gets its fraction in the paper, by FLOPs."""
-    with torch.device("meta"):  # only the shapes are needed
-        model, _ = make_model(config, 1000, torch.device("meta"))
+    model, _ = make_model(config, 1000, torch.device("meta"))
     stages = recipe_stages(config)
     speeds = {size: Speed(1.0, 1, count_macs(model, size)) for size in {224, *(stage.size for stage in stages)}}
     spent = spend(stages, Length(PAPER_EPOCHS * speeds[224].flops, "flops", ""), 1, speeds)

@@ -109,8 +109,7 @@ def patch_of(config: Config) -> int:
     """The side of the patches of the arms' model, px."""
     if task_name(config.model.name) != "diffusion":
         return model_shape(config)[1]
-    with torch.device("meta"):  # only the shapes are needed
-        return patch_side(make_model(config, CLASSES, torch.device("meta"))[0])
+    return patch_side(make_model(config, CLASSES, torch.device("meta"))[0])
 
 
 def arm_config(arm: str, config: Config) -> Config:

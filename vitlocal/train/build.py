@@ -3,7 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -99,7 +99,8 @@ def make_model(
     if latents is not None:
         arguments |= {"in_chans": latents.channels, "stride": latents.stride}
     check_memory(config, arguments, num_classes, device)
-    model, arguments = build_model(config.model.name, arguments, num_classes)
+    with device if device.type == "meta" else nullcontext():  # only shapes are needed: weights would take seconds
+        model, arguments = build_model(config.model.name, arguments, num_classes)
     check_image_sizes(config, model)
     model = model.to(device).to(memory_format=torch.channels_last)
     for module in model.modules():
