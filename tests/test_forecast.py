@@ -138,7 +138,7 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
 
 
 def test_a_forecast_for_another_machine(capsys):
-    main(["forecast", *OURS, "--rates=224:1000", "--budgets=12h"])
+    main(["forecast", *OURS, "--rates=224:1000", "--budgets=12h", "--image_size.stages=96px until 30%, 224px"])
     out = capsys.readouterr().out
     assert "24h of training, epochs of 1,281,167 images" in out and "12h" in out
     last = next(line for line in out.splitlines() if line.startswith("224"))
