@@ -11,6 +11,7 @@ from narrow_models import narrow
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 
 from vitlocal.errors import ConfigError
+from vitlocal.models.block import attention_weights
 from vitlocal.models.counts import activation_bytes, count_macs
 from vitlocal.models.rope import mixed_frequencies, rope_constant, rotate, rotations
 from vitlocal.models.shape import grow, set_shape
@@ -144,9 +145,8 @@ def test_dropped_tokens_keep_the_angles_of_the_others(kind):
     dropped, masked = block.rotation(shared, kept, (8, 8)), block.rotation(shared, None, (8, 8))
     whole = block(tokens, mask, masked).gather(1, places[..., None].expand(-1, -1, 32))
     torch.testing.assert_close(block(few, None, dropped), whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(block.forward_with_weights(few, None, dropped)[0], whole, rtol=1e-4, atol=1e-5)
     by_class = block.patch_attention(few, None, 2, True, dropped)
-    weights = block.forward_with_weights(few, None, dropped)[1]
+    weights = attention_weights(*block.project_qkv(few, slice(2), dropped))
     torch.testing.assert_close(by_class, weights.mean(dim=1)[:, 0, 2:])
     model.active = replace(model.active, pruned_blocks=(1,))  # keeps everything
     expected = narrow(NAME, rope=kind, depth=3, reg_tokens=1).eval()
@@ -169,7 +169,8 @@ def test_fewer_heads_and_growth(kind):
     with torch.no_grad():
         attention = model.blocks[0].attn
         tokens, shared = torch.randn(2, 17, 32), model._shared_rotations(images, torch.empty(2, 17, 32))
-        weights = attention.forward_with_weights(tokens, None, attention.rotation(shared, None, (4, 4)))[1]
+        rotation = attention.rotation(shared, None, (4, 4))
+        weights = attention_weights(*attention.project_qkv(tokens, slice(2), rotation))
         torch.testing.assert_close(weights[:, 1:], weights[:, :1].expand(-1, 3, -1, -1))  # copies, angles included
 
 

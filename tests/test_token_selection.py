@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 
+from vitlocal.models.block import attention_weights
 from vitlocal.models.counts import count_macs
+from vitlocal.models.local_mix import local_mix, plain_local_mix
 from vitlocal.models.shape import set_shape, temporary_shape
 from vitlocal.models.token_selection import (
     ALL_TOKENS,
@@ -16,6 +18,7 @@ from vitlocal.models.token_selection import (
     attention_mask,
     gather_tokens,
     keep_count,
+    patch_scores,
     prune_tokens,
     scatter_tokens,
 )
@@ -26,7 +29,8 @@ FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
 
 def small_model(name: str, **options):
     torch.manual_seed(0)
-    return timm.create_model(name, embed_dim=32, depth=4, num_heads=2, num_classes=5, **options).eval()
+    sizes = dict(embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    return timm.create_model(name, **(sizes | options)).eval()
 
 
 @pytest.mark.parametrize(
@@ -42,11 +46,17 @@ def test_counts_and_macs_equal_the_published_figures(kept: float, counts: list[i
     assert found == counts
     with torch.device("meta"):
         model = timm.create_model("vitlocal_deit_small_patch16_224")
-    for attended in (1.0, 0.1):  # the mask does not change the cost
+    macs = []
+    for attended in (1.0, 0.1):
         with temporary_shape(
             model, Shape(token_keep_rate=kept, attention_keep_rate=attended, pruned_blocks=(3, 6, 9)), WHOLE_MODEL
         ):
-            assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
+            macs.append(count_macs(model, 224))
+    assert macs[0] / 1e9 == pytest.approx(gmacs, rel=0.01)
+    # Beside the fused attention: the class token's row chooses tokens, and the whole map chooses connections.
+    lengths = [1 + patches for patches in (196, *counts[:2])]
+    rows = sum(lengths) if kept < 1 else 0
+    assert macs[1] - macs[0] == 384 * (sum(length**2 for length in lengths) - rows)
 
 
 def rates(tokens: float, attention: float, per_head_masks: bool = False) -> Shape:
@@ -78,8 +88,9 @@ def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
     before = attention_mask(seen, 0.25, num_prefix_tokens)
     masked = seen.masked_fill(~before, 0)
     _, left = prune_tokens(
-        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), rates(0.5, 0.25, True), num_prefix_tokens
-    )
+        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), rates(0.5, 0.25, True), num_prefix_tokens,
+        has_class_token=num_prefix_tokens == 1,
+    )  # fmt: skip
     patches = left.mask.shape[-1] - num_prefix_tokens
     assert (left.mask[..., num_prefix_tokens:, num_prefix_tokens:].sum(dim=3) == keep_count(patches, 0.25)).all()
     if num_prefix_tokens:
@@ -88,8 +99,8 @@ def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
 
 def test_one_mask_for_all_heads_or_one_per_head():
     tokens, seen = torch.randn(2, 10, 3), attention()
-    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5), num_prefix_tokens=1)
-    _, own = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5, True), num_prefix_tokens=1)
+    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5), 1, True)
+    _, own = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5, True), 1, True)
     assert shared.mask.shape == (2, 1, 7, 7) and own.mask.shape == (2, 3, 7, 7)
     assert torch.equal(shared.indices, own.indices)  # both keep the same tokens
     for image, places in enumerate(own.indices):
@@ -107,11 +118,11 @@ def test_one_mask_for_all_heads_or_one_per_head():
 
 def test_kept_tokens_have_the_highest_scores():
     tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
-    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.5, 1.0), num_prefix_tokens=1)
+    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.5, 1.0), 1, True)
     best = seen.mean(dim=1)[:, 0, 1:].topk(5, dim=1).indices.sort(dim=1).values
     assert torch.equal(selected.indices, best) and selected.mask is None
     assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
-    again, twice = prune_tokens(left, attention(2, 6), selected, rates(0.5, 0.5), num_prefix_tokens=1)
+    again, twice = prune_tokens(left, attention(2, 6), selected, rates(0.5, 0.5), 1, True)
     assert again.shape == (2, 4, 3) and twice.mask.shape == (2, 1, 4, 4)
     assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.indices, best, strict=True))
     assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.indices))  # indices count in the whole grid
@@ -154,11 +165,60 @@ def test_masked_attention(heads: int):
     block = small_model(FAMILIES[0]).blocks[0].attn
     tokens, mask = torch.randn(3, 9, 32), torch.rand(3, heads, 9, 9) < 0.4
     mask |= torch.eye(9, dtype=torch.bool)
-    merged, attention = block.forward_with_weights(tokens, mask)
+    query, key, value = block.project_qkv(tokens)
+    attention = attention_weights(query, key, mask)
+    merged = block.proj((attention @ value).transpose(1, 2).flatten(2))
     assert attention.masked_select(~mask.expand_as(attention)).count_nonzero() == 0
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(3, 2, 9))
     torch.testing.assert_close(block(tokens, mask), merged, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(block(tokens), merged, atol=1e-3)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_equal_those_of_the_whole_attention(pool: str, masked: bool):
+    """The class token's row, or the sum of all rows, has the scores of a written-out attention."""
+    model = small_model(FAMILIES[1], pool=pool)
+    attn, prefix, has_class_token = model.blocks[0].attn, model.num_prefix_tokens, model.has_class_token
+    tokens = torch.randn(3, 20 + prefix, 32)
+    mask = (torch.rand(3, 2, 20 + prefix, 20 + prefix) < 0.5) | torch.eye(20 + prefix, dtype=torch.bool)
+    query, key, _ = attn.project_qkv(tokens)
+    rows = slice(1 if has_class_token else None)
+    own = attention_weights(query[:, :, rows], key, mask[:, :, rows] if masked else None)
+    products = (query.double() @ key.double().mT) / 4  # heads are 16 wide
+    whole = (products.masked_fill(~mask, -torch.inf) if masked else products).softmax(dim=-1).mean(dim=1)
+    expected = (whole[:, 0] if has_class_token else whole.sum(dim=1))[:, prefix:]
+    scores = patch_scores(own, prefix, has_class_token)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-8)
+    left, kept = prune_tokens(tokens, own, ALL_TOKENS, rates(0.5, 1.0), prefix, has_class_token)
+    assert torch.equal(kept.indices, expected.topk(10, dim=1).indices.sort(dim=1).values)
+    assert torch.equal(left[:, prefix:], gather_tokens(tokens[:, prefix:], kept.indices))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pruned_blocks_compile_without_graph_breaks(name: str):
+    model, images = small_model(name, depth=2), torch.randn(2, 3, 64, 64)
+    set_shape(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.25, pruned_blocks=(0,)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("activation", ["h_swish", "gelu"])
+def test_the_convolution_reads_dropped_tokens_as_zeros(activation: str):
+    """As with the whole grid, bit for bit: activations of zero are zero."""
+    kept = torch.stack([torch.randperm(12)[:7].sort().values for _ in range(2)])
+    found = []
+    for on_grid in (False, True):
+        torch.manual_seed(0)
+        tokens, weight = torch.randn(2, 7, 5, requires_grad=True), torch.randn(5, 1, 3, 3, requires_grad=True)
+        if on_grid:
+            mixed = gather_tokens(plain_local_mix(scatter_tokens(tokens, kept, 12), weight, (3, 4), activation), kept)
+        else:
+            mixed = local_mix(tokens, weight, (3, 4), activation, kept=kept)
+        mixed.square().sum().backward()
+        found.append((mixed, tokens.grad, weight.grad))
+    for own, expected in zip(*found, strict=True):
+        assert torch.equal(own, expected) and expected.any()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

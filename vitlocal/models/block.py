@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitlocal.errors import ConfigError
 from vitlocal.models.positions import Grid
 from vitlocal.models.rope import rotate, rotations
-from vitlocal.models.token_selection import RemainingTokens, count_prefix_tokens, prune_tokens
+from vitlocal.models.token_selection import RemainingTokens, count_prefix_tokens, patch_scores, prune_tokens
 from vitlocal.plan import Shape, StageEmbedding
 
 
@@ -129,33 +129,25 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""
         query, key, value = self.project_qkv(tokens, rotation=rotation)
+        return self.attend(query, key, value, mask)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns :meth:`forward`'s result from what :meth:`project_qkv` returned."""
         rate = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)  # (B, M, T, d)
         return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2)))
-
-    def forward_with_weights(
-        self, tokens: Tensor, mask: Tensor | None = None, rotation: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns :meth:`forward`'s result and each head's attention before dropout, (B, M, T, T). Slower."""
-        query, key, value = self.project_qkv(tokens, rotation=rotation)
-        attention = attention_weights(query, key, mask)
-        mixed = self.attn_drop(attention.to(value.dtype)) @ value
-        return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2))), attention
 
     def patch_attention(
         self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int, has_class_token: bool,
         rotation: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Returns the class token's attention to each patch, averaged over heads: (B, N).
-
-        Without a class token: the attention of all tokens to each patch, summed.
-        """
+        """Returns the :func:`patch_scores` of this attention before dropout: (B, N)."""
         rows = slice(0, 1) if has_class_token else slice(None)
         own = None if rotation is None else rotation[..., rows, :, :]
         (query,) = self.project_qkv(tokens[:, rows], slice(0, 1), own)
         (key,) = self.project_qkv(tokens, slice(1, 2), rotation)
         attention = attention_weights(query, key, None if mask is None else mask[:, :, rows])  # (B, M, 1 or T, T)
-        return attention.mean(dim=1).sum(dim=1)[:, num_prefix_tokens:]
+        return patch_scores(attention, num_prefix_tokens, has_class_token)
 
 
 def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -218,8 +210,13 @@ class Block(nn.Module):
         attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
         num_prefix_tokens = count_prefix_tokens(tokens, grid, remaining.indices)
         rotation = self.attn.rotation(rope, remaining.indices, grid)
-        branch, attention = self.attn.forward_with_weights(self.norm1(tokens), remaining.mask, rotation)
+        query, key, value = self.attn.project_qkv(self.norm1(tokens), rotation=rotation)
+        branch = self.attn.attend(query, key, value, remaining.mask)
         tokens = add_branch(tokens, self.ls1(branch), attention_scale)
+        # Written out, because fused attention does not return its weights; without gradients, the choice has none.
+        rows = slice(1 if has_class_token and shape.attention_keep_rate == 1 else None)
+        mask = None if remaining.mask is None else remaining.mask[:, :, rows]
+        attention = attention_weights(query[:, :, rows].detach(), key.detach(), mask)  # (B, M, 1 or T, T)
         tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens, has_class_token)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining
 

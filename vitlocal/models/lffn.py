@@ -12,7 +12,7 @@ from vitlocal.models.block import Block, BlockShape, add_branch, check_choice, c
 from vitlocal.models.local_mix import ACTIVATIONS, local_mix
 from vitlocal.models.positions import Grid
 from vitlocal.models.timm_model import DEIT_SIZES, register_family
-from vitlocal.models.token_selection import count_prefix_tokens, gather_tokens, scatter_tokens
+from vitlocal.models.token_selection import count_prefix_tokens
 from vitlocal.models.vit import VisionTransformer
 
 
@@ -47,10 +47,8 @@ class LocalFeedForward(nn.Module):
         if self.conv is None:
             return ACTIVATIONS[self.activation](hidden)
         weight = self.conv.weight[: self.active_hidden]
-        if kept is not None:  # only the convolution needs the whole grid; fc1 and fc2, which cost most, do not
-            hidden = scatter_tokens(hidden, kept, grid[0] * grid[1])
-        mixed = local_mix(hidden, weight, grid, self.activation, self.kernel)
-        return mixed if kept is None else gather_tokens(mixed, kept)
+        # Only the convolution needs the whole grid; fc1 and fc2, which cost most, do not.
+        return local_mix(hidden, weight, grid, self.activation, self.kernel, kept)
 
     def forward(self, patches: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
         """``kept`` (B, n): the patches' indices in the grid, if some are missing. The convolution reads those as 0."""

@@ -4,7 +4,7 @@ A CPU runs the plain version, with oneDNN's convolution. A CUDA device runs the 
 operator that ``torch.compile`` does not split. In a compiled step, PyTorch's compiler may be faster than they are: a
 table of measured times says so, grid by grid, if there is one for this GPU.
 
-Shapes: B batch, N = h·w patch tokens of the grid (h, w), C hidden width.
+Shapes: B batch, N = h·w patch tokens of the grid (h, w), n kept patch tokens, C hidden width.
 """
 
 import functools
@@ -21,6 +21,7 @@ from torch import Tensor
 from vitlocal.errors import ConfigError
 from vitlocal.machine import can_compile_kernels
 from vitlocal.models.positions import Grid
+from vitlocal.models.token_selection import gather_tokens, scatter_tokens
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"h_swish": F.hardswish, "gelu": F.gelu}
 
@@ -40,12 +41,16 @@ def image_as_tokens(image: Tensor) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def plain_local_mix(tokens: Tensor, weight: Tensor, grid: Grid, activation: str) -> Tensor:
+def plain_local_mix(tokens: Tensor, weight: Tensor, grid: Grid, activation: str, kept: Tensor | None = None) -> Tensor:
     """Computes :func:`local_mix` with PyTorch's operations: the default on a CPU, and the fused kernel's reference."""
     act = ACTIVATIONS[activation]
+    tokens = act(tokens)  # before the missing tokens, which are zero before and after it, are added
+    if kept is not None:
+        tokens = scatter_tokens(tokens, kept, grid[0] * grid[1])
     # oneDNN's channels-last convolution: a fifth of the time of a channels-first copy.
-    image = F.conv2d(tokens_as_image(act(tokens), grid), weight, padding=1, groups=weight.shape[0])
-    return act(image_as_tokens(image))
+    image = F.conv2d(tokens_as_image(tokens, grid), weight, padding=1, groups=weight.shape[0])
+    mixed = image_as_tokens(image)
+    return act(mixed if kept is None else gather_tokens(mixed, kept))
 
 
 @torch.library.custom_op("vitlocal::local_mix", mutates_args=())
@@ -133,16 +138,23 @@ def choose_kernel(device: torch.device, grid: Grid, dtype: torch.dtype, compiled
     return "fused"
 
 
-def local_mix(tokens: Tensor, weight: Tensor, grid: Grid, activation: str = "h_swish", kernel: str = "auto") -> Tensor:
+def local_mix(
+    tokens: Tensor, weight: Tensor, grid: Grid, activation: str = "h_swish", kernel: str = "auto",
+    kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Applies activation, zero-padded 3×3 depth-wise convolution, activation: (B, N, C) → (B, N, C).
 
     ``weight`` is (C, 1, 3, 3). ``kernel``: "fused", "plain", or "auto", see :func:`choose_kernel`. No copy changes the
-    layout before or after the convolution.
+    layout before or after the convolution. ``kept`` (B, n): the indices in the grid of tokens (B, n, C), if some are
+    missing. The convolution reads these as zeros.
     """
     if kernel == "fused" and grid[1] > MAX_WIDTH:
         raise ConfigError(f"train.kernel: fused is for grids of up to {MAX_WIDTH} columns, not {grid[1]}; use auto")
     if kernel == "auto":
         kernel = choose_kernel(tokens.device, grid, tokens.dtype, torch.compiler.is_compiling())
-    if kernel == "fused":
+    if kernel != "fused":
+        return plain_local_mix(tokens, weight, grid, activation, kept)
+    if kept is None:
         return fused_local_mix(tokens, weight, *grid, activation)
-    return plain_local_mix(tokens, weight, grid, activation)
+    whole = scatter_tokens(tokens, kept, grid[0] * grid[1])
+    return gather_tokens(fused_local_mix(whole, weight, *grid, activation), kept)

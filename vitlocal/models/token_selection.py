@@ -37,9 +37,17 @@ def count_prefix_tokens(tokens: Tensor, grid: Grid, indices: Tensor | None) -> i
     return tokens.shape[1] - (grid[0] * grid[1] if indices is None else indices.shape[1])
 
 
+def batch_rows(indices: Tensor, count: int) -> Tensor:
+    """Returns the places of each image's tokens ``indices`` (B, n) among the B·count tokens of the batch: (B·n,)."""
+    first = torch.arange(0, indices.shape[0] * count, count, device=indices.device)
+    return (indices + first[:, None]).flatten()
+
+
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """Returns the tokens at ``indices`` (B, n): (B, T, D) → (B, n, D)."""
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[2]))  # stores no index for each channel
+    # Whole rows: on a CPU, Tensor.gather() with an index for each channel takes ten times as long.
+    kept = tokens.flatten(0, 1).index_select(0, batch_rows(indices, tokens.shape[1]))
+    return kept.unflatten(0, indices.shape)
 
 
 def token_rows(indices: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -50,8 +58,9 @@ def token_rows(indices: Tensor, num_prefix_tokens: int) -> Tensor:
 
 def scatter_tokens(tokens: Tensor, indices: Tensor, count: int) -> Tensor:
     """Puts patch tokens (B, n, C) at their ``indices`` among ``count``, and zeros elsewhere: (B, count, C)."""
-    whole = tokens.new_zeros(tokens.shape[0], count, tokens.shape[2])
-    return whole.scatter(1, indices[..., None].expand(-1, -1, tokens.shape[2]), tokens)
+    whole = tokens.new_zeros(tokens.shape[0] * count, tokens.shape[2])
+    whole.index_copy_(0, batch_rows(indices, count), tokens.flatten(0, 1))
+    return whole.unflatten(0, (-1, count))
 
 
 def drop_patches(tokens: Tensor, rate: float, num_prefix_tokens: int) -> tuple[Tensor, RemainingTokens]:
@@ -62,8 +71,7 @@ def drop_patches(tokens: Tensor, rate: float, num_prefix_tokens: int) -> tuple[T
     count = tokens.shape[1] - num_prefix_tokens
     keep = max(1, int(count * (1 - rate)))
     indices = torch.randn(tokens.shape[0], count, device=tokens.device).argsort(dim=1)[:, :keep]  # (B, keep)
-    patches = gather_tokens(tokens[:, num_prefix_tokens:], indices)
-    return torch.cat([tokens[:, :num_prefix_tokens], patches], dim=1), RemainingTokens(indices)
+    return gather_tokens(tokens, token_rows(indices, num_prefix_tokens)), RemainingTokens(indices)
 
 
 def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Tensor:
@@ -73,38 +81,45 @@ def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Te
     """
     patches = attention[..., num_prefix_tokens:, num_prefix_tokens:]  # (B, G, n, n)
     # By index, not by threshold: attention that was masked before is zero, and many zeros are equal.
-    strongest = patches.topk(keep_count(patches.shape[3], rate), dim=3).indices  # (B, G, n, k)
+    strongest = patches.topk(keep_count(patches.shape[3], rate), dim=3, sorted=False).indices  # (B, G, n, k)
     mask = torch.ones_like(attention, dtype=torch.bool)
     kept = torch.zeros_like(patches, dtype=torch.bool).scatter(3, strongest, 1)
     mask[..., num_prefix_tokens:, num_prefix_tokens:] = kept
     return mask
 
 
+def patch_scores(attention: Tensor, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
+    """Returns the class token's ``attention`` (B, M, R, T) to each patch, averaged over heads: (B, N).
+
+    The class token is the first row. Without one: the attention of all tokens, summed, as in the released code for
+    Swin.
+    """
+    rows = attention[:, :, :1] if has_class_token else attention
+    return rows.mean(dim=1).sum(dim=1)[:, num_prefix_tokens:]
+
+
 def prune_tokens(
     tokens: Tensor, attention: Tensor, before: RemainingTokens, shape: Shape, num_prefix_tokens: int,
-    has_class_token: bool = True,
+    has_class_token: bool,
 ) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
-    """Drops tokens (B, T, D) and connections by ``attention`` (B, M, T, T), which carries no gradient.
+    """Drops tokens (B, T, D) and connections by ``attention`` (B, M, R, T), whose rows may be the class token's only.
 
-    Keeps the patch tokens to which the class token, the first of prefix tokens, attends most. Without one, the
-    attention of all tokens counts, as in the released code for Swin. Dropped tokens are not merged into others (as in
-    the released code).
+    Without a class token, or to drop connections, all rows are needed. Keeps the patch tokens with the largest
+    :func:`patch_scores`. Dropped tokens are not merged into others (as in the released code).
     """
-    attention = attention.detach()
-    mean = attention.mean(dim=1, keepdim=True)  # over heads
-    count = mean.shape[2] - num_prefix_tokens
-    indices, keep = before.indices, keep_count(count, shape.token_keep_rate)
-    attention = attention if shape.per_head_masks else mean
+    count = attention.shape[3] - num_prefix_tokens
+    indices, keep, chosen = before.indices, keep_count(count, shape.token_keep_rate), None
     if keep < count:
-        by_class = num_prefix_tokens and has_class_token
-        scores = (mean[:, 0, 0] if by_class else mean[:, 0].sum(dim=1))[:, num_prefix_tokens:]  # (B, n)
-        chosen = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (B, keep), among those that remain
-        indices = chosen if indices is None else indices.gather(1, chosen)
-        chosen = token_rows(chosen, num_prefix_tokens)
+        scores = patch_scores(attention, num_prefix_tokens, has_class_token)
+        best = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (B, keep), among those that remain
+        indices = best if indices is None else indices.gather(1, best)
+        chosen = token_rows(best, num_prefix_tokens)
         tokens = gather_tokens(tokens, chosen)
+    if shape.attention_keep_rate == 1:
+        return tokens, RemainingTokens(indices)
+    attention = attention if shape.per_head_masks else attention.mean(dim=1, keepdim=True)
+    if chosen is not None:
         rows = chosen[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
         attention = attention.gather(2, rows)
         attention = attention.gather(3, chosen[:, None, None, :].expand(*attention.shape[:3], -1))
-    rate = shape.attention_keep_rate
-    mask = attention_mask(attention, rate, num_prefix_tokens) if rate < 1 else None
-    return tokens, RemainingTokens(indices, mask)
+    return tokens, RemainingTokens(indices, attention_mask(attention, shape.attention_keep_rate, num_prefix_tokens))
