@@ -62,6 +62,22 @@ def test_flops_match_the_counter_of_torch() -> None:
         assert row["gflops_per_image"] * 1e9 == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
 
 
+def test_pruned_arms_are_compared_with_whole_ones() -> None:
+    pruning = ["--trilevel.levels=tokens", "--trilevel.token_keep_rate=0.5", "--trilevel.pruned_blocks=0"]
+    config, device = step.configured([*SHAPE, *pruning, "--train.batch_size=2"])
+    rows = step.compare(config, ["deit-eager", "deit-pruned-eager"], [32], 2, 0.0, device, peak_tflops=1.0)
+    whole, pruned = rows
+    assert "time_to_whole" not in whole and pruned["time_to_whole"] > 0
+    ratio = pruned["gflops_per_image"] / whole["gflops_per_image"]
+    assert pruned["flops_to_whole"] == pytest.approx(ratio, abs=1e-4) and ratio < 0.9
+    assert pruned["time_to_whole_spread"] >= 0 and min(row["cpu_ms"] for row in rows) > 0
+    (alone,) = step.compare(config, ["deit-pruned-eager"], [32], 1, 0.0, device, peak_tflops=1.0)
+    assert "time_to_whole" not in alone and alone["gflops_per_image"] == pruned["gflops_per_image"]
+    config, _ = step.configured([*SHAPE, "--trilevel.levels=examples"])
+    with pytest.raises(ConfigError, match=r"this one drops nothing; set trilevel\.levels=tokens"):
+        step.compare(config, ["deit-pruned-eager"], [32], 1, 0.0, device, peak_tflops=1.0)
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_the_timm_model_has_the_shape_of_our_deit(pool: str) -> None:
     config, _ = step.configured([*SHAPE, f"--model.pool={pool}", "--model.patch_size=4"])

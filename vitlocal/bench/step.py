@@ -11,6 +11,9 @@ other load on the machine affects all of them. Compiling is not counted. Options
     timm         timm's DeiT of that shape in a plain loop: autocast, cross-entropy and fused AdamW, on normalised
                  pixels and without augmentation
     dit          the recipe's diffusion transformer with the trainer's own step; it has no other arms
+    local-pruned, deit-pruned
+                 the same in the shape in which trilevel ends, if --arms names them. Beside local and deit, they have
+                 the fraction of the time (on a CPU: processor time; the median over rounds) and FLOPs that is left
 
 Each arm exists as NAME-eager and NAME-compiled. The phase "augment" is the random draws and, in eager steps on a CPU,
 RandAugment. Other augmentation belongs to the forward pass, and gradient clipping belongs to the optimizer.
@@ -22,6 +25,7 @@ import os
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -35,10 +39,13 @@ from vitlocal.bench.measurement import progress_bar, spread, text_table, write_j
 from vitlocal.bench.parsing import at_least, bench_parser, check_multiples, names, numbers
 from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError, DeviceMemoryError
+from vitlocal.methods.method import MethodContext
+from vitlocal.methods.trilevel import Trilevel
 from vitlocal.models.counts import count_macs
 from vitlocal.models.factory import patch_side
 from vitlocal.models.local_mix import choose_kernel
-from vitlocal.plan import Feed
+from vitlocal.models.shape import model_parts
+from vitlocal.plan import WHOLE_MODEL, Feed, Shape
 from vitlocal.progress import TRAINING_FLOPS
 from vitlocal.tasks.metrics import task_name
 from vitlocal.train.build import build_step, device_of, make_model
@@ -72,7 +79,8 @@ COLUMNS = {
     "px": ("size", "d"), "arm": ("arm", ""), "images/s": ("images_per_second", ",.1f"), "spread": ("spread", ".1%"),
     "step ms": ("step_ms", ",.1f"), "MFU": ("mfu", ".1%"), "GFLOP/image": ("gflops_per_image", ".2f"),
     "peak MiB": ("peak_mib", ",d"), **{f"{phase} ms": (f"{phase}_ms", ".1f") for phase in PHASES},
-    "time to deit": ("time_to_deit", ".2f"), "speed to timm": ("speed_to_timm", ".2f"), "kernel": ("kernel", ""),
+    "time to deit": ("time_to_deit", ".2f"), "speed to timm": ("speed_to_timm", ".2f"),
+    "time to whole": ("time_to_whole", ".3f"), "FLOPs to whole": ("flops_to_whole", ".3f"), "kernel": ("kernel", ""),
     "mode": ("mode", ""),
 }  # fmt: skip
 
@@ -83,17 +91,27 @@ def choose_arms(text: str | None, device: torch.device, task: str = "classificat
     models = ["local", *(["local-plain"] if on_gpu else []), "deit", "localvit", "timm"]
     if task == "diffusion":
         models = ["dit"]
+    models += [f"{model}-pruned" for model in ("local", "deit") if model in models]
     known = [f"{model}-{how}" for model in models for how in ("eager", "compiled")]
     if text is not None:
         return names(text, known, "--arms")
     usual = "-compiled" if on_gpu else "-eager"
-    return [arm for arm in known if arm.endswith(usual) or arm == "local-eager"]
+    return [arm for arm in known if "pruned" not in arm and (arm.endswith(usual) or arm == "local-eager")]
 
 
 def parts(arm: str) -> tuple[str, str, bool]:
-    """The model (a name of FAMILIES, or "timm"), ``train.kernel``, and whether the arm is compiled."""
-    model, *kernel, how = arm.split("-")
-    return model, "plain" if kernel else "auto", how == "compiled"
+    """The model (a name of FAMILIES, or "timm"), "plain", "pruned" or "", and whether the arm is compiled."""
+    model, *variant, how = arm.split("-")
+    return model, "".join(variant), how == "compiled"
+
+
+def pruned_shape(config: Config, model: nn.Module) -> Shape:
+    """The shape in which the recipe's ``trilevel`` ends. ConfigError if it drops nothing."""
+    shape = Trilevel(MethodContext(config.recipe, parts=model_parts(model))).evaluation_shape(WHOLE_MODEL)
+    if shape == WHOLE_MODEL:
+        remedy = "set trilevel.levels=tokens and trilevel.token_keep_rate below 1"
+        raise ConfigError(f"--arms: a pruned arm needs a trilevel that drops tokens, this one drops nothing; {remedy}")
+    return shape
 
 
 def model_shape(config: Config) -> tuple[str, int]:
@@ -114,14 +132,14 @@ def patch_of(config: Config) -> int:
 
 def arm_config(arm: str, config: Config) -> Config:
     """The recipe of an arm of ours: the same width, depth and patch size in the arm's model family."""
-    family, kernel, compiled = parts(arm)
+    family, variant, compiled = parts(arm)
     if family == "dit":
         return replace(config, train=replace(config.train, compile="yes" if compiled else "no"))
     width, patch = model_shape(config)
     model = replace(config.model, name=f"vitlocal_{FAMILIES[family]}{width}_patch16_224", patch_size=patch)
     if family != "local":
         model = replace(model, norm=None, convolution=None)  # these are options of the local FFN only
-    train = replace(config.train, compile="yes" if compiled else "no", kernel=kernel)
+    train = replace(config.train, compile="yes" if compiled else "no", kernel="plain" if variant == "plain" else "auto")
     return replace(config, model=model, train=train)
 
 
@@ -175,7 +193,8 @@ class StepEntry:
 
     def __init__(self, arm: str, config: Config, feed: Feed, device: torch.device):
         self.arm, self.feed, self.device = arm, feed, device
-        self.model, kernel, self.compiled = parts(arm)
+        family, variant, self.compiled = parts(arm)
+        self.model = arm.rpartition("-")[0] if variant == "pruned" else family
         before = reset_peak(device)
         self.step: Any
         self.run: Callable[[], object]
@@ -185,29 +204,35 @@ class StepEntry:
         else:
             self.step = build_step(arm_config(arm, config), CLASSES, device)
             fill_zeros(self.step.model)
+            if variant == "pruned":
+                self.step.set_shape(pruned_shape(config, self.step.model))
             self.mode = self.step.mode(feed)
             self.run = noise_step(self.step, noise_batch(feed, CLASSES, device, self.step.task), self.mode)
         self.macs = count_macs(self.step.model, feed.size)
         # The first run compiles timm's model.
-        self.compile_seconds = self._measure(1) if self.model == "timm" else self.step.warm_up(feed, CLASSES)
+        self.compile_seconds = self._measure(1)[0] if self.model == "timm" else self.step.warm_up(feed, CLASSES)
         self._measure(1)  # the optimizer creates its state
-        self.turns = [self._measure(1)]  # seconds per step of each turn
+        self.turns = [self._measure(1)]  # per step of each turn
         self.peak = peak_memory(device) - before
         self.phases: list[dict[str, float]] = []  # milliseconds of each step that was timed by phase
         grid = feed.size // patch_side(self.step.model)
-        if kernel == "auto":
+        kernel = "plain"
+        if variant != "plain":
             precision = choose_precision(config.train.precision, device)
             kernel = choose_kernel(device, (grid, grid), precision, self.compiled)
-        has_kernel = self.model == "local" and config.model.convolution is not False
+        has_kernel = family == "local" and config.model.convolution is not False
         self.kernel = kernel if has_kernel else None
 
-    def _measure(self, steps: int) -> float:
-        return Timing().measure(self.run, self.device, steps)
+    def _measure(self, steps: int) -> tuple[float, float]:
+        """Trains ``steps`` steps. Returns the seconds and the seconds of processor time, of all threads, of each."""
+        began = time.process_time()
+        seconds = Timing().measure(self.run, self.device, steps)
+        return seconds, (time.process_time() - began) / steps
 
     def turn(self, seconds: float) -> None:
         """Trains for about ``seconds``, and then times some more steps by phase."""
         # The number of steps is fixed beforehand: reading the clock between steps would need a device sync.
-        self.turns.append(self._measure(max(1, math.ceil(seconds / self.turns[-1]))))
+        self.turns.append(self._measure(max(1, math.ceil(seconds / self.turns[-1][0]))))
         warm_up, timed = PHASE_STEPS[self.device.type]
         timer, hook = PhaseTimer(self.device), self.step.phase_hook
         self.step.phase_hook = timer.mark
@@ -217,10 +242,21 @@ class StepEntry:
         self.step.phase_hook = hook
         self.phases += timer.milliseconds()[warm_up:]
 
+    @property
+    def counted(self) -> list[tuple[float, float]]:
+        """The turns but two: caches are cold then, clocks rise, and their lengths are first guesses."""
+        return self.turns[2:]
+
+    def against(self, whole: "StepEntry") -> dict[str, Any]:
+        """The fields that compare this pruned arm with the ``whole`` one, turn by turn."""
+        clock = int(self.device.type == "cpu")  # elsewhere, processor time is the host's
+        ratios = [own[clock] / other[clock] for own, other in zip(self.counted, whole.counted, strict=True)]
+        saved = dict(time_to_whole=statistics.median(ratios), flops_to_whole=self.macs / whole.macs)
+        return {name: round(ratio, 4) for name, ratio in saved.items()} | {"time_to_whole_spread": spread(ratios)}
+
     def row(self, peak_tflops: float) -> dict[str, Any]:
         """The row of the measurement."""
-        # Two turns are not counted: caches are cold, clocks rise, and their lengths are first guesses.
-        rates = [self.feed.batch_size / seconds for seconds in self.turns[2:]]
+        rates = [self.feed.batch_size / seconds for seconds, _ in self.counted]
         rate, flops = statistics.median(rates), TRAINING_FLOPS * self.macs
         phases = {name: statistics.median(step[name] for step in self.phases) for name in self.phases[0]}
         return {
@@ -228,8 +264,9 @@ class StepEntry:
             "mode": str(self.mode),
             "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
             "spread": spread(rates) if len(rates) > 1 else None, "n": len(rates),
-            "step_ms": round(1e3 * self.feed.batch_size / rate, 3), "gflops_per_image": flops / 1e9,
-            "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
+            "step_ms": round(1e3 * self.feed.batch_size / rate, 3),
+            "cpu_ms": round(1e3 * statistics.median(used for _, used in self.counted), 3),
+            "gflops_per_image": flops / 1e9, "mfu": round(rate * flops / (peak_tflops * 1e12), 4),
             "peak_mib": round(self.peak / 2**20) if self.device.type == "cuda" else None,
             **{f"{phase}_ms": round(phases[phase], 3) if phase in phases else None for phase in PHASES},
             "compile_seconds": round(self.compile_seconds, 1) if self.compiled else None,
@@ -267,7 +304,10 @@ def compare(
                 entries[place].turn(seconds)
                 bar.set_description_str(f"{size} px, {entries[place].arm}", refresh=False)
                 bar.update()
-            rows += [entry.row(peak_tflops) for entry in entries]
+            by_arm = {entry.arm: entry for entry in entries}
+            for entry in entries:
+                whole = by_arm.get(entry.arm.replace("-pruned", ""), entry)
+                rows.append(entry.row(peak_tflops) | (entry.against(whole) if whole is not entry else {}))
             # Free weights, compiled code and the pools of CUDA graphs, to make room for the next size.
             entries.clear()
             torch.compiler.reset()
