@@ -15,7 +15,7 @@ from vitlocal.progress import Progress
 
 def test_published_stages_of_deit_s():
     shapes = Budgeted(context_of())._shapes
-    assert [(s.heads, s.hidden, s.grid) for s in shapes] == [(2, 384, 10), (4, 768, 12), (None, None, None)]
+    assert [(s.heads, s.hidden, s.grid) for s in shapes] == [((2,), (384,), 10), ((4,), (768,), 12), (None, None, None)]
 
 
 def test_the_solver():
@@ -46,10 +46,10 @@ def test_budgets_of_every_kind():
     given = Budgeted(context_of("budgeted.epochs=49,71,113"))
     assert given.needs.budget_length.text == "233ep"
     assert [plan_at(given, epoch=epoch).shape.heads for epoch in (0, 48.9, 49, 119.9, 120, 233)] == [
-        2,
-        2,
-        4,
-        4,
+        (2,),
+        (2,),
+        (4,),
+        (4,),
         None,
         None,
     ]

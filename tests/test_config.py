@@ -12,6 +12,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods import METHODS, build_methods
 from vitlocal.methods.image_size import ImageSizeConfig
 from vitlocal.methods.method import MethodContext
+from vitlocal.plan import ModelParts
 from vitlocal.write_options import read_write_options
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ def test_base_recipe_is_changed_by_the_one_that_names_it(tmp_path: Path):
     assert (config.train.lr, config.train.batch_size) == (0.5, 8)
 
 
-PARTS = {"heads": 6, "hidden": 1536, "grid": 14, "blocks": 12, "passing": 1}  # of DeiT-S
+PARTS = ModelParts(heads=(6,), hidden=(1536,), grid=14, blocks=12)  # of DeiT-S
 
 
 @pytest.mark.parametrize("base", ["recipe.yaml", "[a.yaml, b.yaml]", "nowhere.yaml"])
@@ -151,7 +152,9 @@ def test_the_default_folder_tells_variants_apart():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid_and_state_their_hardware_and_result(path: Path):
     config = read_config(["-C", str(path)], {})
-    build_methods(MethodContext(config.recipe, macs=lambda size, shape: 1 + (shape.heads or 9), parts=PARTS, blocks=12))
+    build_methods(
+        MethodContext(config.recipe, macs=lambda size, shape: 1 + sum(shape.heads or (9,)), parts=PARTS, blocks=12)
+    )
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert f"--config-file rcfg/{path.name}" in "\n".join(head) or path.name == "demo.yaml"
     for fact in ("Hardware:", "easured"):

@@ -60,7 +60,7 @@ def test_growth_keeps_the_function(configure, decoder):
             torch.nn.init.normal_(parameter, std=0.2)
         models[1].load_state_dict(models[0].state_dict())
         first, last = trainer.plan(), trainer.upcoming_plans()[-1]
-        assert (first.shape.heads, first.shape.hidden) == (1, 64) and last.shape == WHOLE_MODEL
+        assert (first.shape.heads, first.shape.hidden) == ((1,), (64,)) and last.shape == WHOLE_MODEL
         inputs = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 5, 20])
 
         def outputs(shape) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from vitlocal.models.shape import (
     set_shape,
     set_trainable,
 )
-from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding
+from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape, StageEmbedding
 from vitlocal.train.optim import block_matrices, build_optimizer
 
 
@@ -180,8 +180,8 @@ def test_exported_model_equals_both_branches_of_guidance(stage: int | None):
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(heads=2), Shape(hidden=48), Shape(block_order=(2, 0)), Shape(skipped_blocks=(1,)),
-        Shape(heads=3, hidden=100, block_order=(0, 1, 2), stage=1),
+        Shape(heads=(2,)), Shape(hidden=(48,)), Shape(block_order=(2, 0)), Shape(skipped_blocks=(1,)),
+        Shape(heads=(3,), hidden=(100,), block_order=(0, 1, 2), stage=1),
     ],
 )  # fmt: skip
 def test_exported_model_equals_the_shape(shape: Shape):
@@ -219,10 +219,10 @@ def test_refused_shapes(field: str, shape: Shape):
 
 def test_shapes_that_the_model_lacks():
     model = narrow_dit()
-    assert model_parts(model) == {"heads": 4, "hidden": 128, "grid": 8, "blocks": 3}
+    assert model_parts(model) == ModelParts(heads=(4,), hidden=(128,), grid=8, blocks=3)
     for shape, text in (
-        (Shape(heads=5), "heads 5"),
-        (Shape(hidden=0), "hidden 0"),
+        (Shape(heads=(5,)), "heads 5"),
+        (Shape(hidden=(0,)), "hidden 0"),
         (Shape(block_order=(3,)), "no block 3"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -255,7 +255,7 @@ def test_levels_unfreeze_a_quarter_of_28_blocks_each():
 def test_growth():
     """New blocks copy others. New heads and hidden units that copy nothing start as a new model's."""
     model = narrow_dit()
-    before, after = Shape(heads=2, hidden=64, block_order=(0, 1)), WHOLE_MODEL
+    before, after = Shape(heads=(2,), hidden=(64,), block_order=(0, 1)), WHOLE_MODEL
     set_shape(model, before)
     old = model.blocks[1].state_dict()["mlp.fc1.weight"].clone()
     growth = Growth(1, blocks=((2, 1),), weights="random")

@@ -472,7 +472,7 @@ def test_local_states_are_summed_in_a_checkpoint_and_restored_once(configure, de
 def test_the_pass_that_ends_a_stage_is_logged_as_it_was_trained(configure, decoder, tmp_path: Path, capsys):
     train(configure(*COMMON, "--methods=budgeted", "--budgeted.epochs=1,1,2", "--evaluate.every=0"))
     records = read_log(tmp_path / "run")
-    assert [record.get("shape.heads", "as before") for record in records] == [1, 3, None, "as before"]
+    assert [record.get("shape.heads", "as before") for record in records] == [[1], [3], None, "as before"]
     assert [record.get("grid") for record in records] == [4, 5, None, None]
     said = capsys.readouterr().out
     assert said.count("48 px, tokens 4×4  batch") == 1 and said.count("48 px  batch") == 2
@@ -487,7 +487,7 @@ def test_a_run_that_ends_before_its_last_stage_is_exported_as_it_was(configure, 
         plan = trainer.plan()
         with trainer.sources.train.open(plan.feed, trainer.state.clock.position) as batches:
             trainer.train_step(next(batches), plan)
-        assert trainer.step.shape.heads == 1 and trainer.step.shape.grid == 4
+        assert trainer.step.shape.heads == (1,) and trainer.step.shape.grid == 4
         export(run, tmp_path / "run")
         images = torch.randn(2, 3, 48, 48)
         expected = trainer.state.model.eval()(images)

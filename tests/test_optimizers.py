@@ -181,7 +181,7 @@ def test_states_of_new_heads_hidden_units_and_blocks(name: str, moments: str):
     state = optimizer_state(optimizer)
     qkv, fc2, late = model.blocks[0].attn.qkv.weight, model.blocks[0].mlp.fc2.weight, model.blocks[1].attn.qkv.weight
     old = {p: {key: value.clone() for key, value in state(p).items()} for p in (qkv, fc2, late)}
-    before, weights = Shape(heads=1, hidden=64, block_order=(0,)), Growth(1, moments=moments, blocks=((1, 0),))
+    before, weights = Shape(heads=(1,), hidden=(64,), block_order=(0,)), Growth(1, moments=moments, blocks=((1, 0),))
     grow(model, before, WHOLE_MODEL, weights, state)
     if moments == "reset":
         assert not any(value.any() for p in old for value in state(p).values())

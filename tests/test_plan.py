@@ -8,7 +8,7 @@ from vitlocal.methods import METHODS, conflicts
 from vitlocal.methods.batch_size import BatchSize
 from vitlocal.methods.image_size import ImageSize, ImageSizeConfig
 from vitlocal.methods.method import MethodContext
-from vitlocal.plan import Feed, Plan, fold
+from vitlocal.plan import Feed, Plan, Shape, fold
 from vitlocal.progress import Length, Progress
 
 START = Plan(Feed(224, 64))
@@ -42,6 +42,11 @@ def test_the_papers_curriculum():
 
 def test_a_last_step_that_does_not_fit_ends_at_the_final_size():
     assert [stage.size for stage in ImageSizeConfig(init=32, step_pixels=48, final=96).curriculum] == [32, 80, 96]
+
+
+def test_shapes_of_older_checkpoints_have_one_number():
+    assert Shape.from_state({"heads": 2, "hidden": 48, "grid": 4}) == Shape(heads=(2,), hidden=(48,), grid=4)
+    assert Shape.from_state({"heads": [1, 2], "hidden": None}) == Shape(heads=(1, 2))
 
 
 def test_planning_is_pure_and_conflicts_are_named():

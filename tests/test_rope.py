@@ -159,7 +159,7 @@ def test_dropped_tokens_keep_the_angles_of_the_others(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_heads_and_growth(kind):
     model, images = narrow(NAME, rope=kind, num_heads=4).eval(), torch.randn(2, 3, 32, 32)
-    one, whole = Shape(heads=1), Shape()
+    one, whole = Shape(heads=(1,)), Shape()
     set_shape(model, one)
     model(images).sum().backward()
     for block in model.blocks if kind == "mixed" else ():

@@ -25,7 +25,11 @@ from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, deepen, gr
 
 FAMILIES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64")
 DEIT_S = "vitlocal_deit_small_patch16_224"
-BUDGETED = (Shape(heads=2, hidden=384, grid=10), Shape(heads=4, hidden=768, grid=12), WHOLE_MODEL)  # of DeiT-S
+BUDGETED = (
+    Shape(heads=(2,), hidden=(384,), grid=10),
+    Shape(heads=(4,), hidden=(768,), grid=12),
+    WHOLE_MODEL,
+)  # of DeiT-S
 
 
 def small_model(name: str = FAMILIES[0], **options) -> VisionTransformer:
@@ -71,7 +75,7 @@ def small_copy(model: VisionTransformer, heads: int, hidden: int) -> VisionTrans
 def test_slices_equal_a_smaller_model(name: str):
     model, images = small_model(name), some_images()
     small = small_copy(model, heads=2, hidden=48)
-    set_shape(model, Shape(heads=2, hidden=48))
+    set_shape(model, Shape(heads=(2,), hidden=(48,)))
     torch.testing.assert_close(model(images), small(images), rtol=1e-5, atol=1e-5)
 
 
@@ -110,7 +114,7 @@ def test_macs_equal_the_published_stages():
 def test_inactive_slices_have_no_gradient_and_no_moments(name: str):
     model, images = small_model(name, pool="avg").train(), some_images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    set_shape(model, Shape(heads=2, hidden=48))
+    set_shape(model, Shape(heads=(2,), hidden=(48,)))
     train_steps(model, images, optimizer, 3)
     for part in parameter_slices(model):
         new = part.of(optimizer.state[part.parameter]["exp_avg_sq"]).movedim(1, 0)
@@ -126,7 +130,7 @@ def test_growth(name: str, moments: str):
     model, images = small_model(name, **options).train(), some_images()
     average = small_model(name, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    small, larger = Shape(heads=2, hidden=48), Shape(heads=3, hidden=112)
+    small, larger = Shape(heads=(2,), hidden=(48,)), Shape(heads=(3,), hidden=(112,))
     set_shape(model, small)
     train_steps(model, images, optimizer, 3)
     before = {part.parameter: part.parameter.detach().clone() for part in parameter_slices(model)}
@@ -174,10 +178,10 @@ def test_growth(name: str, moments: str):
 
 def test_halved_copies_keep_the_outputs():
     model, images = small_model().train(), some_images()
-    small = Shape(heads=2, hidden=64)
+    small = Shape(heads=(2,), hidden=(64,))
     set_shape(model, small)
     before = model(images)
-    larger = Shape(heads=4, hidden=128)
+    larger = Shape(heads=(4,), hidden=(128,))
     grow(model, small, larger, Growth(1, scale=0.5), lambda p: {})
     set_shape(model, larger)
     torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
@@ -187,7 +191,7 @@ def test_sources_of_new_slices():
     assert growth_sources(4, 6) == [0, 1] and growth_sources(4, 6, "last") == [2, 3]
     assert growth_sources(2, 4, "last") == [0, 1] and growth_sources(2, 7, "last") == [0, 1, 0, 1, 0]
     model = small_model()
-    grow(model, Shape(hidden=96), WHOLE_MODEL, Growth(1, sources="last"), lambda p: {})
+    grow(model, Shape(hidden=(96,)), WHOLE_MODEL, Growth(1, sources="last"), lambda p: {})
     weight = model.blocks[0].mlp.fc1.weight
     assert torch.equal(weight[96:], weight[64:96])
 
@@ -201,7 +205,9 @@ def test_random_slices_have_initial_weights():
             for part in parameter_slices(model):
                 part.parameter.mul_(0.1)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        grow(model, Shape(hidden=64), WHOLE_MODEL, Growth(1, weights="random"), lambda p: {}, [small_model()], seed=3)
+        grow(
+            model, Shape(hidden=(64,)), WHOLE_MODEL, Growth(1, weights="random"), lambda p: {}, [small_model()], seed=3
+        )
         grown.append(dict(model.named_parameters()))
         weight, was = model.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"]
         assert torch.equal(weight[:64], was[:64]) and float(weight[64:].detach().std()) == pytest.approx(0.02, rel=0.1)
@@ -242,7 +248,7 @@ def test_noise_is_the_same_in_every_process():
     grown = []
     for _ in range(2):
         model = small_model()
-        grow(model, Shape(hidden=64), WHOLE_MODEL, Growth(1, noise=0.1), lambda p: {}, seed=3)
+        grow(model, Shape(hidden=(64,)), WHOLE_MODEL, Growth(1, noise=0.1), lambda p: {}, seed=3)
         grown.append(model.state_dict())
     assert all(torch.equal(grown[0][name], grown[1][name]) for name in grown[0])
     fc1 = grown[0]["blocks.0.mlp.fc1.weight"]
@@ -334,13 +340,13 @@ def test_stage_embedding(pool: str):
 @pytest.mark.parametrize(
     ("name", "shape", "problem"),
     [
-        ("vitlocal_localvit_tiny_patch8_64", Shape(hidden=4), "a part of its hidden width"),
+        ("vitlocal_localvit_tiny_patch8_64", Shape(hidden=(4,)), "a part of its hidden width"),
         (
             "vitlocal_localvit_tiny_patch8_64",
             Shape(token_keep_rate=0.5, pruned_blocks=(1,)),
             "a part of its hidden width or tokens",
         ),
-        (FAMILIES[0], Shape(heads=5), "got heads 5, expected 1 to 4"),
+        (FAMILIES[0], Shape(heads=(5,)), "got heads 5, expected 1 to 4"),
         (FAMILIES[0], Shape(grid=7), "got grid 7, expected 1 to 6"),
         (FAMILIES[0], Shape(block_order=(0, 4)), "no block 4"),
     ],
@@ -355,7 +361,7 @@ def test_timms_models_can_only_change_blocks():
     assert model_parts(model) is None
     check_shape(model, Shape(trainable_blocks=(1,)))
     with pytest.raises(ConfigError, match="timm's own model.* heads"):
-        check_shape(model, Shape(heads=1))
+        check_shape(model, Shape(heads=(1,)))
     assert set_trainable(model, Shape(trainable_blocks=(1,)))
     assert not any(p.requires_grad for p in model.blocks[0].parameters())
     with pytest.raises(ConfigError, match="no blocks"):

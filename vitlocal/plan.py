@@ -25,10 +25,11 @@ class Feed:
 class Shape:
     """The part of the full model that a step runs. None stands for the whole.
 
-    - ``heads``, ``hidden``: the number of heads of each attention, and of hidden units of each feed-forward part. The
-      first ones run.
-    - ``grid``: side of the centre crop of the token grid, in patches. With ``crop_before_embedding`` the image is
-      cropped before the patch embedding, which gives the same tokens at less cost.
+    - ``heads``, ``hidden``: by level, the number of heads of each attention, and of hidden units of each feed-forward
+      part. The first ones run. A model whose blocks all have the same sizes has one level.
+    - ``grid``: side of the centre crop of the token grid of the first level, in patches. With
+      ``crop_before_embedding`` the image is cropped before the patch embedding, which gives the same tokens at less
+      cost.
     - ``token_keep_rate``: fraction of the patch tokens that each of the ``pruned_blocks`` keeps.
       ``attention_keep_rate``: fraction of the tokens that each token attends to from there on, by one mask for all
       heads or, with ``per_head_masks``, by one for each.
@@ -40,8 +41,8 @@ class Shape:
     - ``stage``: the row of the stage embedding, if the model has one.
     """
 
-    heads: int | None = None
-    hidden: int | None = None
+    heads: tuple[int, ...] | None = None
+    hidden: tuple[int, ...] | None = None
     grid: int | None = None
     crop_before_embedding: bool = False
     token_keep_rate: float = 1.0
@@ -57,12 +58,31 @@ class Shape:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Shape:
-        """The shape whose fields are ``state``. Lists, as JSON has them, become tuples."""
+        """The shape whose fields are ``state``. Lists, as JSON has them, become tuples.
+
+        Older checkpoints have one number of heads and of hidden units, those of a model with one level.
+        """
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state.items()}
-        return cls(**values)
+        old = {name: (values[name],) for name in ("heads", "hidden") if isinstance(values.get(name), int)}
+        return cls(**(values | old))
 
 
 WHOLE_MODEL = Shape()
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The sizes of a whole model, of which a :class:`Shape` selects a part.
+
+    ``heads`` and ``hidden`` are by level, as those of a shape. ``grid``: side of the token grid of the first level, in
+    patches. ``blocks``: of all levels. The side of a crop of the grid is a multiple of ``grid_multiple``.
+    """
+
+    heads: tuple[int, ...]
+    hidden: tuple[int, ...]
+    grid: int
+    blocks: int
+    grid_multiple: int = 1
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class AutoProg(SearchMethod):
             self._bounds = [math.floor(budget.value * k / config.stages) / budget.value for k in range(config.stages)]
         if context.parts is None:
             raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {context.recipe.model_name}")
-        self._config, self._context, self._depth = config, context, context.parts["blocks"]
+        self._config, self._context, self._depth = config, context, context.parts.blocks
         if config.schedule is not None and config.schedule[-1].depth != self._depth:
             raise ConfigError(f"autoprog.schedule: the last entry must have the model's depth, {self._depth} blocks")
         length = config.search_length

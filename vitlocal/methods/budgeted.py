@@ -16,7 +16,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods.method import Claims, Method, MethodContext, Needs, Probe, Recipe, StepResult
 from vitlocal.methods.search import as_fraction
 from vitlocal.options import FRACTION, STAGES, Choice, Number, Parsed, Section, Series, messages, option
-from vitlocal.plan import Growth, Plan, Shape, with_shape
+from vitlocal.plan import Growth, ModelParts, Plan, Shape, with_shape
 from vitlocal.progress import Length, Progress
 
 GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}  # fields of the shape
@@ -87,22 +87,28 @@ def in_epochs(value: float) -> Length:
     return Length(float(value), "epochs", f"{value:g}ep")
 
 
-def stage_shapes(config: BudgetedConfig, whole: dict[str, int]) -> tuple[Shape, ...]:
-    """The shape of each stage of a model with the parts ``whole``."""
+def stage_shapes(config: BudgetedConfig, whole: ModelParts) -> tuple[Shape, ...]:
+    """The shape of each stage of a model with the sizes ``whole``."""
     count, grown = config.stages, config.grown_fields
     steps = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
     tokens = config.tokens or [FEWEST_TOKENS + (1 - FEWEST_TOKENS) * step for step in steps]
-    fractions = {
-        "heads": config.heads or [(k + 1) / count for k in range(count)],
-        "hidden": config.hidden or [2.0 ** (k + 1 - count) for k in range(count)],
-        "grid": [math.sqrt(part) for part in tokens],
-    }
+    heads = config.heads or [(k + 1) / count for k in range(count)]
+    hidden = config.hidden or [2.0 ** (k + 1 - count) for k in range(count)]
     found = []
     for k in range(count):
-        sizes = {name: max(1, round(parts[k] * whole[name])) for name, parts in fractions.items() if name in grown}
-        smaller: dict[str, Any] = {name: size for name, size in sizes.items() if size < whole[name]}
+        sizes: dict[str, Any] = {
+            "heads": _parts_of(heads[k], whole.heads),
+            "hidden": _parts_of(hidden[k], whole.hidden),
+            "grid": max(1, round(math.sqrt(tokens[k]) * whole.grid)),
+        }
+        smaller = {name: size for name, size in sizes.items() if name in grown and size != getattr(whole, name)}
         found.append(Shape(**smaller, crop_before_embedding="grid" in grown and config.crop == "before"))
     return tuple(found)
+
+
+def _parts_of(fraction: float, numbers: Sequence[int]) -> tuple[int, ...]:
+    """The fraction of each level's number, at least 1."""
+    return tuple(max(1, round(fraction * number)) for number in numbers)
 
 
 class Budgeted(Method):
@@ -117,7 +123,7 @@ class Budgeted(Method):
         if context.parts is None:
             raise ConfigError(f"methods: budgeted needs a vitlocal_… model, not {context.recipe.model_name}")
         self._budget = context.recipe.budget
-        self._shapes = stage_shapes(config, dict(context.parts))
+        self._shapes = stage_shapes(config, context.parts)
         self._costs = tuple(context.macs(context.recipe.model_size, shape) for shape in self._shapes)
         self._measured: list[float] = []  # seconds per image in each stage
         seeds = np.random.default_rng((config.seed, 0xB0D6)).uniform(size=config.stages)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vitlocal.options import Section
-from vitlocal.plan import WHOLE_MODEL, Plan, Shape, StageEmbedding
+from vitlocal.plan import WHOLE_MODEL, ModelParts, Plan, Shape, StageEmbedding
 from vitlocal.progress import Length, Progress, Stage
 
 if TYPE_CHECKING:  # reading a configuration must not load PyTorch
@@ -116,7 +116,7 @@ class MethodContext:
     images: int = 1  # of the training split
     image_bytes: Callable[[int], int] = lambda size: size * size  # activation memory of an image of this size, bytes
     macs: Callable[[int, Shape], int] = lambda size, shape: size * size  # multiply-adds of a forward pass
-    parts: Mapping[str, int] | None = None  # see models.shape.model_parts
+    parts: ModelParts | None = None  # None: the model is not ours, and no shape can select heads, tokens and such
     blocks: int = 0  # number of blocks; 0: the model has none
     processes: int = 1
 

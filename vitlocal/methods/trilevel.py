@@ -163,7 +163,7 @@ class Trilevel(Method):
                 f"trilevel.levels: tokens and attention need a vitlocal_… model, not {context.recipe.model_name}; "
                 "set trilevel.levels=examples"
             )
-        depth = context.parts["blocks"] if context.parts is not None else 0
+        depth = context.parts.blocks if context.parts is not None else 0
         blocks = config.pruned_blocks or tuple(dict.fromkeys(round(part * depth) for part in PRUNED_AT))
         if wrong := [block for block in blocks if self._prunes and not block < depth]:
             raise ConfigError(f"trilevel.pruned_blocks: got {wrong[0]}; the model's {depth} blocks count from 0")

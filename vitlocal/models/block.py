@@ -239,6 +239,12 @@ class BlockModel(nn.Module):
     # PyTorch's own, gradients are wrong.
     compiles_blocks_once = False
     grad_checkpointing = False
+    grid_multiple = 1  # by which the side of a crop of the grid can be divided
+
+    @property
+    def levels(self) -> list[list[Any]]:
+        """The blocks of each level, whose heads and hidden units have their own numbers. Here all blocks are alike."""
+        return [list(self.blocks)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Makes blocks keep only their inputs, and recompute the rest in the backward pass."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import Attention, BlockModel
+from vitlocal.models.block import BlockModel
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.dit import DiT, fold_stage
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.plan import WHOLE_MODEL, Growth, Shape, StageEmbedding, growth_sources
+from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape, StageEmbedding, growth_sources
 
 SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts that can run a slice of their hidden units
 
@@ -34,13 +34,14 @@ def model_blocks(model: nn.Module) -> list[Any]:
     return list(blocks)
 
 
-def model_parts(model: nn.Module) -> dict[str, int] | None:
-    """Returns the numbers of heads, hidden units, patches a side and blocks; None for a model that is not ours."""
+def model_parts(model: nn.Module) -> ModelParts | None:
+    """Returns the sizes of the whole model; None if it is not ours."""
     if not isinstance(model, BlockModel):
         return None
-    first, blocks = model_blocks(model)[0], len(model.blocks)
-    heads, hidden, grid = first.attn.num_heads, len(first.mlp.fc1.weight), min(model.patch_embed.grid_size)
-    return {"heads": heads, "hidden": hidden, "grid": grid, "blocks": blocks}
+    first = [blocks[0] for blocks in model.levels]
+    heads = tuple(block.attn.num_heads for block in first)
+    hidden = tuple(len(block.mlp.fc1.weight) for block in first)
+    return ModelParts(heads, hidden, min(model.patch_embed.grid_size), len(model.blocks), model.grid_multiple)
 
 
 def check_shape(model: nn.Module, shape: Shape) -> None:
@@ -60,26 +61,40 @@ def check_shape(model: nn.Module, shape: Shape) -> None:
         raise ConfigError(f"{name} has no block {wrong[0]}: its {len(blocks)} blocks count from 0")
     if (shape.hidden is not None or shape.pruned_blocks) and not all(isinstance(b.mlp, SLICED) for b in blocks):
         raise ConfigError(f"{name} cannot run a part of its hidden width or tokens; use a DeiT or local-FFN model")
-    for unit, most in (parts or {}).items():
-        value = getattr(shape, unit, None)
-        if value is not None and not 1 <= value <= most:
-            raise ConfigError(f"{name}: got {unit} {value}, expected 1 to {most}")
+    if parts is None:
+        return
+    for unit in ("heads", "hidden"):
+        numbers, most = getattr(shape, unit), getattr(parts, unit)
+        if numbers is not None and (
+            len(numbers) != len(most)
+            or not all(1 <= number <= limit for number, limit in zip(numbers, most, strict=True))
+        ):
+            of_levels = f", a number for each of {len(most)} levels" if len(most) > 1 else ""
+            raise ConfigError(f"{name}: got {unit} {_listed(numbers)}, expected 1 to {_listed(most)}{of_levels}")
+    if shape.grid is not None and (not 1 <= shape.grid <= parts.grid or shape.grid % parts.grid_multiple):
+        multiple = f", a multiple of {parts.grid_multiple}" if parts.grid_multiple > 1 else ""
+        raise ConfigError(f"{name}: got grid {shape.grid}, expected 1 to {parts.grid}{multiple}")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def set_shape(model: nn.Module, shape: Shape) -> None:
     """Makes ``model`` run in ``shape`` from now on, without a device sync. Models that are not ours stay whole."""
     if not isinstance(model, BlockModel):
         return
-    blocks, trained = model_blocks(model), model.active.trainable_blocks
-    order = tuple(index for index in shape.block_order or range(len(blocks)) if index not in shape.skipped_blocks)
+    trained = model.active.trainable_blocks
+    order = tuple(index for index in shape.block_order or range(len(model.blocks)) if index not in shape.skipped_blocks)
     prunes = shape.token_keep_rate < 1 or shape.attention_keep_rate < 1
     pruned = tuple(place for place in shape.pruned_blocks if prunes and place < len(order))
     grid = None if shape.grid is None or shape.grid >= min(model.patch_embed.grid_size) else shape.grid
     model.active = replace(shape, block_order=order, pruned_blocks=pruned, grid=grid)
-    for block in blocks:
-        block.attn.active_heads = shape.heads or block.attn.num_heads
-        if isinstance(block.mlp, SLICED):
-            block.mlp.active_hidden = shape.hidden or block.mlp.hidden
+    for level, blocks in enumerate(model.levels):
+        for block in blocks:
+            block.attn.active_heads = block.attn.num_heads if shape.heads is None else shape.heads[level]
+            if isinstance(block.mlp, SLICED):
+                block.mlp.active_hidden = block.mlp.hidden if shape.hidden is None else shape.hidden[level]
     if shape.trainable_blocks != trained:
         model.train(model.training)
 
@@ -135,6 +150,7 @@ class ParameterSlices:
     """A parameter that has a slice for each head, or for each hidden unit."""
 
     parameter: Any  # nn.Parameter
+    level: int
     unit: str  # "heads" or "hidden"
     view: tuple[int, ...]  # the shape whose dimension 1 counts the slices
     outgoing: bool = False  # whether the parameter carries the slices' outputs to the rest of the model
@@ -150,19 +166,27 @@ class ParameterSlices:
 
 def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
     """Yields all parameters that have a slice for each head, or for each hidden unit."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            dim, heads = module.proj.weight.shape[0], module.num_heads
-            for parameter in module.qkv.parameters():
-                yield ParameterSlices(parameter, "heads", (3, heads, dim // heads, *parameter.shape[1:]))
-            yield ParameterSlices(module.proj.weight, "heads", (dim, heads, dim // heads), outgoing=True)
-            if module.freqs is not None:
-                yield ParameterSlices(module.freqs, "heads", (1, *module.freqs.shape))
-        elif isinstance(module, SLICED):
-            for name, parameter in module.named_parameters():
-                if name.startswith(("fc1.", "conv.")):
-                    yield ParameterSlices(parameter, "hidden", (1, *parameter.shape))
-            yield ParameterSlices(module.fc2.weight, "hidden", tuple(module.fc2.weight.shape), outgoing=True)
+    for level, blocks in enumerate(model.levels if isinstance(model, BlockModel) else ()):
+        for block in blocks:
+            yield from _head_slices(block.attn, level)
+            if isinstance(block.mlp, SLICED):
+                yield from _hidden_slices(block.mlp, level)
+
+
+def _head_slices(attention: Any, level: int) -> Iterator[ParameterSlices]:
+    dim, heads = attention.proj.weight.shape[0], attention.num_heads
+    for parameter in attention.qkv.parameters():
+        yield ParameterSlices(parameter, level, "heads", (3, heads, dim // heads, *parameter.shape[1:]))
+    yield ParameterSlices(attention.proj.weight, level, "heads", (dim, heads, dim // heads), outgoing=True)
+    if attention.freqs is not None:
+        yield ParameterSlices(attention.freqs, level, "heads", (1, *attention.freqs.shape))
+
+
+def _hidden_slices(mlp: Any, level: int) -> Iterator[ParameterSlices]:
+    for name, parameter in mlp.named_parameters():
+        if name.startswith(("fc1.", "conv.")):
+            yield ParameterSlices(parameter, level, "hidden", (1, *parameter.shape))
+    yield ParameterSlices(mlp.fc2.weight, level, "hidden", tuple(mlp.fc2.weight.shape), outgoing=True)
 
 
 @torch.no_grad()
@@ -206,9 +230,13 @@ def grow(
 
 def _new_slices(model: nn.Module, before: Shape, shape: Shape) -> list[tuple[ParameterSlices, int, int]]:
     """Returns each parameter that grows, with the indices of its first new slice and after its last."""
-    limits = [(part, getattr(before, part.unit), getattr(shape, part.unit)) for part in parameter_slices(model)]
-    ends = [(part, old, new or part.view[1]) for part, old, new in limits if old is not None]
-    return [(part, old, new) for part, old, new in ends if new > old]
+    found = []
+    for part in parameter_slices(model):
+        old, new = getattr(before, part.unit), getattr(shape, part.unit)
+        if old is not None:
+            end = part.view[1] if new is None else new[part.level]
+            found.append((part, old[part.level], end))
+    return [(part, old, new) for part, old, new in found if new > old]
 
 
 def _redrawn(model: nn.Module, seed: int) -> nn.Module:
@@ -261,7 +289,7 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if part.outgoing and active is not None:
             name = names[part.parameter]
             state[name] = state[name].clone()
-            part.of(state[name])[:, active:] = 0
+            part.of(state[name])[:, active[part.level] :] = 0
     table = state.pop("stage_table", None)
     if isinstance(model, DiT):
         state["pos_embed"] = model.position_table()

@@ -150,15 +150,22 @@ def schedule(line: Line, rates: Sequence[tuple[float, float]], fields: Mapping[s
     return figure
 
 
+def drawn_value(field: str, value: Any) -> float:
+    """A logged value as a number: of heads and hidden units the sum over levels, of blocks their count."""
+    if isinstance(value, (list, tuple)):
+        return float(sum(value) if field in ("shape.heads", "shape.hidden") else len(value))
+    return float(value)
+
+
 def _stairs(
     axes: Axes, line: Line, field: str, scale: float, colour: str, filled: bool = False, default: float = math.nan
 ) -> None:
-    """Draws the last logged value of a field (of a list: its length), or ``default`` while there is none."""
+    """Draws the last logged value of a field, or ``default`` while there is none."""
     values: list[float] = []
     value: Any = None
     for record in line.records:
         value = record.get(field, value)
-        values.append(default if value is None else len(value) if isinstance(value, list) else value)
+        values.append(default if value is None else drawn_value(field, value))
     edges = [at / scale for at in (*line.starts, line.records[-1]["train_seconds"])]
     if filled:
         axes.stairs(values, edges, color=colour, alpha=0.25, fill=True)

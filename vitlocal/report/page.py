@@ -24,7 +24,17 @@ from vitlocal.models.shape import model_blocks, model_parts
 from vitlocal.options import as_argument
 from vitlocal.plan import Dials, Feed, Plan, fold
 from vitlocal.progress import Position, Progress
-from vitlocal.report.figures import by_cost, by_size, curves, draw_curve, savings, schedule, svg, throughput
+from vitlocal.report.figures import (
+    by_cost,
+    by_size,
+    curves,
+    draw_curve,
+    drawn_value,
+    savings,
+    schedule,
+    svg,
+    throughput,
+)
 from vitlocal.report.pictures import image_data, pictures_part
 from vitlocal.report.run_folder import RunRecord, duration, escaped, read_run
 from vitlocal.tasks.metrics import is_evaluated
@@ -34,7 +44,7 @@ POINTS_PER_PASS = 40  # of the learning rate's curve
 CROPS = 6  # of each size
 AUGMENTATION_DIALS = ("strength", "randaugment_strength")
 # Fields of the log that the schedule shows if they change. Until a field is logged, its value is that of the whole
-# model's part with this name in model_parts(), or 1 without a name.
+# model's part with this name in ModelParts, or 1 without a name.
 SCHEDULE_FIELDS = {
     "batch_size": "", "dials.strength": "", "dials.randaugment_strength": "", "dials.lr_scale": "",
     "shape.token_keep_rate": "", "shape.attention_keep_rate": "", "shape.heads": "heads", "shape.hidden": "hidden",
@@ -143,12 +153,13 @@ def learning_rates(run: RunRecord) -> list[tuple[float, float]]:
 def changed_fields(run: RunRecord) -> dict[str, float]:
     """The fields of the log that the run's methods changed, with the value before they are logged."""
     changed = {name: part for name, part in SCHEDULE_FIELDS.items() if _changes(run.records, name)}
-    parts: dict[str, int] = {"": 1}
+    parts: dict[str, Any] = {"": 1}
     if any(changed.values()):
         with torch.device("meta"):  # only the shapes are needed
             model, _ = build_model(run.config.model.name, run.config.model.arguments(), len(run.classes) or 1)
-        parts |= model_parts(model) or {"blocks": len(model_blocks(model))}
-    return {name: float(parts[part]) for name, part in changed.items() if part in parts}
+        found = model_parts(model)
+        parts |= {"blocks": len(model_blocks(model))} if found is None else vars(found)
+    return {name: drawn_value(name, parts[part]) for name, part in changed.items() if part in parts}
 
 
 def _changes(records: Sequence[dict[str, Any]], name: str) -> bool:
