@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from method_plans import COMMON
+from narrow_models import NARROW_PVT, NARROW_SWIN
 from trainers import open_trainer
 
 from vitlocal.errors import ConfigError
@@ -55,6 +56,10 @@ METHODS = {
                       "--train.optimizer=muon"],
     "budgeted compute": ["--methods=budgeted", "--budgeted.compute=1%", "--budgeted.new_moments=copy",
                          "--train.optimizer=normuon"],
+    "budgeted pvt": ["--methods=budgeted", *NARROW_PVT, "--budgeted.copy_noise=0.1"],
+    "budgeted swin": ["--methods=budgeted", *NARROW_SWIN, "--budgeted.crop=before", "--train.optimizer=muon"],
+    "unfreeze swin": ["--methods=unfreeze", *NARROW_SWIN, "--unfreeze.size_multiple=16",
+                      "--unfreeze.probe_batch_size=4", "--unfreeze.stage_embedding=no", "--unfreeze.non_blocks=head"],
     "trilevel": ["--methods=trilevel", "--trilevel.token_keep_rate=0.7", *UPDATES],
     "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg",
                       "--trilevel.attention_masks=per_head", *UPDATES],
@@ -72,6 +77,7 @@ METHODS = {
     "sizes and budgeted": ["--methods=image_size,budgeted", "--budgeted.grow=heads,hidden",
                            "--train.optimizer=schedule_free_adamw", "--train.schedule=constant",
                            "--train.ema_decay=none"],
+    "sizes and budgeted swin": ["--methods=image_size,strength,budgeted", *NARROW_SWIN, "--budgeted.grow=heads,hidden"],
     "sizes and trilevel": ["--methods=image_size,trilevel", *UPDATES],
     "budgeted and trilevel": ["--methods=budgeted,trilevel", "--trilevel.levels=examples", *UPDATES],
     "sizes and autoprog": ["--methods=image_size,autoprog", "--autoprog.space=depth", *SEARCH],
@@ -341,6 +347,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 sys.path.append(sys.argv[2])  # the folder of the tests
+import narrow_models  # registers them
 from counted_once import count_once
 from vitlocal.config import read_config
 from vitlocal.machine import leave

@@ -86,7 +86,7 @@ def names(text: str, known: Sequence[str], option: str = "--only") -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_multiples(sizes: Sequence[int], patch: int, model: str) -> None:
-    """Raises ConfigError if a size of ``--sizes`` is not a multiple of the model's patch size."""
-    if wrong := [str(size) for size in sizes if size % patch]:
-        raise ConfigError(f"--sizes: got {', '.join(wrong)}, expected multiples of {patch}, the patch size of {model}")
+def check_multiples(sizes: Sequence[int], multiple: int, model: str) -> None:
+    """Raises ConfigError if a size of ``--sizes`` is no multiple of what the model needs, such as its patch size."""
+    if wrong := [str(size) for size in sizes if size % multiple]:
+        raise ConfigError(f"--sizes: got {', '.join(wrong)}, expected multiples of {multiple}, as {model} needs")

@@ -28,7 +28,7 @@ from vitlocal.bench.step import PHASES
 from vitlocal.config import Config, read_config
 from vitlocal.data.batch import Batch, full_batches
 from vitlocal.errors import ConfigError
-from vitlocal.models.factory import patch_side
+from vitlocal.models.factory import size_multiple
 from vitlocal.plan import Feed, Plan
 from vitlocal.train.build import build_run, device_of, sources_of
 from vitlocal.train.devices import choose_device, synchronize
@@ -82,7 +82,7 @@ def profiled(config: Config, sizes: Sequence[int] | None, steps: int, trace: str
         trainer = build_run(config, sources, device).trainer
         feeds = list(dict.fromkeys(plan.feed for plan in trainer.upcoming_plans()))
         if sizes is not None:
-            check_multiples(sizes, patch_side(trainer.step.model), config.model.name)
+            check_multiples(sizes, size_multiple(trainer.step.model), config.model.name)
             batch_sizes = {feed.size: feed.batch_size for feed in feeds}
             feeds = [Feed(size, batch_sizes.get(size, config.train.batch_size)) for size in sorted(sizes)]
         for feed in feeds:

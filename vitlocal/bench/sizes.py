@@ -24,7 +24,7 @@ from vitlocal.data.augment import Normalize
 from vitlocal.data.batch import Source
 from vitlocal.errors import ConfigError
 from vitlocal.models.exported import ExportedRun
-from vitlocal.models.factory import patch_side
+from vitlocal.models.factory import size_multiple
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import RunRecord, read_run
@@ -83,7 +83,7 @@ def rows_of(folder: Path, sizes: Sequence[int], data: str | None, rows: str | No
     device = device_of(config)
     with closing(sources_of(config, device)) as sources:
         for epoch, model in trained_models(run, config, len(sources.val.classes)):
-            check_multiples(sizes, patch_side(model), config.model.name)
+            check_multiples(sizes, size_multiple(model), config.model.name)
             trained_at = next(record["image_size"] for record in run.records if record["epoch"] >= epoch - 1e-9)
             model = model.to(device).eval()
             for size in sizes:

@@ -36,7 +36,7 @@ from vitlocal.config import Config, read_config
 from vitlocal.errors import ConfigError, DeviceMemoryError
 from vitlocal.methods.unfreeze import groups_of
 from vitlocal.models.counts import count_macs
-from vitlocal.models.factory import patch_side
+from vitlocal.models.factory import size_multiple
 from vitlocal.models.shape import model_blocks
 from vitlocal.plan import Feed, Shape
 from vitlocal.progress import TRAINING_FLOPS
@@ -206,7 +206,7 @@ class ScheduleBench:
         config, stages = self._config, len(self._sizes)
         train = replace(config.train, compile="yes" if mode == "compiled" else "no")
         step = build_step(replace(config, train=train), CLASSES, self._device)
-        check_multiples(self._sizes, patch_side(step.model), config.model.name)
+        check_multiples(self._sizes, size_multiple(step.model), config.model.name)
         fill_zeros(step.model)
         depth = len(model_blocks(step.model))
         blocks = {groups: groups_of(depth, stages, groups) for groups in GROUPS}

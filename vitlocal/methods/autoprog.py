@@ -137,7 +137,7 @@ class AutoProg(SearchMethod):
         blocks = {"shape.block_order", "shape.skipped_blocks"} if config.deepens else set()
         sizes = {"feed.size", "shape.input_size"} if "size" in config.space else set()
         dials = {"dials.strength", "dials.randaugment_strength"} if config.grow_augmentation else set()
-        spared_by = {"shape.input_size": "autoprog.space=depth"}
+        spared_by = {"shape.input_size": "autoprog.space=depth", "shape.block_order": "autoprog.space=size"}
         return Claims(cls.name, frozenset({"growth"} | blocks | sizes | dials), spared_by=spared_by)
 
     @classmethod

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from vitlocal.progress import Length, Progress
 GROWS = {"heads": ("heads",), "hidden": ("hidden",), "tokens": ("grid", "crop_before_embedding")}  # fields of the shape
 FEWEST_TOKENS = 0.5  # fraction of the tokens in the first stage: 50 %, 75 %, 100 % for three stages
 PROBED_BATCHES = 4
+# The paper's heads of PVTv2, by stage and level (table 6). No fractions, rounded, give these numbers.
+PUBLISHED_HEADS = {(1, 2, 5, 8): ((1, 1, 2, 2), (1, 2, 4, 4), (1, 2, 5, 8))}
 CHANGES_COST = frozenset({"feed.size", "feed.subset", "shape.token_keep_rate"})  # of an epoch, set by other methods
 
 
@@ -33,6 +36,22 @@ def parse_compute(value: Any) -> str:
     return str(value)
 
 
+class StatedHeads(tuple[tuple[int, ...], ...]):
+    """The heads of each stage, by level. As text: ``1,1,2,2 | 1,2,4,4 | 1,2,5,8``."""
+
+    def __str__(self) -> str:
+        return " | ".join(",".join(map(str, heads)) for heads in self)
+
+
+def parse_heads(value: Any) -> tuple[float, ...] | StatedHeads:
+    """Reads :class:`StatedHeads`, or the fraction of each stage: ``1/3, 2/3, 1``."""
+    text = value if isinstance(value, str) else ",".join(map(str, value))
+    if "|" in text:
+        return StatedHeads(tuple(map(int, heads.split(","))) for heads in text.split("|"))
+    return tuple(FRACTION.check(float(Fraction(part.strip()))) for part in text.split(","))
+
+
+HEADS = Parsed(parse_heads, "fractions (1/3,2/3,1), or numbers by stage and level (1,1,2,2 | 1,2,4,4 | 1,2,5,8)")
 COMPUTE = Parsed(parse_compute, "a part of full training, such as 50%, or 691.2GFLOPs per image, over all epochs")
 
 
@@ -48,7 +67,7 @@ class BudgetedConfig(Section):
     alpha: float = option(2.0, Number(), "how much longer later stages are; 0: all stages have the same length")
     seed: int = option(0, Number(0, 2**31 - 1, whole=True), "seed of the random numbers that set the stages' lengths")
     cost: str = option("flops", Choice("flops", "time"), "cost of a stage's images: FLOPs, or time measured first")
-    heads: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the heads in each stage")
+    heads: tuple[float, ...] | StatedHeads | None = option(None, HEADS, "heads in each stage")
     hidden: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the hidden width, by stage")
     tokens: tuple[float, ...] | None = option(None, Series(FRACTION), "fraction of the tokens in each stage")
     crop: str = option("after", Choice("after", "before"), "crop tokens after the patch embedding, or images before it")
@@ -91,19 +110,36 @@ def stage_shapes(config: BudgetedConfig, whole: ModelParts) -> tuple[Shape, ...]
     """The shape of each stage of a model with the sizes ``whole``."""
     count, grown = config.stages, config.grown_fields
     steps = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
+    multiple = whole.grid_multiple
     tokens = config.tokens or [FEWEST_TOKENS + (1 - FEWEST_TOKENS) * step for step in steps]
-    heads = config.heads or [(k + 1) / count for k in range(count)]
+    heads = stage_heads(config, whole.heads)
     hidden = config.hidden or [2.0 ** (k + 1 - count) for k in range(count)]
     found = []
     for k in range(count):
         sizes: dict[str, Any] = {
-            "heads": _parts_of(heads[k], whole.heads),
+            "heads": heads[k],
             "hidden": _parts_of(hidden[k], whole.hidden),
-            "grid": max(1, round(math.sqrt(tokens[k]) * whole.grid)),
+            "grid": min(max(1, round(math.sqrt(tokens[k]) * whole.grid / multiple)) * multiple, whole.grid),
         }
         smaller = {name: size for name, size in sizes.items() if name in grown and size != getattr(whole, name)}
         found.append(Shape(**smaller, crop_before_embedding="grid" in grown and config.crop == "before"))
     return tuple(found)
+
+
+def stage_heads(config: BudgetedConfig, whole: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+    """The heads of each stage, by level, of a model with the heads ``whole``."""
+    stated, count = config.heads, config.stages
+    if isinstance(stated, StatedHeads):
+        rise = all(sorted(column) == list(column) and column[0] for column in zip(*stated, strict=False))
+        if not rise or stated[-1] != whole or any(len(heads) != len(whole) for heads in stated):
+            raise ConfigError(
+                f"budgeted.heads: got {stated}, expected {len(whole)} numbers for each stage, from 1 and none smaller "
+                f"than before, and the model's own heads as the last: {','.join(map(str, whole))}"
+            )
+        return stated
+    if stated is None and count == 3 and whole in PUBLISHED_HEADS:
+        return PUBLISHED_HEADS[whole]
+    return [_parts_of(part, whole) for part in stated or [(k + 1) / count for k in range(count)]]
 
 
 def _parts_of(fraction: float, numbers: Sequence[int]) -> tuple[int, ...]:
@@ -121,7 +157,8 @@ class Budgeted(Method):
         super().__init__(context)
         config = self._config = context.recipe.section(BudgetedConfig)
         if context.parts is None:
-            raise ConfigError(f"methods: budgeted needs a vitlocal_… model, not {context.recipe.model_name}")
+            name = context.recipe.model_name
+            raise ConfigError(f"methods: budgeted needs a vitlocal_… model, or timm's PVTv2 or Swin, not {name}")
         self._budget = context.recipe.budget
         self._shapes = stage_shapes(config, context.parts)
         self._costs = tuple(context.macs(context.recipe.model_size, shape) for shape in self._shapes)
@@ -175,7 +212,7 @@ class Budgeted(Method):
             **{
                 f"budgeted.{name}: got {values}, expected increasing fractions above 0, and 1 as the last":
                     values and (values != sorted(values) or values[-1] != 1 or not values[0])
-                for name, values in fractions.items()
+                for name, values in fractions.items() if not isinstance(getattr(config, name), StatedHeads)
             },
             "budgeted.epochs: budgeted.compute sets the stages' lengths too; remove one of the two":
                 epochs and config.compute is not None,

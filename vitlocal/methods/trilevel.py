@@ -191,7 +191,9 @@ class Trilevel(Method):
             return Claims(cls.name, examples)
         masks = {"shape.per_head_masks"} if "shape.attention_keep_rate" in pruned else set()
         reason = "the blocks that drop tokens and connections may not exist yet; set trilevel.levels=examples"
-        return Claims(cls.name, examples | pruned | masks | {"shape.pruned_blocks"}, {"shape.block_order": reason})
+        writes, only = examples | pruned | masks | {"shape.pruned_blocks"}, "trilevel.levels=examples"
+        spared_by = {"shape.token_keep_rate": only, "shape.attention_keep_rate": only} if examples else {}
+        return Claims(cls.name, writes, {"shape.block_order": reason}, spared_by)
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:

@@ -125,7 +125,8 @@ class Unfreeze(SearchMethod):
                   "shape.stage": config.stage_embedding, "growth": config.moments == "reset",
                   "shape.head_only": config.non_blocks == "head"}  # fmt: skip
         excludes = {"shape.block_order": "both choose which blocks are trained; remove one of the two"}
-        return Claims(cls.name, frozenset(field for field, does in writes.items() if does), excludes)
+        spared_by = {"shape.stage": "unfreeze.stage_embedding=no"}
+        return Claims(cls.name, frozenset(field for field, does in writes.items() if does), excludes, spared_by)
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:

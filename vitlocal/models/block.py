@@ -3,7 +3,7 @@
 Shapes: B batch, (h, w) token grid, N = h·w patch tokens, T tokens in all, D width, M heads, d head width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,3 +249,38 @@ class BlockModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Makes blocks keep only their inputs, and recompute the rest in the backward pass."""
         self.grad_checkpointing = enable
+
+
+class DropPathModel(BlockModel):
+    """A model with drop path (stochastic depth). A caller may give its random numbers, so that they repeat."""
+
+    drop_path_rates: Tensor  # (L,)
+    takes_noise = True
+
+    def init_drop_path(self, rate: float, depth: int) -> None:
+        """Makes the rates of ``depth`` blocks: they rise linearly from 0 at the first to ``rate`` at the last."""
+        self.drop_path_rate = rate
+        # On the device, so that writing new rates into it costs neither a sync nor a recompilation.
+        self.register_buffer("drop_path_rates", torch.linspace(0, rate, depth), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DropPathModel":
+        had_values = not self.drop_path_rates.is_meta
+        super()._apply(fn, recurse)
+        if not had_values and not self.drop_path_rates.is_meta:  # to_empty(), and no state dict has these values
+            self.set_drop_path(self.drop_path_rate)
+        return self
+
+    @torch.no_grad()
+    def set_drop_path(self, rate: float) -> None:
+        """Sets drop path to ``rate`` at the last block. Costs no sync and no recompilation."""
+        depth = len(self.active.block_order)
+        torch.linspace(0, rate, depth, out=self.drop_path_rates[:depth])
+
+    def drop_path_scales(self, batch: int, noise: Tensor | None) -> Tensor:
+        """Returns drop path's factors for all blocks, (L, 2, B, 1, 1): 0 or 1/(1 - rate). Draws once, not 2·L times."""
+        rates = self.drop_path_rates
+        if noise is None:
+            noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
+        keep = 1 - rates.float()[:, None]  # (L, 1)
+        kept = noise[:, : len(rates)] < keep  # (B, L, 2); a stage table's draw follows
+        return (kept / keep).permute(1, 2, 0)[..., None, None]

@@ -20,6 +20,7 @@ from vitlocal.models.deit import DeiT
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
+from vitlocal.models.pyramid import PyramidModel, Swin, adopt, crop_table, swin_options
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
@@ -38,8 +39,9 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
     """Returns timm's model ``name`` with random weights, and the arguments that it was built with.
 
     Our models take every option. timm's own Vision Transformers take ``img_size``, and can change sizes. Its other
-    models, for example convolutional ones, run at any size by themselves. Raises :class:`ConfigError` for an unknown
-    name, or for an option that the model does not have.
+    models, for example convolutional ones, run at any size by themselves. PVTv2 and Swin are adopted, see
+    :mod:`vitlocal.models.pyramid`. Raises :class:`ConfigError` for an unknown name, or for an option that the model
+    does not have.
     """
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
@@ -48,14 +50,18 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
         raise ConfigError(f"model.name: timm knows no model '{name}'{hint} {known}")
     attempts = [dict(arguments)]
     if not name.startswith(PREFIX):
-        if ours := sorted(set(arguments) - {"img_size", "drop_path_rate", "patch_size"}):
+        windows = swin_options(name, arguments.get("img_size", 224), arguments.get("patch_size"))
+        allowed = {"img_size", "drop_path_rate", "patch_size", *(["embed_dim"] if windows else [])}
+        if ours := sorted(set(arguments) - allowed):
             raise ConfigError(f"model options {', '.join(ours)} are only for {PREFIX}… models; {name} is timm's own")
         without_size = {key: value for key, value in arguments.items() if key != "img_size"}
         attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), without_size]
+        attempts = [{**arguments, **windows}] if windows else attempts
     problem: TypeError | None = None
     for attempt in attempts:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=num_classes, **attempt), attempt
+            model = timm.create_model(name, pretrained=False, num_classes=num_classes, **attempt)
+            return adopt(model, arguments.get("img_size", 224)), attempt
         except TypeError as error:
             problem = error
     raise ConfigError(f"model.name: {name} cannot be built with {attempt}: {problem}") from problem
@@ -103,6 +109,7 @@ def export_model(
     if that computes the same, so it loads without vitlocal. ``notes`` are added to the description.
     """
     model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+    state = exported_state_dict(model)
     known: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
     if isinstance(model, VisionTransformer):
         shape = model.active
@@ -115,6 +122,8 @@ def export_model(
                 model_args[option] = getattr(shape, option)
     if twin := timm_twin(model, name, model_args):
         name, model_args = twin
+    if isinstance(model, Swin):
+        model_args, state = model_args | model.options_at(size), model.state_at(state, size)
     if isinstance(model, DiT):
         model_args |= dit_sizes(model)
         side = size // model.stride
@@ -142,7 +151,7 @@ def export_model(
     }
     replace_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
     # The weights come last: if they are there, the export is complete.
-    write_weights(folder / "model.safetensors", exported_state_dict(model))
+    write_weights(folder / "model.safetensors", state)
 
 
 def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), labels: str = "keep") -> list[str]:
@@ -150,8 +159,9 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
 
     ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. The
     head keeps its initial values if its classes are others: by number or, if the folder names them, by ``classes``. A
-    position table of another grid is resampled. Raises :class:`ConfigError` if the file is missing, cannot be read, or
-    belongs to another model. ``labels`` is for a DiT, whose weights :func:`load_dit_weights` loads.
+    position table of another grid is resampled. Of a Swin's tables of larger windows, the middle is loaded. Raises
+    :class:`ConfigError` if the file is missing, cannot be read, or belongs to another model. ``labels`` is for a DiT,
+    whose weights :func:`load_dit_weights` loads.
     """
     if isinstance(model, DiT):
         return load_dit_weights(model, path, classes, labels)
@@ -168,6 +178,9 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
             if other is None or other.shape != tensor.shape or not same_classes:
                 loaded[name] = tensor
                 kept.append(name)
+        elif name.endswith("relative_position_bias_table") and other is not None and len(other) > len(tensor):
+            full, window = ((math.isqrt(len(table)) + 1) // 2 for table in (other, tensor))
+            loaded[name] = crop_table(other, (full, full), (window, window))
         elif name == "pos_embed" and other is not None and other.shape != tensor.shape:
             if other.shape[2] == tensor.shape[2]:
                 loaded[name] = _resampled_positions(model, other)
@@ -193,8 +206,13 @@ def _resampled_positions(model: Any, table: Tensor) -> Tensor:
     return resample_positions(table, (side, side), grid) if side * side == count else table
 
 
+def size_multiple(model: nn.Module) -> int:
+    """Returns the number by which the model's image sizes must be divisible, px: mostly :func:`patch_side`."""
+    return model.size_multiple if isinstance(model, PyramidModel) else patch_side(model)
+
+
 def patch_side(model: nn.Module) -> int:
-    """Returns the side of the model's patches, which must divide its image sizes, px; 1 if it has none."""
+    """Returns the side of the model's patches, px; 1 if it has none."""
     if isinstance(model, DiT):
         return model.patch_side
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)

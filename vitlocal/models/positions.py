@@ -75,3 +75,8 @@ def center_window(grid: Grid, side: int | None) -> tuple[slice, slice]:
 def crop_tokens(tokens: Tensor, grid: Grid, rows: slice, columns: slice) -> Tensor:
     """Returns the patch tokens (B, h·w, D) in these rows and columns of ``grid``."""
     return tokens.unflatten(1, grid)[:, rows, columns].flatten(1, 2)
+
+
+def crop_images(images: Tensor, rows: slice, columns: slice, patch: int) -> Tensor:
+    """Returns the part of images (B, C, S, S') that the patches in these rows and columns cover, ``patch`` px each."""
+    return images[..., rows.start * patch : rows.stop * patch, columns.start * patch : columns.stop * patch]

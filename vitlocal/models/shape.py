@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,9 +18,16 @@ from vitlocal.models.block import BlockModel
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.dit import DiT, fold_stage
 from vitlocal.models.lffn import LocalFeedForward
+from vitlocal.models.pyramid import PvtMlp, PyramidModel, SwinMlp
 from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape, StageEmbedding, growth_sources
 
-SLICED = (FeedForward, LocalFeedForward)  # feed-forward parts that can run a slice of their hidden units
+# Feed-forward parts that can run a slice of their hidden units.
+SLICED = (FeedForward, LocalFeedForward, PvtMlp, SwinMlp)
+PROJECTIONS = {
+    "qkv": 3,
+    "q": 1,
+    "kv": 2,
+}  # layers whose rows belong to heads: queries, keys, values, or several of them
 
 Moments = Callable[[nn.Parameter], dict[str, Tensor]]
 
@@ -29,7 +35,7 @@ Moments = Callable[[nn.Parameter], dict[str, Tensor]]
 def model_blocks(model: nn.Module) -> list[Any]:
     """Returns the model's blocks; :class:`ConfigError` if it has none."""
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential, list)):
         raise ConfigError(f"{type(model).__name__} has no blocks to select; use a Vision Transformer")
     return list(blocks)
 
@@ -112,7 +118,7 @@ def temporary_shape(model: nn.Module, shape: Shape, after: Shape) -> Iterator[No
 def add_stage_table(model: nn.Module, embedding: StageEmbedding) -> None:
     """Adds a vector for each stage, and one for no stage. A ``std`` of 0 does not change the model's outputs."""
     name = type(model).__name__
-    if not isinstance(model, BlockModel):
+    if not isinstance(model, BlockModel) or "stage" in model.fixed_fields:
         raise ConfigError(f"{name} cannot have a stage embedding; use a vitlocal_… model, or leave the embedding out")
     if embedding.tokens == "class" and getattr(model, "cls_token", None) is None:
         raise ConfigError(
@@ -134,10 +140,11 @@ def set_trainable(model: nn.Module, shape: Shape) -> bool:
         on = all(indices is None or index in indices for indices in (shape.block_order, shape.trainable_blocks))
         trains |= dict.fromkeys(block.parameters(), on)
     if shape.head_only:
-        # timm's models, and ours, register what runs before the blocks before them.
-        first = list(takewhile(lambda parameter: parameter not in trains, model.parameters()))
-        stage_table = getattr(model, "stage_table", None)
-        trains |= {parameter: False for parameter in first if parameter is not stage_table}
+        # timm's models, and ours, register what runs before blocks before them: the stem, and layers between levels.
+        parameters = list(model.parameters())
+        last = max(place for place, parameter in enumerate(parameters) if parameter in trains)
+        others = {*trains, getattr(model, "stage_table", None)}
+        trains |= {parameter: False for parameter in parameters[:last] if parameter not in others}
     changed = [parameter for parameter, on in trains.items() if parameter.requires_grad != on]
     for parameter in changed:
         parameter.requires_grad_(trains[parameter])
@@ -155,13 +162,18 @@ class ParameterSlices:
     view: tuple[int, ...]  # the shape whose dimension 1 counts the slices
     outgoing: bool = False  # whether the parameter carries the slices' outputs to the rest of the model
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether each slice is some rows of the parameter. Else it is columns."""
+        return not self.outgoing and len(self.view) > self.parameter.ndim
+
     def of(self, tensor: Tensor) -> Tensor:
         """Returns a view of ``tensor``, which has the parameter's size, whose dimension 1 counts the slices.
 
-        Unless the parameter is outgoing, ``tensor`` may also have one number per row of it: (rows, 1, ...).
+        If slices are rows, ``tensor`` may also have one number per row of the parameter: (rows, 1, ...).
         """
         rest = self.parameter.ndim - 1
-        return tensor.view(self.view if self.outgoing else (*self.view[: len(self.view) - rest], *tensor.shape[1:]))
+        return tensor.view((*self.view[: len(self.view) - rest], *tensor.shape[1:]) if self.has_rows else self.view)
 
 
 def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
@@ -174,17 +186,20 @@ def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
 
 
 def _head_slices(attention: Any, level: int) -> Iterator[ParameterSlices]:
-    dim, heads = attention.proj.weight.shape[0], attention.num_heads
-    for parameter in attention.qkv.parameters():
-        yield ParameterSlices(parameter, level, "heads", (3, heads, dim // heads, *parameter.shape[1:]))
-    yield ParameterSlices(attention.proj.weight, level, "heads", (dim, heads, dim // heads), outgoing=True)
-    if attention.freqs is not None:
-        yield ParameterSlices(attention.freqs, level, "heads", (1, *attention.freqs.shape))
+    (dim, joined), heads = attention.proj.weight.shape, attention.num_heads
+    for name, kinds in PROJECTIONS.items():
+        for parameter in getattr(attention, name, nn.Identity()).parameters():
+            yield ParameterSlices(parameter, level, "heads", (kinds, heads, joined // heads, *parameter.shape[1:]))
+    yield ParameterSlices(attention.proj.weight, level, "heads", (dim, heads, joined // heads), outgoing=True)
+    if (freqs := getattr(attention, "freqs", None)) is not None:
+        yield ParameterSlices(freqs, level, "heads", (1, *freqs.shape))
+    if (table := getattr(attention, "relative_position_bias_table", None)) is not None:
+        yield ParameterSlices(table, level, "heads", tuple(table.shape))
 
 
 def _hidden_slices(mlp: Any, level: int) -> Iterator[ParameterSlices]:
     for name, parameter in mlp.named_parameters():
-        if name.startswith(("fc1.", "conv.")):
+        if name.startswith(("fc1.", "conv.", "dwconv.")):
             yield ParameterSlices(parameter, level, "hidden", (1, *parameter.shape))
     yield ParameterSlices(mlp.fc2.weight, level, "hidden", tuple(mlp.fc2.weight.shape), outgoing=True)
 
@@ -261,7 +276,7 @@ def _set_moments(
         return
     for part, start, end in new:
         for value in moments(part.parameter).values():
-            by_row = value.ndim == part.parameter.ndim and len(value) == value.numel() and not part.outgoing
+            by_row = value.ndim == part.parameter.ndim and len(value) == value.numel() and part.has_rows
             if value.shape == part.parameter.shape or by_row:
                 slices, copied = part.of(value), growth_sources(start, end, growth.sources)
                 slices[:, start:end] = slices[:, copied] if growth.moments == "copy" else 0
@@ -277,8 +292,9 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of a model without a shape that computes the same as ``model`` in its current shape.
 
     Blocks are in the order in which they run. The outgoing weights of heads and hidden units that do not run are zero.
-    The current stage's vector is added to the position table, or as :func:`fold_stage` does. (A crop of the grid is not
-    part of the state dict.) A DiT's has ``pos_embed``, as published files do, so that the original code loads it.
+    A model in levels keeps timm's names. The current stage's vector is added to the position table, or as
+    :func:`fold_stage` does. (A crop of the grid is not part of the state dict.) A DiT's has ``pos_embed``, as published
+    files do, so that the original code loads it.
     """
     state = dict(model.state_dict())
     if not isinstance(model, BlockModel):
@@ -290,6 +306,8 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
             name = names[part.parameter]
             state[name] = state[name].clone()
             part.of(state[name])[:, active[part.level] :] = 0
+    if isinstance(model, PyramidModel):
+        return state
     table = state.pop("stage_table", None)
     if isinstance(model, DiT):
         state["pos_embed"] = model.position_table()

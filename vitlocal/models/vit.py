@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import Attention, Block, BlockShape, check_choice, check_count, check_option
+from vitlocal.models.block import Attention, Block, BlockShape, DropPathModel, check_choice, check_count, check_option
 from vitlocal.models.local_mix import ACTIVATIONS
-from vitlocal.models.positions import Grid, center_window, crop_tokens, resample_positions, sincos_table
+from vitlocal.models.positions import Grid, center_window, crop_images, crop_tokens, resample_positions, sincos_table
 from vitlocal.models.rope import IMAGE_UNITS, THETA, mixed_frequencies, shared_rotations
 from vitlocal.models.stem import STEMS
 from vitlocal.models.timm_model import TimmModel, init_linear
@@ -25,7 +25,7 @@ from vitlocal.models.token_selection import ALL_TOKENS, drop_patches
 from vitlocal.plan import Shape
 
 
-class VisionTransformer(TimmModel):
+class VisionTransformer(DropPathModel, TimmModel):
     """A Vision Transformer whose blocks come from the family's ``make_block``.
 
     Takes images (B, in_chans, S, S'), float, normalised, of any size that the patch divides, in either memory
@@ -69,8 +69,6 @@ class VisionTransformer(TimmModel):
     """
 
     cls_token: nn.Parameter | None  # (1, 1, D)
-    drop_path_rates: Tensor
-    takes_noise = True
 
     def __init__(
         self,
@@ -158,7 +156,6 @@ class VisionTransformer(TimmModel):
         width = embed_dim // num_heads
         self._set_rope(rope, rope_theta, rope_coordinates, width)
 
-        self.drop_path_rate = drop_path_rate
         self._pos_embed_init, self._patch_drop_rate = pos_embed_init, patch_drop_rate
         self._drops_in_blocks = proj_drop_rate > 0 or attn_drop_rate > 0
         self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim, **of_stem)
@@ -186,8 +183,7 @@ class VisionTransformer(TimmModel):
             grid=center_grid, token_keep_rate=token_keep_rate, attention_keep_rate=attention_keep_rate,
             per_head_masks=per_head_masks, pruned_blocks=tuple(pruned_blocks), block_order=tuple(range(depth)),
         )  # fmt: skip
-        # On the device, so that writing new rates into it costs neither a sync nor a recompilation.
-        self.register_buffer("drop_path_rates", torch.linspace(0, drop_path_rate, depth), persistent=False)
+        self.init_drop_path(drop_path_rate, depth)
         self.init_weights()
 
     def _set_rope(self, rope: str | None, theta: float | None, coordinates: str | None, width: int) -> None:
@@ -261,9 +257,7 @@ class VisionTransformer(TimmModel):
         positions = self.positions(grid)  # (1, T, D)
         rows, columns = center_window(grid, self.active.grid)
         if self.active.crop_before_embedding and self.patch_embed.crops_exactly:
-            side = self.patch_embed.patch_size[0]
-            images = images[..., rows.start * side : rows.stop * side, columns.start * side : columns.stop * side]
-            tokens = self.patch_embed(images)  # (B, N, D)
+            tokens = self.patch_embed(crop_images(images, rows, columns, self.patch_embed.patch_size[0]))  # (B, N, D)
         else:
             tokens = crop_tokens(self.patch_embed(images), grid, rows, columns)
         tokens = tokens.to(self.patch_embed.proj.weight.dtype) if tokens.dtype == torch.float16 else tokens
@@ -275,28 +269,6 @@ class VisionTransformer(TimmModel):
             token = token if positions is None else token + positions[:, :prefix]
             tokens = torch.cat([token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return tokens, (rows.stop - rows.start, columns.stop - columns.start)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTransformer:
-        had_values = not self.drop_path_rates.is_meta
-        super()._apply(fn, recurse)
-        if not had_values and not self.drop_path_rates.is_meta:  # to_empty(), and no state dict has these values
-            self.set_drop_path(self.drop_path_rate)
-        return self
-
-    @torch.no_grad()
-    def set_drop_path(self, rate: float) -> None:
-        """Sets drop path to ``rate`` at the last block. Costs no sync and no recompilation."""
-        depth = len(self.active.block_order)
-        torch.linspace(0, rate, depth, out=self.drop_path_rates[:depth])
-
-    def drop_path_scales(self, batch: int, noise: Tensor | None) -> Tensor:
-        """Returns drop path's factors for all blocks, (L, 2, B, 1, 1): 0 or 1/(1 - rate). Draws once, not 2·L times."""
-        rates = self.drop_path_rates
-        if noise is None:
-            noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
-        keep = 1 - rates.float()[:, None]  # (L, 1)
-        kept = noise[:, : len(rates)] < keep  # (B, L, 2); a stage table's draw follows
-        return (kept / keep).permute(1, 2, 0)[..., None, None]
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns tokens (B, T, D) after the last norm. ``noise``: see :meth:`forward`."""

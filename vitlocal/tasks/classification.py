@@ -17,8 +17,8 @@ from vitlocal.data.batch import Batch
 from vitlocal.data.random_keys import DROP_PATH, uniform
 from vitlocal.data.soft_labels import SoftTargets
 from vitlocal.data.transfer import send
+from vitlocal.models.block import DropPathModel
 from vitlocal.models.factory import export_model
-from vitlocal.models.vit import VisionTransformer
 from vitlocal.plan import Dials
 from vitlocal.tasks.metrics import METRICS
 from vitlocal.tasks.task import Scores, Task, blank_photos
@@ -135,7 +135,8 @@ class Classification(Task):
             model, augment, label_smoothing, precision, outputs, binary, threshold
         )
         has_stages = getattr(model, "stage_table", None) is not None
-        self._draws_paths = isinstance(model, VisionTransformer) and (self.model.drop_path_rate > 0 or has_stages)
+        takes_noise = getattr(model, "takes_noise", False)
+        self._draws_paths = takes_noise and (self.model.drop_path_rate > 0 or has_stages)
 
     # --- training ---
 
@@ -184,7 +185,7 @@ class Classification(Task):
         self, model: nn.Module, batch: Batch, seed: int, number: int, dials: Dials, precision: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         places = batch.places[: len(batch)]  # some splits leave out damaged images
-        if model is not self.model and isinstance(model, VisionTransformer):
+        if model is not self.model and isinstance(model, DropPathModel):
             model.drop_path_rates.copy_(self.model.drop_path_rates)  # an average has those of an earlier step's shape
         images = self.augment.prepare(batch.images, seed, number, places, dials.randaugment)
         pixels, noise = self.objective.resize(self.augment.normalize(images)), self._noise(seed, number, places)

@@ -11,7 +11,8 @@ from vitlocal.errors import ConfigError
 from vitlocal.machine import memory
 from vitlocal.methods import METHODS
 from vitlocal.methods.method import Claims
-from vitlocal.models.factory import build_model, patch_side
+from vitlocal.models.factory import build_model, size_multiple
+from vitlocal.models.pyramid import Swin
 from vitlocal.models.shape import check_shape
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.trainer import Trainer
@@ -29,10 +30,11 @@ def stated_sizes(config: Config) -> list[tuple[str, int]]:
 
 def check_image_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError if the model cannot take a size that the run will come to."""
-    patch, largest, sizes = patch_side(model), config.model.size, stated_sizes(config)
-    if odd := [f"{name} {size}" for name, size in sizes if size % patch]:
-        raise ConfigError(f"{', '.join(odd)}: expected multiples of {patch}, the patch size of {config.model.name}")
-    if above := [f"{name} {size}" for name, size in sizes if size > largest and name in config.methods]:
+    multiple, largest, sizes = size_multiple(model), config.model.size, stated_sizes(config)
+    if odd := [f"{name} {size}" for name, size in sizes if size % multiple]:
+        raise ConfigError(f"{', '.join(odd)}: expected multiples of {multiple}, as {config.model.name} needs")
+    is_limited = isinstance(model, Swin)  # its tables have no biases for larger windows
+    if above := [f"{name} {size}" for name, size in sizes if size > largest and (is_limited or name in config.methods)]:
         raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
 
 

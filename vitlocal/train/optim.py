@@ -162,6 +162,8 @@ def build_optimizer(
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name in MATRIX_OPTIMIZERS else {}
+    if name == "soap":  # it finds the side of the width by the longer side, and PVTv2's queries have two equal sides
+        matrices = {path: p for path, p in matrices.items() if not path.endswith("attn.q.weight")}
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=(*exempt, *matrices))
     if name in MATRIX_OPTIMIZERS and not matrices:
         raise ConfigError(f"train.optimizer: {type(model).__name__} has no blocks with matrices; use adamw")
@@ -175,7 +177,8 @@ def build_optimizer(
         return adamw
     if name == "soap":
         return CombinedOptimizer(adamw, Soap(matrices.values(), 0.0, betas, eps, weight_decay, soap_every))
-    parts = {id(p): 3 for path, p in matrices.items() if path.endswith("qkv.weight")}
+    stacked = {"qkv": 3, "kv": 2}  # matrices in one weight
+    parts = {id(p): stacked.get(path.split(".")[-2], 1) for path, p in matrices.items()}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
     by_row = name == "normuon"
     return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products, by_row))
