@@ -21,9 +21,9 @@ def narrow_pvt(pretrained=False, **options):
 
 
 def narrow_swin(pretrained=False, **options):
-    """Swin with seven blocks, 24 to 192 wide."""
+    """Swin with five blocks, 24 to 192 wide; one of them shifts its windows."""
     return swin_transformer.swin_tiny_patch4_window7_224(
-        pretrained, **dict(depths=(2, 2, 2, 1), embed_dim=24) | options
+        pretrained, **dict(depths=(1, 1, 2, 1), embed_dim=24) | options
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
 from vitlocal.models.factory import build_model, export_model, load_weights, size_multiple
-from vitlocal.models.pyramid import PyramidModel, Swin
+from vitlocal.models.pyramid import PyramidModel
 from vitlocal.models.shape import (
     check_shape,
     exported_state_dict,
@@ -23,6 +23,7 @@ from vitlocal.models.shape import (
     set_trainable,
     temporary_shape,
 )
+from vitlocal.models.swin import Swin
 from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape
 from vitlocal.train.optim import block_matrices, build_optimizer
 

@@ -20,8 +20,9 @@ from vitlocal.models.deit import DeiT
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
-from vitlocal.models.pyramid import PyramidModel, Swin, adopt, crop_table, swin_options
+from vitlocal.models.pyramid import PyramidModel, adopt
 from vitlocal.models.shape import exported_state_dict
+from vitlocal.models.swin import Swin, crop_table, swin_options
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
 

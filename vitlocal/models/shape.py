@@ -18,7 +18,8 @@ from vitlocal.models.block import BlockModel
 from vitlocal.models.deit import FeedForward
 from vitlocal.models.dit import DiT, fold_stage
 from vitlocal.models.lffn import LocalFeedForward
-from vitlocal.models.pyramid import PvtMlp, PyramidModel, SwinMlp
+from vitlocal.models.pyramid import PvtMlp, PyramidModel
+from vitlocal.models.swin import SwinMlp
 from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape, StageEmbedding, growth_sources
 
 # Feed-forward parts that can run a slice of their hidden units.

@@ -12,8 +12,8 @@ from vitlocal.machine import memory
 from vitlocal.methods import METHODS
 from vitlocal.methods.method import Claims
 from vitlocal.models.factory import build_model, size_multiple
-from vitlocal.models.pyramid import Swin
 from vitlocal.models.shape import check_shape
+from vitlocal.models.swin import Swin
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.trainer import Trainer
 

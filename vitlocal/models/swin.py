@@ -1,0 +1,227 @@
+"""timm's Swin (Liu et al. 2021, arXiv 2103.14030) as a model of which a part can run, at any size without padding.
+
+Shapes: B batch, (h, w) token grid of a level, N = h·w tokens, D width of a level, M heads, d head width, C hidden
+width, W windows of an image, (k, l) tokens of a window, n = k·l.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import (
+    Mlp,
+    SwinTransformer,
+    WindowAttention,
+    get_relative_position_index,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vitlocal.errors import ConfigError
+from vitlocal.models.block import linear_slice
+from vitlocal.models.positions import Grid
+from vitlocal.models.pyramid import FAMILIES, PyramidModel, project_heads
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the result
+def window_index(window: Grid, full: Grid, device: torch.device) -> Tensor:
+    """Returns the row of the bias table of ``full`` windows for each pair of tokens of a ``window``: (n, n) int64.
+
+    A smaller window reads the middle of the table: the biases of the same offsets.
+    """
+    return _cached_index(window, full, device)
+
+
+@cache
+@torch.inference_mode(False)  # as in vitlocal.models.positions
+@torch.no_grad()
+@_disable_current_modes()
+def _cached_index(window: Grid, full: Grid, device: torch.device) -> Tensor:
+    with torch.device("cpu"):
+        rows = torch.arange((2 * full[0] - 1) * (2 * full[1] - 1))
+        index = crop_table(rows[:, None], full, window)[get_relative_position_index(*window), 0].to(device)
+    # Until PyTorch 2.14, the second compilation treats this constant's shape as symbolic, and fails.
+    index._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+    return index
+
+
+def crop_table(table: Tensor, full: Grid, window: Grid) -> Tensor:
+    """Returns the middle of a table of offsets ((2K-1)·(2L-1), M) of windows ``full`` = (K, L), for a ``window``."""
+    rows, columns = (slice(whole - side, whole + side - 1) for whole, side in zip(full, window, strict=True))
+    return table.unflatten(0, (2 * full[0] - 1, 2 * full[1] - 1))[rows, columns].flatten(0, 1)
+
+
+@torch.compiler.assume_constant_result
+def shift_mask(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Tensor:
+    """Returns 0 for pairs of tokens of a window that are neighbours in the image, and timm's -100 for others.
+
+    Rolling by ``shift`` brings opposite borders of the image into one window. (W, n, n) float32.
+    """
+    return _cached_mask(grid, window, shift, device)
+
+
+@cache
+@torch.inference_mode(False)
+@torch.no_grad()
+@_disable_current_modes()
+def _cached_mask(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Tensor:
+    parts = []  # of rows and of columns: all windows but the last, and the two parts of the last one
+    for count, side, moved in zip(grid, window, shift, strict=True):
+        places = torch.arange(count, device="cpu")
+        parts.append((places >= count - side).long() + (places >= count - moved).long() * (moved > 0))
+    regions = (3 * parts[0][:, None] + parts[1])[None, :, :, None]  # (1, h, w, 1)
+    windows = window_partition(regions, window).flatten(1)  # (W, k·l)
+    mask = torch.where(windows[:, :, None] == windows[:, None], 0.0, -100.0).to(device)
+    mask._dynamo_static_indices = {0, 1, 2}  # type: ignore[attr-defined]
+    return mask
+
+
+def to_windows(tokens: Tensor, grid: Grid, window: Grid, shift: Grid) -> Tensor:
+    """Rolls the grid back by ``shift`` and divides it into windows: (B, N, C) -> (B·W, n, C)."""
+    image = tokens.unflatten(1, grid)
+    image = image.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else image
+    return window_partition(image, window).flatten(1, 2)
+
+
+def from_windows(windows: Tensor, grid: Grid, window: Grid, shift: Grid) -> Tensor:
+    """The inverse of :func:`to_windows`: (B·W, n, C) -> (B, N, C)."""
+    image = window_reverse(windows.unflatten(1, window), window, *grid)
+    return (image.roll(shift, (1, 2)) if any(shift) else image).flatten(1, 2)
+
+
+class SwinAttention(WindowAttention):
+    """Attention within windows, over tokens (B, N, D) on ``grid``. The first ``active_heads`` heads run.
+
+    The windows of a smaller grid are smaller in the same proportion, so that their number stays the same.
+    """
+
+    active_heads: int
+    window_size: Grid  # of the full grid
+    full_grid: Grid  # of this level
+    is_shifted: bool  # whether the grid is rolled by half a window, in every second block
+
+    def _init_buffers(self) -> None:
+        """Makes no buffers: :func:`window_index` replaces timm's."""
+
+    def window_of(self, grid: Grid) -> tuple[Grid, Grid]:
+        """Returns the window and the shift on ``grid``. Raises :class:`ConfigError` if windows would need padding."""
+        whole, full = self.window_size, self.full_grid
+        rows, columns = (-(-whole[axis] * grid[axis] // full[axis]) for axis in (0, 1))  # rounded up
+        if grid[0] % rows or grid[1] % columns or rows > whole[0] or columns > whole[1]:
+            raise ConfigError(
+                f"Swin: on a grid of {grid[0]}x{grid[1]} tokens, windows of {rows}x{columns} would need padding, or a "
+                "larger table of biases; use image sizes of 8 patches, 16, 24 and so on, up to model.size"
+            )
+        shift = (rows // 2 if rows < grid[0] else 0, columns // 2 if columns < grid[1] else 0)
+        return (rows, columns), shift if self.is_shifted else (0, 0)
+
+    def bias(self, grid: Grid, window: Grid, shift: Grid, dtype: torch.dtype) -> Tensor:
+        """Returns what is added to the scores of pairs of tokens: (1 or W, M, n, n)."""
+        table = self.relative_position_bias_table[:, : self.active_heads].to(dtype)
+        if not torch.compiler.is_compiling() and isinstance(table, FakeTensor):  # see vitlocal.models.counts
+            area = window[0] * window[1]
+            return table.new_empty(grid[0] * grid[1] // area if any(shift) else 1, table.shape[1], area, area)
+        bias = table[window_index(window, self.window_size, table.device)].permute(2, 0, 1)[None]
+        return bias + shift_mask(grid, window, shift, table.device).to(dtype)[:, None] if any(shift) else bias
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        window, shift = self.window_of(grid)
+        windows = to_windows(tokens, grid, window, shift)  # (B·W, n, D)
+        parts = project_heads(self.qkv, windows, 3, self.num_heads, self.active_heads)
+        bias = self.bias(grid, window, shift, parts[0].dtype)
+        # Windows whose biases differ count as heads, so that images share the biases instead of copies of them.
+        kinds = len(bias)
+        # (B·W, M, n, d) or, with the mask, (B, W·M, n, d)
+        query, key, value = (part.unflatten(0, (-1, kinds)).flatten(1, 2) for part in parts)
+        rate = self.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, bias.flatten(0, 1)[None], rate)
+        mixed = mixed.unflatten(1, (kinds, -1)).flatten(0, 1).transpose(1, 2).flatten(2)  # (B·W, n, M·d)
+        return self.proj_drop(from_windows(linear_slice(self.proj, mixed), grid, window, shift))
+
+
+class SwinMlp(Mlp):
+    """Feed-forward part. The first ``active_hidden`` hidden units run."""
+
+    fc1: nn.Linear
+    fc2: nn.Linear
+    hidden: int
+    active_hidden: int
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        hidden = self.drop1(self.act(linear_slice(self.fc1, tokens, rows=self.active_hidden)))
+        return self.drop2(linear_slice(self.fc2, hidden))
+
+
+class Swin(PyramidModel, SwinTransformer):
+    """Swin, of image sizes that 8 patches divide, up to the size it was made for. Nothing is padded."""
+
+    part_classes = SwinAttention, SwinMlp
+    crops_exactly = True
+
+    def adopt_parts(self, size: int) -> None:
+        super().adopt_parts(size)
+        self.patch_embed.strict_img_size = False
+        for blocks in self.levels:
+            for place, block in enumerate(blocks):
+                block.attn.full_grid, block.attn.is_shifted = block.input_resolution, place % 2 == 1
+                block.attn_mask = block.attn.relative_position_index = None
+
+    @property
+    def level_modules(self) -> Any:
+        return self.layers
+
+    @property
+    def size_multiple(self) -> int:
+        return self.patch_embed.patch_size[0] * self.grid_multiple
+
+    def next_level(self, stage: Any, tokens: Tensor) -> Tensor:
+        return stage.downsample(tokens)
+
+    def end(self, tokens: Tensor) -> Tensor:
+        return self.norm(tokens)
+
+    def options_at(self, size: int) -> dict[str, Any]:
+        """Returns the options of timm's Swin that computes the same at ``size`` px, with :meth:`state_at`."""
+        return {"img_size": size, "window_size": window_option([rows for rows, _ in self._windows_at(size)])}
+
+    def state_at(self, state: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+        """Returns the state dict of timm's Swin for ``size`` px: the middles of the bias tables."""
+        found = dict(state)
+        for level, window in enumerate(self._windows_at(size)):
+            for place in range(len(self.levels[level])):
+                name = f"layers.{level}.blocks.{place}.attn.relative_position_bias_table"
+                found[name] = crop_table(found[name], self.levels[level][place].attn.window_size, window)
+        return found
+
+    def _windows_at(self, size: int) -> list[Grid]:
+        """Returns the window of each level for images of ``size`` px."""
+        side = size // self.patch_embed.patch_size[0]
+        grids = ((side // 2**level, side // 2**level) for level in range(len(self.levels)))
+        return [blocks[0].attn.window_of(grid)[0] for blocks, grid in zip(self.levels, grids, strict=True)]
+
+
+FAMILIES[SwinTransformer] = Swin
+
+
+def swin_options(name: str, size: int, patch_size: int | None) -> dict[str, Any]:
+    """Returns the options of timm's Swin ``name`` for images of ``size`` px: its windows, in proportion to the grid.
+
+    At the size and with the patches of its name, these are its own windows. Empty if ``name`` is no Swin.
+    """
+    if not timm.models.is_model_in_modules(name, ["swin_transformer"]):
+        return {}
+    with torch.device("meta"):  # only the sizes are needed
+        own: Any = timm.create_model(name)
+    side, full = size // (patch_size or own.patch_embed.patch_size[0]), own.patch_embed.grid_size[0]
+    return {"window_size": window_option([-(-layer.blocks[0].window_size[0] * side // full) for layer in own.layers])}
+
+
+def window_option(windows: list[int]) -> int | list[int]:
+    """Returns timm's option ``window_size`` for these windows of the levels."""
+    return windows[0] if len(set(windows)) == 1 else windows
