@@ -46,7 +46,7 @@ def test_base_recipe_is_changed_by_the_one_that_names_it(tmp_path: Path):
     assert (config.train.lr, config.train.batch_size) == (0.5, 8)
 
 
-PARTS = ModelParts(heads=(6,), hidden=(1536,), grid=14, blocks=12)  # of DeiT-S
+PARTS = ModelParts(heads=(6,), hidden=(1536,), grid=14, depths=(12,))  # of DeiT-S
 
 
 @pytest.mark.parametrize("base", ["recipe.yaml", "[a.yaml, b.yaml]", "nowhere.yaml"])

@@ -219,7 +219,7 @@ def test_refused_shapes(field: str, shape: Shape):
 
 def test_shapes_that_the_model_lacks():
     model = narrow_dit()
-    assert model_parts(model) == ModelParts(heads=(4,), hidden=(128,), grid=8, blocks=3)
+    assert model_parts(model) == ModelParts(heads=(4,), hidden=(128,), grid=8, depths=(3,))
     for shape, text in (
         (Shape(heads=(5,)), "heads 5"),
         (Shape(hidden=(0,)), "hidden 0"),

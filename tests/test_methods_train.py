@@ -61,6 +61,8 @@ METHODS = {
     "unfreeze swin": ["--methods=unfreeze", *NARROW_SWIN, "--unfreeze.size_multiple=16",
                       "--unfreeze.probe_batch_size=4", "--unfreeze.stage_embedding=no", "--unfreeze.non_blocks=head"],
     "trilevel": ["--methods=trilevel", "--trilevel.token_keep_rate=0.7", *UPDATES],
+    "trilevel swin": ["--methods=trilevel", *NARROW_SWIN, "--trilevel.levels=examples,tokens",
+                      "--trilevel.pruned_blocks=2", *UPDATES],
     "trilevel deit": ["--methods=trilevel", "--model.name=vitlocal_deit_tiny_patch8_64", "--model.pool=avg",
                       "--trilevel.attention_masks=per_head", *UPDATES],
     "trilevel examples": ["--methods=trilevel", "--trilevel.levels=examples", "--trilevel.score=forgetting", *UPDATES],

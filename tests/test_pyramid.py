@@ -314,7 +314,7 @@ class Steps:
 
 def test_blocks_of_all_levels_can_be_frozen():
     model = small_model(SWIN, 32)
-    assert model_parts(model) == ModelParts((3, 6, 12, 24), (96, 192, 384, 768), 16, 12, 8)
+    assert model_parts(model) == ModelParts((3, 6, 12, 24), (96, 192, 384, 768), 16, (2, 2, 6, 2), 8)
     assert set_trainable(model, Shape(trainable_blocks=(3, 11), head_only=True))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {".".join(name.split(".")[:4]) for name in trained if "blocks." in name} == {

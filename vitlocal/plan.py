@@ -30,7 +30,8 @@ class Shape:
     - ``grid``: side of the centre crop of the token grid of the first level, in patches. With
       ``crop_before_embedding`` the image is cropped before the patch embedding, which gives the same tokens at less
       cost.
-    - ``token_keep_rate``: fraction of the patch tokens that each of the ``pruned_blocks`` keeps.
+    - ``token_keep_rate``: fraction of the patch tokens that each of the ``pruned_blocks`` keeps. With
+      ``strict_threshold``, Swin keeps those that score above the last of them, as the released code.
       ``attention_keep_rate``: fraction of the tokens that each token attends to from there on, by one mask for all
       heads or, with ``per_head_masks``, by one for each.
     - ``block_order``: the blocks that exist, in the order in which they run. ``skipped_blocks``: those among them that
@@ -49,6 +50,7 @@ class Shape:
     attention_keep_rate: float = 1.0
     per_head_masks: bool = False
     pruned_blocks: tuple[int, ...] = ()
+    strict_threshold: bool = False
     block_order: tuple[int, ...] | None = None
     skipped_blocks: tuple[int, ...] = ()
     trainable_blocks: tuple[int, ...] | None = None
@@ -74,15 +76,20 @@ WHOLE_MODEL = Shape()
 class ModelParts:
     """The sizes of a whole model, of which a :class:`Shape` selects a part.
 
-    ``heads`` and ``hidden`` are by level, as those of a shape. ``grid``: side of the token grid of the first level, in
-    patches. ``blocks``: of all levels. The side of a crop of the grid is a multiple of ``grid_multiple``.
+    ``heads``, ``hidden`` and ``depths``, the numbers of blocks, are by level, as those of a shape. ``grid``: side of
+    the token grid of the first level, in patches. The side of a crop of the grid is a multiple of ``grid_multiple``.
     """
 
     heads: tuple[int, ...]
     hidden: tuple[int, ...]
     grid: int
-    blocks: int
+    depths: tuple[int, ...]
     grid_multiple: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks of all levels."""
+        return sum(self.depths)
 
 
 @dataclass(frozen=True)

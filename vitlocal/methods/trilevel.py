@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # reading a configuration must not load PyTorch: functions be
 
 LEVELS = ("examples", "tokens", "attention")
 PRUNED_AT = (0.25, 0.5, 0.75)  # fractions of the depth: blocks 3, 6 and 9 of 12
+PRUNED_LEVEL, PRUNED_PLACES = 2, (1, 2, 3)  # of models in levels: the level and its blocks, as the code for Swin
 WRONG, RIGHT = 1, 2  # results of examples in a record; 0: not seen
 
 
@@ -45,6 +46,9 @@ class TrilevelConfig(Section):
     )
     pruned_blocks: tuple[int, ...] | None = option(
         None, Series(Number(0, whole=True)), "blocks that drop tokens, from 0; none: at quarters of the depth"
+    )
+    strict_threshold: bool = option(
+        False, FLAG, "Swin: keep the tokens that score above the last of the kept, one fewer, as the released code"
     )
     decay_start: Length = option(Length.parse("3.3333%"), Duration(), "when r and r_a start to fall from 1")
     decay_end: Length = option(Length.parse("36.6667%"), Duration(), "when r and r_a reach their final rates")
@@ -97,6 +101,14 @@ def swap(
         np.sort(np.concatenate([np.setdiff1d(kept, removed), restored])),
         np.sort(np.concatenate([np.setdiff1d(pool, restored), removed])),
     )
+
+
+def default_blocks(depths: Sequence[int]) -> tuple[int, ...]:
+    """The blocks that drop tokens, counted from 0, of a model with these numbers of blocks by level."""
+    if len(depths) == 1:
+        return tuple(dict.fromkeys(round(part * depths[0]) for part in PRUNED_AT))
+    first = sum(depths[:PRUNED_LEVEL])
+    return tuple(first + place for place in PRUNED_PLACES if place < depths[PRUNED_LEVEL])
 
 
 class ExampleRecord:
@@ -163,12 +175,15 @@ class Trilevel(Method):
                 f"trilevel.levels: tokens and attention need a vitlocal_… model, not {context.recipe.model_name}; "
                 "set trilevel.levels=examples"
             )
-        depth = context.parts.blocks if context.parts is not None else 0
-        blocks = config.pruned_blocks or tuple(dict.fromkeys(round(part * depth) for part in PRUNED_AT))
+        depths = context.parts.depths if context.parts is not None else (0,)
+        depth, blocks = sum(depths), config.pruned_blocks or default_blocks(depths)
+        if config.strict_threshold and len(depths) == 1:
+            raise ConfigError("trilevel.strict_threshold: only Swin has this choice; leave it out")
         if wrong := [block for block in blocks if self._prunes and not block < depth]:
             raise ConfigError(f"trilevel.pruned_blocks: got {wrong[0]}; the model's {depth} blocks count from 0")
         per_head = config.attention_masks == "per_head" and self._final_rates["attention_keep_rate"] < 1
         self._pruning = {**self._final_rates, "pruned_blocks": blocks, "per_head_masks": per_head}
+        self._pruning |= {"strict_threshold": True} if config.strict_threshold else {}
         # The outputs stay on after the last update, because without them the step would be compiled again.
         if self._has_examples and config.max_updates:
             by_attention = {"attention_variance"} if config.score == "attention" else set()
@@ -190,6 +205,7 @@ class Trilevel(Method):
         if not pruned:
             return Claims(cls.name, examples)
         masks = {"shape.per_head_masks"} if "shape.attention_keep_rate" in pruned else set()
+        masks |= {"shape.strict_threshold"} if config.strict_threshold else set()
         reason = "the blocks that drop tokens and connections may not exist yet; set trilevel.levels=examples"
         writes, only = examples | pruned | masks | {"shape.pruned_blocks"}, "trilevel.levels=examples"
         spared_by = {"shape.token_keep_rate": only, "shape.attention_keep_rate": only} if examples else {}

@@ -60,6 +60,20 @@ class PyramidBlock(nn.Module):
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), grid), attention_scale)
         return add_branch(tokens, self.mlp(self.norm2(tokens), grid), feed_forward_scale)
 
+    def forward_masked(
+        self: Any, tokens: Tensor, grid: Grid, scales: Tensor | None, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward` for the tokens ``kept`` (B, N) bool. The others pass unchanged, and none attends to them.
+
+        Also returns the attention that each token receives: (B, N).
+        """
+        attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
+        inputs = tokens * kept[..., None]
+        branch, received = self.attn.forward_with_scores(self.norm1(inputs), grid, kept)
+        inputs = add_branch(inputs, branch, attention_scale)
+        outputs = add_branch(inputs, self.mlp(self.norm2(inputs), grid), feed_forward_scale)
+        return torch.where(kept[..., None], outputs, tokens), received
+
 
 class PyramidModel(DropPathModel):
     """A model in levels. Between two levels, the grid is halved and the width grows.

@@ -45,10 +45,10 @@ def model_parts(model: nn.Module) -> ModelParts | None:
     """Returns the sizes of the whole model; None if it is not ours."""
     if not isinstance(model, BlockModel):
         return None
-    first = [blocks[0] for blocks in model.levels]
-    heads = tuple(block.attn.num_heads for block in first)
-    hidden = tuple(len(block.mlp.fc1.weight) for block in first)
-    return ModelParts(heads, hidden, min(model.patch_embed.grid_size), len(model.blocks), model.grid_multiple)
+    levels = model.levels
+    heads = tuple(blocks[0].attn.num_heads for blocks in levels)
+    hidden = tuple(len(blocks[0].mlp.fc1.weight) for blocks in levels)
+    return ModelParts(heads, hidden, min(model.patch_embed.grid_size), tuple(map(len, levels)), model.grid_multiple)
 
 
 def check_shape(model: nn.Module, shape: Shape) -> None:

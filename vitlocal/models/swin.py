@@ -4,7 +4,7 @@ Shapes: B batch, (h, w) token grid of a level, N = h·w tokens, D width of a lev
 width, W windows of an image, (k, l) tokens of a window, n = k·l.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import linear_slice
 from vitlocal.models.positions import Grid
-from vitlocal.models.pyramid import FAMILIES, PyramidModel, project_heads
+from vitlocal.models.pyramid import FAMILIES, FIXED_FIELDS, PyramidModel, project_heads
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the result
@@ -144,6 +144,35 @@ class SwinAttention(WindowAttention):
         mixed = mixed.unflatten(1, (kinds, -1)).flatten(0, 1).transpose(1, 2).flatten(2)  # (B·W, n, M·d)
         return self.proj_drop(from_windows(linear_slice(self.proj, mixed), grid, window, shift))
 
+    def forward_with_scores(self, tokens: Tensor, grid: Grid, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, but tokens attend only to themselves and to those ``kept`` (B, N) bool. Slower.
+
+        Also returns the attention that each token receives, the mean over heads and the sum over queries: (B, N).
+        """
+        window, shift = self.window_of(grid)
+        windows = to_windows(tokens, grid, window, shift)
+        query, key, value = project_heads(self.qkv, windows, 3, self.num_heads, self.active_heads)  # (B·W, M, n, d)
+        bias = self.bias(grid, window, shift, query.dtype)
+        scores = ((query * query.shape[-1] ** -0.5) @ key.mT).unflatten(0, (-1, len(bias))) + bias
+        itself = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        mask = to_windows(kept[..., None], grid, window, shift).mT[:, None] | itself  # (B·W, 1, n, n)
+        attention = scores.flatten(0, 1).masked_fill(~mask, float("-inf")).float().softmax(dim=-1)
+        mixed = (self.attn_drop(attention.to(value.dtype)) @ value).transpose(1, 2).flatten(2)
+        received = from_windows(attention.detach().mean(dim=1).sum(dim=1)[..., None], grid, window, shift)
+        return self.proj_drop(from_windows(linear_slice(self.proj, mixed), grid, window, shift)), received[..., 0]
+
+
+def keep_tokens(received: Tensor, kept: Tensor, count: int, strict: bool = False) -> Tensor:
+    """Returns the mask (B, N) bool of the ``count`` tokens that receive most attention, among those ``kept`` (B, N).
+
+    ``strict``: as the released code, all tokens with more than the last of these. So one fewer is kept, and a token
+    that was dropped may come back.
+    """
+    best = received.masked_fill(~kept, 0.0 if strict else -1.0).topk(count, dim=1)
+    if strict:
+        return received > best.values[:, -1:]
+    return torch.zeros_like(kept).scatter(1, best.indices, True)
+
 
 class SwinMlp(Mlp):
     """Feed-forward part. The first ``active_hidden`` hidden units run."""
@@ -163,6 +192,9 @@ class Swin(PyramidModel, SwinTransformer):
 
     part_classes = SwinAttention, SwinMlp
     crops_exactly = True
+    fixed_fields = FIXED_FIELDS | dict.fromkeys(
+        ("attention_keep_rate", "per_head_masks"), "its windows already limit what a token attends to"
+    )
 
     def adopt_parts(self, size: int) -> None:
         super().adopt_parts(size)
@@ -185,6 +217,20 @@ class Swin(PyramidModel, SwinTransformer):
 
     def end(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
+
+    def run_blocks(self, numbers: range, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None]) -> Tensor:
+        """As for all models in levels. From the first of the shape's ``pruned_blocks`` on, a level masks tokens."""
+        pruned = [number for number in numbers if number in self.active.pruned_blocks]
+        if not pruned:
+            return super().run_blocks(numbers, tokens, grid, scales)
+        tokens = super().run_blocks(range(numbers.start, pruned[0]), tokens, grid, scales)
+        count, kept = tokens.shape[1], torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        for number in range(pruned[0], numbers.stop):
+            tokens, received = self.blocks[number].forward_masked(tokens, grid, scales[number], kept)
+            if number in pruned:
+                count = max(1, int(self.active.token_keep_rate * count + 1e-6))  # rounded down, as the released code
+                kept = keep_tokens(received, kept, count, self.active.strict_threshold)
+        return tokens
 
     def options_at(self, size: int) -> dict[str, Any]:
         """Returns the options of timm's Swin that computes the same at ``size`` px, with :meth:`state_at`."""

@@ -158,7 +158,8 @@ def changed_fields(run: RunRecord) -> dict[str, float]:
         with torch.device("meta"):  # only the shapes are needed
             model, _ = build_model(run.config.model.name, run.config.model.arguments(), len(run.classes) or 1)
         found = model_parts(model)
-        parts |= {"blocks": len(model_blocks(model))} if found is None else vars(found)
+        parts |= vars(found) if found is not None else {}
+        parts["blocks"] = len(model_blocks(model))
     return {name: drawn_value(name, parts[part]) for name, part in changed.items() if part in parts}
 
 
