@@ -6,16 +6,47 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from method_plans import context_of, plan_at
 
+from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
-from vitlocal.methods.budgeted import Budgeted, solve, stage_weights
+from vitlocal.methods.budgeted import Budgeted, BudgetedConfig, solve, stage_shapes, stage_weights
+from vitlocal.plan import WHOLE_MODEL, ModelParts, Shape
 from vitlocal.progress import Progress
 
 
 def test_published_stages_of_deit_s():
     shapes = Budgeted(context_of())._shapes
     assert [(s.heads, s.hidden, s.grid) for s in shapes] == [((2,), (384,), 10), ((4,), (768,), 12), (None, None, None)]
+
+
+def test_heads_of_levels_by_fraction_published_or_stated():
+    levels = ModelParts((1, 2, 5, 8), (64, 128, 160, 256), 56, (2, 2, 2, 2), grid_multiple=8)
+
+    def shapes(*options: str, parts: ModelParts = levels) -> tuple[Shape, ...]:
+        config = read_config([f"--budgeted.{option}" for option in options], {}).recipe.section(BudgetedConfig)
+        return stage_shapes(config, parts)
+
+    first, second, last = shapes()
+    assert first == Shape((1, 1, 2, 2), (16, 32, 40, 64), 40) and second == Shape((1, 2, 4, 4), (32, 64, 80, 128), 48)
+    assert last == WHOLE_MODEL
+    assert [shape.heads for shape in shapes("heads=1/3, 2/3, 1")] == [(1, 1, 2, 3), (1, 1, 3, 5), None]
+    assert [shape.heads for shape in shapes("heads=1,1,1,1 | 1,2,5,8", "stages=2")] == [(1, 1, 1, 1), None]
+    swin = ModelParts((3, 6, 12, 24), (96, 192, 384, 768), 16, (2, 2, 6, 2), grid_multiple=8)
+    assert [shape.heads for shape in shapes(parts=swin)] == [(1, 2, 4, 8), (2, 4, 8, 16), None]
+    assert [shape.grid for shape in shapes(parts=swin)] == [8, None, None]  # multiples of 8
+    for heads in ("1,1,2,2 | 1,2,4,4 | 1,2,5,7", "1,1,2 | 1,2,4 | 1,2,5", "1,2,5,8 | 1,2,4,8 | 1,2,5,8",
+                  "0,1,2,2 | 1,2,4,4 | 1,2,5,8"):  # fmt: skip
+        with pytest.raises(ConfigError, match="budgeted.heads: got .*expected 4 numbers .*: 1,2,5,8"):
+            shapes(f"heads={heads}")
+
+
+def test_stated_heads_survive_a_recipe():
+    config = read_config(["--budgeted.heads=1,1,2,2|1,2,4,4|1,2,5,8"], {})
+    stored = yaml.safe_load(config.yaml())["budgeted"]["heads"]
+    assert stored == "1,1,2,2 | 1,2,4,4 | 1,2,5,8"
+    assert read_config([f"--budgeted.heads={stored}"], {}).flat()["budgeted.heads"] == stored
 
 
 def test_the_solver():

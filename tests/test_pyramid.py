@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
 from vitlocal.models.factory import build_model, export_model, load_weights, size_multiple
@@ -25,6 +26,7 @@ from vitlocal.models.shape import (
 )
 from vitlocal.models.swin import Swin
 from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape
+from vitlocal.train.build_checks import check_image_sizes
 from vitlocal.train.optim import block_matrices, build_optimizer
 
 PVT, PVT_LINEAR, SWIN = "pvt_v2_b0", "pvt_v2_b2_li", "swin_tiny_patch4_window7_224"
@@ -336,6 +338,19 @@ def test_blocks_of_all_levels_can_be_frozen():
 def test_shapes_that_the_model_lacks_are_errors(shape: Shape, problem: str):
     with pytest.raises(ConfigError, match=problem):
         check_shape(small_model(PVT), shape)
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [(96, r"evaluate.size 96: expected at most model.size \(64\)"), (40, "evaluate.size 40: expected multiples of 32")],
+)
+def test_image_sizes_that_swin_cannot_take(size: int, problem: str):
+    options = ["model.size=64", f"model.name={SWIN}", f"evaluate.size={size}", "methods=none"]
+    config = read_config([f"--{option}" for option in options], {})
+    with torch.device("meta"):
+        model, _ = build_model(SWIN, config.model.arguments(), 5)
+    with pytest.raises(ConfigError, match=problem):
+        check_image_sizes(config, model)
 
 
 def test_only_swin_takes_a_width():
