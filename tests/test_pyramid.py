@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.models.beit import Beit
 from torch import nn
 
 from vitlocal.config import read_config
@@ -351,6 +353,32 @@ def test_image_sizes_that_swin_cannot_take(size: int, problem: str):
         model, _ = build_model(SWIN, config.model.arguments(), 5)
     with pytest.raises(ConfigError, match=problem):
         check_image_sizes(config, model)
+
+
+@torch.no_grad()
+def test_weights_of_smaller_windows_are_interpolated(tmp_path):
+    """So weights for 224 px can be fine-tuned at 256 px. A table that rises evenly does so afterwards."""
+    plain = timm.create_model(SWIN, num_classes=5, embed_dim=24)
+    for layer in plain.layers:
+        for block in layer.blocks:
+            block.attn.relative_position_bias_table.copy_(torch.arange(13.0).repeat_interleave(13)[:, None])
+    save_file(plain.state_dict(), tmp_path / "weights.safetensors")
+    model, _ = build_model(SWIN, dict(img_size=256, embed_dim=24), 5)
+    load_weights(model, str(tmp_path / "weights.safetensors"))
+    for block in model.blocks:
+        table = block.attn.relative_position_bias_table.view(15, 15, -1)
+        rising = 6 + torch.arange(-4.0, 5)[:, None, None] * 13 / 15
+        torch.testing.assert_close(table[3:12], rising.expand(9, 15, table.shape[2]), rtol=0, atol=0.05)
+    assert torch.equal(model.head.fc.weight, plain.head.fc.weight)
+
+
+def test_tables_of_other_models_are_not_cropped(tmp_path):
+    """BEiT's have rows for the class token. Weights for another size are an error that names the table."""
+    options = dict(patch_size=8, embed_dim=16, depth=1, num_heads=2, use_rel_pos_bias=True, num_classes=5)
+    large, small = (Beit(img_size=size, use_abs_pos_emb=False, **options) for size in (64, 32))
+    save_file(large.state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ConfigError, match=r"relative_position_bias_table has shape \(228, 2\), but .* \(52, 2\)"):
+        load_weights(small, str(tmp_path / "weights.safetensors"))
 
 
 def test_only_swin_takes_a_width():

@@ -22,7 +22,7 @@ from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
 from vitlocal.models.pyramid import PyramidModel, adopt
 from vitlocal.models.shape import exported_state_dict
-from vitlocal.models.swin import Swin, crop_table, swin_options
+from vitlocal.models.swin import Swin, fit_table, swin_options
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
 
@@ -160,7 +160,7 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
 
     ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. The
     head keeps its initial values if its classes are others: by number or, if the folder names them, by ``classes``. A
-    position table of another grid is resampled. Of a Swin's tables of larger windows, the middle is loaded. Raises
+    position table of another grid is resampled, and :func:`fit_table` fits a Swin's tables to its windows. Raises
     :class:`ConfigError` if the file is missing, cannot be read, or belongs to another model. ``labels`` is for a DiT,
     whose weights :func:`load_dit_weights` loads.
     """
@@ -179,9 +179,8 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
             if other is None or other.shape != tensor.shape or not same_classes:
                 loaded[name] = tensor
                 kept.append(name)
-        elif name.endswith("relative_position_bias_table") and other is not None and len(other) > len(tensor):
-            full, window = ((math.isqrt(len(table)) + 1) // 2 for table in (other, tensor))
-            loaded[name] = crop_table(other, (full, full), (window, window))
+        elif isinstance(model, Swin) and name.endswith("relative_position_bias_table") and other is not None:
+            loaded[name] = fit_table(other, len(tensor))
         elif name == "pos_embed" and other is not None and other.shape != tensor.shape:
             if other.shape[2] == tensor.shape[2]:
                 loaded[name] = _resampled_positions(model, other)

@@ -4,6 +4,7 @@ Shapes: B batch, (h, w) token grid of a level, N = h·w tokens, D width of a lev
 width, W windows of an image, (k, l) tokens of a window, n = k·l.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -55,6 +56,22 @@ def crop_table(table: Tensor, full: Grid, window: Grid) -> Tensor:
     """Returns the middle of a table of offsets ((2K-1)·(2L-1), M) of windows ``full`` = (K, L), for a ``window``."""
     rows, columns = (slice(whole - side, whole + side - 1) for whole, side in zip(full, window, strict=True))
     return table.unflatten(0, (2 * full[0] - 1, 2 * full[1] - 1))[rows, columns].flatten(0, 1)
+
+
+def fit_table(table: Tensor, count: int) -> Tensor:
+    """Returns a table of square windows for windows whose table has ``count`` offsets.
+
+    For smaller windows: the middle. For larger ones: bicubic interpolation, as in the authors' code. A table that is
+    not square is returned as it is.
+    """
+    side = math.isqrt(len(table))
+    full, window = (side + 1) // 2, (math.isqrt(count) + 1) // 2
+    if side * side != len(table):
+        return table
+    if window > full:
+        image = table.T.unflatten(1, (side, side))[None]
+        return F.interpolate(image, size=2 * window - 1, mode="bicubic")[0].flatten(1).T
+    return crop_table(table, (full, full), (window, window))
 
 
 @torch.compiler.assume_constant_result
