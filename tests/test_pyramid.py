@@ -117,9 +117,9 @@ def test_swin_never_pads():
             for place, block in enumerate(blocks):
                 shift = width // 2 if place % 2 and width < side else 0
                 assert block.attn.window_of((side, side)) == ((width, width), (shift, shift)) and side % width == 0
-    with pytest.raises(ConfigError, match="a grid of 12x12 tokens, windows of 2x2|a grid of 3x3"):
-        for side in (12, 3):
-            model.levels[0 if side == 12 else 2][0].attn.window_of((side, side))
+    for level, side, windows in ((0, 9, "2x2"), (2, 3, "2x2"), (0, 64, "8x8")):
+        with pytest.raises(ConfigError, match=f"a grid of {side}x{side} tokens, windows of {windows} would need"):
+            model.levels[level][0].attn.window_of((side, side))
 
 
 def test_windows_of_a_swin_follow_its_size_and_patches():
