@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from timm.models.beit import Beit
 from torch import nn
 
+from vitlocal.bench.sizes import trained_models
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
@@ -353,6 +356,18 @@ def test_image_sizes_that_swin_cannot_take(size: int, problem: str):
         model, _ = build_model(SWIN, config.model.arguments(), 5)
     with pytest.raises(ConfigError, match=problem):
         check_image_sizes(config, model)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", [PVT, SWIN])
+def test_bench_sizes_runs_exports_at_other_sizes(name: str, tmp_path):
+    model = small_model(name)
+    options = dict(img_size=64, patch_size=2, embed_dim=24) if name == SWIN else {}
+    export_model(tmp_path, model, name, options, list("abcde"), size=64, crop_pct=1.0)
+    run: Any = SimpleNamespace(folder=tmp_path, records=[{"epoch": 1.0}])
+    ((_, loaded),) = trained_models(run, read_config([], {}), 5)
+    assert size_multiple(loaded) == size_multiple(model)
+    torch.testing.assert_close(loaded(some_images(48)), model(some_images(48)), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
