@@ -396,6 +396,17 @@ def test_tables_of_other_models_are_not_cropped(tmp_path):
         load_weights(small, str(tmp_path / "weights.safetensors"))
 
 
+def test_images_too_small_for_the_keys_of_pvt():
+    """The linear ones pool keys, so they take all sizes."""
+    for name in (PVT, PVT_LINEAR):
+        with torch.device("meta"):
+            model, _ = build_model(name, dict(img_size=28), 5)
+        if name == PVT:
+            with pytest.raises(ConfigError, match="PVTv2: a grid of 7x7 tokens is smaller than the 8x8"):
+                count_macs(model, 28)
+        assert count_macs(model, 28 if name == PVT_LINEAR else 29) > 0
+
+
 def test_only_swin_takes_a_width():
     with pytest.raises(ConfigError, match=r"model options embed_dim are only for vitlocal_… models; pvt_v2_b0 is timm"):
         build_model(PVT, dict(img_size=64, embed_dim=16), 5)

@@ -17,6 +17,7 @@ from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitlocal.errors import ConfigError
 from vitlocal.models.block import DropPathModel, add_branch, linear_slice
 from vitlocal.models.positions import Grid, center_window, crop_images
 from vitlocal.plan import Shape
@@ -204,6 +205,12 @@ class PvtAttention(TimmPvtAttention):
         (query,) = project_heads(self.q, tokens, 1, heads, active)
         context = tokens
         if self.sr is not None:
+            side = self.sr.kernel_size[0]
+            if min(grid) < side:
+                raise ConfigError(
+                    f"PVTv2: a grid of {grid[0]}x{grid[1]} tokens is smaller than the {side}x{side} tokens that make "
+                    "one key; use larger images, such as 32 px"
+                )
             image = tokens.mT.unflatten(2, grid)
             image = self.sr(image if self.pool is None else self.pool(image))  # (B, D, h', w')
             context = self.norm(image.flatten(2).mT)
@@ -233,7 +240,10 @@ class PvtMlp(MlpWithDepthwiseConv):
 
 
 class Pvt(PyramidModel, PyramidVisionTransformerV2):
-    """PVTv2, of any image size. Its patches overlap, so a crop of its grid always comes after the stem."""
+    """PVTv2, of any image size from 29 px; the linear one of smaller sizes too.
+
+    Its patches overlap, so a crop of its grid always comes after the stem.
+    """
 
     part_classes = PvtAttention, PvtMlp
     size_multiple = 1
