@@ -279,8 +279,8 @@ def swin_options(name: str, size: int, patch_size: int | None) -> dict[str, Any]
     """
     if not timm.models.is_model_in_modules(name, ["swin_transformer"]):
         return {}
-    with torch.device("meta"):  # only the sizes are needed
-        own: Any = timm.create_model(name, weight_init="skip")
+    with torch.device("meta"):  # only the sizes are needed, of one block in each of the four levels
+        own: Any = timm.create_model(name, weight_init="skip", depths=(1, 1, 1, 1))
     side, full = size // (patch_size or own.patch_embed.patch_size[0]), own.patch_embed.grid_size[0]
     return {"window_size": window_option([-(-layer.blocks[0].window_size[0] * side // full) for layer in own.layers])}
 
