@@ -119,7 +119,8 @@ class AutoProg(SearchMethod):
         if budget.kind == "epochs" and budget.value >= config.stages:  # whole epochs
             self._bounds = [math.floor(budget.value * k / config.stages) / budget.value for k in range(config.stages)]
         if context.parts is None:
-            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, not {context.recipe.model_name}")
+            name = context.recipe.model_name
+            raise ConfigError(f"methods: autoprog needs a vitlocal_… model, or timm's PVTv2 or Swin, not {name}")
         self._config, self._context, self._depth = config, context, context.parts.blocks
         if config.schedule is not None and config.schedule[-1].depth != self._depth:
             raise ConfigError(f"autoprog.schedule: the last entry must have the model's depth, {self._depth} blocks")

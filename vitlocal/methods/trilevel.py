@@ -172,8 +172,8 @@ class Trilevel(Method):
         self._prunes = min(self._final_rates.values()) < 1
         if self._prunes and context.parts is None:
             raise ConfigError(
-                f"trilevel.levels: tokens and attention need a vitlocal_… model, not {context.recipe.model_name}; "
-                "set trilevel.levels=examples"
+                "trilevel.levels: tokens need a vitlocal_… model or timm's Swin, attention a vitlocal_… model, not "
+                f"{context.recipe.model_name}; set trilevel.levels=examples"
             )
         depths = context.parts.depths if context.parts is not None else (0,)
         depth, blocks = sum(depths), config.pruned_blocks or default_blocks(depths)
