@@ -184,7 +184,8 @@ def test_wrong_files_of_runs(tmp_path: Path):
 
 
 def test_the_best_model_depends_on_the_budget(tmp_path: Path, capsys):
-    recipe = [*BEST, "--methods=image_size"]  # counting the memory of growing batches takes seconds
+    # Counting the memory of growing batches takes seconds.
+    recipe = [*BEST, "--methods=image_size", "--model.width=128", "--model.heads=4"]
     words = ["forecast", *recipe, "--runs", write_runs(tmp_path / "runs.json", recipe), "--models=64x6,192x6",
              "--rates=32:1000,64:170", "--images=25000", f"--json={tmp_path}/out.json"]  # fmt: skip
     named, by_model = {}, {}
