@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cache
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -208,8 +207,8 @@ def stated_forecast(config: Config, images: int, speeds: Mapping[int, Speed]) ->
         raise ConfigError("--rates: a method of the recipe sets the length of the run; leave --rates or the method out")
     model, _ = make_model(config, 1000, torch.device("meta"))
     fused = config.train.kernel != "plain"
-    image_bytes = cache(lambda size: activation_bytes(model, size, torch.bfloat16, fused))
-    methods, sizes = build_methods(MethodContext(config.recipe, images, image_bytes), "feed.batch_size"), []
+    context = MethodContext(config.recipe, images, lambda size: activation_bytes(model, size, torch.bfloat16, fused))
+    methods, sizes = build_methods(context, "feed.batch_size"), []
     for size, speed in speeds.items():
         batch_size, rate = batch_size_at(methods, size, config.train.batch_size), speed.images_per_second
         sizes.append(SizeSpeed(size, batch_size, rate, rate, 1e-9 * speed.flops))

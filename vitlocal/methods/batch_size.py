@@ -1,6 +1,7 @@
 """Batches that grow as images shrink, within a given amount of memory."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from vitlocal.errors import ConfigError
@@ -37,7 +38,7 @@ class BatchSize(Method):
     def __init__(self, context: MethodContext):
         recipe = context.recipe
         self._config, self._base = recipe.section(BatchSizeConfig), recipe.batch_size
-        self._largest_size, self._image_bytes = recipe.model_size, context.image_bytes
+        self._largest_size, self._image_bytes = recipe.model_size, cache(context.image_bytes)  # counting takes seconds
         self._parts = context.processes * recipe.grad_accum_steps
         self._batch_sizes: dict[int, int] = {}  # by image size
 

@@ -241,7 +241,6 @@ def build_run(
     macs = mac_counter(model)
     precision = choose_precision(train.precision, device)
 
-    @cache
     def image_bytes(size: int) -> int:
         side = size // patch_side(model)
         fused = train.kernel != "plain" and can_fuse(device, (side, side))
