@@ -1,4 +1,4 @@
-"""PVTv2 and Swin of timm as models of which a part can run: whole, in stages, at other sizes, growing, exported."""
+"""timm's PVTv2 and Swin, which can run in part: whole, in stages, at other sizes, growing, exported."""
 
 from __future__ import annotations
 

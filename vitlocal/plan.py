@@ -74,7 +74,7 @@ WHOLE_MODEL = Shape()
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The sizes of a whole model, of which a :class:`Shape` selects a part.
+    """The sizes of a whole model. A :class:`Shape` selects a part of it.
 
     ``heads``, ``hidden`` and ``depths``, the numbers of blocks, are by level, as those of a shape. ``grid``: side of
     the token grid of the first level, in patches. The side of a crop of the grid is a multiple of ``grid_multiple``.

@@ -1,4 +1,4 @@
-"""timm's Vision Transformers in levels as models of which a part can run; PVTv2 (Wang et al. 2022, arXiv 2106.13797).
+"""timm's hierarchical Vision Transformers, made able to run in part; PVTv2 (Wang et al. 2022, arXiv 2106.13797).
 
 :func:`adopt` gives the objects that timm made new classes, whose forward passes take slices of the weights. No
 parameter is new, renamed or replaced, so timm loads what was trained, and timm's published weights fit.
@@ -180,7 +180,7 @@ FAMILIES: dict[type[nn.Module], type[PyramidModel]] = {}  # by timm's class
 
 
 def adopt(model: nn.Module, size: int) -> nn.Module:
-    """Turns timm's PVTv2 or Swin, in place, into a model of which a part can run. Returns other models as they are.
+    """Makes timm's PVTv2 or Swin able to run in part, in place. Returns other models as they are.
 
     ``size``: px of the images that have the full grid.
     """

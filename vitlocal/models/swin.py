@@ -1,4 +1,4 @@
-"""timm's Swin (Liu et al. 2021, arXiv 2103.14030) as a model of which a part can run, at any size without padding.
+"""timm's Swin (Liu et al. 2021, arXiv 2103.14030), made able to run in part, and at smaller sizes without padding.
 
 Shapes: B batch, (h, w) token grid of a level, N = h·w tokens, D width of a level, M heads, d head width, C hidden
 width, W windows of an image, (k, l) tokens of a window, n = k·l.
