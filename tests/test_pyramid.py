@@ -17,7 +17,7 @@ from vitlocal.bench.sizes import trained_models
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
-from vitlocal.models.factory import build_model, export_model, load_weights, size_multiple
+from vitlocal.models.factory import build_model, export_model, load_weights, patch_side, size_multiple
 from vitlocal.models.pyramid import PyramidModel
 from vitlocal.models.shape import (
     check_shape,
@@ -95,6 +95,23 @@ def test_the_whole_model_is_timms(name: str):
         images = some_images(size)
         torch.testing.assert_close(model(images), plain(images), rtol=0, atol=1e-5)
     assert arguments.get("window_size", 7) == 7 and size_multiple(model) == (32 if name == SWIN else 1)
+    assert patch_side(model) == 4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("options", [{}, dict(norm=True, indices=[1, 3]), dict(indices=[0, 2], stop_early=True)])
+@pytest.mark.parametrize("name", [PVT, SWIN])
+def test_outputs_of_levels_are_timms(name: str, options: dict[str, Any]):
+    plain = timm.create_model(name, num_classes=5).eval()
+    model, _ = build_model(name, dict(img_size=224), 5)
+    model.load_state_dict(plain.state_dict())
+    images = some_images(224)
+    (features, levels), (expected, others) = (m.eval().forward_intermediates(images, **options) for m in (model, plain))
+    torch.testing.assert_close([features, *levels], [expected, *others], rtol=0, atol=1e-5)
+    only = model.forward_intermediates(images, intermediates_only=True, **options)
+    torch.testing.assert_close(only, levels)
+    with pytest.raises(ConfigError, match="output_fmt"):
+        model.forward_intermediates(images, output_fmt="NLC")
 
 
 @torch.inference_mode()
@@ -120,7 +137,7 @@ def test_swin_never_pads():
             for place, block in enumerate(blocks):
                 shift = width // 2 if place % 2 and width < side else 0
                 assert block.attn.window_of((side, side)) == ((width, width), (shift, shift)) and side % width == 0
-    for level, side, windows in ((0, 9, "2x2"), (2, 3, "2x2"), (0, 64, "8x8")):
+    for level, side, windows in ((0, 9, "2x2"), (0, 12, "2x2"), (2, 3, "2x2"), (0, 64, "8x8")):
         with pytest.raises(ConfigError, match=f"a grid of {side}x{side} tokens, windows of {windows} would need"):
             model.levels[level][0].attn.window_of((side, side))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitlocal.errors import ConfigError
 from vitlocal.methods.trilevel import default_blocks
 from vitlocal.models.factory import build_model
+from vitlocal.models.pyramid import PyramidBlock
 from vitlocal.models.shape import check_shape, set_shape
 from vitlocal.models.swin import Swin, keep_tokens
 from vitlocal.plan import WHOLE_MODEL, Shape
@@ -108,6 +109,23 @@ def test_the_kept_tokens_are_counted(monkeypatch: pytest.MonkeyPatch, swin: Swin
     assert all(bool((before | ~after).all()) for before, after in pairwise(masks))
     assert all(p.grad is not None for p in swin.parameters())
     set_shape(swin, WHOLE_MODEL)
+
+
+def test_gradient_checkpointing_computes_masked_blocks_again(monkeypatch: pytest.MonkeyPatch, swin: Swin):
+    calls = []
+    masked = PyramidBlock.forward_masked
+    monkeypatch.setattr(PyramidBlock, "forward_masked", lambda *operands: calls.append(1) or masked(*operands))
+    set_shape(swin, PRUNED)
+    images, grads = torch.randn(1, 3, 224, 224), []
+    for checkpointing in (False, True):
+        swin.set_grad_checkpointing(checkpointing)
+        swin.zero_grad()
+        swin(images).sum().backward()
+        grads.append([p.grad for p in swin.parameters()])
+    swin.set_grad_checkpointing(False)
+    set_shape(swin, WHOLE_MODEL)
+    assert len(calls) == 3 * 5  # blocks 1 to 5 of the third level
+    torch.testing.assert_close(*grads)
 
 
 def test_a_token_that_was_dropped_may_come_back_in_the_released_code():

@@ -20,7 +20,7 @@ from vitlocal.models.deit import DeiT
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
-from vitlocal.models.pyramid import PyramidModel, adopt
+from vitlocal.models.pyramid import Pvt, PyramidModel, adopt
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.swin import Swin, fit_table, swin_options
 from vitlocal.models.vit import VisionTransformer
@@ -212,8 +212,10 @@ def size_multiple(model: nn.Module) -> int:
 
 
 def patch_side(model: nn.Module) -> int:
-    """Returns the side of the model's patches, px; 1 if it has none."""
+    """Returns the side of the model's patches, px, or the stride of patches that overlap; 1 if it has none."""
     if isinstance(model, DiT):
         return model.patch_side
+    if isinstance(model, Pvt):
+        return model.patch_embed.proj.stride[0]
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     return max(patch) if isinstance(patch, (tuple, list)) else patch

@@ -7,18 +7,20 @@ Shapes: B batch, L blocks of all levels, (h, w) token grid of a level, N = h·w 
 head width, C hidden width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import Attention as TimmPvtAttention
 from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import DropPathModel, add_branch, linear_slice
+from vitlocal.models.block import DropPathModel, add_branch, check_option, linear_slice
 from vitlocal.models.positions import Grid, center_window, crop_images
 from vitlocal.plan import Shape
 
@@ -128,9 +130,13 @@ class PyramidModel(DropPathModel):
         """Applies what follows the blocks of ``stage`` to tokens (B, N, D)."""
         return tokens
 
-    def end(self, tokens: Tensor) -> Tensor:
-        """Leads from the last level's tokens (B, h, w, D) to what timm's ``forward_head`` takes."""
-        raise NotImplementedError
+    def last_norm(self, tokens: Tensor) -> Tensor:
+        """Applies what follows the last level, if anything does, to its tokens (B, h, w, D)."""
+        return tokens
+
+    def to_features(self, tokens: Tensor) -> Tensor:
+        """Gives tokens (B, h, w, D) the layout that timm's ``forward_head`` takes."""
+        return tokens
 
     def embed(self, images: Tensor) -> Tensor:
         """Returns the tokens of the first level, (B, h, w, D), or the active crop of their grid."""
@@ -144,6 +150,11 @@ class PyramidModel(DropPathModel):
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns the features of images (B, 3, S, S'). ``noise``: see :meth:`forward`."""
+        *_, tokens = self.level_outputs(images, noise)
+        return self.to_features(self.last_norm(tokens))
+
+    def level_outputs(self, images: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the tokens after each level, (B, h, w, D)."""
         tokens = self.embed(images)
         scales: Sequence[Tensor | None] = [None] * len(self.blocks)
         if self.training and self.drop_path_rate > 0:
@@ -154,18 +165,38 @@ class PyramidModel(DropPathModel):
             grid, numbers = (tokens.shape[1], tokens.shape[2]), range(first, first + len(stage.blocks))
             tokens = self.run_blocks(numbers, tokens.flatten(1, 2), grid, scales)
             tokens = self.end_level(stage, tokens).unflatten(1, grid)
+            yield tokens
             first = numbers.stop
-        return self.end(tokens)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+        output_fmt: str = "NCHW", intermediates_only: bool = False,
+    ) -> Any:  # fmt: skip
+        """Returns the features and a list of levels' outputs, (B, D, h, w), as timm does.
+
+        ``indices``: of the levels, or how many of the last; None: all. ``norm``: applies the last norm, if the model
+        has one, to the output of the last level. ``stop_early``: runs no level after the last of ``indices``.
+        """
+        check_option("output_fmt", output_fmt, output_fmt == "NCHW", "NCHW")
+        count = len(self.level_modules)
+        taken, last = feature_take_indices(count, indices)
+        outputs = list(islice(self.level_outputs(x), last + 1 if stop_early else None))
+        final = self.last_norm(outputs[-1]) if len(outputs) == count else outputs[-1]
+        found = [final if norm and level == count - 1 else outputs[level] for level in taken]
+        layers = [tokens.permute(0, 3, 1, 2).contiguous() for tokens in found]
+        return layers if intermediates_only else (self.to_features(final), layers)
 
     def run_blocks(self, numbers: range, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None]) -> Tensor:
         """Runs the blocks with these ``numbers``, over tokens (B, N, D). ``scales``: of all blocks."""
         for number in numbers:
-            operands = tokens, grid, scales[number]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(self.blocks[number], *operands, use_reentrant=False)
-            else:
-                tokens = self.blocks[number](*operands)
+            tokens = self.checkpointed(self.blocks[number], tokens, grid, scales[number])
         return tokens
+
+    def checkpointed(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Applies ``function``; with gradient checkpointing, the backward pass does so again to save memory."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *operands, use_reentrant=False)
+        return function(*operands)
 
     def forward(self: Any, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns logits (B, num_classes).
@@ -267,7 +298,7 @@ class Pvt(PyramidModel, PyramidVisionTransformerV2):
     def end_level(self, stage: Any, tokens: Tensor) -> Tensor:
         return stage.norm(tokens)
 
-    def end(self, tokens: Tensor) -> Tensor:
+    def to_features(self, tokens: Tensor) -> Tensor:
         return tokens.permute(0, 3, 1, 2)
 
     def init_weights(self) -> None:

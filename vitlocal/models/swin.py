@@ -129,8 +129,9 @@ class SwinAttention(WindowAttention):
     def window_of(self, grid: Grid) -> tuple[Grid, Grid]:
         """Returns the window and the shift on ``grid``. Raises :class:`ConfigError` if windows would need padding."""
         whole, full = self.window_size, self.full_grid
-        rows, columns = (-(-whole[axis] * grid[axis] // full[axis]) for axis in (0, 1))  # rounded up
-        if grid[0] % rows or grid[1] % columns or rows > whole[0] or columns > whole[1]:
+        counts = [full[axis] // whole[axis] for axis in (0, 1)]
+        rows, columns = (-(-grid[axis] // counts[axis]) for axis in (0, 1))  # rounded up
+        if grid != (rows * counts[0], columns * counts[1]) or rows > whole[0] or columns > whole[1]:
             raise ConfigError(
                 f"Swin: on a grid of {grid[0]}x{grid[1]} tokens, windows of {rows}x{columns} would need padding, or a "
                 "larger table of biases; use image sizes of 8 patches, 16, 24 and so on, up to model.size"
@@ -232,7 +233,7 @@ class Swin(PyramidModel, SwinTransformer):
     def next_level(self, stage: Any, tokens: Tensor) -> Tensor:
         return stage.downsample(tokens)
 
-    def end(self, tokens: Tensor) -> Tensor:
+    def last_norm(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
 
     def run_blocks(self, numbers: range, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None]) -> Tensor:
@@ -243,7 +244,8 @@ class Swin(PyramidModel, SwinTransformer):
         tokens = super().run_blocks(range(numbers.start, pruned[0]), tokens, grid, scales)
         count, kept = tokens.shape[1], torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         for number in range(pruned[0], numbers.stop):
-            tokens, received = self.blocks[number].forward_masked(tokens, grid, scales[number], kept)
+            block = self.blocks[number].forward_masked
+            tokens, received = self.checkpointed(block, tokens, grid, scales[number], kept)
             if number in pruned:
                 count = max(1, int(self.active.token_keep_rate * count + 1e-6))  # rounded down, as the released code
                 kept = keep_tokens(received, kept, count, self.active.strict_threshold)
