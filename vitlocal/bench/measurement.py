@@ -43,8 +43,10 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[st
     )
 
 
-def spread(rates: Sequence[float]) -> float:
-    """(largest - smallest) / median."""
+def spread(rates: Sequence[float]) -> float | None:
+    """(largest - smallest) / median; None for one rate."""
+    if len(rates) == 1:
+        return None
     return round((max(rates) - min(rates)) / statistics.median(rates), 3)
 
 

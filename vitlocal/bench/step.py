@@ -263,7 +263,7 @@ class StepEntry:
             "arm": self.arm, "model": self.model, "compiled": self.compiled, "kernel": self.kernel,
             "mode": str(self.mode),
             "size": self.feed.size, "batch_size": self.feed.batch_size, "images_per_second": round(rate, 2),
-            "spread": spread(rates) if len(rates) > 1 else None, "n": len(rates),
+            "spread": spread(rates), "n": len(rates),
             "step_ms": round(1e3 * self.feed.batch_size / rate, 3),
             "cpu_ms": round(1e3 * statistics.median(used for _, used in self.counted), 3),
             "gflops_per_image": flops / 1e9, "mfu": round(rate * flops / (peak_tflops * 1e12), 4),

@@ -133,7 +133,7 @@ class TimedNet:
         return {
             "size": self.feed.size, "batch_size": self.feed.batch_size, "trained_blocks": trained,
             "step_mode": str(self.mode), "images_per_second": round(rate, 2), "step_ms": round(1e3 * took, 3),
-            "spread": spread(self.turns) if len(self.turns) > 1 else None, "n": len(self.turns),
+            "spread": spread(self.turns), "n": len(self.turns),
             "mfu": round(rate * flops / (peak_tflops * 1e12), 4), "gflops_per_image": flops / 1e9,
             "peak_mib": round(self.peak / 2**20) if on_gpu else None,
             "compile_seconds": round(self.compile_seconds, 1) if self.mode.compiled else None,
@@ -184,7 +184,7 @@ def schedule_rows(
             rows.append({
                 "mode": mode, "groups": groups, "schedule": name,
                 "stages": ", ".join(f"{level}@{size}px" for level, size in stages),
-                "speed_up": round(statistics.median(ratios), 3), "spread": spread(ratios) if count > 1 else None,
+                "speed_up": round(statistics.median(ratios), 3), "spread": spread(ratios),
                 "n": count, "by_flops": round(len(nets) * cost[full] / sum(cost[net] for net in nets), 3),
             })  # fmt: skip
     return rows
