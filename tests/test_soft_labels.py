@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from vitlocal.bench.__main__ import main as bench
+from vitlocal.bench.loader import reader
 from vitlocal.config import read_config
 from vitlocal.data.augment import Augment, AugmentParams
 from vitlocal.data.loader import Loader
-from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, SoftTargets, epoch_file
+from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, SoftLabels, SoftTargets, epoch_file
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.predict import Predictor
 from vitlocal.report.page import summary_part
@@ -103,6 +104,19 @@ def test_batches_have_the_targets_of_their_crops(labelled: Path, configure, monk
             expected.set_epoch(epoch % 2)
             crops = {int(row): image for pixels, _, rows in expected for row, image in zip(rows, pixels, strict=True)}
             assert all(torch.equal(image, crops[int(row)]) for row, image in zip(ids, images, strict=True))
+
+
+def test_the_loader_bench_reads_labels(folder: Path, teacher: Path, tmp_path: Path):
+    shutil.copytree(folder, root := tmp_path / "data")
+    arguments = "labels", str(root), None, "train_48_raw.beton", 1, 50
+    with pytest.raises(ConfigError, match="there are no labels"):
+        reader(*arguments)
+    write_dataset(f"--labels-from {teacher} --out {root} --epochs 1 --recipe rcfg/ours.yaml --workers 1".split())
+    epochs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SoftLabels, "read", lambda self, epoch, ids, device: epochs.append(epoch))
+        rate, _ = reader(*arguments)(32, 0.0)
+    assert epochs == [0] and rate > 0
 
 
 def test_the_loss_is_the_cross_entropy_to_all_classes():

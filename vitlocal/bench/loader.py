@@ -4,6 +4,7 @@ Each contestant has its own process, with one core per worker. They take turns, 
 other work on the machine affects all of them equally. All make random resized crops with flips.
 
     ours         each .beton file through the native loader; a * marks the file that the loader itself would choose
+    labels       the same with the soft labels of the folder, of seed 0 and default crops; only if --only names it
     ffcv         the same files through FFCV's own loader, with its random crop and its flip
     torchvision  the original images through PyTorch's DataLoader and Pillow
     dali         the original images through NVIDIA DALI on the CPU, if it is installed
@@ -33,6 +34,7 @@ from vitlocal.data.manifest import load_manifest
 from vitlocal.data.peers import EXTRAS, has_extra
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.reader import LoaderResources
+from vitlocal.data.soft_labels import SoftLabels
 from vitlocal.data.writer.write import write
 from vitlocal.errors import ConfigError
 from vitlocal.plan import Feed
@@ -44,7 +46,7 @@ BATCH = 64
 ORIGINAL = "original"  # the column `stored` of the loaders of original images
 LATENTS = "latents"  # the column `stored` of latents
 SIZES = (32, 64, 96, 128, 160, 192, 224)
-NAMES, OF_ORIGINALS = ("ours", "ffcv", "torchvision", "dali"), ("torchvision", "dali")
+NAMES, OF_ORIGINALS = ("ours", "ffcv", "torchvision", "dali", "labels"), ("torchvision", "dali")
 COLUMNS = {
     "px": ("size", "d"), "workers": ("workers", "d"), "source": ("source", ""), "stored": ("stored", ""),
     "images/s": ("images_per_second", ",.0f"), "spread": ("spread", ".1%"), "MiB": ("rss_mib", "d"),
@@ -64,8 +66,10 @@ def reader(name: str, data: str, source: str | None, stored: str, workers: int, 
         opened = TorchvisionSource(data, source, "train", crops, device, workers)
     elif stored == LATENTS:
         opened = LatentSource(data, "train", crops, device, LoaderResources(workers))
-    elif name == "ours":
+    elif name in ("ours", "labels"):
         opened = Loader(data, "train", BATCH, file=stored, num_workers=workers, drop_last=False)
+        if name == "labels":
+            opened.use_soft_labels(SoftLabels(data, load_manifest(data, "train"), opened.crops))
     else:  # FFCV's own iterator: our source around it would make it 5 % slower
         from vitlocal.data.peers.ffcv import FileLoader
 
@@ -139,7 +143,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plots images/s per core against the size, with a line for each contestant."""
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
     stored = sorted({row["stored"] for row in rows})
-    styles = {"ours": "-", "ffcv": "--", "dali": "-.", "torchvision": ":"}
+    styles = {"ours": "-", "labels": "-", "ffcv": "--", "dali": "-.", "torchvision": ":"}
     lines: list[PlottedLine] = []
     for name, (number, file) in product(styles, enumerate(stored)):
         points = [(r["size"], r["per_core"]) for r in rows if (r["source"], r["stored"]) == (name, file)]
@@ -151,7 +155,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    installed = [name for name in NAMES if name not in EXTRAS or has_extra(name)]
+    installed = [name for name in NAMES if name != "labels" and (name not in EXTRAS or has_extra(name))]
     parser = bench_parser("loader", __doc__)
     add = parser.add_argument
     add("--data", metavar="DIR", help="folder of .beton files (default: the built-in sample)")
