@@ -16,7 +16,7 @@ from vitlocal.bench.loader import reader
 from vitlocal.config import read_config
 from vitlocal.data.augment import Augment, AugmentParams
 from vitlocal.data.loader import Loader
-from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, SoftLabels, SoftTargets, epoch_file
+from vitlocal.data.soft_labels import FACTS, LABEL, SoftLabels, SoftTargets, epoch_file, labels_folder
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.predict import Predictor
 from vitlocal.report.page import summary_part
@@ -25,6 +25,7 @@ from vitlocal.tasks.classification import ClassificationLoss, soft_cross_entropy
 from vitlocal.train.command import train
 from vitlocal.write_dataset import main as write_dataset
 
+FOLDER = labels_folder(3)
 pytestmark = pytest.mark.usefixtures("no_report")
 
 
@@ -159,7 +160,7 @@ def test_a_run_continues_with_the_same_labels_only(labelled: Path, configure, tm
     facts = json.loads((out / FOLDER / FACTS).read_text())
     for name, value in (("teacher", "0" * 64), ("epochs", 1)):
         (out / FOLDER / FACTS).write_text(json.dumps(facts | {name: value}))
-        with pytest.raises(ConfigError, match=r"data.root: train_labels/labels.json in .*: the content is not that"):
+        with pytest.raises(ConfigError, match=r"data.root: train_labels/seed_3/labels.json in .*: the content is not"):
             train(config)
 
 
@@ -185,10 +186,19 @@ def test_tables_have_a_teacher_only_if_a_run_has_soft_labels(
     assert "teacher" not in summary_part([read_run(teacher)]).replace("/teacher", "")
 
 
-@pytest.mark.parametrize("options", [["--run.seed=4"], ["--augment.crop_scale=0.1,1"], ["--augment.crop=tensorflow"]])
+@pytest.mark.parametrize("options", [["--augment.crop_scale=0.1,1"], ["--augment.crop=tensorflow"]])
 def test_labels_of_other_crops_are_refused(labelled: Path, configure, options: list[str]):
     with pytest.raises(ConfigError, match=r"train.soft_labels: .* has labels of other crops or data \(crops: "):
         train(student(configure, labelled, *options))
+
+
+def test_each_seed_has_its_labels(labelled: Path, teacher: Path, configure, tmp_path: Path):
+    shutil.copytree(labelled, out := tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"no labels in .*/seed_4; write them: .*--seed 4 "):
+        train(student(configure, out, "--run.seed=4"))
+    write_dataset([*command(out, teacher, 1), "--seed=4"])
+    train(student(configure, out, "--run.seed=4", "--budget.length=1steps"))
+    train(student(configure, out, "--budget.length=1steps", f"--run.folder={tmp_path}/other"))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +223,7 @@ def test_missing_and_damaged_labels(labelled: Path, teacher: Path, configure, fo
     labels = np.load(epoch_file(out / FOLDER, 0))
     labels["class"][:, 3] = 20
     np.save(path, labels)
-    with pytest.raises(DataError, match=r"epoch 1 has class 20 of 20"):
+    with pytest.raises(DataError, match=r"epoch_001.npy has class 20 of 20"):
         train(student(configure, out, "--methods=[]"))
     path.unlink()
     with pytest.raises(ConfigError, match=r"epoch_001.npy does not exist, of 2 epochs"):
@@ -231,7 +241,7 @@ def test_other_teachers_are_refused(labelled: Path, teacher: Path, tmp_path: Pat
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(
         ConfigError,
-        match=r"train_labels has labels of another teacher, recipe or data \(teacher: .*, here .*\); remove it",
+        match=r"train_labels/seed_3 has labels of another teacher, recipe or data \(teacher: .*, here .*\); remove it",
     ):
         write_dataset(command(labelled, other))
     about["label_names"] = about["label_names"][::-1]

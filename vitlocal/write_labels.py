@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vitlocal.config import read_config
 from vitlocal.data.augment import Normalize
 from vitlocal.data.loader import RULES, Loader
-from vitlocal.data.soft_labels import FACTS, FOLDER, LABEL, MOST_CLASSES, LabelFacts, epoch_file, read_facts
+from vitlocal.data.soft_labels import FACTS, LABEL, MOST_CLASSES, LabelFacts, epoch_file, labels_folder, read_facts
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replace_text, replacing
 from vitlocal.models.exported import ExportedRun
@@ -53,14 +53,14 @@ def write_labels(options: WriteOptions) -> None:
         facts = LabelFacts.of(
             replace(loader.crops, repeats=config.augment.repeats), loader.manifest, teacher.digest, epochs=0
         )
-        folder = Path(options.out) / FOLDER
+        folder = Path(options.out) / labels_folder(config.run.seed)
         found = read_facts(folder)
         if found is not None and (different := facts.differences(found)):
             raise ConfigError(
                 f"--labels-from: {folder} has labels of another teacher, recipe or data ({different}); remove it, or "
                 "use another --out"
             )
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         done, wanted = found.epochs if found else 0, options.epochs or EPOCHS
         save_facts(folder, replace(facts, epochs=done))
         epochs = range(max(done, wanted))

@@ -1,7 +1,8 @@
 """Soft labels: what a teacher says about every crop of a run, stored instead of asked for (FKD, arXiv 2112.01528).
 
-A crop follows from (seed, epoch, image), so only the labels are stored: ``train_labels/labels.json`` says what they
-belong to, and a file for each epoch has TOP classes of each image, the most probable ones. That takes 40 bytes.
+A crop follows from (seed, epoch, image), so only the labels are stored: ``train_labels/seed_0/labels.json`` says what
+those of seed 0 belong to, and a file for each epoch has TOP classes of each image, the most probable ones. That takes
+40 bytes.
 
 Shape letters: B batch, n images of the split, K classes that are kept of each.
 """
@@ -22,7 +23,7 @@ from vitlocal.data.transfer import send
 from vitlocal.errors import ConfigError, DataError, first_line
 from vitlocal.reading import read_whole
 
-FOLDER, FACTS = "train_labels", "labels.json"
+FACTS = "labels.json"
 FORMAT, TOP, MOST_CLASSES = 1, 10, 1 << 16
 LABEL = np.dtype([("class", "<u2"), ("probability", "<f2")])
 
@@ -77,6 +78,11 @@ def crop_facts(crops: CropPolicy) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
+def labels_folder(seed: int) -> Path:
+    """The folder of the labels for runs with this seed, within the data folder."""
+    return Path("train_labels", f"seed_{seed}")
+
+
 def epoch_file(folder: Path, epoch: int) -> Path:
     return folder / f"epoch_{epoch:03}.npy"
 
@@ -99,9 +105,9 @@ class SoftLabels:
     """
 
     def __init__(self, root: str | Path, manifest: Manifest, crops: CropPolicy):
-        folder = Path(root) / FOLDER
+        folder = Path(root) / labels_folder(crops.seed)
         facts = read_facts(folder)
-        command = f"python write_dataset.py --labels-from RUN --epochs N --out {root}"
+        command = f"python write_dataset.py --labels-from RUN --epochs N --seed {crops.seed} --out {root}"
         if facts is None or not facts.epochs:
             raise ConfigError(f"train.soft_labels: there are no labels in {folder}; write them: {command}")
         mine = LabelFacts.of(crops, manifest, facts.teacher, facts.epochs)
@@ -110,7 +116,7 @@ class SoftLabels:
                 f"train.soft_labels: {folder} has labels of other crops or data ({found}); use the options that it was "
                 f"written with, or remove it and write it again: {command}"
             )
-        self.facts = facts
+        self.facts, self._folder = facts, folder
         self._epochs = [self._open(epoch_file(folder, epoch)) for epoch in range(facts.epochs)]
         self._classes = len(manifest.classes)
 
@@ -134,6 +140,7 @@ class SoftLabels:
         labels = self._epochs[epoch % len(self._epochs)].view(np.uint32).take(ids.numpy(), axis=0).view(LABEL)  # (B, K)
         classes = labels["class"].astype(np.int64)
         if classes.size and classes.max() >= self._classes:
-            raise DataError(f"{FOLDER}: epoch {epoch} has class {classes.max()} of {self._classes}; write it again")
+            path = epoch_file(self._folder, epoch % len(self._epochs))
+            raise DataError(f"{path} has class {classes.max()} of {self._classes}; remove it and write it again")
         parts = classes, labels["probability"].astype(np.float32)
         return SoftTargets(*(send(part, device) for part in parts))

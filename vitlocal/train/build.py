@@ -17,7 +17,7 @@ from vitlocal.data.batch import Sources
 from vitlocal.data.fields import LatentForm
 from vitlocal.data.manifest import load_manifest
 from vitlocal.data.random_keys import other_seed
-from vitlocal.data.soft_labels import FACTS, FOLDER, SoftLabels
+from vitlocal.data.soft_labels import FACTS, SoftLabels, labels_folder
 from vitlocal.data.sources import open_sources
 from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
 from vitlocal.jsonl import replace_text
@@ -267,7 +267,7 @@ def build_run(
     state.search_log = SearchLog(folder if ranks.first else None, config.run.replay_search)
     files = file_digests(Path(config.data.root)) if folder is not None else {}  # for the next process to compare
     if sources.train.soft_labels is not None:  # other epochs would also change the crops
-        files |= {f"{FOLDER}/{FACTS}": sources.train.soft_labels.facts.digest}
+        files |= {str(labels_folder(config.run.seed) / FACTS): sources.train.soft_labels.facts.digest}
     data = data_fingerprint(sources.train.count, classes) | {"files": files}
     state.facts = RunFacts(data, stated, rewinds)
     output = None
