@@ -324,6 +324,9 @@ def test_optimizers_of_matrices_train_slices(name: str, optimizer: str):
     assert all(p.isfinite().all() for p in model.parameters()) and not any("bias_table" in path for path in matrices)
     if name == PVT and optimizer == "normuon":
         assert {chosen.members[1].parts[id(p)] for path, p in matrices.items() if path.endswith(".kv.weight")} == {2}
+    elif name == PVT:  # its square queries have the width as columns, and its square projections as rows
+        square = {path.split(".")[-2]: id(p) in chosen.members[1].columns for path, p in matrices.items()}
+        assert square["q"] and not square["proj"]
 
 
 class Steps:

@@ -110,14 +110,14 @@ class TrainConfig:
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
     optimizer: str = option(
-        "adamw", Choice("adamw", "muon", "normuon", "soap", "schedule_free_adamw"),
+        "adamw", Choice("adamw", "muon", "normuon", "soap"),
         "muon, normuon, soap: that one for matrices in blocks, AdamW for the rest",
     )  # fmt: skip
     muon_momentum: float = option(0.95, DECAY, "Muon and NorMuon: momentum")
     soap_every: int = option(10, COUNT, "SOAP: steps from one change of the eigenbases to the next")
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
-    betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW, Schedule-Free AdamW and SOAP: betas")
-    eps: float = option(1e-8, Number(0), "AdamW, Schedule-Free AdamW and SOAP: epsilon")
+    betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW and SOAP: betas")
+    eps: float = option(1e-8, Number(0), "AdamW and SOAP: epsilon")
     clip_norm: float | None = option(None, Number(0), "largest gradient norm; none: no clipping")
     loss: str = option("cross_entropy", Choice(*LOSSES), "classifiers: loss; binary: a yes or no for each class")
     bce_target_thresh: float | None = option(None, FRACTION, "binary_cross_entropy: targets above it become 1")
@@ -400,10 +400,6 @@ def _contradictions(config: Config) -> list[str]:
             train.soft_labels and config.run.on_nan == "rewind",
         "train.ema_length: it replaces train.ema_decay; remove one of the two":
             train.ema_decay is not None and train.ema_length is not None,
-        "train.optimizer: schedule_free_adamw needs train.schedule=constant, train.betas above 0, and neither "
-        "train.ema_decay nor train.ema_length": train.optimizer == "schedule_free_adamw"
-            and (train.schedule != "constant" or not train.betas[0] or train.ema_decay is not None
-                 or train.ema_length is not None),
         f"diffusion.sample_steps: got {config.diffusion.sample_steps}, expected at most diffusion.steps "
         f"({config.diffusion.steps})": config.diffusion.sample_steps > config.diffusion.steps,
         "diffusion.samples: the Fréchet distance needs diffusion.features":

@@ -124,7 +124,7 @@ def count_memory(
     )  # fmt: skip
     methods = build_methods(context)
     averages = sum(len(method.needs.ema_decays) for method in methods)
-    averages += train.optimizer == "schedule_free_adamw" or train.ema_decay is not None or train.ema_length is not None
+    averages += train.ema_decay is not None or train.ema_length is not None
     state, found, captured = state_bytes(model, config, averages), list[SizeMemory](), dict[int, int]()
     for size in dict.fromkeys(stage.size for stage in recipe_stages(config)):
         batch = batch_size_at(methods, size, train.batch_size)

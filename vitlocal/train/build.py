@@ -49,11 +49,10 @@ from vitlocal.train.checkpoint import Checkpoints
 from vitlocal.train.devices import choose_device, choose_precision
 from vitlocal.train.distributed import ALONE, LOST, Ranks, find_ranks
 from vitlocal.train.evaluator import Evaluator
-from vitlocal.train.optim import CombinedOptimizer, ModelEma, ScheduleFreeAverage, build_optimizer
+from vitlocal.train.optim import CombinedOptimizer, ModelEma, build_optimizer
 from vitlocal.train.output import RunOutput
 from vitlocal.train.probes import MacCount
 from vitlocal.train.run_folder import JOURNAL, data_fingerprint, file_digests, has_run, record_origin, run_folder_lock
-from vitlocal.train.schedule_free import ScheduleFreeAdamW
 from vitlocal.train.search_log import SearchLog
 from vitlocal.train.state import RunFacts, TrainState
 from vitlocal.train.step import TrainStep, has_batch_norm
@@ -141,8 +140,6 @@ def assemble_step(
     has_ema = train.ema_decay is not None or train.ema_length is not None
     optimizer = make_optimizer(config, model, precision)
     ema = ModelEma(model, train.ema_decay or 0.0, train.ema_length) if has_ema else None
-    if isinstance(optimizer, ScheduleFreeAdamW):
-        ema = ScheduleFreeAverage(model, optimizer)
     method_emas = [ModelEma(model, decay) for method in methods for decay in method.needs.ema_decays]
     outputs: frozenset[str] = frozenset().union(*(method.needs.step_outputs for method in methods))
     step = TrainStep(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.progress import Length, Progress
 from vitlocal.train.own_optimizer import OwnOptimizer
-from vitlocal.train.schedule_free import ScheduleFreeAdamW
 from vitlocal.train.soap import Soap
 
 # A quintic. Its iteration brings all singular values quickly into the range from 0.7 to 1.2.
@@ -157,26 +156,24 @@ def build_optimizer(
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
     With ``name`` in ``MATRIX_OPTIMIZERS``, that one updates the matrices of the blocks and AdamW the rest. Muon and
-    NorMuon compute in bfloat16 if ``precision`` is bfloat16. With "schedule_free_adamw", Schedule-Free AdamW updates
-    all weights. The learning rates are set before each step.
+    NorMuon compute in bfloat16 if ``precision`` is bfloat16. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name in MATRIX_OPTIMIZERS else {}
-    if name == "soap":  # it finds the side of the width by the longer side, and PVTv2's queries have two equal sides
-        matrices = {path: p for path, p in matrices.items() if not path.endswith("attn.q.weight")}
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=(*exempt, *matrices))
     if name in MATRIX_OPTIMIZERS and not matrices:
         raise ConfigError(f"train.optimizer: {type(model).__name__} has no blocks with matrices; use adamw")
     taken = {id(p) for p in matrices.values()}
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in taken]
-    if name == "schedule_free_adamw":
-        return ScheduleFreeAdamW(groups, 0.0, betas, eps)
     adamw = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     if not matrices:
         return adamw
     if name == "soap":
-        return CombinedOptimizer(adamw, Soap(matrices.values(), 0.0, betas, eps, weight_decay, soap_every))
+        # The width is the shorter side; PVTv2's square queries have it as their input.
+        columns = {id(p) for path, p in matrices.items() if len(p) > p.shape[1] or path.endswith("attn.q.weight")}
+        soap = Soap(matrices.values(), columns, 0.0, betas, eps, weight_decay, soap_every)
+        return CombinedOptimizer(adamw, soap)
     stacked = {"qkv": 3, "kv": 2}  # matrices in one weight
     parts = {id(p): stacked.get(path.split(".")[-2], 1) for path, p in matrices.items()}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
@@ -271,20 +268,3 @@ class ModelEma:
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
         for mine, buffer in self._buffers:
             mine.copy_(buffer)
-
-
-class ScheduleFreeAverage(ModelEma):
-    """A copy of a model whose weights are the average x of Schedule-Free AdamW."""
-
-    def __init__(self, trained: nn.Module, optimizer: ScheduleFreeAdamW):
-        super().__init__(trained)
-        self._optimizer = optimizer
-
-    @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """Sets the average, whatever ``decay`` is: x = y - (1 - beta1) / beta1 * (z - y). Buffers are copied."""
-        super().update(0.0)
-        found, beta = map(self._optimizer.state.get, self._weights), self._optimizer.defaults["betas"][0]
-        trained = [(x, state["offset"]) for x, state in zip(self._averages, found, strict=True) if state]
-        if trained:  # none is while the first steps overflow
-            torch._foreach_add_([x for x, _ in trained], [z_y for _, z_y in trained], alpha=-(1 - beta) / beta)

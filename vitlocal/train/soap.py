@@ -1,13 +1,13 @@
 """SOAP: Adam in the eigenbasis of a matrix's gradients (Vyas et al. 2024, arXiv 2409.11321).
 
-Each matrix has one basis, on one side, which the paper calls one-sided SOAP. It is the side of the columns if there are
-more rows than columns, else that of the rows. In our blocks this is the width of the model, for every matrix. So heads
-and hidden units lie on the other side, and methods may slice, grow and reset their moments like those of AdamW.
+Each matrix has one basis, on one side, which the paper calls one-sided SOAP. In our blocks this is the side of the
+model's width, for every matrix. So heads and hidden units lie on the other side, and methods may slice, grow and reset
+their moments like those of AdamW.
 
 Shape letters: M matrices of one shape, R rows, C columns, K the side that has the basis (R or C).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -21,16 +21,17 @@ FIRST_ITERATIONS = 8  # of the power method for the first basis, which starts fr
 class Soap(OwnOptimizer):
     """Adam whose second moment is kept in the eigenbasis of the averaged Gram matrix, with decoupled weight decay.
 
+    ``columns``: the identities of the matrices whose basis is on the side of the columns, never the longer one.
     ``every`` steps, one power iteration and a QR decomposition move the basis towards the eigenvectors. Matrices of one
     shape are updated together in batched products. A 1×1 convolution is a matrix. All products have the weights' type.
     """
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-        every: int = 10,
+        self, matrices: Iterable[nn.Parameter], columns: Collection[int], lr: float, betas: tuple[float, float],
+        eps: float, weight_decay: float, every: int = 10,
     ):  # fmt: skip
         super().__init__(matrices, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.every = every
+        self.columns, self.every = columns, every
 
     def new_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state before the first step: the count on the host, moments, Gram matrix and basis (1, K, K)."""
@@ -41,12 +42,13 @@ class Soap(OwnOptimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # it takes no closure
         for group in self.param_groups:
-            alike: dict[tuple[int, ...], list[Any]] = {}
+            alike: dict[tuple[torch.Size, bool, int], list[Any]] = {}
             for p in self.active(group):
                 self.state[p]["step"] += 1
-                alike.setdefault((*p.shape[:2], int(self.state[p]["step"])), []).append(p)
-            for (rows, columns, count), members in alike.items():
-                self._update(members, rows > columns, count, **{k: v for k, v in group.items() if k in self.defaults})
+                kind = p.shape[:2], id(p) in self.columns, int(self.state[p]["step"])
+                alike.setdefault(kind, []).append(p)
+            for (_, right, count), members in alike.items():
+                self._update(members, right, count, **{k: v for k, v in group.items() if k in self.defaults})
 
     def _update(
         self, members: list[Any], right: bool, count: int, lr: float, betas: tuple[float, float], eps: float,
