@@ -13,6 +13,7 @@ import pytest
 from vitlocal.bench import clock
 from vitlocal.bench.__main__ import main
 from vitlocal.bench.contestants import started
+from vitlocal.bench.measurement import spread
 from vitlocal.errors import ConfigError, DataError, run_command
 from vitlocal.progress import Length
 
@@ -98,6 +99,10 @@ def test_help_imports_no_bench() -> None:
 
 def broken() -> None:
     raise ValueError("no such thing")
+
+
+def test_one_round_has_no_spread() -> None:
+    assert spread([3.0]) is None and spread([3.0, 4.0, 5.0]) == 0.5
 
 
 def test_a_contestant_that_fails_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,8 +100,13 @@ def test_the_whole_model_is_timms(name: str):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("options", [{}, dict(norm=True, indices=[1, 3]), dict(indices=[0, 2], stop_early=True)])
-@pytest.mark.parametrize("name", [PVT, SWIN])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *product([PVT, SWIN], [{}, dict(norm=True, indices=[3, 1])]),
+        (PVT, dict(indices=[0, 2], stop_early=True)),  # with it, Swin of older versions of timm fails
+    ],
+)
 def test_outputs_of_levels_are_timms(name: str, options: dict[str, Any]):
     plain = timm.create_model(name, num_classes=5).eval()
     model, _ = build_model(name, dict(img_size=224), 5)
@@ -137,8 +143,8 @@ def test_swin_never_pads():
             for place, block in enumerate(blocks):
                 shift = width // 2 if place % 2 and width < side else 0
                 assert block.attn.window_of((side, side)) == ((width, width), (shift, shift)) and side % width == 0
-    for level, side, windows in ((0, 9, "2x2"), (0, 12, "2x2"), (2, 3, "2x2"), (0, 64, "8x8")):
-        with pytest.raises(ConfigError, match=f"a grid of {side}x{side} tokens, windows of {windows} would need"):
+    for level, side, windows in ((0, 9, "8x8"), (0, 12, "8x8"), (2, 3, "2x2"), (0, 64, "8x8")):
+        with pytest.raises(ConfigError, match=f"a grid of {side}x{side} tokens cannot be divided into {windows} equal"):
             model.levels[level][0].attn.window_of((side, side))
 
 
@@ -325,8 +331,9 @@ def test_optimizers_of_matrices_train_slices(name: str, optimizer: str):
     if name == PVT and optimizer == "normuon":
         assert {chosen.members[1].parts[id(p)] for path, p in matrices.items() if path.endswith(".kv.weight")} == {2}
     elif name == PVT:  # its square queries have the width as columns, and its square projections as rows
-        square = {path.split(".")[-2]: id(p) in chosen.members[1].columns for path, p in matrices.items()}
-        assert square["q"] and not square["proj"]
+        columns = chosen.members[1].columns
+        assert all(id(p) in columns for path, p in matrices.items() if path.endswith(".q.weight"))
+        assert not any(id(p) in columns for path, p in matrices.items() if path.endswith(".proj.weight"))
 
 
 class Steps:

@@ -117,13 +117,15 @@ def test_gradient_checkpointing_computes_masked_blocks_again(monkeypatch: pytest
     monkeypatch.setattr(PyramidBlock, "forward_masked", lambda *operands: calls.append(1) or masked(*operands))
     set_shape(swin, PRUNED)
     images, grads = torch.randn(1, 3, 224, 224), []
-    for checkpointing in (False, True):
-        swin.set_grad_checkpointing(checkpointing)
-        swin.zero_grad()
-        swin(images).sum().backward()
-        grads.append([p.grad for p in swin.parameters()])
-    swin.set_grad_checkpointing(False)
-    set_shape(swin, WHOLE_MODEL)
+    try:
+        for checkpointing in (False, True):
+            swin.set_grad_checkpointing(checkpointing)
+            swin.zero_grad()
+            swin(images).sum().backward()
+            grads.append([p.grad for p in swin.parameters()])
+    finally:
+        swin.set_grad_checkpointing(False)
+        set_shape(swin, WHOLE_MODEL)
     assert len(calls) == 3 * 5  # blocks 1 to 5 of the third level
     torch.testing.assert_close(*grads)
 

@@ -110,9 +110,10 @@ class TrainConfig:
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
     optimizer: str = option(
-        "adamw", Choice("adamw", "muon", "normuon", "soap"),
+        "adamw",
+        Choice("adamw", "muon", "normuon", "soap"),
         "muon, normuon, soap: that one for matrices in blocks, AdamW for the rest",
-    )  # fmt: skip
+    )
     muon_momentum: float = option(0.95, DECAY, "Muon and NorMuon: momentum")
     soap_every: int = option(10, COUNT, "SOAP: steps from one change of the eigenbases to the next")
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")

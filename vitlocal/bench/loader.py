@@ -129,13 +129,14 @@ def compare(data: str, names: Sequence[str], options: argparse.Namespace) -> lis
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds the ratios to FFCV on the same file, and to the loaders of original images, to our rows."""
+    """Adds the ratios to other contestants that were measured to our rows: of the same file, or of the originals."""
     rate = {(r["source"], r["stored"], r["size"], r["workers"]): r["images_per_second"] for r in rows}
     for row in rows:
         for name in NAMES[1:] if row["source"] == "ours" else ():
             stored = ORIGINAL if name in OF_ORIGINALS else row["stored"]
             other = rate.get((name, stored, row["size"], row["workers"]))
-            row[f"to_{name}"] = round(row["images_per_second"] / other, 2) if other else None
+            if other:
+                row[f"to_{name}"] = round(row["images_per_second"] / other, 2)
     return rows
 
 
@@ -143,7 +144,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plots images/s per core against the size, with a line for each contestant."""
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
     stored = sorted({row["stored"] for row in rows})
-    styles = {"ours": "-", "labels": "-", "ffcv": "--", "dali": "-.", "torchvision": ":"}
+    styles = {"ours": "-", "labels": (0, (5, 1)), "ffcv": "--", "dali": "-.", "torchvision": ":"}
     lines: list[PlottedLine] = []
     for name, (number, file) in product(styles, enumerate(stored)):
         points = [(r["size"], r["per_core"]) for r in rows if (r["source"], r["stored"]) == (name, file)]
@@ -176,7 +177,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--only: got {options.only}, but {data} holds latents, which only ours reads; leave it out")
     rows = compare(data, chosen, options)
     ordered = sorted(rows, key=lambda row: (row["workers"], row["size"], row["stored"], row["source"]))
-    print(text_table([r | {"source": ("*" if r["chosen"] else " ") + r["source"]} for r in ordered], COLUMNS))
+    columns = {title: column for title, column in COLUMNS.items() if any(column[0] in row for row in rows)}
+    print(text_table([r | {"source": ("*" if r["chosen"] else " ") + r["source"]} for r in ordered], columns))
     what = "images/s of the loaders, random resized crops with flips, each limited to as many cores as workers"
     images = min(load_manifest(data, "train").count, options.images)
     write_json(options.json, what, rows, batch_size=BATCH, images=images)

@@ -1,8 +1,7 @@
 """Soft labels: what a teacher says about every crop of a run, stored instead of asked for (FKD, arXiv 2112.01528).
 
-A crop follows from (seed, epoch, image), so only the labels are stored: ``train_labels/seed_0/labels.json`` says what
-those of seed 0 belong to, and a file for each epoch has TOP classes of each image, the most probable ones. That takes
-40 bytes.
+A crop follows from (seed, epoch, image), so only the labels are stored. ``train_labels/seed_0/labels.json`` says what
+the labels of seed 0 belong to. A file for each epoch has the TOP most probable classes of each image, in 40 bytes.
 
 Shape letters: B batch, n images of the split, K classes that are kept of each.
 """
@@ -107,7 +106,9 @@ class SoftLabels:
     def __init__(self, root: str | Path, manifest: Manifest, crops: CropPolicy):
         folder = Path(root) / labels_folder(crops.seed)
         facts = read_facts(folder)
-        command = f"python write_dataset.py --labels-from RUN --epochs N --seed {crops.seed} --out {root}"
+        command = (
+            f"python write_dataset.py --labels-from RUN --epochs N --recipe RECIPE --seed {crops.seed} --out {root}"
+        )
         if facts is None or not facts.epochs:
             raise ConfigError(f"train.soft_labels: there are no labels in {folder}; write them: {command}")
         mine = LabelFacts.of(crops, manifest, facts.teacher, facts.epochs)

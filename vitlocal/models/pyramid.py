@@ -7,8 +7,7 @@ Shapes: B batch, L blocks of all levels, (h, w) token grid of a level, N = h·w 
 head width, C hidden width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,23 +149,29 @@ class PyramidModel(DropPathModel):
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns the features of images (B, 3, S, S'). ``noise``: see :meth:`forward`."""
-        *_, tokens = self.level_outputs(images, noise)
-        return self.to_features(self.last_norm(tokens))
+        return self.to_features(self.last_norm(self.run_levels(images, noise)))
 
-    def level_outputs(self, images: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
-        """Yields the tokens after each level, (B, h, w, D)."""
+    def run_levels(
+        self, images: Tensor, noise: Tensor | None = None, count: int | None = None, outputs: list[Tensor] | None = None
+    ) -> Tensor:
+        """Returns the tokens after the first ``count`` levels, (B, h, w, D); None: all levels.
+
+        Adds the tokens after each level to ``outputs``.
+        """
         tokens = self.embed(images)
         scales: Sequence[Tensor | None] = [None] * len(self.blocks)
         if self.training and self.drop_path_rate > 0:
             scales = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype).unbind(0)
         first = 0
-        for stage in self.level_modules:
+        for stage in self.level_modules[:count]:
             tokens = self.next_level(stage, tokens)
             grid, numbers = (tokens.shape[1], tokens.shape[2]), range(first, first + len(stage.blocks))
             tokens = self.run_blocks(numbers, tokens.flatten(1, 2), grid, scales)
             tokens = self.end_level(stage, tokens).unflatten(1, grid)
-            yield tokens
             first = numbers.stop
+            if outputs is not None:
+                outputs.append(tokens)
+        return tokens
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
@@ -176,13 +181,17 @@ class PyramidModel(DropPathModel):
 
         ``indices``: of the levels, or how many of the last; None: all. ``norm``: applies the last norm, if the model
         has one, to the output of the last level. ``stop_early``: runs no level after the last of ``indices``.
+        ``intermediates_only``: returns the list alone.
         """
         check_option("output_fmt", output_fmt, output_fmt == "NCHW", "NCHW")
         count = len(self.level_modules)
         taken, last = feature_take_indices(count, indices)
-        outputs = list(islice(self.level_outputs(x), last + 1 if stop_early else None))
-        final = self.last_norm(outputs[-1]) if len(outputs) == count else outputs[-1]
-        found = [final if norm and level == count - 1 else outputs[level] for level in taken]
+        outputs: list[Tensor] = []
+        final = self.run_levels(x, None, last + 1 if stop_early or intermediates_only else None, outputs)
+        if len(outputs) == count:
+            final = self.last_norm(final)
+            outputs[-1] = final if norm else outputs[-1]
+        found = (tokens for level, tokens in enumerate(outputs) if level in taken)
         layers = [tokens.permute(0, 3, 1, 2).contiguous() for tokens in found]
         return layers if intermediates_only else (self.to_features(final), layers)
 

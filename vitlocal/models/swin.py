@@ -127,14 +127,15 @@ class SwinAttention(WindowAttention):
         """Makes no buffers: :func:`window_index` replaces timm's."""
 
     def window_of(self, grid: Grid) -> tuple[Grid, Grid]:
-        """Returns the window and the shift on ``grid``. Raises :class:`ConfigError` if windows would need padding."""
+        """Returns the window and the shift on ``grid``. Raises :class:`ConfigError` if windows would not be equal."""
         whole, full = self.window_size, self.full_grid
         counts = [full[axis] // whole[axis] for axis in (0, 1)]
         rows, columns = (-(-grid[axis] // counts[axis]) for axis in (0, 1))  # rounded up
         if grid != (rows * counts[0], columns * counts[1]) or rows > whole[0] or columns > whole[1]:
             raise ConfigError(
-                f"Swin: on a grid of {grid[0]}x{grid[1]} tokens, windows of {rows}x{columns} would need padding, or a "
-                "larger table of biases; use image sizes of 8 patches, 16, 24 and so on, up to model.size"
+                f"Swin: a grid of {grid[0]}x{grid[1]} tokens cannot be divided into {counts[0]}x{counts[1]} equal "
+                f"windows of at most {whole[0]}x{whole[1]} tokens; use image sizes of 8 patches, 16, 24 and so on, up "
+                "to model.size"
             )
         shift = (rows // 2 if rows < grid[0] else 0, columns // 2 if columns < grid[1] else 0)
         return (rows, columns), shift if self.is_shifted else (0, 0)

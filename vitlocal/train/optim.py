@@ -170,8 +170,8 @@ def build_optimizer(
     if not matrices:
         return adamw
     if name == "soap":
-        # The width is the shorter side; PVTv2's square queries have it as their input.
-        columns = {id(p) for path, p in matrices.items() if len(p) > p.shape[1] or path.endswith("attn.q.weight")}
+        # The width is the shorter side. Of square matrices, PVTv2's queries have it as their input.
+        columns = {id(p) for path, p in matrices.items() if len(p) >= p.shape[1] + (not path.endswith("attn.q.weight"))}
         soap = Soap(matrices.values(), columns, 0.0, betas, eps, weight_decay, soap_every)
         return CombinedOptimizer(adamw, soap)
     stacked = {"qkv": 3, "kv": 2}  # matrices in one weight
@@ -248,7 +248,7 @@ class ModelEma:
         self.decay, self._length = decay, length
         self.model = copy.deepcopy(trained).eval().requires_grad_(False)
         # Lists, made once: a step would take a notable part of a millisecond to make them.
-        self._averages, self._weights = list[Tensor](self.model.parameters()), list[Any](trained.parameters())
+        self._averages, self._weights = list[Tensor](self.model.parameters()), list[Tensor](trained.parameters())
         self._buffers = list(zip(self.model.buffers(), trained.buffers(), strict=True))
 
     def decay_between(self, before: Progress, after: Progress) -> float:

@@ -21,9 +21,10 @@ FIRST_ITERATIONS = 8  # of the power method for the first basis, which starts fr
 class Soap(OwnOptimizer):
     """Adam whose second moment is kept in the eigenbasis of the averaged Gram matrix, with decoupled weight decay.
 
-    ``columns``: the identities of the matrices whose basis is on the side of the columns, never the longer one.
-    ``every`` steps, one power iteration and a QR decomposition move the basis towards the eigenvectors. Matrices of one
-    shape are updated together in batched products. A 1×1 convolution is a matrix. All products have the weights' type.
+    ``columns``: the identities of the matrices whose basis is on the side of their columns. That is never the longer
+    side. After each ``every`` steps, one power iteration and a QR decomposition move the basis towards the
+    eigenvectors. Matrices of one shape are updated together in batched products. A 1×1 convolution is a matrix. All
+    products have the weights' type.
     """
 
     def __init__(
