@@ -101,6 +101,13 @@ def test_wrong_benches_of_the_paper(words: list[str], part: str, folder: Path, t
         main(["paper", "--only=deit", f"--folder={tmp_path}/runs", *words])
 
 
+def test_a_model_that_cannot_be_made_is_an_error_before_training(two: Path, folder: Path, tmp_path: Path):
+    two.write_text(two.read_text() + "  wrong: {model.patch_drop: 0.5, model.name: vitlocal_localvit_tiny_patch8_64}\n")
+    with pytest.raises(ConfigError, match="the arm 'wrong': model option patch_drop_rate=0.5: expected none"):
+        main(["arms", str(two), "--budget=1ep", f"--folder={tmp_path}/runs"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_arms_run_once_and_are_tabulated(two: Path, tmp_path: Path, capsys):
     two.write_text(two.read_text() + "  broken: {train.lr: 1.0e+30}\n")
     command = ["arms", str(two), "--budget=1ep", "--seeds=3", f"--folder={tmp_path}/runs", "--together=2",

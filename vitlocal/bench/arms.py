@@ -20,10 +20,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitlocal.bench.measurement import write_json
 from vitlocal.bench.parsing import at_least, bench_parser, budget, names, numbers, plot_file
 from vitlocal.bench.runner import Arm, PlannedRun, Runner, option_names, plan_runs, read_arms, say, visible_gpus
 from vitlocal.bench.runs import summary
+from vitlocal.config import Config
 from vitlocal.data.manifest import load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
@@ -32,6 +35,7 @@ from vitlocal.report.figures import Line, race, save
 from vitlocal.report.run_folder import read_origin, read_run
 from vitlocal.stored_config import changed_options, stated_options
 from vitlocal.tasks.metrics import Metric, metrics_of, task_name
+from vitlocal.train.build import make_model
 
 PASS_FIELDS = ("epoch", "images_seen", "image_size", "loss", "lr", "train_seconds", "images_per_second",
                "macs_per_image", "flops")  # fmt: skip
@@ -187,6 +191,15 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[Path
     return found
 
 
+def check_model(arm: Arm, config: Config) -> None:
+    """Raises ConfigError if the arm's model cannot be made. The arm's turn may be hours after the start."""
+    manifest = load_manifest(config.data.root, "train")
+    try:
+        make_model(config, len(manifest.classes), torch.device("meta"), manifest.latents)
+    except ConfigError as error:
+        raise ConfigError(f"the arm '{arm.name}': {error}") from error
+
+
 def compete(
     arms: Sequence[Arm], length: Length, options: argparse.Namespace, trainer: Sequence[str], write: Callable[..., Any]
 ) -> None:
@@ -210,6 +223,8 @@ def compete(
     if waiting and not options.no_run:
         for root, split in product({configs[run.folder].data.root for run in waiting}, ("train", "val")):
             load_manifest(root, split)  # a missing split is an error that says how to write it
+        for run in {run.arm.name: run for run in waiting}.values():
+            check_model(run.arm, configs[run.folder])
         on_gpus = any(configs[run.folder].run.device != "cpu" for run in waiting)
         runner = Runner(options.jobs, options.together, visible_gpus() if on_gpus else ())
         say(f"{len(waiting)} runs of {length} to train, {options.jobs * options.together} at a time on {cores()} cores")
