@@ -11,8 +11,7 @@ from vitlocal.errors import ConfigError
 from vitlocal.methods.image_size import ImageSize
 from vitlocal.methods.method import MethodContext
 from vitlocal.plan import Feed, Plan, fold
-from vitlocal.progress import Length, Progress, upcoming_changes
-from vitlocal.train.simulate import Speed, spend
+from vitlocal.progress import Progress
 
 
 def sizes_at(stages: str, *points: Progress) -> list[int]:
@@ -57,37 +56,3 @@ def test_stages_are_written_into_a_runs_recipe(tmp_path: Path):
 def test_parts_that_are_none(option: str):
     with pytest.raises(ConfigError, match=option.partition("=")[0]):
         read_config([f"--{option}"], {})
-
-
-def test_epochs_begin_with_a_part_at_the_neighbours_in_turns():
-    options = ["--image_size.stages=32px until 3ep, 48px until 7ep, 64px", "--image_size.mixed=0.1"]
-    method, start = ImageSize(MethodContext(read_config(options, {}).recipe)), Plan(Feed(224, 8))
-
-    def size(epoch: float) -> int:
-        return fold([method], start, Progress(epoch=epoch)).feed.size
-
-    assert [size(epoch) for epoch in (0, 1.05, 2.0999, 4.05, 5, 6.09, 7, 8.05)] == [48, 48, 48, 32, 64, 32, 48, 48]
-    assert [size(epoch + 0.1) for epoch in range(8)] == [32, 32, 32, 48, 48, 48, 48, 64]
-    # The plans that are compiled early have each size, also if no stage begins with its own.
-    ends = upcoming_changes(method.changes(), Progress())
-    assert {size(0), *(size(at.epoch) for at in ends)} == {32, 48, 64}
-    # In the middle stage, a tenth of the images, half of them at either neighbour.
-    sizes = [size(3 + step / 1000) for step in range(4000)]
-    assert [sizes.count(each) for each in (32, 48, 64)] == [200, 3600, 200]
-
-
-def test_mixed_sizes_are_in_the_forecast():
-    stages = read_config(["--image_size.stages=32px until 50%, 64px", "--image_size.mixed=0.2"], {})
-    first, last = ImageSize.image_sizes(stages.recipe)
-    assert first.shares == ((32, 0.8), (64, 0.2)) and last.shares == ((64, 0.8), (32, 0.2))
-    speeds = {32: Speed(400.0, 40, 1e6), 64: Speed(100.0, 20, 4e6)}
-    early, late = spend((first, last), Length.parse("100s"), 1000, speeds)
-    # An image takes 0.8 / 400 + 0.2 / 100 s in the first stage, and 0.8 / 100 + 0.2 / 400 s in the last.
-    assert (early.images, late.images) == (12500, round(50 / 0.0085))
-    assert early.end.flops == pytest.approx(12500 * (0.8 * 1e6 + 0.2 * 4e6))
-    assert early.end.step == round(12500 * (0.8 / 40 + 0.2 / 20))
-
-
-def test_mixed_sizes_need_two_sizes():
-    with pytest.raises(ConfigError, match=r"image_size.mixed: got 0.1, but the only size is 224 px"):
-        read_config(["--methods=image_size", "--image_size.stages=224px", "--image_size.mixed=0.1"], {})

@@ -9,7 +9,6 @@ from itertools import pairwise
 from vitlocal.errors import ConfigError
 from vitlocal.progress import Length, Progress, Stage
 
-EPSILON = 1e-9  # of an epoch, less than an image: an epoch is a float
 EXAMPLE = "32px until 10%, 64px until 30%, 224px"
 
 
@@ -56,12 +55,8 @@ class Curriculum:
                     "the progress in its unit, or write ends such as 10%"
                 )
             at = Progress(fraction=float(at))
-        return self.stage(at).size
-
-    def stage(self, at: Progress) -> Stage:
-        """The stage at a point of the run."""
-        at = replace(at, epoch=at.epoch + EPSILON)
-        return next(stage for stage in self.stages if stage.until is None or stage.until.fraction_done(at) < 1)
+        at = replace(at, epoch=at.epoch + 1e-9)  # it is a float; 1e-9 epochs are less than an image
+        return next(stage.size for stage in self.stages if stage.until is None or stage.until.fraction_done(at) < 1)
 
     @property
     def sizes(self) -> tuple[int, ...]:

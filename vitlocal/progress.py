@@ -59,19 +59,10 @@ class Length:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of an image-size curriculum: crops of ``size`` px until ``until``. The last stage has no end.
-
-    ``mixed``: other sizes, px, that its images come in too, with the fraction of the images.
-    """
+    """A stage of an image-size curriculum: crops of ``size`` px until ``until``. The last stage has no end."""
 
     size: int
     until: Length | None = None
-    mixed: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def shares(self) -> tuple[tuple[int, float], ...]:
-        """Every size of the stage with its fraction of the images."""
-        return (self.size, 1 - sum(share for _, share in self.mixed)), *self.mixed
 
     @classmethod
     def parse(cls, text: str) -> Stage:

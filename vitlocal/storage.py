@@ -117,11 +117,9 @@ def size_demands(config: Config, images: int, speeds: Mapping[int, Speed]) -> tu
 
     A size that the budget does not reach gets one image. Its file is still wanted, in case training is faster.
     """
-    trained: dict[int, float] = {}
-    stages = recipe_stages(config)
-    for stage, spent in zip(stages, spend(stages, config.budget.length, images, speeds), strict=True):
-        for size, share in stage.shares:
-            trained[size] = trained.get(size, 0.0) + share * spent.images
+    trained: dict[int, int] = {}
+    for stage in spend(recipe_stages(config), config.budget.length, images, speeds):
+        trained[stage.size] = trained.get(stage.size, 0) + stage.images
     return tuple(
         layout.SizeDemand(size, max(count, 1.0), speeds[size].images_per_second) for size, count in trained.items()
     )

@@ -110,8 +110,7 @@ class Forecast:
             if before < percent < 100:
                 found.append(Stage.parse(f"{stage.size}px until {percent:g}%"))
                 before = percent
-        mixed = {stage.size: stage.mixed for stage in recipe_stages(self.config)}
-        return tuple(replace(stage, mixed=mixed[stage.size]) for stage in (*found, Stage(last.size)))
+        return (*found, Stage(last.size))
 
     def within(self, budgets: Sequence[Length]) -> list[dict[str, Any]]:
         """A row for each budget: its epochs, in all and by size, with the same fractions; None if it is too short."""

@@ -174,15 +174,15 @@ def _stairs(
 
 
 def _image_sizes(axes: Axes, line: Line, scale: float, form: str) -> None:
-    """Draws the image size, and writes it where it comes first."""
+    """Draws the image size, and writes it at the start of each stage."""
     _stairs(axes, line, "image_size", scale, BLUE, filled=True)
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "color": GREY}
-    seen = set()
+    before = None
     for start, record in zip(line.starts, line.records, strict=True):
         size = record["image_size"]
-        if size not in seen:
+        if size != before:
             axes.annotate(form.format(size), (start / scale, size), (2, -10), **style)
-        seen.add(size)
+        before = size
 
 
 def throughput(lines: Sequence[Line]) -> Figure:

@@ -26,24 +26,6 @@ class StageForecast:
     end: Progress
 
 
-@dataclass(frozen=True)
-class MixedSpeed:
-    """The mean speed of images that come in several sizes."""
-
-    images_per_second: float
-    steps: float  # for an image
-    flops: float  # of an image
-
-
-def mixture(parts: Sequence[tuple[Speed, float]]) -> MixedSpeed:
-    """The mean speed of images in several sizes. ``parts``: the speed and the fraction of each size."""
-    return MixedSpeed(
-        1 / sum(share / speed.images_per_second for speed, share in parts),
-        sum(share / speed.batch_size for speed, share in parts),
-        sum(share * speed.flops for speed, share in parts),
-    )
-
-
 def spend(
     stages: Sequence[Stage], budget: Length, images: int, speeds: Mapping[int, Speed], used: float = 0.0
 ) -> tuple[StageForecast, ...]:
@@ -53,11 +35,11 @@ def spend(
     """
     at, spent = Progress(), []
     for stage in stages:
-        speed = mixture([(speeds[size], share) for size, share in stage.shares])
+        speed = speeds[stage.size]
         # How much of each kind of length passes in a second.
         rates = {
             "epochs": speed.images_per_second / images,
-            "steps": speed.images_per_second * speed.steps,
+            "steps": speed.images_per_second / speed.batch_size,
             "seconds": 1.0,
             "flops": speed.images_per_second * speed.flops,
         }
