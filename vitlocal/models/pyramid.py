@@ -121,19 +121,19 @@ class PyramidModel(DropPathModel):
         """The number by which image sizes must be divisible, px."""
         raise NotImplementedError
 
-    def next_level(self, stage: Any, tokens: Tensor) -> Tensor:
+    def _next_level(self, stage: Any, tokens: Tensor) -> Tensor:
         """Leads from the level before to ``stage``: (B, h, w, D) -> (B, h', w', D')."""
         raise NotImplementedError
 
-    def end_level(self, stage: Any, tokens: Tensor) -> Tensor:
+    def _end_level(self, stage: Any, tokens: Tensor) -> Tensor:
         """Applies what follows the blocks of ``stage`` to tokens (B, N, D)."""
         return tokens
 
-    def last_norm(self, tokens: Tensor) -> Tensor:
+    def _last_norm(self, tokens: Tensor) -> Tensor:
         """Applies what follows the last level, if anything does, to its tokens (B, h, w, D)."""
         return tokens
 
-    def to_features(self, tokens: Tensor) -> Tensor:
+    def _to_features(self, tokens: Tensor) -> Tensor:
         """Gives tokens (B, h, w, D) the layout that timm's ``forward_head`` takes."""
         return tokens
 
@@ -149,7 +149,7 @@ class PyramidModel(DropPathModel):
 
     def forward_features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns the features of images (B, 3, S, S'). ``noise``: see :meth:`forward`."""
-        return self.to_features(self.last_norm(self.run_levels(images, noise)))
+        return self._to_features(self._last_norm(self.run_levels(images, noise)))
 
     def run_levels(
         self, images: Tensor, noise: Tensor | None = None, count: int | None = None, outputs: list[Tensor] | None = None
@@ -164,10 +164,10 @@ class PyramidModel(DropPathModel):
             scales = self.drop_path_scales(tokens.shape[0], noise).to(tokens.dtype).unbind(0)
         first = 0
         for stage in self.level_modules[:count]:
-            tokens = self.next_level(stage, tokens)
+            tokens = self._next_level(stage, tokens)
             grid, numbers = (tokens.shape[1], tokens.shape[2]), range(first, first + len(stage.blocks))
             tokens = self.run_blocks(numbers, tokens.flatten(1, 2), grid, scales)
-            tokens = self.end_level(stage, tokens).unflatten(1, grid)
+            tokens = self._end_level(stage, tokens).unflatten(1, grid)
             first = numbers.stop
             if outputs is not None:
                 outputs.append(tokens)
@@ -189,19 +189,19 @@ class PyramidModel(DropPathModel):
         outputs: list[Tensor] = []
         final = self.run_levels(x, None, last + 1 if stop_early or intermediates_only else None, outputs)
         if len(outputs) == count:
-            final = self.last_norm(final)
+            final = self._last_norm(final)
             outputs[-1] = final if norm else outputs[-1]
         found = (tokens for level, tokens in enumerate(outputs) if level in taken)
         layers = [tokens.permute(0, 3, 1, 2).contiguous() for tokens in found]
-        return layers if intermediates_only else (self.to_features(final), layers)
+        return layers if intermediates_only else (self._to_features(final), layers)
 
     def run_blocks(self, numbers: range, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None]) -> Tensor:
         """Runs the blocks with these ``numbers``, over tokens (B, N, D). ``scales``: of all blocks."""
         for number in numbers:
-            tokens = self.checkpointed(self.blocks[number], tokens, grid, scales[number])
+            tokens = self._checkpointed(self.blocks[number], tokens, grid, scales[number])
         return tokens
 
-    def checkpointed(self, function: Callable[..., Any], *operands: Any) -> Any:
+    def _checkpointed(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Applies ``function``; with gradient checkpointing, the backward pass does so again to save memory."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *operands, use_reentrant=False)
@@ -301,13 +301,13 @@ class Pvt(PyramidModel, PyramidVisionTransformerV2):
     def level_modules(self) -> Any:
         return self.stages
 
-    def next_level(self, stage: Any, tokens: Tensor) -> Tensor:
+    def _next_level(self, stage: Any, tokens: Tensor) -> Tensor:
         return tokens if stage.downsample is None else stage.downsample(tokens.permute(0, 3, 1, 2))
 
-    def end_level(self, stage: Any, tokens: Tensor) -> Tensor:
+    def _end_level(self, stage: Any, tokens: Tensor) -> Tensor:
         return stage.norm(tokens)
 
-    def to_features(self, tokens: Tensor) -> Tensor:
+    def _to_features(self, tokens: Tensor) -> Tensor:
         return tokens.permute(0, 3, 1, 2)
 
     def init_weights(self) -> None:

@@ -231,10 +231,10 @@ class Swin(PyramidModel, SwinTransformer):
     def size_multiple(self) -> int:
         return self.patch_embed.patch_size[0] * self.grid_multiple
 
-    def next_level(self, stage: Any, tokens: Tensor) -> Tensor:
+    def _next_level(self, stage: Any, tokens: Tensor) -> Tensor:
         return stage.downsample(tokens)
 
-    def last_norm(self, tokens: Tensor) -> Tensor:
+    def _last_norm(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
 
     def run_blocks(self, numbers: range, tokens: Tensor, grid: Grid, scales: Sequence[Tensor | None]) -> Tensor:
@@ -246,7 +246,7 @@ class Swin(PyramidModel, SwinTransformer):
         count, kept = tokens.shape[1], torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         for number in range(pruned[0], numbers.stop):
             block = self.blocks[number].forward_masked
-            tokens, received = self.checkpointed(block, tokens, grid, scales[number], kept)
+            tokens, received = self._checkpointed(block, tokens, grid, scales[number], kept)
             if number in pruned:
                 count = max(1, int(self.active.token_keep_rate * count + 1e-6))  # rounded down, as the released code
                 kept = keep_tokens(received, kept, count, self.active.strict_threshold)
