@@ -59,8 +59,8 @@ def mismatches(forecast: dict[str, Any], run: RunRecord) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     parser = bench_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    out = "file to write (default: report.html in a single RUN, else here)"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    where = "file to write (default: report.html in a single RUN, else here)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=where)
     parser.add_argument("--forecast", metavar="FILE", help="forecast for the first run, from bench forecast --json")
     parser.add_argument("--no-crops", action="store_true", help="do not read the data for crops")
     parser.add_argument("--board", action="store_true", help="check runs of three seeds, and print them as an entry")
