@@ -27,7 +27,7 @@ from vitlocal.bench.parsing import at_least, bench_parser, budget, names, number
 from vitlocal.bench.runner import Arm, PlannedRun, Runner, option_names, plan_runs, read_arms, say, visible_gpus
 from vitlocal.bench.runs import summary
 from vitlocal.config import Config
-from vitlocal.data.manifest import load_manifest
+from vitlocal.data.manifest import Manifest, load_manifest
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 from vitlocal.progress import Length
@@ -191,9 +191,8 @@ def added_results(runs: Sequence[PlannedRun], files: Sequence[str]) -> dict[Path
     return found
 
 
-def check_model(arm: Arm, config: Config) -> None:
+def check_model(arm: Arm, config: Config, manifest: Manifest) -> None:
     """Raises ConfigError if the arm's model cannot be made. The arm's turn may be hours after the start."""
-    manifest = load_manifest(config.data.root, "train")
     try:
         make_model(config, len(manifest.classes), torch.device("meta"), manifest.latents)
     except ConfigError as error:
@@ -221,10 +220,12 @@ def compete(
         raise ConfigError(f"--no-run: {options.folder} has none of these runs; train them, or name another --folder")
     failure: BaseException | None = None
     if waiting and not options.no_run:
-        for root, split in product({configs[run.folder].data.root for run in waiting}, ("train", "val")):
-            load_manifest(root, split)  # a missing split is an error that says how to write it
+        roots = {configs[run.folder].data.root for run in waiting}
+        # A missing split is an error that says how to write it.
+        manifests = {(root, split): load_manifest(root, split) for root, split in product(roots, ("train", "val"))}
         for run in {run.arm.name: run for run in waiting}.values():
-            check_model(run.arm, configs[run.folder])
+            config = configs[run.folder]
+            check_model(run.arm, config, manifests[config.data.root, "train"])
         on_gpus = any(configs[run.folder].run.device != "cpu" for run in waiting)
         runner = Runner(options.jobs, options.together, visible_gpus() if on_gpus else ())
         say(f"{len(waiting)} runs of {length} to train, {options.jobs * options.together} at a time on {cores()} cores")

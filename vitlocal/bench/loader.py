@@ -69,7 +69,7 @@ def reader(name: str, data: str, source: str | None, stored: str, workers: int, 
     elif name in ("ours", "labels"):
         opened = Loader(data, "train", BATCH, file=stored, num_workers=workers, drop_last=False)
         if name == "labels":
-            opened.use_soft_labels(SoftLabels(data, load_manifest(data, "train"), opened.crops))
+            opened.use_soft_labels(SoftLabels(data, opened.manifest, opened.crops))
     else:  # FFCV's own iterator: our source around it would make it 5 % slower
         from vitlocal.data.peers.ffcv import FileLoader
 

@@ -1,12 +1,12 @@
 """The image-size curriculum (Irandoust et al. 2022, arXiv 2211.05187, section 3.2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vitlocal.curriculum import Curriculum, stage_problem
 from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import PIXELS, STAGE, Choice, Number, Section, Series, messages, option
-from vitlocal.plan import Plan
+from vitlocal.plan import Plan, with_size
 from vitlocal.progress import Length, Progress, Stage
 
 
@@ -79,7 +79,7 @@ class ImageSize(Method):
         return recipe.section(ImageSizeConfig).curriculum
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:
-        return replace(plan, feed=replace(plan.feed, size=self._curriculum.size(progress)))
+        return with_size(plan, self._curriculum.size(progress))
 
     def changes(self) -> Sequence[Length]:
         return self._curriculum.changes

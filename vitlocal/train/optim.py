@@ -170,8 +170,12 @@ def build_optimizer(
     if not matrices:
         return adamw
     if name == "soap":
-        # The width is the shorter side. Of square matrices, PVTv2's queries have it as their input.
-        columns = {id(p) for path, p in matrices.items() if len(p) >= p.shape[1] + (not path.endswith("attn.q.weight"))}
+        # The width is the shorter side. Of square matrices, only PVTv2's queries have it as their input.
+        columns = {
+            id(p)
+            for path, p in matrices.items()
+            if len(p) > p.shape[1] or (len(p) == p.shape[1] and path.endswith("attn.q.weight"))
+        }
         soap = Soap(matrices.values(), columns, 0.0, betas, eps, weight_decay, soap_every)
         return CombinedOptimizer(adamw, soap)
     stacked = {"qkv": 3, "kv": 2}  # matrices in one weight
