@@ -211,11 +211,6 @@ def test_damaged_lines_of_other_files(tmp_path: Path):
         SearchLog(replay=str(tmp_path))
 
 
-# TensorBoard's thread opens its file by path at its first write, which may come after the folder has gone.
-MAY_LOSE_TENSORBOARD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@MAY_LOSE_TENSORBOARD
 def test_the_folder_is_removed_under_the_run(configure, decoder, tmp_path: Path, monkeypatch, capsys):
     run, options = tmp_path / "run", ("--methods=none", "--run.save_every=2steps", "--budget.length=4steps")
     original = Trainer.train_step
@@ -233,7 +228,6 @@ def test_the_folder_is_removed_under_the_run(configure, decoder, tmp_path: Path,
     assert read_log(run)[-1]["step"] == 4
 
 
-@MAY_LOSE_TENSORBOARD
 def test_a_folder_that_took_its_place_is_left_alone(configure, decoder, tmp_path: Path):
     run = tmp_path / "run"
     with open_trainer(configure()) as trainer:

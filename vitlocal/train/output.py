@@ -77,6 +77,7 @@ class RunOutput:
                 f"note: {damaged} of the lines of {log} cannot be read; the passes in them are lost to the report"
             )
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._tensorboard.flush()  # else a thread may still write when the folder has been moved away
 
     def due(self) -> bool:
         """Whether :meth:`show` is due. Its loss must be read from the device, which takes some steps."""
