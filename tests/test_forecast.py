@@ -137,6 +137,12 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
     assert "has no data: only the step is measured" in out and "epochs of 1,281,167 images" in out
 
 
+def test_a_forecast_of_fewer_images_than_a_batch(recipe: str, monkeypatch, capsys, decoder):
+    monkeypatch.setattr(forecast, "SECONDS", 0.1)
+    main(["forecast", recipe, "--train.batch_size=200", "--budgets=none"])  # the trainer takes all 120 images as a batch
+    assert "or need more images" in capsys.readouterr().out
+
+
 def test_a_forecast_for_another_machine(capsys):
     main(["forecast", *OURS, "--rates=224:1000", "--budgets=12h", "--image_size.stages=96px until 30%, 224px"])
     out = capsys.readouterr().out

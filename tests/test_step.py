@@ -483,3 +483,9 @@ def test_slow_attention_is_refused_on_a_gpu():
     heads = torch.randn(1, 1, 4, 7, device=GPU, dtype=torch.float64)  # no fused kernel takes float64
     with pytest.raises(ConfigError, match="no fused kernel"), fast_attention(GPU):
         torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+
+
+@pytest.mark.parametrize(("classes", "names"), [(5, ["top1"]), (6, ["top1", "top5"])])
+def test_the_best_five_of_five_classes_are_no_result(configure, classes: int, names: list[str]):
+    task = build_step(configure("--model.size=24"), classes, CPU).task
+    assert list(task.scores(np.ones((3, classes), np.int64)).values) == names

@@ -98,7 +98,10 @@ class SizeMeter:
         fill_zeros(trainer.step.model)
         reset_peak(self.device)
         self.compile_seconds = trainer.step.warm_up(plan.feed, self.classes)
-        self.feed, self.mode, largest = plan.feed, EAGER, plan.feed.batch_size
+        largest = plan.feed.batch_size
+        if self.has_data:
+            largest = min(largest, trainer.sources.train.rows.count(plan.feed.subset))
+        self.feed, self.mode = replace(plan.feed, batch_size=largest), EAGER
         if self.device.type == "cpu" and largest > 8:  # a smaller batch if the step would take too long
             batch = self._noise(replace(plan.feed, batch_size=8))
             self._train(batch)
@@ -225,7 +228,7 @@ def show(found: Forecast, budgets: Sequence[Length]) -> None:
     total = f"{end.epoch:.2f} epochs, {end.images_seen:,} images, {end.flops:.3g} FLOPs"
     print(f"in all {total}, {duration(end.seconds)} of training")
     if any((speed.measured_batch or speed.batch_size) < speed.batch_size for speed in found.sizes):
-        print("measured with smaller batches than the recipe's, which take too long here")
+        print("measured with smaller batches than the recipe's, which take too long here or need more images")
     if found.evaluation_seconds is not None:
         when = "only at the end" if first is None else f"the first after {duration(first)} of training"
         print(f"evaluation: {when}; each takes {found.evaluation_seconds:.1f} s")

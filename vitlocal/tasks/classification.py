@@ -212,7 +212,9 @@ class Classification(Task):
 
     def scores(self, sums: np.ndarray) -> Scores:
         top1, top5, images = sums.sum(axis=1).tolist()
-        values = {"top1": 100 * top1 / max(images, 1), "top5": 100 * top5 / max(images, 1)}
+        values = {"top1": 100 * top1 / max(images, 1)}
+        if sums.shape[1] > 5:  # of five classes or fewer, the best five are all
+            values["top5"] = 100 * top5 / max(images, 1)
         return Scores(values, by_class=sums[[0, 2]].T)
 
     def export(
