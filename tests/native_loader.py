@@ -7,12 +7,10 @@ from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import Loader
 from vitlocal.data.reader import LoaderResources
 
-KINDS = {"torchvision": "random", "tensorflow": "tensorflow"}
-
 
 def native(folder: Path, split: str, crops: CropPolicy, resources: LoaderResources, **options: Any) -> Loader:
     return Loader(
-        folder, split, shuffle=crops.shuffles, crop=KINDS[crops.rule] if crops.random else "centre", seed=crops.seed,
+        folder, split, shuffle=crops.shuffles, crop="random" if crops.random else "centre", seed=crops.seed,
         scale=crops.scale, ratio=crops.ratio, flip=crops.flip, repeats=crops.repeats, crop_pct=crops.centre,
         drop_last=False, copy=False, resources=resources, **{"batch_size": 16, **options},
     )  # fmt: skip

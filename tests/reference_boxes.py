@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from vitlocal.data.crops import Box
 
 ATTEMPTS = 10  # before the fallback to a centre crop, as in torchvision's RandomResizedCrop
-TENSORFLOW_ATTEMPTS = 100  # before the fallback to the whole image
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -56,39 +53,3 @@ def random_box(
             return Box(top * height, left * width, part_h * height, part_w * width, flipped)
     tall, across = min(1.0, shape / ratio[0]) * height, min(1.0, ratio[1] / shape) * width
     return Box((height - tall) / 2, (width - across) / 2, tall, across, flipped)
-
-
-def tensorflow_box(
-    seed: int, epoch: int, draw: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
-    flip: float,
-) -> Box:  # fmt: skip
-    """A random crop by TensorFlow's sample_distorted_bounding_box, with min_object_covered=0 and 100 attempts.
-
-    The ratio is uniform in ``ratio``, the height uniform between those of the smallest and the largest area. The whole
-    image is the fallback. The float32 arithmetic is that of sample_distorted_bounding_box_op.cc.
-    """
-    f32, key = np.float32, crop_key(seed, epoch, draw)
-    low, high = f32(ratio[0]), f32(ratio[1])
-    least, most = (f32(part) * f32(width) * f32(height) for part in scale)
-    flipped = _uniform(key, 0) < flip
-    for attempt in range(TENSORFLOW_ATTEMPTS):
-        wide = f32(_uniform(key, 4 * attempt + 1)) * (high - low) + low
-        tall, tallest = (int(np.rint(np.sqrt(area / wide))) for area in (least, most))
-        if np.rint(f32(tallest) * wide) > width:
-            tallest = int((width + 0.5 - float(f32(1e-7))) / float(wide))
-            if np.rint(f32(tallest) * wide) > width:
-                tallest -= 1
-        tallest = min(tallest, height)
-        tall = min(tall, tallest)
-        tall += int(_uniform(key, 4 * attempt + 2) * (tallest - tall + 1))
-        across = int(np.rint(f32(tall) * wide))
-        if f32(across * tall) < least:
-            tall += 1
-            across = int(np.rint(f32(tall) * wide))
-        if f32(across * tall) > most:
-            tall -= 1
-            across = int(np.rint(f32(tall) * wide))
-        if least <= f32(across * tall) <= most and 0 < across <= width and 0 < tall <= height:
-            left = int(_uniform(key, 4 * attempt + 3) * (width - across))
-            return Box(int(_uniform(key, 4 * attempt + 4) * (height - tall)), left, tall, across, flipped)
-    return Box(0, 0, height, width, flipped)

@@ -5,7 +5,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 from PIL import Image
-from reference_boxes import _scramble, crop_key, random_box, tensorflow_box
+from reference_boxes import _scramble, crop_key, random_box
 from timm.data import create_transform
 from torchvision.transforms.v2 import RandomResizedCrop
 
@@ -38,34 +38,6 @@ def test_native_boxes_are_those_of_the_reference(height: int, width: int):
         found = native_box(policy, draw, height, width, 224)
         assert found.flipped == mine.flipped
         assert astuple(found) == pytest.approx(astuple(mine), rel=1e-12, abs=1e-9)
-
-
-SHAPES = [(100, 100), (375, 500), (500, 333), (64, 64), (40, 400), (1, 1), (3, 2), (1, 50), (65535, 60000)]
-
-
-@pytest.mark.parametrize(("height", "width"), SHAPES)
-@pytest.mark.parametrize(("scale", "ratio"), [((0.05, 1.0), (0.75, 1.33)), ((0.2, 0.9), (0.6, 1.5)), ((1, 1), (2, 2))])
-def test_native_boxes_of_tensorflows_rule_are_those_of_the_reference(height: int, width: int, scale, ratio):
-    """Bit for bit. A ratio of 2 and the whole area have no box in a square: the whole image is the fallback."""
-    policy = native_policy(CropPolicy(random=True, seed=5, scale=scale, ratio=ratio, flip=0.3, rule="tensorflow"), 7)
-    for draw in [*range(200), 12 | 3 << REPEAT_SHIFT]:
-        mine = tensorflow_box(5, 7, draw, height, width, scale, ratio, 0.3)
-        assert native_box(policy, draw, height, width, 9) == mine
-        assert 0 <= mine.top <= height - mine.height and 0 <= mine.left <= width - mine.width
-        assert scale[0] < 1 or (mine.height, mine.width) == (height, width)
-
-
-def test_tensorflows_rule_draws_ratio_and_height_uniformly():
-    """Of an image that is wide enough for every box: quantiles by the kernel's formulas, not by its loop."""
-    drawn = [tensorflow_box(0, 0, draw, 1000, 1600, (0.05, 0.5), (0.75, 1.33), 0.5) for draw in range(4000)]
-    tall, ratio = np.array([box.height for box in drawn]), np.array([box.width / box.height for box in drawn])
-    low, high = (np.sqrt(area * 1600 * 1000 / ratio) for area in (0.05, 0.5))
-    place = (tall - low) / (np.minimum(high, 1000) - low)  # of the height in its range
-    top = np.array([box.top / (1000 - box.height) for box in drawn if box.height < 900])
-    for values, start, end in ((ratio, 0.75, 1.33), (place, 0, 1), (top, 0, 1)):
-        for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
-            assert np.quantile(values, quantile) == pytest.approx(start + quantile * (end - start), abs=0.03)
-    assert np.mean([box.flipped for box in drawn]) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 250)])

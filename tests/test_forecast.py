@@ -139,7 +139,7 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
 
 def test_a_forecast_of_fewer_images_than_a_batch(recipe: str, monkeypatch, capsys, decoder):
     monkeypatch.setattr(forecast, "SECONDS", 0.1)
-    main(["forecast", recipe, "--train.batch_size=200", "--budgets=none"])  # the trainer takes all 120 images as a batch
+    main(["forecast", recipe, "--train.batch_size=200", "--budgets=none"])  # of 120 images
     assert "or need more images" in capsys.readouterr().out
 
 

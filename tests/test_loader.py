@@ -374,7 +374,7 @@ def test_one_file_with_and_without_its_manifest(folder: Path, tmp_path: Path, op
         ({"size": 0}, "size: got 0"),
         ({"scale": (0.5, 0.2)}, "scale: got"),
         ({"flip": 2}, "flip: got 2"),
-        ({"crop": "center"}, "crop: got 'center', expected random, tensorflow, centre or a function"),
+        ({"crop": "center"}, "crop: got 'center', expected random, centre or a function"),
         ({"rank": 2, "world_size": 2}, "rank: got 2"),
         ({"world_size": 2}, "rank and world_size: got None and 2; give both or neither"),
         ({"world_size": 0, "rank": 0}, "world_size: got 0"),

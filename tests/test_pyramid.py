@@ -312,9 +312,9 @@ def test_random_slices_have_initial_weights():
 
 
 @pytest.mark.parametrize("name", [PVT, SWIN])
-@pytest.mark.parametrize("optimizer", ["normuon", "soap"])
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
 def test_optimizers_of_matrices_train_slices(name: str, optimizer: str):
-    """Moments of rows and of whole slices are set at growth. Muon takes keys and values as two matrices."""
+    """Moments of slices are set at growth. Muon takes keys and values as two matrices."""
     model, images = small_model(name, 32).train(), some_images(32, 2)
     chosen = build_optimizer(model, optimizer)
     for group in chosen.param_groups:
@@ -328,7 +328,7 @@ def test_optimizers_of_matrices_train_slices(name: str, optimizer: str):
     train_step(model, images, Steps(chosen, model))
     matrices = block_matrices(model)
     assert all(p.isfinite().all() for p in model.parameters()) and not any("bias_table" in path for path in matrices)
-    if name == PVT and optimizer == "normuon":
+    if name == PVT and optimizer == "muon":
         assert {chosen.members[1].parts[id(p)] for path, p in matrices.items() if path.endswith(".kv.weight")} == {2}
     elif name == PVT:  # its square queries have the width as columns, and its square projections as rows
         columns = chosen.members[1].columns

@@ -111,13 +111,13 @@ def without_rope(model):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [NAME, "vitlocal_deit_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64"])
 def test_every_family_at_every_size(name, kind):
-    model = narrow(name, rope=kind, reg_tokens=2)
+    model = narrow(name, rope=kind)
     for shape in ((16, 16), (64, 64), (24, 40), (96, 64)):
         assert model(torch.randn(2, 3, *shape)).isfinite().all()
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     assert all(block.attn.freqs.grad.any() for block in model.blocks if kind == "mixed")
     assert ("blocks.0.attn.freqs" in model.state_dict()) == (kind == "mixed")
-    assert count_macs(model, 32) == count_macs(narrow(name, reg_tokens=2), 32)
+    assert count_macs(model, 32) == count_macs(narrow(name), 32)
     assert activation_bytes(model, 32) > 0
 
 
@@ -133,23 +133,23 @@ def test_frequencies_of_zero_turn_nothing():
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_tokens_keep_the_angles_of_the_others(kind):
     """Tokens that were dropped, and tokens that are masked out, are the same to the others."""
-    model, images = narrow(NAME, rope=kind, depth=3, reg_tokens=1).eval(), torch.randn(2, 3, 64, 64)
+    model, images = narrow(NAME, rope=kind, depth=3).eval(), torch.randn(2, 3, 64, 64)
     block = model.blocks[0].attn
-    shared = model._shared_rotations(images, torch.empty(2, 66, 32))
+    shared = model._shared_rotations(images, torch.empty(2, 65, 32))
     kept = torch.stack([torch.randperm(64)[:20].sort().values for _ in range(2)])
-    tokens, places = torch.randn(2, 66, 32), torch.cat([torch.tensor([[0, 1]] * 2), kept + 2], dim=1)
-    mask = torch.zeros(2, 1, 66, 66, dtype=torch.bool)
+    tokens, places = torch.randn(2, 65, 32), torch.cat([torch.tensor([[0]] * 2), kept + 1], dim=1)
+    mask = torch.zeros(2, 1, 65, 65, dtype=torch.bool)
     for image in range(2):
         mask[image, :, :, places[image]] = True
     few = tokens.gather(1, places[..., None].expand(-1, -1, 32))
     dropped, masked = block.rotation(shared, kept, (8, 8)), block.rotation(shared, None, (8, 8))
     whole = block(tokens, mask, masked).gather(1, places[..., None].expand(-1, -1, 32))
     torch.testing.assert_close(block(few, None, dropped), whole, rtol=1e-4, atol=1e-5)
-    by_class = block.patch_attention(few, None, 2, True, dropped)
+    by_class = block.patch_attention(few, None, 1, True, dropped)
     weights = attention_weights(*block.project_qkv(few, slice(2), dropped))
-    torch.testing.assert_close(by_class, weights.mean(dim=1)[:, 0, 2:])
+    torch.testing.assert_close(by_class, weights.mean(dim=1)[:, 0, 1:])
     model.active = replace(model.active, pruned_blocks=(1,))  # keeps everything
-    expected = narrow(NAME, rope=kind, depth=3, reg_tokens=1).eval()
+    expected = narrow(NAME, rope=kind, depth=3).eval()
     expected.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(images), expected(images), rtol=1e-4, atol=1e-5)
     set_shape(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.5, pruned_blocks=(0, 1)))
@@ -193,7 +193,7 @@ def test_parts_of_the_grid_train_in_bfloat16_and_with_checkpoints(kind, options)
 @pytest.mark.parametrize("kind", [pytest.param("axial", marks=pytest.mark.slow), "mixed"])
 def test_traced_blocks_have_the_eager_gradients(kind):
     """All blocks share one region of the graph, and the constants of rotary positions are its inputs."""
-    model, images, found = narrow(NAME, rope=kind, qk_norm=True, reg_tokens=1), torch.randn(4, 3, 32, 32), []
+    model, images, found = narrow(NAME, rope=kind, qk_norm=True), torch.randn(4, 3, 32, 32), []
     model.compiles_blocks_once = True
     for call in (model, torch.compile(model, dynamic=False, backend="aot_eager")):
         model.zero_grad()

@@ -15,7 +15,6 @@ import pytest
 import torch
 from native_loader import native
 from PIL import Image
-from reference_boxes import tensorflow_box
 
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.crops import CropPolicy, cut
@@ -25,7 +24,6 @@ from vitlocal.data.native import native_box, native_policy
 from vitlocal.data.peers.torchvision import TorchvisionSource
 from vitlocal.data.reader import LoaderResources
 from vitlocal.data.shares import WHOLE, Share
-from vitlocal.data.sources import open_sources
 from vitlocal.data.writer.verify import verify
 from vitlocal.data.writer.write import write
 from vitlocal.errors import ConfigError, DataError, DeviceMemoryError
@@ -162,24 +160,6 @@ def test_validation_is_in_order_and_central(folder: Path, shared):
     box = native_box(native_policy(CropPolicy(random=False, centre=1.0), 0), 0, height, width, 96)
     expected = np.asarray(cut(Image.fromarray(stored), box, 96))
     assert np.abs(batches[0][0][row].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
-
-
-def test_crops_by_tensorflows_rule(folder: Path):
-    sources = open_sources("native", str(folder), device=CPU, workers=1, seed=3, crop="tensorflow", crop_scale=(0.2, 1))
-    train = sources.train
-    (images, _, ids), *_ = read(train, Feed(32, 50), Position(2))
-    file = train._open_file(train.choose(32).file)
-    for image, row in zip(images, ids.tolist(), strict=True):
-        field = file.rows[row]
-        height, width = int(field["height"]), int(field["width"])
-        stored = file.bytes[int(field["offset"]) :][: height * width * 3].reshape(height, width, 3)
-        box = tensorflow_box(3, 2, row, height, width, (0.2, 1), (0.75, 4 / 3), 0.5)
-        expected = np.asarray(cut(Image.fromarray(stored), box, 32))
-        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
-    sources.train.close()
-    sources.val.close()
-    with pytest.raises(ConfigError, match="augment.crop: got tensorflow, but data.loader=ffcv"):
-        open_sources("ffcv", str(folder), device=CPU, crop="tensorflow")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Options of the trunk: norms of queries and keys, registers, no position table, other stems."""
+"""Options of the trunk: norms of queries and keys, no position table, other stems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitlocal.train.optim import build_optimizer
 
 NAMES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
 SIZES = dict(embed_dim=32, depth=2, num_heads=2)
-ALL = dict(rope="mixed", qk_norm=True, reg_tokens=3, stem="conv", use_abs_pos_emb=False, init_values=0.1)
+ALL = dict(rope="mixed", qk_norm=True, stem="conv", use_abs_pos_emb=False, init_values=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_norms_and_registers_equal_timms():
-    options = dict(qk_norm=True, reg_tokens=4, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+def test_norms_of_queries_and_keys_equal_timms():
+    options = dict(qk_norm=True, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     ours = timm.create_model("vitlocal_deit_tiny_patch16_224", **options).eval()
     theirs = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, **options).eval()
     with torch.no_grad():
@@ -37,22 +37,23 @@ def test_norms_and_registers_equal_timms():
         for side in (224, 64):
             images = torch.randn(2, 3, side, side)
             torch.testing.assert_close(ours(images), theirs(images), rtol=1e-3, atol=1e-4)
-    assert ours.num_prefix_tokens == theirs.num_prefix_tokens == 5
+    assert ours.num_prefix_tokens == theirs.num_prefix_tokens == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_registers_are_no_patches(name, pool):
-    model, images = narrow(name, pool=pool, reg_tokens=2, depth=3).eval(), torch.randn(2, 3, 32, 48)
-    first = 2 + (pool == "token")
+def test_a_class_token_is_no_patch(name, pool):
+    model, images = narrow(name, pool=pool, depth=3).eval(), torch.randn(2, 3, 32, 48)
+    first = int(pool == "token")
     tokens = model.forward_features(images)
     assert tokens.shape == (2, first + 24, 32) and model.pos_embed.shape[1] == first + 64
-    read = tokens[:, 0] if pool == "token" else tokens[:, 2:].mean(dim=1)
+    read = tokens[:, 0] if pool == "token" else tokens.mean(dim=1)
     torch.testing.assert_close(model(images), model.head(read))
     attention = model.forward_with_attention_variance(images)[1]
     assert attention.shape == (2,) and attention.isfinite().all()
     _, (last,) = model.forward_intermediates(images, 1, return_prefix_tokens=True)
-    assert last[0].shape == (2, 32, 4, 6) and last[1].shape == (2, first, 32)
+    patches, prefix = last if first else (last, None)
+    assert patches.shape == (2, 32, 4, 6) and (prefix is None or prefix.shape == (2, 1, 32))
     if name == NAMES[2]:
         return
     expected = model(images)
@@ -134,7 +135,7 @@ def test_all_options_together_train_and_come_back(name, tmp_path):
         torch.testing.assert_close(loaded(images), model.eval()(images))
     grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, img_size=96)
     assert grey.patch_embed.convs[0].weight.shape[1] == 1 and grey.patch_embed.grid_size == (12, 12)
-    assert {"reg_token", "blocks.1.attn.freqs"} < model.no_weight_decay()
+    assert {"cls_token", "blocks.1.attn.freqs"} < model.no_weight_decay()
     groups = timm.models.group_parameters(model, model.group_matcher())
     grouped = sorted(name for group in groups.values() for name in group)
     assert grouped == sorted(name for name, _ in model.named_parameters())
@@ -156,7 +157,7 @@ def test_only_matrices_of_blocks_decay_or_go_to_muon(kind):
 @pytest.mark.parametrize("pool, tokens", [("token", "all"), ("token", "class"), ("avg", "all")])
 @pytest.mark.parametrize("table", [True, False])
 def test_an_export_contains_the_stage(pool, tokens, table, tmp_path):
-    options = dict(reg_tokens=2, pool=pool, use_abs_pos_emb=table)
+    options = dict(pool=pool, use_abs_pos_emb=table)
     model, images = narrow(NAMES[1], **options).eval(), torch.randn(2, 3, 32, 32)
     add_stage_table(model, StageEmbedding(rows=3, std=0.5, tokens=tokens))
     set_shape(model, Shape(stage=1))
@@ -166,11 +167,7 @@ def test_an_export_contains_the_stage(pool, tokens, table, tmp_path):
         torch.testing.assert_close(loaded(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_can_change_without_a_table_or_with_registers():
-    model = narrow(NAMES[0], reg_tokens=2)
-    rows = model.pos_embed[:, :3].clone()
-    model.set_input_size(96)
-    assert model.pos_embed.shape == (1, 3 + 144, 32) and torch.equal(model.pos_embed[:, :3], rows)
+def test_sizes_can_change_without_a_table():
     model = narrow(NAMES[0], rope="axial", use_abs_pos_emb=False, stem="conv")
     model.set_input_size((96, 64))
     assert model(torch.randn(2, 3, 96, 64)).shape == (2, 7)
@@ -190,7 +187,6 @@ def test_sizes_can_change_without_a_table_or_with_registers():
         (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16, 32 with stem=hmlp")),
         (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "2, 4, 8, 16, 32 with stem=conv")),
         (dict(stem="conv", patch_size=16, embed_dim=36), ("embed_dim=36", "a multiple of 8")),
-        (dict(reg_tokens=-1), ("reg_tokens=-1", "at least 0")),
         (dict(qk_norm="yes"), ("qk_norm='yes'", "true or false")),
         (dict(use_abs_pos_emb=False, pos_embed_init="sincos"), ("use_abs_pos_emb=False", "options set the table")),
         (dict(use_abs_pos_emb=False, train_pos_embed=False), ("use_abs_pos_emb=False", "options set the table")),

@@ -37,7 +37,7 @@ from vitlocal.schedule import LRSchedule
 LARGEST_ERASED = 836  # px; random erasing in data/augment.py has this many pixels of noise in each of three channels
 LOSSES = ("cross_entropy", "binary_cross_entropy")
 LOADERS = ("native", "ffcv", "torchvision", "dali")
-CROP_OPTIONS = ("crop", "crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
+CROP_OPTIONS = ("crop_scale", "crop_ratio", "flip", "repeats")  # of the section augment; the loader crops
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,6 @@ class ModelConfig:
     )
     use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
     qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
-    reg_tokens: int | None = option(None, Number(0, 100, whole=True), "register tokens; none: 0")
     stem: str | None = option(
         None, Choice("patch", "hmlp", "conv"), "first layers: one per patch (none), several per patch, 3x3 convolutions"
     )
@@ -110,11 +109,9 @@ class TrainConfig:
     end_lr: float = option(1e-5, Number(0), "learning rate at the end of the schedule (not scaled)")
     warmup: Length = option(Length.parse("0ep"), Duration(), "length of the linear warm-up from a learning rate of 0")
     optimizer: str = option(
-        "adamw",
-        Choice("adamw", "muon", "normuon", "soap"),
-        "muon, normuon, soap: that one for matrices in blocks, AdamW for the rest",
+        "adamw", Choice("adamw", "muon", "soap"), "muon, soap: that one for matrices in blocks, AdamW for the rest"
     )
-    muon_momentum: float = option(0.95, DECAY, "Muon and NorMuon: momentum")
+    muon_momentum: float = option(0.95, DECAY, "Muon: momentum")
     soap_every: int = option(10, COUNT, "SOAP: steps from one change of the eigenbases to the next")
     weight_decay: float = option(0.05, Number(0), "weight decay; none on norms, biases, embeddings and tokens")
     betas: tuple[float, float] = option((0.9, 0.999), Series(DECAY, 2), "AdamW and SOAP: betas")
@@ -147,10 +144,6 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    crop: str = option(
-        "torchvision", Choice("torchvision", "tensorflow"), "rule of the random crop: torchvision's RandomResizedCrop, "
-        "or TensorFlow's sample_distorted_bounding_box (big_vision)"
-    )  # fmt: skip
     crop_scale: tuple[float, float] = option((0.08, 1.0), Series(FRACTION, 2), "area of the random crop: range")
     crop_ratio: tuple[float, float] = option((0.75, 4 / 3), Series(Number(0.01), 2), "width / height of crops: range")
     flip: float = option(0.5, FRACTION, "probability of a horizontal flip")

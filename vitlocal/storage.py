@@ -52,9 +52,7 @@ def plan_files(options: WriteOptions) -> None:
     images = open_images(options.source, "train", source_choice(options))
     demands = size_demands(config, len(images), speeds_for(config, stated))
     augment = config.augment
-    crops = CropPolicy(
-        random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip, rule=augment.crop
-    )  # fmt: skip
+    crops = CropPolicy(random=True, scale=augment.crop_scale, ratio=augment.crop_ratio, flip=augment.flip)
     limits = layout.StorageLimits(
         cores=options.cores or cores(),
         disk=options.disk_limit or shutil.disk_usage(nearest).free,

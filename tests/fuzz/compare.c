@@ -71,7 +71,7 @@ static struct test random_test(long number) {
     const uint64_t how = random_number(4);
     if (how == 0) { /* as the loader does */
         struct policy policy = {RANDOM, 7, 0, 0.01, 1, 0.5, 2, 0.5, 1};
-        policy.kind = between(CENTRE, TENSORFLOW);
+        policy.kind = between(CENTRE, WHOLE);
         policy.centre = 0.5 + fraction() / 2;
         test.columns = test.rows;
         vitlocal_box(&policy, number, height, width, test.rows, &test.box);

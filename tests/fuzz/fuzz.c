@@ -139,7 +139,7 @@ int main(int count, char **arguments) {
             row.raw = 1;
         }
         const struct policy policy = {
-            .kind = (int64_t)random_number(4), .seed = (int64_t)random_number(1000), .scale_low = 0.01,
+            .kind = (int64_t)random_number(3), .seed = (int64_t)random_number(1000), .scale_low = 0.01,
             .scale_high = 1, .ratio_low = 0.5, .ratio_high = 2, .flip = 0.5, .centre = 1,
         };
         const int size = sizes[random_number(sizeof sizes / sizeof *sizes)];

@@ -37,7 +37,6 @@ class CropPolicy:
     repeats: int = 1  # how often a row follows itself in an epoch
     centre: float = 0.875  # timm's crop_pct: size of the centre crop, as a fraction of the resized short edge
     shuffle: bool | None = None
-    rule: str = "torchvision"  # or "tensorflow": sample_distorted_bounding_box, see native/crops.c
     variant: int = 0  # other boxes and flips in the same order: after a run has gone back to a checkpoint
     box_epochs: int = 0  # boxes and flips repeat after so many epochs; 0: never
 

@@ -29,8 +29,6 @@ from vitlocal.plan import Feed
 from vitlocal.progress import Position
 
 STATE_VERSION = 1
-RULES = {"torchvision": "random", "tensorflow": "tensorflow"}  # CropPolicy.rule and the argument ``crop``
-CROPS = (*RULES.values(), "centre")
 INDICES = 1  # the number of the subset that ``indices`` selects
 MAX_REPORTED = 5  # damaged images that are named at the end of a pass
 
@@ -80,9 +78,8 @@ class Loader(BetonSource):
             number of crops, so fewer images.
         scale, ratio, flip: random resized crops: bounds of the area as a fraction of the image, bounds of width /
             height, and the probability of a horizontal flip.
-        crop: "random" resized crops by torchvision's rule, "tensorflow" for random crops by the rule of
-            sample_distorted_bounding_box, "centre" crops by timm's rule, or a function of the rows (B,) int64 and the
-            epoch. It returns boxes as fractions of each image, (B, 4): top, left, height and width, or (B, 5) with a
+        crop: "random" resized crops, "centre" crops by timm's rule, or a function of the rows (B,) int64 and the epoch.
+            It returns boxes as fractions of each image, (B, 4): top, left, height and width, or (B, 5) with a
             flip (0 or 1). It is called in a thread.
         crop_pct: the size of a centre crop, as a fraction of the resized short edge.
         num_workers: threads that decode; 0: one for each core of this process, and two fewer if the device is not the
@@ -134,7 +131,7 @@ class Loader(BetonSource):
             scale=(scale, 0 < low <= high <= 1, "two fractions of the area, such as (0.08, 1)"),
             ratio=(ratio, 0 < narrow <= wide, "two ratios of width and height, such as (3/4, 4/3)"),
             flip=(flip, 0 <= flip <= 1, "a probability"),
-            crop=(crop, callable(crop) or crop in CROPS, f"{', '.join(CROPS)} or a function"),
+            crop=(crop, callable(crop) or crop in ("random", "centre"), "random, centre or a function"),
             crop_pct=(crop_pct, 0 < crop_pct <= 1, "a fraction above 0"),
             num_workers=(num_workers, num_workers >= 0, "a number of threads, or 0 for one per core"),
             prefetch=(prefetch, prefetch >= 1, "at least 1"),
@@ -149,7 +146,6 @@ class Loader(BetonSource):
         crops = CropPolicy(
             random=crop != "centre", seed=seed, scale=(low, high), ratio=(narrow, wide), flip=flip, repeats=repeats,
             centre=crop_pct, shuffle=train if shuffle is None else shuffle,
-            rule="tensorflow" if crop == "tensorflow" else "torchvision",
         )  # fmt: skip
         costs = DecodingCosts.load(folder, manifest)
         super().__init__(folder, manifest, crops, device, costs, side_ratio, share or _share(rank, world_size))

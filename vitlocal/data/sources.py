@@ -16,8 +16,8 @@ LOADERS = ("native", "ffcv", "torchvision", "dali")
 def open_sources(
     loader: str, root: str, *, device: torch.device, source: str | None = None, workers: int = 0,
     on_error: str = "stop", side_ratio: float = 1.5, seed: int = 0, crop_scale: tuple[float, float] = (0.08, 1.0),
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3), flip: float = 0.5, repeats: int = 1, crop: str = "torchvision",
-    centre_crop: float = 0.875, share: Share = WHOLE, local_world_size: int = 1, latents: bool = False,
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3), flip: float = 0.5, repeats: int = 1, centre_crop: float = 0.875,
+    share: Share = WHOLE, local_world_size: int = 1, latents: bool = False,
 ) -> Sources:  # fmt: skip
     """The sources of the splits train and val in the data folder ``root``; ``loader`` is one of :data:`LOADERS`.
 
@@ -26,7 +26,7 @@ def open_sources(
         workers: decoder threads (processes for torchvision); 0: see :func:`vitlocal.machine.decoder_threads`.
         on_error: "stop" or "skip" at a damaged image (native loader).
         side_ratio: a file serves random crops of a size if its side is at least ``side_ratio`` x size.
-        seed, crop_scale, crop_ratio, flip, repeats: random crops for training, see CropPolicy. ``crop`` is its rule.
+        seed, crop_scale, crop_ratio, flip, repeats: random crops for training, see CropPolicy.
         centre_crop: size of the centre crop for validation, as a fraction of the resized short edge.
         share: the part of each batch that this process reads.
         local_world_size: the number of processes that share the cores.
@@ -44,10 +44,8 @@ def open_sources(
             f"data.loader: got {loader}, which reads photos; latents are read by the native loader: data.loader=native"
         )
     workers = workers or decoder_threads(device.type != "cpu", local_world_size)
-    if loader == "ffcv" and crop != "torchvision":
-        raise ConfigError(f"augment.crop: got {crop}, but data.loader=ffcv crops by torchvision's rule; use native")
     if loader == "native":
-        from vitlocal.data.loader import RULES, Loader
+        from vitlocal.data.loader import Loader
         from vitlocal.data.reader import LoaderResources
 
         resources = LoaderResources(1 if latents else workers)  # latents are copied, not decoded
@@ -56,10 +54,9 @@ def open_sources(
         if latents:
             return LatentSource(root, split, crops, device, resources, share)
         if loader == "native":
-            kind = RULES[crops.rule] if crops.random else "centre"
             return Loader(
                 root, split, seed=crops.seed, scale=crops.scale, ratio=crops.ratio, flip=crops.flip,
-                repeats=crops.repeats, crop_pct=crops.centre, crop=kind, drop_last=False, device=device, share=share,
+                repeats=crops.repeats, crop_pct=crops.centre, drop_last=False, device=device, share=share,
                 side_ratio=side_ratio, on_error="skip" if on_error == "skip" else "raise",
                 copy=False, resources=resources,
             )  # fmt: skip
@@ -77,7 +74,7 @@ def open_sources(
         return TorchvisionSource(root, source, split, crops, device, workers, share)
 
     sources = Sources(
-        open_split("train", CropPolicy(True, seed, crop_scale, crop_ratio, flip, repeats, rule=crop)),
+        open_split("train", CropPolicy(True, seed, crop_scale, crop_ratio, flip, repeats)),
         open_split("val", CropPolicy(random=False, centre=centre_crop)),
     )
     if sources.train.classes != sources.val.classes:

@@ -31,7 +31,7 @@ TIMM_DEIT = "vit_small_patch16_224"  # timm's DeiT; its other sizes differ by op
 # Options of ours that a model of timm's can have, or that only set initial weights.
 TIMM_OPTIONS = frozenset(
     "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias pool class_token global_pool "
-    "init_values qk_norm reg_tokens drop_rate proj_drop_rate attn_drop_rate patch_drop_rate train_pos_embed init "
+    "init_values qk_norm drop_rate proj_drop_rate attn_drop_rate patch_drop_rate train_pos_embed init "
     "pos_embed_init".split()
 )
 
@@ -86,8 +86,7 @@ def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tupl
             "img_size": size, "patch_size": patch, "in_chans": ours.in_chans, "embed_dim": ours.embed_dim,
             "depth": len(ours.blocks), "num_heads": ours.blocks[0].attn.num_heads,
             "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / ours.embed_dim, "class_token": ours.has_class_token,
-            "reg_tokens": arguments.get("reg_tokens", 0), "global_pool": ours.global_pool, "fc_norm": False,
-            "dynamic_img_size": True,
+            "global_pool": ours.global_pool, "fc_norm": False, "dynamic_img_size": True,
         }  # fmt: skip
         theirs: Any = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
         theirs.load_state_dict(state)
@@ -201,7 +200,7 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
 def _resampled_positions(model: Any, table: Tensor) -> Tensor:
     """Resamples a table (1, T', D) of a square grid to the model's grid; both have the same prefix tokens."""
     grid = tuple(model.patch_embed.grid_size)
-    count = table.shape[1] - (model.pos_embed.shape[1] - grid[0] * grid[1])  # without class token, registers and such
+    count = table.shape[1] - (model.pos_embed.shape[1] - grid[0] * grid[1])  # without class token and such
     side = math.isqrt(count)
     return resample_positions(table, (side, side), grid) if side * side == count else table
 

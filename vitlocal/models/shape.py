@@ -163,18 +163,9 @@ class ParameterSlices:
     view: tuple[int, ...]  # the shape whose dimension 1 counts the slices
     outgoing: bool = False  # whether the parameter carries the slices' outputs to the rest of the model
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether each slice is some rows of the parameter. Else it is columns."""
-        return not self.outgoing and len(self.view) > self.parameter.ndim
-
     def of(self, tensor: Tensor) -> Tensor:
-        """Returns a view of ``tensor``, which has the parameter's size, whose dimension 1 counts the slices.
-
-        If slices are rows, ``tensor`` may also have one number per row of the parameter: (rows, 1, ...).
-        """
-        rest = self.parameter.ndim - 1
-        return tensor.view((*self.view[: len(self.view) - rest], *tensor.shape[1:]) if self.has_rows else self.view)
+        """Returns a view of ``tensor``, which has the parameter's size, whose dimension 1 counts the slices."""
+        return tensor.view(self.view)
 
 
 def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
@@ -277,8 +268,7 @@ def _set_moments(
         return
     for part, start, end in new:
         for value in moments(part.parameter).values():
-            by_row = value.ndim == part.parameter.ndim and len(value) == value.numel() and part.has_rows
-            if value.shape == part.parameter.shape or by_row:
+            if value.shape == part.parameter.shape:
                 slices, copied = part.of(value), growth_sources(start, end, growth.sources)
                 slices[:, start:end] = slices[:, copied] if growth.moments == "copy" else 0
     for index, source in growth.blocks:

@@ -106,12 +106,11 @@ class TimmModel(BlockOutputs):
     """A classifier whose ``forward`` is ``forward_head(forward_features(images))``. Subclasses set ``head``."""
 
     head: nn.Module
-    reg_token: nn.Parameter | None  # (1, registers, D)
     pos_embed: nn.Parameter | None  # (1, prefix tokens + H·W, D)
 
     def __init__(
         self, num_classes: int, num_features: int, in_chans: int, pool: str | None, class_token: bool | None,
-        global_pool: str | None, drop_rate: float, init: str, drops_out: bool, reg_tokens: int,
+        global_pool: str | None, drop_rate: float, init: str, drops_out: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.drops_out = drops_out or drop_rate > 0
@@ -124,8 +123,8 @@ class TimmModel(BlockOutputs):
         check_choice("pool", pool, ("token", "avg"))
         agrees = class_token in (None, pool == "token")
         check_option("class_token", class_token, agrees, f"{pool == 'token'} with pool={pool!r}; leave out one of both")
-        self.has_class_token, self.num_reg_tokens = pool == "token", reg_tokens
-        self.num_prefix_tokens = self.has_class_token + reg_tokens
+        self.has_class_token = pool == "token"
+        self.num_prefix_tokens = int(self.has_class_token)
         self._set_pool(pool if global_pool is None else global_pool)
         self._head_drop = nn.Dropout(drop_rate)
         self._init = init
@@ -147,15 +146,13 @@ class TimmModel(BlockOutputs):
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of parameters that need no weight decay, apart from norms and biases."""
-        further = ("stage_table", "reg_token", "freqs")  # the last one in each block
+        further = ("stage_table", "freqs")  # the last one in each block
         found = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in further}
         return {"pos_embed", "cls_token"} | found
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Returns patterns that group parameters by depth."""
-        return dict(
-            stem=r"^cls_token|reg_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        )
+        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
 
     def get_classifier(self) -> nn.Module:
         """Returns the head."""

@@ -2,7 +2,7 @@
 
 Patch dropout keeps random tokens instead.
 
-Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (class token, then registers), n kept patch
+Shapes: B batch, M heads, N patch tokens, T tokens in all, P prefix tokens (the class token, if any), n kept patch
 tokens, G masks.
 """
 

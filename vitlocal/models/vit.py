@@ -1,7 +1,7 @@
 """The Vision Transformer that the families share. A family adds the feed-forward part of its blocks.
 
 Shapes: B batch, S input size, (h, w) token grid of the input, (H, W) full grid of the
-position table, N = h·w patch tokens, P prefix tokens (class token, then registers), T = P + N tokens in
+position table, N = h·w patch tokens, P prefix tokens (the class token, if any), T = P + N tokens in
 all, D width, M heads, d head width, L depth.
 """
 
@@ -61,8 +61,6 @@ class VisionTransformer(DropPathModel, TimmModel):
       size, keep the angles.
     - ``use_abs_pos_emb``: timm's name for whether there is a position table.
     - ``qk_norm``: LayerNorm of queries and keys, per head, as in timm (Dehghani et al. 2023, arXiv 2302.05442).
-    - ``reg_tokens``: number of register tokens after the class token (Darcet et al. 2023, arXiv 2309.16588). As in
-      timm, each has a row of the table, which is a part of its value.
     - ``stem``: "patch", :class:`PatchEmbed`; "hmlp", :class:`PatchStem`; or "conv", :class:`ConvStem`.
       ``stem_width``: channels of "hmlp"; None: a quarter of ``embed_dim``. ``stem_norm``: its norm, "layer" or "batch".
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
@@ -106,13 +104,11 @@ class VisionTransformer(DropPathModel, TimmModel):
         rope_coordinates: str | None = None,
         use_abs_pos_emb: bool = True,
         qk_norm: bool = False,
-        reg_tokens: int = 0,
         stem: str = "patch",
         stem_width: int | None = None,
         stem_norm: str | None = None,
     ) -> None:
         check_count("num_classes", num_classes, least=0)
-        check_count("reg_tokens", reg_tokens, least=0)
         if stem_width is not None:
             check_count("stem_width", stem_width)
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
@@ -133,9 +129,7 @@ class VisionTransformer(DropPathModel, TimmModel):
         scales = init_values is None or init_values > 0
         check_option("init_values", init_values, scales, "a positive number, or None for no LayerScale")
         drops_out = max(proj_drop_rate, attn_drop_rate, patch_drop_rate) > 0
-        super().__init__(
-            num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init, drops_out, reg_tokens
-        )
+        super().__init__(num_classes, embed_dim, in_chans, pool, class_token, global_pool, drop_rate, init, drops_out)
         check_choice("init", init, ("trunc_normal", "xavier"))
         check_choice("pos_embed_init", pos_embed_init, ("random", "sincos"))
         check_choice("stem", stem, tuple(STEMS))
@@ -160,8 +154,6 @@ class VisionTransformer(DropPathModel, TimmModel):
         self._drops_in_blocks = proj_drop_rate > 0 or attn_drop_rate > 0
         self.patch_embed = STEMS[stem](sides, patch_size, in_chans, embed_dim, **of_stem)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if self.has_class_token else None
-        registers = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
-        self.register_parameter("reg_token", registers)
         grid = self.patch_embed.grid_size
         rows = grid[0] * grid[1] + self.num_prefix_tokens
         self.pos_embed = None
@@ -216,7 +208,7 @@ class VisionTransformer(DropPathModel, TimmModel):
     def init_weights(self) -> None:
         """Draws the initial weights, see ``init``. Norms and convolutions keep their values."""
         xavier = self._init == "xavier"
-        for table in (self.pos_embed, self.cls_token, self.reg_token):
+        for table in (self.pos_embed, self.cls_token):
             if table is not None:
                 nn.init.xavier_normal_(table) if xavier else nn.init.trunc_normal_(table, std=0.02)
         if self._pos_embed_init == "sincos" and self.pos_embed is not None:
@@ -263,10 +255,8 @@ class VisionTransformer(DropPathModel, TimmModel):
         tokens = tokens.to(self.patch_embed.proj.weight.dtype) if tokens.dtype == torch.float16 else tokens
         if positions is not None:
             tokens = tokens + crop_tokens(positions[:, prefix:].to(tokens.dtype), grid, rows, columns)
-        first: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        if first:
-            token = torch.cat(first, dim=1) if len(first) > 1 else first[0]
-            token = token if positions is None else token + positions[:, :prefix]
+        if self.cls_token is not None:
+            token = self.cls_token if positions is None else self.cls_token + positions[:, :prefix]
             tokens = torch.cat([token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         return tokens, (rows.stop - rows.start, columns.stop - columns.start)
 

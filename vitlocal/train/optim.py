@@ -1,6 +1,6 @@
-"""Optimizers: fused AdamW, Muon and NorMuon for matrices, the choice of one, and averages of the weights.
+"""Optimizers: fused AdamW, Muon for matrices, the choice of one, and averages of the weights.
 
-Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon), NorMuon from Li et al. 2025 (arXiv 2510.05491).
+Muon is from Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
 Shape letters: M matrices of one shape, R rows, C columns.
 """
 
@@ -24,7 +24,6 @@ ITERATIONS = 5
 # About the root mean square of AdamW's updates, so that one learning rate serves both optimizers
 # (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 UPDATE_RMS = 0.2
-ROW_DECAY = 0.95  # of NorMuon's second moment, as in the paper
 
 
 def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
@@ -41,39 +40,24 @@ def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
     return x.mT.contiguous() if transposed else x
 
 
-def normalized_rows(updates: Tensor, seconds: Sequence[Tensor]) -> Tensor:
-    """Divides rows of updates (M, R, C) by their running root mean square, and keeps the norm of each matrix.
-
-    ``seconds``, the running mean squares of M times R rows, are updated. An empty one starts with its first value, so
-    that rows that grew later are scaled like others.
-    """
-    squares = updates.square().mean(2, keepdim=True)
-    running = torch.stack([second.flatten(1) for second in seconds])  # (M, R, 1)
-    running = torch.where(running == 0, squares, running.lerp(squares, 1 - ROW_DECAY))
-    torch._foreach_copy_(list(seconds), [new.view_as(old) for new, old in zip(running, seconds, strict=True)])
-    scaled = updates / (running.sqrt() + 1e-10)
-    return scaled * (updates.norm(dim=(1, 2), keepdim=True) / (scaled.norm(dim=(1, 2), keepdim=True) + 1e-10))
-
-
 class Muon(OwnOptimizer):
     """Momentum (Nesterov) whose matrices are orthogonalized before each update, with decoupled weight decay.
 
     Matrices of one shape are orthogonalized together in batched products. A 1×1 convolution is a matrix. ``parts`` maps
     the identity of a parameter to the number of matrices that it stacks by rows (3 for queries, keys and values).
-    ``precision`` is the type of the products. ``by_row``: NorMuon, which also keeps a second moment for each row.
+    ``precision`` is the type of the products.
     """
 
     def __init__(
         self, matrices: Iterable[nn.Parameter], parts: Mapping[int, int], lr: float, momentum: float,
-        weight_decay: float, precision: torch.dtype = torch.float32, by_row: bool = False,
+        weight_decay: float, precision: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.parts, self.precision, self.by_row = parts, precision, by_row
+        self.parts, self.precision = parts, precision
 
     def new_state(self, weight: Tensor) -> dict[str, Tensor]:
         """The state before the first step."""
-        rows = {"row_sq": weight.new_zeros(weight.shape[0], *[1] * (weight.ndim - 1))} if self.by_row else {}
-        return {"momentum": torch.zeros_like(weight), **rows}
+        return {"momentum": torch.zeros_like(weight)}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # it takes no closure
@@ -89,20 +73,17 @@ class Muon(OwnOptimizer):
             self._update(active, directions, group["lr"])
 
     def _update(self, parameters: list[nn.Parameter], directions: Sequence[Tensor], lr: float) -> None:
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for p, direction in zip(parameters, directions, strict=True):
             parts = self.parts.get(id(p), 1)
-            seconds = self.state[p]["row_sq"].chunk(parts) if self.by_row else [p] * parts  # p: not used
-            for target, matrix, second in zip(p.chunk(parts), direction.chunk(parts), seconds, strict=True):
-                by_shape.setdefault(tuple(matrix.shape[:2]), []).append((target, matrix.flatten(1), second))
+            for target, matrix in zip(p.chunk(parts), direction.chunk(parts), strict=True):
+                by_shape.setdefault(tuple(matrix.shape[:2]), []).append((target, matrix.flatten(1)))
         for shape, members in by_shape.items():
-            stacked = torch.stack([matrix for _, matrix, _ in members])  # (M, R, C)
+            stacked = torch.stack([matrix for _, matrix in members])  # (M, R, C)
             updates = orthogonalized(stacked, self.precision).to(stacked.dtype)
-            if self.by_row:
-                updates = normalized_rows(updates, [second for *_, second in members])
             scale = -lr * UPDATE_RMS * max(shape) ** 0.5
-            changes = [update.view_as(target) for update, (target, *_) in zip(updates, members, strict=True)]
-            torch._foreach_add_([target for target, *_ in members], changes, alpha=scale)
+            changes = [update.view_as(target) for update, (target, _) in zip(updates, members, strict=True)]
+            torch._foreach_add_([target for target, _ in members], changes, alpha=scale)
 
 
 class CombinedOptimizer:
@@ -139,7 +120,7 @@ class CombinedOptimizer:
         self._collect_groups()  # loading replaces them
 
 
-MATRIX_OPTIMIZERS = ("muon", "normuon", "soap")
+MATRIX_OPTIMIZERS = ("muon", "soap")
 
 
 def build_optimizer(
@@ -155,8 +136,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer | CombinedOptimizer:
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
-    With ``name`` in ``MATRIX_OPTIMIZERS``, that one updates the matrices of the blocks and AdamW the rest. Muon and
-    NorMuon compute in bfloat16 if ``precision`` is bfloat16. The learning rates are set before each step.
+    With ``name`` in ``MATRIX_OPTIMIZERS``, that one updates the matrices of the blocks and AdamW the rest. Muon
+    computes in bfloat16 if ``precision`` is bfloat16. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name in MATRIX_OPTIMIZERS else {}
@@ -181,8 +162,7 @@ def build_optimizer(
     stacked = {"qkv": 3, "kv": 2}  # matrices in one weight
     parts = {id(p): stacked.get(path.split(".")[-2], 1) for path, p in matrices.items()}
     products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    by_row = name == "normuon"
-    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products, by_row))
+    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products))
 
 
 def block_matrices(model: nn.Module) -> dict[str, Any]:

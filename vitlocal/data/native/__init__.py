@@ -20,8 +20,7 @@ from vitlocal.data.crops import ROW_MASK, Box, CropPolicy
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.machine import cores
 
-# Kinds of box: the central square, random resized crops by the rules of torchvision and TensorFlow, the whole image.
-CENTRE, RANDOM, WHOLE, TENSORFLOW = range(4)
+CENTRE, RANDOM, WHOLE = 0, 1, 2  # kinds of box: the central square, a random resized crop, the whole image
 FULL, EIGHTH = 1, 8  # the largest reduction of a JPEG while it is decoded
 
 # The structs of native.h.
@@ -83,8 +82,7 @@ def library() -> ctypes.CDLL:
 
 def native_policy(crops: CropPolicy, epoch: int, kind: int | None = None) -> np.ndarray:
     """The crop policy of one pass for the native code: (1,) of POLICY; ``kind`` WHOLE decodes every byte."""
-    if kind is None:
-        kind = CENTRE if not crops.random else TENSORFLOW if crops.rule == "tensorflow" else RANDOM
+    kind = kind if kind is not None else RANDOM if crops.random else CENTRE
     epoch = crops.box_epoch(epoch)
     return np.array([(kind, crops.box_seed, epoch, crops.scale, crops.ratio, crops.flip, crops.centre)], POLICY)
 

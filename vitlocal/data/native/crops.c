@@ -2,12 +2,11 @@
  *
  * The box has the distribution of torchvision's RandomResizedCrop. The area is uniform, the ratio log-uniform. After ten
  * attempts, the box is the largest centre crop of a legal ratio. It is not rounded to whole pixels: so it is the same
- * part of the photo in every stored size. TensorFlow's rule draws whole pixels, so its box is nearly the same part.
- * tests/reference_boxes.py is the same in Python.
+ * part of the photo in every stored size. tests/reference_boxes.py is the same in Python.
  */
 #include "native.h"
 
-enum { ATTEMPTS = 10, TENSORFLOW_ATTEMPTS = 100 }; /* before the fallback: to a centre crop, and to the whole image */
+enum { ATTEMPTS = 10 }; /* before the fallback to a centre crop, as in torchvision */
 
 static const uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
 
@@ -21,14 +20,10 @@ static double uniform(uint64_t key, uint64_t counter) { /* in [0, 1) */
     return (double)(scramble(key + (counter + 1) * GOLDEN) >> 11) * 0x1p-53;
 }
 
-static uint64_t key_of(const struct policy *p, int64_t draw) {
+static void random_box(const struct policy *p, int64_t draw, double height, double width, struct box *box) {
     uint64_t key = scramble((uint64_t)p->seed + GOLDEN);
     key = scramble((key ^ (uint64_t)p->epoch) + GOLDEN);
-    return scramble((key ^ (uint64_t)draw) + GOLDEN);
-}
-
-static void random_box(const struct policy *p, int64_t draw, double height, double width, struct box *box) {
-    const uint64_t key = key_of(p, draw);
+    key = scramble((key ^ (uint64_t)draw) + GOLDEN);
     const double shape = width / height;
     const double log_low = log(p->ratio_low), log_high = log(p->ratio_high);
     box->flipped = uniform(key, 0) < p->flip;
@@ -52,39 +47,6 @@ static void random_box(const struct policy *p, int64_t draw, double height, doub
     box->top = (height - box->height) / 2;
 }
 
-/* TensorFlow's sample_distorted_bounding_box with min_object_covered=0 and 100 attempts, as big_vision's inception_crop
- * calls it: ratio and height are uniform, and the whole image is the fallback. Its float32 arithmetic, its rounding, and
- * that a box never lies at the last place are TensorFlow's. */
-static void tensorflow_box(const struct policy *p, int64_t draw, int64_t height, int64_t width, struct box *box) {
-    const uint64_t key = key_of(p, draw);
-    const float low = (float)p->ratio_low, range = (float)p->ratio_high - low;
-    const float least = (float)p->scale_low * (float)width * (float)height;
-    const float most = (float)p->scale_high * (float)width * (float)height;
-    *box = (struct box){0, 0, (double)height, (double)width, 0, uniform(key, 0) < p->flip};
-    for (uint64_t attempt = 0; attempt < TENSORFLOW_ATTEMPTS; attempt++) {
-        const float ratio = (float)uniform(key, 4 * attempt + 1) * range + low;
-        int64_t tall = lrintf(sqrtf(least / ratio)), tallest = lrintf(sqrtf(most / ratio));
-        if (lrintf((float)tallest * ratio) > width) {
-            tallest = (int64_t)(((double)width + 0.5 - (double)1e-7f) / (double)ratio);
-            tallest -= lrintf((float)tallest * ratio) > width;
-        }
-        tallest = tallest < height ? tallest : height;
-        tall = tall < tallest ? tall : tallest;
-        tall += (int64_t)(uniform(key, 4 * attempt + 2) * (double)(tallest - tall + 1));
-        int64_t across = lrintf((float)tall * ratio);
-        if ((float)(across * tall) < least) across = lrintf((float)++tall * ratio);
-        if ((float)(across * tall) > most) across = lrintf((float)--tall * ratio);
-        const float area = (float)(across * tall);
-        if (area >= least && area <= most && across <= width && tall <= height && across > 0 && tall > 0) {
-            box->left = floor(uniform(key, 4 * attempt + 3) * (double)(width - across));
-            box->top = floor(uniform(key, 4 * attempt + 4) * (double)(height - tall));
-            box->width = (double)across;
-            box->height = (double)tall;
-            return;
-        }
-    }
-}
-
 /* timm's evaluation: Resize(floor(size / crop_pct)) and CenterCrop(size) of torchvision. They round to whole pixels of the
  * resized image. Its filter also reads around the crop. */
 static void centre_box(const struct policy *p, double height, double width, double size, struct box *box) {
@@ -103,8 +65,6 @@ void vitlocal_box(const struct policy *policy, int64_t draw, int64_t height, int
                   struct box *box) {
     if (policy->kind == RANDOM) {
         random_box(policy, draw, (double)height, (double)width, box);
-    } else if (policy->kind == TENSORFLOW) {
-        tensorflow_box(policy, draw, height, width, box);
     } else if (policy->kind == WHOLE) {
         *box = (struct box){0, 0, (double)height, (double)width, 0, 0};
     } else {

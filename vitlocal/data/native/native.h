@@ -28,8 +28,7 @@ enum status {
     UNREADABLE = 8,  /* a part of the mapped file: it became shorter, or its disk fails */
 };
 
-/* The central square, random resized crops by the rules of torchvision and TensorFlow, the whole image. */
-enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2, TENSORFLOW = 3 };
+enum kind { CENTRE = 0, RANDOM = 1, WHOLE = 2 }; /* the central square, a random resized crop, the whole image */
 
 /* The crop policy of a pass. __init__.py has this struct, and row, photo and form, as numpy types. */
 struct policy {
