@@ -19,7 +19,7 @@ from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
 from vitlocal.models.factory import build_model, export_model, load_weights, patch_side, size_multiple
-from vitlocal.models.pyramid import PyramidModel
+from vitlocal.models.pyramid import PyramidModel, adopt
 from vitlocal.models.shape import (
     check_shape,
     exported_state_dict,
@@ -169,6 +169,18 @@ def test_drop_path_is_keyed_by_place():
     assert not torch.equal(model(images), model(images))
     model.set_drop_path(0.0)
     torch.testing.assert_close(model(images), model.eval()(images))
+
+
+def test_traced_gradients_of_a_swin_are_the_eager_ones():
+    """The windows of its levels have masks of their own."""
+    two_levels = dict(depths=(2, 2), num_heads=(1, 2), embed_dim=16, patch_size=2, window_size=4, img_size=32)
+    model = adopt(timm.create_model(SWIN, drop_path_rate=0.2, **two_levels), 32).train()
+    images, noise, found = some_images(32, 2), torch.rand(2, 4, 2), []
+    for call in (model, torch.compile(model, dynamic=False, backend="aot_eager")):
+        model.zero_grad()
+        call(images, noise).square().sum().backward()
+        found.append({key: weight.grad for key, weight in model.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-3)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -5,24 +5,16 @@ width, W windows of an image, (k, l) tokens of a window, n = k·l.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import (
-    Mlp,
-    SwinTransformer,
-    WindowAttention,
-    get_relative_position_index,
-    window_partition,
-    window_reverse,
-)
+from timm.models.swin_transformer import Mlp, SwinTransformer, WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import linear_slice
@@ -30,26 +22,14 @@ from vitlocal.models.positions import Grid
 from vitlocal.models.pyramid import FAMILIES, FIXED_FIELDS, PyramidModel, project_heads
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the result
 def window_index(window: Grid, full: Grid, device: torch.device) -> Tensor:
     """Returns the row of the bias table of ``full`` windows for each pair of tokens of a ``window``: (n, n) int64.
 
     A smaller window reads the middle of the table: the biases of the same offsets.
     """
-    return _cached_index(window, full, device)
-
-
-@cache
-@torch.inference_mode(False)  # as in vitlocal.models.positions
-@torch.no_grad()
-@_disable_current_modes()
-def _cached_index(window: Grid, full: Grid, device: torch.device) -> Tensor:
-    with torch.device("cpu"):
-        rows = torch.arange((2 * full[0] - 1) * (2 * full[1] - 1))
-        index = crop_table(rows[:, None], full, window)[get_relative_position_index(*window), 0].to(device)
-    # Until PyTorch 2.14, the second compilation treats this constant's shape as symbolic, and fails.
-    index._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
-    return index
+    rows, columns = torch.cartesian_prod(*(torch.arange(side, device=device) for side in window)).unbind(1)  # (n,)
+    down, across = (places[:, None] - places for places in (rows, columns))
+    return (down + full[0] - 1) * (2 * full[1] - 1) + across + full[1] - 1
 
 
 def crop_table(table: Tensor, full: Grid, window: Grid) -> Tensor:
@@ -74,29 +54,27 @@ def fit_table(table: Tensor, count: int) -> Tensor:
     return crop_table(table, (full, full), (window, window))
 
 
-@torch.compiler.assume_constant_result
 def shift_mask(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Tensor:
     """Returns 0 for pairs of tokens of a window that are neighbours in the image, and timm's -100 for others.
 
     Rolling by ``shift`` brings opposite borders of the image into one window. (W, n, n) float32.
     """
-    return _cached_mask(grid, window, shift, device)
-
-
-@cache
-@torch.inference_mode(False)
-@torch.no_grad()
-@_disable_current_modes()
-def _cached_mask(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Tensor:
     parts = []  # of rows and of columns: all windows but the last, and the two parts of the last one
     for count, side, moved in zip(grid, window, shift, strict=True):
-        places = torch.arange(count, device="cpu")
+        places = torch.arange(count, device=device)
         parts.append((places >= count - side).long() + (places >= count - moved).long() * (moved > 0))
     regions = (3 * parts[0][:, None] + parts[1])[None, :, :, None]  # (1, h, w, 1)
     windows = window_partition(regions, window).flatten(1)  # (W, k·l)
-    mask = torch.where(windows[:, :, None] == windows[:, None], 0.0, -100.0).to(device)
-    mask._dynamo_static_indices = {0, 1, 2}  # type: ignore[attr-defined]
-    return mask
+    return torch.where(windows[:, :, None] == windows[:, None], 0.0, -100.0)
+
+
+def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes ``function`` keep its results in eager steps, which ordinary tensors in later steps can use."""
+    return cache(torch.inference_mode(False)(torch.no_grad()(function)))
+
+
+CONSTANTS = window_index, shift_mask
+KEPT_CONSTANTS = _kept(window_index), _kept(shift_mask)
 
 
 def to_windows(tokens: Tensor, grid: Grid, window: Grid, shift: Grid) -> Tensor:
@@ -143,11 +121,12 @@ class SwinAttention(WindowAttention):
     def bias(self, grid: Grid, window: Grid, shift: Grid, dtype: torch.dtype) -> Tensor:
         """Returns what is added to the scores of pairs of tokens: (1 or W, M, n, n)."""
         table = self.relative_position_bias_table[:, : self.active_heads].to(dtype)
-        if not torch.compiler.is_compiling() and isinstance(table, FakeTensor):  # see vitlocal.models.counts
-            area = window[0] * window[1]
-            return table.new_empty(grid[0] * grid[1] // area if any(shift) else 1, table.shape[1], area, area)
-        bias = table[window_index(window, self.window_size, table.device)].permute(2, 0, 1)[None]
-        return bias + shift_mask(grid, window, shift, table.device).to(dtype)[:, None] if any(shift) else bias
+        # A compiled step computes them, in few kernels: PyTorch 2.14 cannot hold several constants of one function. A step
+        # that is only counted (vitlocal.models.counts) has no values to keep.
+        traced = torch.compiler.is_compiling() or isinstance(table, FakeTensor)
+        index_of, mask_of = CONSTANTS if traced else KEPT_CONSTANTS
+        bias = table[index_of(window, self.window_size, table.device)].permute(2, 0, 1)[None]
+        return bias + mask_of(grid, window, shift, table.device).to(dtype)[:, None] if any(shift) else bias
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
         window, shift = self.window_of(grid)
