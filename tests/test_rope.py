@@ -145,7 +145,7 @@ def test_dropped_tokens_keep_the_angles_of_the_others(kind):
     dropped, masked = block.rotation(shared, kept, (8, 8)), block.rotation(shared, None, (8, 8))
     whole = block(tokens, mask, masked).gather(1, places[..., None].expand(-1, -1, 32))
     torch.testing.assert_close(block(few, None, dropped), whole, rtol=1e-4, atol=1e-5)
-    by_class = block.patch_attention(few, None, 1, True, dropped)
+    by_class = block.patch_attention(few, None, 1, dropped)
     weights = attention_weights(*block.project_qkv(few, slice(2), dropped))
     torch.testing.assert_close(by_class, weights.mean(dim=1)[:, 0, 1:])
     model.active = replace(model.active, pruned_blocks=(1,))  # keeps everything

@@ -34,7 +34,7 @@ def teacher(small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("teacher") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitlocal.train.command.write_report", read_run)
-        train(small(run, "--budget.length=1ep", "--evaluate.size=64"))
+        train(small(run, "--budget.length=1ep", "--evaluate.size=64", "--methods=none"))
     return run
 
 

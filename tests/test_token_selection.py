@@ -88,9 +88,8 @@ def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
     before = attention_mask(seen, 0.25, num_prefix_tokens)
     masked = seen.masked_fill(~before, 0)
     _, left = prune_tokens(
-        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), rates(0.5, 0.25, True), num_prefix_tokens,
-        has_class_token=num_prefix_tokens == 1,
-    )  # fmt: skip
+        torch.randn(2, 16, 3), masked, RemainingTokens(None, before), rates(0.5, 0.25, True), num_prefix_tokens
+    )
     patches = left.mask.shape[-1] - num_prefix_tokens
     assert (left.mask[..., num_prefix_tokens:, num_prefix_tokens:].sum(dim=3) == keep_count(patches, 0.25)).all()
     if num_prefix_tokens:
@@ -99,8 +98,8 @@ def test_a_second_mask_keeps_no_more_than_its_rate(num_prefix_tokens: int):
 
 def test_one_mask_for_all_heads_or_one_per_head():
     tokens, seen = torch.randn(2, 10, 3), attention()
-    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5), 1, True)
-    _, own = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5, True), 1, True)
+    _, shared = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5), 1)
+    _, own = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.6, 0.5, True), 1)
     assert shared.mask.shape == (2, 1, 7, 7) and own.mask.shape == (2, 3, 7, 7)
     assert torch.equal(shared.indices, own.indices)  # both keep the same tokens
     for image, places in enumerate(own.indices):
@@ -118,11 +117,11 @@ def test_one_mask_for_all_heads_or_one_per_head():
 
 def test_kept_tokens_have_the_highest_scores():
     tokens, seen = torch.arange(20.0).view(2, 10, 1).expand(2, 10, 3), attention()
-    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.5, 1.0), 1, True)
+    left, selected = prune_tokens(tokens, seen, ALL_TOKENS, rates(0.5, 1.0), 1)
     best = seen.mean(dim=1)[:, 0, 1:].topk(5, dim=1).indices.sort(dim=1).values
     assert torch.equal(selected.indices, best) and selected.mask is None
     assert torch.equal(left[:, 0], tokens[:, 0]) and torch.equal(left[:, 1:], gather_tokens(tokens[:, 1:], best))
-    again, twice = prune_tokens(left, attention(2, 6), selected, rates(0.5, 0.5), 1, True)
+    again, twice = prune_tokens(left, attention(2, 6), selected, rates(0.5, 0.5), 1)
     assert again.shape == (2, 4, 3) and twice.mask.shape == (2, 1, 4, 4)
     assert all(set(row.tolist()) < set(before.tolist()) for row, before in zip(twice.indices, best, strict=True))
     assert torch.equal(again[:, 1:], gather_tokens(tokens[:, 1:], twice.indices))  # indices count in the whole grid
@@ -179,18 +178,18 @@ def test_masked_attention(heads: int):
 def test_scores_equal_those_of_the_whole_attention(pool: str, masked: bool):
     """The class token's row, or the sum of all rows, has the scores of a written-out attention."""
     model = small_model(FAMILIES[1], pool=pool)
-    attn, prefix, has_class_token = model.blocks[0].attn, model.num_prefix_tokens, model.has_class_token
+    attn, prefix = model.blocks[0].attn, model.num_prefix_tokens
     tokens = torch.randn(3, 20 + prefix, 32)
     mask = (torch.rand(3, 2, 20 + prefix, 20 + prefix) < 0.5) | torch.eye(20 + prefix, dtype=torch.bool)
     query, key, _ = attn.project_qkv(tokens)
-    rows = slice(1 if has_class_token else None)
+    rows = slice(1 if prefix else None)
     own = attention_weights(query[:, :, rows], key, mask[:, :, rows] if masked else None)
     products = (query.double() @ key.double().mT) / 4  # heads are 16 wide
     whole = (products.masked_fill(~mask, -torch.inf) if masked else products).softmax(dim=-1).mean(dim=1)
-    expected = (whole[:, 0] if has_class_token else whole.sum(dim=1))[:, prefix:]
-    scores = patch_scores(own, prefix, has_class_token)
+    expected = (whole[:, 0] if prefix else whole.sum(dim=1))[:, prefix:]
+    scores = patch_scores(own, prefix)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-8)
-    left, kept = prune_tokens(tokens, own, ALL_TOKENS, rates(0.5, 1.0), prefix, has_class_token)
+    left, kept = prune_tokens(tokens, own, ALL_TOKENS, rates(0.5, 1.0), prefix)
     assert torch.equal(kept.indices, expected.topk(10, dim=1).indices.sort(dim=1).values)
     assert torch.equal(left[:, prefix:], gather_tokens(tokens[:, prefix:], kept.indices))
 

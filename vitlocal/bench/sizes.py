@@ -56,8 +56,11 @@ def trained_models(run: RunRecord, config: Config, classes: int) -> Iterator[tup
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, source: Source, feed: Feed, rows: str) -> dict[str, float]:
-    """Returns top-1 and top-5 accuracy in %, and the cross-entropy, of a model at the size of ``feed``."""
+def evaluate(model: nn.Module, source: Source, feed: Feed, rows: str) -> dict[str, float | None]:
+    """Returns the accuracies in %, and the cross-entropy, of a model at the size of ``feed``.
+
+    Top-5 is None if there are at most five classes.
+    """
     device = next(model.parameters()).device
     normalize = Normalize().to(device)
     right, top5, loss, count = 0, 0, 0.0, 0
@@ -74,7 +77,8 @@ def evaluate(model: nn.Module, source: Source, feed: Feed, rows: str) -> dict[st
             count += len(labels)
     if not count:
         raise ConfigError(f"evaluate.rows: {rows} selects no validation image; use all")
-    return {"top1": 100 * right / count, "top5": 100 * top5 / count, "loss": loss / count}
+    best_five = 100 * top5 / count if len(source.classes) > 5 else None
+    return {"top1": 100 * right / count, "top5": best_five, "loss": loss / count}
 
 
 def rows_of(folder: Path, sizes: Sequence[int], data: str | None, rows: str | None) -> Iterator[dict[str, Any]]:

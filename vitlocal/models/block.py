@@ -138,16 +138,15 @@ class Attention(nn.Module):
         return self.proj_drop(linear_slice(self.proj, mixed.transpose(1, 2).flatten(2)))
 
     def patch_attention(
-        self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int, has_class_token: bool,
-        rotation: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, tokens: Tensor, mask: Tensor | None, num_prefix_tokens: int, rotation: Tensor | None = None
+    ) -> Tensor:
         """Returns the :func:`patch_scores` of this attention before dropout: (B, N)."""
-        rows = slice(0, 1) if has_class_token else slice(None)
+        rows = slice(0, 1) if num_prefix_tokens else slice(None)
         own = None if rotation is None else rotation[..., rows, :, :]
         (query,) = self.project_qkv(tokens[:, rows], slice(0, 1), own)
         (key,) = self.project_qkv(tokens, slice(1, 2), rotation)
         attention = attention_weights(query, key, None if mask is None else mask[:, :, rows])  # (B, M, 1 or T, T)
-        return patch_scores(attention, num_prefix_tokens, has_class_token)
+        return patch_scores(attention, num_prefix_tokens)
 
 
 def add_branch(tokens: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -204,7 +203,7 @@ class Block(nn.Module):
 
     def forward_pruned(
         self, tokens: Tensor, grid: Grid, scales: Tensor | None, remaining: RemainingTokens, rope: Tensor | None,
-        shape: Shape, has_class_token: bool,
+        shape: Shape,
     ) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
         """As :meth:`forward`, but drops tokens and connections after the attention, which chooses them."""
         attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
@@ -214,10 +213,10 @@ class Block(nn.Module):
         branch = self.attn.attend(query, key, value, remaining.mask)
         tokens = add_branch(tokens, self.ls1(branch), attention_scale)
         # Written out, because fused attention does not return its weights; without gradients, the choice has none.
-        rows = slice(1 if has_class_token and shape.attention_keep_rate == 1 else None)
+        rows = slice(1 if num_prefix_tokens and shape.attention_keep_rate == 1 else None)
         mask = None if remaining.mask is None else remaining.mask[:, :, rows]
         attention = attention_weights(query[:, :, rows].detach(), key.detach(), mask)  # (B, M, 1 or T, T)
-        tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens, has_class_token)
+        tokens, remaining = prune_tokens(tokens, attention, remaining, shape, num_prefix_tokens)
         return self.feed_forward(tokens, grid, feed_forward_scale, remaining.indices), remaining
 
 

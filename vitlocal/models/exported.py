@@ -41,8 +41,6 @@ class ExportedRun:
             self.architecture = str(self.description["architecture"])
             self.class_names = list(map(str, self.description["label_names"]))
             self.side = int(self.description["pretrained_cfg"]["input_size"][1])  # of inputs in the evaluation
-            side = self.description.get("model_args", {}).get("img_size")
-            self.crop_side = side if isinstance(side, int) else self.side  # of random crops, as in training
             self.crop_pct = float(self.description["pretrained_cfg"].get("crop_pct", 1.0))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise self._damaged("config.json", error) from None

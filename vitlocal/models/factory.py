@@ -200,7 +200,7 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
 def _resampled_positions(model: Any, table: Tensor) -> Tensor:
     """Resamples a table (1, T', D) of a square grid to the model's grid; both have the same prefix tokens."""
     grid = tuple(model.patch_embed.grid_size)
-    count = table.shape[1] - (model.pos_embed.shape[1] - grid[0] * grid[1])  # without class token and such
+    count = table.shape[1] - (model.pos_embed.shape[1] - grid[0] * grid[1])  # without prefix tokens
     side = math.isqrt(count)
     return resample_positions(table, (side, side), grid) if side * side == count else table
 

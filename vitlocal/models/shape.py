@@ -308,7 +308,7 @@ def exported_state_dict(model: nn.Module) -> dict[str, Tensor]:
             fold_stage(state, row, table[-1])
         else:
             first = 1 if model.stage_embedding.tokens == "class" else None  # resampling keeps a constant
-            changed = {"cls_token"} if first else {"cls_token", "reg_token", "patch_embed.proj.bias"}
+            changed = {"cls_token"} if first else {"cls_token", "patch_embed.proj.bias"}
             for name in {"pos_embed"} if "pos_embed" in state else changed & state.keys():
                 state[name] = state[name].clone()
                 (state[name][:, :first] if name == "pos_embed" else state[name]).add_(row)

@@ -69,7 +69,7 @@ def shift_mask(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> T
 
 
 def _kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes ``function`` keep its results in eager steps, which ordinary tensors in later steps can use."""
+    """Makes ``function`` keep its results, for eager steps. Training can use them even if an evaluation asked first."""
     return cache(torch.inference_mode(False)(torch.no_grad()(function)))
 
 
@@ -121,8 +121,8 @@ class SwinAttention(WindowAttention):
     def bias(self, grid: Grid, window: Grid, shift: Grid, dtype: torch.dtype) -> Tensor:
         """Returns what is added to the scores of pairs of tokens: (1 or W, M, n, n)."""
         table = self.relative_position_bias_table[:, : self.active_heads].to(dtype)
-        # A compiled step computes them, in few kernels: PyTorch 2.14 cannot hold several constants of one function. A step
-        # that is only counted (vitlocal.models.counts) has no values to keep.
+        # A compiled step computes index and mask, in few kernels: PyTorch 2.14 cannot hold several constants of one
+        # function. A step that is only counted (vitlocal.models.counts) has no values to keep.
         traced = torch.compiler.is_compiling() or isinstance(table, FakeTensor)
         index_of, mask_of = CONSTANTS if traced else KEPT_CONSTANTS
         bias = table[index_of(window, self.window_size, table.device)].permute(2, 0, 1)[None]

@@ -88,20 +88,19 @@ def attention_mask(attention: Tensor, rate: float, num_prefix_tokens: int) -> Te
     return mask
 
 
-def patch_scores(attention: Tensor, num_prefix_tokens: int, has_class_token: bool) -> Tensor:
+def patch_scores(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     """Returns the class token's ``attention`` (B, M, R, T) to each patch, averaged over heads: (B, N).
 
     The class token is the first row. Without one: the attention of all tokens, summed, as in the released code for
     Swin.
     """
-    rows = attention[:, :, :1] if has_class_token else attention
+    rows = attention[:, :, :1] if num_prefix_tokens else attention
     return rows.mean(dim=1).sum(dim=1)[:, num_prefix_tokens:]
 
 
 def prune_tokens(
-    tokens: Tensor, attention: Tensor, before: RemainingTokens, shape: Shape, num_prefix_tokens: int,
-    has_class_token: bool,
-) -> tuple[Tensor, RemainingTokens]:  # fmt: skip
+    tokens: Tensor, attention: Tensor, before: RemainingTokens, shape: Shape, num_prefix_tokens: int
+) -> tuple[Tensor, RemainingTokens]:
     """Drops tokens (B, T, D) and connections by ``attention`` (B, M, R, T), whose rows may be the class token's only.
 
     Without a class token, or to drop connections, all rows are needed. Keeps the patch tokens with the largest
@@ -110,7 +109,7 @@ def prune_tokens(
     count = attention.shape[3] - num_prefix_tokens
     indices, keep, chosen = before.indices, keep_count(count, shape.token_keep_rate), None
     if keep < count:
-        scores = patch_scores(attention, num_prefix_tokens, has_class_token)
+        scores = patch_scores(attention, num_prefix_tokens)
         best = scores.topk(keep, dim=1).indices.sort(dim=1).values  # (B, keep), among those that remain
         indices = best if indices is None else indices.gather(1, best)
         chosen = token_rows(best, num_prefix_tokens)

@@ -288,12 +288,12 @@ class VisionTransformer(DropPathModel, TimmModel):
             if with_attention and place == len(order) - 1:
                 with torch.no_grad():
                     attention = block.attn.patch_attention(
-                        block.norm1(tokens), remaining.mask, self.num_prefix_tokens, self.has_class_token,
+                        block.norm1(tokens), remaining.mask, self.num_prefix_tokens,
                         block.attn.rotation(rope, remaining.indices, grid),
                     )  # fmt: skip
             operands = tokens, grid, scale, remaining, rope
             if place in self.active.pruned_blocks:
-                tokens, remaining = block.forward_pruned(*operands, self.active, self.has_class_token)
+                tokens, remaining = block.forward_pruned(*operands, self.active)
             elif self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, *operands, use_reentrant=False, preserve_rng_state=self._drops_in_blocks)
             elif nests:
