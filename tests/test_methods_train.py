@@ -55,7 +55,7 @@ METHODS = {
     "budgeted deit": ["--methods=budgeted", "--model.name=vitlocal_deit_tiny_patch8_64", "--budgeted.copy_noise=0.1",
                       "--train.optimizer=muon"],
     "budgeted compute": ["--methods=budgeted", "--budgeted.compute=1%", "--budgeted.new_moments=copy",
-                         "--train.optimizer=soap"],
+                         "--train.optimizer=muon"],
     "budgeted pvt": ["--methods=budgeted", *NARROW_PVT, "--budgeted.copy_noise=0.1"],
     "budgeted swin": ["--methods=budgeted", *NARROW_SWIN, "--budgeted.crop=before", "--train.optimizer=muon"],
     "unfreeze swin": ["--methods=unfreeze", *NARROW_SWIN, "--unfreeze.size_multiple=16",
