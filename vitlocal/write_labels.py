@@ -23,7 +23,6 @@ from vitlocal.tasks.metrics import task_name
 from vitlocal.write_options import WriteOptions
 
 EPOCHS, RECIPE = 16, "rcfg/ours.yaml"
-BATCH, CPU_BATCH = 256, 64  # on a CPU, the activations of a small batch stay in its caches
 
 
 def write_labels(options: WriteOptions) -> None:
@@ -38,14 +37,12 @@ def write_labels(options: WriteOptions) -> None:
     seed = () if options.seed is None else (f"--run.seed={options.seed}",)
     config = read_config(["--config-file", options.recipe or RECIPE, *seed], {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = CPU_BATCH if device.type == "cpu" else BATCH
     # Random crops show objects as large as in training. Those of an evaluation, often at a larger size, are smaller.
     side = max((record["image_size"] for record in read_log(teacher.folder)), default=teacher.side)
     with Loader(
-        options.out, "train", batch, side, shuffle=False, seed=config.run.seed,
-        scale=config.augment.crop_scale, ratio=config.augment.crop_ratio, flip=config.augment.flip,
-        drop_last=False, num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False,
-        return_ids=True,
+        options.out, "train", config.evaluate.batch_size, side, shuffle=False, seed=config.run.seed,
+        scale=config.augment.crop_scale, ratio=config.augment.crop_ratio, flip=config.augment.flip, drop_last=False,
+        num_workers=options.workers, side_ratio=config.data.side_ratio, device=device, copy=False, return_ids=True,
     ) as loader:  # fmt: skip
         if len(loader.classes) > MOST_CLASSES:
             raise ConfigError(
