@@ -19,7 +19,7 @@ from vitlocal.train.command import train
 pytestmark = pytest.mark.usefixtures("no_report")
 
 SHORT = ["--budget.length=4steps", "--evaluate.every=0", "--data.workers=1", "--model.depth=4", "--model.width=32"]
-TRUNK = ["--model.heads=2", "--model.rope=mixed", "--model.qk_norm=yes", "--model.stem=conv",
+TRUNK = ["--model.heads=2", "--model.rope=mixed", "--model.qk_norm=yes", "--model.stem=hmlp",
          "--model.use_abs_pos_emb=no", "--model.layer_scale=0.1", "--train.loss=binary_cross_entropy"]  # fmt: skip
 BY_METHOD = {
     "none": [], "image_size": ["--image_size.stages=24px until 50%, 48px"], "budgeted": ["--budgeted.copy_noise=0.1"],
@@ -35,7 +35,7 @@ def test_methods_train_and_export_with_all_options(configure, decoder, tmp_path,
     rope = ["--model.rope=axial", "--model.rope_coordinates=patches", "--train.optimizer=muon", "--model.pool=avg"]
     options = [*SHORT, *TRUNK, *(rope if method in ("none", "budgeted") else [])]
     if method in ("image_size", "unfreeze"):
-        options += ["--model.stem=hmlp", "--model.stem_norm=batch"]
+        options += ["--model.stem_norm=batch"]
     config = configure(*options, f"--methods={method}", *BY_METHOD[method])
     assert train(config) == 0
     exported = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
@@ -55,7 +55,7 @@ def test_patches_are_dropped_at_every_size(configure, decoder, method):
     [
         (["--model.name=vitlocal_localvit_tiny_patch8_64", "--model.patch_drop=0.5"], "patch_drop_rate=0.5"),
         (["--model.name=resnet10t", "--model.qk_norm=yes"], "qk_norm are only for vitlocal_"),
-        (["--model.stem=conv", "--model.patch_size=12"], "patch_size=12"),
+        (["--model.stem=hmlp", "--model.patch_size=12"], "patch_size=12"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused(configure, options, words):

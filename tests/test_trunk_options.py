@@ -18,7 +18,7 @@ from vitlocal.train.optim import build_optimizer
 
 NAMES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
 SIZES = dict(embed_dim=32, depth=2, num_heads=2)
-ALL = dict(rope="mixed", qk_norm=True, stem="conv", use_abs_pos_emb=False, init_values=0.1)
+ALL = dict(rope="mixed", qk_norm=True, stem="hmlp", use_abs_pos_emb=False, init_values=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -61,29 +61,6 @@ def test_a_class_token_is_no_patch(name, pool):
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
     set_shape(model, Shape(token_keep_rate=0.5, attention_keep_rate=0.5, pruned_blocks=(0, 1)))
     assert model.forward_features(images).shape == (2, first + 6, 32)
-
-
-@pytest.mark.parametrize("patch", [4, 8, 16])
-def test_the_convolutional_stem(patch):
-    model = narrow(NAMES[0], stem="conv", patch_size=patch, img_size=64).eval()
-    stem, images = model.patch_embed, torch.randn(2, 3, 64, 32)
-    assert stem(images).shape == (2, 64 // patch * 32 // patch, 32) and stem(images).is_contiguous()
-    reference = stem.proj(stem.convs(images)).flatten(2).mT
-    torch.testing.assert_close(stem(images), reference, rtol=1e-4, atol=1e-5)
-    stem.to(memory_format=torch.channels_last)(images).sum().backward()
-    assert all(p.grad.stride() == p.stride() for p in stem.parameters())  # or processes copy gradients, and warn
-    widths = [layer.out_channels for layer in stem.convs if isinstance(layer, torch.nn.Conv2d)]
-    assert widths == [32 >> place for place in reversed(range(len(widths)))] and 2 ** len(widths) == patch
-    sides = [64 >> (place + 1) for place in range(len(widths))]
-    macs = sum(9 * a * b * s * s for a, b, s in zip([3, *widths], widths, sides, strict=False))
-    plain = count_macs(narrow(NAMES[0], patch_size=patch, img_size=64), 64) - 3 * 64 * 64 * 32
-    assert count_macs(model, 64) == plain + macs + 32 * 32 * (64 // patch) ** 2
-    expected = model(images)
-    torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), expected)
-    set_shape(model, Shape(grid=2))
-    inner = model(images)
-    set_shape(model, Shape(grid=2, crop_before_embedding=True))  # the tokens are those of the whole image
-    assert torch.equal(model(images), inner)
 
 
 @pytest.mark.parametrize("patch, norm", [(8, "layer"), (16, "batch"), (32, "layer")])
@@ -168,7 +145,7 @@ def test_an_export_contains_the_stage(pool, tokens, table, tmp_path):
 
 
 def test_sizes_can_change_without_a_table():
-    model = narrow(NAMES[0], rope="axial", use_abs_pos_emb=False, stem="conv")
+    model = narrow(NAMES[0], rope="axial", use_abs_pos_emb=False, stem="hmlp")
     model.set_input_size((96, 64))
     assert model(torch.randn(2, 3, 96, 64)).shape == (2, 7)
     with pytest.raises(ConfigError, match="patch_size=4: expected 8, because"):
@@ -180,13 +157,12 @@ def test_sizes_can_change_without_a_table():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(stem="linear"), ("stem='linear'", "patch, hmlp, conv")),
+        (dict(stem="linear"), ("stem='linear'", "patch, hmlp")),
         (dict(stem_width=12), ("stem_width=12", "None without stem=hmlp")),
         (dict(stem="hmlp", stem_width=0), ("stem_width=0", "at least 1")),
         (dict(stem="hmlp", stem_norm="group"), ("stem_norm='group'", "layer, batch")),
-        (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16, 32 with stem=hmlp")),
-        (dict(stem="conv", patch_size=12, img_size=48), ("patch_size=12", "2, 4, 8, 16, 32 with stem=conv")),
-        (dict(stem="conv", patch_size=16, embed_dim=36), ("embed_dim=36", "a multiple of 8")),
+        (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16 or 32 with stem=hmlp")),
+        (dict(stem="hmlp", patch_size=12, img_size=48), ("patch_size=12", "8, 16 or 32 with stem=hmlp")),
         (dict(qk_norm="yes"), ("qk_norm='yes'", "true or false")),
         (dict(use_abs_pos_emb=False, pos_embed_init="sincos"), ("use_abs_pos_emb=False", "options set the table")),
         (dict(use_abs_pos_emb=False, train_pos_embed=False), ("use_abs_pos_emb=False", "options set the table")),

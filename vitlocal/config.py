@@ -81,9 +81,7 @@ class ModelConfig:
     )
     use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
     qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
-    stem: str | None = option(
-        None, Choice("patch", "hmlp", "conv"), "first layers: one per patch (none), several per patch, 3x3 convolutions"
-    )
+    stem: str | None = option(None, Choice("patch", "hmlp"), "first layers: one per patch (none), or several")
     stem_width: int | None = option(None, PIXELS, "stem=hmlp: channels; none: a quarter of the width")
     stem_norm: str | None = option(None, Choice("layer", "batch"), "stem=hmlp: its norm; none: layer")
     weights: str | None = option(

@@ -1,14 +1,13 @@
-"""What makes tokens of images: one product over patches, or convolutions.
+"""What makes tokens of images: one layer per patch, or several.
 
 Shapes: B batch, C channels, S input size, P patch side, N patch tokens, (H, W) full grid, D width.
 """
 
 import operator
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, resample_patch_embed
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
@@ -19,7 +18,6 @@ class Stem(nn.Module):
     """The sizes of patches and of the full grid."""
 
     proj: nn.Conv2d  # the last layer
-    crops_exactly = True  # whether the tokens of a crop of the image are those of the whole image
 
     def __init__(self, img_size: tuple[int, int], patch_size: int) -> None:
         super().__init__()
@@ -74,55 +72,7 @@ class PatchEmbed(Stem):
         return F.linear(patches, as_matrix(self.proj), self.proj.bias)
 
 
-class FixedStem(Stem):
-    """A stem of several layers, ``convs`` and ``proj``, whose patch cannot change."""
-
-    def set_input_size(self, height: int, width: int, patch: int) -> None:
-        """Sets the size of images, px."""
-        side = self.patch_size[0]
-        check_option("patch_size", patch, patch == side, f"{side}, because a stem of several layers has a fixed patch")
-        self.grid_size = self.grid_of(height, width)
-
-
-def doublings(name: str, patch_size: int, first: int) -> int:
-    """How often the side ``first`` is doubled to become the patch; :class:`ConfigError` if it never does."""
-    count = (patch_size // first).bit_length() - 1
-    fits = count > 0 and patch_size == first << count
-    expected = ", ".join(str(first << count) for count in range(1, 6) if first << count <= 32)
-    check_option("patch_size", patch_size, fits, f"{expected} with stem={name}")
-    return count
-
-
-class ConvStem(FixedStem):
-    """Strided convolutions (Xiao et al. 2021, arXiv 2106.14881): images (B, C, S, S) to tokens (B, N, D), contiguous.
-
-    log2(P) convolutions, 3×3 with stride 2, double the channels up to D. A 1×1 convolution follows. The grid is that of
-    :class:`PatchEmbed`. LayerNorm over channels replaces the paper's BatchNorm: its statistics would mix all sizes of
-    a curriculum, and each weight average would need its own. Tokens see pixels of neighbouring patches.
-    """
-
-    crops_exactly = False
-
-    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__(img_size, patch_size)
-        count = doublings("conv", patch_size, 1)
-        least = 2 ** (count - 1)
-        check_option("embed_dim", embed_dim, embed_dim % least == 0, f"a multiple of {least} with stem=conv")
-        widths = [in_chans, *(embed_dim >> place for place in reversed(range(count)))]
-        layers: list[nn.Module] = []
-        for before, width in pairwise(widths):
-            convolution = nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False)
-            layers += [convolution, LayerNorm2d(width), nn.ReLU()]
-        self.convs = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(embed_dim, embed_dim, 1)  # only its weights are used
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.convs(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
-        tokens = features.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-        return F.linear(tokens, as_matrix(self.proj), self.proj.bias)
-
-
-class PatchStem(FixedStem):
+class PatchStem(Stem):
     """Layers within each patch (hMLP; Touvron et al. 2022, arXiv 2203.09795): images (B, C, S, S) to tokens (B, N, D).
 
     Parts of 4 × 4 pixels become ``width`` channels (None: D/4, as in the paper). Four neighbours are joined, until they
@@ -135,7 +85,8 @@ class PatchStem(FixedStem):
         norm: str = "layer",
     ) -> None:  # fmt: skip
         super().__init__(img_size, patch_size)
-        self.levels = doublings("hmlp", patch_size, 4)
+        check_option("patch_size", patch_size, patch_size in (8, 16, 32), "8, 16 or 32 with stem=hmlp")
+        self.levels = (patch_size // 4).bit_length() - 1
         width = max(1, embed_dim // 4) if width is None else width
         self.convs = nn.ModuleList([nn.Conv2d(in_chans, width, 4, stride=4, bias=False)])
         self.convs.extend(nn.Conv2d(width, width, 2, stride=2, bias=False) for _ in range(self.levels - 1))
@@ -145,6 +96,12 @@ class PatchStem(FixedStem):
         nn.init.trunc_normal_(self.proj.weight, std=(4 * width) ** -0.5)  # tokens as large as those of PatchEmbed
         assert self.proj.bias is not None
         nn.init.zeros_(self.proj.bias)
+
+    def set_input_size(self, height: int, width: int, patch: int) -> None:
+        """Sets the size of images, px. The patch cannot change."""
+        side = self.patch_size[0]
+        check_option("patch_size", patch, patch == side, f"{side}, because a stem of several layers has a fixed patch")
+        self.grid_size = self.grid_of(height, width)
 
     def forward(self, images: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
@@ -160,4 +117,4 @@ class PatchStem(FixedStem):
         return F.linear(x, as_matrix(self.proj), self.proj.bias).view(batch, rows * columns, -1)
 
 
-STEMS = {"patch": PatchEmbed, "hmlp": PatchStem, "conv": ConvStem}
+STEMS = {"patch": PatchEmbed, "hmlp": PatchStem}

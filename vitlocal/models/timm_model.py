@@ -244,7 +244,7 @@ def _entry_point(
 
     def create(pretrained: bool = False, **options: Any) -> BlockModel:
         placement = {key: options.pop(key) for key in ("device", "dtype") if key in options}
-        first = {"first_conv": "patch_embed.convs.0"} if options.get("stem") in ("conv", "hmlp") else {}
+        first = {"first_conv": "patch_embed.convs.0"} if options.get("stem") == "hmlp" else {}
         stated = options.pop("pretrained_cfg_overlay", None) or {}
         overlay = adapted | first | stated  # older runs do not name these parts
         features: Any = dict(out_indices=options.pop("out_indices", 3), feature_cls="getter")

@@ -61,7 +61,7 @@ class VisionTransformer(DropPathModel, TimmModel):
       size, keep the angles.
     - ``use_abs_pos_emb``: timm's name for whether there is a position table.
     - ``qk_norm``: LayerNorm of queries and keys, per head, as in timm (Dehghani et al. 2023, arXiv 2302.05442).
-    - ``stem``: "patch", :class:`PatchEmbed`; "hmlp", :class:`PatchStem`; or "conv", :class:`ConvStem`.
+    - ``stem``: "patch", :class:`PatchEmbed`, or "hmlp", :class:`PatchStem`.
       ``stem_width``: channels of "hmlp"; None: a quarter of ``embed_dim``. ``stem_norm``: its norm, "layer" or "batch".
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
     """
@@ -248,7 +248,7 @@ class VisionTransformer(DropPathModel, TimmModel):
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
         positions = self.positions(grid)  # (1, T, D)
         rows, columns = center_window(grid, self.active.grid)
-        if self.active.crop_before_embedding and self.patch_embed.crops_exactly:
+        if self.active.crop_before_embedding:
             tokens = self.patch_embed(crop_images(images, rows, columns, self.patch_embed.patch_size[0]))  # (B, N, D)
         else:
             tokens = crop_tokens(self.patch_embed(images), grid, rows, columns)
