@@ -146,11 +146,15 @@ def test_micro_batches_hold_every_sample_once_in_mirrored_pairs():
             assert all(np.array_equal(count - 1 - part[::-1], part) for part in found)
 
 
-@pytest.mark.parametrize("name", ["vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64"])
-def test_gradient_checkpointing_changes_only_memory(configure, name: str):
-    kept, again = (
-        a_step(configure, f"--model.name={name}", f"--train.grad_checkpointing={wish}") for wish in ("false", "true")
-    )
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.name=vitlocal_tiny_patch8_64"],
+        ["--model.name=vitlocal_deit_tiny_patch8_64", "--model.stem=hmlp", "--model.stem_norm=batch"],
+    ],
+)
+def test_gradient_checkpointing_changes_only_memory(configure, options: list[str]):
+    kept, again = (a_step(configure, *options, f"--train.grad_checkpointing={wish}") for wish in ("false", "true"))
     assert again.model.grad_checkpointing and not kept.model.grad_checkpointing
     close(trained(kept), trained(again), tolerance=1e-9)
 

@@ -10,7 +10,6 @@ import torch
 from narrow_models import narrow
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.counts import count_macs
 from vitlocal.models.factory import export_model
 from vitlocal.models.shape import add_stage_table, set_shape, set_trainable
 from vitlocal.plan import Shape, StageEmbedding

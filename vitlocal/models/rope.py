@@ -28,9 +28,8 @@ def rope_constant(
     """Returns what all blocks share: the table of "axial", (1, T, d/2, 2), or the coordinates of "mixed", (T, 2, 1).
 
     The table has cosines and sines. Coordinates are column and row; ``grid`` is scaled to the grid ``unit``, center to
-    center.
-    Only the center crop ``window`` counts, see :func:`center_window`. ``axial``: d and theta. Prefix tokens have the
-    coordinates 0, so nothing turns them.
+    center. Only the center crop ``window`` counts, see :func:`center_window`. ``axial``: d and theta. Prefix tokens
+    have the coordinates 0, so nothing turns them.
     """
     return _cached_constant(grid, unit, window, num_prefix_tokens, axial, device)
 
