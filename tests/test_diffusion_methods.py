@@ -88,7 +88,7 @@ REFUSED = {
     "trilevel tokens": (["--methods=trilevel", "--trilevel.levels=tokens"],
                         r"methods: trilevel changes .*shape.token_keep_rate, and vitlocal_dit_tiny_patch4_32 cannot: "
                         "DiT denoises every patch, so all tokens run; remove trilevel"),
-    "tokens": (["--methods=budgeted"], "methods: budgeted changes shape.crop_before_embedding, shape.grid, and "
+    "tokens": (["--methods=budgeted"], "methods: budgeted changes shape.grid, and "
                "vitlocal_dit_tiny_patch4_32 cannot: DiT denoises every patch, so all tokens run; set "
                "budgeted.grow=heads,hidden"),
     "strength": (["--methods=strength", "--strength.by=budget"], "strength has nothing to vary.* or remove it"),

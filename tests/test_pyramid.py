@@ -225,7 +225,11 @@ def test_the_crop_keeps_the_centre_of_each_levels_grid(name: str):
                 model.patch_embed(images)[:, (56 - grid) // 2 :][:, :grid, (56 - grid) // 2 :][:, :, :grid]
             )
         assert [count for count, _ in seen] == counts and all(rows * columns == n for n, (rows, columns) in seen)
-    before = Shape(grid=48, crop_before_embedding=True)  # Swin's patches do not overlap, PVTv2's do
+    before = Shape(grid=48, crop_before_embedding=True)
+    if name == PVT:
+        with pytest.raises(ConfigError, match="cannot change crop_before_embedding to True: its patches overlap"):
+            check_shape(model, before)
+        return
     with temporary_shape(model, before, WHOLE_MODEL):
         cropped = model(images)
     with temporary_shape(model, Shape(grid=48), WHOLE_MODEL):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow_models import NARROW_SWIN
 
 from vitlocal.bench.__main__ import main as bench
 from vitlocal.bench.loader import reader
@@ -84,6 +85,22 @@ def test_the_labels_are_what_the_teacher_says_about_the_crops(labelled: Path, te
                 )
                 assert (stored["class"] == expected.indices.numpy()).mean() > 0.95  # ties may change places
     assert not np.array_equal(labels, np.load(epoch_file(labelled / FOLDER, 0)))  # other crops
+
+
+@pytest.mark.parametrize("trained, evaluated", [(32, 48), (48, 32)])
+def test_a_swin_teaches_at_the_largest_size_that_its_export_takes(
+    folder: Path, small, tmp_path: Path, trained: int, evaluated: int
+):
+    run, out = tmp_path / "run", tmp_path / "data"
+    options = [f"--image_size.stages={trained}px", "--methods=image_size", f"--evaluate.size={evaluated}"]
+    train(small(run, *NARROW_SWIN, "--budget.length=1steps", "--model.size=48", *options))
+    shutil.copytree(folder, out)
+    write_dataset(command(out, run, epochs=1))
+    labels, predictor = np.load(epoch_file(out / FOLDER, 0)), Predictor(run)
+    with loader(out, shuffle=False, size=32) as batches, torch.no_grad():
+        images, _, ids = next(iter(batches))
+        found = predictor.model(Augment().normalize(images)).softmax(1).max(1)
+    assert labels["class"][ids, 0].tolist() == found.indices.tolist()
 
 
 def test_batches_have_the_targets_of_their_crops(labelled: Path, configure, monkeypatch: pytest.MonkeyPatch):

@@ -7,15 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 from method_plans import COMMON
-from narrow_models import NARROW_PVT, NARROW_SWIN
+from narrow_models import IN_LEVELS, NARROW_PVT, NARROW_SWIN
 from torch import Tensor
 
 from vitlocal.errors import ConfigError
 from vitlocal.methods.trilevel import default_blocks
 from vitlocal.models.factory import build_model
-from vitlocal.models.pyramid import PyramidBlock
 from vitlocal.models.shape import check_shape, set_shape
-from vitlocal.models.swin import Swin, keep_tokens
+from vitlocal.models.swin import Swin, SwinBlock, keep_tokens
 from vitlocal.plan import WHOLE_MODEL, Shape
 from vitlocal.train.command import train
 
@@ -113,8 +112,8 @@ def test_the_kept_tokens_are_counted(monkeypatch: pytest.MonkeyPatch, swin: Swin
 
 def test_gradient_checkpointing_computes_masked_blocks_again(monkeypatch: pytest.MonkeyPatch, swin: Swin):
     calls = []
-    masked = PyramidBlock.forward_masked
-    monkeypatch.setattr(PyramidBlock, "forward_masked", lambda *operands: calls.append(1) or masked(*operands))
+    masked = SwinBlock.forward_masked
+    monkeypatch.setattr(SwinBlock, "forward_masked", lambda *operands: calls.append(1) or masked(*operands))
     set_shape(swin, PRUNED)
     images, grads = torch.randn(1, 3, 224, 224), []
     try:
@@ -150,9 +149,18 @@ def test_default_blocks():
             r"changes shape.attention_keep_rate, .* and narrow_swin cannot: its windows already .*levels=examples",
         ),
         ([*NARROW_PVT, "--trilevel.levels=tokens"], "narrow_pvt cannot: it has no class token.*; remove trilevel"),
-        (["--trilevel.strict_threshold=yes"], "only Swin has this choice"),
+        (["--trilevel.strict_threshold=yes"], "only the tokens of Swin have this choice"),
+        ([*NARROW_PVT, "--trilevel.levels=examples", "--trilevel.strict_threshold=yes"], "only the tokens of Swin"),
     ],
 )
 def test_refused(configure, decoder, options: list[str], problem: str):
     with pytest.raises(ConfigError, match=problem):
         train(configure(*COMMON, "--methods=trilevel", *options))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_strength_varies_the_drop_path_of_models_in_levels_but_not_of_others(configure, decoder):
+    options = ["--methods=strength", "--strength.by=budget", "--model.drop_path=0.1", "--budget.length=2steps"]
+    with pytest.raises(ConfigError, match="nothing to vary, because the drop path of resnet10t cannot change"):
+        train(configure(*options, *IN_LEVELS, "--model.name=resnet10t"))
+    assert train(configure(*options, *NARROW_PVT)) == 0

@@ -18,6 +18,7 @@ from vitlocal.data.soft_labels import FACTS, LABEL, MOST_CLASSES, LabelFacts, ep
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import replace_text, replacing
 from vitlocal.models.exported import ExportedRun
+from vitlocal.models.swin import Swin
 from vitlocal.report.run_folder import read_log
 from vitlocal.tasks.metrics import task_name
 from vitlocal.write_options import WriteOptions
@@ -37,8 +38,11 @@ def write_labels(options: WriteOptions) -> None:
     seed = () if options.seed is None else (f"--run.seed={options.seed}",)
     config = read_config(["--config-file", options.recipe or RECIPE, *seed], {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = teacher.load().to(device=device, memory_format=torch.channels_last)
     # Random crops show objects as large as in training. Those of an evaluation, often at a larger size, are smaller.
     side = max((record["image_size"] for record in read_log(teacher.folder)), default=teacher.side)
+    if isinstance(model, Swin):
+        side = min(side, teacher.side)  # the export has no biases for larger windows
     with Loader(
         options.out, "train", config.evaluate.batch_size, side, shuffle=False, seed=config.run.seed,
         scale=config.augment.crop_scale, ratio=config.augment.crop_ratio, flip=config.augment.flip, drop_last=False,
@@ -68,7 +72,6 @@ def write_labels(options: WriteOptions) -> None:
         save_facts(folder, replace(facts, epochs=done))
         epochs = range(max(done, wanted))
         left = [epoch for epoch in epochs if epoch >= done or not epoch_file(folder, epoch).exists()]
-        model = teacher.load().to(device=device, memory_format=torch.channels_last)
         bar = tqdm(total=len(left) * facts.images, unit=" images", mininterval=0.1 if sys.stderr.isatty() else 30)
         with bar:
             for epoch in left:

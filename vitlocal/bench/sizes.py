@@ -25,7 +25,6 @@ from vitlocal.data.batch import Source
 from vitlocal.errors import ConfigError
 from vitlocal.models.exported import ExportedRun
 from vitlocal.models.factory import size_multiple
-from vitlocal.models.pyramid import adopt
 from vitlocal.plan import Feed
 from vitlocal.progress import Position
 from vitlocal.report.run_folder import RunRecord, read_run
@@ -48,11 +47,7 @@ def trained_models(run: RunRecord, config: Config, classes: int) -> Iterator[tup
     if not files:
         if not (run.folder / "model.safetensors").exists():
             raise ConfigError(f"{run.folder}: the run is not finished and kept no weights; expected model.safetensors")
-        exported = ExportedRun(run.folder, "RUN")
-        model = exported.load()
-        if not getattr(model, "dynamic_img_size", False):  # older runs have timm's Swin, whose windows may need padding
-            model = adopt(model, exported.side)
-        yield run.records[-1]["epoch"], model
+        yield run.records[-1]["epoch"], ExportedRun(run.folder, "RUN").load()
 
 
 @torch.inference_mode()

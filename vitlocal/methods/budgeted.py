@@ -175,8 +175,9 @@ class Budgeted(Method):
         reason = "both remove tokens; let one of the two keep them, as with budgeted.grow=heads,hidden"
         excludes = {"feed.size": reason, "shape.token_keep_rate": reason} if "tokens" in config.grow else {}
         writes = {"growth", *(f"shape.{name}" for name in config.grown_fields)}
+        writes -= {"shape.crop_before_embedding"} if config.crop == "after" else set()
         writes |= {"budget.length"} if config.sets_length else set()
-        spared_by = {f"shape.{name}": "budgeted.grow=heads,hidden" for name in GROWS["tokens"]}
+        spared_by = {"shape.grid": "budgeted.grow=heads,hidden", "shape.crop_before_embedding": "budgeted.crop=after"}
         return Claims(cls.name, frozenset(writes), excludes, spared_by)
 
     @classmethod

@@ -119,6 +119,7 @@ class MethodContext:
     parts: ModelParts | None = None  # None: the model is not ours, and no shape can select heads, tokens and such
     blocks: int = 0  # number of blocks; 0: the model has none
     processes: int = 1
+    varies_drop_path: bool = True  # False: drop path is a constant of the model's forward pass
 
 
 class Method:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from vitlocal.errors import ConfigError
 from vitlocal.methods.image_size import ImageSizeConfig
 from vitlocal.methods.method import Method, MethodContext, Recipe
 from vitlocal.options import FRACTION, Choice, Section, messages, option
@@ -30,20 +31,22 @@ class Strength(Method):
 
     def __init__(self, context: MethodContext):
         self._config = context.recipe.section(StrengthConfig)
+        if not context.recipe.has_augmentation and not context.varies_drop_path:
+            raise ConfigError(
+                f"methods: strength has nothing to vary, because the drop path of {context.recipe.model_name} cannot "
+                "change; set an option of augment, or remove it"
+            )
         sizes = context.recipe.section(ImageSizeConfig).sizes
         self._smallest, self._largest = min(sizes), max(sizes)
 
     @classmethod
     def problems(cls, recipe: Recipe) -> list[str]:
         before = recipe.methods[: recipe.methods.index("strength")]
-        # Drop path of timm's own models is a constant of their forward pass, and no dial reaches it.
-        varied = recipe.has_augmentation or (recipe.drop_path and recipe.model_name.startswith("vitlocal_"))
         return messages({
             "methods: strength follows the sizes of image_size; put image_size before it, or set strength.by=budget":
                 recipe.section(StrengthConfig).by == "size" and "image_size" not in before,
-            "methods: strength has nothing to vary; set an option of augment, or model.drop_path of our models, or "
-            "remove it":
-                not varied,
+            "methods: strength has nothing to vary; set an option of augment, or model.drop_path, or remove it":
+                not (recipe.has_augmentation or recipe.drop_path),
         })  # fmt: skip
 
     def plan(self, plan: Plan, progress: Progress) -> Plan:

@@ -55,7 +55,11 @@ class TrilevelConfig(Section):
     decay_steps: int = option(
         8, Number(0, 1000, whole=True), "values of r, each compiled; 0: a new value at every step"
     )
-    prune_evaluation: bool = option(True, FLAG, "evaluate with the final rates; false: with all tokens")
+    prune_evaluation: bool | None = option(
+        None,
+        FLAG,
+        "evaluate with the final rates, or with all tokens; none: as the exported model, timm's Swin with all",
+    )
     renamed = {"swapped": "swap_fraction", "every": "update_every", "updates": "max_updates", "kept": "token_keep_rate",
                "attended": "attention_keep_rate", "masks": "attention_masks", "blocks": "pruned_blocks",
                "begin": "decay_start", "end": "decay_end", "rungs": "decay_steps",
@@ -177,10 +181,13 @@ class Trilevel(Method):
             )
         depths = context.parts.depths if context.parts is not None else (0,)
         depth, blocks = sum(depths), config.pruned_blocks or default_blocks(depths)
-        if config.strict_threshold and len(depths) == 1:
-            raise ConfigError("trilevel.strict_threshold: only Swin has this choice; leave it out")
+        if config.strict_threshold and (len(depths) == 1 or self._final_rates["token_keep_rate"] == 1):
+            raise ConfigError("trilevel.strict_threshold: only the tokens of Swin have this choice; leave it out")
         if wrong := [block for block in blocks if self._prunes and not block < depth]:
             raise ConfigError(f"trilevel.pruned_blocks: got {wrong[0]}; the model's {depth} blocks count from 0")
+        # timm's Swin, which the export is, has no mask of tokens.
+        stated = config.prune_evaluation
+        self._prunes_evaluation = len(depths) == 1 if stated is None else stated
         per_head = config.attention_masks == "per_head" and self._final_rates["attention_keep_rate"] < 1
         self._pruning = {**self._final_rates, "pruned_blocks": blocks, "per_head_masks": per_head}
         self._pruning |= {"strict_threshold": True} if config.strict_threshold else {}
@@ -270,7 +277,7 @@ class Trilevel(Method):
         if not self._prunes:
             return shape
         whole = {name: getattr(WHOLE_MODEL, name) for name in self._pruning}
-        return replace(shape, **(self._pruning if self._config.prune_evaluation else whole))
+        return replace(shape, **(self._pruning if self._prunes_evaluation else whole))
 
     # --- examples ---
 

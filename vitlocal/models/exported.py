@@ -11,6 +11,7 @@ import timm
 
 import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.errors import ConfigError, first_line
+from vitlocal.models.pyramid import adopt
 
 
 def file_digest(path: Path) -> str:
@@ -51,11 +52,13 @@ class ExportedRun:
         return file_digest(self.folder / "model.safetensors")
 
     def load(self) -> Any:
-        """The model, on the CPU, in evaluation mode."""
+        """The model, on the CPU, in evaluation mode. PVTv2 and Swin can take other sizes than the evaluation's."""
         try:
-            return timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()
+            model = timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()
         except Exception as error:  # timm and safetensors raise many types
             raise self._damaged("model.safetensors or config.json", error) from error
+        # Older runs have timm's Swin with this option, whose windows may need padding.
+        return model if getattr(model, "dynamic_img_size", False) else adopt(model, self.side)
 
     def _damaged(self, name: str, error: Exception) -> ConfigError:
         return ConfigError(

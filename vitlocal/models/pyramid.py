@@ -62,20 +62,6 @@ class PyramidBlock(nn.Module):
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), grid), attention_scale)
         return add_branch(tokens, self.mlp(self.norm2(tokens), grid), feed_forward_scale)
 
-    def forward_masked(
-        self: Any, tokens: Tensor, grid: Grid, scales: Tensor | None, kept: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward` for the tokens ``kept`` (B, N) bool. The others pass unchanged, and none attends to them.
-
-        Also returns the attention that each token receives: (B, N).
-        """
-        attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
-        inputs = tokens * kept[..., None]
-        branch, received = self.attn.forward_with_scores(self.norm1(inputs), grid, kept)
-        inputs = add_branch(inputs, branch, attention_scale)
-        outputs = add_branch(inputs, self.mlp(self.norm2(inputs), grid), feed_forward_scale)
-        return torch.where(kept[..., None], outputs, tokens), received
-
 
 class PyramidModel(DropPathModel):
     """A model in levels. Between two levels, the grid is halved and the width grows.
@@ -85,15 +71,16 @@ class PyramidModel(DropPathModel):
 
     stage_table = None
     fixed_fields: Mapping[str, str] = FIXED_FIELDS
-    crops_exactly = False  # whether cropping the image crops the stem's grid, because its patches do not overlap
-    part_classes: tuple[type[nn.Module], type[nn.Module]]  # of attention and of feed-forward parts
+    part_classes: tuple[type[nn.Module], type[nn.Module], type[nn.Module]]  # of block, attention and feed-forward part
 
     def adopt_parts(self, size: int) -> None:
-        """Completes an object that timm made. ``size``: px of the images that have the full grid."""
+        """Completes an object that timm made. ``size``: px of the images that have the full grid.
+
+        timm's modules of drop path stay in the blocks, which no longer use them.
+        """
         self.blocks = [block for blocks in self.levels for block in blocks]  # a list, so that no name is new
         for block in self.blocks:
-            block.__class__ = PyramidBlock
-            block.attn.__class__, block.mlp.__class__ = self.part_classes
+            block.__class__, block.attn.__class__, block.mlp.__class__ = self.part_classes
             block.attn.active_heads = block.attn.num_heads
             block.mlp.hidden = block.mlp.active_hidden = block.mlp.fc1.out_features
         # timm's rates rise linearly over the blocks of all levels, as ours do.
@@ -140,7 +127,7 @@ class PyramidModel(DropPathModel):
     def embed(self, images: Tensor) -> Tensor:
         """Returns the tokens of the first level, (B, h, w, D), or the active crop of their grid."""
         side = self.patch_embed.patch_size[0]
-        if self.active.crop_before_embedding and self.crops_exactly:
+        if self.active.crop_before_embedding:
             window = center_window((images.shape[2] // side, images.shape[3] // side), self.active.grid)
             return self.patch_embed(crop_images(images, *window, side))
         tokens = self.patch_embed(images)
@@ -285,17 +272,20 @@ class Pvt(PyramidModel, PyramidVisionTransformerV2):
     Its patches overlap, so a crop of its grid always comes after the stem.
     """
 
-    part_classes = PvtAttention, PvtMlp
+    part_classes = PyramidBlock, PvtAttention, PvtMlp
     size_multiple = 1
-    fixed_fields = FIXED_FIELDS | dict.fromkeys(
-        ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"),
-        "it has no class token, and its keys are not tokens, so attention does not rank tokens",
-    )
+    fixed_fields = FIXED_FIELDS | {
+        "crop_before_embedding": "its patches overlap, so a crop of the image has other tokens than the whole image",
+        **dict.fromkeys(
+            ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"),
+            "it has no class token, and its keys are not tokens, so attention does not rank tokens",
+        ),
+    }
 
     def adopt_parts(self, size: int) -> None:
         super().adopt_parts(size)
         side = -(-size // self.patch_embed.proj.stride[0])
-        self.patch_embed.grid_size = (side, side)  # as timm's other stems have
+        self.patch_embed.grid_size = (side, side)  # as other stems have; the sizes of shapes follow from it
 
     @property
     def level_modules(self) -> Any:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitlocal.errors import ConfigError
-from vitlocal.models.block import linear_slice
+from vitlocal.models.block import add_branch, linear_slice
 from vitlocal.models.positions import Grid
-from vitlocal.models.pyramid import FAMILIES, FIXED_FIELDS, PyramidModel, project_heads
+from vitlocal.models.pyramid import FAMILIES, FIXED_FIELDS, PyramidBlock, PyramidModel, project_heads
 
 
 def window_index(window: Grid, full: Grid, device: torch.device) -> Tensor:
@@ -112,8 +112,8 @@ class SwinAttention(WindowAttention):
         if grid != (rows * counts[0], columns * counts[1]) or rows > whole[0] or columns > whole[1]:
             raise ConfigError(
                 f"Swin: a grid of {grid[0]}x{grid[1]} tokens cannot be divided into {counts[0]}x{counts[1]} equal "
-                f"windows of at most {whole[0]}x{whole[1]} tokens; use image sizes of 8 patches, 16, 24 and so on, up "
-                "to model.size"
+                f"windows of at most {whole[0]}x{whole[1]} tokens, for which its tables have biases; use image sizes "
+                "of 8 patches, 16, 24 and so on, up to model.size, or to the size of an export"
             )
         shift = (rows // 2 if rows < grid[0] else 0, columns // 2 if columns < grid[1] else 0)
         return (rows, columns), shift if self.is_shifted else (0, 0)
@@ -160,6 +160,24 @@ class SwinAttention(WindowAttention):
         return self.proj_drop(from_windows(linear_slice(self.proj, mixed), grid, window, shift)), received[..., 0]
 
 
+class SwinBlock(PyramidBlock):
+    """A block that can leave out tokens."""
+
+    attn: SwinAttention
+
+    def forward_masked(self, tokens: Tensor, grid: Grid, scales: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward` for the tokens ``kept`` (B, N) bool. The others pass unchanged, and none attends to them.
+
+        Also returns the attention that each token receives: (B, N).
+        """
+        attention_scale, feed_forward_scale = (None, None) if scales is None else scales.unbind(0)
+        inputs = tokens * kept[..., None]
+        branch, received = self.attn.forward_with_scores(self.norm1(inputs), grid, kept)
+        inputs = add_branch(inputs, branch, attention_scale)
+        outputs = add_branch(inputs, self.mlp(self.norm2(inputs), grid), feed_forward_scale)
+        return torch.where(kept[..., None], outputs, tokens), received
+
+
 def keep_tokens(received: Tensor, kept: Tensor, count: int, strict: bool = False) -> Tensor:
     """Returns the mask (B, N) bool of the ``count`` tokens that receive most attention, among those ``kept`` (B, N).
 
@@ -188,10 +206,10 @@ class SwinMlp(Mlp):
 class Swin(PyramidModel, SwinTransformer):
     """Swin, of image sizes that 8 patches divide, up to the size it was made for. Nothing is padded."""
 
-    part_classes = SwinAttention, SwinMlp
-    crops_exactly = True
+    part_classes = SwinBlock, SwinAttention, SwinMlp
     fixed_fields = FIXED_FIELDS | dict.fromkeys(
-        ("attention_keep_rate", "per_head_masks"), "its windows already limit what a token attends to"
+        ("attention_keep_rate", "per_head_masks"),
+        "its windows already limit what a token attends to, and only tokens can be left out",
     )
 
     def adopt_parts(self, size: int) -> None:

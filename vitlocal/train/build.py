@@ -244,7 +244,10 @@ def build_run(
         return activation_bytes(model, size, precision, fused)
 
     parts, blocks = model_parts(model), len(getattr(model, "blocks", ()))
-    context = MethodContext(config.recipe, sources.train.count, image_bytes, macs, parts, blocks, ranks.world)
+    context = MethodContext(
+        config.recipe, sources.train.count, image_bytes, macs, parts, blocks, ranks.world,
+        varies_drop_path=getattr(model, "takes_noise", False),
+    )  # fmt: skip
     methods = build_methods(context)
     for method in methods:
         check_outputs(config.model.name, method)

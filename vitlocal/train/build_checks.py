@@ -83,8 +83,8 @@ def check_fields(model_name: str, model: nn.Module, claims: Claims) -> None:
     if wrong := sorted(claims.writes & fixed.keys()):
         remedies = [f"set {claims.spared_by[name]}" for name in wrong if name in claims.spared_by]
         raise ConfigError(
-            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[wrong[0]]}; "
-            f"{(remedies or [f'remove {claims.name}'])[0]}"
+            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[wrong[-1]]}; "
+            f"{(remedies or [f'remove {claims.name}'])[-1]}"
         )
 
 
