@@ -193,7 +193,7 @@ def test_parts_of_the_grid_train_in_bfloat16_and_with_checkpoints(kind, options)
 @pytest.mark.parametrize("kind", [pytest.param("axial", marks=pytest.mark.slow), "mixed"])
 def test_traced_blocks_have_the_eager_gradients(kind):
     """All blocks share one region of the graph, and the constants of rotary positions are its inputs."""
-    options = dict(rope=kind, qk_norm=True, init_values=0.1, stem="hmlp")
+    options = dict(rope=kind, init_values=0.1, stem="hmlp")
     model, images, found = narrow(NAME, **options), torch.randn(4, 3, 32, 32), []
     model.compiles_blocks_once = True
     for call in (model, torch.compile(model, dynamic=False, backend="aot_eager")):

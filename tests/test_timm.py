@@ -47,7 +47,7 @@ def load(folder: Path, **options) -> torch.nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
 
 
-TWINS = [{}, dict(pool="avg"), dict(qk_norm=True, init_values=0.1), dict(patch_size=8)]
+TWINS = [{}, dict(pool="avg"), dict(init_values=0.1), dict(patch_size=8)]
 
 
 @pytest.mark.parametrize("options", TWINS)

@@ -19,7 +19,7 @@ from vitlocal.train.command import train
 pytestmark = pytest.mark.usefixtures("no_report")
 
 SHORT = ["--budget.length=4steps", "--evaluate.every=0", "--data.workers=1", "--model.depth=4", "--model.width=32"]
-TRUNK = ["--model.heads=2", "--model.rope=mixed", "--model.qk_norm=yes", "--model.stem=hmlp",
+TRUNK = ["--model.heads=2", "--model.rope=mixed", "--model.stem=hmlp",
          "--model.use_abs_pos_emb=no", "--model.layer_scale=0.1", "--train.loss=binary_cross_entropy"]  # fmt: skip
 BY_METHOD = {
     "none": [], "image_size": ["--image_size.stages=24px until 50%, 48px"], "budgeted": ["--budgeted.copy_noise=0.1"],
@@ -54,7 +54,7 @@ def test_patches_are_dropped_at_every_size(configure, decoder, method):
     "options, words",
     [
         (["--model.name=vitlocal_localvit_tiny_patch8_64", "--model.patch_drop=0.5"], "patch_drop_rate=0.5"),
-        (["--model.name=resnet10t", "--model.qk_norm=yes"], "qk_norm are only for vitlocal_"),
+        (["--model.name=resnet10t", "--model.rope=axial"], "rope are only for vitlocal_"),
         (["--model.stem=hmlp", "--model.patch_size=12"], "patch_size=12"),
     ],
 )

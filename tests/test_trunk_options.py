@@ -1,4 +1,4 @@
-"""Options of the trunk: norms of queries and keys, no position table, other stems."""
+"""Options of the trunk: LayerScale, no position table, another stem."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitlocal.train.optim import build_optimizer
 
 NAMES = ("vitlocal_tiny_patch8_64", "vitlocal_deit_tiny_patch8_64", "vitlocal_localvit_tiny_patch8_64")
 SIZES = dict(embed_dim=32, depth=2, num_heads=2)
-ALL = dict(rope="mixed", qk_norm=True, stem="hmlp", use_abs_pos_emb=False, init_values=0.1)
+ALL = dict(rope="mixed", stem="hmlp", use_abs_pos_emb=False, init_values=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_norms_of_queries_and_keys_equal_timms():
-    options = dict(qk_norm=True, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+def test_layer_scale_equals_timms():
+    options = dict(init_values=0.1, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     ours = timm.create_model("vitlocal_deit_tiny_patch16_224", **options).eval()
     theirs = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, **options).eval()
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_sizes_can_change_without_a_table():
         (dict(stem="hmlp", stem_norm="group"), ("stem_norm='group'", "layer, batch")),
         (dict(stem="hmlp", patch_size=4), ("patch_size=4", "8, 16 or 32 with stem=hmlp")),
         (dict(stem="hmlp", patch_size=12, img_size=48), ("patch_size=12", "8, 16 or 32 with stem=hmlp")),
-        (dict(qk_norm="yes"), ("qk_norm='yes'", "true or false")),
+        (dict(use_abs_pos_emb="no"), ("use_abs_pos_emb='no'", "true or false")),
         (dict(use_abs_pos_emb=False, pos_embed_init="sincos"), ("use_abs_pos_emb=False", "options set the table")),
         (dict(use_abs_pos_emb=False, train_pos_embed=False), ("use_abs_pos_emb=False", "options set the table")),
     ],

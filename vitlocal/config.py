@@ -80,7 +80,6 @@ class ModelConfig:
         None, Choice("image", "patches"), "rotary positions count in parts of the image (none), or in patches"
     )
     use_abs_pos_emb: bool | None = option(None, FLAG, "add a table of position embeddings; none: yes")
-    qk_norm: bool | None = option(None, FLAG, "normalise queries and keys; none: no")
     stem: str | None = option(None, Choice("patch", "hmlp"), "first layers: one per patch (none), or several")
     stem_width: int | None = option(None, PIXELS, "stem=hmlp: channels; none: a quarter of the width")
     stem_norm: str | None = option(None, Choice("layer", "batch"), "stem=hmlp: its norm; none: layer")

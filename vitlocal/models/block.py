@@ -40,7 +40,7 @@ class BlockShape:
     """The sizes and options of a block: width D, heads, hidden width of the feed-forward part.
 
     ``proj_drop``, ``attn_drop``: dropout rates. ``init_values``: initial factors of LayerScale; None: no LayerScale.
-    ``qk_norm``: LayerNorm of queries and keys. ``learns_rope``: attention has frequencies of rotary positions.
+    ``learns_rope``: attention has frequencies of rotary positions.
     """
 
     dim: int
@@ -51,7 +51,6 @@ class BlockShape:
     proj_drop: float = 0.0
     attn_drop: float = 0.0
     init_values: float | None = None
-    qk_norm: bool = False
     learns_rope: bool = False
 
 
@@ -91,7 +90,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(shape.proj_drop)
         width = dim // shape.num_heads
-        self.q_norm, self.k_norm = (nn.LayerNorm(width, eps=1e-6) if shape.qk_norm else None for _ in range(2))
         frequencies = nn.Parameter(torch.empty(shape.num_heads, 2, width // 2)) if shape.learns_rope else None
         self.register_parameter("freqs", frequencies)
 
@@ -105,7 +103,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Returns queries, keys and values (or the ``parts`` of these) of the active heads, (B, M, T, d) each.
 
-        Queries and keys are normalised, if the model does so, and rotated.
+        A ``rotation`` turns queries and keys.
         """
         batch, count, dim = tokens.shape
         if self.active_heads == self.num_heads and parts == slice(3):
@@ -117,14 +115,11 @@ class Attention(nn.Module):
                 bias = bias.view(3, self.num_heads, -1)[parts, : self.active_heads].reshape(-1)
             qkv = F.linear(tokens, weight, bias)
         shape = batch, count, -1, self.active_heads, dim // self.num_heads
-        found = list(qkv.view(shape).permute(2, 0, 3, 1, 4).unbind(0))
-        norms: Any = (self.q_norm, self.k_norm)
-        for place, norm in enumerate(norms[parts]):
-            if norm is not None:  # it gives float32 on a GPU under autocast
-                found[place] = norm(found[place]).to(qkv.dtype)
-            if rotation is not None:
-                found[place] = rotate(found[place], rotation)
-        return tuple(found)
+        found = qkv.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is None:
+            return found
+        kinds = range(3)[parts]  # queries, keys, values
+        return tuple(part if kind == 2 else rotate(part, rotation) for kind, part in zip(kinds, found, strict=True))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
         """``mask`` (B, 1 or M, T, T) bool: which token (row) attends to which (column); None: all to all."""

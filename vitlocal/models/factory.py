@@ -31,7 +31,7 @@ TIMM_DEIT = "vit_small_patch16_224"  # timm's DeiT; its other sizes differ by op
 # Options of ours that a model of timm's can have, or that only set initial weights.
 TIMM_OPTIONS = frozenset(
     "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias pool class_token global_pool "
-    "init_values qk_norm drop_rate proj_drop_rate attn_drop_rate patch_drop_rate train_pos_embed init "
+    "init_values drop_rate proj_drop_rate attn_drop_rate patch_drop_rate train_pos_embed init "
     "pos_embed_init".split()
 )
 
@@ -82,7 +82,7 @@ def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tupl
         ours.load_state_dict(state)
         patch = ours.patch_embed.patch_size[0]
         size = [count * patch for count in ours.patch_embed.grid_size]
-        options = {key: arguments[key] for key in ("qkv_bias", "init_values", "qk_norm") if key in arguments} | {
+        options = {key: arguments[key] for key in ("qkv_bias", "init_values") if key in arguments} | {
             "img_size": size, "patch_size": patch, "in_chans": ours.in_chans, "embed_dim": ours.embed_dim,
             "depth": len(ours.blocks), "num_heads": ours.blocks[0].attn.num_heads,
             "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / ours.embed_dim, "class_token": ours.has_class_token,

@@ -60,7 +60,6 @@ class VisionTransformer(DropPathModel, TimmModel):
       angles. "image", the default: a fourteenth of the image's side, so that a curriculum, and fine-tuning at another
       size, keep the angles.
     - ``use_abs_pos_emb``: timm's name for whether there is a position table.
-    - ``qk_norm``: LayerNorm of queries and keys, per head, as in timm (Dehghani et al. 2023, arXiv 2302.05442).
     - ``stem``: "patch", :class:`PatchEmbed`, or "hmlp", :class:`PatchStem`.
       ``stem_width``: channels of "hmlp"; None: a quarter of ``embed_dim``. ``stem_norm``: its norm, "layer" or "batch".
     - ``center_grid``: side, in patches, of the center crop of the token grid that runs; None: the whole grid.
@@ -103,7 +102,6 @@ class VisionTransformer(DropPathModel, TimmModel):
         rope_theta: float | None = None,
         rope_coordinates: str | None = None,
         use_abs_pos_emb: bool = True,
-        qk_norm: bool = False,
         stem: str = "patch",
         stem_width: int | None = None,
         stem_norm: str | None = None,
@@ -114,9 +112,7 @@ class VisionTransformer(DropPathModel, TimmModel):
         counts = dict(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         for name, value in counts.items():
             check_count(name, value)
-        flags = dict(
-            qkv_bias=qkv_bias, train_pos_embed=train_pos_embed, use_abs_pos_emb=use_abs_pos_emb, qk_norm=qk_norm
-        )
+        flags = dict(qkv_bias=qkv_bias, train_pos_embed=train_pos_embed, use_abs_pos_emb=use_abs_pos_emb)
         for name, flag in flags.items():
             check_option(name, flag, isinstance(flag, bool), "true or false")  # the string "false" would count as true
         check_choice("activation", activation, tuple(ACTIVATIONS))
@@ -161,7 +157,7 @@ class VisionTransformer(DropPathModel, TimmModel):
             self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim), requires_grad=train_pos_embed)
         sizes = embed_dim, num_heads, hidden
         drops = proj_drop_rate, attn_drop_rate
-        shape = BlockShape(*sizes, qkv_bias, activation, *drops, init_values, qk_norm, rope == "mixed")
+        shape = BlockShape(*sizes, qkv_bias, activation, *drops, init_values, rope == "mixed")
         self.blocks = nn.ModuleList(make_block(shape) for _ in range(depth))
         # A region that is compiled once may neither update statistics nor draw random numbers.
         has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.blocks.modules())
