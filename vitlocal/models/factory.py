@@ -35,14 +35,17 @@ TIMM_OPTIONS = frozenset(
     "pos_embed_init".split()
 )
 
+# What to set if a model of timm's has no such option.
+REMEDIES = {"drop_path_rate": "model.drop_path=0", "patch_size": "model.patch_size=none"}
+
 
 def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """Returns timm's model ``name`` with random weights, and the arguments that it was built with.
 
     Our models take every option. timm's own Vision Transformers take ``img_size``, and can change sizes. Its other
-    models, for example convolutional ones, run at any size by themselves. PVTv2 and Swin are adopted, see
-    :mod:`vitlocal.models.pyramid`. Raises :class:`ConfigError` for an unknown name, or for an option that the model
-    does not have.
+    models take it, or run at any size by themselves. Some have no drop path, and are built if its rate is 0. PVTv2 and
+    Swin are adopted, see :mod:`vitlocal.models.pyramid`. Raises :class:`ConfigError` for an unknown name, or for an
+    option that the model does not have.
     """
     if not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
@@ -55,9 +58,10 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
         allowed = {"img_size", "drop_path_rate", "patch_size", *(["embed_dim"] if windows else [])}
         if ours := sorted(set(arguments) - allowed):
             raise ConfigError(f"model options {', '.join(ours)} are only for {PREFIX}… models; {name} is timm's own")
-        without_size = {key: value for key, value in arguments.items() if key != "img_size"}
-        attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), without_size]
+        attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), _without(arguments, "img_size")]
         attempts = [{**arguments, **windows}] if windows else attempts
+        if not arguments.get("drop_path_rate"):  # models without drop path have no such option
+            attempts += [_without(attempt, "drop_path_rate") for attempt in attempts]
     problem: TypeError | None = None
     for attempt in attempts:
         try:
@@ -65,7 +69,14 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
             return adopt(model, arguments.get("img_size", 224)), attempt
         except TypeError as error:
             problem = error
+    for option, remedy in REMEDIES.items():
+        if "unexpected keyword" in str(problem) and f"'{option}'" in str(problem):
+            raise ConfigError(f"model.name: {name} has no option {option}: set {remedy}") from problem
     raise ConfigError(f"model.name: {name} cannot be built with {attempt}: {problem}") from problem
+
+
+def _without(arguments: Mapping[str, Any], option: str) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != option}
 
 
 def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -108,7 +119,7 @@ def export_model(
     weights have the published names, and its description has no ``crop_pct``. A DeiT is described as timm's own model
     if that computes the same, so it loads without vitlocal. ``notes`` are added to the description.
     """
-    model_args = {key: value for key, value in arguments.items() if key != "drop_path_rate"}
+    model_args = _without(arguments, "drop_path_rate")
     state = exported_state_dict(model)
     known: Mapping[str, Any] = getattr(model, "default_cfg", None) or {}
     if isinstance(model, VisionTransformer):
