@@ -20,7 +20,7 @@ USERS = {
     "bench.forecast": ("count_macs", "activation_bytes"),
     "bench.memory": ("count_macs", "activation_bytes", "step_bytes"),
     "bench.paper": ("count_macs",),
-    "storage": ("count_macs",),
+    "train.build_checks": ("count_macs",),
 }
 
 

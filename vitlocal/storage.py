@@ -20,13 +20,12 @@ from vitlocal.data.writer.write import source_choice
 from vitlocal.errors import ConfigError
 from vitlocal.machine import cores, memory
 from vitlocal.methods import METHODS
-from vitlocal.models.counts import count_macs
 from vitlocal.models.dit import reads_latents
 from vitlocal.paths import WRITE
 from vitlocal.plan import Feed
 from vitlocal.progress import TRAINING_FLOPS, Stage
 from vitlocal.train.build import build_step, device_of, make_model
-from vitlocal.train.build_checks import stated_sizes
+from vitlocal.train.build_checks import macs_at, stated_sizes
 from vitlocal.train.simulate import Speed, spend
 from vitlocal.train.timing import Timing, fill_zeros, noise_batch, noise_step
 from vitlocal.write_options import WriteOptions
@@ -144,12 +143,7 @@ def speeds_for(config: Config, stated: Mapping[int, float]) -> dict[int, Speed]:
     """
     model, _ = make_model(config, CLASSES, torch.device("meta"))
     sizes = list(dict.fromkeys(stage.size for stage in recipe_stages(config)))
-    macs = {}
-    for size in {*sizes, *stated}:
-        try:
-            macs[size] = count_macs(model, size)
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--rates: {config.model.name} takes no images of {size} px ({error})") from error
+    macs = {size: macs_at(model, size, f"--rates: {config.model.name}") for size in {*sizes, *stated}}
 
     def rate_at(size: int) -> float:
         base = min((other for other in stated if other >= size), default=max(stated))

@@ -1,5 +1,6 @@
 """Checks of a run before it trains: whether its parts fit each other, the data and the processes."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,13 +8,16 @@ from torch import nn
 
 from vitlocal.config import IMMATERIAL, Config
 from vitlocal.data.batch import Sources
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, first_line
 from vitlocal.machine import memory
 from vitlocal.methods import METHODS
 from vitlocal.methods.method import Claims
+from vitlocal.models.counts import count_macs
+from vitlocal.models.dit import DiT
 from vitlocal.models.factory import build_model, size_multiple
 from vitlocal.models.shape import check_shape
 from vitlocal.models.swin import Swin
+from vitlocal.models.vit import VisionTransformer
 from vitlocal.train.distributed import Ranks
 from vitlocal.train.trainer import Trainer
 
@@ -36,6 +40,39 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
     is_limited = isinstance(model, Swin)  # its tables have no biases for larger windows
     if above := [f"{name} {size}" for name, size in sizes if size > largest and (is_limited or name in config.methods)]:
         raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
+    if isinstance(model, (VisionTransformer, DiT, Swin)):
+        return  # they take all sizes that are left
+    first: dict[int, str] = {}
+    for name, size in sizes:
+        first.setdefault(size, name)
+    for size, name in first.items():
+        remedy = f"; {size_remedy(config, model, name)}, or a model that takes this size"
+        macs_at(model, size, f"{name} {size}: {config.model.name}", remedy)
+
+
+def size_remedy(config: Config, model: Any, name: str) -> str:
+    """Says how to avoid the size that ``name`` states, because timm's ``model`` cannot take it."""
+    if name in config.methods:
+        return f"remove {name} from methods"
+    if name != "model.size":
+        return f"use {name}={config.model.size}"
+    own = (getattr(model, "default_cfg", None) or {}).get("input_size", (0,))[-1]
+    return "use another model.size" + (f", such as its own {own}" if own not in (0, config.model.size) else "")
+
+
+def macs_at(model: nn.Module, size: int, name: str, remedy: str = "") -> int:
+    """Returns :func:`count_macs` of the model. Raises ConfigError if its forward pass takes no images of ``size`` px.
+
+    The error begins with ``name`` and ends with ``remedy``.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints the traceback of each operator that fails
+    before, log.disabled = log.disabled, True
+    try:
+        return count_macs(model, size)
+    except (ValueError, RuntimeError, AssertionError) as error:  # timm's models check sizes in various ways, or not
+        raise ConfigError(f"{name} takes no images of {size} px ({first_line(error)}){remedy}") from error
+    finally:
+        log.disabled = before
 
 
 def check_memory(config: Config, arguments: dict[str, Any], num_classes: int, device: torch.device) -> None:
