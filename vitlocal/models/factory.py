@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ TIMM_OPTIONS = frozenset(
     "pos_embed_init".split()
 )
 
+BIAS_TABLE = "relative_position_bias_table"  # the end of the names of a Swin's tables
 # What to set if a model of timm's has no such option.
 REMEDIES = {"drop_path_rate": "model.drop_path=0", "patch_size": "model.patch_size=none"}
 
@@ -170,15 +172,17 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
 
     ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. The
     head keeps its initial values if its classes are others: by number or, if the folder names them, by ``classes``. A
-    position table of another grid is resampled, and :func:`fit_table` fits a Swin's tables to its windows. Raises
-    :class:`ConfigError` if the file is missing, cannot be read, or belongs to another model. ``labels`` is for a DiT,
-    whose weights :func:`load_dit_weights` loads.
+    position table of another grid is resampled, and :func:`fit_table` fits a Swin's tables to its windows. Files of the
+    authors of timm's models are renamed as timm does. Raises :class:`ConfigError` if the file is missing, cannot be
+    read, or belongs to another model. ``labels`` is for a DiT, whose weights :func:`load_dit_weights` loads.
     """
     if isinstance(model, DiT):
         return load_dit_weights(model, path, classes, labels)
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     loaded = read_weights(file, partial(load_state_dict, use_ema=False))
     state, kept = model.state_dict(), []
+    if not state.keys() <= loaded.keys():
+        loaded = _with_timms_names(model, loaded)
     classifier = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     names = read_description(file.parent).get("label_names")
@@ -189,7 +193,7 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
             if other is None or other.shape != tensor.shape or not same_classes:
                 loaded[name] = tensor
                 kept.append(name)
-        elif isinstance(model, Swin) and name.endswith("relative_position_bias_table") and other is not None:
+        elif isinstance(model, Swin) and name.endswith(BIAS_TABLE) and other is not None:
             loaded[name] = fit_table(other, len(tensor))
         elif name == "pos_embed" and other is not None and other.shape != tensor.shape:
             if other.shape[2] == tensor.shape[2]:
@@ -206,6 +210,24 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
             )
     model.load_state_dict({name: loaded[name] for name in state})
     return kept
+
+
+def _with_timms_names(model: Any, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns an authors' file of weights with the names of timm's ``model``; other files as they are.
+
+    timm has a function for that beside most of its models.
+    """
+    name = (getattr(model, "default_cfg", None) or {}).get("architecture")
+    module = sys.modules.get(timm.model_entrypoint(name).__module__) if name and timm.is_model(name) else None
+    rename = getattr(module, "checkpoint_filter_fn", None)
+    if rename is None:
+        return loaded
+    # timm would resample a Swin's tables of other windows, and load_weights() takes the middles of larger ones.
+    tables = {key: value for key, value in loaded.items() if isinstance(model, Swin) and key.endswith(BIAS_TABLE)}
+    try:
+        return rename({key: value for key, value in loaded.items() if key not in tables}, model) | tables
+    except Exception:  # of many types, if the file belongs to another model
+        return loaded
 
 
 def _resampled_positions(model: Any, table: Tensor) -> Tensor:
