@@ -193,19 +193,30 @@ def test_traced_gradients_of_a_swin_are_the_eager_ones():
     [
         (PVT_LINEAR, (0.784, 1.772, 3.889), (0.80, 1.79, 3.91),
          {(65, 87, 246): 1169.1, (51, 118, 160): 877.1, (25, 27, 132): 584.3, (27, 28, 56): 290.5}),
-        ("swin_small_patch4_window7_224", (1.303, 3.622, 8.741), (1.32, 3.64, 8.77),
+        (SWIN_SMALL, (1.303, 3.622, 8.741), (1.32, 3.64, 8.77),
          {(38, 124, 242): 2623.9, (42, 123, 167): 1967.9, (41, 42, 126): 1311.9, (29, 35, 55): 648.0}),
     ],
 )  # fmt: skip
 def test_macs_equal_the_published_stages(name: str, macs, printed, schedules):
+    """The paper also counts norms, 5 operations an element, and pooling, 1 an element. With these, it is exact."""
     with torch.device("meta"):
         model, _ = build_model(name, dict(img_size=224), 1000)
-    costs = []
-    for shape in published_stages(name):
+    costs, others = [], []
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _, inputs, output: others.append(5 * output.numel()))
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            module.register_forward_hook(lambda _, inputs, output: others.append(inputs[0].numel()))
+    for shape, published in zip(published_stages(name), printed, strict=True):
         check_shape(model, shape)
+        others.clear()
         with temporary_shape(model, shape, WHOLE_MODEL):
             costs.append(count_macs(model, 224) / 1e9)
-    assert costs == pytest.approx(macs, rel=1e-3) and costs == pytest.approx(printed, rel=0.021)
+        assert round(costs[-1] + sum(others) / 1e9, 2) == published
+        # Without norms and pooling, the first stage of PVTv2 is 2.05 % below the rounded number, others up to 1.3 %.
+        if (name, published) != (PVT_LINEAR, 0.80):
+            assert costs[-1] == pytest.approx(published, rel=0.02)
+    assert costs == pytest.approx(macs, rel=1e-3)
     for epochs, cost in schedules.items():
         assert sum(c * t for c, t in zip(costs, epochs, strict=True)) == pytest.approx(cost, rel=0.02)
         assert sum(c * t for c, t in zip(printed, epochs, strict=True)) == pytest.approx(cost, rel=1e-3)
