@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from narrow_models import NARROW_PVT, NARROW_SWIN
 from safetensors.torch import save_file
 from timm.models.beit import Beit
 from torch import nn
 
 from vitlocal.bench.sizes import trained_models
 from vitlocal.config import read_config
+from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
 from vitlocal.models.factory import build_model, export_model, load_weights, patch_side, size_multiple
@@ -32,8 +35,9 @@ from vitlocal.models.shape import (
 )
 from vitlocal.models.swin import Swin
 from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape
+from vitlocal.train.build import build_step
 from vitlocal.train.build_checks import check_image_sizes
-from vitlocal.train.optim import block_matrices, build_optimizer
+from vitlocal.train.optim import block_matrices, build_optimizer, optimizer_state
 
 PVT, PVT_LINEAR, SWIN = "pvt_v2_b0", "pvt_v2_b2_li", "swin_tiny_patch4_window7_224"
 SWIN_SMALL = "swin_small_patch4_window7_224"
@@ -266,17 +270,78 @@ def test_slices_that_do_not_run_have_no_gradient(name: str):
     check_shape(model, shape)
     set_shape(model, shape)
     model(some_images(64, 2)).square().sum().backward()
-    kinds = set()
-    for unit, level, values, gradient in slices_of(model):
+    for unit, level, _, gradient in slices_of(model):
         count = getattr(shape, unit)[level]
-        assert gradient[:count].any() and not gradient[count:].any()
-        kinds.add((unit, len(values) > count))
-    assert kinds >= {("heads", True), ("hidden", True)}
-    if name == SWIN:  # windows of 3 do not read the offsets at the border of the tables of windows of 4
-        table = model.levels[0][0].attn.relative_position_bias_table.grad.view(7, 7, 3)
-        inside = torch.zeros(7, 7, dtype=torch.bool)
-        inside[1:6, 1:6] = True
-        assert table[inside][:, :1].all() and not table[~inside].any()
+        assert gradient[:count].flatten(1).any(1).all() and not gradient[count:].any()
+    cut = set()
+    for level, blocks in enumerate(model.levels):
+        for path, weight in ((path, weight) for block in blocks for path, weight in block.named_parameters()):
+            runs = running_part(path, weight, shape.heads[level], HEADS[name][level], shape.hidden[level])
+            assert weight.grad[runs].any() and not weight.grad[~runs].any(), (level, path)
+            cut |= set() if runs.all() else {(path.removeprefix("attn.").removeprefix("mlp."), level)}
+    heads = ["q.weight", "q.bias", "kv.weight", "kv.bias"] if name == PVT else ["qkv.weight", "qkv.bias"]
+    hidden = ["fc1.weight", "fc1.bias", "fc2.weight", *(["dwconv.weight", "dwconv.bias"] if name == PVT else [])]
+    # PVTv2's first level has one head, which runs.
+    expected = {*product(hidden, range(4)), *product([*heads, "proj.weight"], range(int(name == PVT), 4))}
+    assert cut == expected | set(product(["relative_position_bias_table"] if name == SWIN else [], range(4)))
+
+
+def running_part(path: str, weight: torch.Tensor, active: int, heads: int, hidden: int) -> torch.Tensor:
+    """Which numbers of a block's ``weight`` run: those of ``active`` heads of ``heads``, and of ``hidden`` units.
+
+    Written out by the weight's name, without the code that trains. A Swin has windows of 3 instead of 4 tokens.
+    """
+    runs = torch.zeros(weight.shape, dtype=torch.bool)
+    kind, path = path.split(".", 1)
+    if kind == "attn" and path.startswith(("q.", "kv.", "qkv.")):
+        stacked = {"q": 1, "kv": 2, "qkv": 3}[path.split(".")[0]]  # one after the other
+        rows = len(weight) // stacked
+        for first in range(0, len(weight), rows):
+            runs[first : first + rows * active // heads] = True
+    elif path == "proj.weight":
+        runs[:, : weight.shape[1] * active // heads] = True
+    elif path == "relative_position_bias_table":  # the offsets from -2 to 2, of -3 to 3
+        runs.view(7, 7, heads)[1:6, 1:6, :active] = True
+    elif path.startswith(("fc1.", "dwconv.")):
+        runs[:hidden] = True
+    elif path == "fc2.weight":
+        runs[:, :hidden] = True
+    else:  # norms, the reduction of keys, biases of outputs
+        runs[:] = True
+    return runs
+
+
+@pytest.mark.parametrize("options", [NARROW_PVT, NARROW_SWIN], ids=["pvt", "swin"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_stay_the_same_objects_in_all_stages(options: list[str], optimizer: str):
+    """Each in its group of the optimizer, and with its state, through stages and image sizes of a training step."""
+    config = read_config(
+        [*options, "--model.size=64", f"--train.optimizer={optimizer}", "--train.ema_decay=0.9", "--methods=none"], {}
+    )
+    step = build_step(config, 5, torch.device("cpu"))
+    heads, hidden = model_parts(step.model).heads, model_parts(step.model).hidden
+    quarter, half = (tuple(count // divisor for count in hidden) for divisor in (4, 2))
+    small, larger = Shape((1, 1, 2, 2), quarter, 8), Shape((1, 2, 4, heads[-1]), half, 24 if heads[0] > 1 else 8)
+    stages = ((small, 64), (replace(small, grid=None), 32), (larger, 64), (replace(larger, grid=None), 48))
+
+    def identities() -> tuple[Any, ...]:
+        groups = [(group["weight_decay"], list(map(id, group["params"]))) for group in step.optimizer.param_groups]
+        return groups, *([(name, id(p), p.shape, p.data_ptr()) for name, p in m.named_parameters()] for m in models)
+
+    models = step.model, step.ema.model
+    before = identities()
+    assert sorted(key for _, keys in before[0] for key in keys) == sorted(map(id, step.model.parameters()))
+    for number, (shape, size) in enumerate((*stages, (WHOLE_MODEL, 48), (WHOLE_MODEL, 64))):
+        states = optimizer_state(step.optimizer)
+        kept = [(p, dict(states(p))) for p in step.model.parameters()]
+        grow(step.model, step.shape, shape, Growth(number), states, [step.ema.model])
+        step.set_shape(shape)
+        images = torch.full((2, 3, size, size), 7, dtype=torch.uint8)
+        step(Batch.whole(images, torch.tensor([1, 3]), torch.arange(2)), number, 1e-3)
+        assert identities() == before
+        assert all(states(p)[key] is value for p, old in kept for key, value in old.items())
+    owners = step.optimizer.members if optimizer == "muon" else [step.optimizer]
+    assert sorted(id(p) for owner in owners for p in owner.state) == sorted(map(id, step.model.parameters()))
 
 
 @torch.no_grad()
