@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -371,7 +372,10 @@ def test_growth_by_level(name: str):
         train_step(model, images, optimizer)
     before = [values.detach().clone() for *_, values, _ in slices_of(model)]
     moments = [part.of(optimizer.state[part.parameter]["exp_avg"]).clone() for part in parameter_slices(model)]
+    whole = [unsliced(grown, optimizer) for grown in (model, average)]
     grow(model, small, larger, Growth(1), lambda p: optimizer.state[p], [average])
+    for grown, expected in zip((model, average), whole, strict=True):
+        torch.testing.assert_close(unsliced(grown, optimizer), expected, rtol=0, atol=0)
     set_shape(model, larger)
     grown = []
     for part, was, moment in zip(parameter_slices(model), before, moments, strict=True):
@@ -392,6 +396,19 @@ def test_growth_by_level(name: str):
         assert not torch.equal(now[old:new], now[sources])
     assert {part.level for part, *_ in grown} == {0, 1, 2, 3}
     assert all(one is other for one, other in zip(objects, model.parameters(), strict=True))
+
+
+SLICED = re.compile(r"attn\.(q|kv|qkv)\.|attn\.proj\.weight|bias_table|mlp\.(fc1|dwconv)\.|mlp\.fc2\.weight")
+
+
+def unsliced(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of all parameters whose names say that they have no slices, and of their moments."""
+    found = {}
+    for name, p in model.named_parameters():
+        if not SLICED.search(name):
+            found[name] = p.detach().clone()
+            found |= {f"{name} {key}": value.clone() for key, value in optimizer.state.get(p, {}).items()}
+    return found
 
 
 def test_random_slices_have_initial_weights():
