@@ -120,13 +120,20 @@ def recorded_times(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 def test_methods_plan_purely_train_and_resume(configure, decoder, killed_after, tmp_path: Path, options: list[str]):
-    """A run that is killed after four steps equals an uninterrupted run. Planning twice gives equal plans."""
+    """A run that is killed twice equals an uninterrupted run. Planning twice gives equal plans.
+
+    A budgeted run is killed and continued in each of its stages.
+    """
     whole, killed = (configure(*COMMON, *options, f"--run.folder={tmp_path}/{name}") for name in ("whole", "killed"))
     assert train(whole) == 0
-    for steps in (5, 4):
+    budgeted, growths = "budgeted" in options[0], []
+    saves, kills = ((2, 6, 10), (3, 5, 4)) if budgeted else ((3, 7), (5, 4))
+    for steps in kills:
         with killed_after(steps) as patch:
-            patch.setattr(Trainer, "save_due", lambda trainer, now: now.step % 4 == 3)
+            patch.setattr(Trainer, "save_due", lambda trainer, now: now.step in saves)
             train(killed)
+        growths.append(load_checkpoint(tmp_path / "killed" / CHECKPOINT)["growth_number"])
+    assert growths == [0, 1, 2] or not budgeted
     with open_trainer(killed) as trainer:
         state = str([method.state_dict() for method in trainer.state.methods])
         assert trainer.plan() == trainer.plan() and trainer.upcoming_plans() == trainer.upcoming_plans()
