@@ -12,6 +12,7 @@ import timm
 import torch
 from method_plans import COMMON
 from narrow_models import NARROW_PVT, NARROW_SWIN
+from safetensors.torch import load_file
 from trainers import open_trainer
 
 from vitlocal.errors import ConfigError
@@ -195,6 +196,42 @@ def test_the_export_is_what_was_evaluated(configure, decoder, tmp_path: Path, na
     assert isinstance(exported, VisionTransformer)
     with torch.no_grad():
         torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+
+
+LOADING = """
+import sys
+import timm, torch
+for run in sys.argv[1:]:
+    images, expected = torch.load(f"{run}/expected.pt")
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+assert not any(name.split(".")[0] == "vitlocal" for name in sys.modules)
+"""
+
+
+def test_timm_alone_loads_budgeted_pvt_and_swin(configure, decoder, tmp_path: Path):
+    """The exports of runs in a process without vitlocal, and all of their weights."""
+    swin = ["--model.name=swin_tiny_patch4_window7_224", "--model.width=24", "--model.patch_size=2"]
+    folders = []
+    for name, options in (("pvt", ["--model.name=pvt_v2_b0", "--model.width=none"]), ("swin", swin)):
+        options = [*options, "--model.heads=none", "--model.depth=none", f"--run.folder={tmp_path}/{name}"]
+        length = ["--budget.length=4steps", "--evaluate.every=0", "--train.ema_decay=none"]
+        with open_run(configure("--methods=budgeted", *options, *length)) as run:
+            fit(run.trainer)
+            assert run.trainer.state.growth_number == 2
+            export(run, tmp_path / name)
+            model, images = run.trainer.state.model.eval(), torch.randn(2, 3, 48, 48)
+            with torch.no_grad():
+                torch.save((images, model(images)), tmp_path / name / "expected.pt")
+        plain = timm.create_model(f"local-dir:{tmp_path}/{name}", pretrained=False)
+        plain.load_state_dict(load_file(tmp_path / name / "model.safetensors"), strict=True)
+        assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+        folders.append(str(tmp_path / name))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, *folders], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_tri_level_feeds_its_subset(configure, decoder, monkeypatch: pytest.MonkeyPatch):
