@@ -113,7 +113,7 @@ METHODS = {
 }  # fmt: skip
 # Models in levels: the methods that the entries above leave out. PVTv2 takes no images below 29 px.
 SMALLER = "--image_size.stages=32px until 50%,48px"
-GROWING = ["--methods=image_size,strength,batch_size", SMALLER, "--augment.randaugment=9", "--model.drop_path=0",
+GROWING = ["--methods=image_size,strength,batch_size", SMALLER, "--augment.randaugment=9",
            "--batch_size.limit=64"]  # fmt: skip
 SEARCHED = ["--methods=trilevel,autoprog", "--trilevel.levels=examples", "--autoprog.space=size", *UPDATES, *SEARCH,
             "--autoprog.min_scale=0.6"]  # fmt: skip
@@ -127,8 +127,7 @@ SLOW = {
     "sizes and budgeted pvt": ["--methods=image_size,budgeted", *NARROW_PVT, "--budgeted.grow=heads,hidden", SMALLER],
     "unfreeze pvt": ["--methods=unfreeze", *NARROW_PVT, "--unfreeze.min_scale=0.6", "--unfreeze.size_multiple=16",
                      "--unfreeze.probe_batch_size=4", "--unfreeze.stage_embedding=no"],
-    "strength swin": ["--methods=strength", *NARROW_SWIN, "--strength.by=budget", "--augment.randaugment=9",
-                      "--model.drop_path=0"],
+    "strength swin": ["--methods=strength", *NARROW_SWIN, "--strength.by=budget", "--augment.randaugment=9"],
 }  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from vitlocal.config import read_config
 from vitlocal.data.batch import Batch
 from vitlocal.errors import ConfigError
 from vitlocal.models.counts import count_macs
-from vitlocal.models.factory import build_model, export_model, load_weights, patch_side, size_multiple
-from vitlocal.models.pyramid import PyramidModel, adopt
+from vitlocal.models.factory import adopt, build_model, export_model, load_weights, patch_side, size_multiple
+from vitlocal.models.pyramid import PyramidModel
 from vitlocal.models.shape import (
     check_shape,
     exported_state_dict,

@@ -11,7 +11,7 @@ import timm
 
 import vitlocal.models  # noqa: F401 (registers our models with timm)
 from vitlocal.errors import ConfigError, first_line
-from vitlocal.models.pyramid import adopt
+from vitlocal.models.factory import adopt
 
 
 def file_digest(path: Path) -> str:

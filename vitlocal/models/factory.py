@@ -13,6 +13,8 @@ import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from vitlocal.errors import ConfigError
@@ -21,7 +23,7 @@ from vitlocal.models.deit import DeiT
 from vitlocal.models.dit import DiT
 from vitlocal.models.dit_weights import dit_sizes, load_dit_weights
 from vitlocal.models.positions import resample_positions
-from vitlocal.models.pyramid import Pvt, PyramidModel, adopt
+from vitlocal.models.pyramid import Pvt, PyramidModel
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.swin import Swin, fit_table, swin_options
 from vitlocal.models.vit import VisionTransformer
@@ -36,6 +38,8 @@ TIMM_OPTIONS = frozenset(
     "pos_embed_init".split()
 )
 
+# timm's hierarchical models, and the classes that make them able to run in part.
+HIERARCHICAL: dict[type[nn.Module], type[PyramidModel]] = {PyramidVisionTransformerV2: Pvt, SwinTransformer: Swin}
 BIAS_TABLE = "relative_position_bias_table"  # the end of the names of a Swin's tables
 # What to set if a model of timm's has no such option.
 REMEDIES = {"drop_path_rate": "model.drop_path=0", "patch_size": "model.patch_size=none"}
@@ -75,6 +79,19 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
         if "unexpected keyword" in str(problem) and f"'{option}'" in str(problem):
             raise ConfigError(f"model.name: {name} has no option {option}: set {remedy}") from problem
     raise ConfigError(f"model.name: {name} cannot be built with {attempt}: {problem}") from problem
+
+
+def adopt(model: nn.Module, size: int) -> nn.Module:
+    """Makes timm's PVTv2 or Swin able to run in part, in place. Returns other models as they are.
+
+    ``size``: px of the images that have the full grid.
+    """
+    family = HIERARCHICAL.get(type(model))
+    if family is not None:
+        model.__class__ = family
+        assert isinstance(model, PyramidModel)
+        model.adopt_parts(size)
+    return model
 
 
 def _without(arguments: Mapping[str, Any], option: str) -> dict[str, Any]:

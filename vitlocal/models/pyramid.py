@@ -1,7 +1,7 @@
 """timm's hierarchical Vision Transformers, made able to run in part; PVTv2 (Wang et al. 2022, arXiv 2106.13797).
 
-:func:`adopt` gives the objects that timm made new classes, whose forward passes take slices of the weights. No
-parameter is new, renamed or replaced, so timm loads what was trained, and timm's published weights fit.
+:func:`vitlocal.models.factory.adopt` gives the objects that timm made new classes, whose forward passes take slices of
+the weights. No parameter is new, renamed or replaced, so timm loads what was trained, and published weights fit.
 
 Shapes: B batch, L blocks of all levels, (h, w) token grid of a level, N = h·w tokens, D width of a level, M heads, d
 head width, C hidden width.
@@ -191,7 +191,7 @@ class PyramidModel(DropPathModel):
     def _checkpointed(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Applies ``function``; with gradient checkpointing, the backward pass does so again to save memory."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *operands, use_reentrant=False)
+            return checkpoint(function, *operands, use_reentrant=False, preserve_rng_state=self.drops_out)
         return function(*operands)
 
     def forward(self: Any, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -201,22 +201,6 @@ class PyramidModel(DropPathModel):
         torch's generator. Evaluation does not use it.
         """
         return self.forward_head(self.forward_features(images, noise))
-
-
-FAMILIES: dict[type[nn.Module], type[PyramidModel]] = {}  # by timm's class
-
-
-def adopt(model: nn.Module, size: int) -> nn.Module:
-    """Makes timm's PVTv2 or Swin able to run in part, in place. Returns other models as they are.
-
-    ``size``: px of the images that have the full grid.
-    """
-    family = FAMILIES.get(type(model))
-    if family is not None:
-        model.__class__ = family
-        assert isinstance(model, PyramidModel)
-        model.adopt_parts(size)
-    return model
 
 
 # --- PVTv2 ------------------------------------------------------------------------------------------------------------
@@ -303,6 +287,3 @@ class Pvt(PyramidModel, PyramidVisionTransformerV2):
     def init_weights(self) -> None:
         """Draws timm's initial weights. Norms keep their values."""
         self.apply(self._init_weights)
-
-
-FAMILIES[PyramidVisionTransformerV2] = Pvt

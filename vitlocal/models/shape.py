@@ -24,11 +24,8 @@ from vitlocal.plan import WHOLE_MODEL, Growth, ModelParts, Shape, StageEmbedding
 
 # Feed-forward parts that can run a slice of their hidden units.
 SLICED = (FeedForward, LocalFeedForward, PvtMlp, SwinMlp)
-PROJECTIONS = {
-    "qkv": 3,
-    "q": 1,
-    "kv": 2,
-}  # layers whose rows belong to heads: queries, keys, values, or several of them
+# Layers whose rows belong to heads, and how many of queries, keys and values each of them gives.
+PROJECTIONS = {"qkv": 3, "q": 1, "kv": 2}
 
 Moments = Callable[[nn.Parameter], dict[str, Tensor]]
 
@@ -180,7 +177,8 @@ def parameter_slices(model: nn.Module) -> Iterator[ParameterSlices]:
 def _head_slices(attention: Any, level: int) -> Iterator[ParameterSlices]:
     (dim, joined), heads = attention.proj.weight.shape, attention.num_heads
     for name, kinds in PROJECTIONS.items():
-        for parameter in getattr(attention, name, nn.Identity()).parameters():
+        layer = getattr(attention, name, None)
+        for parameter in () if layer is None else layer.parameters():
             yield ParameterSlices(parameter, level, "heads", (kinds, heads, joined // heads, *parameter.shape[1:]))
     yield ParameterSlices(attention.proj.weight, level, "heads", (dim, heads, joined // heads), outgoing=True)
     if (freqs := getattr(attention, "freqs", None)) is not None:

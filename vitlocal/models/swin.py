@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from vitlocal.errors import ConfigError
 from vitlocal.models.block import add_branch, linear_slice
 from vitlocal.models.positions import Grid
-from vitlocal.models.pyramid import FAMILIES, FIXED_FIELDS, PyramidBlock, PyramidModel, project_heads
+from vitlocal.models.pyramid import FIXED_FIELDS, PyramidBlock, PyramidModel, project_heads
 
 
 def window_index(window: Grid, full: Grid, device: torch.device) -> Tensor:
@@ -267,9 +267,6 @@ class Swin(PyramidModel, SwinTransformer):
         side = size // self.patch_embed.patch_size[0]
         grids = ((side // 2**level, side // 2**level) for level in range(len(self.levels)))
         return [blocks[0].attn.window_of(grid)[0] for blocks, grid in zip(self.levels, grids, strict=True)]
-
-
-FAMILIES[SwinTransformer] = Swin
 
 
 def swin_options(name: str, size: int, patch_size: int | None) -> dict[str, Any]:
