@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrow_models import NARROW_PVT, NARROW_SWIN
 from test_step import CLASSES, a_batch, a_step, step_results
 
 from vitlocal.bench.compiled import compare, problems
@@ -59,6 +60,20 @@ def test_captured_training_is_eager_training(configure, optimizer: str):
         mode, batch = step.mode(Feed(24, 12)), a_batch(12, device=GPU)
         losses.append([float(step(batch, number, 1e-3, mode, 0.9).loss) for number in range(6)])
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[0][0] != losses[0][-1]
+
+
+@pytest.mark.parametrize("options", [NARROW_PVT, NARROW_SWIN], ids=["pvt", "swin"])
+def test_models_in_levels_have_fused_attention_and_a_cpus_gradients(configure, options: list[str]):
+    """Swin's biases are a mask that needs a gradient, of pairs of 36 tokens."""
+    size, found = 96, []
+    stated = [*options, f"--model.size={size}", "--model.depth=none", "--train.precision=fp32", "--train.compile=no"]
+    for device in (torch.device("cpu"), GPU):
+        step = a_step(configure, *stated, f"--run.device={device.type}", device=device)
+        gradients = step.gradients(a_batch(4, size, device))
+        found.append({name: gradient.cpu() for name, gradient in gradients.items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-4)
+    half = a_step(configure, *stated, "--train.precision=bf16", "--run.device=cuda", device=GPU)
+    assert all(gradient.isfinite().all() for gradient in half.gradients(a_batch(4, size, GPU)).values())
 
 
 @pytest.mark.parametrize("copy", [True, False])
