@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model, load_weights
 from vitlocal.train.build import make_model
+from vitlocal.train.build_checks import check_image_sizes
 
 
 def without_data(name: str, classes: int = 5, **arguments) -> torch.nn.Module:
@@ -65,6 +67,17 @@ def test_sizes_that_a_model_cannot_take_are_refused_before_training(name: str, o
 def test_models_that_take_several_sizes_are_not_refused():
     for name in ("resnet10t", "test_vit", "pvt_v2_b0"):
         make_model(read_config([f"--model.name={name}", "--model.size=64", *SIZES], {}), 5, torch.device("meta"))
+
+
+@torch.no_grad()
+def test_trying_sizes_does_not_change_the_model():
+    """CoaT's blocks share modules."""
+    model, _ = build_model("coat_lite_tiny", dict(img_size=64, drop_path_rate=0.0), 5)
+    before, images = copy.deepcopy(model.eval()), torch.rand(2, 3, 64, 64)
+    config = read_config(["--model.name=coat_lite_tiny", "--model.size=64", "--methods=none"], {})
+    for _ in range(2):
+        check_image_sizes(config, model)
+    assert torch.equal(model(images), before(images))
 
 
 SWIN = "swin_tiny_patch4_window7_224"

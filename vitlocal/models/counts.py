@@ -149,9 +149,14 @@ def _shapes_only(model: nn.Module, kernel: str, training: bool) -> Iterator[None
 
 def _forward(model: nn.Module, batch: int, size: int) -> None:
     trains = torch.is_grad_enabled()  # else PyTorch's counter looks for gradients that no tensor has
-    shapes = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad and trains)
-        for name, tensor in chain(model.named_parameters(), model.named_buffers())
-    }
+    fakes: dict[int, Tensor] = {}  # by the id of the tensor, which may have several names
+    shapes: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():  # a shared module once, or functional_call() would not restore it
+        own = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        for name, tensor in chain(module.named_parameters(**own), module.named_buffers(**own)):
+            if id(tensor) not in fakes:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                fakes[id(tensor)] = fake.requires_grad_(tensor.requires_grad and trains)
+            shapes[name] = fakes[id(tensor)]
     inputs = example_inputs(model, batch, size, next(model.parameters()).dtype)
-    torch.func.functional_call(model, shapes, inputs)
+    torch.func.functional_call(model, shapes, inputs, tie_weights=False)
