@@ -16,6 +16,7 @@ from vitlocal.models.factory import build_model
 from vitlocal.models.shape import check_shape, set_shape
 from vitlocal.models.swin import Swin, SwinBlock, keep_tokens
 from vitlocal.plan import WHOLE_MODEL, Shape
+from vitlocal.train.build import build_step
 from vitlocal.train.command import train
 
 SIDE, WINDOW = 14, 7
@@ -156,6 +157,12 @@ def test_default_blocks():
 def test_refused(configure, decoder, options: list[str], problem: str):
     with pytest.raises(ConfigError, match=problem):
         train(configure(*COMMON, "--methods=trilevel", *options))
+
+
+@pytest.mark.parametrize("options", [NARROW_PVT, NARROW_SWIN])
+def test_a_recipe_switches_checkpointing_on(configure, options: list[str]):
+    step = build_step(configure(*options, "--methods=none", "--train.grad_checkpointing=yes"), 5, torch.device("cpu"))
+    assert step.model.grad_checkpointing
 
 
 @pytest.mark.usefixtures("no_report")

@@ -191,7 +191,8 @@ def configure_model(model: Any, kernel: str, grad_checkpointing: bool, device: t
         return
     if not hasattr(model, "set_grad_checkpointing"):
         raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} does not support it")
-    if has_batch_norm(model.blocks if isinstance(model, BlockModel) else model):  # ours runs only blocks twice
+    # Of our models, only the blocks run twice.
+    if any(has_batch_norm(part) for part in (model.blocks if isinstance(model, BlockModel) else [model])):
         raise ConfigError(
             "train.grad_checkpointing: a BatchNorm would count each batch twice; use train.grad_accum_steps to save "
             "memory"

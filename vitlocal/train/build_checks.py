@@ -46,7 +46,7 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
     for name, size in sizes:
         first.setdefault(size, name)
     for size, name in first.items():
-        remedy = f"; {size_remedy(config, model, name)}, or a model that takes this size"
+        remedy = f"; {size_remedy(config, model, name)}, or use a model that takes this size"
         macs_at(model, size, f"{name} {size}: {config.model.name}", remedy)
 
 
