@@ -546,7 +546,7 @@ def test_images_too_small_for_the_keys_of_pvt():
 
 
 def test_only_swin_takes_a_width():
-    with pytest.raises(ConfigError, match=r"model options embed_dim are only for vitlocal_… models; pvt_v2_b0 is timm"):
+    with pytest.raises(ConfigError, match="pvt_v2_b0 is timm's own model, .*: add --model.width=none"):
         build_model(PVT, dict(img_size=64, embed_dim=16), 5)
 
 

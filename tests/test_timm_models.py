@@ -48,7 +48,11 @@ SIZES = ["--methods=image_size", "--image_size.init=32", "--image_size.step_pixe
     ("name", "options", "problem"),
     [
         ("cait_xxs24_224", [*SIZES, "--evaluate.size=48"], "evaluate.size 48: .*48 px .*; use evaluate.size=64, or"),
-        ("maxvit_pico_rw_256", SIZES, "image_size 32: .*32 px .*; remove image_size from methods, or use a model that"),
+        (
+            "maxvit_pico_rw_256",
+            SIZES,
+            "image_size 32: .*32 px .*; state other sizes in the options of image_size, or remove it",
+        ),
         ("levit_128s", SIZES, "image_size 32: levit_128s takes no images of 32 px"),
         (
             "efficientformer_l1",

@@ -54,7 +54,7 @@ def test_patches_are_dropped_at_every_size(configure, decoder, method):
     "options, words",
     [
         (["--model.name=vitlocal_localvit_tiny_patch8_64", "--model.patch_drop=0.5"], "patch_drop_rate=0.5"),
-        (["--model.name=resnet10t", "--model.rope=axial"], "rope are only for vitlocal_"),
+        (["--model.name=resnet10t", "--model.rope=axial"], "add .*--model.rope=none"),
         (["--model.stem=hmlp", "--model.patch_size=12"], "patch_size=12"),
     ],
 )

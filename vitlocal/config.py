@@ -23,6 +23,7 @@ from vitlocal.options import (
     PIXELS,
     TEXT,
     THOUSAND,
+    TIMM_NAMES,
     Choice,
     Duration,
     Number,
@@ -89,10 +90,8 @@ class ModelConfig:
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments for ``timm.create_model`` that this configuration sets."""
-        names = {"width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size"}
-        names |= {"patch_drop": "patch_drop_rate", "layer_scale": "init_values"}
         values = {name: value for name, value in vars(self).items() if name not in ("name", "weights")}
-        return {names.get(name, name): value for name, value in values.items() if value is not None}
+        return {TIMM_NAMES.get(name, name): value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ from fastargs.validation import Checker
 
 from vitlocal.progress import Length, Stage
 
+# The arguments of timm's models whose names differ from those of the section "model".
+TIMM_NAMES = {
+    "width": "embed_dim", "heads": "num_heads", "drop_path": "drop_path_rate", "size": "img_size",
+    "patch_drop": "patch_drop_rate", "layer_scale": "init_values",
+}  # fmt: skip
+
 
 class Parsed(Checker):
     """The values that ``parse`` accepts. ``expected`` describes them."""

@@ -28,6 +28,7 @@ from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.swin import Swin, fit_table, swin_options
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
+from vitlocal.options import TIMM_NAMES
 
 PREFIX = "vitlocal_"  # of the names of our models
 TIMM_DEIT = "vit_small_patch16_224"  # timm's DeiT; its other sizes differ by options
@@ -63,7 +64,9 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
         windows = swin_options(name, arguments.get("img_size", 224), arguments.get("patch_size"))
         allowed = {"img_size", "drop_path_rate", "patch_size", *(["embed_dim"] if windows else [])}
         if ours := sorted(set(arguments) - allowed):
-            raise ConfigError(f"model options {', '.join(ours)} are only for {PREFIX}… models; {name} is timm's own")
+            options = {argument: option for option, argument in TIMM_NAMES.items()}
+            remedy = " ".join(f"--model.{options.get(argument, argument)}=none" for argument in ours)
+            raise ConfigError(f"{name} is timm's own model, and these options are for {PREFIX}… models: add {remedy}")
         attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), _without(arguments, "img_size")]
         attempts = [{**arguments, **windows}] if windows else attempts
         if not arguments.get("drop_path_rate"):  # models without drop path have no such option

@@ -36,7 +36,11 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError if the model cannot take a size that the run will come to."""
     multiple, largest, sizes = size_multiple(model), config.model.size, stated_sizes(config)
     if odd := [f"{name} {size}" for name, size in sizes if size % multiple]:
-        raise ConfigError(f"{', '.join(odd)}: expected multiples of {multiple}, as {config.model.name} needs")
+        near = sorted({max(multiple, round(size / multiple) * multiple) for _, size in sizes if size % multiple})
+        raise ConfigError(
+            f"{', '.join(odd)}: expected multiples of {multiple}, as {config.model.name} needs, such as "
+            f"{', '.join(map(str, near))}"
+        )
     is_limited = isinstance(model, Swin)  # its tables have no biases for larger windows
     if above := [f"{name} {size}" for name, size in sizes if size > largest and (is_limited or name in config.methods)]:
         raise ConfigError(f"{', '.join(above)}: expected at most model.size ({largest})")
@@ -53,7 +57,7 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
 def size_remedy(config: Config, model: Any, name: str) -> str:
     """Says how to avoid the size that ``name`` states, because timm's ``model`` cannot take it."""
     if name in config.methods:
-        return f"remove {name} from methods"
+        return f"state other sizes in the options of {name}, or remove it from methods"
     if name != "model.size":
         return f"use {name}={config.model.size}"
     own = (getattr(model, "default_cfg", None) or {}).get("input_size", (0,))[-1]
