@@ -96,7 +96,7 @@ def test_resuming_nothing_is_refused_and_leaves_nothing(configure, decoder, tmp_
     ("options", "part"),
     [
         (["--model.name=vitlocal_smal_patch16_224"], "timm knows no model"),
-        (["--model.name=resnet18", "--model.convolution=no", "--methods=none"], "model options convolution"),
+        (["--model.name=resnet18", "--model.convolution=no", "--methods=none"], "add --model.convolution=none"),
         (["--model.patch_size=7", "--methods=none"], "patch_size"),
         (["--model.heads=3"], "heads"),
         (["--model.width=16384"], r"model.width=16384.* weights need \d+ GiB .* use smaller ones"),

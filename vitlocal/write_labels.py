@@ -38,7 +38,7 @@ def write_labels(options: WriteOptions) -> None:
     seed = () if options.seed is None else (f"--run.seed={options.seed}",)
     config = read_config(["--config-file", options.recipe or RECIPE, *seed], {})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = teacher.load().to(device=device, memory_format=torch.channels_last)
+    model = teacher.load()
     # Random crops show objects as large as in training. Those of an evaluation, often at a larger size, are smaller.
     side = max((record["image_size"] for record in read_log(teacher.folder)), default=teacher.side)
     if isinstance(model, Swin):
@@ -72,6 +72,7 @@ def write_labels(options: WriteOptions) -> None:
         save_facts(folder, replace(facts, epochs=done))
         epochs = range(max(done, wanted))
         left = [epoch for epoch in epochs if epoch >= done or not epoch_file(folder, epoch).exists()]
+        model = model.to(device=device, memory_format=torch.channels_last)
         bar = tqdm(total=len(left) * facts.images, unit=" images", mininterval=0.1 if sys.stderr.isatty() else 30)
         with bar:
             for epoch in left:

@@ -55,10 +55,10 @@ class ExportedRun:
         """The model, on the CPU, in evaluation mode. PVTv2 and Swin can take other sizes than the evaluation's."""
         try:
             model = timm.create_model(f"local-dir:{self.folder}", pretrained=True).eval()
+            # Older runs have timm's Swin with this option, whose windows may need padding.
+            return model if getattr(model, "dynamic_img_size", False) else adopt(model, self.side)
         except Exception as error:  # timm and safetensors raise many types
             raise self._damaged("model.safetensors or config.json", error) from error
-        # Older runs have timm's Swin with this option, whose windows may need padding.
-        return model if getattr(model, "dynamic_img_size", False) else adopt(model, self.side)
 
     def _damaged(self, name: str, error: Exception) -> ConfigError:
         return ConfigError(

@@ -69,7 +69,7 @@ def build_model(name: str, arguments: Mapping[str, Any], num_classes: int) -> tu
             raise ConfigError(f"{name} is timm's own model, and these options are for {PREFIX}… models: add {remedy}")
         attempts = [{**arguments, "dynamic_img_size": True}, dict(arguments), _without(arguments, "img_size")]
         attempts = [{**arguments, **windows}] if windows else attempts
-        if not arguments.get("drop_path_rate"):  # models without drop path have no such option
+        if arguments.get("drop_path_rate") == 0:  # models without drop path have no such option
             attempts += [_without(attempt, "drop_path_rate") for attempt in attempts]
     problem: TypeError | None = None
     for attempt in attempts:

@@ -36,7 +36,7 @@ def check_image_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError if the model cannot take a size that the run will come to."""
     multiple, largest, sizes = size_multiple(model), config.model.size, stated_sizes(config)
     if odd := [f"{name} {size}" for name, size in sizes if size % multiple]:
-        near = sorted({max(multiple, round(size / multiple) * multiple) for _, size in sizes if size % multiple})
+        near = sorted({max(multiple, size // multiple * multiple) for _, size in sizes if size % multiple})
         raise ConfigError(
             f"{', '.join(odd)}: expected multiples of {multiple}, as {config.model.name} needs, such as "
             f"{', '.join(map(str, near))}"
@@ -73,7 +73,14 @@ def macs_at(model: nn.Module, size: int, name: str, remedy: str = "") -> int:
     before, log.disabled = log.disabled, True
     try:
         return count_macs(model, size)
-    except (ValueError, RuntimeError, AssertionError) as error:  # timm's models check sizes in various ways, or not
+    except (
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        IndexError,
+        TypeError,
+        ArithmeticError,
+    ) as error:  # timm's models check sizes in various ways, or not
         raise ConfigError(f"{name} takes no images of {size} px ({first_line(error)}){remedy}") from error
     finally:
         log.disabled = before
@@ -122,10 +129,11 @@ def check_fields(model_name: str, model: nn.Module, claims: Claims) -> None:
     """Raises ConfigError if a method sets a field of the shape that the model cannot change."""
     fixed = {f"shape.{name}": reason for name, reason in getattr(model, "fixed_fields", {}).items()}
     if wrong := sorted(claims.writes & fixed.keys()):
-        remedies = [f"set {claims.spared_by[name]}" for name in wrong if name in claims.spared_by]
+        spared = [name for name in wrong if name in claims.spared_by]
+        name = (spared or wrong)[-1]
+        remedy = f"set {claims.spared_by[name]}" if spared else f"remove {claims.name}"
         raise ConfigError(
-            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[wrong[-1]]}; "
-            f"{(remedies or [f'remove {claims.name}'])[-1]}"
+            f"methods: {claims.name} changes {', '.join(wrong)}, and {model_name} cannot: {fixed[name]}; {remedy}"
         )
 
 
