@@ -23,6 +23,8 @@ from vitlocal.train.trainer import Trainer
 
 # Models with larger values are checked before they are built.
 USUAL_SIZES = {"size": 1024, "patch_size": 64, "width": 2048, "depth": 64}
+# What timm's models raise at sizes that they cannot take. They check sizes in various ways, or not.
+SIZE_ERRORS = (ValueError, RuntimeError, AssertionError, IndexError, TypeError, ArithmeticError)
 
 
 def stated_sizes(config: Config) -> list[tuple[str, int]]:
@@ -73,14 +75,7 @@ def macs_at(model: nn.Module, size: int, name: str, remedy: str = "") -> int:
     before, log.disabled = log.disabled, True
     try:
         return count_macs(model, size)
-    except (
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        IndexError,
-        TypeError,
-        ArithmeticError,
-    ) as error:  # timm's models check sizes in various ways, or not
+    except SIZE_ERRORS as error:
         raise ConfigError(f"{name} takes no images of {size} px ({first_line(error)}){remedy}") from error
     finally:
         log.disabled = before
