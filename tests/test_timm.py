@@ -14,7 +14,7 @@ import torch
 from narrow_models import NARROW, narrow
 from timm.models import save_for_hf
 
-from vitlocal.models.factory import build_model, export_model
+from vitlocal.models.factory import build_model, export_model, load_weights
 from vitlocal.models.positions import _cached_matrix
 from vitlocal.models.shape import set_shape
 from vitlocal.models.token_selection import drop_patches
@@ -48,13 +48,18 @@ def load(folder: Path, **options) -> torch.nn.Module:
 
 
 TWINS = [{}, dict(pool="avg"), dict(init_values=0.1), dict(patch_size=8)]
+ROPE_TWINS = [
+    dict(rope="axial", pool="avg", init_values=0.1), dict(rope="axial", pool="avg", use_abs_pos_emb=False),
+    dict(rope="axial", rope_coordinates="patches", rope_theta=50.0),
+    dict(rope="mixed", rope_coordinates="patches", init_values=0.1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", TWINS)
+@pytest.mark.parametrize("options", TWINS + ROPE_TWINS)
 def test_a_deit_is_exported_as_timms_model(options, tmp_path):
     model = make_run(tmp_path, DEIT, **options)
     described = json.loads((tmp_path / "config.json").read_text())
-    assert described["architecture"] == "vit_small_patch16_224"
+    assert described["architecture"] == f"vit_small_patch16_{'rope_' * ('rope' in options)}224"
     code = f"import timm, torch; m = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()\n"
     code += f"torch.manual_seed(1); torch.save([m(torch.rand(2, 3, s, s)) for s in (32, 64)], '{tmp_path}/logits.pt')"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path)  # without vitlocal
@@ -64,13 +69,29 @@ def test_a_deit_is_exported_as_timms_model(options, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", TWINS + ROPE_TWINS)
+def test_our_models_load_weights_exported_as_timms(options, tmp_path):
+    model, arguments = make_run(tmp_path, DEIT, **options), dict(NARROW, img_size=64, **options)
+    ours, _ = build_model(DEIT, {key: value for key, value in arguments.items() if key != "num_classes"}, 5)
+    assert load_weights(ours, str(tmp_path)) == []
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours.eval()(images), model(images), rtol=0, atol=0)
+
+
 def test_an_export_does_not_need_timms_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("vitlocal.models.factory.TIMM_DEIT", "no_such_model")
+    monkeypatch.setattr("vitlocal.models.timm_twin.TIMM_DEIT", "no_such_model")
     make_run(tmp_path, DEIT)
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == DEIT
 
 
-@pytest.mark.parametrize("options", [PRUNED, dict(center_grid=3), dict(rope="axial"), dict(activation="h_swish")])
+# The angles of the class token, and learned frequencies per fourteenth of an image, are others in timm.
+OTHERS = [
+    PRUNED, dict(center_grid=3), dict(activation="h_swish"), dict(rope="axial"),
+    dict(rope="axial", size=224), dict(rope="mixed"), dict(rope="mixed", pool="avg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OTHERS)
 def test_a_deit_that_timm_lacks_keeps_our_name(options, tmp_path):
     make_run(tmp_path, DEIT, **options)
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == DEIT

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
@@ -26,19 +25,12 @@ from vitlocal.models.positions import resample_positions
 from vitlocal.models.pyramid import Pvt, PyramidModel
 from vitlocal.models.shape import exported_state_dict
 from vitlocal.models.swin import Swin, fit_table, swin_options
+from vitlocal.models.timm_twin import own_names, timm_twin
 from vitlocal.models.vit import VisionTransformer
 from vitlocal.models.weight_files import options_of_run, read_description, read_weights, write_weights
 from vitlocal.options import TIMM_NAMES
 
 PREFIX = "vitlocal_"  # of the names of our models
-TIMM_DEIT = "vit_small_patch16_224"  # timm's DeiT; its other sizes differ by options
-# Options of ours that a model of timm's can have, or that only set initial weights.
-TIMM_OPTIONS = frozenset(
-    "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias pool class_token global_pool "
-    "init_values drop_rate proj_drop_rate attn_drop_rate patch_drop_rate train_pos_embed init "
-    "pos_embed_init".split()
-)
-
 # timm's hierarchical models, and the classes that make them able to run in part.
 HIERARCHICAL: dict[type[nn.Module], type[PyramidModel]] = {PyramidVisionTransformerV2: Pvt, SwinTransformer: Swin}
 BIAS_TABLE = "relative_position_bias_table"  # the end of the names of a Swin's tables
@@ -101,36 +93,6 @@ def _without(arguments: Mapping[str, Any], option: str) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key != option}
 
 
-def timm_twin(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Returns the name and the options of timm's own model that computes the same as a trained DeiT; None without one.
-
-    ``name`` and ``arguments`` are those of our export. It and timm's model are compared, with the weights, on the CPU
-    and on a random image. If anything fails, there is none: an export must not.
-    """
-    if not isinstance(model, DeiT) or not set(arguments) <= TIMM_OPTIONS:
-        return None
-    try:
-        ours: Any = timm.create_model(name, num_classes=model.num_classes, **arguments).eval()
-        state = exported_state_dict(model)
-        ours.load_state_dict(state)
-        patch = ours.patch_embed.patch_size[0]
-        size = [count * patch for count in ours.patch_embed.grid_size]
-        options = {key: arguments[key] for key in ("qkv_bias", "init_values") if key in arguments} | {
-            "img_size": size, "patch_size": patch, "in_chans": ours.in_chans, "embed_dim": ours.embed_dim,
-            "depth": len(ours.blocks), "num_heads": ours.blocks[0].attn.num_heads,
-            "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / ours.embed_dim, "class_token": ours.has_class_token,
-            "global_pool": ours.global_pool, "fc_norm": False, "dynamic_img_size": True,
-        }  # fmt: skip
-        theirs: Any = timm.create_model(TIMM_DEIT, num_classes=model.num_classes, **options).eval()
-        theirs.load_state_dict(state)
-        images = torch.rand(1, ours.in_chans, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        with torch.inference_mode():  # in float64, only rounding differs
-            same = torch.allclose(ours.double()(images), theirs.double()(images), rtol=1e-7, atol=1e-10)
-    except Exception:  # other weights, or another version of timm
-        return None
-    return (TIMM_DEIT, options) if same else None
-
-
 def export_model(
     folder: Path, model: nn.Module, name: str, arguments: Mapping[str, Any], classes: Sequence[str], *,
     size: int, crop_pct: float, notes: Mapping[str, Any] | None = None,
@@ -154,7 +116,7 @@ def export_model(
             for option in ("token_keep_rate", "attention_keep_rate", "per_head_masks", "pruned_blocks"):
                 model_args[option] = getattr(shape, option)
     if twin := timm_twin(model, name, model_args):
-        name, model_args = twin
+        name, model_args, state = twin
     if isinstance(model, Swin):
         model_args, state = model_args | model.options_at(size), model.state_at(state, size)
     if isinstance(model, DiT):
@@ -201,7 +163,9 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     loaded = read_weights(file, partial(load_state_dict, use_ema=False))
     state, kept = model.state_dict(), []
-    if not state.keys() <= loaded.keys():
+    if isinstance(model, DeiT):
+        loaded = own_names(loaded)
+    elif not state.keys() <= loaded.keys():
         loaded = _with_timms_names(model, loaded)
     classifier = (getattr(model, "default_cfg", None) or {}).get("classifier") or "head"
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
