@@ -147,6 +147,11 @@ def test_the_default_folder_tells_variants_apart():
     assert read_config(["-C", ours], {}).run.folder == "runs/ours"
     assert read_config(["-C", ours, "--data.loader=torchvision"], {}).run.folder == "runs/ours-data.loader=torchvision"
     assert read_config(["-C", ours, "--data.workers=3", "--run.threads=1"], {}).run.folder == "runs/ours"
+    options = [f"--image_size.stages={', '.join(f'{size}px until {size}ep' for size in range(32, 224, 16))}, 224px"]
+    first, second = (
+        read_config(["-C", ours, *options, f"--model.width={width}"], {}).run.folder for width in (192, 384)
+    )
+    assert first != second and len(Path(first).name) == len(Path(second).name) == 120
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

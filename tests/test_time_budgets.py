@@ -159,6 +159,16 @@ def test_a_run_with_little_training_time_warns(configure, decoder, counts: str, 
         assert any(re.match(r"0 of 1\d\d s were training", warning) for warning in end_warnings(run)) == warns
 
 
+@pytest.mark.parametrize(("seconds", "warns"), [(35.0, True), (10.0, False)])
+def test_a_run_that_evaluated_for_longer_than_it_trained_warns(configure, decoder, seconds: float, warns: bool):
+    with open_run(configure("--evaluate.every=0.5"), None) as run:
+        run.trainer.state.reserve.evaluations += [seconds / 2] * 2
+        expected = (
+            "evaluations took 35 s, and training 0 s; for fewer of them, set evaluate.every to more than 0.5 epochs"
+        )
+        assert (expected in end_warnings(run)) == warns
+
+
 def test_a_run_killed_in_its_last_evaluation_only_repeats_that(configure, decoder, tmp_path: Path, monkeypatch):
     class Killed(Exception):
         pass

@@ -3,6 +3,7 @@
 Frozen dataclasses declare name, kind, default and meaning of each option once.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -321,6 +322,7 @@ SECTIONS: dict[str, Any] = {
     **{name: method.options for name, method in METHODS.items()},
 }
 
+MOST_NAME = 120  # characters of the default name of a run
 # Options that do not change the result: they may differ when a run is resumed.
 IMMATERIAL = frozenset(
     "data.root data.workers data.source evaluate.batch_size diffusion.sample_batch diffusion.vae train.compile "
@@ -359,10 +361,17 @@ def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = Non
 
 
 def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
-    """``runs/<recipe>`` with the command line's options in its name, so that variants have folders of their own."""
+    """``runs/<recipe>`` with the command line's options in its name, so that variants have folders of their own.
+
+    The end of a long name is replaced by a hash, because file systems limit names to 255 bytes.
+    """
     parts = [Path(files[-1]).stem if files else "run"]
     parts += [f"{name}={value}" for name, value in sorted(overrides.items()) if name not in IMMATERIAL]
-    return "runs/" + re.sub(r"[^\w.=,+-]", "_", "-".join(parts))
+    text = "-".join(parts)
+    name = re.sub(r"[^\w.=,+-]", "_", text)
+    if len(name) > MOST_NAME:
+        name = f"{name[: MOST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"runs/{name}"
 
 
 def _contradictions(config: Config) -> list[str]:

@@ -6,7 +6,8 @@ For other budgets (--budgets), each size gets the same fraction. Without a data 
 random pixels, and an epoch has --images images (default: as many as ImageNet). With --rates (images/s, such as
 32:60000,224:5000; other sizes follow by FLOPs) nothing is measured, and the forecast is for another machine.
 
-The memory that the recipe needs on a GPU is counted from shapes. --memory 16GB says whether it fits there.
+The memory that the recipe needs on a GPU is counted from shapes, on a machine without a GPU only with --rates or
+--memory. --memory 16GB says whether it fits there.
 
 With --models, the bench makes the forecast for each of these sizes of the recipe's model, predicts its top-1 and names
 the best one. The predictions come from a law that is fitted to finished runs: those of --runs (files that --json of
@@ -369,8 +370,10 @@ def main(argv: Sequence[str]) -> None:
     else:
         found = forecast(config, images)
     show(found, budgets)
-    memory = count_memory(config, found.images)
-    show_memory(config, found.images, memory, options.memory)
+    memory = []
+    if options.memory or options.rates or device_of(config).type != "cpu":  # measured on a CPU: no GPU is meant
+        memory = count_memory(config, found.images)
+        show_memory(config, found.images, memory, options.memory)
     what = "what a budget is forecast to buy: measured images/s by size, and the simulated budget"
     last = found.stages[-1].end
     write_json(

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         cells = [[format(row[field], form) for field, form in COLUMNS.values()] for row in rows]
         paragraphs = [f"<p>Note: {html.escape(note)}.</p>" for note in notes]
         parts = ["<h2>Forecast and run</h2>", *paragraphs, rows_table(list(COLUMNS), cells)]
-        print("\n".join([text_table(rows, COLUMNS), *(f"note: {note}" for note in notes)]))
+        print("\n".join([*(f"note: {note}" for note in notes), text_table(rows, COLUMNS)]))
         write_json(options.json, "a forecast compared with the run that followed", rows)
     out = options.out or (folders[0] if len(runs) == 1 else Path()) / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from vitlocal.train.loop import fit
 from vitlocal.train.state import Phase, trained_plan
 
 MIN_TRAINED = 0.5  # of the time with budget.counts=wall: if less was training, the run says so
+LONG_EVALUATIONS = 30.0  # seconds: if those of a run took longer, and longer than its training, the run says so
 MAX_START_WEIGHT = 0.05  # of an average: if the weights before training have more of it, the run says so
 MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says so
 
@@ -165,10 +166,16 @@ def end_warnings(run: BuiltRun) -> list[str]:
         sizes_left = ", ".join(map(str, sizes))
         found.append(f"the budget ended before images of {sizes_left} px; use a longer budget or shorter stages")
     seconds, total = clock.timer.train_seconds, clock.timer.wall_seconds
+    evaluating = sum(trainer.state.reserve.evaluations)
     if clock.reserves and seconds < MIN_TRAINED * total:
         found.append(
             f"{seconds:.0f} of {total:.0f} s were training: starting, evaluating and saving took the rest; with "
             "budget.counts=train they do not count"
+        )
+    elif config.evaluate.every and not clock.reserves and evaluating > max(seconds, LONG_EVALUATIONS):
+        found.append(
+            f"evaluations took {evaluating:.0f} s, and training {seconds:.0f} s; for fewer of them, set "
+            f"evaluate.every to more than {config.evaluate.every:g} epochs"
         )
     if config.train.warmup.value and config.train.warmup.fraction_done(now) < 1:
         found.append(f"the budget ended in the warm-up ({config.train.warmup})")
