@@ -122,7 +122,7 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = signal.Signals(number), time.monotonic()
             if self._prints:
-                note("\nstopping after this step, and saving; another Ctrl-C, a second later, stops at once\n")
+                note("\nstopping after this step or batch, and saving; another Ctrl-C, a second later, stops at once\n")
         elif number == signal.SIGINT and time.monotonic() - self._at > DOUBLE_SECONDS:
             raise Interrupted(number)
 
