@@ -40,6 +40,17 @@ def test_singular_values_come_near_one(shape: tuple[int, int]):
         assert 0.5 < torch.linalg.svdvals(result).min() and torch.linalg.svdvals(result).max() < 1.3
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-6, 1e5])  # float16 has 6e-8 to 65504
+def test_half_precision_orthogonalizes_gradients_of_any_size(precision: torch.dtype, size: float):
+    matrices = size * torch.randn(2, 48, 96, generator=torch.Generator().manual_seed(0))
+    out = orthogonalized(matrices, precision)
+    assert out.dtype == precision
+    for matrix, result in zip(matrices, out.double(), strict=True):
+        expected = plain(matrix)
+        assert (result - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_step_is_the_definition():
     generator = torch.Generator().manual_seed(1)
     stacked = nn.Parameter(torch.randn(12, 4, generator=generator))  # three matrices by rows

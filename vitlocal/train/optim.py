@@ -27,13 +27,16 @@ UPDATE_RMS = 0.2
 
 
 def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
-    """Approximates the nearest (semi-)orthogonal matrices: (M, R, C) float32 -> the same shape, in ``precision``."""
+    """Approximates the nearest (semi-)orthogonal matrices: (M, R, C) float32 -> the same shape, in ``precision``.
+
+    The iteration fits the range of float16: no entry or singular value exceeds 1.3. The gradients before it need not.
+    """
     first, second, third = COEFFICIENTS
-    x = matrices.to(precision)
+    x = matrices if precision == torch.float16 else matrices.to(precision)
     transposed = x.shape[1] > x.shape[2]
     if transposed:  # so that the Gram matrix has the shorter side
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
@@ -137,7 +140,7 @@ def build_optimizer(
     """Fused AdamW without weight decay on norms, biases, position embeddings and class tokens.
 
     With ``name`` in ``MATRIX_OPTIMIZERS``, that one updates the matrices of the blocks and AdamW the rest. Muon
-    computes in bfloat16 if ``precision`` is bfloat16. The learning rates are set before each step.
+    multiplies matrices in ``precision``. The learning rates are set before each step.
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     matrices = block_matrices(model) if name in MATRIX_OPTIMIZERS else {}
@@ -161,8 +164,7 @@ def build_optimizer(
         return CombinedOptimizer(adamw, soap)
     stacked = {"qkv": 3, "kv": 2}  # matrices in one weight
     parts = {id(p): stacked.get(path.split(".")[-2], 1) for path, p in matrices.items()}
-    products = torch.bfloat16 if precision == torch.bfloat16 else torch.float32
-    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, products))
+    return CombinedOptimizer(adamw, Muon(matrices.values(), parts, 0.0, muon_momentum, weight_decay, precision))
 
 
 def block_matrices(model: nn.Module) -> dict[str, Any]:
