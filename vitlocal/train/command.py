@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from vitlocal.config import Config
 from vitlocal.errors import Diverged
 from vitlocal.machine import can_compile_kernels
@@ -19,6 +21,7 @@ from vitlocal.train.state import Phase, trained_plan
 
 MIN_TRAINED = 0.5  # of the time with budget.counts=wall: if less was training, the run says so
 LONG_EVALUATIONS = 30.0  # seconds: if those of a run took longer, and longer than its training, the run says so
+SMALL_SCALE = 0.01  # of LayerScale: below it, bfloat16 keeps less than half of what a branch adds
 MAX_START_WEIGHT = 0.05  # of an average: if the weights before training have more of it, the run says so
 MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says so
 
@@ -132,6 +135,12 @@ def start_warnings(run: BuiltRun) -> list[str]:
         found.append(
             "Triton finds no C compiler with Python's headers (gcc libc6-dev python3-dev on Debian), so the step is "
             "not compiled and the local FFN has no fused kernel: training is slower"
+        )
+    factor = config.model.layer_scale
+    if factor is not None and factor < SMALL_SCALE and run.trainer.step.task.precision == torch.bfloat16:
+        found.append(
+            f"model.layer_scale={factor:g} makes branches so small that most of them is lost in the bfloat16 tokens to "
+            "which they are added; use model.layer_scale=0.1"
         )
     if batch > source.count:
         found.append(f"train.batch_size is {batch}, and there are {source.count} images: each epoch is one step")
