@@ -179,11 +179,11 @@ RULES: dict[str, tuple[Callable[[BoardRun], str], str]] = {
 # --- rules for all runs together --------------------------------------------------------------------------------------
 
 
-def repeated(runs: Sequence[BoardRun]) -> str:
-    """Whether there are too few seeds, or runs that are copies of each other."""
-    seeds, weights = {run.config.run.seed for run in runs}, [run.weights for run in runs if run.weights]
-    if len(seeds) < max(SEEDS, len(runs)):
-        return f"{len(runs)} runs with {len(seeds)} different seeds"
+def chosen_seeds(runs: Sequence[BoardRun]) -> str:
+    """Whether there are other seeds than 0, 1, 2 and so on, or runs that are copies of each other."""
+    seeds, weights = sorted(run.config.run.seed for run in runs), [run.weights for run in runs if run.weights]
+    if seeds != list(range(max(SEEDS, len(runs)))):
+        return f"runs with the seeds {', '.join(map(str, seeds))}"
     return "runs with different seeds have the same weights" if len(set(weights)) < len(weights) else ""
 
 
@@ -208,7 +208,10 @@ def different_circumstances(runs: Sequence[BoardRun]) -> str:
 
 
 TOGETHER: dict[str, tuple[Callable[[Sequence[BoardRun]], str], str]] = {
-    f"at least {SEEDS} runs, each with a seed of its own": (repeated, "train the recipe with --run.seed=0, 1 and 2"),
+    f"at least {SEEDS} runs, with the seeds 0, 1, 2 and so on": (
+        chosen_seeds,
+        "train the recipe with --run.seed=0, 1 and 2",
+    ),
     "the recipe is the same, except for the seed": (different_recipes, "train all runs with the same options"),
     "GPU, code, classes and teacher are the same": (
         different_circumstances,

@@ -76,8 +76,9 @@ class PatchStem(Stem):
     """Layers within each patch (hMLP; Touvron et al. 2022, arXiv 2203.09795): images (B, C, S, S) to tokens (B, N, D).
 
     Parts of 4 × 4 pixels become ``width`` channels (None: D/4, as in the paper). Four neighbours are joined, until they
-    are a patch. A norm and a GELU follow all layers but the last. ``norm``: "layer", or the paper's "batch", whose
-    statistics mix all sizes of a curriculum. Tokens see no other patch, as those of :class:`PatchEmbed`.
+    are a patch. A norm and a GELU follow all layers but the last; the paper has a norm there too. ``norm``: "layer", or
+    the paper's "batch", whose statistics mix all sizes of a curriculum. Tokens see no other patch, as those of
+    :class:`PatchEmbed`.
     """
 
     def __init__(
