@@ -147,6 +147,12 @@ def test_start_warnings(configure, decoder, capsys, tmp_path: Path):
         assert "--sides 72" in start_warnings(run)[-1]
         run.trainer.sources.train.side = None  # original images
         assert len(start_warnings(run)) == 1
+    for precision, warns in (("bf16", True), ("fp32", False)):
+        scaled = [f"--train.precision={precision}", "--model.layer_scale=1e-4", f"--run.folder={tmp_path}/{precision}"]
+        with open_run(configure(*scaled)) as run:
+            assert (
+                any("model.layer_scale=0.0001 makes branches so small" in text for text in start_warnings(run)) == warns
+            )
 
 
 def test_end_warnings(configure, decoder, no_report, capsys, tmp_path: Path):
