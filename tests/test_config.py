@@ -152,6 +152,7 @@ def test_the_default_folder_tells_variants_apart():
         read_config(["-C", ours, *options, f"--model.width={width}"], {}).run.folder for width in (192, 384)
     )
     assert first != second and len(Path(first).name) == len(Path(second).name) == 120
+    assert read_config(["-C", ours, "--model.weights=重み"], {}).run.folder == "runs/ours-model.weights=__"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

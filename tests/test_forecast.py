@@ -126,7 +126,9 @@ def test_a_forecast_and_the_run_after_it(finished: Path, recipe: str, tmp_path: 
     main(["report", str(finished), f"--forecast={file}", "--out", str(tmp_path / "page.html"), "--no-crops",
           "--json", str(tmp_path / "compared.json")])  # fmt: skip
     page = (tmp_path / "page.html").read_text()
-    assert "Forecast and run" in page and "for another recipe: augment.mixup, augment.random_erasing differ" in page
+    differs = "for another recipe: augment.mixup, augment.random_erasing differ"
+    assert "Forecast and run" in page and differs in page
+    assert differs in capsys.readouterr().out.split("epochs", 1)[0]  # before the table
     assert json.loads((tmp_path / "compared.json").read_text())["rows"] == rows
 
 
@@ -135,6 +137,9 @@ def test_a_forecast_without_data(recipe: str, monkeypatch, capsys):
     main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep"])
     out = capsys.readouterr().out
     assert "has no data: only the step is measured" in out and "epochs of 1,281,167 images" in out
+    assert "memory on one GPU" not in out  # this machine is a CPU, and none is asked for
+    main(["forecast", recipe, "--data.root=/nowhere/imagenet", "--budgets=none", "--budget.length=2ep", "--memory=1GB"])
+    assert "memory on one GPU" in capsys.readouterr().out
 
 
 def test_a_forecast_of_fewer_images_than_a_batch(recipe: str, monkeypatch, capsys, decoder):

@@ -167,6 +167,8 @@ def test_a_run_that_evaluated_for_longer_than_it_trained_warns(configure, decode
             "evaluations took 35 s, and training 0 s; for fewer of them, set evaluate.every to more than 0.5 epochs"
         )
         assert (expected in end_warnings(run)) == warns
+        run.trainer.state.reserve.evaluations[:] = [seconds]  # the last one
+        assert expected not in end_warnings(run)
 
 
 def test_a_run_killed_in_its_last_evaluation_only_repeats_that(configure, decoder, tmp_path: Path, monkeypatch):

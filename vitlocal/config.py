@@ -363,12 +363,12 @@ def read_config(argv: Sequence[str], environment: Mapping[str, str] | None = Non
 def default_folder(files: Sequence[str], overrides: Mapping[str, Any]) -> str:
     """``runs/<recipe>`` with the command line's options in its name, so that variants have folders of their own.
 
-    The end of a long name is replaced by a hash, because file systems limit names to 255 bytes.
+    The end of a long name is replaced by a hash, because file systems limit names to 255 bytes (as UTF-8).
     """
     parts = [Path(files[-1]).stem if files else "run"]
     parts += [f"{name}={value}" for name, value in sorted(overrides.items()) if name not in IMMATERIAL]
     text = "-".join(parts)
-    name = re.sub(r"[^\w.=,+-]", "_", text)
+    name = re.sub(r"[^\w.=,+-]", "_", text, flags=re.ASCII)
     if len(name) > MOST_NAME:
         name = f"{name[: MOST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return f"runs/{name}"

@@ -154,9 +154,10 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
 
     ``path`` is a folder that holds ``model.safetensors`` (a run, or what ``timm`` saves), or a file of weights. The
     head keeps its initial values if its classes are others: by number or, if the folder names them, by ``classes``. A
-    position table of another grid is resampled, and :func:`fit_table` fits a Swin's tables to its windows. Files of the
-    authors of timm's models are renamed as timm does. Raises :class:`ConfigError` if the file is missing, cannot be
-    read, or belongs to another model. ``labels`` is for a DiT, whose weights :func:`load_dit_weights` loads.
+    position table of another grid is resampled, and :func:`fit_table` fits a Swin's tables to its windows. timm's names
+    of a DeiT with rotary positions become ours. Files of the authors of timm's models are renamed as timm does. Raises
+    :class:`ConfigError` if the file is missing, cannot be read, or belongs to another model. ``labels`` is for a DiT,
+    whose weights :func:`load_dit_weights` loads.
     """
     if isinstance(model, DiT):
         return load_dit_weights(model, path, classes, labels)

@@ -27,8 +27,8 @@ def timm_twin(
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]] | None:
     """Returns the name, the options and the state dict of timm's own model that computes the same as a trained DeiT.
 
-    ``name`` and ``arguments`` are those of our export. It and timm's model are compared, with the weights, on the CPU
-    and on random images of two sizes. If they differ or anything fails, there is none: an export must not fail.
+    Returns None without one. ``name`` and ``arguments`` are those of our export. It and timm's model are compared, with
+    the weights, on the CPU and on random images of two sizes. If anything fails, there is none: an export must not.
     """
     if not isinstance(model, DeiT) or not set(arguments) <= TIMM_OPTIONS:
         return None
@@ -57,7 +57,7 @@ def timm_twin(
             }  # fmt: skip
         theirs: Any = timm.create_model(twin, num_classes=model.num_classes, **options).eval()
         theirs.load_state_dict(state)
-        ours, theirs = ours.double(), theirs.double()
+        ours, theirs = ours.double(), theirs.double()  # so that hardly anything is rounded
         for sides in (grid, [(count + 1) // 2 for count in grid]):
             generator, size = torch.Generator().manual_seed(0), [count * patch for count in sides]
             images = torch.rand(1, ours.in_chans, *size, generator=generator, dtype=torch.float64)

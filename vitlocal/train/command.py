@@ -20,8 +20,8 @@ from vitlocal.train.loop import fit
 from vitlocal.train.state import Phase, trained_plan
 
 MIN_TRAINED = 0.5  # of the time with budget.counts=wall: if less was training, the run says so
-LONG_EVALUATIONS = 30.0  # seconds: if those of a run took longer, and longer than its training, the run says so
-SMALL_SCALE = 0.01  # of LayerScale: below it, bfloat16 keeps less than half of what a branch adds
+LONG_EVALUATIONS = 30.0  # seconds: if evaluations took longer, and longer than the training, the run says so
+SMALL_SCALE = 0.01  # of LayerScale: bfloat16 has 8 bits, so a branch 256 times smaller than the tokens is rounded away
 MAX_START_WEIGHT = 0.05  # of an average: if the weights before training have more of it, the run says so
 MAX_SEARCHED = 0.25  # of the training time: if searches took more, the run says so
 
@@ -137,10 +137,11 @@ def start_warnings(run: BuiltRun) -> list[str]:
             "not compiled and the local FFN has no fused kernel: training is slower"
         )
     factor = config.model.layer_scale
-    if factor is not None and factor < SMALL_SCALE and run.trainer.step.task.precision == torch.bfloat16:
+    rounds = run.trainer.step.task.precision == torch.bfloat16
+    if rounds and config.model.weights is None and factor is not None and factor < SMALL_SCALE:
         found.append(
-            f"model.layer_scale={factor:g} makes branches so small that most of them is lost in the bfloat16 tokens to "
-            "which they are added; use model.layer_scale=0.1"
+            f"model.layer_scale={factor:g} makes branches so small that most of what they add to bfloat16 tokens is "
+            "lost; use model.layer_scale=0.1"
         )
     if batch > source.count:
         found.append(f"train.batch_size is {batch}, and there are {source.count} images: each epoch is one step")
@@ -175,13 +176,14 @@ def end_warnings(run: BuiltRun) -> list[str]:
         sizes_left = ", ".join(map(str, sizes))
         found.append(f"the budget ended before images of {sizes_left} px; use a longer budget or shorter stages")
     seconds, total = clock.timer.train_seconds, clock.timer.wall_seconds
-    evaluating = sum(trainer.state.reserve.evaluations)
+    evaluations = trainer.state.reserve.evaluations
+    evaluating = sum(evaluations) if len(evaluations) > 1 else 0.0  # one, at the end, cannot be spared
     if clock.reserves and seconds < MIN_TRAINED * total:
         found.append(
             f"{seconds:.0f} of {total:.0f} s were training: starting, evaluating and saving took the rest; with "
             "budget.counts=train they do not count"
         )
-    elif config.evaluate.every and not clock.reserves and evaluating > max(seconds, LONG_EVALUATIONS):
+    elif not clock.reserves and evaluating > max(seconds, LONG_EVALUATIONS):
         found.append(
             f"evaluations took {evaluating:.0f} s, and training {seconds:.0f} s; for fewer of them, set "
             f"evaluate.every to more than {config.evaluate.every:g} epochs"

@@ -29,7 +29,8 @@ UPDATE_RMS = 0.2
 def orthogonalized(matrices: Tensor, precision: torch.dtype) -> Tensor:
     """Approximates the nearest (semi-)orthogonal matrices: (M, R, C) float32 -> the same shape, in ``precision``.
 
-    The iteration fits the range of float16: no entry or singular value exceeds 1.3. The gradients before it need not.
+    float16 holds the iteration, in which no singular value exceeds 1.3. Gradients may exceed its range, so they are
+    divided by their norm first. bfloat16 has the range of float32.
     """
     first, second, third = COEFFICIENTS
     x = matrices if precision == torch.float16 else matrices.to(precision)
