@@ -51,7 +51,7 @@ def timm_twin(
             scaled = arguments.get("rope_coordinates") != "patches"
             options |= {
                 "use_fc_norm": False, "use_abs_pos_emb": ours.pos_embed is not None,
-                "rope_type": {"axial": "cat", "mixed": "mixed"}[rope],
+                "rope_type": "cat" if rope == "axial" else "mixed",
                 "rope_temperature": arguments.get("rope_theta") or THETA[rope],
                 "ref_feat_shape": IMAGE_UNITS if scaled else None,
             }  # fmt: skip
@@ -76,9 +76,9 @@ def _timms_names(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     timm's models always have LayerScale, so factors of 1 are added to those without.
     """
     named = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): value for name, value in state.items()}
-    frequencies = [named.pop(f"blocks.{index}.attn.freqs", None) for index in range(depth)]
-    if frequencies[0] is not None:  # timm's have the axes (axis, block, head, d/2)
-        named["rope.freqs"] = torch.stack([part for part in frequencies if part is not None]).permute(2, 0, 1, 3)
+    if "blocks.0.attn.freqs" in named:  # those of all blocks become one tensor (2 axes, block, head, d/2)
+        frequencies = [named.pop(f"blocks.{index}.attn.freqs") for index in range(depth)]
+        named["rope.freqs"] = torch.stack(frequencies).permute(2, 0, 1, 3)
     ones = torch.ones_like(named["norm.weight"])
     return {f"blocks.{index}.gamma_{part}": ones.clone() for index in range(depth) for part in (1, 2)} | named
 
