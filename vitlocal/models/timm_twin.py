@@ -57,7 +57,7 @@ def timm_twin(
             }  # fmt: skip
         theirs: Any = timm.create_model(twin, num_classes=model.num_classes, **options).eval()
         theirs.load_state_dict(state)
-        ours, theirs = ours.double(), theirs.double()  # so that hardly anything is rounded
+        ours, theirs = ours.double(), theirs.double()  # in float64, rounding is too small to matter
         for sides in (grid, [(count + 1) // 2 for count in grid]):
             generator, size = torch.Generator().manual_seed(0), [count * patch for count in sides]
             images = torch.rand(1, ours.in_chans, *size, generator=generator, dtype=torch.float64)
