@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,9 @@ def signalled(part: Part) -> None:
     part.wait(part.start("-c", HANGING, part.out))
 
 
-def parts_of(monkeypatch: pytest.MonkeyPatch, *parts) -> None:
-    monkeypatch.setattr(gpu.GpuParts, "plan", lambda self: [(part.__name__, 1.0, part) for part in parts])
+def parts_of(monkeypatch: pytest.MonkeyPatch, *parts, shares: Sequence[float] = (1, 1, 1)) -> None:
+    plan = [(part.__name__, share, part) for part, share in zip(parts, shares, strict=True)]
+    monkeypatch.setattr(gpu.GpuParts, "plan", lambda self: plan)
     monkeypatch.setattr("vitlocal.bench.parts.GRACE_SECONDS", 1.0)
 
 
@@ -90,12 +92,12 @@ def is_running(text: str) -> bool:
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts_of(monkeypatch, fails, hangs, passes)
+    parts_of(monkeypatch, hangs, fails, passes, shares=(2, 60, 60))  # seconds
     out = tmp_path / "results"
-    assert run_command(main, ["gpu", "--cpu", "--minutes=0.1", f"--out={out}"]) == 1
+    assert run_command(main, ["gpu", "--cpu", f"--minutes={122 / 60}", f"--out={out}"]) == 1
     records = json.loads((out / "summary.json").read_text())["parts"]
-    assert [record["status"] for record in records] == ["failed", "timed out", "passed"]
-    assert "ValueError: no luck" in records[0]["reason"] and "working" in (out / "fails.txt").read_text()
+    assert [record["status"] for record in records] == ["timed out", "failed", "passed"]
+    assert "ValueError: no luck" in records[1]["reason"] and "working" in (out / "fails.txt").read_text()
     assert json.loads((out / "passes.json").read_text())["findings"] == [
         {"part": "passes", "what": "answer", "measured": 42.0, "estimate": 41.0}
     ]

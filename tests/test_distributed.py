@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import start_ranks
+from rank_processes import WAITING, start_ranks
 from safetensors.torch import load_file
 from trainers import open_trainer
 
@@ -39,9 +39,14 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def command(processes: int, folder: Path, run: Path, *options: str) -> list[str]:
+WITH_PACKAGE = os.environ | {"PYTHONPATH": str(ROOT)}  # for scripts in another folder
+
+
+def command(
+    processes: int, folder: Path, run: Path, *options: str, script: str | Path = "train_imagenet.py"
+) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*start, "train_imagenet.py", *options_of(folder, run), *options]
+    return [*start, str(script), *options_of(folder, run), *options]
 
 
 def losses(run: Path) -> list[float]:
@@ -83,9 +88,10 @@ def test_two_processes_train_as_one(folder: Path, alone: Path, tmp_path: Path):
 
 def test_processes_whose_launcher_is_killed_save_and_one_continues(folder: Path, alone: Path, tmp_path: Path, capsys):
     """Linux sends them SIGTERM. Then a single process continues from the checkpoint."""
-    run = tmp_path / "run"
-    process = subprocess.Popen(command(2, folder, run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)  # fmt: skip
+    run, script = tmp_path / "run", tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    process = subprocess.Popen(command(2, folder, run, script=script), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True, env=WITH_PACKAGE)  # fmt: skip
     deadline = time.monotonic() + 120
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
@@ -138,11 +144,9 @@ train()
 def test_two_processes_rewind_together(folder: Path, tmp_path: Path):
     run, script = tmp_path / "run", tmp_path / "spoiled.py"
     script.write_text(SPOILED)
-    start = command(2, folder, run, "--run.on_nan=rewind", "--run.save_every=2steps", "--budget.length=2ep")
-    start[start.index("train_imagenet.py")] = str(script)
-    done = subprocess.run(
-        start, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    options = ("--run.on_nan=rewind", "--run.save_every=2steps", "--budget.length=2ep")
+    start = command(2, folder, run, *options, script=script)
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=300, env=WITH_PACKAGE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("(rewind 1 of 3)") == 1
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

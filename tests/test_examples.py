@@ -7,7 +7,6 @@ import importlib.util
 import multiprocessing
 import os
 import re
-import socket
 import traceback
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_processes import free_port
 
 import vitlocal
 from vitlocal.data.images.sample import SampleImages
@@ -179,9 +179,7 @@ KILLED_STEP, STEPS = 30, 80  # two steps are an epoch
 def test_two_processes_read_every_image_once_and_learn(photos: str, tmp_path: Path):
     pytest.importorskip("accelerate")
     pytest.importorskip("lightning_fabric")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     budget, checkpoint = f"{STEPS}steps", str(tmp_path / "checkpoint")
     runs = {"fabric": (photos, budget, checkpoint, "2", 8), "accelerate_train": (photos, budget, checkpoint + "s", 8)}
     context = multiprocessing.get_context("spawn")  # both examples in the same processes: imports take most time

@@ -45,7 +45,7 @@ def test_a_search_is_repeated_from_another_runs_times(
     assert train(first) == 0
     lines = read_lines(tmp_path / "first" / SEARCHES)
     times = [line["answer"] for line in lines if line["probe"]["kind"] == "seconds"]
-    assert len(set(times)) == len(times) > 2 and min(times) > 0  # measured
+    assert len(times) > 2 and len(set(times)) > 1 and min(times) > 0  # measured
     # The last of four stages has nothing to choose. Nor have others, if the measured times chose the whole net early.
     assert 1 <= len([line for line in lines if "chosen" in line]) <= 3
 

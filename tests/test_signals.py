@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rank_processes import WAITING
 
-from vitlocal.errors import DOUBLE_SECONDS, STOP_SIGNALS, Interrupted, StopSignals, interrupts, run_command
+from vitlocal.errors import STOP_SIGNALS, Interrupted, StopSignals, interrupts, run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +65,8 @@ def test_ctrl_c_while_pytorch_is_imported(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_every_stop_signal_is_stored_once_and_interrupts_a_command(number: signal.Signals, capfd):
+def test_every_stop_signal_is_stored_once_and_interrupts_a_command(number: signal.Signals, capfd, monkeypatch):
+    monkeypatch.setattr("vitlocal.errors.DOUBLE_SECONDS", 1000.0)  # for slow tests
     signals = StopSignals()
     with signals.handled():
         signal.raise_signal(number)
@@ -72,7 +74,7 @@ def test_every_stop_signal_is_stored_once_and_interrupts_a_command(number: signa
         for other in STOP_SIGNALS:  # a scheduler's, or the same Ctrl-C that torchrun sends again
             signal.raise_signal(other)
         assert signals.received is number
-        signals._at -= 2 * DOUBLE_SECONDS
+        signals._at -= 2000
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGINT)
     assert run_command(lambda argv: signal.raise_signal(number), []) == 128 + number
@@ -162,17 +164,18 @@ def test_the_slurm_script_of_the_docs_requeues_and_ends(small, folder: Path, tmp
     run, stand_ins = tmp_path / "run", {
         "srun": 'export SLURM_PROCID=0 SLURM_LOCALID=0; exec "$@"',
         "scontrol": f'echo "$@" >> {tmp_path}/calls; echo localhost',
-        "python": f'exec {sys.executable} "$@"',
+        "python": f'exec {sys.executable} {tmp_path}/waiting.py "${{@:2}}"',
     }  # fmt: skip
     config = small(run, "--budget.length=80steps", "--methods=none", "--evaluate.every=0", "--data.workers=1")
     (tmp_path / "recipe.yaml").write_text(config.yaml())
     script = script.replace("rcfg/ours.yaml", f"{tmp_path}/recipe.yaml").replace("runs/ours", str(run))
     (tmp_path / "job.sh").write_text(script)
+    (tmp_path / "waiting.py").write_text(WAITING)
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
-             "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+             "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}  # fmt: skip
 
     def job() -> subprocess.Popen[str]:
         return subprocess.Popen(["bash", str(tmp_path / "job.sh")], cwd=ROOT, env=os.environ | slurm, text=True,

@@ -16,7 +16,7 @@ import pytest
 from fake_time import FakeTime
 from trainers import open_trainer
 
-from vitlocal.errors import ConfigError
+from vitlocal.errors import ConfigError, DataError
 from vitlocal.plan import Plan
 from vitlocal.report.run_folder import read_log
 from vitlocal.train.budget import FINISH_SECONDS
@@ -41,8 +41,15 @@ def test_a_budget_of_training_time_ends_at_the_nearest_step(configure, decoder, 
 
 
 def test_a_real_clock_ends_a_wall_clock_budget(configure, decoder, tmp_path: Path):
-    assert train(configure("--budget.length=4s", "--budget.counts=wall", "--evaluate.every=0")) == 0
-    last = read_log(tmp_path / "run")[-1]
+    """On a busy machine, the start may take the whole of a short budget, which is an error then."""
+    for length in (4, 20, 100):
+        options = (f"--budget.length={length}s", "--budget.counts=wall", "--evaluate.every=0")
+        try:
+            assert train(configure(*options, f"--run.folder={tmp_path}/{length}")) == 0
+            break
+        except (ConfigError, DataError):
+            assert length < 100
+    last = read_log(tmp_path / str(length))[-1]
     assert last["fraction"] == 1 and last["train_seconds"] < last["wall_seconds"] and last["top1"] is not None
 
 

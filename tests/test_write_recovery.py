@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_images import SLOW_SECONDS, FakeImages, commit_often, contents, finished_names, write_config
+from fake_images import SLOW_SECONDS, FakeImages, commit_often, contents, finished_names, no_longer_slow, write_config
 
 from vitlocal.data import native
 from vitlocal.data.manifest import Manifest
@@ -192,7 +192,7 @@ def in_child(*arguments: object, **more: object) -> multiprocessing.Process:
 def test_killed_at_any_image_and_continued(tmp_path: Path, reference: dict[str, bytes]) -> None:
     for index in (0, 13, 59):  # each write continues the one before
         child = in_child(write_config(tmp_path), FakeImages(60, acts={index: "SIGKILL"}))
-        child.join(30)
+        child.join(120)
         assert child.exitcode == -signal.SIGKILL
         assert finished_names(tmp_path) == []
     resumed = FakeImages(60, acts={0: "bug", 8: "bug"})  # these rows are not encoded again
@@ -204,7 +204,7 @@ def test_killed_while_publishing(tmp_path: Path, reference: dict[str, bytes]) ->
     for replaced in range(3):
         out = tmp_path / str(replaced)
         child = in_child(write_config(out), FakeImages(60), die_at_replace=replaced)
-        child.join(30)
+        child.join(120)
         assert child.exitcode == -signal.SIGKILL
         assert "train.json" not in finished_names(out)
         for name in finished_names(out):  # complete, or absent
@@ -221,7 +221,7 @@ def test_killed_with_workers(tmp_path: Path, reference: dict[str, bytes]) -> Non
         assert child.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
     child.kill()
-    child.join(30)
+    child.join(120)
     assert finished_names(out) == []
     write(write_config(out), FakeImages(60), progress=False)
     assert contents(out) == reference
@@ -255,6 +255,8 @@ def test_interrupted_with_workers(tmp_path: Path, reference: dict[str, bytes]) -
         with pytest.raises(KeyboardInterrupt):
             write(write_config(tmp_path, workers=2), FakeImages(60, acts={50: "slow"}), progress=False)
         assert time.monotonic() - started < SLOW_SECONDS  # the slow image was not waited for
+    no_longer_slow.set()  # its thread ends
+    no_longer_slow.clear()
     assert finished_names(tmp_path) == []
     write(write_config(tmp_path), FakeImages(60, acts=dict.fromkeys(range(20), "bug")), progress=False)
     assert contents(tmp_path) == reference
