@@ -22,7 +22,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # the stored latents of rows, plain and mi
 class StandIn:
     """Takes one pixel of each cell. As with a network, a result depends a little on the batch and the place in it."""
 
-    channels, stride, scaling_factor = 2, 8, 0.5
+    channels, stride, scaling_factor, shift = 2, 8, 0.5, 0.0
 
     def __init__(self, folder: str | Path, device: torch.device | None = None):
         self.digest = f"digest of {Path(folder).name}"

@@ -51,6 +51,14 @@ def test_another_autoencoder_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("vitlocal.sample.Autoencoder.load", StandIn)
     with pytest.raises(ConfigError, match="another autoencoder than .*: digest digest of other instead of digest of v"):
         export.main(["--run", str(run), "--vae", "other"])
+    monkeypatch.setattr(StandIn, "shift", 0.1)
+    with pytest.raises(ConfigError, match="vae has a shift_factor, which DiTPipeline does not add to latents"):
+        export.main(["--run", str(run), "--vae", "vae"])
+    description = json.loads((run / "config.json").read_text())
+    description["diffusion"]["autoencoder"] = ""
+    (run / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="files of FFCV, which do not say what scale and autoencoder"):
+        export.main(["--run", str(run), "--vae", "vae"])
     assert not (run / "diffusers").exists()
 
 

@@ -164,6 +164,9 @@ def test_any_dataset_with_further_fields(tmp_path: Path, stand_in: None):
     assert file.values("blob", np.arange(12)) == [row[2] for row in rows]
     assert file.values("weight", np.arange(12)).tolist() == [row[3] for row in rows]
     assert not (tmp_path / "train.costs.json").exists()
+    large = [(*rows[0][:2], bytes(9 << 20), 0.0)]  # a page has 8 MiB
+    with pytest.raises(ConfigError, match="further fields have 9437184 bytes, which a page has no room for"):
+        vitlocal.write(large, tmp_path / "c", sides="16", format="latent", vae="vae", fields=fields, progress=False)
     with pytest.raises(ConfigError, match="'latent' is the name of the latents"):
         vitlocal.write(
             rows, tmp_path / "b", format="latent", vae="vae", fields={"latent": "bytes", "weight": "float"},

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from native_loader import native
 
 import vitlocal
 from vitlocal.data.beton import MappedFile
+from vitlocal.data.beton_source import split_of
 from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import Loader
 from vitlocal.errors import ConfigError
@@ -228,7 +230,20 @@ def test_a_loader_of_another_process_is_an_error(folder: Path):
             os._exit(0 if isinstance(error, ConfigError) and "before a fork" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # it would wait forever for threads that it has not
+        loader.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     loader.close()
+
+
+def test_the_name_of_a_file_tells_the_split_and_that_of_a_folder_does_not():
+    names = ("data/my-test", "val", "cifar-test.beton", "val_64_raw.beton", "cifar.beton")
+    assert [split_of(name) for name in names] == ["train", "train", "val", "val", "train"]
 
 
 def test_a_loader_opened_before_the_processes_know_each_other_is_an_error(opened, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """What the machine has."""
 
+import os
 import sys
 import sysconfig
 from importlib.util import find_spec
@@ -7,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vitlocal.machine import can_compile_kernels
+from vitlocal.machine import can_compile_kernels, decoder_threads
+
+
+def test_cores_are_shared_with_the_other_processes_unless_each_is_bound(monkeypatch: pytest.MonkeyPatch):
+    allowed = {0: 32, os.getppid(): 32}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(allowed[pid])))
+    assert (decoder_threads(True), decoder_threads(True, 4), decoder_threads(False, 64)) == (30, 6, 1)
+    allowed[0] = 8
+    assert (decoder_threads(True, 4), decoder_threads(False, 4)) == (6, 8)
 
 
 def test_kernels_need_triton_a_compiler_and_pythons_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

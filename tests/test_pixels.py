@@ -103,6 +103,15 @@ def test_decode_16_bit() -> None:
     assert colour[0].tolist() == [[0, 128, 255], [9, 99, 199]]
 
 
+def test_a_transparent_level_of_16_bit_grey_is_white() -> None:
+    values = np.array([[0, 1000, 30000, 50000]], ">u2")
+    data, level = png(4, 1, 16, 0, values.tobytes()), struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + b"tRNS" + level + struct.pack(">I", zlib.crc32(b"tRNS" + level))
+    place = data.index(b"IDAT") - 4
+    grey = decode_rgb(data[:place] + chunk + data[place:], "a")
+    assert np.asarray(grey)[0, :, 0].tolist() == [0, 255, 117, 195]
+
+
 def test_decode_float() -> None:
     for values, expected in (([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 99.6, 300.0], [0, 100, 255])):
         buffer = io.BytesIO()

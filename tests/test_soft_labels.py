@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from vitlocal.bench.__main__ import main as bench
 from vitlocal.bench.loader import reader
 from vitlocal.config import read_config
 from vitlocal.data.augment import Augment, AugmentParams
+from vitlocal.data.crops import CropPolicy
 from vitlocal.data.loader import Loader
+from vitlocal.data.manifest import load_manifest
 from vitlocal.data.soft_labels import FACTS, LABEL, SoftLabels, SoftTargets, epoch_file, labels_folder
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.predict import Predictor
@@ -226,6 +229,17 @@ def test_each_seed_has_its_labels(labelled: Path, teacher: Path, configure, tmp_
 def test_options_that_do_not_go_with_the_labels(labelled: Path, configure, option: str):
     with pytest.raises(ConfigError, match=r"train.soft_labels: .*use "):
         student(configure, labelled, option)
+
+
+def test_epochs_of_labels_do_not_each_take_a_file_descriptor(labelled: Path):
+    augment = read_config(["--config-file", "rcfg/demo.yaml"], {}).augment
+    crops = CropPolicy(True, 3, augment.crop_scale, augment.crop_ratio, augment.flip)
+    manifest = load_manifest(str(labelled), "train")
+    before = len(os.listdir("/proc/self/fd"))
+    labels = SoftLabels(labelled, manifest, crops)
+    for epoch in (0, 1, 0):
+        labels.read(epoch, torch.arange(3), torch.device("cpu"))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_missing_and_damaged_labels(labelled: Path, teacher: Path, configure, folder: Path, tmp_path: Path):

@@ -223,6 +223,14 @@ def test_the_command_for_a_missing_split_names_the_source_of_the_other(folder: P
             load_manifest(str(tmp_path), "val")
 
 
+def test_files_without_a_manifest_may_have_others_beside_them(folder: Path, tmp_path: Path):
+    shutil.copy(folder / "train_96_raw.beton", tmp_path)
+    (tmp_path / "params.json").write_text("{}")
+    assert load_manifest(str(tmp_path), "train").count == 120
+    with pytest.raises(ConfigError, match="val.json does not exist. Write it: .* --source PHOTOS"):
+        load_manifest(str(tmp_path), "val")
+
+
 def test_a_truncated_file_is_named(folder: Path, tmp_path: Path, shared):
     shutil.copytree(folder, tmp_path / "data")
     path = tmp_path / "data" / "train_48_raw.beton"

@@ -120,6 +120,7 @@ def test_labels_and_classes_come_from_the_dataset(tmp_path: Path):
         ([(make_photo(4, 4), 3_000_000)], {}, "name them with classes="),
         ([(make_photo(4, 4), 0)], {"workers": -1}, "workers: got -1"),
         ([(make_photo(4, 4), 0)], {"classes": ["a", "a"]}, "classes: expected a list of different names"),
+        ([(make_photo(4, 4), 0)], {"classes": [3, 4]}, "classes: expected a list of different names"),
         ({1: (make_photo(4, 4), 0)}, {}, "row 0 of the dataset does not exist"),
         ([(make_photo(4, 4), 0, [300])], {"fields": {"a": ("int8", (1,))}}, "expected int8 of shape"),
         ([(make_photo(4, 4), 0, 5)], {"fields": {"a": "bytes"}}, "fields: 'a' of row 0"),
@@ -171,6 +172,16 @@ def test_fields_are_read_by_the_loader(tmp_path: Path):
             check_fields(dict(zip(FIELDS, values, strict=True)), ids.tolist())
     with vitlocal.Loader(tmp_path, "train", 5, 16, fields=["caption"], num_workers=1) as loader:
         assert all("text" in caption for _, _, captions in loader for caption in captions)
+
+
+def test_a_batch_without_images_has_no_values(tmp_path: Path):
+    """The last batch of a split may leave nothing for some processes."""
+    manifest = write(rows(), tmp_path, sides="16:raw", fields=FIELDS, classes=np.array(["a", "b", "c", "d"]))
+    assert manifest.classes[1] == "b"
+    options = dict(fields=list(FIELDS), drop_last=False, num_workers=1, rank=1, world_size=len(rows()) - 1)
+    with vitlocal.Loader(tmp_path, "train", 1, 16, **options) as loader:
+        *_, (images, _, *values) = loader
+    assert len(images) == 0 and [len(value) for value in values] == [0] * len(FIELDS)
 
 
 def test_an_interrupted_write_with_fields_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,8 +44,11 @@ def main(argv: Sequence[str]) -> None:
     scheduler = {"num_train_timesteps": schedule.steps, "beta_schedule": BETA_SCHEDULES[schedule.kind]}
     scheduler |= {"beta_start": first, "beta_end": last}
     vae, out = options.vae or trained.get("vae"), options.out or exported.folder / "diffusers"
-    if vae is not None and model.stride > 1:
-        load_autoencoder(vae, model, trained, torch.device("cpu"))
+    if vae is not None and model.stride > 1 and load_autoencoder(vae, model, trained, torch.device("cpu")).shift:
+        raise ConfigError(
+            f"--vae: {vae} has a shift_factor, which DiTPipeline does not add to latents: its images would be wrong. "
+            "Use python -m vitlocal.sample"
+        )
     with new_folder(out) as folder:
         export_diffusers(
             folder, model, exported.side * model.stride, exported.class_names, scheduler=scheduler,

@@ -29,12 +29,21 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS
 
 
+def _bound_alone() -> bool:
+    """Whether this process may use fewer cores than the process that launched it."""
+    try:
+        return cores() < len(os.sched_getaffinity(os.getppid()))
+    except (AttributeError, OSError):  # macOS; or the parent is gone, or may not be asked
+        return False
+
+
 def decoder_threads(on_accelerator: bool, processes: int = 1) -> int:
     """The decoder threads of each of ``processes`` processes on this machine: one for each of its cores.
 
-    With an accelerator, two cores are left to the threads that launch its work.
+    Cores that this process was bound to alone, as by Slurm, are not shared with the others. With an accelerator, two
+    cores are left to the threads that launch its work.
     """
-    share = cores() // processes
+    share = cores() if _bound_alone() else cores() // processes
     return max(1, share - 2 if on_accelerator else share)
 
 

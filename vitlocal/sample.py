@@ -108,6 +108,11 @@ def load_autoencoder(folder: str, model: Any, trained: Mapping[str, Any], device
 
     ``trained``: what the run's ``config.json`` says under "diffusion".
     """
+    if trained.get("autoencoder") == "":
+        raise ConfigError(
+            "--vae: the model was trained on files of FFCV, which do not say what scale and autoencoder their latents "
+            "have. Train on latents that write_dataset.py --format latent wrote"
+        )
     found = Autoencoder.load(folder, device)
     ours = found.channels, found.stride, found.digest
     expected = model.in_chans, model.stride, trained.get("autoencoder", found.digest)

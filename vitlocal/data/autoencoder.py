@@ -37,6 +37,7 @@ class Autoencoder:
     """Images to latents and back, in float32, by deterministic convolutions without TF32.
 
     ``channels`` C, ``stride``: px of an image per latent cell. ``scaling_factor``: a model sees latents times this.
+    ``shift``: what the network's own latents have more than those here.
     ``digest``: SHA-256 of the encoder's configuration and weights, so of all that latents depend on. Autoencoders that
     differ in their decoders only, such as sd-vae-ft-ema and sd-vae-ft-mse, have the same digest.
     """
@@ -44,7 +45,7 @@ class Autoencoder:
     def __init__(self, network: Any, device: torch.device):
         config = network.config
         self.channels, self.stride = int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1)
-        self.scaling_factor, self._shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+        self.scaling_factor, self.shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
         self.digest, self.device = _digest(network), device
         self._network = network.to(device).eval().requires_grad_(False)
 
@@ -90,7 +91,7 @@ class Autoencoder:
         with torch.no_grad(), _exact():
             for part in pixels.split(images_per_call(max(pixels.shape[2:]))):
                 posterior = self._network.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
-                parts.append(torch.cat([posterior.mean - self._shift, posterior.std], 1))
+                parts.append(torch.cat([posterior.mean - self.shift, posterior.std], 1))
         return torch.cat(parts)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ class Autoencoder:
         parts = []
         with torch.no_grad(), _exact():
             for part in latents.split(images_per_call(self.stride * max(latents.shape[2:]))):
-                unscaled = part.to(self.device, torch.float32) / self.scaling_factor + self._shift
+                unscaled = part.to(self.device, torch.float32) / self.scaling_factor + self.shift
                 pixels = self._network.decode(unscaled).sample
                 parts.append((pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8))
         return torch.cat(parts)

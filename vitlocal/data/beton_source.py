@@ -16,6 +16,8 @@ from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.paths import WRITE
 
+FILE_SUFFIXES = (".beton", ".ffcv")
+
 
 def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
     """The file for crops of ``size`` px: the cheapest to decode among the files that are large enough.
@@ -32,8 +34,8 @@ def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, sid
 
 
 def split_of(root: str | Path) -> str:
-    """The split that the name of a file tells: val for ``val_256_jpg.beton`` and ``cifar-test.beton``, else train."""
-    name = Path(root).name
+    """The split by the name of a file: val for ``val_256_jpg.beton`` and ``cifar-test.beton``; train for a folder."""
+    name = Path(root).name if Path(root).suffix in FILE_SUFFIXES else ""
     ours, words = FILE_NAME.fullmatch(name), set(re.split(r"[\W_\d]+", name.lower()))
     if ours and ours["split"] in ("train", "val"):
         return ours["split"]
@@ -46,7 +48,7 @@ def open_manifest(root: str | Path, split: str, file: str = "auto") -> tuple[Pat
     ``file`` selects one file of the folder by its name; "auto": all. Raises ConfigError if there is no such file.
     """
     root = Path(root)
-    if root.suffix in (".beton", ".ffcv"):
+    if root.suffix in FILE_SUFFIXES:
         root, file = root.parent, root.name
         if not (root / file).is_file():
             raise ConfigError(f"root: {root / file} does not exist; name a data folder, or a .beton file in it")

@@ -128,7 +128,7 @@ class FieldType:
         if self.type_id == ARRAY:
             values = joined.view(self.dtype).reshape(-1, *self.shape)
             return torch.from_numpy(values.astype(self.dtype.newbyteorder("="), copy=False))
-        found = np.split(joined, np.cumsum(sizes.astype(np.int64))[:-1])
+        found = np.split(joined, np.cumsum(sizes.astype(np.int64)))[:-1]
         if self.type_id == BYTES:
             return [part.tobytes() for part in found]
         return [json.loads(part.tobytes().split(b"\0")[0]) for part in found]

@@ -149,13 +149,17 @@ def load_manifest(root: str, split: str) -> Manifest:
     folder, path = Path(root), Path(root) / f"{split}.json"
     if path.exists():
         return Manifest.load(path)
-    ours = (folder / work_name(split)).exists() or any("." not in file.stem for file in folder.glob("*.json"))
+    ours = (folder / work_name(split)).exists() or _has_split(folder)
     manifest = None if ours else manifest_of_ffcv_files(folder, split)
     if manifest is None:
         command = f"{WRITE} --split {split} --out {root}{_options_of_other_split(folder)}"
-        both = "" if any(folder.glob("*.json")) else " --source PHOTOS, and the same for the other split"
+        both = "" if _has_split(folder) else " --source PHOTOS, and the same for the other split"
         raise ConfigError(f"data.root: {path} does not exist. Write it: {command}{both}")
     return manifest
+
+
+def _has_split(folder: Path) -> bool:
+    return any((folder / f"{split}.json").exists() for split in ("train", "val"))
 
 
 def _options_of_other_split(folder: Path) -> str:

@@ -118,10 +118,13 @@ class SoftLabels:
                 f"written with, or remove it and write it again: {command}"
             )
         self.facts, self._folder = facts, folder
-        self._epochs = [self._open(epoch_file(folder, epoch)) for epoch in range(facts.epochs)]
+        for epoch in range(facts.epochs):
+            self._open(epoch)  # not kept: each mapped file would take a file descriptor
+        self._opened = -1, np.empty(0, np.uint32)  # the last epoch that was read
         self._classes = len(manifest.classes)
 
-    def _open(self, path: Path) -> np.ndarray:
+    def _open(self, epoch: int) -> np.ndarray:
+        path = epoch_file(self._folder, epoch)
         if not path.exists():
             raise ConfigError(
                 f"train.soft_labels: {path} does not exist, of {self.facts.epochs} epochs; run the command that writes "
@@ -138,10 +141,13 @@ class SoftLabels:
 
     def read(self, epoch: int, ids: Tensor, device: torch.device) -> SoftTargets:
         """The targets of the crops of the rows ``ids`` (B,) int64 in ``epoch``. DataError if there is no such class."""
-        labels = self._epochs[epoch % len(self._epochs)].take(ids.numpy(), axis=0).view(LABEL)  # (B, K)
+        stored = epoch % self.facts.epochs
+        if self._opened[0] != stored:
+            self._opened = stored, self._open(stored)
+        labels = self._opened[1].take(ids.numpy(), axis=0).view(LABEL)  # (B, K)
         classes = labels["class"].astype(np.int64)
         if classes.size and classes.max() >= self._classes:
-            path = epoch_file(self._folder, epoch % len(self._epochs))
+            path = epoch_file(self._folder, stored)
             raise DataError(f"{path} has class {classes.max()} of {self._classes}; remove it and write it again")
         parts = classes, labels["probability"].astype(np.float32)
         return SoftTargets(*(send(part, device) for part in parts))

@@ -122,18 +122,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
+    if image.mode.startswith("I"):  # 16 bits; Pillow's convert would clip at 255
+        deep = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        deep[deep == image.info.get("transparency", -1)] = 65535  # the transparent level of a PNG becomes white
+        deep += 128
+        deep //= 257
+        return Image.fromarray(deep.astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # 16 bits; Pillow's convert would clip at 255
-        deep = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        deep += 128
-        deep //= 257
-        image = Image.fromarray(deep.astype(np.uint8))
-    elif image.mode == "F":  # values are in 0..1 or in 0..255
+    if image.mode == "F":  # values are in 0..1 or in 0..255
         values = np.nan_to_num(np.asarray(image))
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
         image = Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))

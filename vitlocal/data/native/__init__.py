@@ -95,6 +95,11 @@ def native_box(policy: np.ndarray, draw: int, height: int, width: int, size: int
     return Box(top, left, height_, width_, bool(flipped), reach)
 
 
+def _free_threads(pool: int, process: int) -> None:
+    if os.getpid() == process:  # a forked child has none of the threads, and would wait for their end forever
+        library().vitlocal_pool_free(pool)
+
+
 class DecoderThreads:
     """The threads of the decoder, ``count`` (0: one for each core), until ``close``. Passes may share them.
 
@@ -108,7 +113,7 @@ class DecoderThreads:
         self.pool = library().vitlocal_pool_new(self.count)
         if not self.pool:
             raise ConfigError(f"data.workers: the system cannot start {self.count} threads; set fewer")
-        self.close = weakref.finalize(self, library().vitlocal_pool_free, self.pool)
+        self.close = weakref.finalize(self, _free_threads, self.pool, self._process)
         self.close.atexit = False  # a thread of a loader may still decode
 
     def decode(

@@ -295,10 +295,7 @@ def _stored(
             modes = [MODES[file.format] for file in job.files]
             return [((mode, *form[:2]), data_of[form]) for mode, form in zip(modes, forms, strict=True)]
         if behind and all(size <= file.page_size for size, file in zip(sizes, job.files, strict=True)):
-            raise ConfigError(
-                f"the values of a row's further fields have {behind} bytes, which a page has no room for beside an "
-                f"image of {max(sizes)} bytes; use smaller values or sides"
-            )
+            raise no_room(behind, max(sizes))
         # A JPEG that a page cannot hold is encoded again, and smaller from the second time on.
         forms = [form if fit else _smaller(form) for form, fit in zip(forms, fits, strict=True)]
 
@@ -308,6 +305,14 @@ def _smaller(form: Form) -> Form:
     if kind == AS_ORIGINAL:
         return width, height, AS_JPEG, quality, sampling
     return max(1, int(0.7 * width)), max(1, int(0.7 * height)), kind, quality, sampling
+
+
+def no_room(behind: int, image: int) -> ConfigError:
+    """The error for an image of ``image`` bytes, with ``behind`` bytes of further fields, that a page cannot hold."""
+    return ConfigError(
+        f"the values of a row's further fields have {behind} bytes, which a page has no room for beside an image of "
+        f"{image} bytes; use smaller values or sides"
+    )
 
 
 def _form(file: BetonFile, width: int, height: int, keepable: bool, job: EncodeJob) -> Form:

@@ -59,11 +59,15 @@ def write(
     if quality is not None and not 1 <= quality <= 100:
         raise ConfigError(f"quality: got {quality}, expected 1 to 100")
     names = classes if classes is None else list(classes)
-    if isinstance(classes, str) or (names and (len(set(names)) < len(names) or any("\n" in name for name in names))):
+    if names is not None and (
+        isinstance(classes, str)
+        or not all(isinstance(name, str) and "\n" not in name for name in names)
+        or len(set(names)) < len(names)
+    ):
         raise ConfigError("classes: expected a list of different names, each on one line")
     edges = sides if isinstance(sides, str) else ",".join(map(str, np.atleast_1d(np.asarray(sides)).tolist()))
     images = IndexedImages(
-        dataset, split, image=image, label=label, labels=labels, classes=classes, fields=field_types(fields)
+        dataset, split, image=image, label=label, labels=labels, classes=names, fields=field_types(fields)
     )
     options = WriteOptions(
         split, images.spec, str(out), edges, format, quality, None if sampling is None else str(sampling), keep_jpegs,

@@ -15,7 +15,7 @@ import torch
 
 from vitlocal.data.autoencoder import Autoencoder, images_per_call
 from vitlocal.data.manifest import BetonFile
-from vitlocal.data.writer.encode import Chunk
+from vitlocal.data.writer.encode import Chunk, no_room
 from vitlocal.errors import DataError
 
 BLOCK_ROWS = 32  # a multiple of the rows of each call: a power of two, at most 32 plain and 32 mirrored images
@@ -28,7 +28,7 @@ def encode_latents(
 
     ``entries`` names all rows of the source. A block ends at a multiple of BLOCK_ROWS, or at the last row. Rows after
     the last whole block are lost if ``chunks`` ends early. Closing it closes ``chunks``. Raises DataError if a latent
-    has values that float16 cannot hold.
+    has values that float16 cannot hold, and ConfigError if a page cannot hold a row.
     """
     found: dict[int, tuple[np.ndarray, list[bytes]]] = {}  # by row: records (F,) of stored_row(), and F crops
     skipped: dict[int, str] = {}
@@ -48,7 +48,7 @@ def encode_latents(
                 images = []
                 for place, file in enumerate(files):
                     crops = {row: data[place] for row, (_, data) in mine.items()}
-                    images.append(_latents_of(crops, file.side, autoencoder, entries))
+                    images.append(_latents_of(crops, file, autoencoder, entries))
                     records["size"][place] = [size for size, _ in images[-1]]
                 left_out = {row: skipped.pop(row) for row in range(start, end) if row in skipped}
                 yield Chunk(start, end, records, [[data for _, data in stored] for stored in images], left_out, None)
@@ -56,12 +56,13 @@ def encode_latents(
 
 
 def _latents_of(
-    crops: Mapping[int, bytes], side: int, autoencoder: Autoencoder, entries: Sequence[str]
+    crops: Mapping[int, bytes], file: BetonFile, autoencoder: Autoencoder, entries: Sequence[str]
 ) -> list[tuple[int, bytes]]:
     """The stored bytes of rows of one block: their latents, and what follows the pixels in ``crops``.
 
     Returns the number of bytes of each latent too.
     """
+    side = file.side
     count, size = max(1, images_per_call(side) // 2), 3 * side * side  # rows of a call, bytes of a crop
     stored: dict[int, tuple[int, bytes]] = {}
     for first in sorted({row - row % count for row in crops}):
@@ -79,4 +80,6 @@ def _latents_of(
                     "use another --vae"
                 )
             stored[row] = pair.nbytes, pair.tobytes() + crops[row][size:]
+            if len(stored[row][1]) > file.page_size:
+                raise no_room(len(crops[row]) - size, pair.nbytes)
     return [stored[row] for row in crops]
