@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -258,6 +259,20 @@ def test_commands_exit_with_status_2(command: list[str], part: str, tmp_path: Pa
     assert done.stderr.startswith("error: ") and part in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_empty_sections_and_yamls_booleans(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("augment:\n  # mixup: 0.2\ntrain: {compile: no, cuda_graphs: no}\n")
+    train = read_config(["-C", str(tmp_path / "a.yaml"), "--train.compile=False"], {}).train
+    assert (train.compile, train.cuda_graphs) == ("no", "no")
+
+
+def test_an_option_that_is_gone_and_that_a_run_did_not_set_does_not_matter(tmp_path: Path):
+    for name, value, message in (("config", "null", ""), ("config", "3", "no option"), ("mine", "null", "no option")):
+        path = tmp_path / f"{name}.yaml"  # a run's config.yaml has all options of its version
+        path.write_text(f"model: {{depth: 3, qk_norm: {value}}}\n")
+        with pytest.raises(ConfigError, match=message) if message else nullcontext():
+            assert read_config(["-C", str(path)], {}).model.depth == 3
 
 
 def test_vitlocals_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

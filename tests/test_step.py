@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -122,6 +123,17 @@ def test_an_eager_batch_of_a_compiled_run_comes_in_two_parts(configure):
     )
     assert [len(part) for part in local._parts(8, EAGER)] == [4, 4]
     assert len(local._parts(8, Mode(True))) == len(batch_norm._parts(8, EAGER)) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_image_alone_trains_a_batch_norm(configure, parts: int):
+    """PyTorch cannot normalize one value. The image runs twice, with half the weight."""
+    options = ("--model.name=test_resnet", "--model.convolution=none", "--model.drop_path=0", "--model.depth=none")
+    none = ("--model.width=none", "--model.heads=none", "--model.patch_size=none")
+    step = a_step(configure, *options, *none, f"--train.grad_accum_steps={parts}")
+    for count in (1, 3):
+        output = step(a_batch(count), 0, 1e-3, EAGER)
+        assert math.isfinite(output.loss)
 
 
 @pytest.mark.parametrize("count", [12, 11, 2])

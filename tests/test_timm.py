@@ -14,6 +14,7 @@ import torch
 from narrow_models import NARROW, narrow
 from timm.models import save_for_hf
 
+from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model, export_model, load_weights
 from vitlocal.models.positions import _cached_matrix
 from vitlocal.models.shape import set_shape
@@ -80,6 +81,28 @@ def test_our_models_load_weights_exported_as_timms(options, tmp_path):
     assert load_weights(ours, str(tmp_path)) == []
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours.eval()(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("trained", "here", "message"),
+    [
+        ({"init_values": 0.1}, {}, r"has blocks.0.\w+.* \(of \d+ weights\), which the model lacks"),
+        ({"rope": "mixed"}, {}, "has blocks.0.attn.freqs.* which the model lacks"),
+        ({"rope": "axial"}, {}, "has rope axial instead of None"),
+        ({}, {"rope": "axial"}, "has rope None instead of axial"),
+        ({"rope": "axial", "use_abs_pos_emb": False}, {"rope": "axial"}, "lacks pos_embed"),
+        ({}, {"use_abs_pos_emb": False, "rope": "axial"}, "has pos_embed .* which the model lacks"),
+        ({"depth": 3}, {"depth": 2}, "has blocks.2.* which the model lacks"),
+        ({"num_heads": 4}, {"num_heads": 2}, "has heads 4 instead of 2"),
+    ],
+)
+@pytest.mark.parametrize("name", [DEIT, "vitlocal_tiny_patch8_64"])
+def test_weights_of_a_model_with_other_options_are_refused(trained, here, message, name, tmp_path):
+    make_run(tmp_path, name, **trained)
+    arguments = {key: value for key, value in (dict(NARROW, img_size=64) | here).items() if key != "num_classes"}
+    model, _ = build_model(name, arguments, 5)
+    with pytest.raises(ConfigError, match=f"model.weights: .* {message}.*: it belongs to another model"):
+        load_weights(model, str(tmp_path))
 
 
 def test_an_export_does_not_need_timms_model(tmp_path, monkeypatch):

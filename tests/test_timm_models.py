@@ -14,7 +14,7 @@ from torch import Tensor
 from vitlocal.config import read_config
 from vitlocal.errors import ConfigError
 from vitlocal.models.factory import build_model, load_weights
-from vitlocal.train.build import make_model
+from vitlocal.train.build import configure_model, make_model
 from vitlocal.train.build_checks import check_image_sizes
 
 
@@ -84,6 +84,19 @@ def test_trying_sizes_does_not_change_the_model():
     assert torch.equal(model(images), before(images))
 
 
+def test_sizes_that_the_fused_kernel_cannot_take_are_refused_before_the_run():
+    words = [
+        "--model.name=vitlocal_tiny_patch8_64",
+        "--methods=none",
+        "--train.kernel=fused",
+        "--evaluate.size=136",
+        "--model.size=64",
+    ]
+    model, _ = build_model("vitlocal_tiny_patch8_64", dict(img_size=64), 5)
+    with pytest.raises(ConfigError, match="fused is for grids of up to 16 columns, and evaluate.size 136 makes 17"):
+        check_image_sizes(read_config(words, {}), model)
+
+
 SWIN = "swin_tiny_patch4_window7_224"
 
 
@@ -147,6 +160,12 @@ def test_tables_in_files_of_swins_authors_are_fitted_as_in_other_files(tmp_path:
         assert load_weights(models[-1], str(tmp_path / f"{place}.pth")) == []
     first, second = (model.state_dict() for model in models)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_model_that_cannot_checkpoint_says_so():
+    model = timm.create_model("pit_ti_224", num_classes=5)
+    with pytest.raises(ConfigError, match="train.grad_checkpointing: PoolingVisionTransformer does not support it"):
+        configure_model(model, "auto", True, torch.device("cpu"))
 
 
 def test_files_of_other_models_are_still_refused(tmp_path: Path):

@@ -203,7 +203,7 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     size: int | None = option(None, PIXELS, "size of evaluation crops, px; none: model.size", none_is="model.size")
-    every: float = option(1.0, Number(0), "epochs between evaluations; 0: only at the end")
+    every: float = option(1.0, Number(0), "epochs between evaluations, rounded up; 0: only at the end")
     rows: str = option("all", Choice("all", "even", "odd"), "rows of the validation split that are evaluated")
     batch_size: int = option(256, COUNT, "images per batch of an evaluation")
     crop_pct: float = option(

@@ -178,9 +178,13 @@ class OptionReader:
                 self.problems.append(f"{file}: base is {base!r}, expected the name of one other recipe, without a loop")
             else:
                 flat = self._recipe(path, (*within, file))
-        flat |= by_dotted_name(content)
+        sections = {name.partition(".")[0] for name in self._options if "." in name}
+        empty = {name for name in sections if content.get(name, "") is None}  # all its lines are comments
+        flat |= by_dotted_name({name: value for name, value in content.items() if name not in empty})
+        of_run = Path(file).name == "config.yaml"  # an option that it did not set may be gone since then
         for name in sorted(flat.keys() - self._options.keys()):
-            self._unknown(name, file)
+            if not (of_run and flat[name] is None):
+                self._unknown(name, file)
             del flat[name]
         return flat
 

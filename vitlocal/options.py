@@ -62,7 +62,12 @@ class Choice(Parsed):
 
     def __init__(self, *names: str):
         self.names = names
-        super().__init__(lambda value: names[names.index(str(value))], "one of " + ", ".join(names))
+
+        def parse(value: Any) -> str:
+            word = {"True": "yes", "False": "no"}.get(str(value), str(value))  # YAML takes yes and no for booleans
+            return names[names.index(word)]
+
+        super().__init__(parse, "one of " + ", ".join(names))
 
 
 class Duration(Parsed):

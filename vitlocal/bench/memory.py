@@ -22,7 +22,7 @@ from vitlocal.models.factory import patch_side
 from vitlocal.models.local_mix import MAX_WIDTH
 from vitlocal.models.shape import model_parts
 from vitlocal.storage import recipe_stages
-from vitlocal.train.build import mac_counter, make_model, make_optimizer
+from vitlocal.train.build import mac_counter, make_model, make_optimizer, use_grad_checkpointing
 from vitlocal.train.devices import is_small
 from vitlocal.train.optim import CombinedOptimizer, new_state
 from vitlocal.train.probes import batch_size_at
@@ -107,7 +107,7 @@ def count_memory(
     train, augment = config.train, config.augment
     model, _ = make_model(config, 1000, torch.device("meta"))
     if train.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        use_grad_checkpointing(model)
     precision, compiled, patch = PRECISIONS[train.precision], train.compile != "no", patch_side(model)
 
     def fused(size: int) -> bool:

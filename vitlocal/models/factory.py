@@ -187,6 +187,10 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
     if missing := sorted(set(state) - set(loaded)):
         some = ", ".join(missing[:3])
         raise ConfigError(f"model.weights: {file} lacks {some} (of {len(missing)}): it belongs to another model{hint}")
+    if isinstance(model, VisionTransformer):
+        unused = {name: tensor for name, tensor in loaded.items() if name not in state}
+        if wrong := _other_model(model, unused, file.parent):
+            raise ConfigError(f"model.weights: {file} has {wrong}: it belongs to another model{hint}")
     for name, tensor in state.items():
         if loaded[name].shape != tensor.shape:
             raise ConfigError(
@@ -195,6 +199,23 @@ def load_weights(model: nn.Module, path: str, classes: Sequence[str] = (), label
             )
     model.load_state_dict({name: loaded[name] for name in state})
     return kept
+
+
+def _other_model(model: VisionTransformer, unused: Mapping[str, Tensor], folder: Path) -> str:
+    """What of a file of weights in ``folder`` the model would leave out or read differently; "" if nothing.
+
+    ``unused``: the weights that the model lacks. Heads, class tokens and decoders may be left out, and so may factors
+    of 1, which timm's models with rotary positions always have.
+    """
+    parts = "blocks.", "pos_embed", "patch_embed."
+    if of_model := sorted(name for name in unused if name.startswith(parts) and not (unused[name] == 1).all()):
+        return f"{', '.join(of_model[:3])} (of {len(of_model)} weights), which the model lacks"
+    arguments, heads = read_description(folder).get("model_args") or {}, model.blocks[0].attn.num_heads
+    rope = arguments.get("rope", arguments.get("rope_type"))  # the latter is timm's
+    rope = "axial" if rope == "cat" else rope
+    found = {"heads": arguments.get("num_heads", heads), "rope": rope if arguments else model.rope}
+    mine = {"heads": heads, "rope": model.rope}
+    return ", ".join(f"{name} {found[name]} instead of {mine[name]}" for name in mine if found[name] != mine[name])
 
 
 def _with_timms_names(model: Any, loaded: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -184,7 +184,7 @@ class VisionTransformer(DropPathModel, TimmModel):
             check_option("rope", rope, width % 4 == 0, f"None: heads are {width} wide, not a multiple of 4")
             check_choice("rope_coordinates", coordinates or "image", ("image", "patches"))
             check_option("rope_theta", theta, theta is None or theta > 0, "a positive number")
-        self._rope, self._head_width = rope, width
+        self.rope, self._head_width = rope, width
         self._rope_theta = THETA[rope or "axial"] if theta is None else theta
         self._scales_rope = coordinates != "patches"
 
@@ -225,10 +225,10 @@ class VisionTransformer(DropPathModel, TimmModel):
 
     def _shared_rotations(self, images: Tensor, tokens: Tensor) -> Tensor | None:
         """Returns what rotary positions of all blocks share, see :func:`rope_constant`; None without these."""
-        if self._rope is None:
+        if self.rope is None:
             return None
         grid = self.patch_embed.grid_of(images.shape[2], images.shape[3])
-        axial = (self._head_width, self._rope_theta) if self._rope == "axial" else None
+        axial = (self._head_width, self._rope_theta) if self.rope == "axial" else None
         unit = IMAGE_UNITS if self._scales_rope else grid
         return shared_rotations(tokens, grid, unit, self.active.grid, self.num_prefix_tokens, axial)
 

@@ -187,17 +187,20 @@ def configure_model(model: Any, kernel: str, grad_checkpointing: bool, device: t
     measured_times()  # a wrong table is an error now, and not while the step is compiled
     for module in local:
         module.kernel = kernel
-    if not grad_checkpointing:
-        return
-    if not hasattr(model, "set_grad_checkpointing"):
-        raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} does not support it")
-    # Of our models, only the blocks run twice.
+    if grad_checkpointing:
+        use_grad_checkpointing(model)
+
+
+def use_grad_checkpointing(model: Any) -> None:
+    """The backward pass computes activations again; of our models, those of the blocks. ConfigError if it cannot."""
     if any(has_batch_norm(part) for part in (model.blocks if isinstance(model, BlockModel) else [model])):
         raise ConfigError(
-            "train.grad_checkpointing: a BatchNorm would count each batch twice; use train.grad_accum_steps to save "
-            "memory"
+            "train.grad_checkpointing: a BatchNorm would count each batch twice; use train.grad_accum_steps instead"
         )
-    model.set_grad_checkpointing(True)
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):  # models of timm lack the method, or it says so
+        raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} does not support it") from None
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from vitlocal.methods import METHODS
 from vitlocal.methods.method import Claims
 from vitlocal.models.counts import count_macs
 from vitlocal.models.dit import DiT
-from vitlocal.models.factory import build_model, size_multiple
+from vitlocal.models.factory import build_model, patch_side, size_multiple
+from vitlocal.models.local_mix import MAX_WIDTH
 from vitlocal.models.shape import check_shape
 from vitlocal.models.swin import Swin
 from vitlocal.models.vit import VisionTransformer
@@ -37,6 +38,13 @@ def stated_sizes(config: Config) -> list[tuple[str, int]]:
 def check_image_sizes(config: Config, model: nn.Module) -> None:
     """Raises ConfigError if the model cannot take a size that the run will come to."""
     multiple, largest, sizes = size_multiple(model), config.model.size, stated_sizes(config)
+    if config.train.kernel == "fused":
+        for name, size in sizes:
+            if size // patch_side(model) > MAX_WIDTH:
+                raise ConfigError(
+                    f"train.kernel: fused is for grids of up to {MAX_WIDTH} columns, and {name} {size} makes "
+                    f"{size // patch_side(model)}; use auto"
+                )
     if odd := [f"{name} {size}" for name, size in sizes if size % multiple]:
         near = sorted({max(multiple, size // multiple * multiple) for _, size in sizes if size % multiple})
         raise ConfigError(

@@ -263,12 +263,15 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         outputs: list[list[Tensor]] = [[], []]  # correct and attention_variance, part by part
         for index, part in enumerate(parts):
-            chosen = operands
-            if len(parts) > 1:
-                chosen = self.task.part(operands, send(torch.from_numpy(part), self.device))
+            chosen, share = operands, weight
+            alone = self._mixes_samples and len(part) == 1  # a BatchNorm needs two values, so the image runs twice
+            if len(parts) > 1 or alone:
+                places = np.repeat(part, 2) if alone else part
+                chosen = self.task.part(operands, send(torch.from_numpy(places), self.device))
+                share = weight / 2 if alone else weight
             waits = self.ranks.world > 1 and index < len(parts) - 1  # processes exchange gradients with the last part
             with self._ddp.no_sync() if waits else nullcontext(), fast_attention(self.device):
-                loss, *further = objective(*chosen, weight)
+                loss, *further = objective(*chosen, share)
                 self.phase_hook("forward")
                 # DDP averages gradients over the processes; the sum is wanted.
                 self.scaler.scale(loss * self.ranks.world).backward()
@@ -276,7 +279,7 @@ class TrainStep:
             total += loss.detach()  # a copy: a CUDA graph overwrites its outputs at each step
             for values, value in zip(outputs, further, strict=True):
                 if value is not None:
-                    values.append(value.clone())
+                    values.append(value[: len(part)].clone())
         return StepOutput(total, *(_join(values, parts) for values in outputs)) if has_images else StepOutput(total)
 
     def _memory_errors(self, batch: Batch) -> AbstractContextManager[None]:
