@@ -113,8 +113,8 @@ def test_processes_whose_launcher_is_killed_save_and_one_continues(folder: Path,
 def test_a_signal_to_one_process_ends_all(folder: Path, tmp_path: Path, lost: int, number: signal.Signals):
     run = tmp_path / "run"
     options = [*options_of(folder, run), "--budget.length=100000steps", "--methods=none", "--evaluate.every=0"]
-    processes = start_ranks(3, options)
-    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+    processes = start_ranks(3, [*options, "--run.save_every=4steps"])
+    while not (run / "checkpoints" / "last.pt").exists():
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
     processes[lost].send_signal(number)
