@@ -11,12 +11,19 @@ from vitlocal.data.batch import Source
 from vitlocal.data.beton import MappedFile
 from vitlocal.data.costs import DecodingCosts
 from vitlocal.data.crops import CropPolicy
-from vitlocal.data.manifest import FILE_NAME, LATENT_FLAGS, BetonFile, Manifest, load_manifest, manifest_of_file
+from vitlocal.data.manifest import (
+    FILE_NAME,
+    FILE_SUFFIXES,
+    LATENT_FLAGS,
+    BetonFile,
+    Manifest,
+    load_manifest,
+    manifest_of_file,
+    written_splits,
+)
 from vitlocal.data.shares import WHOLE, Share
 from vitlocal.errors import ConfigError, DataError
 from vitlocal.paths import WRITE
-
-FILE_SUFFIXES = (".beton", ".ffcv")
 
 
 def choose_file(manifest: Manifest, costs: DecodingCosts, crops: CropPolicy, side_ratio: float, size: int) -> BetonFile:
@@ -54,7 +61,7 @@ def open_manifest(root: str | Path, split: str, file: str = "auto") -> tuple[Pat
             raise ConfigError(f"root: {root / file} does not exist; name a data folder, or a .beton file in it")
         if not (root / f"{split}.json").exists():
             return root, manifest_of_file(root / file, split)
-    written = [name for name in ("train", "val") if (root / f"{name}.json").exists()]
+    written = written_splits(root)
     if written and split not in ("train", "val") and not (root / f"{split}.json").exists():
         raise ConfigError(f"split: got {split!r}, expected a split of {root}: {', '.join(written)}")
     manifest = load_manifest(str(root), split)

@@ -27,6 +27,7 @@ CLASSES_NAME = "classes.txt"  # one class per line, in the order of the labels, 
 FILE_NAME = re.compile(
     r"(?P<split>[a-z]+)_(?P<side>[0-9]+)_((raw|jpg|latent)\.beton|[0-9]+(\.[0-9]+)?_[0-9]+\.(ffcv|beton))"
 )
+FILE_SUFFIXES = (".beton", ".ffcv")
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,18 @@ def load_manifest(root: str, split: str) -> Manifest:
     folder, path = Path(root), Path(root) / f"{split}.json"
     if path.exists():
         return Manifest.load(path)
-    ours = (folder / work_name(split)).exists() or _has_split(folder)
+    ours = (folder / work_name(split)).exists() or written_splits(folder)
     manifest = None if ours else manifest_of_ffcv_files(folder, split)
     if manifest is None:
         command = f"{WRITE} --split {split} --out {root}{_options_of_other_split(folder)}"
-        both = "" if _has_split(folder) else " --source PHOTOS, and the same for the other split"
+        both = "" if written_splits(folder) else " --source PHOTOS, and the same for the other split"
         raise ConfigError(f"data.root: {path} does not exist. Write it: {command}{both}")
     return manifest
 
 
-def _has_split(folder: Path) -> bool:
-    return any((folder / f"{split}.json").exists() for split in ("train", "val"))
+def written_splits(folder: Path) -> list[str]:
+    """The finished splits in a data folder that have a manifest."""
+    return [split for split in ("train", "val") if (folder / f"{split}.json").exists()]
 
 
 def _options_of_other_split(folder: Path) -> str:

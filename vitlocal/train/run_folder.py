@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vitlocal.data.manifest import FILE_SUFFIXES
 from vitlocal.errors import ConfigError
 from vitlocal.jsonl import write_lines
 from vitlocal.machine import commit, hardware, versions
@@ -80,7 +81,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     Each takes a few milliseconds. Other crops, another quality or another order of the images change most blocks.
     """
     found = {}
-    for path in sorted(path for path in folder.glob("*") if path.suffix in (".beton", ".ffcv")):
+    for path in sorted(path for path in folder.glob("*") if path.suffix in FILE_SUFFIXES):
         with open_regular(path) as file:
             last = max(0, file.seek(0, 2) - BLOCK_BYTES)
             digest = hashlib.sha256(str(last).encode())

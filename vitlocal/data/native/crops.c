@@ -2,8 +2,8 @@
  *
  * The box has the distribution of torchvision's RandomResizedCrop. The area is uniform, the ratio log-uniform. After ten
  * attempts, the box is the largest centre crop of a legal ratio. It is not rounded to whole pixels: so it is the same
- * part of the photo in every stored size. A rare exception is a box that hardly fits into the image: the ratio of stored
- * sides, which are rounded, may decide whether it does. tests/reference_boxes.py is the same in Python.
+ * part of the photo in every stored size, with rare exceptions. Stored sides are rounded, so a box that just fits into
+ * one file may not fit into another, which then draws again. tests/reference_boxes.py is the same in Python.
  */
 #include "native.h"
 
